@@ -1,0 +1,101 @@
+# `make test` and `make train` set up what they need on a machine with Python >= 3.10 and pip. An environment is made
+# anew when its constraints file changes, and the package is installed again when pyproject.toml changes.
+
+NEWEST := .venv
+OLDEST := .venv-oldest
+PYTHON_GPU ?= python3
+JOBS ?= 2
+ARGS ?=
+
+USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3; do "$$p" -c '$(USABLE)' 2>/dev/null && echo "$$p" && break; done)
+endif
+
+PYTEST := -m pytest -n $(JOBS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help test lint types test-newest test-oldest train audit gpu format links clean
+
+# Tests say themselves whether they want the interpreter.
+unexport TRITON_INTERPRET
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PYTHON=... chooses the interpreter (default: python3.11, else python3); ARGS='...' is passed on."
+
+test: lint types test-newest test-oldest ## all that needs no GPU, on both Triton versions; what CI runs
+
+test-newest: $(NEWEST)/.dev ## every test that needs no GPU, newest Triton
+	@echo "== $(NEWEST): $$(tr '\n' ' ' <$(NEWEST)/versions.txt)"
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(NEWEST)/bin/python $(PYTEST) -m "interpreter and not gpu" tests $(ARGS)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "not interpreter and not gpu" tests $(ARGS)
+
+test-oldest: $(OLDEST)/.dev ## the kernels' tests, oldest Triton
+	@echo "== $(OLDEST): $$(tr '\n' ' ' <$(OLDEST)/versions.txt)"
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(OLDEST)/bin/python $(PYTEST) -m "interpreter and not gpu" tests $(ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "audit and not gpu" tests $(ARGS)
+
+lint: $(NEWEST)/.dev ## ruff: rules and format
+	$(NEWEST)/bin/ruff check .
+	$(NEWEST)/bin/ruff format --check .
+
+format: $(NEWEST)/.dev ## let ruff rewrite the files
+	$(NEWEST)/bin/ruff check --fix .
+	$(NEWEST)/bin/ruff format .
+
+types: $(NEWEST)/.dev links ## mypy over persistrnn and persistrnn.kernels
+	cd build/links && ../../$(NEWEST)/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p persistrnn
+
+train: $(NEWEST)/.train ## the main job: train the language model
+	$(NEWEST)/bin/python -m bench.language_model $(ARGS)
+
+audit: $(NEWEST)/.dev $(OLDEST)/.dev ## compile and inspect every kernel of the audit table, on both Triton versions
+	@mkdir -p runs
+	$(NEWEST)/bin/python -m persistrnn audit --jobs $(JOBS) --output runs/audit-newest.jsonl $(ARGS)
+	$(OLDEST)/bin/python -m persistrnn audit --jobs $(JOBS) --output runs/audit-oldest.jsonl $(ARGS)
+
+# The GPU machine may have no package index: its own Python brings torch, Triton and pytest, and the links stand in
+# for an installed package (safe path: else the checkout, which has no persistrnn.kernels, would come first).
+gpu: links ## the tests that need a GPU, with the machine's own Python (PYTHON_GPU)
+	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/links" $(PYTHON_GPU) -m pytest -o pythonpath=build/links -m gpu tests $(ARGS)
+
+# kernels/ is persistrnn.kernels once installed, which neither mypy nor an uninstalled checkout can know.
+links:
+	@rm -rf build/links && mkdir -p build/links/persistrnn
+	@cd build/links/persistrnn && ln -s ../../../persistrnn/*.py ../../../persistrnn/py.typed ../../../kernels .
+	@ln -s ../../bench build/links/bench
+	@mkdir build/links/persistrnn.egg-info
+	@sed -n 's/^name = "\(.*\)"/Name: \1/p; s/^version = "\(.*\)"/Version: \1/p' pyproject.toml >build/links/persistrnn.egg-info/PKG-INFO
+
+clean: ## remove environments, caches and builds (not runs/)
+	rm -rf $(NEWEST) $(OLDEST) build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+
+$(NEWEST)/.torch: constraints.txt
+$(OLDEST)/.torch: constraints-oldest.txt
+$(NEWEST)/.torch $(OLDEST)/.torch:
+	@'$(PYTHON)' -c '$(USABLE)' 2>/dev/null || { echo >&2 \
+	  "PYTHON='$(PYTHON)' does not serve: Python >= 3.10 with venv and pip is needed (by default python3.11, else python3)." \
+	  "Install one (on Debian or Ubuntu: python3 and python3-venv) or name one: make PYTHON=/path/to/python3"; exit 1; }
+	'$(PYTHON)' -m venv --clear $(@D)
+	@echo "installing torch and Triton into $(@D) as $< says"
+	@if ! $(@D)/bin/python -m pip install -c $< torch triton numpy >$(@D)/install.log 2>&1; then \
+	  grep -q -e ResolutionImpossible -e 'No matching distribution found for triton' $(@D)/install.log \
+	    || { cat $(@D)/install.log >&2; exit 1; }; \
+	  echo "$<: the resolver refuses this pair here; taking torch's own Triton"; \
+	  grep -v '^triton' $< >$(@D)/constraints.txt; \
+	  $(@D)/bin/python -m pip install -q -c $(@D)/constraints.txt torch triton numpy; \
+	fi
+	@$(@D)/bin/python -m pip list --format=freeze | grep -E '^(torch|triton|numpy)==' >$(@D)/versions.txt
+	@echo "$(@D) has $$(tr '\n' ' ' <$(@D)/versions.txt)"
+	@touch $@
+
+%/.dev: %/.torch pyproject.toml
+	$*/bin/python -m pip install -q -c $*/versions.txt -e '.[dev]'
+	@touch $@
+
+%/.train: %/.torch pyproject.toml
+	$*/bin/python -m pip install -q -c $*/versions.txt -e '.[train]'
+	@touch $@

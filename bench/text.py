@@ -1,0 +1,81 @@
+"""The text that every machine has: the source of Python's own standard library, as bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench import UsageError
+
+VOCABULARY = 256  # a token is one byte
+START = 0  # a NUL opens every file: Python source never contains one, so sampling can begin there
+HELD_OUT = 26  # of 256 files, on average: one in ten
+
+# Other people's packages; tests (many systems leave them out, and the text should be the same with and
+# without); generated files (tables so alike that a held-out one is known from its neighbours, and the manual).
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training and held-out text: 1-D uint8 tensors, whole files one after the other, each opened by START."""
+
+    train: Tensor
+    held_out: Tensor
+    train_files: tuple[str, ...]
+    held_out_files: tuple[str, ...]
+    fingerprint: str  # sha256 of both parts; a resumed run must read the very same bytes
+
+
+def standard_library() -> Path:
+    """The folder of the running Python's standard library, also from inside a virtual environment."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def source_files(folder: Path) -> list[tuple[bytes, str]]:
+    """(sha256 of the name, name relative to `folder`) of every .py file below, in the order of the hashes.
+
+    The order is arbitrary but the same everywhere, so every stretch of the text is a fair mix of it.
+    """
+    names = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in SKIPPED]
+        names += [(Path(root) / name).relative_to(folder).as_posix() for name in files if name.endswith(".py")]
+    return sorted((hashlib.sha256(name.encode()).digest(), name) for name in names)
+
+
+def load_corpus(folder: Path) -> Corpus:
+    """Reads every source file below `folder`; a hash of its name alone decides on which side a file falls."""
+    texts = (bytearray(), bytearray())
+    names: tuple[list[str], list[str]] = ([], [])
+    for digest, name in source_files(folder):
+        side = int(digest[0] < HELD_OUT)
+        names[side].append(name)
+        texts[side].append(START)
+        texts[side].extend((folder / name).read_bytes())
+    if not all(texts):
+        raise UsageError(
+            f"--text {folder}: {len(names[0])} training and {len(names[1])} held-out .py files found, at least one of "
+            "each is needed; name a folder that holds more Python source"
+        )
+    fingerprint = hashlib.sha256(texts[0] + texts[1]).hexdigest()
+    train, held_out = (torch.frombuffer(text, dtype=torch.uint8) for text in texts)
+    return Corpus(train, held_out, tuple(names[0]), tuple(names[1]), fingerprint)
+
+
+def window(text: Tensor, step: int, batch: int, sequence: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (the next byte) of one step: two int64 tensors of shape (sequence, batch).
+
+    Column b reads the text from its b-th of `batch` equal parts onwards and step after step continues where
+    the step before ended (past the end it begins anew), so the layer's state may be carried over.
+    """
+    starts = torch.arange(batch, device=text.device) * (len(text) // batch)
+    offsets = torch.arange(sequence + 1, device=text.device) + step * sequence
+    tokens = text[(offsets[:, None] + starts) % len(text)].long()
+    return tokens[:-1], tokens[1:]

@@ -1,0 +1,1 @@
+"""The Triton kernels of persistrnn, installed as ``persistrnn.kernels``."""

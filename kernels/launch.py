@@ -1,0 +1,232 @@
+"""Allocate, ask for the plan, launch: the one way in to the scan kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from . import plan as planning
+from .cells import CELLS, Cell
+from .exchange import Exchange
+from .scan import scan_backward, scan_forward
+
+# Number of launches per kernel name in this process: tests use it to prove which path made their numbers.
+LAUNCHES: Counter[str] = Counter()
+
+# TRITON_INTERPRET=1 at import time turns the kernels into plain Python over NumPy.
+INTERPRETED = not isinstance(scan_forward, triton.JITFunction)
+
+
+@lru_cache(maxsize=None)
+def shape_of(cell: Cell) -> planning.Shape:
+    return planning.Shape(cell.name, cell.gates, cell.saved, cell.recurrent_gradient)
+
+
+def options(part: planning.Pass) -> dict[str, object]:
+    """Compile options of a pass."""
+    return {
+        "num_warps": part.warps,
+        "num_stages": 1,  # else loads are pipelined into extra shared memory
+        # One program per multiprocessor: all of its registers. Left alone, ptxas stops at 128 and spills (seen: GRU
+        # forward, H=1024, Triton 3.9.0).
+        "maxnreg": min(255, 65536 // (32 * part.warps)),
+        "launch_cooperative_grid": True,  # a grid that cannot be resident is an error, never a hang
+        "enable_fp_fusion": True,
+    }
+
+
+def label(dtype: torch.dtype, precision: str) -> str:
+    """The plan's name of a tensor dtype and, for float32, of the precision of products ("tf32" or "ieee")."""
+    names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "tf32" if precision == "tf32" else "fp32"}
+    if dtype not in names:
+        raise ValueError(f"the persistent kernels run float16, bfloat16 and float32, got {dtype}; use backend='torch'")
+    return names[dtype]
+
+
+@lru_cache(maxsize=None)
+def hardware(device: torch.device) -> planning.Hardware:
+    """Read from the live device, so that a partition of a GPU is planned for as what it is."""
+    if device.type == "cpu":
+        return planning.INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    arch = properties.major * 10 + properties.minor
+    return planning.Hardware(
+        properties.name, arch, properties.multi_processor_count, properties.shared_memory_per_block_optin
+    )
+
+
+def choose(
+    cell: Cell, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, device: torch.device
+) -> planning.Plan:
+    return planning.plan(shape_of(cell), hidden, batch, directions, label(dtype, precision), hardware(device))
+
+
+def exchange_for(device: torch.device) -> Exchange:
+    return Exchange(poll="ptx" if device.type == "cuda" else "atomic")
+
+
+_errors: dict[torch.device, Tensor] = {}
+
+
+def _error_word(device: torch.device) -> Tensor:
+    """The word that a wait writes when it runs out: in pinned host memory, so that reading it synchronises nothing."""
+    if device not in _errors:
+        _errors[device] = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return _errors[device]
+
+
+def check() -> None:
+    """Raise if a wait inside a finished launch ran out, on any device. Does not synchronise.
+
+    Raises:
+        RuntimeError: the results of that launch, and all that was computed from them, are wrong.
+    """
+    for device, word in _errors.items():
+        if word[0]:
+            word.zero_()
+            raise RuntimeError(
+                f"a persistent kernel on {device} gave up waiting for another program of its group; its results are "
+                "invalid. The programs of one launch must be resident at the same time: is the device shared with "
+                "another process (MPS, MIG, a debugger)? Run with PERSISTRNN_DEBUG=1 to find the call, or use "
+                "backend='torch'."
+            )
+
+
+def _sync(part: planning.Pass, jobs: int, exchange: Exchange, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Counters, owned by one launch, and the error word."""
+    slots = jobs * exchange.stride if part.tiling.slices > 1 else 1
+    return torch.zeros(slots, dtype=torch.int32, device=device), _error_word(device)
+
+
+def _launch(kernel, part: planning.Pass, device: torch.device, **arguments) -> None:
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[part.tiling.slices, part.groups](**arguments, tiling=part.tiling, **options(part))
+    LAUNCHES[kernel.__name__] += 1
+    if os.environ.get("PERSISTRNN_DEBUG") == "1" and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if os.environ.get("PERSISTRNN_DEBUG") == "1" or device.type == "cpu":
+        check()
+
+
+def _flag(buffer: Tensor, part: planning.Pass, exchange: Exchange) -> None:
+    """Fill the exchange buffer with the reserved NaN (all bits one)."""
+    if exchange.protocol == "flags" and part.tiling.slices > 1:
+        buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(-1)
+
+
+def forward(
+    cell: Cell,
+    x_gates: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    precision: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the forward scan.
+
+    Args:
+        cell: the cell.
+        x_gates: [T, B, D, G*H], input half of the gates. T, B >= 1.
+        weight_hh: [D, G*H, H]; bias_hh: [D, G*H]; h0: [D, B, H]; c0: [D, B, H], None if the cell has no c.
+        precision: of products in float32, "tf32" or "ieee".
+        save: keep what the backward needs.
+        All tensors contiguous, on one device, float16, bfloat16 or float32.
+
+    Returns:
+        y: [T + 2, B, D, H] with h0 in the slot before each direction's first step (slot 0; slot T + 1 in reverse).
+        c: the same for c with save, else [2, B, D, H] with the final c in slot 1; empty if the cell has no c.
+        saved: [T, B, D, n, H] with save, else empty.
+    """
+    check()
+    T, B, D, _ = x_gates.shape
+    H = h0.shape[-1]
+    plan = choose(cell, H, B, D, x_gates.dtype, precision, x_gates.device)
+    part = plan.forward
+    exchange = exchange_for(x_gates.device)
+    y = x_gates.new_empty(T + 2, B, D, H)
+    _flag(y, part, exchange)
+    c = x_gates.new_empty((T + 2 if save else 2, B, D, H) if cell.states > 1 else 0)
+    for states, initial in ((y, h0), (c, c0)):
+        if initial is not None:
+            states[0].copy_(initial.transpose(0, 1))
+            if D == 2:
+                states[-1, :, 1].copy_(initial[1])
+    saved = x_gates.new_empty((T, B, D, cell.saved, H) if save else 0)
+    jobs = -(-B // part.tiling.batch_tile) * D
+    _launch(
+        scan_forward,
+        part,
+        x_gates.device,
+        x_gates=x_gates,
+        weight=weight_hh,
+        bias=bias_hh,
+        states=(y, c)[: cell.states],
+        saved=saved,
+        sync=_sync(part, jobs, exchange, x_gates.device),
+        T=T,
+        B=B,
+        cell=cell.forward,
+        exchange=exchange,
+        SAVE=save,
+    )
+    return y, c, saved
+
+
+def backward(
+    cell: Cell,
+    dy: Tensor,
+    d_final: tuple[Tensor, ...],
+    weight_hh: Tensor,
+    y: Tensor,
+    c: Tensor,
+    saved: Tensor,
+    precision: str,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Run the backward scan.
+
+    Args:
+        dy: [T, B, D, H], gradient of every h_t; d_final: that of the final states, each [B, D, H].
+        weight_hh, y, c, saved, precision: of the forward, with save.
+
+    Returns:
+        dx_gates, dr_gates: [T, B, D, G*H], the same tensor where the cell's two gradients are the same.
+        d_initial: gradient of the initial states, each [B, D, H].
+    """
+    check()
+    T, B, D, H = dy.shape
+    plan = choose(cell, H, B, D, dy.dtype, precision, dy.device)
+    part = plan.backward
+    exchange = exchange_for(dy.device)
+    dr_gates = dy.new_empty(T, B, D, cell.gates * H)
+    _flag(dr_gates, part, exchange)
+    dx_gates = torch.empty_like(dr_gates) if cell.recurrent_gradient else dr_gates
+    d_initial = tuple(torch.empty_like(d) for d in d_final)
+    jobs = -(-B // part.tiling.batch_tile) * D
+    _launch(
+        scan_backward,
+        part,
+        dy.device,
+        dy=dy,
+        weight=weight_hh,
+        states=(y, c)[: cell.states],
+        saved=saved,
+        d_final=d_final,
+        dx_gates=dx_gates,
+        dr_gates=dr_gates,
+        d_initial=d_initial,
+        sync=_sync(part, jobs, exchange, dy.device),
+        T=T,
+        B=B,
+        cell=cell.backward,
+        exchange=exchange,
+    )
+    return dx_gates, dr_gates, d_initial

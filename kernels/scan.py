@@ -1,0 +1,338 @@
+"""The forward and the backward scan over time, for every cell, one slice or many, one direction or two.
+
+Grid: (S slices, groups). A group walks over jobs, a job being one batch tile in one direction; it loads its share
+of W_hh once per job and keeps it for all T steps. Only h (forward) or the gate gradients (backward) of one step
+move between the slices of a group, through the very tensors that hold the result. With S = 1 nothing moves.
+
+    forward    r_t = W_hh h_{t-1} + b_hh;  state_t, saved_t = cell.forward(x_t, r_t, state_{t-1})
+    backward   dx_t, dr_t, e_t = cell.backward(dstate_t, saved_t, state_{t-1});  dh_{t-1} = e_t + W_hh^T dr_t
+
+Gates (or units) are the M of the product and the batch is its N. Rows past B repeat the last row and are not
+stored; units past H have zero weights and stay zero.
+
+Room left in the contract: lengths and resets are a mask over the batch tile applied to ``state`` between two steps;
+masks on h and c likewise; a projection makes the tile that is put narrower than the tile of units. None of them
+changes the number of exchanges, which is the same for every program of a group.
+"""
+
+import triton
+import triton.language as tl
+
+from .exchange import arrive, get, put, wait
+from .tiles import (
+    k_index,
+    accumulator,
+    load_weight,
+    opaque_zero,
+    operand_mask,
+    operand_offsets,
+    previous_slot,
+    row_offset,
+    split_gates,
+    time_of,
+    unit_offsets,
+)
+
+
+@triton.jit
+def resident(weight, zero, m, m_mask, m_stride: tl.constexpr, k_stride: tl.constexpr, tiling: tl.constexpr):
+    """This program's rows of the product, one tile per chunk of K, to stay on chip for all steps."""
+    tiles = ()
+    for i in tl.static_range(len(tiling.chunks)):
+        k = k_index(tiling.chunks[i].size, tiling.splits) + zero
+        corner = weight + tiling.chunks[i].start * k_stride
+        tile = load_weight(corner, m, m_mask, m_stride, k, k_stride, tiling.chunks[i].length, tiling.splits)
+        tiles = tiles + (tile,)
+        # Else all tiles are loaded into registers at once on their way to shared memory, and spill there.
+        tl.debug_barrier()
+    return tiles
+
+
+@triton.jit
+def dot(weight, operand, acc, tiling: tl.constexpr):
+    if tiling.interpreted:
+        # The interpreter's dot returns garbage on bfloat16 (seen on 3.6.0 and 3.9.0).
+        return acc + tl.dot(weight.to(tl.float32), operand.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(weight, operand, acc, input_precision=tiling.precision)
+
+
+@triton.jit
+def accumulators(tiling: tl.constexpr):
+    accs = ()
+    for p in tl.static_range(len(tiling.packs)):
+        accs = accs + (accumulator(tiling.packs[p] * tiling.units, tiling.batch_tile, tiling.splits),)
+    return accs
+
+
+@triton.jit
+def advance(weights, operand, i: tl.constexpr, accs, tiling: tl.constexpr):
+    """Add chunk i of the product to the accumulator of each pack of gates."""
+    result = ()
+    for p in tl.static_range(len(tiling.packs)):
+        result = result + (dot(weights[p][i], operand, accs[p], tiling),)
+    return result
+
+
+@triton.jit
+def gather(accs, tiling: tl.constexpr):
+    """The product as a tuple of tiles [U, BB], one per gate."""
+    tiles = ()
+    for p in tl.static_range(len(tiling.packs)):
+        tiles = tiles + split_gates(accs[p], tiling.packs[p], tiling.units, tiling.batch_tile, tiling.splits)
+    return tiles
+
+
+@triton.jit
+def product_local(weights, operands, dtype: tl.constexpr, tiling: tl.constexpr):
+    """One slice: the operand never leaves the chip."""
+    accs = accumulators(tiling)
+    for i in tl.static_range(len(tiling.chunks)):
+        accs = advance(weights, operands[i].to(dtype), i, accs, tiling)
+    return gather(accs, tiling)
+
+
+@triton.jit
+def product_shared(
+    weights, pointer, rows, row_stride: tl.constexpr, patience, error, tiling: tl.constexpr, exchange: tl.constexpr
+):
+    """Many slices: the operand is what all slices of the group have put at ``pointer``."""
+    accs = accumulators(tiling)
+    for i in tl.static_range(len(tiling.chunks)):
+        k = k_index(tiling.chunks[i].size, tiling.splits)
+        corner = pointer + tiling.chunks[i].start
+        offsets = operand_offsets(k, rows, row_stride, tiling.splits)
+        # Offsets that all chunks share, and masks only where needed: kept per chunk they cost registers and spilled.
+        if tiling.chunks[i].length == tiling.chunks[i].size:
+            operand, patience = get(corner + offsets, None, patience, error, exchange)
+        else:
+            inside = operand_mask(k, tiling.chunks[i].length, tiling.splits)
+            operand, patience = get(corner + offsets, inside, patience, error, exchange)
+        accs = advance(weights, operand, i, accs, tiling)
+    return gather(accs, tiling), patience
+
+
+@triton.jit
+def load_tiles(pointer, offsets, mask, stride: tl.constexpr, n: tl.constexpr):
+    """n tiles [U, BB], ``stride`` elements apart, as float32."""
+    tiles = ()
+    for i in tl.static_range(n):
+        tiles = tiles + (tl.load(pointer + offsets + i * stride, mask=mask, other=0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def store_tiles(pointer, offsets, mask, stride: tl.constexpr, tiles):
+    for i in tl.static_range(len(tiles)):
+        tl.store(pointer + offsets + i * stride, tiles[i].to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_states(states, position, offsets, mask):
+    """The tuple of states at one 64-bit position of every state's tensor."""
+    tiles = ()
+    for i in tl.static_range(len(states)):
+        tiles = tiles + (tl.load(states[i] + position + offsets, mask=mask, other=0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def scan_forward(
+    x_gates,
+    weight,
+    bias,
+    states,
+    saved,
+    sync,
+    T,
+    B,
+    cell: tl.constexpr,
+    tiling: tl.constexpr,
+    exchange: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """states: tuple of [T + 2, B, D, H], of which those after h have only 2 slots unless SAVE. saved: [T, B, D, n, H].
+    sync: (counters int32 [jobs * exchange.stride], error word int32 [1])."""
+    H: tl.constexpr = tiling.hidden
+    D: tl.constexpr = tiling.directions
+    G: tl.constexpr = tiling.gates
+    U: tl.constexpr = tiling.units
+    BB: tl.constexpr = tiling.batch_tile
+    S: tl.constexpr = tiling.slices
+    counters, error = sync
+    batch_tiles = tl.cdiv(B, BB)
+
+    for job in range(tl.program_id(1), batch_tiles * D, tl.num_programs(1)):
+        zero = opaque_zero(exchange)
+        first_unit = tl.program_id(0) * U + zero
+        units = first_unit + tl.arange(0, U)
+        direction = job // batch_tiles
+        b0 = (job % batch_tiles) * BB
+        counter = counters + job * exchange.stride
+        patience = tl.full((), exchange.patience, tl.int32)
+        rows = tl.minimum(tl.arange(0, BB), B - 1 - b0)
+        unit_mask = (units < H)[:, None]
+        store_mask = unit_mask & (b0 + tl.arange(0, BB) < B)[None, :]
+        gate_offsets = unit_offsets(units, rows, D * G * H)
+        state_offsets = unit_offsets(units, rows, D * H)
+        saved_offsets = unit_offsets(units, rows, D * tiling.saved * H)
+
+        weights = ()
+        biases = ()
+        for p in tl.static_range(len(tiling.packs)):
+            m = tl.arange(0, tiling.packs[p] * U)
+            m_row = (tiling.first_gates[p] + m // U) * H + first_unit + m % U
+            corner = weight + direction.to(tl.int64) * (G * H * H)
+            weights = weights + (resident(corner, zero, m_row, first_unit + m % U < H, H, 1, tiling),)
+        for g in tl.static_range(G):
+            b_hh = tl.load(bias + direction * (G * H) + g * H + units, mask=units < H, other=0.0)
+            biases = biases + (b_hh.to(tl.float32)[:, None],)
+
+        t = time_of(0, direction, T)
+        state = ()
+        slot = previous_slot(t, direction)
+        for i in tl.static_range(len(states)):
+            where = slot if (i == 0 or SAVE) else tl.minimum(slot, 1)
+            pointer = states[i] + row_offset(where, b0, direction, B, D, H)
+            state = state + (tl.load(pointer + state_offsets, mask=unit_mask, other=0.0).to(tl.float32),)
+
+        for step in range(T):
+            t = time_of(step, direction, T)
+            # Loaded before the wait: the exchange's latency hides it.
+            x = load_tiles(x_gates + row_offset(t, b0, direction, B, D, G * H), gate_offsets, unit_mask, H, G)
+            if S == 1:
+                product = product_local(weights, (state[0],), weight.dtype.element_ty, tiling)
+            else:
+                patience = wait(counter, step * S, patience, error, exchange)
+                pointer = states[0] + row_offset(previous_slot(t, direction), b0, direction, B, D, H)
+                product, patience = product_shared(
+                    weights, pointer, rows, D * H, patience, error, tiling, exchange
+                )
+            r = ()
+            for g in tl.static_range(G):
+                r = r + (product[g] + biases[g],)
+            state, kept = cell(x, r, state)
+            position = row_offset(t + 1, b0, direction, B, D, H)
+            if S == 1:
+                tl.store(
+                    states[0] + position + state_offsets, state[0].to(weight.dtype.element_ty), mask=store_mask
+                )
+            else:
+                put(states[0] + position + state_offsets, state[0], store_mask, exchange)
+                arrive(counter, exchange)
+            if SAVE:
+                for i in tl.static_range(1, len(states)):
+                    tl.store(
+                        states[i] + position + state_offsets,
+                        state[i].to(states[i].dtype.element_ty),
+                        mask=store_mask,
+                    )
+                store_tiles(
+                    saved + row_offset(t, b0, direction, B, D, tiling.saved * H), saved_offsets, store_mask, H, kept
+                )
+
+        if not SAVE:
+            for i in tl.static_range(1, len(states)):
+                pointer = states[i] + row_offset(t * 0 + 1, b0, direction, B, D, H)
+                tl.store(pointer + state_offsets, state[i].to(states[i].dtype.element_ty), mask=store_mask)
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def scan_backward(
+    dy,
+    weight,
+    states,
+    saved,
+    d_final,
+    dx_gates,
+    dr_gates,
+    d_initial,
+    sync,
+    T,
+    B,
+    cell: tl.constexpr,
+    tiling: tl.constexpr,
+    exchange: tl.constexpr,
+):
+    """dy: [T, B, D, H]. d_final, d_initial: tuples of [B, D, H], one per state. dx_gates, dr_gates: [T, B, D, G*H],
+    the same tensor where the cell's two gradients are the same. Others as in the forward, with SAVE."""
+    H: tl.constexpr = tiling.hidden
+    D: tl.constexpr = tiling.directions
+    G: tl.constexpr = tiling.gates
+    U: tl.constexpr = tiling.units
+    BB: tl.constexpr = tiling.batch_tile
+    S: tl.constexpr = tiling.slices
+    counters, error = sync
+    batch_tiles = tl.cdiv(B, BB)
+
+    for job in range(tl.program_id(1), batch_tiles * D, tl.num_programs(1)):
+        zero = opaque_zero(exchange)
+        units = tl.program_id(0) * U + zero + tl.arange(0, U)
+        direction = job // batch_tiles
+        b0 = (job % batch_tiles) * BB
+        counter = counters + job * exchange.stride
+        patience = tl.full((), exchange.patience, tl.int32)
+        rows = tl.minimum(tl.arange(0, BB), B - 1 - b0)
+        unit_mask = (units < H)[:, None]
+        store_mask = unit_mask & (b0 + tl.arange(0, BB) < B)[None, :]
+        gate_offsets = unit_offsets(units, rows, D * G * H)
+        state_offsets = unit_offsets(units, rows, D * H)
+        saved_offsets = unit_offsets(units, rows, D * tiling.saved * H)
+
+        corner = weight + direction.to(tl.int64) * (G * H * H)
+        weights = (resident(corner, zero, units, units < H, 1, H, tiling),)
+
+        edge = row_offset(direction * 0, b0, direction, B, D, H)
+        d_state = load_states(d_final, edge, state_offsets, unit_mask)
+
+        # What a step reads from the forward is loaded a step ahead: the exchange's latency hides it.
+        t = time_of(T - 1, direction, T)
+        incoming = tl.load(dy + row_offset(t, b0, direction, B, D, H) + state_offsets, mask=unit_mask, other=0.0)
+        kept = load_tiles(
+            saved + row_offset(t, b0, direction, B, D, tiling.saved * H), saved_offsets, unit_mask, H, tiling.saved
+        )
+        previous = load_states(
+            states, row_offset(previous_slot(t, direction), b0, direction, B, D, H), state_offsets, unit_mask
+        )
+
+        for step in range(T):
+            total = (d_state[0] + incoming.to(tl.float32),) + d_state[1:]
+            dx, dr, d_previous = cell(total, kept, previous)
+            position = row_offset(t, b0, direction, B, D, G * H)
+            if S == 1:
+                store_tiles(dr_gates + position, gate_offsets, store_mask, H, dr)
+            else:
+                for g in tl.static_range(G):
+                    put(dr_gates + position + gate_offsets + g * H, dr[g], store_mask, exchange)
+                arrive(counter, exchange)
+            if tiling.recurrent_gradient:
+                store_tiles(dx_gates + position, gate_offsets, store_mask, H, dx)
+
+            t = time_of(tl.maximum(T - 2 - step, 0), direction, T)
+            incoming = tl.load(
+                dy + row_offset(t, b0, direction, B, D, H) + state_offsets, mask=unit_mask, other=0.0
+            )
+            kept = load_tiles(
+                saved + row_offset(t, b0, direction, B, D, tiling.saved * H),
+                saved_offsets,
+                unit_mask,
+                H,
+                tiling.saved,
+            )
+            previous = load_states(
+                states, row_offset(previous_slot(t, direction), b0, direction, B, D, H), state_offsets, unit_mask
+            )
+
+            if S == 1:
+                product = product_local(weights, dr, weight.dtype.element_ty, tiling)
+            else:
+                patience = wait(counter, (step + 1) * S, patience, error, exchange)
+                product, patience = product_shared(
+                    weights, dr_gates + position, rows, D * G * H, patience, error, tiling, exchange
+                )
+            d_state = (d_previous[0] + product[0],) + d_previous[1:]
+
+        for i in tl.static_range(len(d_initial)):
+            tl.store(
+                d_initial[i] + edge + state_offsets, d_state[i].to(d_initial[i].dtype.element_ty), mask=store_mask
+            )

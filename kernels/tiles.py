@@ -1,0 +1,149 @@
+"""All address arithmetic of the scan kernels, and the shapes of their tiles.
+
+Tensors are contiguous: x_gates and saved [T, B, D, n, H], states [T + 2, B, D, H] with the initial state in the
+slot before the first step of each direction, weight_hh [D, G*H, H]. Offsets of a time step are 64-bit, because
+T*B*D*G*H may pass 2**31; offsets inside a tile stay below BB*D*G*H and are 32-bit.
+
+``tiling`` is the compile-time record ``plan.Tiling``. P = tiling.splits is the number of parts that K is cut into,
+one per warp: a 2-D dot never splits K over warps, a 3-D dot with P leading does.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def opaque_zero(exchange: tl.constexpr):
+    """0, in a way that no compiler sees through.
+
+    What derives from it inside the loop over jobs stays there. Hoisted out of that loop, the addresses of the weights
+    stay alive through the loop over time and spill (seen: bf16 LSTM backward, H=1000 and 1024: 2 to 6, then none).
+    """
+    if exchange.poll == "ptx":
+        zero = tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        return zero * 128  # keeps the alignment of what it is added to, and so the width of loads
+    else:
+        return 0
+
+
+@triton.jit
+def time_of(step, direction, T):
+    """The time index that ``step`` stands for: direction is the sign of the time step."""
+    return tl.where(direction == 0, step, T - 1 - step)
+
+
+@triton.jit
+def previous_slot(t, direction):
+    """Slot of the state before time t (slot t + 1 holds the state after it)."""
+    return tl.where(direction == 0, t, t + 2)
+
+
+@triton.jit
+def row_offset(t, b, direction, B, D: tl.constexpr, width: tl.constexpr):
+    """64-bit offset of element [t, b, direction, 0] in a tensor [*, B, D, width]."""
+    return ((t.to(tl.int64) * B + b) * D + direction) * width
+
+
+@triton.jit
+def unit_offsets(units, rows, row_stride: tl.constexpr):
+    """Offsets [U, BB] of a tile with units contiguous in memory."""
+    return units[:, None] + rows[None, :] * row_stride
+
+
+@triton.jit
+def k_index(size: tl.constexpr, splits: tl.constexpr):
+    """Indices into a chunk of K, from its start: [size] for one split, else [P, size // P]."""
+    if splits == 1:
+        return tl.arange(0, size)
+    else:
+        part: tl.constexpr = size // splits
+        return tl.arange(0, splits)[:, None] * part + tl.arange(0, part)[None, :]
+
+
+@triton.jit
+def operand_offsets(k, rows, row_stride: tl.constexpr, splits: tl.constexpr):
+    """Offsets of the moving operand: [K, BB] or [P, K // P, BB]."""
+    if splits == 1:
+        return k[:, None] + rows[None, :] * row_stride
+    else:
+        return k[:, :, None] + rows[None, None, :] * row_stride
+
+
+@triton.jit
+def operand_mask(k, length: tl.constexpr, splits: tl.constexpr):
+    """Which elements of the operand lie inside a chunk of ``length`` indices."""
+    if splits == 1:
+        return (k < length)[:, None]
+    else:
+        return (k < length)[:, :, None]
+
+
+@triton.jit
+def load_weight(weight, m, m_mask, m_stride: tl.constexpr, k, k_stride: tl.constexpr, length: tl.constexpr, splits: tl.constexpr):
+    """The resident operand: [M, K] or [P, M, K // P]; zero outside the matrix."""
+    if splits == 1:
+        offsets = m[:, None] * m_stride + k[None, :] * k_stride
+        mask = m_mask[:, None] & (k < length)[None, :]
+    else:
+        offsets = m[None, :, None] * m_stride + k[:, None, :] * k_stride
+        mask = m_mask[None, :, None] & (k < length)[:, None, :]
+    return tl.load(weight + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def accumulator(m: tl.constexpr, n: tl.constexpr, splits: tl.constexpr):
+    """Zeros [M, N] or [P, M, N]."""
+    if splits == 1:
+        return tl.zeros((m, n), tl.float32)
+    else:
+        return tl.zeros((splits, m, n), tl.float32)
+
+
+@triton.jit
+def halve(x):
+    """Sum pairs over the last axis in a fixed order; a 2-element last axis disappears."""
+    n: tl.constexpr = x.shape[len(x.shape) - 1]
+    if n == 2:
+        a, b = tl.split(x)
+        return a + b
+    else:
+        a, b = tl.split(tl.reshape(x, x.shape[:-1] + (n // 2, 2)))
+        return a + b
+
+
+@triton.jit
+def sum_splits(x, splits: tl.constexpr):
+    """Sum over a trailing axis of length P by halving; tl.sum would make every warp repeat what follows."""
+    if splits == 1:
+        return x
+    else:
+        return sum_splits(halve(x), splits // 2)
+
+
+@triton.jit
+def split_gates(acc, gates: tl.constexpr, units: tl.constexpr, batch: tl.constexpr, splits: tl.constexpr):
+    """[gates*U, BB] or [P, gates*U, BB] -> a tuple of ``gates`` tiles [U, BB], summed over P."""
+    if splits == 1:
+        if gates == 1:
+            return (acc,)
+        else:
+            x = tl.permute(tl.reshape(acc, (gates, units, batch)), (1, 2, 0))
+            return _unstack(x, gates)
+    else:
+        if gates == 1:
+            return (sum_splits(tl.permute(acc, (1, 2, 0)), splits),)
+        else:
+            x = tl.permute(tl.reshape(acc, (splits, gates, units, batch)), (2, 3, 1, 0))
+            return _unstack(sum_splits(x, splits), gates)
+
+
+@triton.jit
+def _unstack(x, n: tl.constexpr):
+    if n == 2:
+        return tl.split(x)
+    else:
+        # Axis n = 4 as (2, 2): the low bit splits last, so even and odd gates come apart first.
+        even, odd = tl.split(tl.reshape(x, x.shape[:-1] + (2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return first, second, third, fourth

@@ -1,0 +1,17 @@
+"""Persistent LSTM and GRU layers for PyTorch.
+
+`LSTM` and `GRU` are torch.nn's modules on Triton kernels that keep the recurrent weights on chip for all time
+steps. `functional` has the same as functions, `explain` says which path a call would take and why, `check`
+raises if a kernel's bounded wait ran out.
+"""
+
+from importlib.metadata import version
+
+from persistrnn import functional
+from persistrnn.explain import explain
+from persistrnn.modules import GRU, LSTM
+from persistrnn.ops import check
+
+__version__ = version("persistrnn")
+
+__all__ = ["GRU", "LSTM", "__version__", "check", "explain", "functional"]

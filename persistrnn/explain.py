@@ -1,0 +1,46 @@
+"""Which path a call would take, with which plan, and why; in words and without running it."""
+
+from persistrnn import functional, ops
+from persistrnn.modules import GRU, LSTM
+
+
+def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
+    """Say what `layer` would do with a padded input of `steps` time steps and `batch` rows.
+
+    Args:
+        layer: a persistrnn.LSTM or persistrnn.GRU, on any device, the meta device included
+        batch: B >= 1
+        steps: T >= 1
+
+    Returns:
+        A few lines: the call, the path ("persistent" or "torch", or that the call would raise), and the plan
+        of the kernels or the reason why they do not run. Settings that a call would read (autocast,
+        `torch.backends.cudnn.rnn.fp32_precision`) are read now.
+
+    Raises:
+        TypeError: a layer, batch or steps of another type
+        ValueError: a batch or steps below 1
+    """
+    if not isinstance(layer, (LSTM, GRU)):
+        raise TypeError(f"layer is a persistrnn.LSTM or persistrnn.GRU, got {type(layer).__name__}")
+    for name, value in (("batch", batch), ("steps", steps)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} is an int, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name} is at least 1, got {value}")
+
+    weight = layer.all_weights[0][0]
+    dtype, device = functional.compute_dtype(weight, weight), weight.device
+    directions = 2 if layer.bidirectional else 1
+    cell, precision = layer.mode.lower(), functional.precision()
+    sizes = (layer.hidden_size, layer.proj_size, batch, directions)
+    reason = functional.obstacle(layer.backend, cell, *sizes, dtype, device)
+    lines = [f"{layer}, batch {batch}, steps {steps}, {str(dtype).removeprefix('torch.')} on {device}"]
+    if reason is None:
+        plan = ops.describe(cell, layer.hidden_size, batch, directions, dtype, device, precision)
+        lines += ["path: persistent", plan]
+    elif layer.backend == "persistent":
+        lines += ['path: none, the call would raise, because backend="persistent"', f"why: {reason}"]
+    else:
+        lines += ["path: torch (cuDNN, oneDNN or ATen, as torch.nn would run it)", f"why: {reason}"]
+    return "\n".join(lines)

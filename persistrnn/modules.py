@@ -1,0 +1,285 @@
+"""LSTM and GRU modules with torch.nn's constructor, parameters, state_dict and results."""
+
+import math
+import numbers
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from persistrnn import functional
+from persistrnn.functional import Backend, Input
+
+
+class _Recurrent(nn.Module):
+    """What LSTM and GRU share. Not a torch.nn.RNNBase: each subclass of that breaks a compiled graph, and it
+    keeps a second list of the weights which goes stale under parametrizations."""
+
+    mode: str  # "LSTM" or "GRU", as in torch.nn
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
+    backend: Backend
+    last_path: str | None
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int,
+        device: Any,
+        dtype: Any,
+        backend: Backend,
+    ) -> None:
+        super().__init__()
+        flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+        for name, size in {**sizes, "proj_size": proj_size}.items():
+            if not isinstance(size, int):
+                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+            if size <= 0 and name in sizes:
+                raise ValueError(f"{name} must be greater than zero, got {size}")
+        if not 0 <= proj_size < hidden_size:
+            raise ValueError(
+                "proj_size should be zero (no projection) or a positive integer smaller than "
+                f"hidden_size={hidden_size}, got {proj_size}"
+            )
+        is_number = isinstance(dropout, numbers.Number) and not isinstance(dropout, bool)
+        if not is_number or not 0 <= dropout <= 1:
+            raise ValueError(
+                "dropout should be a number in range [0, 1] representing the probability of an element being "
+                f"zeroed, got {dropout!r}"
+            )
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
+                f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
+                stacklevel=3,
+            )
+        functional.check_backend(backend)
+
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+        self.backend = backend
+        self.last_path = None
+
+        rows = functional.GATES[self.mode.lower()] * hidden_size
+        features = proj_size or hidden_size
+        for layer, names in self._names():
+            width = input_size if layer == 0 else self._directions * features
+            shapes = [(rows, width), (rows, features)] + [(rows,), (rows,)] * bias + [(proj_size, hidden_size)]
+            for name, shape in zip(names, shapes, strict=False):
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    @property
+    def _directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def _names(self) -> Iterator[tuple[int, list[str]]]:
+        """(layer, names of its parameters), once for each direction of each layer."""
+        for layer in range(self.num_layers):
+            for direction in range(self._directions):
+                yield layer, functional.parameter_names(layer, direction, self.bias, self.proj_size > 0)
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The weights in torch.nn's order, one list for each direction of each layer."""
+        # by name at every call: a parametrization, functional_call and weight_norm replace the attribute
+        return [[getattr(self, name) for name in names] for _, names in self._names()]
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters from U(-1/sqrt(H), 1/sqrt(H)): with torch.nn's seed, torch.nn's weights."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: torch.nn needs it for cuDNN, here no path asks for contiguous weights."""
+
+    def extra_repr(self) -> str:
+        text = f"{self.input_size}, {self.hidden_size}"
+        defaults = {
+            "proj_size": 0,
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0,
+            "bidirectional": False,
+            "backend": "auto",
+        }
+        for name, default in defaults.items():
+            if (value := getattr(self, name)) != default:
+                text += f", {name}={value}"
+        return text
+
+    def _run(self, input: Input, hx: object) -> tuple[Input, list[Tensor]]:
+        output, states, path = functional.run(
+            self.mode.lower(),
+            input,
+            [weight for weights in self.all_weights for weight in weights],
+            hx,
+            self.num_layers,
+            self.bias,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+            self.backend,
+        )
+        if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
+            self.last_path = path
+        return output, states
+
+
+class LSTM(_Recurrent):
+    """torch.nn.LSTM on persistent kernels: constructor, parameters, state_dict and results are torch.nn's.
+
+    Each layer computes (Hochreiter and Schmidhuber 1997, forget gate of Gers et al. 2000)
+
+        i, f, g, o = x_t @ W_ih^T + b_ih + h_{t-1} @ W_hh^T + b_hh
+        c_t = sigmoid(f) * c_{t-1} + sigmoid(i) * tanh(g)
+        h_t = sigmoid(o) * tanh(c_t)
+
+    Args:
+        input_size: I, the features of the input
+        hidden_size: H, the features of the state; any H
+        num_layers: L, the layers of the stack
+        bias: whether the layers have bias_ih and bias_hh
+        batch_first: whether input and output are [B, T, features]; the states never are
+        dropout: probability of a zero between two layers, in training
+        bidirectional: whether each layer reads the sequence both ways; then D is 2, else 1
+        proj_size: P > 0 projects each h to P features (torch's path only); the output then has D*P features
+        device, dtype: of the parameters
+        backend: "auto" runs the persistent kernels on a GPU that can run them and torch's own kernels
+            elsewhere (CPU, float64, PackedSequence, ...); "persistent" runs the kernels or raises; "torch"
+            runs torch's own
+
+    Inputs: input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence), T >= 1; and
+    optionally (h0, c0), each [L*D, B, H] ([L*D, H] unbatched; h0 has P features with projections).
+
+    Outputs: output [T, B, D*H] of the last layer, in the input's form, and (h_n, c_n), shaped as (h0, c0).
+
+    Attributes:
+        weight_ih_l[k] [4*H, I or D*H], weight_hh_l[k] [4*H, H], bias_ih_l[k], bias_hh_l[k] [4*H]: gate order
+            i, f, g, o; the second direction's names end in _reverse; weight_hr_l[k] [P, H] with projections
+        last_path: "persistent" or "torch", what ran the last eager call; None before the first. A call under
+            torch.compile leaves it as it is: ask `persistrnn.explain`
+
+    Dtypes: float16, bfloat16 and float32 on the kernels, also what torch.nn.LSTM takes on torch's path. Under
+    autocast the layer computes in autocast's dtype, as torch.nn.LSTM does.
+
+    Raises: ValueError, RuntimeError and TypeError as torch.nn.LSTM does, and RuntimeError where
+    backend="persistent" cannot run a call. Not scriptable by torch.jit.
+    """
+
+    mode = "LSTM"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+            backend,
+        )
+
+    def forward(self, input: Input, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Input, tuple[Tensor, Tensor]]:
+        output, (h_n, c_n) = self._run(input, hx)
+        return output, (h_n, c_n)
+
+
+class GRU(_Recurrent):
+    """torch.nn.GRU on persistent kernels: constructor, parameters, state_dict and results are torch.nn's.
+
+    Each layer computes (Cho et al. 2014, in cuDNN's and torch's form: reset after the matrix product)
+
+        xr, xz, xn = x_t @ W_ih^T + b_ih
+        rr, rz, rn = h_{t-1} @ W_hh^T + b_hh
+        r, z = sigmoid(xr + rr), sigmoid(xz + rz)
+        n = tanh(xn + r * rn)
+        h_t = (1 - z) * n + z * h_{t-1}
+
+    Inputs: input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence), T >= 1; and
+    optionally h0 [L*D, B, H] ([L*D, H] unbatched).
+
+    Outputs: output [T, B, D*H] of the last layer, in the input's form, and h_n, shaped as h0.
+
+    Attributes:
+        weight_ih_l[k] [3*H, I or D*H], weight_hh_l[k] [3*H, H], bias_ih_l[k], bias_hh_l[k] [3*H]: gate order
+            r, z, n; the second direction's names end in _reverse
+        last_path: as for `LSTM`
+
+    Arguments, dtypes and errors are those of `LSTM`; as in torch.nn.GRU there is no projection, and
+    proj_size is refused with ValueError.
+    """
+
+    mode = "GRU"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: Backend = "auto",
+        proj_size: int | None = None,
+    ) -> None:
+        if proj_size is not None:
+            raise ValueError(
+                f"proj_size argument is only supported for LSTM, not for GRU, got {proj_size}; leave it out"
+            )
+        super().__init__(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype, backend
+        )
+
+    def forward(self, input: Input, hx: Tensor | None = None) -> tuple[Input, Tensor]:
+        output, (h_n,) = self._run(input, hx)
+        return output, h_n

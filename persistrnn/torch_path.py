@@ -1,0 +1,276 @@
+"""PyTorch's own LSTM and GRU kernels (cuDNN, MIOpen, oneDNN, ATen), without torch.nn.RNNBase around them.
+
+Eager, a call is one call of torch's function for the whole stack: torch.nn's results to the bit, dropout
+masks included. Under `torch.compile` that function would break the graph, so there every layer is one
+operator, and the dropout between the layers is traced.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {"lstm": torch._VF.lstm, "gru": torch._VF.gru}
+
+
+def stack(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> list[Tensor]:
+    """Run a whole stack on torch's kernels: [output, h_n] of a GRU, [output, h_n, c_n] of an LSTM.
+
+    Args:
+        cell: "lstm" or "gru"
+        input: [T, B, I], [B, T, I] with batch_first, or the data of a PackedSequence
+        batch_sizes: of the PackedSequence, else None
+        states: [h0] or [h0, c0], each [num_layers*D, B, H] (h0's H is proj_size where weights project)
+        weights: all of them, in torch.nn's order
+    """
+    # A packed sequence has no operator of ours: compiled, the graph breaks here, as it does in torch.nn.
+    if torch.compiler.is_compiling() and batch_sizes is None:
+        return _compiled_stack(
+            cell, input, states, weights, bias, num_layers, dropout, training, bidirectional, batch_first
+        )
+    options = (bias, num_layers, dropout, training, bidirectional)
+    return _eager(cell, input, batch_sizes, states, weights, options, batch_first)
+
+
+def _eager(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    options: tuple[bool, int, float, bool, bool],
+    batch_first: bool,
+) -> list[Tensor]:
+    hx = tuple(states) if cell == "lstm" else states[0]
+    with _no_flat_weight_warning(input):
+        if batch_sizes is None:
+            return list(FUNCTIONS[cell](input, hx, list(weights), *options, batch_first))
+        return list(FUNCTIONS[cell](input, batch_sizes, hx, list(weights), *options))
+
+
+@contextlib.contextmanager
+def _no_flat_weight_warning(input: Tensor) -> Iterator[None]:
+    """Silence cuDNN's hint to call flatten_parameters(): the weights here belong to the caller.
+
+    Only on a GPU, the one place where the warning exists, since catching warnings costs time and changes a
+    setting of the whole process.
+    """
+    if not input.is_cuda:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        yield
+
+
+def _compiled_stack(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> list[Tensor]:
+    directions = 2 if bidirectional else 1
+    per_layer = len(weights) // num_layers
+    autocast = autocast_dtype(input)  # inside an operator it is not visible
+    y = input.transpose(0, 1) if batch_first else input
+    finals = []
+    for layer in range(num_layers):
+        if layer > 0 and training and dropout > 0:
+            y = F.dropout(y, dropout)
+        rows = slice(layer * directions, (layer + 1) * directions)
+        layer_states = [s[rows] for s in states]
+        y, *final = _Layer.apply(
+            cell,
+            bias,
+            bidirectional,
+            autocast,
+            _output_dtype(cell, y, layer_states[0], autocast),
+            y,
+            *layer_states,
+            *weights[layer * per_layer : (layer + 1) * per_layer],
+        )
+        finals.append(final)
+    if batch_first:
+        y = y.transpose(0, 1)
+    return [y, *(torch.cat(s) for s in zip(*finals, strict=True))]
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for on the input's device, None where autocast is off."""
+    device_type = input.device.type
+    # device types without autocast, such as meta, raise when asked
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _output_dtype(cell: str, input: Tensor, h0: Tensor, autocast: torch.dtype | None) -> torch.dtype:
+    """The output's dtype, which a compiler must know before the call."""
+    if autocast is None or input.dtype == torch.float64:  # autocast leaves float64 alone
+        return input.dtype
+    if input.device.type == "cpu" and not (cell == "lstm" and autocast == torch.bfloat16):
+        # ATen's CPU loop autocasts its matrix products and keeps the state in its own dtype; only oneDNN's
+        # bfloat16 LSTM, and every GPU path, cast all of it.
+        return torch.promote_types(autocast, h0.dtype)
+    return autocast
+
+
+def _run_layer(
+    cell: str,
+    bias: bool,
+    bidirectional: bool,
+    autocast: torch.dtype | None,
+    training: bool,
+    tensors: Sequence[Tensor],
+) -> list[Tensor]:
+    input, states, weights = _split(cell, tensors)
+    if autocast is None:
+        context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    else:
+        context = torch.autocast(input.device.type, dtype=autocast, cache_enabled=False)
+    with context:
+        return _eager(cell, input, None, states, weights, (bias, 1, 0.0, training, bidirectional), False)
+
+
+def _split(cell: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """(input, *states, *weights) in its three parts."""
+    first_weight = 3 if cell == "lstm" else 2
+    return tensors[0], tensors[1:first_weight], tensors[first_weight:]
+
+
+def _unaliased(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous copies where a storage is shared: an operator's outputs alias nothing."""
+    taken = {t.untyped_storage().data_ptr() for t in inputs}
+    result = []
+    for output in outputs:
+        output = output.contiguous()
+        if output.untyped_storage().data_ptr() in taken:
+            output = output.clone()
+        taken.add(output.untyped_storage().data_ptr())
+        result.append(output)
+    return result
+
+
+@contextlib.contextmanager
+def _autograd_inside_an_operator() -> Iterator[None]:
+    """Let autograd record again. An operator runs below autograd: its dispatch keys are excluded there, which
+    torch.enable_grad() does not undo."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
+@torch.library.custom_op("persistrnn::torch_layer", mutates_args=())
+def layer_forward(
+    cell: str,
+    bias: bool,
+    bidirectional: bool,
+    autocast: torch.dtype | None,
+    output_dtype: torch.dtype,
+    tensors: list[Tensor],
+) -> list[Tensor]:
+    """One layer on torch's kernels. tensors: input [T, B, I], the states [D, B, H], the layer's weights."""
+    outputs = _run_layer(cell, bias, bidirectional, autocast, False, tensors)
+    return _unaliased([output.to(output_dtype) for output in outputs], tensors)
+
+
+@layer_forward.register_fake
+def _(
+    cell: str,
+    bias: bool,
+    bidirectional: bool,
+    autocast: torch.dtype | None,
+    output_dtype: torch.dtype,
+    tensors: list[Tensor],
+) -> list[Tensor]:
+    input, states, _ = _split(cell, tensors)
+    steps, batch, _ = input.shape
+    directions, _, features = states[0].shape
+    y = input.new_empty(steps, batch, directions * features, dtype=output_dtype)
+    return [y, *(s.new_empty(s.shape, dtype=output_dtype) for s in states)]
+
+
+@torch.library.custom_op("persistrnn::torch_layer_backward", mutates_args=())
+def layer_backward(
+    cell: str,
+    bias: bool,
+    bidirectional: bool,
+    autocast: torch.dtype | None,
+    tensors: list[Tensor],
+    grads: list[Tensor],
+) -> list[Tensor]:
+    """The gradients of `tensors`, given those of layer_forward's outputs. Runs the forward again: what cuDNN
+    and oneDNN save for their backward has no shape that a compiler could know."""
+    with _autograd_inside_an_operator():
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        # training=True: without it cuDNN saves nothing and refuses the backward.
+        outputs = _run_layer(cell, bias, bidirectional, autocast, True, leaves)
+        cast = [g.to(y.dtype) for g, y in zip(grads, outputs, strict=True)]
+        result = torch.autograd.grad(outputs, leaves, cast)
+    return _unaliased(result, [*tensors, *grads])
+
+
+@layer_backward.register_fake
+def _(
+    cell: str,
+    bias: bool,
+    bidirectional: bool,
+    autocast: torch.dtype | None,
+    tensors: list[Tensor],
+    grads: list[Tensor],
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in tensors]
+
+
+class _Layer(torch.autograd.Function):
+    """The two operators as one differentiable function (an operator's own register_autograd breaks
+    torch.func and gives silent zero tangents under jvp)."""
+
+    @staticmethod
+    def forward(
+        cell: str,
+        bias: bool,
+        bidirectional: bool,
+        autocast: torch.dtype | None,
+        output_dtype: torch.dtype,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        outputs = layer_forward(cell, bias, bidirectional, autocast, output_dtype, list(tensors))
+        return tuple(outputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.cell, ctx.bias, ctx.bidirectional, ctx.autocast, _, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = layer_backward(
+            ctx.cell, ctx.bias, ctx.bidirectional, ctx.autocast, list(ctx.saved_tensors), list(grads)
+        )
+        return None, None, None, None, None, *gradients

@@ -1,0 +1,132 @@
+"""The concurrent grid: interpreted programs that run at the same time, one thread per program.
+
+Triton's interpreter runs the programs of a grid one after the other, so a program that waits for another never
+ends. Inside ``concurrent_grid()`` a launch collects its programs, then runs each in a thread of its own; the program
+id is thread-local. ``delay`` is called with the program's id and a random generator before every exchange
+operation, and may sleep: real concurrency hides races that forced delays show.
+"""
+
+import contextlib
+import inspect
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import triton.runtime.interpreter as interpreter
+from persistrnn.kernels import scan
+
+EXCHANGE = ("put", "arrive", "wait", "get")
+
+
+class _ThreadLocalGrid(type(interpreter.interpreter_builder)):
+    """The interpreter's builder with one program id per thread."""
+
+    local = threading.local()
+
+    @property
+    def grid_idx(self):
+        return self.local.__dict__.get("index")
+
+    @grid_idx.setter
+    def grid_idx(self, index):
+        self.local.index = index
+
+
+class _Programs:
+    """Stands in for a kernel's body: remembers each program's id, and runs all of them at the last one."""
+
+    def __init__(self, body: Callable, count: int):
+        self.body = body
+        self.count = count
+        self.indices: list[tuple[int, int, int]] = []
+        self.__globals__ = body.__globals__
+        self.__name__ = body.__name__
+        self.__signature__ = inspect.signature(body)
+
+    def __call__(self, **arguments):
+        builder = interpreter.interpreter_builder
+        self.indices.append(builder.grid_idx)
+        if len(self.indices) < self.count:
+            return
+        errors: list[BaseException] = []
+
+        def run(index):
+            builder.grid_idx = index
+            try:
+                self.body(**arguments)
+            except BaseException as error:  # handed to the launching thread, which raises it
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in self.indices]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+
+class Delays:
+    """Seeded adversarial schedule: program ``slow`` sleeps at exchange operations, the others yield at random.
+
+    Which program is slow, and before which operation it sleeps, both follow from the seed.
+    """
+
+    def __init__(self, seed: int, programs: int, seconds: float = 0.004):
+        self.random = random.Random(seed)
+        self.slow = self.random.randrange(programs)
+        self.operation = EXCHANGE[seed % len(EXCHANGE)]
+        self.seconds = seconds
+
+    def __call__(self, operation: str, index: tuple[int, int, int]) -> None:
+        if index[0] == self.slow and operation == self.operation:
+            time.sleep(self.seconds)
+        elif self.random.random() < 0.2:
+            time.sleep(self.seconds / 8)
+
+
+@contextlib.contextmanager
+def concurrent_grid(delay: Callable[[str, tuple[int, int, int]], None] | None = None) -> Iterator[None]:
+    """Launches inside run their programs concurrently; ``delay(operation, program_id)`` precedes each exchange."""
+    builder = interpreter.interpreter_builder
+    executor = interpreter.GridExecutor
+    original_class, original_call = type(builder), executor.__call__
+    originals = {name: getattr(scan, name) for name in EXCHANGE}
+
+    def call(self, *args, **kwargs):
+        count = 1
+        for extent in self.grid:
+            count *= extent
+        body, self.fn = self.fn, None
+        self.fn = _Programs(body, count)
+        try:
+            return original_call(self, *args, **kwargs)
+        finally:
+            self.fn = body
+
+    def delayed(name):
+        def operation(*args, **kwargs):
+            delay(name, builder.grid_idx)
+            return originals[name](*args, **kwargs)
+
+        return operation
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # 3 to 4 times faster than the default 5 ms: a spinning poll yields sooner
+    index = builder.__dict__.pop("grid_idx", None)
+    builder.__class__ = _ThreadLocalGrid
+    if delay is not None:
+        for name in EXCHANGE:
+            setattr(scan, name, delayed(name))
+    executor.__call__ = call
+    try:
+        yield
+    finally:
+        executor.__call__ = original_call
+        builder.__class__ = original_class
+        builder.grid_idx = index
+        sys.setswitchinterval(switch)
+        for name, function in originals.items():
+            setattr(scan, name, function)

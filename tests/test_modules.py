@@ -1,0 +1,539 @@
+"""The modules against torch.nn's: parameters, state_dict, results to the bit, and the same refusals."""
+
+import copy
+import inspect
+import io
+import itertools
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+
+import persistrnn
+from persistrnn import ops, reference
+
+PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
+STEPS, BATCH, INPUT, HIDDEN = 5, 3, 4, 6
+STACKS = [
+    dict(zip(("num_layers", "bidirectional", "bias", "batch_first"), values, strict=True))
+    for values in itertools.product([1, 2], [False, True], [True, False], [False, True])
+]
+
+
+def tensors_of(outputs):
+    leaves = torch.utils._pytree.tree_leaves(outputs)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def assert_same_bits(actual, expected):
+    actual, expected = tensors_of(actual), tensors_of(expected)
+    assert len(actual) == len(expected) > 0
+    for a, e in zip(actual, expected, strict=True):
+        assert (a.dtype, a.shape, a.stride()) == (e.dtype, e.shape, e.stride())
+        assert torch.equal(a, e)
+
+
+def make_pair(cell, *args, **options):
+    """Ours and torch.nn's, from one seed."""
+    layers = []
+    for constructor in PAIRS[cell]:
+        torch.manual_seed(0)
+        layers.append(constructor(*(args or (INPUT, HIDDEN)), **options))
+    return layers
+
+
+def make_state(cell, rows, batch, hidden=HIDDEN, dtype=torch.float32):
+    h, c = torch.randn(2, rows, batch, hidden, dtype=dtype)
+    return (h, c) if cell == "lstm" else h
+
+
+# --- parameters ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", STACKS, ids=str)
+@pytest.mark.parametrize("cell", PAIRS)
+def test_parameters_are_torch_nn_to_the_bit(cell, options):
+    ours, theirs = make_pair(cell, **options)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    assert_same_bits(list(ours.parameters()), list(theirs.parameters()))
+    assert [[w.shape for w in ws] for ws in ours.all_weights] == [[w.shape for w in ws] for ws in theirs.all_weights]
+    assert_same_bits(ours.all_weights, theirs.all_weights)
+    assert repr(ours) == repr(theirs)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_projection_parameters_are_torch_nn_to_the_bit(bias):
+    ours, theirs = make_pair("lstm", num_layers=2, bidirectional=True, bias=bias, proj_size=2)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert_same_bits(ours.all_weights, theirs.all_weights)
+    assert repr(ours) == repr(theirs)
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_state_dict_goes_both_ways(cell):
+    ours, theirs = make_pair(cell, num_layers=2, bidirectional=True)
+    x = torch.randn(STEPS, BATCH, INPUT)
+    theirs.reset_parameters()
+    assert not torch.equal(ours(x)[0], theirs(x)[0])
+    ours.load_state_dict(theirs.state_dict())
+    assert_same_bits(ours(x), theirs(x))
+    ours.reset_parameters()
+    theirs.load_state_dict(ours.state_dict())
+    assert_same_bits(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_reset_parameters_draws_in_torch_nn_order(cell):
+    ours, theirs = make_pair(cell, num_layers=2)
+    for layer in (ours, theirs):
+        torch.manual_seed(5)
+        layer.reset_parameters()
+    assert_same_bits(ours.all_weights, theirs.all_weights)
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_constructor_is_torch_nn(cell):
+    ours = inspect.signature(PAIRS[cell][0]).parameters
+    positional = [name for name, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    sizes = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"]
+    assert positional == [*sizes, *(["proj_size"] if cell == "lstm" else []), "device", "dtype"]
+    assert ours["backend"].kind is inspect.Parameter.KEYWORD_ONLY
+    layer = PAIRS[cell][0](INPUT, HIDDEN, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_repr_shows_a_chosen_backend():
+    assert repr(persistrnn.GRU(2, 3, backend="torch")) == "GRU(2, 3, backend=torch)"
+
+
+# --- results ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("options", STACKS, ids=str)
+@pytest.mark.parametrize("cell", PAIRS)
+def test_forward_and_gradients_are_torch_nn_to_the_bit(cell, options, with_state):
+    ours, theirs = make_pair(cell, **options)
+    rows = options["num_layers"] * (2 if options["bidirectional"] else 1)
+    x = torch.randn((BATCH, STEPS, INPUT) if options["batch_first"] else (STEPS, BATCH, INPUT), requires_grad=True)
+    hx = make_state(cell, rows, BATCH) if with_state else None
+    outputs = [layer(x, hx) for layer in (ours, theirs)]
+    assert_same_bits(*outputs)
+    losses = [sum(t.sin().sum() for t in tensors_of(o)) for o in outputs]
+    ours_grads, theirs_grads = (
+        torch.autograd.grad(loss, [x, *layer.parameters()]) for loss, layer in zip(losses, (ours, theirs), strict=True)
+    )
+    assert_same_bits(ours_grads, theirs_grads)
+    assert ours.last_path == "torch"
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_dropout_bits_are_torch_nn(cell):
+    pair = make_pair(cell, num_layers=3, dropout=0.4)
+    x = torch.randn(STEPS, BATCH, INPUT)
+    results = []
+    for layer in pair:
+        torch.manual_seed(9)
+        results.append(layer(x))
+    assert_same_bits(*results)
+    assert not torch.equal(results[0][0], pair[0](x)[0])
+    assert_same_bits(pair[0].eval()(x), pair[1].eval()(x))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("cell", PAIRS)
+def test_unbatched_input(cell, with_state, batch_first):
+    ours, theirs = make_pair(cell, num_layers=2, batch_first=batch_first)
+    x = torch.randn(STEPS, INPUT)
+    state = make_state(cell, 2, 1)
+    state = tuple(s[:, 0] for s in state) if cell == "lstm" else state[:, 0]
+    hx = state if with_state else None
+    assert [t.shape for t in tensors_of(ours(x, hx))] == [t.shape for t in tensors_of(theirs(x, hx))]
+    for a, e in zip(tensors_of(ours(x, hx)), tensors_of(theirs(x, hx)), strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("cell", PAIRS)
+def test_packed_sequences(cell, ordered, with_state):
+    ours, theirs = make_pair(cell, num_layers=2, bidirectional=True)
+    lengths = [5, 3, 2] if ordered else [2, 5, 3]
+    packed = pack_padded_sequence(torch.randn(STEPS, 3, INPUT), lengths, enforce_sorted=ordered)
+    hx = make_state(cell, 4, 3) if with_state else None
+    actual, expected = ours(packed, hx), theirs(packed, hx)
+    assert isinstance(actual[0], PackedSequence)
+    assert_same_bits(actual, expected)
+    assert ours.last_path == "torch"
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_empty_batch(cell):
+    ours, theirs = make_pair(cell, num_layers=2)
+    x = torch.randn(STEPS, 0, INPUT)
+    assert_same_bits(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cell", PAIRS)
+def test_other_dtypes(cell, dtype):
+    ours, theirs = make_pair(cell, dtype=dtype)
+    x = torch.randn(STEPS, BATCH, INPUT, dtype=dtype)
+    assert_same_bits(ours(x), theirs(x))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+def test_projection():
+    ours, theirs = make_pair("lstm", num_layers=2, bidirectional=True, proj_size=2)
+    x = torch.randn(STEPS, BATCH, INPUT)
+    assert_same_bits(ours(x), theirs(x))
+    hx = torch.randn(4, BATCH, 2), torch.randn(4, BATCH, HIDDEN)
+    assert_same_bits(ours(x, hx), theirs(x, hx))
+    assert ours.last_path == "torch"
+
+
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("cell", PAIRS)
+def test_autocast_is_torch_nn(cell, with_state, input_dtype):
+    ours, theirs = make_pair(cell, num_layers=2)
+    x = torch.randn(STEPS, BATCH, INPUT, dtype=input_dtype)
+    hx = make_state(cell, 2, BATCH) if with_state else None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_bits(ours(x, hx), theirs(x, hx))
+
+
+# --- living in a torch program --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_copies_and_pickles(cell):
+    layer = PAIRS[cell][0](INPUT, HIDDEN, 2, bidirectional=True, backend="torch")
+    x = torch.randn(STEPS, BATCH, INPUT)
+    expected = layer(x)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)]
+    with torch.no_grad():
+        layer.weight_hh_l0.zero_()
+    for other in copies:
+        assert repr(other) == repr(layer)
+        assert_same_bits(other(x), expected)
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_weights_are_read_at_each_call(cell):
+    ours, theirs = make_pair(cell)
+    x = torch.randn(STEPS, BATCH, INPUT)
+    ours(x)
+    replacement = nn.Parameter(torch.randn_like(ours.weight_hh_l0))
+    ours.weight_hh_l0 = replacement
+    theirs.weight_hh_l0 = replacement
+    assert_same_bits(ours(x), theirs(x))
+    ours.double()
+    assert ours(x.double())[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_functional_call_differentiates_the_given_weights(cell):
+    layer = PAIRS[cell][0](INPUT, HIDDEN)
+    x = torch.randn(STEPS, BATCH, INPUT)
+    weights = {name: torch.randn_like(p).requires_grad_() for name, p in layer.named_parameters()}
+    output, _ = torch.func.functional_call(layer, weights, (x,))
+    output.square().sum().backward()
+    other = copy.deepcopy(layer)
+    other.load_state_dict(weights)
+    other(x)[0].square().sum().backward()
+    for name, parameter in other.named_parameters():
+        torch.testing.assert_close(weights[name].grad, parameter.grad)
+    assert all(p.grad is None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_weight_norm_trains(cell):
+    torch.manual_seed(0)
+    layer = PAIRS[cell][0](INPUT, HIDDEN)
+    x = torch.randn(STEPS, BATCH, INPUT)
+    expected = layer(x)
+    nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+    torch.testing.assert_close(layer(x), expected)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    losses, before = [], layer.weight_hh_l0.detach().clone()
+    for _ in range(10):
+        loss = (layer(x)[0] - 0.25).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    names = [name for name, _ in layer.named_parameters()]
+    assert {"parametrizations.weight_hh_l0.original0", "parametrizations.weight_hh_l0.original1"} <= set(names)
+    assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
+    assert losses == sorted(losses, reverse=True)
+    assert not torch.equal(layer.weight_hh_l0, before)
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_meta_device(cell):
+    layer = PAIRS[cell][0](INPUT, HIDDEN, 2, device="meta")
+    y, _ = layer(torch.empty(STEPS, BATCH, INPUT, device="meta"))
+    assert y.shape == (STEPS, BATCH, HIDDEN)
+    assert y.is_meta
+    layer = layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer(torch.randn(STEPS, BATCH, INPUT))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_flatten_parameters_changes_nothing(cell):
+    layer = PAIRS[cell][0](INPUT, HIDDEN)
+    before = [(p.data_ptr(), p.detach().clone()) for p in layer.parameters()]
+    assert layer.flatten_parameters() is None
+    for (address, value), p in zip(before, layer.parameters(), strict=True):
+        assert p.data_ptr() == address
+        assert torch.equal(p, value)
+
+
+def test_last_path_tells_what_ran(monkeypatch):
+    monkeypatch.setattr(ops, "unsupported", lambda *args: None)
+    monkeypatch.setattr(ops, "recurrent", lambda *args: reference.recurrent(*args[:-1]))
+    layer = persistrnn.LSTM(INPUT, HIDDEN, 2, backend="persistent")
+    assert layer.last_path is None
+    x = torch.randn(STEPS, BATCH, INPUT)
+    persistent = layer(x)
+    assert layer.last_path == "persistent"
+    layer.backend = "auto"
+    automatic = layer(x)
+    assert layer.last_path == "torch"
+    torch.testing.assert_close(persistent, automatic)
+    layer.backend = "kernels"
+    with pytest.raises(ValueError, match="got 'kernels'"):
+        layer(x)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+def exception_of(call):
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout": 1.5}, r"dropout .* \[0, 1\] .*got 1.5"),
+        ({"dropout": -0.1}, "got -0.1"),
+        ({"dropout": float("nan")}, "got nan"),
+        ({"dropout": True}, "got True"),
+        ({"dropout": "half"}, "got 'half'"),
+        ({"bias": 1}, "bias should be of type bool, got: int"),
+        ({"batch_first": None}, "batch_first should be of type bool, got: NoneType"),
+        ({"input_size": 0}, "input_size must be greater than zero, got 0"),
+        ({"input_size": 2.0}, "input_size should be of type int, got: float"),
+        ({"hidden_size": -3}, "hidden_size must be greater than zero, got -3"),
+        ({"hidden_size": "6"}, "hidden_size should be of type int, got: str"),
+        ({"num_layers": 0}, "num_layers must be greater than zero, got 0"),
+        ({"num_layers": 2.0}, "num_layers should be of type int, got: float"),
+        ({"num_layers": None}, "num_layers should be of type int, got: NoneType"),
+        ({"proj_size": -1}, "smaller than hidden_size=6, got -1"),
+        ({"proj_size": HIDDEN}, "smaller than hidden_size=6, got 6"),
+        ({"proj_size": 1.5}, "proj_size should be of type int, got: float"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cell", PAIRS)
+def test_constructor_refuses_as_torch_nn(cell, options, message):
+    if cell == "gru" and "proj_size" in options:
+        message = "only supported for LSTM"
+    arguments = {"input_size": INPUT, "hidden_size": HIDDEN, **options}
+    ours, theirs = (exception_of(lambda c=c: c(**arguments)) for c in PAIRS[cell])
+    assert type(ours) is type(theirs) is not type(None)
+    assert re.search(message, str(ours))
+
+
+def test_gru_refuses_any_proj_size():
+    for proj_size in (0, 2):
+        with pytest.raises(ValueError, match=f"only supported for LSTM, not for GRU, got {proj_size}"):
+            persistrnn.GRU(INPUT, HIDDEN, proj_size=proj_size)
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_constructor_refuses_a_bidirectional_that_is_no_bool(cell):
+    """torch.nn takes it and fails with the same TypeError at the first call."""
+    with pytest.raises(TypeError, match="bidirectional should be of type bool, got: int"):
+        PAIRS[cell][0](INPUT, HIDDEN, bidirectional=1)
+    with pytest.raises(TypeError):
+        PAIRS[cell][1](INPUT, HIDDEN, bidirectional=1)(torch.randn(STEPS, BATCH, INPUT))
+
+
+def test_constructor_refuses_an_unknown_backend():
+    with pytest.raises(ValueError, match="'auto', 'persistent', 'torch', got 'cudnn'"):
+        persistrnn.LSTM(INPUT, HIDDEN, backend="cudnn")
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_dropout_of_one_layer_warns_at_the_caller(cell):
+    for constructor in PAIRS[cell]:
+        with pytest.warns(UserWarning, match=r"dropout=0.5 and num_layers=1") as record:
+            constructor(INPUT, HIDDEN, dropout=0.5)
+    with pytest.warns(UserWarning, match="dropout") as record:
+        PAIRS[cell][0](INPUT, HIDDEN, dropout=0.5)
+    assert record[0].filename == __file__
+
+
+X = torch.zeros(STEPS, BATCH, INPUT)
+H = torch.zeros(2, BATCH, HIDDEN)
+
+
+def bad_calls():
+    """(what is wrong, cells, input, hx, message of ours). For an LSTM a tensor h stands for (h, h)."""
+    both = ("lstm", "gru")
+    packed = pack_sequence([torch.zeros(n, INPUT) for n in (3, 2, 1)])
+    return [
+        ("1-D", both, X[0, 0], None, "Expected input to be 2D or 3D, got 1D"),
+        ("4-D", both, X[None], None, "Expected input to be 2D or 3D, got 4D"),
+        ("float64", both, X.double(), None, r"input dtype \(torch.float64\) .* weight dtype \(torch.float32\)"),
+        ("int64", both, X.long(), None, r"input.to\(torch.float32\)"),
+        ("features", both, X[..., :-1], None, "Expected 4, got 3"),
+        ("unbatched features", both, X[0, :, :-1], None, "Expected 4, got 3"),
+        ("no steps", both, X[:0], None, r"larger than 0 in RNN, got input of shape \(0, 3, 4\)"),
+        ("no unbatched steps", both, X[:0, 0], None, "larger than 0 in RNN"),
+        ("input device", both, X.to("meta"), None, "found input tensor at meta and parameter tensor at cpu"),
+        ("hx device", both, X, H.to("meta"), "found input tensor at cpu and hidden tensor at meta"),
+        ("hx rows", both, X, H[:1], r"Expected hidden.* size \(2, 3, 6\), got \[1, 3, 6\]"),
+        ("hx batch", both, X, H[:, :2], r"Expected hidden.* size \(2, 3, 6\), got \[2, 2, 6\]"),
+        ("hx features", both, X, H[..., :2], r"Expected hidden.* size \(2, 3, 6\), got \[2, 3, 2\]"),
+        ("hx dtype", both, X, H.double(), r"\.to\(torch.float32\)"),
+        ("2-D hx", both, X, H[:, 0], "For batched 3-D input, .* should also be 3-D but got 2-D"),
+        ("3-D hx", both, X[:, 0], H, "For unbatched 2-D input, .* should also be 2-D but got 3-D"),
+        ("unbatched hx rows", both, X[:, 0], H[:1, 0], r"size \(2, 1, 6\), got \[1, 1, 6\]"),
+        ("c0 alone", ("lstm",), X, (H, H[:, :2]), r"Expected hidden\[1\] size \(2, 3, 6\), got \[2, 2, 6\]"),
+        ("three states", ("lstm",), X, (H, H, H), "pair of tensors .h0, c0., got 3 of them"),
+        ("packed hx rows", both, packed, H[:1], r"size \(2, 3, 6\), got \[1, 3, 6\]"),
+        ("packed features", both, packed._replace(data=packed.data[:, :-1]), None, "Expected 4, got 3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "input", "hx", "message"),
+    [pytest.param(cell, row[2], row[3], row[4], id=f"{cell}-{row[0]}") for row in bad_calls() for cell in row[1]],
+)
+def test_call_refuses_as_torch_nn(cell, input, hx, message):
+    if cell == "lstm" and isinstance(hx, torch.Tensor):
+        hx = (hx, hx)
+    ours, theirs = (exception_of(lambda layer=layer: layer(input, hx)) for layer in make_pair(cell, num_layers=2))
+    assert type(ours) is type(theirs) is not type(None)
+    assert re.search(message, str(ours))
+
+
+def test_lstm_refuses_h0_without_c0_as_torch_nn():
+    for layer in make_pair("lstm", num_layers=2):
+        with pytest.raises(RuntimeError):
+            layer(X, H)
+    with pytest.raises(RuntimeError, match=r"pair of tensors \(h0, c0\), got one tensor of shape \(2, 3, 6\)"):
+        make_pair("lstm", num_layers=2)[0](X, H)
+
+
+@pytest.mark.parametrize(
+    ("cell", "input", "hx", "message"),
+    [
+        ("lstm", [1.0], None, "input is a tensor or a PackedSequence, got list"),
+        ("gru", None, None, "input is a tensor or a PackedSequence, got NoneType"),
+        ("gru", X, (H, H), "GRU: hx is one tensor h0, got tuple"),
+        ("lstm", X, "h", r"LSTM: hx is a pair of tensors \(h0, c0\), got str"),
+        ("lstm", X, (H, None), "pair of tensors"),
+    ],
+)
+def test_call_refuses_other_types(cell, input, hx, message):
+    """TypeError where torch.nn meets an AttributeError on the way."""
+    with pytest.raises(TypeError, match=message):
+        PAIRS[cell][0](INPUT, HIDDEN, 2)(input, hx)
+
+
+def test_persistent_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(ops, "unsupported", lambda *args: "the tensors are on cpu; move them to a GPU.")
+    with pytest.raises(RuntimeError, match="the tensors are on cpu; move them to a GPU"):
+        persistrnn.GRU(INPUT, HIDDEN, backend="persistent")(X)
+
+
+# --- explain ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """ops that support everything but H=7, with a plan to print. Yields what describe was asked."""
+    asked = []
+
+    def describe(*args):
+        asked.append(args)
+        return "8 slices\n16 rows"
+
+    monkeypatch.setattr(ops, "describe", describe)
+    monkeypatch.setattr(ops, "unsupported", lambda *args: "H=7 is odd." if args[1] == 7 else None)
+    return asked
+
+
+def test_explain_prints_the_plan(planned):
+    layer = persistrnn.GRU(INPUT, HIDDEN, 2, bidirectional=True, backend="persistent", dtype=torch.bfloat16)
+    lines = persistrnn.explain(layer, batch=3, steps=70).splitlines()
+    assert lines[0] == f"{layer!r}, batch 3, steps 70, bfloat16 on cpu"
+    assert lines[1:] == ["path: persistent", "8 slices", "16 rows"]
+    assert planned[0][:5] == ("gru", HIDDEN, 3, 2, torch.bfloat16)
+    assert layer.last_path is None
+
+
+def test_explain_reads_autocast(planned):
+    layer = persistrnn.LSTM(INPUT, HIDDEN, backend="persistent")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "bfloat16 on cpu" in persistrnn.explain(layer, 1, 1)
+    assert planned[0][4] is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "path", "why"),
+    [
+        ({}, "path: torch", "CPU tensors"),
+        ({"backend": "torch"}, "path: torch", "asks for torch's own kernels"),
+        ({"backend": "persistent", "hidden_size": 7}, "would raise", "H=7 is odd."),
+        ({"device": "meta", "hidden_size": 7}, "path: torch", "H=7 is odd."),
+        ({"device": "meta"}, "path: persistent", ""),
+        ({"proj_size": 2}, "path: torch", "proj_size=2"),
+    ],
+    ids=str,
+)
+def test_explain_says_why_not(planned, options, path, why):
+    layer = persistrnn.LSTM(**{"input_size": INPUT, "hidden_size": HIDDEN, **options})
+    text = persistrnn.explain(layer, 2, 3)
+    assert path in text
+    assert why in text
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_explain_agrees_with_the_call(planned, backend):
+    layer = persistrnn.LSTM(INPUT, HIDDEN, backend=backend)
+    layer(X)
+    assert f"path: {layer.last_path}" in persistrnn.explain(layer, BATCH, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exception", "message"),
+    [
+        ((nn.LSTM(2, 3), 1, 1), TypeError, "persistrnn.LSTM or persistrnn.GRU, got LSTM"),
+        ((persistrnn.GRU(2, 3), 0, 1), ValueError, "batch is at least 1, got 0"),
+        ((persistrnn.GRU(2, 3), 1, -2), ValueError, "steps is at least 1, got -2"),
+        ((persistrnn.GRU(2, 3), 1.0, 1), TypeError, "batch is an int, got float"),
+        ((persistrnn.GRU(2, 3), 1, True), TypeError, "steps is an int, got bool"),
+    ],
+)
+def test_explain_refuses(arguments, exception, message):
+    with pytest.raises(exception, match=message):
+        persistrnn.explain(*arguments)

@@ -1,0 +1,92 @@
+"""The reference against torch.nn in float64, and what it promises to torch.func and double backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from persistrnn import reference
+
+CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
+STEPS, BATCH, INPUT, HIDDEN = 5, 3, 4, 6
+
+
+def make(cell: str, directions: int, seed: int = 0) -> tuple[nn.Module, torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(seed)
+    layer = CELLS[cell](INPUT, HIDDEN, bidirectional=directions == 2).double()
+    x = torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64, requires_grad=True)
+    states = [
+        torch.randn(directions, BATCH, HIDDEN, dtype=torch.float64, requires_grad=True)
+        for _ in range(2 if cell == "lstm" else 1)
+    ]
+    return layer, x, states
+
+
+def through_reference(cell, x, states, weights):
+    """One layer from torch.nn's flat weights, by the reference."""
+    directions = len(weights) // 4
+    w_ih, w_hh, b_ih, b_hh = (torch.stack(weights[k::4]) for k in range(4))
+    x_gates = torch.stack([F.linear(x, w_ih[d], b_ih[d]) for d in range(directions)], dim=2)
+    y, h_n, c_n = reference.recurrent(cell, x_gates, w_hh, b_hh, *states)
+    return [y, h_n] if c_n is None else [y, h_n, c_n]
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_equals_torch_nn_with_all_gradients(cell, directions):
+    layer, x, states = make(cell, directions)
+    weights = list(layer.parameters())
+    y, final = layer(x, tuple(states) if cell == "lstm" else states[0])
+    expected = [y, *(final if cell == "lstm" else [final])]
+    actual = through_reference(cell, x, states, weights)
+    cotangents = [torch.randn_like(t) for t in expected]
+    leaves = [x, *states, *weights]
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, leaves, cotangents),
+        torch.autograd.grad(expected, leaves, cotangents),
+        rtol=1e-11,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_differentiates_twice(cell):
+    layer, x, states = make(cell, directions=2)
+    weights = list(layer.parameters())
+
+    def scalar(x, *states):
+        return sum(t.square().sum() for t in through_reference(cell, x, states, weights))
+
+    inputs = (x[:2].detach().requires_grad_(), *states)
+    assert torch.autograd.gradgradcheck(scalar, inputs)
+
+
+# jvp loads decompositions that torch still scripts
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("cell", CELLS)
+def test_maps_and_differentiates_under_torch_func(cell):
+    layer, x, states = make(cell, directions=2)
+    weights = [w.detach() for w in layer.parameters()]
+    states = [s.detach() for s in states]
+
+    def output(x):
+        return through_reference(cell, x, states, weights)[0]
+
+    xs = torch.stack([x.detach(), 2 * x.detach()])
+    torch.testing.assert_close(torch.vmap(output)(xs), torch.stack([output(x) for x in xs]))
+    gradient = torch.func.vmap(torch.func.grad(lambda x: output(x).sum()))(xs)
+    torch.testing.assert_close(gradient[0], torch.autograd.grad(output(x).sum(), x)[0])
+    tangent = torch.func.jvp(output, (xs[0],), (torch.ones_like(xs[0]),))[1]
+    step = 1e-6
+    difference = (output(xs[0] + step) - output(xs[0] - step)) / (2 * step)
+    torch.testing.assert_close(tangent, difference, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_direction_reads_from_the_end(cell):
+    layer, x, states = make(cell, directions=2)
+    with torch.no_grad():
+        y, h_n, *_ = through_reference(cell, x, states, list(layer.parameters()))
+    assert torch.equal(y[-1, :, :HIDDEN], h_n[0])
+    assert torch.equal(y[0, :, HIDDEN:], h_n[1])

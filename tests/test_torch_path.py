@@ -1,0 +1,229 @@
+"""torch's own path: torch.nn's bits when eager, one operator per layer when compiled."""
+
+import shutil
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import persistrnn
+from persistrnn import torch_path
+
+# dynamo's own, on any autograd.Function that it traces
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
+HAS_COMPILER = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+INPUT, HIDDEN = 3, 8
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def leaves_of(outputs):
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def tensors_for(cell: str, directions: int, bias: bool, steps: int = 4, batch: int = 2) -> list[torch.Tensor]:
+    """What the layer operator takes: input, states, weights."""
+    torch.manual_seed(0)
+    layer = PAIRS[cell][1](INPUT, HIDDEN, bias=bias, bidirectional=directions == 2)
+    states = [torch.randn(directions, batch, HIDDEN) for _ in range(2 if cell == "lstm" else 1)]
+    return [torch.randn(steps, batch, INPUT), *states, *(p.detach() for p in layer.parameters())]
+
+
+@pytest.mark.parametrize(
+    ("directions", "bias", "autocast"), [(1, False, None), (2, True, None), (2, True, torch.bfloat16)]
+)
+@pytest.mark.parametrize("cell", PAIRS)
+def test_operators_pass_opcheck(cell, directions, bias, autocast):
+    tensors = tensors_for(cell, directions, bias)
+    output_dtype = torch_path._output_dtype(cell, tensors[0], tensors[1], autocast)
+    options = (cell, bias, directions == 2, autocast)
+    outputs = torch_path.layer_forward(*options, output_dtype, tensors)
+    grads = [torch.randn_like(t) for t in outputs]
+    torch.library.opcheck(torch_path.layer_forward, (*options, output_dtype, tensors))
+    torch.library.opcheck(torch_path.layer_backward, (*options, tensors, grads))
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_operators_share_no_storage(cell):
+    tensors = tensors_for(cell, 2, True)
+    outputs = torch_path.layer_forward(cell, True, True, None, torch.float32, tensors)
+    grads = torch_path.layer_backward(cell, True, True, None, tensors, outputs)
+    storages = [t.untyped_storage().data_ptr() for t in (*tensors, *outputs, *grads)]
+    assert len(set(storages)) == len(storages)
+    assert all(t.is_contiguous() for t in (*outputs, *grads))
+
+
+def test_shared_storage_is_copied():
+    """cuDNN returns all weight gradients as views of one buffer."""
+    given, buffer = torch.ones(2, 3), torch.arange(4.0)
+    outputs = torch_path._unaliased([given, buffer[:2], buffer[2:], given.new_ones(3, 2).t()], [given])
+    storages = [t.untyped_storage().data_ptr() for t in (given, *outputs)]
+    assert len(set(storages)) == len(storages)
+    assert all(t.is_contiguous() for t in outputs)
+    assert [t.sum() for t in outputs] == [6, 1, 5, 6]
+
+
+def test_autograd_records_inside_an_operator():
+    """Under a dispatch mode autograd is shut off the most: nothing is recorded, and views are not tracked."""
+    seen = []
+
+    class Inside(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            x = torch.ones(2, requires_grad=True)
+            with torch_path._autograd_inside_an_operator():
+                y = x * 1
+                y[0].mul_(5)
+                seen.append(torch.autograd.grad(y.sum(), x)[0].tolist())
+            return function(*args, **(kwargs or {}))
+
+    with Inside():
+        torch.zeros(1)
+    assert seen == [[5, 1]]
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cell", PAIRS)
+def test_compiled_training_equals_eager(cell, bias, batch_first):
+    """Forward and backward in one graph; aot_eager draws the same dropout bits as eager."""
+    options = {"bias": bias, "batch_first": batch_first, "dropout": 0.5, "bidirectional": True}
+    layer = PAIRS[cell][0](INPUT, HIDDEN, 2, **options)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 4, INPUT, requires_grad=True)
+    state = torch.randn(4, 5 if batch_first else 4, HIDDEN, requires_grad=True)
+    hx = (state, state) if cell == "lstm" else state
+    results = []
+    for call in (layer, compiled):
+        torch.manual_seed(1)
+        outputs = leaves_of(call(x, hx))
+        loss = sum(((k + 1) * t).sin().sum() for k, t in enumerate(outputs))
+        results.append((outputs, torch.autograd.grad(loss, [x, state, *layer.parameters()])))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
+    assert results[0][0][0].stride() == results[1][0][0].stride()
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_compiled_dropout_is_drawn_between_layers_only(cell):
+    layer = PAIRS[cell][0](INPUT, HIDDEN, 3, dropout=0.5)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(6, 4, INPUT)
+    assert not torch.equal(compiled(x)[0], compiled(x)[0])
+    assert not (compiled(x)[0] == 0).any()
+    layer.eval()
+    torch.testing.assert_close(compiled(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_steps_and_batch_do_not_recompile(cell):
+    """Two graphs, the first call's static one and the dynamic one, serve every T and B."""
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = PAIRS[cell][0](INPUT, HIDDEN, 2, bidirectional=True)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for steps, batch in ((5, 4), (6, 7), (7, 3), (12, 5), (31, 16)):
+        x = torch.randn(steps, batch, INPUT)
+        torch.testing.assert_close(compiled(x)[0], layer(x)[0])
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_marked_dynamic_sizes_compile_once(cell):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(PAIRS[cell][0](INPUT, HIDDEN), backend=counter, fullgraph=True)
+    for steps, batch in ((5, 4), (6, 7), (31, 16)):
+        x = torch.randn(steps, batch, INPUT)
+        torch._dynamo.mark_dynamic(x, (0, 1))
+        compiled(x)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cell", PAIRS)
+def test_compiled_autocast_equals_eager(cell, input_dtype, with_state):
+    layer = PAIRS[cell][0](INPUT, HIDDEN, 2, bidirectional=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 4, INPUT, dtype=input_dtype, requires_grad=True)
+    state = torch.randn(4, 4, HIDDEN)
+    hx = None if not with_state else (state, state) if cell == "lstm" else state
+    results = []
+    for call in (layer, compiled):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = leaves_of(call(x, hx))
+        gradients = torch.autograd.grad(outputs[0].float().sin().sum(), [x, *layer.parameters()])
+        results.append((outputs, gradients))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")  # of its flags
+def test_compiled_autocast_without_onednn_trains():
+    """There ATen's bfloat16 LSTM has another dtype than the operator announces."""
+    layer = persistrnn.LSTM(INPUT, HIDDEN)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 4, INPUT)
+    with torch.backends.mkldnn.flags(enabled=False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y, _ = compiled(x)
+        gradients = torch.autograd.grad(y.float().square().sum(), list(layer.parameters()))
+    expected = torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters()))
+    torch.testing.assert_close(gradients, expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+def test_compiled_projection_equals_eager():
+    layer = persistrnn.LSTM(INPUT, HIDDEN, 2, bidirectional=True, proj_size=4)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 4, INPUT)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="inductor on the CPU needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own
+def test_inductor_runs_the_graph():
+    layer = persistrnn.LSTM(INPUT, HIDDEN, 2, bidirectional=True)
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(5, 4, INPUT, requires_grad=True)
+    expected, actual = layer(x), compiled(x)
+    torch.testing.assert_close(actual, expected)
+    parameters = [x, *layer.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(actual[0].sum(), parameters), torch.autograd.grad(expected[0].sum(), parameters)
+    )
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_exports_with_dynamic_sizes(cell):
+    layer = PAIRS[cell][0](INPUT, HIDDEN).eval()
+    dynamic = {0: torch.export.Dim("steps", min=2), 1: torch.export.Dim("batch", min=2)}
+    program = torch.export.export(layer, (torch.randn(5, 4, INPUT),), dynamic_shapes=(dynamic,))
+    x = torch.randn(9, 3, INPUT)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+# dynamo's own, on any tensor with a history that crosses a graph break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("cell", PAIRS)
+def test_packed_sequence_compiles_with_a_graph_break(cell):
+    layer = PAIRS[cell][0](INPUT, HIDDEN)
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, INPUT), [5, 3, 2])
+    actual = torch.compile(layer, backend="aot_eager")(packed)
+    assert all(torch.equal(a, e) for a, e in zip(leaves_of(actual), leaves_of(layer(packed)), strict=True))
+
+
+def test_silences_the_flat_weight_warning_and_no_other():
+    on_gpu = types.SimpleNamespace(is_cuda=True)
+    with torch_path._no_flat_weight_warning(on_gpu):
+        warnings.warn("RNN module weights are not part of single contiguous chunk of memory.", stacklevel=1)
+    with pytest.warns(UserWarning, match="another"), torch_path._no_flat_weight_warning(on_gpu):
+        warnings.warn("another", stacklevel=1)
