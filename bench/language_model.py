@@ -341,7 +341,9 @@ def compare_interpreted(job: Namespace, settings: Settings, path: str) -> NoRetu
         f"Here (--device {settings.device} --backend {settings.backend}) persistrnn takes path {path}: both curves "
         "would be torch's own.\nComparing a small model on the interpreted kernels instead (slow: no speed is meant)."
     )
-    small = {"device": "cpu", "backend": "persistent", "hidden": 32, "batch": 4, "sequence": 32, "steps": 15}
+    limits = {"hidden": 32, "batch": 4, "sequence": 32, "steps": 15}
+    small = {"device": "cpu", "backend": "persistent"}
+    small |= {name: min(getattr(settings, name), limit) for name, limit in limits.items()}
     small |= {name: getattr(settings, name) for name in ("cell", "layers", "dtype", "seed", "text")}
     command = [sys.executable, "-m", "bench.language_model", "--compare", "torch", "--overwrite"]
     command += ["--out", str(job.out / "interpreted")]
@@ -359,12 +361,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (compare if job.compare else single)(job, given)
     except UsageError as error:
         options.error(str(error))
-    except checkpoint.Stopped as stop:
+    except (checkpoint.Stopped, KeyboardInterrupt) as stop:  # outside the training loop Ctrl-C stops at once
         again = f"--resume --out {job.out}" + (f" --compare {job.compare}" if job.compare else "")
-        print(f'{stop}. Continue with: make train ARGS="{again}"')
-        return 128 + stop.number
-    except KeyboardInterrupt:  # outside the training loop, where nothing is left unsaved
-        return 128 + signal.SIGINT
+        if checkpoint.exists(job.out):
+            print(f'{str(stop) or "SIGINT"}. Continue with: make train ARGS="{again}"')
+        return 128 + getattr(stop, "number", signal.SIGINT)
     return 0
 
 

@@ -52,16 +52,13 @@ class Exchange:
 
 @triton.jit
 def put(pointers, tile, mask, exchange: tl.constexpr):
-    """Store a tile that other slices will read."""
-    value = tile.to(pointers.dtype.element_ty)
+    """Store a tile, already in the buffer's dtype, that other slices will read."""
     if exchange.protocol == "flags":
-        if value.dtype.primitive_bitwidth == 16:
-            bits = value.to(tl.int16, bitcast=True)
-            value = tl.where(bits == -1, 0x7FFF, bits).to(tl.int16).to(value.dtype, bitcast=True)
-        else:
-            bits = value.to(tl.int32, bitcast=True)
-            value = tl.where(bits == -1, 0x7FFFFFFF, bits).to(tl.int32).to(value.dtype, bitcast=True)
-    tl.store(pointers, value, mask=mask)
+        bits = tile.to(_integer(tile.dtype), bitcast=True)
+        # The largest positive integer is a NaN too, and not the reserved one.
+        other: tl.constexpr = 0x7FFF if tile.dtype.primitive_bitwidth == 16 else 0x7FFFFFFF
+        tile = tl.where(bits == -1, other, bits).to(bits.dtype).to(tile.dtype, bitcast=True)
+    tl.store(pointers, tile, mask=mask)
 
 
 @triton.jit
@@ -139,8 +136,11 @@ def _load(pointers, mask, cache_modifier: tl.constexpr, volatile: tl.constexpr):
 
 @triton.jit
 def _missing(tile):
-    if tile.dtype.primitive_bitwidth == 16:
-        flagged = tile.to(tl.int16, bitcast=True) == -1
-    else:
-        flagged = tile.to(tl.int32, bitcast=True) == -1
+    """1 where any element still holds the reserved NaN, else 0."""
+    flagged = tile.to(_integer(tile.dtype), bitcast=True) == -1
     return tl.max(tl.ravel(flagged.to(tl.int32)), axis=0)
+
+
+@triton.constexpr_function
+def _integer(dtype):
+    return tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32

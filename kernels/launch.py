@@ -35,7 +35,7 @@ def options(part: planning.Pass) -> dict[str, object]:
         "num_stages": 1,  # else loads are pipelined into extra shared memory
         # One program per multiprocessor: all of its registers. Left alone, ptxas stops at 128 and spills (seen: GRU
         # forward, H=1024, Triton 3.9.0).
-        "maxnreg": min(255, 65536 // (32 * part.warps)),
+        "maxnreg": part.registers,
         "launch_cooperative_grid": True,  # a grid that cannot be resident is an error, never a hang
         "enable_fp_fusion": True,
     }

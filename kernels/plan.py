@@ -7,7 +7,7 @@ of compiled kernels has confirmed (no spills, shared memory within the limit); t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 DTYPES = {"fp16": 2, "bf16": 2, "tf32": 4, "fp32": 4}  # bytes per element of W_hh on chip
@@ -90,6 +90,7 @@ class Pass:
 
     Attributes:
         warps: warps per program.
+        registers: at most this many per thread.
         groups: groups of ``tiling.slices`` programs that run at the same time.
         rounds: how often a group starts over with the next batch tile or direction; 1 where all fit at once.
         resident: bytes of W_hh that a program keeps in shared memory for all steps, padding included.
@@ -98,6 +99,7 @@ class Pass:
 
     tiling: Tiling
     warps: int
+    registers: int
     groups: int
     rounds: int
     resident: int
@@ -218,52 +220,62 @@ class Rule:
     warps: int
     splits: int
     largest_chunk: int
+    registers: int = 255
 
 
-# One slice: K is the unit tile itself. Seen by audit: fewer warps spill at 128 units (and at 64 in float32).
+# By bytes per element of W_hh. One slice: K is the unit tile itself. Seen by audit: fewer warps spill at 128 units
+# (and at 64 in float32).
 LOCAL_RULES = {
     2: (Rule(16, 4, 1, 16), Rule(32, 4, 1, 32), Rule(64, 4, 1, 64), Rule(128, 8, 1, 128)),
     4: (Rule(16, 4, 1, 16), Rule(32, 4, 1, 32), Rule(64, 8, 1, 64)),
 }
 
-# Many slices, first choice first. Seen by audit: 16 units on 8 warps practically never spill; 8 units are for
-# what does not fit otherwise.
-SHARED_RULES = {
-    2: (Rule(16, 8, 8, 512), Rule(8, 4, 4, 512)),
-    4: (Rule(16, 8, 8, 256), Rule(8, 4, 4, 256)),
-}
+# Many slices. Seen by audit: 16 units on 8 warps fit and do not spill; with 8 units the backward does in float32.
+# A limit of 240 registers spills nowhere where 255 does (LSTM backward, H=960 and 1024), except in float32.
+SHARED_RULES = {2: Rule(16, 8, 8, 512, 240), 4: Rule(16, 8, 8, 256)}
+
+# Where rows of W_hh are not aligned to 16 bytes its loads are narrow, and larger chunks spill on their way in.
+# Full float32 runs on no tensor core: each thread holds whole operands.
+SMALLER_CHUNK = {"fp16": 256, "bf16": 256, "tf32": 128, "fp32": 128}
+
+
+def _rule(hidden: int, dtype: str, hardware: Hardware) -> Rule:
+    if hardware is INTERPRETER:
+        return Rule(max(16, next_power_of_2(hidden)), 4, 1, 1)
+    size = DTYPES[dtype]
+    for rule in LOCAL_RULES[size]:
+        if hidden <= rule.units:
+            return rule
+    rule = SHARED_RULES[size]
+    if hidden * size % 16 or dtype == "fp32":
+        rule = replace(rule, largest_chunk=SMALLER_CHUNK[dtype])
+    return rule
 
 
 def _pass(
     cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware, backward: bool
 ) -> Pass:
     size = DTYPES[dtype]
-    precision = "tf32" if dtype == "tf32" else "ieee"
-    rules = [r for r in LOCAL_RULES[size] if r.units >= hidden][:1] + [
-        r for r in SHARED_RULES[size] if r.units < hidden
-    ]
-    if hardware is INTERPRETER:
-        rules = [Rule(max(16, next_power_of_2(hidden)), 4, 1, 1)]
-    for rule in rules:
-        for batch_tile in (16,):
-            t = tiling(
-                cell,
-                hidden,
-                directions,
-                backward=backward,
-                units=rule.units,
-                batch_tile=batch_tile,
-                splits=rule.splits,
-                largest_chunk=rule.largest_chunk,
-                precision=precision,
-                interpreted=hardware is INTERPRETER,
-            )
-            resident, shared = shared_bound(t, size)
-            if shared > hardware.shared or t.slices > hardware.multiprocessors:
-                continue
-            jobs = -(-batch // batch_tile) * directions
-            groups = min(jobs, hardware.multiprocessors // t.slices)
-            return Pass(t, rule.warps, groups, -(-jobs // groups), resident, shared)
+    rule = _rule(hidden, dtype, hardware)
+    # The interpreter's time goes by the number of operations, not by their size.
+    batch_tile = 64 if hardware is INTERPRETER and batch >= 32 else 16
+    t = tiling(
+        cell,
+        hidden,
+        directions,
+        backward=backward,
+        units=rule.units,
+        batch_tile=batch_tile,
+        splits=rule.splits,
+        largest_chunk=rule.largest_chunk,
+        precision="tf32" if dtype == "tf32" else "ieee",
+        interpreted=hardware is INTERPRETER,
+    )
+    resident, shared = shared_bound(t, size)
+    if shared <= hardware.shared and t.slices <= hardware.multiprocessors:
+        jobs = -(-batch // batch_tile) * directions
+        groups = min(jobs, hardware.multiprocessors // t.slices)
+        return Pass(t, rule.warps, rule.registers, groups, -(-jobs // groups), resident, shared)
     raise PlanError(
         f"hidden_size={hidden} in {dtype} does not fit on {hardware.name} yet: W_hh of one direction has "
         f"{cell.gates * hidden * hidden * size:,} bytes, and {hardware.multiprocessors} multiprocessors hold "

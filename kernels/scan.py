@@ -23,6 +23,7 @@ from .tiles import (
     k_index,
     accumulator,
     load_weight,
+    narrow,
     opaque_zero,
     operand_mask,
     operand_offsets,
@@ -88,7 +89,7 @@ def product_local(weights, operands, dtype: tl.constexpr, tiling: tl.constexpr):
     """One slice: the operand never leaves the chip."""
     accs = accumulators(tiling)
     for i in tl.static_range(len(tiling.chunks)):
-        accs = advance(weights, operands[i].to(dtype), i, accs, tiling)
+        accs = advance(weights, narrow(operands[i], dtype, tiling.interpreted), i, accs, tiling)
     return gather(accs, tiling)
 
 
@@ -113,18 +114,17 @@ def product_shared(
 
 
 @triton.jit
-def load_tiles(pointer, offsets, mask, stride: tl.constexpr, n: tl.constexpr):
-    """n tiles [U, BB], ``stride`` elements apart, as float32."""
-    tiles = ()
-    for i in tl.static_range(n):
-        tiles = tiles + (tl.load(pointer + offsets + i * stride, mask=mask, other=0.0).to(tl.float32),)
-    return tiles
+def load(pointers, mask):
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_tiles(pointer, offsets, mask, stride: tl.constexpr, tiles):
-    for i in tl.static_range(len(tiles)):
-        tl.store(pointer + offsets + i * stride, tiles[i].to(pointer.dtype.element_ty), mask=mask)
+def load_tiles(pointer, offsets, mask, stride: tl.constexpr, n: tl.constexpr):
+    """n tiles [U, BB], ``stride`` elements apart."""
+    tiles = ()
+    for i in tl.static_range(n):
+        tiles = tiles + (load(pointer + offsets + i * stride, mask),)
+    return tiles
 
 
 @triton.jit
@@ -132,8 +132,31 @@ def load_states(states, position, offsets, mask):
     """The tuple of states at one 64-bit position of every state's tensor."""
     tiles = ()
     for i in tl.static_range(len(states)):
-        tiles = tiles + (tl.load(states[i] + position + offsets, mask=mask, other=0.0).to(tl.float32),)
+        tiles = tiles + (load(states[i] + position + offsets, mask),)
     return tiles
+
+
+@triton.jit
+def store(pointers, tile, mask, tiling: tl.constexpr):
+    tl.store(pointers, narrow(tile, pointers.dtype.element_ty, tiling.interpreted), mask=mask)
+
+
+@triton.jit
+def store_tiles(pointer, offsets, mask, stride: tl.constexpr, tiles, tiling: tl.constexpr):
+    for i in tl.static_range(len(tiles)):
+        store(pointer + offsets + i * stride, tiles[i], mask, tiling)
+
+
+@triton.jit
+def publish(pointer, offsets, mask, stride: tl.constexpr, tiles, counter, tiling: tl.constexpr, exchange: tl.constexpr):
+    """Store what the other slices need of this one; with one slice there are none to tell."""
+    if tiling.slices == 1:
+        store_tiles(pointer, offsets, mask, stride, tiles, tiling)
+    else:
+        for i in tl.static_range(len(tiles)):
+            value = narrow(tiles[i], pointer.dtype.element_ty, tiling.interpreted)
+            put(pointer + offsets + i * stride, value, mask, exchange)
+        arrive(counter, exchange)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -158,83 +181,69 @@ def scan_forward(
     G: tl.constexpr = tiling.gates
     U: tl.constexpr = tiling.units
     BB: tl.constexpr = tiling.batch_tile
-    S: tl.constexpr = tiling.slices
+    K: tl.constexpr = tiling.saved
     counters, error = sync
     batch_tiles = tl.cdiv(B, BB)
 
     for job in range(tl.program_id(1), batch_tiles * D, tl.num_programs(1)):
-        zero = opaque_zero(exchange)
-        first_unit = tl.program_id(0) * U + zero
-        units = first_unit + tl.arange(0, U)
         direction = job // batch_tiles
         b0 = (job % batch_tiles) * BB
         counter = counters + job * exchange.stride
         patience = tl.full((), exchange.patience, tl.int32)
+        zero = opaque_zero(exchange)
+        first_unit = tl.program_id(0) * U + zero
+        units = first_unit + tl.arange(0, U)
         rows = tl.minimum(tl.arange(0, BB), B - 1 - b0)
-        unit_mask = (units < H)[:, None]
-        store_mask = unit_mask & (b0 + tl.arange(0, BB) < B)[None, :]
+        mask = (units < H)[:, None]
+        store_mask = mask & (b0 + tl.arange(0, BB) < B)[None, :]
         gate_offsets = unit_offsets(units, rows, D * G * H)
         state_offsets = unit_offsets(units, rows, D * H)
-        saved_offsets = unit_offsets(units, rows, D * tiling.saved * H)
+        saved_offsets = unit_offsets(units, rows, D * K * H)
 
         weights = ()
         biases = ()
+        corner = weight + direction.to(tl.int64) * (G * H * H)
         for p in tl.static_range(len(tiling.packs)):
             m = tl.arange(0, tiling.packs[p] * U)
-            m_row = (tiling.first_gates[p] + m // U) * H + first_unit + m % U
-            corner = weight + direction.to(tl.int64) * (G * H * H)
-            weights = weights + (resident(corner, zero, m_row, first_unit + m % U < H, H, 1, tiling),)
+            row = (tiling.first_gates[p] + m // U) * H + first_unit + m % U
+            weights = weights + (resident(corner, zero, row, first_unit + m % U < H, H, 1, tiling),)
         for g in tl.static_range(G):
-            b_hh = tl.load(bias + direction * (G * H) + g * H + units, mask=units < H, other=0.0)
-            biases = biases + (b_hh.to(tl.float32)[:, None],)
+            biases = biases + (load(bias + direction * (G * H) + g * H + units, units < H)[:, None],)
 
         t = time_of(0, direction, T)
         state = ()
-        slot = previous_slot(t, direction)
         for i in tl.static_range(len(states)):
-            where = slot if (i == 0 or SAVE) else tl.minimum(slot, 1)
-            pointer = states[i] + row_offset(where, b0, direction, B, D, H)
-            state = state + (tl.load(pointer + state_offsets, mask=unit_mask, other=0.0).to(tl.float32),)
+            slot = previous_slot(t, direction)
+            if i > 0 and not SAVE:
+                slot = tl.minimum(slot, 1)
+            state = state + (load(states[i] + row_offset(slot, b0, direction, B, D, H) + state_offsets, mask),)
 
         for step in range(T):
             t = time_of(step, direction, T)
             # Loaded before the wait: the exchange's latency hides it.
-            x = load_tiles(x_gates + row_offset(t, b0, direction, B, D, G * H), gate_offsets, unit_mask, H, G)
-            if S == 1:
+            x = load_tiles(x_gates + row_offset(t, b0, direction, B, D, G * H), gate_offsets, mask, H, G)
+            if tiling.slices == 1:
                 product = product_local(weights, (state[0],), weight.dtype.element_ty, tiling)
             else:
-                patience = wait(counter, step * S, patience, error, exchange)
-                pointer = states[0] + row_offset(previous_slot(t, direction), b0, direction, B, D, H)
-                product, patience = product_shared(
-                    weights, pointer, rows, D * H, patience, error, tiling, exchange
-                )
+                patience = wait(counter, step * tiling.slices, patience, error, exchange)
+                h = states[0] + row_offset(previous_slot(t, direction), b0, direction, B, D, H)
+                product, patience = product_shared(weights, h, rows, D * H, patience, error, tiling, exchange)
             r = ()
             for g in tl.static_range(G):
                 r = r + (product[g] + biases[g],)
             state, kept = cell(x, r, state)
             position = row_offset(t + 1, b0, direction, B, D, H)
-            if S == 1:
-                tl.store(
-                    states[0] + position + state_offsets, state[0].to(weight.dtype.element_ty), mask=store_mask
-                )
-            else:
-                put(states[0] + position + state_offsets, state[0], store_mask, exchange)
-                arrive(counter, exchange)
+            publish(states[0] + position, state_offsets, store_mask, 0, (state[0],), counter, tiling, exchange)
             if SAVE:
                 for i in tl.static_range(1, len(states)):
-                    tl.store(
-                        states[i] + position + state_offsets,
-                        state[i].to(states[i].dtype.element_ty),
-                        mask=store_mask,
-                    )
-                store_tiles(
-                    saved + row_offset(t, b0, direction, B, D, tiling.saved * H), saved_offsets, store_mask, H, kept
-                )
+                    store(states[i] + position + state_offsets, state[i], store_mask, tiling)
+                position = row_offset(t, b0, direction, B, D, K * H)
+                store_tiles(saved + position, saved_offsets, store_mask, H, kept, tiling)
 
         if not SAVE:
             for i in tl.static_range(1, len(states)):
-                pointer = states[i] + row_offset(t * 0 + 1, b0, direction, B, D, H)
-                tl.store(pointer + state_offsets, state[i].to(states[i].dtype.element_ty), mask=store_mask)
+                position = row_offset(direction * 0 + 1, b0, direction, B, D, H)
+                store(states[i] + position + state_offsets, state[i], store_mask, tiling)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -261,78 +270,59 @@ def scan_backward(
     G: tl.constexpr = tiling.gates
     U: tl.constexpr = tiling.units
     BB: tl.constexpr = tiling.batch_tile
-    S: tl.constexpr = tiling.slices
+    K: tl.constexpr = tiling.saved
     counters, error = sync
     batch_tiles = tl.cdiv(B, BB)
 
     for job in range(tl.program_id(1), batch_tiles * D, tl.num_programs(1)):
-        zero = opaque_zero(exchange)
-        units = tl.program_id(0) * U + zero + tl.arange(0, U)
         direction = job // batch_tiles
         b0 = (job % batch_tiles) * BB
         counter = counters + job * exchange.stride
         patience = tl.full((), exchange.patience, tl.int32)
+        zero = opaque_zero(exchange)
+        units = tl.program_id(0) * U + zero + tl.arange(0, U)
         rows = tl.minimum(tl.arange(0, BB), B - 1 - b0)
-        unit_mask = (units < H)[:, None]
-        store_mask = unit_mask & (b0 + tl.arange(0, BB) < B)[None, :]
+        mask = (units < H)[:, None]
+        store_mask = mask & (b0 + tl.arange(0, BB) < B)[None, :]
         gate_offsets = unit_offsets(units, rows, D * G * H)
         state_offsets = unit_offsets(units, rows, D * H)
-        saved_offsets = unit_offsets(units, rows, D * tiling.saved * H)
+        saved_offsets = unit_offsets(units, rows, D * K * H)
 
         corner = weight + direction.to(tl.int64) * (G * H * H)
         weights = (resident(corner, zero, units, units < H, 1, H, tiling),)
-
         edge = row_offset(direction * 0, b0, direction, B, D, H)
-        d_state = load_states(d_final, edge, state_offsets, unit_mask)
+        d_state = load_states(d_final, edge, state_offsets, mask)
 
-        # What a step reads from the forward is loaded a step ahead: the exchange's latency hides it.
         t = time_of(T - 1, direction, T)
-        incoming = tl.load(dy + row_offset(t, b0, direction, B, D, H) + state_offsets, mask=unit_mask, other=0.0)
-        kept = load_tiles(
-            saved + row_offset(t, b0, direction, B, D, tiling.saved * H), saved_offsets, unit_mask, H, tiling.saved
-        )
-        previous = load_states(
-            states, row_offset(previous_slot(t, direction), b0, direction, B, D, H), state_offsets, unit_mask
-        )
+        position = row_offset(t, b0, direction, B, D, H)
+        dh = load(dy + position + state_offsets, mask)
+        kept = load_tiles(saved + position * K, saved_offsets, mask, H, K)
+        before = row_offset(previous_slot(t, direction), b0, direction, B, D, H)
+        previous = load_states(states, before, state_offsets, mask)
 
         for step in range(T):
-            total = (d_state[0] + incoming.to(tl.float32),) + d_state[1:]
-            dx, dr, d_previous = cell(total, kept, previous)
-            position = row_offset(t, b0, direction, B, D, G * H)
-            if S == 1:
-                store_tiles(dr_gates + position, gate_offsets, store_mask, H, dr)
-            else:
-                for g in tl.static_range(G):
-                    put(dr_gates + position + gate_offsets + g * H, dr[g], store_mask, exchange)
-                arrive(counter, exchange)
+            dx, dr, d_previous = cell((d_state[0] + dh,) + d_state[1:], kept, previous)
+            gates = row_offset(t, b0, direction, B, D, G * H)
+            publish(dr_gates + gates, gate_offsets, store_mask, H, dr, counter, tiling, exchange)
             if tiling.recurrent_gradient:
-                store_tiles(dx_gates + position, gate_offsets, store_mask, H, dx)
+                store_tiles(dx_gates + gates, gate_offsets, store_mask, H, dx, tiling)
 
+            # What the next step reads from the forward is loaded before the wait: the exchange's latency hides it.
             t = time_of(tl.maximum(T - 2 - step, 0), direction, T)
-            incoming = tl.load(
-                dy + row_offset(t, b0, direction, B, D, H) + state_offsets, mask=unit_mask, other=0.0
-            )
-            kept = load_tiles(
-                saved + row_offset(t, b0, direction, B, D, tiling.saved * H),
-                saved_offsets,
-                unit_mask,
-                H,
-                tiling.saved,
-            )
-            previous = load_states(
-                states, row_offset(previous_slot(t, direction), b0, direction, B, D, H), state_offsets, unit_mask
-            )
+            position = row_offset(t, b0, direction, B, D, H)
+            dh = load(dy + position + state_offsets, mask)
+            kept = load_tiles(saved + position * K, saved_offsets, mask, H, K)
+            before = row_offset(previous_slot(t, direction), b0, direction, B, D, H)
+            previous = load_states(states, before, state_offsets, mask)
 
-            if S == 1:
+            if tiling.slices == 1:
                 product = product_local(weights, dr, weight.dtype.element_ty, tiling)
             else:
-                patience = wait(counter, (step + 1) * S, patience, error, exchange)
+                patience = wait(counter, (step + 1) * tiling.slices, patience, error, exchange)
                 product, patience = product_shared(
-                    weights, dr_gates + position, rows, D * G * H, patience, error, tiling, exchange
+                    weights, dr_gates + gates, rows, D * G * H, patience, error, tiling, exchange
                 )
             d_state = (d_previous[0] + product[0],) + d_previous[1:]
 
         for i in tl.static_range(len(d_initial)):
-            tl.store(
-                d_initial[i] + edge + state_offsets, d_state[i].to(d_initial[i].dtype.element_ty), mask=store_mask
-            )
+            store(d_initial[i] + edge + state_offsets, d_state[i], store_mask, tiling)

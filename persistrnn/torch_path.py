@@ -230,8 +230,7 @@ def layer_backward(
         leaves = [t.detach().requires_grad_() for t in tensors]
         # training=True: without it cuDNN saves nothing and refuses the backward.
         outputs = _run_layer(cell, bias, bidirectional, autocast, True, leaves)
-        cast = [g.to(y.dtype) for g, y in zip(grads, outputs, strict=True)]
-        result = torch.autograd.grad(outputs, leaves, cast)
+        result = torch.autograd.grad(outputs, leaves, grads)
     return _unaliased(result, [*tensors, *grads])
 
 

@@ -111,6 +111,17 @@ def test_persistent_takes_unbatched_input(kernels, cell, batch_first):
     torch.testing.assert_close(leaves_of(actual), leaves_of(layer(x, hx)), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("cell", PAIRS)
+def test_persistent_takes_any_strides(kernels, cell):
+    layer, _, _ = make(cell)
+    x = torch.randn(INPUT, STEPS, BATCH, dtype=torch.float64).permute(1, 2, 0)
+    h0 = torch.randn(1, HIDDEN, 1, dtype=torch.float64).expand(1, HIDDEN, BATCH).transpose(1, 2)
+    hx = (h0, h0) if cell == "lstm" else h0
+    weights = [w.t().contiguous().t() if w.dim() == 2 else w for w in layer.parameters()]
+    actual = PAIRS[cell][0](x, weights, hx, backend="persistent")
+    torch.testing.assert_close(leaves_of(actual), leaves_of(layer(x, hx)), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("backend", ["persistent", "torch", "auto"])
 @pytest.mark.parametrize("cell", PAIRS)
 def test_empty_batch_gives_empty_outputs_and_zero_gradients(kernels, cell, backend):

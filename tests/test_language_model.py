@@ -433,7 +433,7 @@ class TestCompare:
 
     def test_where_both_would_take_torchs_path(self, small: list[str], tmp_path: Path) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "bench.language_model", *small, "--compare", "torch", "--layers", "1"],
+            [sys.executable, "-m", "bench.language_model", *small, "--compare=torch", "--layers=1", "--steps=4"],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -211,6 +211,22 @@ def test_exports_with_dynamic_sizes(cell):
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
+@pytest.mark.parametrize("cell", PAIRS)
+def test_compiles_inside_a_checkpoint(cell):
+    """A checkpointed region may not write to the module, so that a compiled call leaves last_path alone."""
+    layer = PAIRS[cell][0](INPUT, HIDDEN)
+    x = torch.randn(5, 4, INPUT, requires_grad=True)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(x):
+        return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)[0]
+
+    (actual,) = torch.autograd.grad(run(x).sin().sum(), x)
+    assert layer.last_path is None
+    (expected,) = torch.autograd.grad(layer(x)[0].sin().sum(), x)
+    torch.testing.assert_close(actual, expected)
+
+
 # dynamo's own, on any tensor with a history that crosses a graph break
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("cell", PAIRS)

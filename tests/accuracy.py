@@ -1,0 +1,168 @@
+"""The bound that every number must keep, and the cases it is checked on.
+
+The truth is torch.nn in float64. The witness is torch.nn in the tested dtype on ATen's own kernels (oneDNN off: it
+keeps bfloat16 gates in float32 and rounds less than cuDNN does). With e the relative RMS error against the truth and
+u half the dtype's eps, each output and gradient keeps
+
+    e <= 1.5 * e_witness + 8 u  (16 u in float32)     in every single case
+    e <= 1.5 * e_witness                              pooled over the cases and seeds of a class
+
+and is exactly 0 where the truth is 0.
+"""
+
+import itertools
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import persistrnn
+import torch
+from torch import Tensor
+
+MODULES = {"lstm": (persistrnn.LSTM, torch.nn.LSTM), "gru": (persistrnn.GRU, torch.nn.GRU)}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One stack and one input."""
+
+    cell: str
+    dtype: str
+    hidden: int
+    batch: int
+    steps: int
+    layers: int
+    bidirectional: bool
+    bias: bool
+    state: bool
+
+    @property
+    def input(self) -> int:
+        return self.hidden // 2 + 3  # differs from hidden
+
+
+FACTORS = {
+    "cell": ("lstm", "gru"),
+    "dtype": ("fp32", "fp16", "bf16"),
+    "hidden": (1, 10, 18, 25, 64, 100, 128, 200),
+    "batch": (1, 3, 17, 64),
+    "steps": (1, 2, 33),
+    "layers": (1, 2, 3),
+    "bidirectional": (False, True),
+    "bias": (True, False),
+    "state": (True, False),
+}
+
+
+def pairwise(factors: dict[str, tuple], seed: int = 0, candidates: int = 40) -> list[dict]:
+    """Rows in which every pair of values of two factors occurs, by greedy choice among random rows."""
+    names = list(factors)
+    uncovered = {
+        (a, x, b, y) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]
+    }
+    generator = random.Random(seed)
+    rows = []
+    while uncovered:
+        a, x, b, y = min(uncovered, key=str)
+
+        def gain(row):
+            return sum((p, row[p], q, row[q]) in uncovered for p, q in itertools.combinations(names, 2))
+
+        options = [
+            {n: generator.choice(factors[n]) for n in names} | {a: x, b: y} for _ in range(candidates)
+        ]
+        best = max(options, key=gain)
+        uncovered -= {(p, best[p], q, best[q]) for p, q in itertools.combinations(names, 2)}
+        rows.append(best)
+    return rows
+
+
+def cases() -> list[Case]:
+    return [Case(**row) for row in pairwise(FACTORS)]
+
+
+def _run(module, dtype, device, tensors: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs and gradients by name, in float64 on the CPU."""
+    leaves = {n: t.to(device, dtype).requires_grad_() for n, t in tensors.items()}
+    hx = None
+    if "h0" in leaves:
+        hx = (leaves["h0"], leaves["c0"]) if "c0" in leaves else leaves["h0"]
+    y, final = module(leaves["x"], hx)
+    h_n, c_n = final if isinstance(final, tuple) else (final, None)
+    outputs = {"y": y, "h_n": h_n} | ({} if c_n is None else {"c_n": c_n})
+    inputs = leaves | dict(module.named_parameters())
+    grads = torch.autograd.grad(
+        list(outputs.values()), list(inputs.values()), [gradients[n].to(device, dtype) for n in outputs]
+    )
+    found = outputs | {f"d {n}": g for n, g in zip(inputs, grads, strict=True)}
+    return {n: t.detach().to("cpu", torch.float64) for n, t in found.items()}
+
+
+def run(case: Case, seed: int, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """(ours, truth, witness): outputs and gradients by name, from the same numbers."""
+    ours_class, torch_class = MODULES[case.cell]
+    dtype = DTYPES[case.dtype]
+    torch.manual_seed(seed)
+    options = {"num_layers": case.layers, "bias": case.bias, "bidirectional": case.bidirectional}
+    sizes = (case.input, case.hidden)
+    ours = ours_class(*sizes, **options, dtype=dtype, device=device, backend="persistent")
+    witness = torch_class(*sizes, **options, dtype=dtype, device=device)
+    truth = torch_class(*sizes, **options, dtype=torch.float64)
+    for module in (witness, truth):
+        module.load_state_dict(ours.state_dict())
+    directions = 2 if case.bidirectional else 1
+    state = (case.layers * directions, case.batch, case.hidden)
+    tensors = {"x": torch.randn(case.steps, case.batch, case.input)}
+    if case.state:
+        tensors["h0"] = torch.randn(state)
+        if case.cell == "lstm":
+            tensors["c0"] = torch.randn(state)
+    gradients = {
+        "y": torch.randn(case.steps, case.batch, directions * case.hidden),
+        "h_n": torch.randn(state),
+        "c_n": torch.randn(state),
+    }
+    # The same rounded numbers for all three.
+    tensors, gradients = ({n: t.to(dtype) for n, t in d.items()} for d in (tensors, gradients))
+    results = [_run(ours, dtype, device, tensors, gradients), _run(truth, torch.float64, "cpu", tensors, gradients)]
+    with torch.backends.mkldnn.flags(enabled=False):
+        results.append(_run(witness, dtype, device, tensors, gradients))
+    return results[0], results[1], results[2]
+
+
+@dataclass
+class Bound:
+    """Collects the errors of a class; ``failures`` lists what broke the bound."""
+
+    dtype: torch.dtype
+    squares: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, what: object, ours: dict[str, Tensor], truth: dict[str, Tensor], witness: dict[str, Tensor]) -> None:
+        unit = torch.finfo(self.dtype).eps / 2
+        floor = (16 if self.dtype == torch.float32 else 8) * unit
+        for name, true in truth.items():
+            if not true.any():
+                if ours[name].any():
+                    self.failures.append(f"{what}: {name} is not 0")
+                continue
+            size, error, allowed = (t.square().sum().item() for t in (true, ours[name] - true, witness[name] - true))
+            if not math.sqrt(error / size) <= 1.5 * math.sqrt(allowed / size) + floor:
+                self.failures.append(
+                    f"{what}: {name} has error {math.sqrt(error / size):.2e}, witness {math.sqrt(allowed / size):.2e}"
+                )
+            kind = name.split("_l")[0]
+            for i, value in enumerate((error / size, allowed / size, 1.0)):
+                self.squares[kind][i] += value
+
+    def pooled(self) -> Iterator[str]:
+        for name, (error, allowed, count) in self.squares.items():
+            if not math.sqrt(error) <= 1.5 * math.sqrt(allowed):
+                yield f"pooled {name}: {math.sqrt(error / count):.2e}, witness {math.sqrt(allowed / count):.2e}"
+
+    def check(self) -> None:
+        failures = self.failures + list(self.pooled())
+        assert not failures, "\n".join(failures)

@@ -1,0 +1,13 @@
+"""Tests marked ``interpreter`` need TRITON_INTERPRET=1 before Triton is imported; all others need it unset."""
+
+import os
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for item in items:
+        if bool(item.get_closest_marker("interpreter")) != interpreted:
+            how = "set TRITON_INTERPRET=1" if not interpreted else "unset TRITON_INTERPRET"
+            item.add_marker(pytest.mark.skip(reason=f"{how} for this test; `make test` runs both halves"))

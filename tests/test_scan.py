@@ -1,0 +1,98 @@
+"""The scan kernels in Triton's interpreter, one slice, against float64 (the bound stands in accuracy.py)."""
+
+import itertools
+
+import accuracy
+import numpy as np
+import persistrnn
+import pytest
+import torch
+import triton
+import triton.language as tl
+from persistrnn.kernels import launch
+from persistrnn.kernels.tiles import row_offset
+
+pytestmark = pytest.mark.interpreter
+
+CASES = accuracy.cases()
+CLASSES = sorted({(case.cell, case.dtype, case.layers) for case in CASES})
+SEEDS = 3
+
+
+@pytest.mark.parametrize(("cell", "dtype", "layers"), CLASSES)
+@pytest.mark.timeout(600)
+def test_outputs_and_gradients_keep_the_bound(cell, dtype, layers):
+    bound = accuracy.Bound(accuracy.DTYPES[dtype])
+    chosen = [case for case in CASES if (case.cell, case.dtype, case.layers) == (cell, dtype, layers)]
+    for case, seed in itertools.product(chosen, range(SEEDS)):
+        before = launch.LAUNCHES.copy()
+        bound.add((case, seed), *accuracy.run(case, seed))
+        # One launch per layer and pass, whatever the number of directions: no eager path made these numbers.
+        assert launch.LAUNCHES - before == {"scan_forward": case.layers, "scan_backward": case.layers}
+    bound.check()
+
+
+def test_cases_cover_every_pair_of_values():
+    for a, b in itertools.combinations(accuracy.FACTORS, 2):
+        pairs = {(getattr(case, a), getattr(case, b)) for case in CASES}
+        assert pairs == set(itertools.product(accuracy.FACTORS[a], accuracy.FACTORS[b])), (a, b)
+    assert len(CASES) * SEEDS <= 250
+
+
+def test_bound_rejects_a_lost_term():
+    """An error of half a percent of one gradient must not pass in float32, nor a nonzero where the truth is 0."""
+    case = accuracy.Case("gru", "fp32", 10, 3, 2, 1, False, True, True)
+    ours, truth, witness = accuracy.run(case, 0)
+    spoilt = ours | {"d h0": ours["d h0"] * 1.005}
+    bound = accuracy.Bound(torch.float32)
+    bound.add(case, spoilt, truth, witness)
+    with pytest.raises(AssertionError, match="d h0"):
+        bound.check()
+    bound = accuracy.Bound(torch.float32)
+    bound.add(case, ours, {n: torch.zeros_like(t) for n, t in truth.items()}, witness)
+    with pytest.raises(AssertionError, match="is not 0"):
+        bound.check()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_flow_through_as_in_torch(cell, value):
+    ours_class, torch_class = accuracy.MODULES[cell]
+    torch.manual_seed(0)
+    ours = ours_class(5, 10, bidirectional=True, backend="persistent")
+    theirs = torch_class(5, 10, bidirectional=True)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(6, 3, 5)
+    x[2, 1, 3] = value
+    with np.errstate(all="ignore"):  # the interpreter computes in NumPy, which warns of inf - inf
+        y = ours(x)[0]
+    y_torch = theirs(x)[0]
+    assert torch.equal(y.isnan(), y_torch.isnan())
+    torch.testing.assert_close(y, y_torch, equal_nan=True, rtol=1e-5, atol=1e-6)
+    assert not y[:, [0, 2]].isnan().any()  # other rows of the batch know nothing of it
+
+
+def test_equal_inputs_give_equal_bits():
+    torch.manual_seed(0)
+    layer = persistrnn.LSTM(5, 18, 2, bidirectional=True, backend="persistent", dtype=torch.bfloat16)
+    x = torch.randn(4, 17, 5, dtype=torch.bfloat16)
+
+    def bits():
+        layer.zero_grad()
+        layer(x)[0].square().sum().backward()
+        return [p.grad.clone() for p in layer.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(bits(), bits(), strict=True))
+
+
+@triton.jit
+def offset_kernel(out, t, b, direction, B, D: tl.constexpr, width: tl.constexpr):
+    tl.store(out, row_offset(tl.load(t), b, direction, B, D, width))
+
+
+def test_offsets_are_64_bit_where_a_tensor_passes_2_to_the_31():
+    """The offset of an element far out, without the memory to hold the tensor."""
+    out = torch.zeros(1, dtype=torch.int64)
+    t, b, direction, B, D, width = 70_000, 60, 1, 64, 2, 4 * 1024
+    offset_kernel[(1,)](out, torch.tensor([t], dtype=torch.int32), b, direction, B, D=D, width=width)
+    assert out.item() == ((t * B + b) * D + direction) * width > 2**31
