@@ -29,6 +29,7 @@ import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -81,7 +82,7 @@ class Row:
     refused: str = ""
 
 
-def compile_case(case: Case, exchange: Exchange | None = None):
+def compile_case(case: Case) -> tuple[Any, planning.Pass]:
     """The compiled kernel and the plan's pass that it was compiled for."""
     cell = CELLS[case.cell]
     hardware = planning.DEVICES[DEVICE_OF_ARCH[case.arch]]
@@ -89,17 +90,24 @@ def compile_case(case: Case, exchange: Exchange | None = None):
     part = plan.backward if case.backward else plan.forward
     pointer = DTYPES[case.dtype]
     states = (pointer,) * cell.states
-    signature = {"T": "i32", "B": "i32", "sync": ("*i32", "*i32"), "states": states, "weight": pointer, "saved": pointer}
-    constants = {"tiling": part.tiling, "exchange": exchange or Exchange()}
+    signature: dict[str, str | tuple[str, ...]] = {
+        "T": "i32",
+        "B": "i32",
+        "sync": ("*i32", "*i32"),
+        "states": states,
+        "weight": pointer,
+        "saved": pointer,
+    }
+    constants = {"tiling": part.tiling, "exchange": Exchange()}
     if case.backward:
         kernel = scan_backward
-        signature |= {"dy": pointer, "dx_gates": pointer, "dr_gates": pointer, "d_final": states, "d_initial": states}
+        signature |= {"dy": pointer, "d_gates": (pointer, pointer), "d_final": states, "d_initial": states}
         constants |= {"cell": cell.backward}
     else:
         kernel = scan_forward
         signature |= {"x_gates": pointer, "bias": pointer}
         constants |= {"cell": cell.forward, "SAVE": True}
-    aligned = {}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, name in enumerate(kernel.arg_names):
         kind = signature.get(name, "constexpr")
         if isinstance(kind, tuple):
@@ -119,7 +127,7 @@ def compile_case(case: Case, exchange: Exchange | None = None):
 def weight_loads(ttgir: str) -> tuple[int, int]:
     """(outside, inside the loop over time) global loads from pointers that derive from ``%weight``.
 
-    The loop over time is a loop inside the loop over jobs: the second ``scf.for``.
+    The loop over time is the only ``scf.for`` of a scan kernel; a load inside any loop counts.
     """
     derived = {"%weight"}
     outside = inside = 0
@@ -142,7 +150,7 @@ def weight_loads(ttgir: str) -> tuple[int, int]:
         if not used:
             continue
         if re.search(r"\b(tt\.(load|gather|descriptor_load)|ttg\.async_copy_global_to_local)\b", operation):
-            if regions.count("for") >= 2:
+            if "for" in regions:
                 inside += 1
             else:
                 outside += 1
@@ -169,7 +177,13 @@ def disassemble(cubin: bytes) -> tuple[int, Counter[str]]:
 def audit(case: Case) -> Row:
     """Compile one case and read it."""
     name = f"{case.cell} {'backward' if case.backward else 'forward'}"
-    identity = {"kernel": name, "dtype": case.dtype, "H": case.hidden, "arch": f"sm_{case.arch}", "triton": triton.__version__}
+    identity = {
+        "kernel": name,
+        "dtype": case.dtype,
+        "H": case.hidden,
+        "arch": f"sm_{case.arch}",
+        "triton": triton.__version__,
+    }
     try:
         compiled, part = compile_case(case)
     except planning.PlanError as error:
@@ -197,7 +211,9 @@ def audit(case: Case) -> Row:
         ptx = compiled.asm["ptx"]
         if "ld.acquire.gpu" not in ptx:
             failures.append("no acquire load")
-        if not re.search(r"(atom|red)\.global\.(gpu\.)?release|(atom|red)\.release\.gpu|(atom|red)[\w.]*\.gpu\.release", ptx):
+        if not re.search(
+            r"(atom|red)\.global\.(gpu\.)?release|(atom|red)\.release\.gpu|(atom|red)[\w.]*\.gpu\.release", ptx
+        ):
             failures.append("no release add")
     return Row(
         **identity,
@@ -257,16 +273,20 @@ def table(rows: list[Row]) -> str:
     lines = [columns + ["result"]]
     for row in rows:
         if row.refused:
-            lines.append([str(getattr(row, c)) for c in columns[:5]] + ["-"] * (len(columns) - 5) + ["refused by the plan"])
+            lines.append(
+                [str(getattr(row, c)) for c in columns[:5]] + ["-"] * (len(columns) - 5) + ["refused by the plan"]
+            )
         else:
-            lines.append([str(getattr(row, c)) for c in columns] + [f"FAILED: {row.failures}" if row.failures else "ok"])
+            lines.append(
+                [str(getattr(row, c)) for c in columns] + [f"FAILED: {row.failures}" if row.failures else "ok"]
+            )
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join(
         "  ".join([cell.ljust(w) for cell, w in zip(line, widths, strict=False)] + [line[-1]]) for line in lines
     )
 
 
-def table_cases(cells, dtypes, hidden, archs) -> list[Case]:
+def table_cases(cells: list[str], dtypes: list[str], hidden: list[int], archs: list[int]) -> list[Case]:
     return [
         Case(cell, backward, dtype, h, arch)
         for arch in archs
@@ -298,4 +318,3 @@ def main() -> int:
     refused = [row for row in rows if row.refused]
     print(f"{len(rows) - len(failed) - len(refused)} ok, {len(refused)} refused by the plan, {len(failed)} failed")
     return 1 if failed else 0
-

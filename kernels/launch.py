@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from functools import lru_cache
+from functools import cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from . import plan as planning
-from .cells import CELLS, Cell
+from .cells import Cell
 from .exchange import Exchange
 from .scan import scan_backward, scan_forward
 
@@ -23,7 +24,7 @@ LAUNCHES: Counter[str] = Counter()
 INTERPRETED = not isinstance(scan_forward, triton.JITFunction)
 
 
-@lru_cache(maxsize=None)
+@cache
 def shape_of(cell: Cell) -> planning.Shape:
     return planning.Shape(cell.name, cell.gates, cell.saved, cell.recurrent_gradient)
 
@@ -35,7 +36,7 @@ def options(part: planning.Pass) -> dict[str, object]:
         "num_stages": 1,  # else loads are pipelined into extra shared memory
         # One program per multiprocessor: all of its registers. Left alone, ptxas stops at 128 and spills (seen: GRU
         # forward, H=1024, Triton 3.9.0).
-        "maxnreg": part.registers,
+        "maxnreg": min(255, 65536 // (32 * part.warps)),
         "launch_cooperative_grid": True,  # a grid that cannot be resident is an error, never a hang
         "enable_fp_fusion": True,
     }
@@ -49,16 +50,15 @@ def label(dtype: torch.dtype, precision: str) -> str:
     return names[dtype]
 
 
-@lru_cache(maxsize=None)
+@cache
 def hardware(device: torch.device) -> planning.Hardware:
     """Read from the live device, so that a partition of a GPU is planned for as what it is."""
     if device.type == "cpu":
         return planning.INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     arch = properties.major * 10 + properties.minor
-    return planning.Hardware(
-        properties.name, arch, properties.multi_processor_count, properties.shared_memory_per_block_optin
-    )
+    shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
+    return planning.Hardware(properties.name, arch, properties.multi_processor_count, shared)
 
 
 def choose(
@@ -98,20 +98,30 @@ def check() -> None:
             )
 
 
-def _sync(part: planning.Pass, jobs: int, exchange: Exchange, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Counters, owned by one launch, and the error word."""
+def _launch(
+    kernel: Any, part: planning.Pass, jobs: int, exchange: Exchange, device: torch.device, **arguments: Any
+) -> None:
+    """Launch all jobs, as many at a time as are resident together."""
+    if arguments["T"] * part.tiling.slices >= 2**31:
+        raise ValueError(
+            f"a sequence of {arguments['T']} steps is too long for the group's counter: with {part.tiling.slices} "
+            f"slices at most {(2**31 - 1) // part.tiling.slices} steps are possible; cut it, carrying the state"
+        )
+    # Counters, owned by this call: one per job, so that launches in turn do not meet.
     slots = jobs * exchange.stride if part.tiling.slices > 1 else 1
-    return torch.zeros(slots, dtype=torch.int32, device=device), _error_word(device)
-
-
-def _launch(kernel, part: planning.Pass, device: torch.device, **arguments) -> None:
+    sync = torch.zeros(slots, dtype=torch.int32, device=device), _error_word(device)
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[part.tiling.slices, part.groups](**arguments, tiling=part.tiling, **options(part))
-    LAUNCHES[kernel.__name__] += 1
-    if os.environ.get("PERSISTRNN_DEBUG") == "1" and device.type == "cuda":
+        for first in range(0, jobs, part.groups):
+            grid = (part.tiling.slices, min(part.groups, jobs - first))
+            kernel[grid](
+                **arguments, sync=sync, first_job=first, tiling=part.tiling, exchange=exchange, **options(part)
+            )
+            LAUNCHES[kernel.__name__] += 1
+    debug = os.environ.get("PERSISTRNN_DEBUG") == "1"
+    if debug and device.type == "cuda":
         torch.cuda.synchronize(device)
-    if os.environ.get("PERSISTRNN_DEBUG") == "1" or device.type == "cpu":
+    if debug or device.type == "cpu":
         check()
 
 
@@ -161,21 +171,20 @@ def forward(
             if D == 2:
                 states[-1, :, 1].copy_(initial[1])
     saved = x_gates.new_empty((T, B, D, cell.saved, H) if save else 0)
-    jobs = -(-B // part.tiling.batch_tile) * D
     _launch(
         scan_forward,
         part,
+        -(-B // part.tiling.batch_tile) * D,
+        exchange,
         x_gates.device,
         x_gates=x_gates,
         weight=weight_hh,
         bias=bias_hh,
         states=(y, c)[: cell.states],
         saved=saved,
-        sync=_sync(part, jobs, exchange, x_gates.device),
         T=T,
         B=B,
         cell=cell.forward,
-        exchange=exchange,
         SAVE=save,
     )
     return y, c, saved
@@ -210,23 +219,21 @@ def backward(
     _flag(dr_gates, part, exchange)
     dx_gates = torch.empty_like(dr_gates) if cell.recurrent_gradient else dr_gates
     d_initial = tuple(torch.empty_like(d) for d in d_final)
-    jobs = -(-B // part.tiling.batch_tile) * D
     _launch(
         scan_backward,
         part,
+        -(-B // part.tiling.batch_tile) * D,
+        exchange,
         dy.device,
         dy=dy,
         weight=weight_hh,
         states=(y, c)[: cell.states],
         saved=saved,
         d_final=d_final,
-        dx_gates=dx_gates,
-        dr_gates=dr_gates,
+        d_gates=(dx_gates, dr_gates),
         d_initial=d_initial,
-        sync=_sync(part, jobs, exchange, dy.device),
         T=T,
         B=B,
         cell=cell.backward,
-        exchange=exchange,
     )
     return dx_gates, dr_gates, d_initial

@@ -24,7 +24,7 @@ class Hardware:
 
 
 # Stands for Triton's interpreter: one slice whatever the size, for its programs run one after the other.
-INTERPRETER = Hardware("interpreter", 0, 1, 1 << 40)
+INTERPRETER = Hardware("interpreter", 0, 1 << 30, 1 << 40)
 
 # Shared memory limits: CUDA C++ Programming Guide, technical specifications per compute capability.
 DEVICES = {
@@ -90,16 +90,15 @@ class Pass:
 
     Attributes:
         warps: warps per program.
-        registers: at most this many per thread.
-        groups: groups of ``tiling.slices`` programs that run at the same time.
-        rounds: how often a group starts over with the next batch tile or direction; 1 where all fit at once.
+        groups: groups of ``tiling.slices`` programs that run at the same time, each with one batch tile in one
+            direction.
+        rounds: launches; 1 where all batch tiles and directions fit at once.
         resident: bytes of W_hh that a program keeps in shared memory for all steps, padding included.
         shared: an upper bound of the shared memory that the compiled program asks for, in bytes.
     """
 
     tiling: Tiling
     warps: int
-    registers: int
     groups: int
     rounds: int
     resident: int
@@ -220,7 +219,6 @@ class Rule:
     warps: int
     splits: int
     largest_chunk: int
-    registers: int = 255
 
 
 # By bytes per element of W_hh. One slice: K is the unit tile itself. Seen by audit: fewer warps spill at 128 units
@@ -231,15 +229,10 @@ LOCAL_RULES = {
 }
 
 # Many slices. Seen by audit: 16 units on 8 warps fit and do not spill; with 8 units the backward does in float32.
-# A limit of 240 registers spills nowhere where 255 does (LSTM backward, H=960 and 1024), except in float32.
-SHARED_RULES = {2: Rule(16, 8, 8, 512, 240), 4: Rule(16, 8, 8, 256)}
-
-# Where rows of W_hh are not aligned to 16 bytes its loads are narrow, and larger chunks spill on their way in.
-# Full float32 runs on no tensor core: each thread holds whole operands.
-SMALLER_CHUNK = {"fp16": 256, "bf16": 256, "tf32": 128, "fp32": 128}
+SHARED_RULES = {2: Rule(16, 8, 8, 512), 4: Rule(16, 8, 8, 256)}
 
 
-def _rule(hidden: int, dtype: str, hardware: Hardware) -> Rule:
+def _rule(hidden: int, dtype: str, hardware: Hardware, backward: bool) -> Rule:
     if hardware is INTERPRETER:
         return Rule(max(16, next_power_of_2(hidden)), 4, 1, 1)
     size = DTYPES[dtype]
@@ -247,8 +240,13 @@ def _rule(hidden: int, dtype: str, hardware: Hardware) -> Rule:
         if hidden <= rule.units:
             return rule
     rule = SHARED_RULES[size]
-    if hidden * size % 16 or dtype == "fp32":
-        rule = replace(rule, largest_chunk=SMALLER_CHUNK[dtype])
+    if dtype == "fp32":
+        # No tensor core: each thread holds whole operands. Seen by audit: 128 in the forward and for large H, but
+        # 256 in the backward at H = 128, 130, 200, 511, 640 and 768.
+        return replace(rule, largest_chunk=256 if backward and hidden <= 768 else 128)
+    if hidden * size % 16 and (size == 2 or not backward):
+        # Rows of W_hh not aligned to 16 bytes are loaded in narrow pieces: large chunks spill on their way in.
+        return replace(rule, largest_chunk=rule.largest_chunk // 2)
     return rule
 
 
@@ -256,7 +254,7 @@ def _pass(
     cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware, backward: bool
 ) -> Pass:
     size = DTYPES[dtype]
-    rule = _rule(hidden, dtype, hardware)
+    rule = _rule(hidden, dtype, hardware, backward)
     # The interpreter's time goes by the number of operations, not by their size.
     batch_tile = 64 if hardware is INTERPRETER and batch >= 32 else 16
     t = tiling(
@@ -275,7 +273,7 @@ def _pass(
     if shared <= hardware.shared and t.slices <= hardware.multiprocessors:
         jobs = -(-batch // batch_tile) * directions
         groups = min(jobs, hardware.multiprocessors // t.slices)
-        return Pass(t, rule.warps, rule.registers, groups, -(-jobs // groups), resident, shared)
+        return Pass(t, rule.warps, groups, -(-jobs // groups), resident, shared)
     raise PlanError(
         f"hidden_size={hidden} in {dtype} does not fit on {hardware.name} yet: W_hh of one direction has "
         f"{cell.gates * hidden * hidden * size:,} bytes, and {hardware.multiprocessors} multiprocessors hold "

@@ -1,8 +1,10 @@
 """The forward and the backward scan over time, for every cell, one slice or many, one direction or two.
 
-Grid: (S slices, groups). A group walks over jobs, a job being one batch tile in one direction; it loads its share
-of W_hh once per job and keeps it for all T steps. Only h (forward) or the gate gradients (backward) of one step
-move between the slices of a group, through the very tensors that hold the result. With S = 1 nothing moves.
+Grid: (S slices, groups). A group takes one job, a batch tile in one direction: its programs load their shares of W_hh
+once and keep them for all T steps. Only h (forward) or the gate gradients (backward) of one step move between the
+slices of a group, through the very tensors that hold the result. With S = 1 nothing moves. Jobs that cannot be
+resident at the same time follow in launches of their own (``first_job``): a loop over jobs inside the kernel kept
+addresses alive through the loop over time, and spilled (seen: LSTM and GRU backward in every dtype, Triton 3.9.0).
 
     forward    r_t = W_hh h_{t-1} + b_hh;  state_t, saved_t = cell.forward(x_t, r_t, state_{t-1})
     backward   dx_t, dr_t, e_t = cell.backward(dstate_t, saved_t, state_{t-1});  dh_{t-1} = e_t + W_hh^T dr_t
@@ -20,11 +22,10 @@ import triton.language as tl
 
 from .exchange import arrive, get, put, wait
 from .tiles import (
-    k_index,
     accumulator,
+    k_index,
     load_weight,
     narrow,
-    opaque_zero,
     operand_mask,
     operand_offsets,
     previous_slot,
@@ -36,11 +37,11 @@ from .tiles import (
 
 
 @triton.jit
-def resident(weight, zero, m, m_mask, m_stride: tl.constexpr, k_stride: tl.constexpr, tiling: tl.constexpr):
+def resident(weight, m, m_mask, m_stride: tl.constexpr, k_stride: tl.constexpr, tiling: tl.constexpr):
     """This program's rows of the product, one tile per chunk of K, to stay on chip for all steps."""
     tiles = ()
     for i in tl.static_range(len(tiling.chunks)):
-        k = k_index(tiling.chunks[i].size, tiling.splits) + zero
+        k = k_index(tiling.chunks[i].size, tiling.splits)
         corner = weight + tiling.chunks[i].start * k_stride
         tile = load_weight(corner, m, m_mask, m_stride, k, k_stride, tiling.chunks[i].length, tiling.splits)
         tiles = tiles + (tile,)
@@ -159,7 +160,7 @@ def publish(pointer, offsets, mask, stride: tl.constexpr, tiles, counter, tiling
         arrive(counter, exchange)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["first_job", "T", "B"])
 def scan_forward(
     x_gates,
     weight,
@@ -167,6 +168,7 @@ def scan_forward(
     states,
     saved,
     sync,
+    first_job,
     T,
     B,
     cell: tl.constexpr,
@@ -184,86 +186,84 @@ def scan_forward(
     K: tl.constexpr = tiling.saved
     counters, error = sync
     batch_tiles = tl.cdiv(B, BB)
+    job = first_job + tl.program_id(1)
+    direction = job // batch_tiles
+    b0 = (job % batch_tiles) * BB
+    counter = counters + job * exchange.stride
+    patience = tl.full((), exchange.patience, tl.int32)
+    first_unit = tl.program_id(0) * U
+    units = first_unit + tl.arange(0, U)
+    rows = tl.minimum(tl.arange(0, BB), B - 1 - b0)
+    mask = (units < H)[:, None]
+    store_mask = mask & (b0 + tl.arange(0, BB) < B)[None, :]
+    gate_offsets = unit_offsets(units, rows, D * G * H)
+    state_offsets = unit_offsets(units, rows, D * H)
+    saved_offsets = unit_offsets(units, rows, D * K * H)
 
-    for job in range(tl.program_id(1), batch_tiles * D, tl.num_programs(1)):
-        direction = job // batch_tiles
-        b0 = (job % batch_tiles) * BB
-        counter = counters + job * exchange.stride
-        patience = tl.full((), exchange.patience, tl.int32)
-        zero = opaque_zero(exchange)
-        first_unit = tl.program_id(0) * U + zero
-        units = first_unit + tl.arange(0, U)
-        rows = tl.minimum(tl.arange(0, BB), B - 1 - b0)
-        mask = (units < H)[:, None]
-        store_mask = mask & (b0 + tl.arange(0, BB) < B)[None, :]
-        gate_offsets = unit_offsets(units, rows, D * G * H)
-        state_offsets = unit_offsets(units, rows, D * H)
-        saved_offsets = unit_offsets(units, rows, D * K * H)
+    weights = ()
+    biases = ()
+    corner = weight + direction.to(tl.int64) * (G * H * H)
+    for p in tl.static_range(len(tiling.packs)):
+        m = tl.arange(0, tiling.packs[p] * U)
+        row = (tiling.first_gates[p] + m // U) * H + first_unit + m % U
+        weights = weights + (resident(corner, row, first_unit + m % U < H, H, 1, tiling),)
+    for g in tl.static_range(G):
+        biases = biases + (load(bias + direction * (G * H) + g * H + units, units < H)[:, None],)
 
-        weights = ()
-        biases = ()
-        corner = weight + direction.to(tl.int64) * (G * H * H)
-        for p in tl.static_range(len(tiling.packs)):
-            m = tl.arange(0, tiling.packs[p] * U)
-            row = (tiling.first_gates[p] + m // U) * H + first_unit + m % U
-            weights = weights + (resident(corner, zero, row, first_unit + m % U < H, H, 1, tiling),)
+    t = time_of(0, direction, T)
+    state = ()
+    for i in tl.static_range(len(states)):
+        slot = previous_slot(t, direction)
+        if i > 0 and not SAVE:
+            slot = tl.minimum(slot, 1)
+        state = state + (load(states[i] + row_offset(slot, b0, direction, B, D, H) + state_offsets, mask),)
+
+    for step in range(T):
+        t = time_of(step, direction, T)
+        # Loaded before the wait: the exchange's latency hides it.
+        x = load_tiles(x_gates + row_offset(t, b0, direction, B, D, G * H), gate_offsets, mask, H, G)
+        if tiling.slices == 1:
+            product = product_local(weights, (state[0],), weight.dtype.element_ty, tiling)
+        else:
+            patience = wait(counter, step * tiling.slices, patience, error, exchange)
+            h = states[0] + row_offset(previous_slot(t, direction), b0, direction, B, D, H)
+            product, patience = product_shared(weights, h, rows, D * H, patience, error, tiling, exchange)
+        r = ()
         for g in tl.static_range(G):
-            biases = biases + (load(bias + direction * (G * H) + g * H + units, units < H)[:, None],)
-
-        t = time_of(0, direction, T)
-        state = ()
-        for i in tl.static_range(len(states)):
-            slot = previous_slot(t, direction)
-            if i > 0 and not SAVE:
-                slot = tl.minimum(slot, 1)
-            state = state + (load(states[i] + row_offset(slot, b0, direction, B, D, H) + state_offsets, mask),)
-
-        for step in range(T):
-            t = time_of(step, direction, T)
-            # Loaded before the wait: the exchange's latency hides it.
-            x = load_tiles(x_gates + row_offset(t, b0, direction, B, D, G * H), gate_offsets, mask, H, G)
-            if tiling.slices == 1:
-                product = product_local(weights, (state[0],), weight.dtype.element_ty, tiling)
-            else:
-                patience = wait(counter, step * tiling.slices, patience, error, exchange)
-                h = states[0] + row_offset(previous_slot(t, direction), b0, direction, B, D, H)
-                product, patience = product_shared(weights, h, rows, D * H, patience, error, tiling, exchange)
-            r = ()
-            for g in tl.static_range(G):
-                r = r + (product[g] + biases[g],)
-            state, kept = cell(x, r, state)
-            position = row_offset(t + 1, b0, direction, B, D, H)
-            publish(states[0] + position, state_offsets, store_mask, 0, (state[0],), counter, tiling, exchange)
-            if SAVE:
-                for i in tl.static_range(1, len(states)):
-                    store(states[i] + position + state_offsets, state[i], store_mask, tiling)
-                position = row_offset(t, b0, direction, B, D, K * H)
-                store_tiles(saved + position, saved_offsets, store_mask, H, kept, tiling)
-
-        if not SAVE:
+            r = r + (product[g] + biases[g],)
+        state, kept = cell(x, r, state)
+        position = row_offset(t + 1, b0, direction, B, D, H)
+        publish(states[0] + position, state_offsets, store_mask, 0, (state[0],), counter, tiling, exchange)
+        if SAVE:
             for i in tl.static_range(1, len(states)):
-                position = row_offset(direction * 0 + 1, b0, direction, B, D, H)
                 store(states[i] + position + state_offsets, state[i], store_mask, tiling)
+            position = row_offset(t, b0, direction, B, D, K * H)
+            store_tiles(saved + position, saved_offsets, store_mask, H, kept, tiling)
+
+    if not SAVE:
+        for i in tl.static_range(1, len(states)):
+            position = row_offset(direction * 0 + 1, b0, direction, B, D, H)
+            store(states[i] + position + state_offsets, state[i], store_mask, tiling)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["first_job", "T", "B"])
 def scan_backward(
     dy,
     weight,
     states,
     saved,
     d_final,
-    dx_gates,
-    dr_gates,
+    d_gates,
     d_initial,
     sync,
+    first_job,
     T,
     B,
     cell: tl.constexpr,
     tiling: tl.constexpr,
     exchange: tl.constexpr,
 ):
-    """dy: [T, B, D, H]. d_final, d_initial: tuples of [B, D, H], one per state. dx_gates, dr_gates: [T, B, D, G*H],
+    """dy: [T, B, D, H]. d_final, d_initial: tuples of [B, D, H], one per state. d_gates: (dx, dr), [T, B, D, G*H] each,
     the same tensor where the cell's two gradients are the same. Others as in the forward, with SAVE."""
     H: tl.constexpr = tiling.hidden
     D: tl.constexpr = tiling.directions
@@ -272,57 +272,56 @@ def scan_backward(
     BB: tl.constexpr = tiling.batch_tile
     K: tl.constexpr = tiling.saved
     counters, error = sync
+    dx_gates, dr_gates = d_gates
     batch_tiles = tl.cdiv(B, BB)
+    job = first_job + tl.program_id(1)
+    direction = job // batch_tiles
+    b0 = (job % batch_tiles) * BB
+    counter = counters + job * exchange.stride
+    patience = tl.full((), exchange.patience, tl.int32)
+    units = tl.program_id(0) * U + tl.arange(0, U)
+    rows = tl.minimum(tl.arange(0, BB), B - 1 - b0)
+    mask = (units < H)[:, None]
+    store_mask = mask & (b0 + tl.arange(0, BB) < B)[None, :]
+    gate_offsets = unit_offsets(units, rows, D * G * H)
+    state_offsets = unit_offsets(units, rows, D * H)
+    saved_offsets = unit_offsets(units, rows, D * K * H)
 
-    for job in range(tl.program_id(1), batch_tiles * D, tl.num_programs(1)):
-        direction = job // batch_tiles
-        b0 = (job % batch_tiles) * BB
-        counter = counters + job * exchange.stride
-        patience = tl.full((), exchange.patience, tl.int32)
-        zero = opaque_zero(exchange)
-        units = tl.program_id(0) * U + zero + tl.arange(0, U)
-        rows = tl.minimum(tl.arange(0, BB), B - 1 - b0)
-        mask = (units < H)[:, None]
-        store_mask = mask & (b0 + tl.arange(0, BB) < B)[None, :]
-        gate_offsets = unit_offsets(units, rows, D * G * H)
-        state_offsets = unit_offsets(units, rows, D * H)
-        saved_offsets = unit_offsets(units, rows, D * K * H)
+    corner = weight + direction.to(tl.int64) * (G * H * H)
+    weights = (resident(corner, units, units < H, 1, H, tiling),)
+    edge = row_offset(direction * 0, b0, direction, B, D, H)
+    d_state = load_states(d_final, edge, state_offsets, mask)
 
-        corner = weight + direction.to(tl.int64) * (G * H * H)
-        weights = (resident(corner, zero, units, units < H, 1, H, tiling),)
-        edge = row_offset(direction * 0, b0, direction, B, D, H)
-        d_state = load_states(d_final, edge, state_offsets, mask)
+    t = time_of(T - 1, direction, T)
+    position = row_offset(t, b0, direction, B, D, H)
+    dh = load(dy + position + state_offsets, mask)
+    kept = load_tiles(saved + position * K, saved_offsets, mask, H, K)
+    before = row_offset(previous_slot(t, direction), b0, direction, B, D, H)
+    previous = load_states(states, before, state_offsets, mask)
 
-        t = time_of(T - 1, direction, T)
+    for step in range(T):
+        dx, dr, d_previous = cell((d_state[0] + dh,) + d_state[1:], kept, previous)
+        gates = row_offset(t, b0, direction, B, D, G * H)
+        publish(dr_gates + gates, gate_offsets, store_mask, H, dr, counter, tiling, exchange)
+        if tiling.recurrent_gradient:
+            store_tiles(dx_gates + gates, gate_offsets, store_mask, H, dx, tiling)
+
+        # What the next step reads from the forward is loaded before the wait: the exchange's latency hides it.
+        t = time_of(tl.maximum(T - 2 - step, 0), direction, T)
         position = row_offset(t, b0, direction, B, D, H)
         dh = load(dy + position + state_offsets, mask)
         kept = load_tiles(saved + position * K, saved_offsets, mask, H, K)
         before = row_offset(previous_slot(t, direction), b0, direction, B, D, H)
         previous = load_states(states, before, state_offsets, mask)
 
-        for step in range(T):
-            dx, dr, d_previous = cell((d_state[0] + dh,) + d_state[1:], kept, previous)
-            gates = row_offset(t, b0, direction, B, D, G * H)
-            publish(dr_gates + gates, gate_offsets, store_mask, H, dr, counter, tiling, exchange)
-            if tiling.recurrent_gradient:
-                store_tiles(dx_gates + gates, gate_offsets, store_mask, H, dx, tiling)
+        if tiling.slices == 1:
+            product = product_local(weights, dr, weight.dtype.element_ty, tiling)
+        else:
+            patience = wait(counter, (step + 1) * tiling.slices, patience, error, exchange)
+            product, patience = product_shared(
+                weights, dr_gates + gates, rows, D * G * H, patience, error, tiling, exchange
+            )
+        d_state = (d_previous[0] + product[0],) + d_previous[1:]
 
-            # What the next step reads from the forward is loaded before the wait: the exchange's latency hides it.
-            t = time_of(tl.maximum(T - 2 - step, 0), direction, T)
-            position = row_offset(t, b0, direction, B, D, H)
-            dh = load(dy + position + state_offsets, mask)
-            kept = load_tiles(saved + position * K, saved_offsets, mask, H, K)
-            before = row_offset(previous_slot(t, direction), b0, direction, B, D, H)
-            previous = load_states(states, before, state_offsets, mask)
-
-            if tiling.slices == 1:
-                product = product_local(weights, dr, weight.dtype.element_ty, tiling)
-            else:
-                patience = wait(counter, (step + 1) * tiling.slices, patience, error, exchange)
-                product, patience = product_shared(
-                    weights, dr_gates + gates, rows, D * G * H, patience, error, tiling, exchange
-                )
-            d_state = (d_previous[0] + product[0],) + d_previous[1:]
-
-        for i in tl.static_range(len(d_initial)):
-            store(d_initial[i] + edge + state_offsets, d_state[i], store_mask, tiling)
+    for i in tl.static_range(len(d_initial)):
+        store(d_initial[i] + edge + state_offsets, d_state[i], store_mask, tiling)

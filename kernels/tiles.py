@@ -13,20 +13,6 @@ import triton.language as tl
 
 
 @triton.jit
-def opaque_zero(exchange: tl.constexpr):
-    """0, in a way that no compiler sees through.
-
-    What derives from it inside the loop over jobs stays there. Hoisted out of that loop, the addresses of the weights
-    stay alive through the loop over time and spill (seen: bf16 LSTM backward, H=1000 and 1024: 2 to 6, then none).
-    """
-    if exchange.poll == "ptx":
-        zero = tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-        return zero * 128  # keeps the alignment of what it is added to, and so the width of loads
-    else:
-        return 0
-
-
-@triton.jit
 def time_of(step, direction, T):
     """The time index that ``step`` stands for: direction is the sign of the time step."""
     return tl.where(direction == 0, step, T - 1 - step)
@@ -90,7 +76,9 @@ def narrow(tile, dtype: tl.constexpr, interpreted: tl.constexpr):
 
 
 @triton.jit
-def load_weight(weight, m, m_mask, m_stride: tl.constexpr, k, k_stride: tl.constexpr, length: tl.constexpr, splits: tl.constexpr):
+def load_weight(
+    weight, m, m_mask, m_stride: tl.constexpr, k, k_stride: tl.constexpr, length: tl.constexpr, splits: tl.constexpr
+):
     """The resident operand: [M, K] or [P, M, K // P]; zero outside the matrix."""
     if splits == 1:
         offsets = m[:, None] * m_stride + k[None, :] * k_stride

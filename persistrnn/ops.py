@@ -146,7 +146,16 @@ def _scan_forward(
 
 
 @_scan_forward.register_fake
-def _(cell, precision, save, x_gates, weight_hh, bias_hh, h0, c0):
+def _(
+    cell: str,
+    precision: str,
+    save: bool,
+    x_gates: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     T, B, D, _ = x_gates.shape
     H = h0.shape[-1]
     y = x_gates.new_empty(T + 2, B, D, H)
@@ -177,7 +186,17 @@ def _scan_backward(
 
 
 @_scan_backward.register_fake
-def _(cell, precision, dy, dh_n, dc_n, weight_hh, y, c, saved):
+def _(
+    cell: str,
+    precision: str,
+    dy: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor | None,
+    weight_hh: Tensor,
+    y: Tensor,
+    c: Tensor,
+    saved: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, B, D, H = dy.shape
     dx_gates = dy.new_empty(T, B, D, _GATES[cell] * H)
     dr_gates = dy.new_empty(0) if _HAS_C[cell] else torch.empty_like(dx_gates)
@@ -217,7 +236,8 @@ class _Scan(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         weight_hh, y, c, saved = ctx.saved_tensors
-        T, B, D, H = y.shape[0] - 2, *y.shape[1:]
+        T = y.shape[0] - 2
+        _, B, D, H = y.shape
         dy = y.new_zeros(T, B, D, H) if grads[0] is None else grads[0].unflatten(2, (D, H))
         dh_n = y.new_zeros(D, B, H) if grads[1] is None else grads[1]
         dc_n = None
@@ -232,9 +252,7 @@ class _Scan(Function):
         d_weight = d_bias = None
         if needs_weight:
             h_previous = [y[2:, :, 1] if d else y[:-2, :, 0] for d in range(D)]
-            d_weight = torch.stack(
-                [dr_gates[:, :, d].flatten(0, 1).mT @ h_previous[d].flatten(0, 1) for d in range(D)]
-            )
+            d_weight = torch.stack([dr_gates[:, :, d].flatten(0, 1).mT @ h_previous[d].flatten(0, 1) for d in range(D)])
         if needs_bias:
             d_bias = dr_gates.sum((0, 1), dtype=torch.float32).to(dr_gates.dtype)
         return None, None, None, dx_gates, d_weight, d_bias, dh0, dc0 if _HAS_C[ctx.cell] else None
@@ -310,9 +328,7 @@ def _fold(tensor: Tensor | None, dim: int | None, axis: int | None, size: int) -
 
 def _unfold(outputs: tuple[Tensor, ...], axes: tuple[int, ...], size: int) -> tuple[Any, Any]:
     """The inverse: split the batch at each output's axis; empty stand-ins are not mapped."""
-    split = tuple(
-        o.unflatten(a, (size, -1)) if o.dim() > a else o for o, a in zip(outputs, axes, strict=True)
-    )
+    split = tuple(o.unflatten(a, (size, -1)) if o.dim() > a else o for o, a in zip(outputs, axes, strict=True))
     return split, tuple(a if o.dim() > a else None for o, a in zip(outputs, axes, strict=True))
 
 

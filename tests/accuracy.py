@@ -17,9 +17,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import persistrnn
 import torch
 from torch import Tensor
+
+import persistrnn
 
 MODULES = {"lstm": (persistrnn.LSTM, torch.nn.LSTM), "gru": (persistrnn.GRU, torch.nn.GRU)}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -60,23 +61,17 @@ FACTORS = {
 def pairwise(factors: dict[str, tuple], seed: int = 0, candidates: int = 40) -> list[dict]:
     """Rows in which every pair of values of two factors occurs, by greedy choice among random rows."""
     names = list(factors)
-    uncovered = {
-        (a, x, b, y) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]
-    }
+    uncovered = {(a, x, b, y) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]}
     generator = random.Random(seed)
     rows = []
     while uncovered:
         a, x, b, y = min(uncovered, key=str)
-
-        def gain(row):
-            return sum((p, row[p], q, row[q]) in uncovered for p, q in itertools.combinations(names, 2))
-
-        options = [
-            {n: generator.choice(factors[n]) for n in names} | {a: x, b: y} for _ in range(candidates)
-        ]
-        best = max(options, key=gain)
-        uncovered -= {(p, best[p], q, best[q]) for p, q in itertools.combinations(names, 2)}
-        rows.append(best)
+        options = [{n: generator.choice(factors[n]) for n in names} | {a: x, b: y} for _ in range(candidates)]
+        pairs = [{(p, row[p], q, row[q]) for p, q in itertools.combinations(names, 2)} for row in options]
+        gains = [len(uncovered & covered) for covered in pairs]
+        best = gains.index(max(gains))
+        uncovered -= pairs[best]
+        rows.append(options[best])
     return rows
 
 
@@ -144,19 +139,23 @@ class Bound:
     def add(self, what: object, ours: dict[str, Tensor], truth: dict[str, Tensor], witness: dict[str, Tensor]) -> None:
         unit = torch.finfo(self.dtype).eps / 2
         floor = (16 if self.dtype == torch.float32 else 8) * unit
+        # One kind of gradient in all layers and directions together: the witness's error of a single sum over T*B
+        # terms that nearly cancel, as a bias has at H=1, says little of what rounding does to it.
+        kinds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
         for name, true in truth.items():
             if not true.any():
                 if ours[name].any():
                     self.failures.append(f"{what}: {name} is not 0")
                 continue
             size, error, allowed = (t.square().sum().item() for t in (true, ours[name] - true, witness[name] - true))
-            if not math.sqrt(error / size) <= 1.5 * math.sqrt(allowed / size) + floor:
-                self.failures.append(
-                    f"{what}: {name} has error {math.sqrt(error / size):.2e}, witness {math.sqrt(allowed / size):.2e}"
-                )
             kind = name.split("_l")[0]
             for i, value in enumerate((error / size, allowed / size, 1.0)):
+                kinds[kind][i] += value
                 self.squares[kind][i] += value
+        for kind, (error, allowed, count) in kinds.items():
+            e, e_witness = math.sqrt(error / count), math.sqrt(allowed / count)
+            if not e <= 1.5 * e_witness + floor:
+                self.failures.append(f"{what}: {kind} has error {e:.2e}, witness {e_witness:.2e}")
 
     def pooled(self) -> Iterator[str]:
         for name, (error, allowed, count) in self.squares.items():

@@ -4,7 +4,6 @@ import itertools
 
 import accuracy
 import numpy as np
-import persistrnn
 import pytest
 import torch
 import triton
@@ -12,18 +11,20 @@ import triton.language as tl
 from persistrnn.kernels import launch
 from persistrnn.kernels.tiles import row_offset
 
+import persistrnn
+
 pytestmark = pytest.mark.interpreter
 
 CASES = accuracy.cases()
-CLASSES = sorted({(case.cell, case.dtype, case.layers) for case in CASES})
+CLASSES = sorted({(case.cell, case.dtype) for case in CASES})
 SEEDS = 3
 
 
-@pytest.mark.parametrize(("cell", "dtype", "layers"), CLASSES)
-@pytest.mark.timeout(600)
-def test_outputs_and_gradients_keep_the_bound(cell, dtype, layers):
+@pytest.mark.parametrize(("cell", "dtype"), CLASSES)
+@pytest.mark.timeout(1200)
+def test_outputs_and_gradients_keep_the_bound(cell, dtype):
     bound = accuracy.Bound(accuracy.DTYPES[dtype])
-    chosen = [case for case in CASES if (case.cell, case.dtype, case.layers) == (cell, dtype, layers)]
+    chosen = [case for case in CASES if (case.cell, case.dtype) == (cell, dtype)]
     for case, seed in itertools.product(chosen, range(SEEDS)):
         before = launch.LAUNCHES.copy()
         bound.add((case, seed), *accuracy.run(case, seed))
