@@ -91,6 +91,7 @@ def compile_case(case: Case) -> tuple[Any, planning.Pass]:
     pointer = DTYPES[case.dtype]
     states = (pointer,) * cell.states
     signature: dict[str, str | tuple[str, ...]] = {
+        "first_job": "i32",
         "T": "i32",
         "B": "i32",
         "sync": ("*i32", "*i32"),

@@ -82,7 +82,15 @@ def unsupported(
     device: torch.device,
     precision: str,
 ) -> str | None:
-    """Why the kernels cannot run this layer, with the remedy; None if they can."""
+    """Why the kernels cannot run this layer, with the remedy; None if they can, which no batch size changes."""
+    return _unsupported(cell, hidden_size, directions, dtype, device, precision)
+
+
+# torch.compile asks once, while it traces: the answer holds for all T and B.
+@torch.compiler.assume_constant_result
+def _unsupported(
+    cell: str, hidden_size: int, directions: int, dtype: torch.dtype, device: torch.device, precision: str
+) -> str | None:
     if _MISSING is not None:
         return f"{_MISSING}, or use backend='torch'."
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -101,7 +109,7 @@ def unsupported(
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         return f"the kernels need compute capability 8.0 or newer, got {name} with {capability}; use backend='torch'."
     try:
-        launch.choose(CELLS[cell], hidden_size, max(batch, 1), directions, dtype, precision, device)
+        launch.choose(CELLS[cell], hidden_size, 1, directions, dtype, precision, device)
     except plan.PlanError as error:
         return str(error)
     return None
@@ -218,9 +226,10 @@ class _Scan(Function):
         c0: Tensor | None,
     ) -> tuple[Tensor, ...]:
         y, c, saved = _scan_forward(cell, precision, save, x_gates, weight_hh, bias_hh, h0, c0)
-        T, D = x_gates.shape[0], x_gates.shape[2]
-        h_n = torch.stack([y[1 if d else T, :, d] for d in range(D)])
-        c_n = torch.stack([c[1 if d or not save else T, :, d] for d in range(D)]) if _HAS_C[cell] else c.clone()
+        D = x_gates.shape[2]
+        # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
+        h_n = torch.stack([y[1 if d else -2, :, d] for d in range(D)])
+        c_n = torch.stack([c[-2 if save and d == 0 else 1, :, d] for d in range(D)]) if _HAS_C[cell] else c.clone()
         return y[1:-1].flatten(2), h_n, c_n, y, c, saved
 
     @staticmethod

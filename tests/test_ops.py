@@ -14,6 +14,7 @@ import pytest
 import torch
 from persistrnn.kernels import launch
 from persistrnn.kernels import plan as planning
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -242,6 +243,22 @@ def test_compile_to_a_full_graph_equals_eager(cell, launches):
     torch.testing.assert_close(found, outputs_and_gradients(module, module, x), rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), module(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_new_batch_or_length_is_not_compiled_again(cell):
+    """Once both are known to vary, that is: torch compiles a second time when a size changes for the first time."""
+    module = layer(cell, bidirectional=True)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for steps, batch in ((4, 3), (5, 3), (5, 4)):
+        compiled(torch.randn(steps, batch, I))
+    frames = counter.frame_count
+    for steps, batch in ((7, 4), (9, 20), (2, 40)):
+        x = torch.randn(steps, batch, I)
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-6, atol=1e-6)
+    assert counter.frame_count == frames
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -49,8 +49,7 @@ def check_plan(found: planning.Plan) -> None:
         assert t.splits in (1, part.warps), "one part of K per warp, or no parts"
         assert t.units >= 16, "a dot needs 16 rows"
         assert t.batch_tile >= 8, "a dot needs 8 columns"
-        assert 1 <= part.registers <= 255
-        assert part.warps * 32 * part.registers <= 65_536, "the register file of a multiprocessor"
+        assert part.warps * 32 <= 1024, "threads of one program"
 
         # Chunks cover K exactly once, from 0 on, without a gap or an overlap.
         covered = [k for chunk in t.chunks for k in range(chunk.start, chunk.start + chunk.length)]
@@ -203,8 +202,7 @@ def test_the_plan_does_not_know_the_number_of_steps():
 def test_a_batch_changes_the_grid_and_nothing_that_is_compiled(device, hidden):
     found = [plan(SHAPES["gru"], hidden, batch, 1, "bf16", DEVICES[device]) for batch in (1, 3, 16, 17, 64, 999)]
     for name in PASSES:
-        compiled = {(part.tiling, part.warps, part.registers) for part in (getattr(p, name) for p in found)}
-        assert len(compiled) == 1
+        assert len({dataclasses.replace(getattr(p, name), groups=0, rounds=0) for p in found}) == 1
     assert len({p.forward.groups for p in found}) > 1
 
 
