@@ -83,6 +83,9 @@ class Run:
         self.device = torch.device(settings.device)
         self.text = corpus.train.to(self.device)
         self.model = new_model(settings)
+        # Threads that share a process's first square root may get inexact ones from MKL, and runs would not repeat
+        # (github.com/pytorch/pytorch/issues/188792). A first one on a single thread prevents it.
+        torch.ones(1).sqrt()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.learning_rate)
         # Scales the loss so that float16 gradients do not underflow; does nothing for other dtypes.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == "float16")

@@ -32,7 +32,7 @@ class Settings:
     backend: str = "auto"
     batch: int = 8
     sequence: int = 512
-    steps: int = 950
+    steps: int = 1500
     learning_rate: float = 4e-3
     clip: float = 1.0
     seed: int = 0

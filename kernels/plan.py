@@ -240,11 +240,14 @@ def _rule(hidden: int, dtype: str, hardware: Hardware, backward: bool) -> Rule:
         if hidden <= rule.units:
             return rule
     rule = SHARED_RULES[size]
+    aligned = hidden * size % 16 == 0
     if dtype == "fp32":
         # No tensor core: each thread holds whole operands. Seen by audit: 128 in the forward and for large H, but
         # 256 in the backward at H = 128, 130, 200, 511, 640 and 768.
         return replace(rule, largest_chunk=256 if backward and hidden <= 768 else 128)
-    if hidden * size % 16 and (size == 2 or not backward):
+    if dtype == "tf32" and backward and aligned and hidden > 768:
+        return replace(rule, largest_chunk=128)  # seen by audit: GRU, H = 1024
+    if not aligned and (size == 2 or not backward):
         # Rows of W_hh not aligned to 16 bytes are loaded in narrow pieces: large chunks spill on their way in.
         return replace(rule, largest_chunk=rule.largest_chunk // 2)
     return rule

@@ -88,7 +88,7 @@ def test_sample_is_spread():
 TTGIR = """
 #loc = loc("scan.py":1:0)
 module attributes {{"ttg.num-warps" = 4 : i32}} {{
-  tt.func public @scan(%x: !tt.ptr<f16> loc("x"), %weight: !tt.ptr<f16> {{tt.divisibility = 16 : i32}} loc("weight"), %T: i32) {{
+  tt.func public @scan(%x: !tt.ptr<f16>, %weight: !tt.ptr<f16> {{tt.divisibility = 16 : i32}} loc(#loc), %T: i32) {{
     %zero = arith.constant 0 : i32 loc(#loc)
     %one = arith.constant 1 : i32 loc(#loc)
     %index = tt.make_range {{end = 16 : i32, start = 0 : i32}} : tensor<16xi32, #blocked> loc(#loc)
@@ -97,10 +97,10 @@ module attributes {{"ttg.num-warps" = 4 : i32}} {{
     %pointers = tt.addptr %splat, %index : tensor<16x!tt.ptr<f16>, #blocked>, tensor<16xi32, #blocked> loc(#loc)
     %others = tt.splat %x : !tt.ptr<f16> -> tensor<16x!tt.ptr<f16>, #blocked> loc(#loc)
     {before}
-    %results:2 = scf.for %step = %zero to %T step %one iter_args(%acc = %index, %moving = {carried}) -> (tensor<16xi32, #blocked>, tensor<16x!tt.ptr<f16>, #blocked>)  : i32 {{
+    %results:2 = scf.for %t = %zero to %T step %one iter_args(%acc = %index, %moving = {carried}) -> ({types})  : i32 {{
       {body}
       %loaded = tt.load %others : tensor<16x!tt.ptr<f16>, #blocked> loc(#loc)
-      scf.yield %acc, %moving : tensor<16xi32, #blocked>, tensor<16x!tt.ptr<f16>, #blocked> loc(#loc)
+      scf.yield %acc, %moving : {types} loc(#loc)
     }} loc(#loc)
     {after}
     tt.return loc(#loc)
@@ -113,7 +113,8 @@ ASYNC = "%w = ttg.async_copy_global_to_local {}, %view : tensor<16x!tt.ptr<f16>,
 
 
 def ttgir(before="", body="", after="", carried="%others"):
-    return TTGIR.format(before=before, body=body, after=after, carried=carried)
+    types = "tensor<16xi32, #blocked>, tensor<16x!tt.ptr<f16>, #blocked>"
+    return TTGIR.format(before=before, body=body, after=after, carried=carried, types=types)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def ttgir(before="", body="", after="", carried="%others"):
         (
             ttgir(
                 body="%near = tt.addptr %pointers, %acc : tensor<16x!tt.ptr<f16>, #blocked>, tensor<16xi32, #blocked>"
-                "\n      %cast = ttg.convert_layout %near : tensor<16x!tt.ptr<f16>, #blocked> -> tensor<16x!tt.ptr<f16>>"
+                "\n      %cast = ttg.convert_layout %near : tensor<16x!tt.ptr<f16>> -> tensor<16x!tt.ptr<f16>>"
                 "\n      " + LOAD.format("%cast")
             ),
             (0, 1),
@@ -173,12 +174,21 @@ def streaming(out, weight, x, T, SIZE: tl.constexpr, OUTSIDE: tl.constexpr):
 
 
 def compile_streaming(outside: bool):
-    signature = {"out": "*bf16", "weight": "*bf16", "x": "*bf16", "T": "i32", "SIZE": "constexpr", "OUTSIDE": "constexpr"}
+    signature = {
+        "out": "*bf16",
+        "weight": "*bf16",
+        "x": "*bf16",
+        "T": "i32",
+        "SIZE": "constexpr",
+        "OUTSIDE": "constexpr",
+    }
     source = ASTSource(streaming, signature, {(4,): 64, (5,): outside}, {})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 1})
+    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 def test_a_kernel_that_streams_its_weights_is_caught(monkeypatch):
+    assert audit.weight_loads(compile_streaming(outside=True).asm["ttgir"]) == (1, 0)
     compiled = compile_streaming(outside=False)
     _, inside = audit.weight_loads(compiled.asm["ttgir"])
     assert inside >= 1
@@ -194,7 +204,9 @@ def test_a_kernel_that_never_loads_its_weights_is_caught(monkeypatch):
     compiled, part = audit.compile_case(SMALL)
     renamed = compiled.asm["ttgir"].replace("%weight", "%mislaid")
     asm = {name: compiled.asm[name] for name in ("ptx", "cubin")} | {"ttgir": renamed}
-    monkeypatch.setattr(audit, "compile_case", lambda case: (SimpleNamespace(asm=asm, metadata=compiled.metadata), part))
+    monkeypatch.setattr(
+        audit, "compile_case", lambda case: (SimpleNamespace(asm=asm, metadata=compiled.metadata), part)
+    )
     row = audit.audit(SMALL)
     assert row.loads_in_loop == 0
     assert "0 weight loads in the loop, 0 before it" in row.failures
@@ -204,18 +216,20 @@ def test_a_kernel_that_never_loads_its_weights_is_caught(monkeypatch):
 
 
 def test_real_spills_are_found(monkeypatch):
-    """The same kernel with 32 registers per thread."""
+    """The same kernel with 40 registers per thread (ptxas refuses fewer than 34)."""
     original = audit.options
     assert audit.audit(SMALL).spills == 0
-    monkeypatch.setattr(audit, "options", lambda part: original(part) | {"maxnreg": 32})
+    monkeypatch.setattr(audit, "options", lambda part: original(part) | {"maxnreg": 40})
     row = audit.audit(SMALL)
-    assert row.registers <= 32
+    assert row.registers <= 40
     assert row.spills > 0
     assert row.failures == f"{row.spills} spill instructions"
 
 
 def test_spills_are_counted_by_instruction(monkeypatch):
-    found = Counter({"LDL.64": 2, "STL": 1, "LDL": 4, "LDG.E.128": 8, "HMMA.16816.F32.BF16": 3, "STS": 5, "BAR.SYNC": 2})
+    found = Counter(
+        {"LDL.64": 2, "STL": 1, "LDL": 4, "LDG.E.128": 8, "HMMA.16816.F32.BF16": 3, "STS": 5, "BAR.SYNC": 2}
+    )
     monkeypatch.setattr(audit, "disassemble", lambda cubin: (99, found))
     row = audit.audit(SMALL)
     assert (row.spills, row.registers, row.barriers, row.instructions) == (7, 99, 2, 25)
@@ -260,7 +274,9 @@ def test_a_lost_memory_order_is_found(monkeypatch, pattern, replacement, finding
     asm = {name: compiled.asm[name] for name in ("ttgir", "cubin")}
     asm["ptx"] = compiled.asm["ptx"].replace(pattern, replacement)
     assert asm["ptx"] != compiled.asm["ptx"]
-    monkeypatch.setattr(audit, "compile_case", lambda case: (SimpleNamespace(asm=asm, metadata=compiled.metadata), part))
+    monkeypatch.setattr(
+        audit, "compile_case", lambda case: (SimpleNamespace(asm=asm, metadata=compiled.metadata), part)
+    )
     assert audit.audit(SHARED).failures == finding
 
 
@@ -274,7 +290,9 @@ def test_a_refused_size_is_a_row_that_says_so():
 
 
 def test_table_shows_failures():
-    rows = [audit.Row("gru forward", "bf16", 64, "sm_90", "3.9.0", failures=text) for text in ("", "7 spill instructions")]
+    rows = [
+        audit.Row("gru forward", "bf16", 64, "sm_90", "3.9.0", failures=text) for text in ("", "7 spill instructions")
+    ]
     head, good, bad = audit.table(rows).splitlines()
     assert head.split()[0] == "kernel"
     assert head.split()[-1] == "result"
@@ -294,7 +312,21 @@ def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
 @pytest.mark.timeout(600)
 def test_command_prints_the_table_and_resumes(tmp_path):
     output = tmp_path / "runs" / "audit.jsonl"
-    line = ("audit", "--cells", "gru", "--hidden", 64, "--dtypes", "bf16", "--arch", 90, "--jobs", 1, "--output", output)
+    line = (
+        "audit",
+        "--cells",
+        "gru",
+        "--hidden",
+        64,
+        "--dtypes",
+        "bf16",
+        "--arch",
+        90,
+        "--jobs",
+        1,
+        "--output",
+        output,
+    )
     first = command(*line, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     head, *rows, total = first.stdout.splitlines()

@@ -27,13 +27,13 @@ pytestmark = pytest.mark.interpreter
 CELLS = ("lstm", "gru")
 MODULES = {"lstm": persistrnn.LSTM, "gru": persistrnn.GRU}
 GATES = {"lstm": 4, "gru": 3}
-H, B, T, I = 10, 3, 2, 5
+H, B, T, INPUT = 10, 3, 2, 5
 NAMES = ("x_gates", "weight_hh", "bias_hh", "h0", "c0")
 
 
 def layer(cell, **options):
     torch.manual_seed(0)
-    return MODULES[cell](I, H, backend="persistent", **options)
+    return MODULES[cell](INPUT, H, backend="persistent", **options)
 
 
 def tensors(cell, directions=1, steps=T, batch=B, requires_grad=False):
@@ -235,7 +235,7 @@ def outputs_and_gradients(function, module, x):
 @pytest.mark.parametrize("cell", CELLS)
 def test_compile_to_a_full_graph_equals_eager(cell, launches):
     module = layer(cell, num_layers=2, bidirectional=True)
-    x = torch.randn(T, B, I)
+    x = torch.randn(T, B, INPUT)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     found = outputs_and_gradients(compiled, module, x)
@@ -253,10 +253,10 @@ def test_a_new_batch_or_length_is_not_compiled_again(cell):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter)
     for steps, batch in ((4, 3), (5, 3), (5, 4)):
-        compiled(torch.randn(steps, batch, I))
+        compiled(torch.randn(steps, batch, INPUT))
     frames = counter.frame_count
     for steps, batch in ((7, 4), (9, 20), (2, 40)):
-        x = torch.randn(steps, batch, I)
+        x = torch.randn(steps, batch, INPUT)
         torch.testing.assert_close(compiled(x), module(x), rtol=1e-6, atol=1e-6)
     assert counter.frame_count == frames
 
@@ -264,7 +264,7 @@ def test_a_new_batch_or_length_is_not_compiled_again(cell):
 @pytest.mark.parametrize("cell", CELLS)
 def test_export(cell, launches):
     module = layer(cell, bidirectional=True)
-    x = torch.randn(T, B, I)
+    x = torch.randn(T, B, INPUT)
     program = torch.export.export(module, (x,))
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets.count("persistrnn.scan_forward.default") == 1
@@ -275,7 +275,7 @@ def test_export(cell, launches):
 @pytest.mark.parametrize("cell", CELLS)
 def test_checkpoint(cell, launches):
     module = layer(cell)
-    x = torch.randn(T, B, I)
+    x = torch.randn(T, B, INPUT)
     found = outputs_and_gradients(lambda x: checkpoint(module, x, use_reentrant=False), module, x)
     assert launches() == {"scan_forward": 2, "scan_backward": 1}, "the forward runs again in the backward"
     torch.testing.assert_close(found, outputs_and_gradients(module, module, x), rtol=0, atol=0)
@@ -294,7 +294,7 @@ def loss_of(module):
 @pytest.mark.parametrize("cell", CELLS)
 def test_func_grad_equals_autograd(cell, launches):
     module = layer(cell, num_layers=2, bidirectional=True)
-    x = torch.randn(T, B, I)
+    x = torch.randn(T, B, INPUT)
     parameters = {n: p.detach() for n, p in module.named_parameters()}
     found, dx = grad(loss_of(module), argnums=(0, 1))(parameters, x)
     assert launches() == {"scan_forward": 2, "scan_backward": 2}
@@ -306,7 +306,7 @@ def test_func_grad_equals_autograd(cell, launches):
 @pytest.mark.parametrize("cell", CELLS)
 def test_vmap_over_inputs_is_one_launch(cell, in_dim, launches):
     module = layer(cell, bidirectional=True)
-    xs = torch.randn(4, T, B, I)
+    xs = torch.randn(4, T, B, INPUT)
     expected = [torch.stack(ts) for ts in zip(*(leaves(module(x)) for x in xs), strict=True)]
     assert launches() == {"scan_forward": 4}
     found = vmap(lambda x: leaves(module(x)), in_dims=in_dim)(xs.movedim(0, in_dim))
@@ -328,7 +328,7 @@ def test_vmap_over_states_only_is_one_launch(cell, launches):
 @pytest.mark.parametrize("cell", CELLS)
 def test_nested_vmap_is_one_launch(cell, launches):
     module = layer(cell)
-    xs = torch.randn(2, 3, T, B, I)
+    xs = torch.randn(2, 3, T, B, INPUT)
     found = vmap(vmap(lambda x: module(x)[0]))(xs)
     assert launches() == {"scan_forward": 1}
     expected = torch.stack([torch.stack([module(x)[0] for x in row]) for row in xs])
@@ -339,7 +339,7 @@ def test_nested_vmap_is_one_launch(cell, launches):
 @pytest.mark.parametrize("cell", CELLS)
 def test_vmap_over_weights_is_one_launch_each(cell, mapped, launches):
     module = layer(cell)
-    x = torch.randn(T, B, I)
+    x = torch.randn(T, B, INPUT)
     parameters = {n: p.detach() for n, p in module.named_parameters()}
     chosen = list(parameters) if mapped == "all" else [mapped]
     ensembles = {n: torch.stack([parameters[n] * k for k in (1, -1, 2)]) for n in chosen}
@@ -357,7 +357,7 @@ def test_vmap_over_weights_is_one_launch_each(cell, mapped, launches):
 @pytest.mark.parametrize("cell", CELLS)
 def test_per_sample_gradients_equal_a_loop(cell, launches):
     module = layer(cell, bidirectional=True)
-    xs = torch.randn(4, T, 1, I)
+    xs = torch.randn(4, T, 1, INPUT)
     parameters = {n: p.detach() for n, p in module.named_parameters()}
     found = vmap(grad(loss_of(module)), in_dims=(None, 0))(parameters, xs)
     assert launches() == {"scan_forward": 1, "scan_backward": 1}
@@ -370,7 +370,7 @@ def test_per_sample_gradients_equal_a_loop(cell, launches):
 def test_gradients_of_an_ensemble_equal_a_loop(cell, launches):
     """vmap over weights and inputs at once."""
     module = layer(cell)
-    xs = torch.randn(3, T, B, I)
+    xs = torch.randn(3, T, B, INPUT)
     parameters = {n: torch.stack([p.detach() * k for k in (1, -1, 2)]) for n, p in module.named_parameters()}
     found = vmap(grad(loss_of(module)))(parameters, xs)
     assert launches() == {"scan_forward": 3, "scan_backward": 3}
@@ -399,7 +399,7 @@ TWICE = r"differentiable once; a second derivative was asked for.*backend='torch
 def test_second_derivative_is_refused(cell, frozen):
     """With frozen weights and a linear loss, too: there only the saved gates lead back to x."""
     module = layer(cell).requires_grad_(not frozen)
-    x = torch.randn(T, B, I, requires_grad=True)
+    x = torch.randn(T, B, INPUT, requires_grad=True)
     (dx,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match=TWICE):
         (dx.square().sum() + x.sum()).backward()
@@ -414,7 +414,7 @@ def test_second_derivative_of_torch_func_is_refused(cell, outer):
         return grad(lambda x: module(x)[0].sum())(x).sum()
 
     with pytest.raises(NotImplementedError, match=TWICE):
-        outer(slope)(torch.randn(T, B, I))
+        outer(slope)(torch.randn(T, B, INPUT))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -431,11 +431,11 @@ def test_forward_mode_is_refused(cell, differentiate):
     """Never tangents of zero."""
     module = layer(cell)
     with pytest.raises(NotImplementedError, match=r"(?i)forward.mode"):
-        differentiate(lambda x: module(x)[0], torch.randn(T, B, I))
+        differentiate(lambda x: module(x)[0], torch.randn(T, B, INPUT))
 
 
 def test_dual_numbers_are_refused():
-    module, x = layer("lstm"), torch.randn(T, B, I)
+    module, x = layer("lstm"), torch.randn(T, B, INPUT)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises(NotImplementedError, match=r"(?i)forward.mode"):
@@ -501,9 +501,9 @@ def test_refused_size(a_gpu, precision, name):
 
 
 def test_module_raises_what_unsupported_says():
-    module = MODULES["gru"](I, H, backend="persistent", dtype=torch.float64)
+    module = MODULES["gru"](INPUT, H, backend="persistent", dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"(?s)got torch.float64.*backend='torch'"):
-        module(torch.randn(T, B, I, dtype=torch.float64))
+        module(torch.randn(T, B, INPUT, dtype=torch.float64))
 
 
 def test_describe_is_the_plan_in_words(a_gpu):

@@ -1,0 +1,464 @@
+"""On a real GPU: the bound of accuracy.py at real sizes, and what only real concurrency can break.
+
+`make gpu` runs it, with the machine's own torch, Triton and pytest (no plugins are needed).
+"""
+
+import itertools
+
+import accuracy
+import pytest
+import torch
+from accuracy import Bound, Case
+from persistrnn.kernels import launch
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.exchange import Exchange
+from persistrnn.kernels.scan import scan_backward, scan_forward
+
+import persistrnn
+from persistrnn import ops
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+SEEDS = 2
+REPEATS = 200
+PROTOCOLS = ("counter", "flags")
+
+# (hidden, batch, steps, layers, bidirectional, bias, state); every size has a plan on an A100 up to 512 (float32) or
+# 640 (16 bits), the larger ones on an H100 or H200.
+LOCAL = [
+    (1, 3, 33, 1, False, True, True),
+    (16, 1, 100, 2, True, True, True),
+    (64, 64, 33, 1, True, False, True),
+    (100, 17, 33, 2, False, True, False),
+    (128, 3, 2, 1, False, True, True),
+]
+SLICED = [
+    (130, 17, 33, 1, True, True, True),
+    (200, 3, 100, 2, True, True, True),
+    (256, 64, 33, 1, False, False, True),
+    (333, 1, 33, 2, False, True, False),
+    (512, 17, 100, 1, True, True, True),
+]
+LARGE_HALF = [
+    (640, 64, 33, 1, True, True, True),
+    (1000, 3, 33, 1, False, True, True),
+    (1024, 17, 100, 1, True, True, True),
+]
+LARGE_SINGLE = [(640, 17, 33, 1, False, True, True), (768, 3, 100, 1, True, True, True)]
+LARGE = {"fp16": LARGE_HALF, "bf16": LARGE_HALF, "fp32": LARGE_SINGLE}
+LONG = {"fp16": (1024, 2), "bf16": (1024, 2), "fp32": (512, 2)}  # (hidden, batch) for 2048 steps
+
+PRECISION = [("fp16", "ieee"), ("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")]
+
+
+@pytest.fixture(autouse=True)
+def a_gpu():
+    """`-m gpu` asks for a GPU: without one the tests fail, for a green run must have run."""
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        pytest.fail("these tests need a CUDA device, torch sees none; run them on a machine that has one")
+    launch.check()
+    yield
+    synchronize()
+    launch.check()  # no wait ran out unnoticed
+
+
+def synchronize():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+@pytest.fixture
+def precision(monkeypatch):
+    """precision("tf32" or "ieee"): of float32 products in every RNN, torch's and ours."""
+    return lambda value: monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", value)
+
+
+@pytest.fixture
+def exchange(monkeypatch):
+    """exchange(protocol=..., ...): how slices of launches from now on talk."""
+
+    def choose(**options):
+        chosen = Exchange(**options)
+        monkeypatch.setattr(launch, "exchange_for", lambda device: chosen)
+
+    return choose
+
+
+def planned(cell, hidden, batch, directions, dtype):
+    """The plan of one layer on this device."""
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
+    asked = persistrnn.functional.precision()
+    return launch.choose(CELLS[cell], hidden, batch, directions, dtype, asked, device)
+
+
+def needs_plan(cell, hidden, dtype):
+    """Skip where the device is too small for the size."""
+    reason = ops.unsupported(cell, hidden, 1, 1, dtype, torch.device(DEVICE, 0), persistrnn.functional.precision())
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def check_bound(cell, dtype, precision, shapes, sliced):
+    """The bound of accuracy.py over the shapes, on the kernels and on nothing else."""
+    # tf32 rounds operands as float16 does; cuDNN, the witness, is free not to use it.
+    tf32 = precision == "tf32"
+    bound = Bound(torch.float16 if tf32 else accuracy.DTYPES[dtype])
+    for shape, seed in itertools.product(shapes, range(SEEDS)):
+        hidden, batch, steps, layers, bidirectional, bias, state = shape
+        case = Case(cell, dtype, hidden, batch, steps, layers, bidirectional, bias, state)
+        plan = planned(cell, hidden, batch, 2 if bidirectional else 1, accuracy.DTYPES[dtype])
+        if sliced is not None:
+            assert (plan.forward.tiling.slices > 1, plan.backward.tiling.slices > 1) == (sliced, sliced), case
+        before = launch.LAUNCHES.copy()
+        bound.add((case, seed), *accuracy.run(case, seed, device=DEVICE))
+        counts = {"scan_forward": layers * plan.forward.rounds, "scan_backward": layers * plan.backward.rounds}
+        assert launch.LAUNCHES - before == counts, case
+    if tf32:
+        assert not bound.failures, "\n".join(bound.failures)
+    else:
+        bound.check()
+
+
+@pytest.mark.parametrize(("dtype", "asked"), PRECISION)
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_slice_keeps_the_bound(cell, dtype, asked, precision):
+    precision(asked)
+    shapes = [shape for shape in LOCAL if shape[0] <= (64 if dtype == "fp32" else 128)]
+    check_bound(cell, dtype, asked, shapes, sliced=False)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(("dtype", "asked"), PRECISION)
+@pytest.mark.parametrize("cell", CELLS)
+def test_many_slices_keep_the_bound(cell, dtype, asked, protocol, precision, exchange):
+    precision(asked)
+    exchange(protocol=protocol)
+    check_bound(cell, dtype, asked, SLICED, sliced=True)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize(("dtype", "asked"), PRECISION)
+@pytest.mark.parametrize("cell", CELLS)
+def test_large_sizes_keep_the_bound(cell, dtype, asked, index, precision):
+    precision(asked)
+    if index >= len(LARGE[dtype]):
+        pytest.skip("two sizes in float32")
+    needs_plan(cell, LARGE[dtype][index][0], accuracy.DTYPES[dtype])
+    check_bound(cell, dtype, asked, [LARGE[dtype][index]], sliced=True)
+
+
+@pytest.mark.parametrize(("dtype", "asked"), PRECISION)
+@pytest.mark.parametrize("cell", CELLS)
+def test_long_sequences_keep_the_bound(cell, dtype, asked, precision):
+    precision(asked)
+    hidden, batch = LONG[dtype]
+    needs_plan(cell, hidden, accuracy.DTYPES[dtype])
+    check_bound(cell, dtype, asked, [(hidden, batch, 2048, 1, False, True, True)], sliced=True)
+
+
+def operands(cell, hidden, batch, steps, directions, dtype, seed=0):
+    """Arguments of `ops.recurrent` (c0 is None for the GRU), leaves that require gradients, and cotangents."""
+    torch.manual_seed(seed)
+    rows = CELLS[cell].gates * hidden
+    bound = hidden**-0.5
+    shapes = {
+        "x_gates": (steps, batch, directions, rows),
+        "weight_hh": (directions, rows, hidden),
+        "bias_hh": (directions, rows),
+        "h0": (directions, batch, hidden),
+        "c0": (directions, batch, hidden),
+    }
+    made = {
+        name: torch.randn(shape, dtype=dtype, device=DEVICE).mul_(bound if name in ("weight_hh", "bias_hh") else 1)
+        for name, shape in shapes.items()
+    }
+    if cell == "gru":
+        made["c0"] = None
+    for tensor in made.values():
+        if tensor is not None:
+            tensor.requires_grad_()
+    state = (directions, batch, hidden)
+    shapes = [(steps, batch, directions * hidden), state, *([state] if cell == "lstm" else [])]
+    return made, [torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes]
+
+
+def outputs_and_gradients(cell, made, cotangents):
+    """Everything that the kernels make of the operands: outputs, then gradients."""
+    outputs = [t for t in ops.recurrent(cell, *made.values(), persistrnn.functional.precision()) if t is not None]
+    leaves = [t for t in made.values() if t is not None]
+    return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, leaves, cotangents))
+
+
+def count_differences(found, expected):
+    return sum(not torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+REPEATED = [
+    ("lstm", 64, 17, torch.bfloat16),
+    ("gru", 512, 64, torch.float16),
+    ("lstm", 256, 3, torch.float32),
+    ("gru", 1024, 17, torch.bfloat16),
+    ("lstm", 1024, 40, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(("cell", "hidden", "batch", "dtype"), REPEATED)
+def test_results_do_not_change_between_runs(cell, hidden, batch, dtype, protocol, exchange):
+    """Bitwise, forward and backward: a stale or half-written tile would show."""
+    needs_plan(cell, hidden, dtype)
+    exchange(protocol=protocol)
+    made, cotangents = operands(cell, hidden, batch, 50, 2, dtype)
+    expected = outputs_and_gradients(cell, made, cotangents)
+    assert all(t.isfinite().all() for t in expected)
+    different = [count_differences(outputs_and_gradients(cell, made, cotangents), expected) for _ in range(REPEATS)]
+    assert different == [0] * REPEATS
+
+
+@pytest.mark.parametrize(("cell", "hidden", "batch", "dtype"), REPEATED)
+def test_protocols_agree_bitwise(cell, hidden, batch, dtype, exchange):
+    needs_plan(cell, hidden, dtype)
+    made, cotangents = operands(cell, hidden, batch, 50, 2, dtype)
+    found = []
+    for protocol in PROTOCOLS:
+        exchange(protocol=protocol)
+        found.append(outputs_and_gradients(cell, made, cotangents))
+    assert count_differences(*found) == 0
+
+
+@pytest.mark.parametrize(("cell", "hidden"), [("lstm", 64), ("gru", 256), ("lstm", 512)])
+def test_batch_tiles_and_directions_do_not_touch_each_other(cell, hidden):
+    """All rows and both directions at once, against one tile of rows in one direction at a time, bit for bit."""
+    batch = 100
+    made, _ = operands(cell, hidden, batch, 20, 2, torch.bfloat16)
+    y, *_ = ops.recurrent(cell, *made.values(), "ieee")
+    tile = planned(cell, hidden, batch, 2, torch.bfloat16).forward.tiling.batch_tile
+    for direction, first in itertools.product(range(2), range(0, batch, tile)):
+        rows, one = slice(first, first + tile), slice(direction, direction + 1)
+        x_gates, h0, c0 = made["x_gates"][:, rows, one], made["h0"][one, rows], made["c0"]
+        c0 = None if c0 is None else c0[one, rows]
+        if direction == 1:
+            x_gates = x_gates.flip(0)
+        part, *_ = ops.recurrent(cell, x_gates, made["weight_hh"][one], made["bias_hh"][one], h0, c0, "ieee")
+        part = part.flip(0) if direction == 1 else part
+        assert torch.equal(y[:, rows, direction * hidden : (direction + 1) * hidden], part), (direction, first)
+
+
+@pytest.mark.parametrize(("cell", "hidden", "batch"), [("lstm", 512, 512), ("gru", 1024, 300)])
+def test_more_jobs_than_fit_run_in_rounds(cell, hidden, batch):
+    """Not a hang and not an error: later batch tiles wait for a launch of their own, with the same result."""
+    needs_plan(cell, hidden, torch.bfloat16)
+    plan = planned(cell, hidden, batch, 2, torch.bfloat16)
+    assert plan.forward.rounds > 1
+    made, cotangents = operands(cell, hidden, batch, 5, 2, torch.bfloat16)
+    before = launch.LAUNCHES.copy()
+    found = outputs_and_gradients(cell, made, cotangents)
+    assert launch.LAUNCHES - before == {
+        "scan_forward": plan.forward.rounds,
+        "scan_backward": plan.backward.rounds,
+    }
+    half = batch // 2
+    parts = []
+    for rows in (slice(0, half), slice(half, batch)):
+        some = {
+            n: t if t is None or n.startswith(("weight", "bias")) else t[:, rows].detach().requires_grad_()
+            for n, t in made.items()
+        }
+        parts.append(outputs_and_gradients(cell, some, [c[:, rows] for c in cotangents]))
+    names = ["y", "h_n", "c_n"][: len(cotangents)] + [n for n, t in made.items() if t is not None]
+    for name, whole, first, second in zip(names, found, *parts, strict=True):
+        if name.startswith(("weight", "bias")):
+            continue  # sums over the batch, in another order
+        # Tiles may start at other rows: each row's numbers do not depend on its tile.
+        assert torch.equal(whole, torch.cat([first, second], dim=1)), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(("cell", "hidden"), [("lstm", 64), ("lstm", 256), ("gru", 512)])
+def test_nan_and_inf_flow_through(cell, hidden, protocol, value, exchange):
+    """They reach what they reach in float64, stay in their row, and stop no wait."""
+    exchange(protocol=protocol)
+    made, cotangents = operands(cell, hidden, 3, 12, 1, torch.float16)
+    clean = outputs_and_gradients(cell, made, cotangents)
+    with torch.no_grad():
+        made["x_gates"][4, 1, 0, 7] = value
+    found = outputs_and_gradients(cell, made, cotangents)
+    synchronize()
+    persistrnn.check()
+
+    others = [0, 2]
+    per_row = [0, 1, *([2] if cell == "lstm" else []), len(cotangents)]  # outputs and dx: the batch is axis 1
+    for i in per_row:
+        assert torch.equal(found[i][:, others], clean[i][:, others])
+    assert torch.equal(found[0][:4], clean[0][:4]), "nothing flows back in time"
+    truth = persistrnn.reference.recurrent(
+        cell, *(None if t is None else t.detach().to("cpu", torch.float64) for t in made.values())
+    )
+    for ours, true in zip(found, (t for t in truth if t is not None), strict=False):
+        assert torch.equal(ours.isnan().cpu(), true.isnan())
+    assert found[0].isnan().any() == (value != value) or cell == "gru"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_an_initial_state_of_any_nan_is_no_hang(protocol, exchange):
+    """All bits one is the pattern that the flags protocol reserves; here the caller gives it."""
+    exchange(protocol=protocol, patience=1 << 18)
+    made, cotangents = operands("gru", 512, 3, 4, 1, torch.float16)
+    with torch.no_grad():
+        made["h0"].view(torch.int16)[0, 1, 5] = -1
+    found = outputs_and_gradients("gru", made, cotangents)
+    synchronize()
+    persistrnn.check()
+    assert found[0][:, 1].isnan().all()
+    assert found[0][:, [0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_wait_that_runs_out_is_an_error_and_not_a_hang(protocol, exchange):
+    made, _ = operands("lstm", 512, 64, 200, 1, torch.bfloat16)
+    arguments = [t.detach() for t in made.values()]
+    expected, *_ = ops.recurrent("lstm", *arguments, "ieee")
+    exchange(protocol=protocol, patience=1)
+    ops.recurrent("lstm", *arguments, "ieee")
+    synchronize()
+    with pytest.raises(RuntimeError, match="gave up waiting"):
+        persistrnn.check()
+    exchange(protocol=protocol)
+    found, *_ = ops.recurrent("lstm", *arguments, "ieee")
+    assert torch.equal(found, expected), "the next call is not touched by it"
+
+
+def test_two_streams():
+    """Launches of two streams may wait for room on the device, never for each other."""
+    sizes = [("lstm", 512, 64, torch.bfloat16), ("gru", 640, 17, torch.float16)]
+    work = [(cell, *operands(cell, hidden, batch, 100, 1, dtype)) for cell, hidden, batch, dtype in sizes]
+    expected = [outputs_and_gradients(*item) for item in work]
+    streams = [torch.cuda.Stream() for _ in work]
+    synchronize()
+    different = 0
+    for _ in range(20):
+        found = []
+        for stream, item in zip(streams, work, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(outputs_and_gradients(*item))
+        synchronize()
+        different += sum(count_differences(a, b) for a, b in zip(found, expected, strict=True))
+    assert different == 0
+
+
+def test_a_busy_device_delays_and_does_not_break():
+    """Products on another stream hold multiprocessors while the groups want to be resident."""
+    made, cotangents = operands("lstm", 512, 128, 100, 2, torch.bfloat16)
+    expected = outputs_and_gradients("lstm", made, cotangents)
+    a = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
+    b = torch.empty_like(a)
+    noise = torch.cuda.Stream()
+    synchronize()
+    for _ in range(5):
+        with torch.cuda.stream(noise):
+            for _ in range(50):
+                torch.mm(a, a, out=b)
+        found = outputs_and_gradients("lstm", made, cotangents)
+        synchronize()
+        assert count_differences(found, expected) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+@pytest.mark.parametrize("hidden", [64, 512])
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_host_never_waits(cell, hidden):
+    module = accuracy.MODULES[cell][0](32, hidden, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(20, 17, 32, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        y, _ = module(x)
+        assert module.last_path == "persistent", "'auto' takes the kernels on a GPU"
+        y.sum().backward()
+        with torch.no_grad():
+            module(x)
+
+    step()
+    synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            x.sum().item()  # the trap is armed
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def compiled_kernels():
+    """How many variants of the scan kernels Triton holds for this device."""
+    return sum(len(caches[0]) for kernel in (scan_forward, scan_backward) for caches in kernel.device_caches.values())
+
+
+@pytest.mark.parametrize("hidden", [100, 256, 512])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_new_batch_or_length_compiles_nothing(cell, hidden):
+    def step(batch, steps):
+        made, cotangents = operands(cell, hidden, batch, steps, 1, torch.float16)
+        outputs_and_gradients(cell, made, cotangents)
+        with torch.no_grad():
+            ops.recurrent(cell, *made.values(), "ieee")
+
+    before = compiled_kernels()
+    step(3, 7)
+    known = compiled_kernels()
+    assert known >= 3, "forward with and without saving, backward"
+    for batch, steps in ((1, 1), (1, 16), (2, 1), (16, 16), (17, 33), (64, 2), (100, 100), (500, 3)):
+        step(batch, steps)
+        assert compiled_kernels() == known, f"B={batch}, T={steps} compiled a kernel"
+    step(3, 7)
+    assert compiled_kernels() == known >= before
+
+
+def test_precision_of_float32_products_is_torchs_setting(precision):
+    made, _ = operands("lstm", 256, 16, 20, 1, torch.float32)
+    arguments = [t.detach() for t in made.values()]
+    truth, *_ = persistrnn.reference.recurrent("lstm", *(t.double() for t in arguments))
+    errors = {}
+    for asked in ("ieee", "tf32"):
+        precision(asked)
+        y, *_ = ops.recurrent("lstm", *arguments, persistrnn.functional.precision())
+        errors[asked] = ((y - truth).norm() / truth.norm()).item()
+    assert errors["ieee"] < 1e-6
+    assert 1e-5 < errors["tf32"] < 1e-2
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_offsets_past_31_bits(cell):
+    """More than 2**31 gates: the whole sequence against its two halves, bit for bit, forward and backward."""
+    hidden, batch = 1024, 8
+    needs_plan(cell, hidden, torch.float16)
+    gates = CELLS[cell].gates
+    steps = 2 * (2**30 // (batch * gates * hidden) + 5_000)
+    elements = steps * batch * gates * hidden
+    assert elements > 2**31
+    needed = 12 * 2 * elements
+    if (free := torch.cuda.mem_get_info()[0]) < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of GPU memory, {free >> 30} are free")
+    made, cotangents = operands(cell, hidden, batch, steps, 1, torch.float16)
+    whole = outputs_and_gradients(cell, made, cotangents)
+    half = steps // 2
+    dy, *d_final = cotangents
+    x_gates, weight, bias, *initial = made.values()
+    with torch.no_grad():
+        _, *middle = ops.recurrent(cell, x_gates[:half], weight, bias, *initial, "ieee")
+    halves, names = [], list(made)
+    for part in (1, 0):  # the second half first: its gradients of the state are the first half's
+        start = middle if part else initial
+        some = dict(zip(names, (x_gates[half:] if part else x_gates[:half], weight, bias, *start), strict=True))
+        some = {n: None if t is None else t.detach().requires_grad_() for n, t in some.items()}
+        result = outputs_and_gradients(cell, some, [dy[half:] if part else dy[:half], *d_final])
+        d_final = result[len(cotangents) + 3 :]
+        halves.insert(0, result)
+    n = len(cotangents)
+    assert torch.equal(whole[0], torch.cat([halves[0][0], halves[1][0]])), "y"
+    assert torch.equal(whole[1], halves[1][1]), "h_n"
+    assert torch.equal(whole[n][half:], halves[1][n]), "dx_gates of the second half"
+    assert whole[n].isfinite().all()
+    # The halves hand the gradient of the state over in float16, the whole keeps it in float32.
+    torch.testing.assert_close(whole[n][:half], halves[0][n], rtol=2e-2, atol=2e-3)
