@@ -17,7 +17,7 @@ class Stopped(Exception):
     """SIGINT or SIGTERM arrived, and everything up to `step` is saved in `folder`."""
 
     def __init__(self, number: int, step: int, folder: Path) -> None:
-        super().__init__(f"{signal.Signals(number).name} after step {step:,}; everything is saved in {folder}")
+        super().__init__(f"{signal.Signals(number).name} after step {step:,}; everything is saved in {folder}.")
         self.number = number
 
 

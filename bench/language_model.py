@@ -71,7 +71,9 @@ def new_model(settings: Settings) -> LanguageModel:
 
 def map_state(state: State | None, change: Any) -> Any:
     """`change` applied to every tensor of a carried state."""
-    return tuple(map(change, state)) if isinstance(state, tuple) else None if state is None else change(state)
+    if state is None:
+        return None
+    return tuple(map(change, state)) if isinstance(state, tuple) else change(state)
 
 
 class Run:
@@ -225,6 +227,8 @@ class Run:
 def train(run: Run, folder: Path, save_seconds: float) -> None:
     """Takes the run to its last step, with a checkpoint every `save_seconds`, at the end and on a signal."""
     settings = run.settings
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)  # another run may have gone before
     quiet = not sys.stderr.isatty()  # a log file gets an update every half minute
     bar = tqdm(
         total=settings.steps,
@@ -365,9 +369,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         options.error(str(error))
     except (checkpoint.Stopped, KeyboardInterrupt) as stop:  # outside the training loop Ctrl-C stops at once
-        again = f"--resume --out {job.out}" + (f" --compare {job.compare}" if job.compare else "")
-        if checkpoint.exists(job.out):
-            print(f'{str(stop) or "SIGINT"}. Continue with: make train ARGS="{again}"')
+        print(str(stop) or "SIGINT; nothing is lost.")
+        if checkpoint.exists(job.out) and os.environ.get("TRITON_INTERPRET") != "1":  # a small comparison starts anew
+            compared = f" --compare {job.compare}" if job.compare else ""
+            print(f'Continue with: make train ARGS="--resume --out {job.out}{compared}"')
         return 128 + getattr(stop, "number", signal.SIGINT)
     return 0
 

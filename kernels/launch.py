@@ -168,6 +168,7 @@ def forward(
     for states, initial in ((y, h0), (c, c0)):
         if initial is not None:
             states[0].copy_(initial.transpose(0, 1))
+            states[-1].zero_()  # no step writes all of it, and an operator's output is defined everywhere
             if D == 2:
                 states[-1, :, 1].copy_(initial[1])
     saved = x_gates.new_empty((T, B, D, cell.saved, H) if save else 0)

@@ -211,8 +211,16 @@ def _(
     return dx_gates, dr_gates, dy.new_empty(D, B, H), dy.new_empty((D, B, H) if dc_n is not None else 0)
 
 
+_ONCE = (
+    "the persistent kernels are differentiable once; a second derivative was asked for. Use backend='torch' for it."
+)
+
+
 class _Scan(Function):
-    """y, h_n, c_n, and what the backward needs: the operator's y, c and saved, not differentiable."""
+    """y, h_n, c_n, and what the backward needs: the operator's y, c and saved.
+
+    Those three stay differentiable, so that a second derivative finds its way to an error instead of to zero.
+    """
 
     @staticmethod
     def forward(
@@ -239,11 +247,12 @@ class _Scan(Function):
         ctx.cell, ctx.precision = cell, precision
         if save:
             ctx.save_for_backward(weight_hh, y, c, saved)
-        ctx.mark_non_differentiable(y, c, saved, *(() if _HAS_C[cell] else (c_n,)))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if any(g is not None for g in grads[3:]):
+            raise NotImplementedError(_ONCE)  # only a second derivative reaches what the backward keeps
         weight_hh, y, c, saved = ctx.saved_tensors
         T = y.shape[0] - 2
         _, B, D, H = y.shape
@@ -304,10 +313,7 @@ class _ScanBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(
-            "the persistent kernels are differentiable once; a second derivative was asked for. "
-            "Use backend='torch' for it."
-        )
+        raise NotImplementedError(_ONCE)
 
     @staticmethod
     def vmap(
