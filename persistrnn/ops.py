@@ -248,10 +248,14 @@ class _Scan(Function):
         if save:
             ctx.save_for_backward(weight_hh, y, c, saved)
         ctx.set_materialize_grads(False)
+        if torch.compiler.is_compiling():
+            # Dynamo hands a gradient of every differentiable output to the backward; AOTAutograd itself refuses a
+            # second derivative.
+            ctx.mark_non_differentiable(y, c, saved, *(() if _HAS_C[cell] else (c_n,)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if any(g is not None for g in grads[3:]):
+        if not torch.compiler.is_compiling() and any(g is not None for g in grads[3:]):
             raise NotImplementedError(_ONCE)  # only a second derivative reaches what the backward keeps
         weight_hh, y, c, saved = ctx.saved_tensors
         T = y.shape[0] - 2

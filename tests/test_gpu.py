@@ -20,14 +20,14 @@ from persistrnn import ops
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-SEEDS = 2
+SEEDS = 3
 REPEATS = 200
 PROTOCOLS = ("counter", "flags")
 
 # (hidden, batch, steps, layers, bidirectional, bias, state); every size has a plan on an A100 up to 512 (float32) or
 # 640 (16 bits), the larger ones on an H100 or H200.
+TINY = [(1, 3, 33, 1, False, True, True), (2, 17, 2, 2, True, True, True), (7, 1, 1, 1, True, False, False)]
 LOCAL = [
-    (1, 3, 33, 1, False, True, True),
     (16, 1, 100, 2, True, True, True),
     (64, 64, 33, 1, True, False, True),
     (100, 17, 33, 2, False, True, False),
@@ -99,9 +99,9 @@ def needs_plan(cell, hidden, dtype):
         pytest.skip(reason)
 
 
-def check_bound(cell, dtype, precision, shapes, sliced):
+def check_bound(cell, dtype, precision, shapes, sliced, pooled=True):
     """The bound of accuracy.py over the shapes, on the kernels and on nothing else."""
-    # tf32 rounds operands as float16 does; cuDNN, the witness, is free not to use it.
+    # tf32 rounds operands as float16 does; cuDNN, the witness, is free not to use it: no pooled bound there.
     tf32 = precision == "tf32"
     bound = Bound(torch.float16 if tf32 else accuracy.DTYPES[dtype])
     for shape, seed in itertools.product(shapes, range(SEEDS)):
@@ -114,10 +114,17 @@ def check_bound(cell, dtype, precision, shapes, sliced):
         bound.add((case, seed), *accuracy.run(case, seed, device=DEVICE))
         counts = {"scan_forward": layers * plan.forward.rounds, "scan_backward": layers * plan.backward.rounds}
         assert launch.LAUNCHES - before == counts, case
-    if tf32:
-        assert not bound.failures, "\n".join(bound.failures)
-    else:
+    if pooled and not tf32:
         bound.check()
+    assert not bound.failures, "\n".join(bound.failures)
+
+
+@pytest.mark.parametrize(("dtype", "asked"), PRECISION)
+@pytest.mark.parametrize("cell", CELLS)
+def test_tiny_sizes_keep_the_bound(cell, dtype, asked, precision):
+    """Case by case: a ratio of two rounding errors of a few numbers says little."""
+    precision(asked)
+    check_bound(cell, dtype, asked, TINY, sliced=False, pooled=False)
 
 
 @pytest.mark.parametrize(("dtype", "asked"), PRECISION)
