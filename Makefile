@@ -60,7 +60,7 @@ audit: $(NEWEST)/.dev $(OLDEST)/.dev ## compile and inspect every kernel of the 
 # The GPU machine may have no package index: its own Python brings torch, Triton and pytest, and the links stand in
 # for an installed package (safe path: else the checkout, which has no persistrnn.kernels, would come first).
 gpu: links ## the tests that need a GPU, with the machine's own Python (PYTHON_GPU)
-	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/links" $(PYTHON_GPU) -m pytest -o pythonpath=build/links -m gpu tests $(ARGS)
+	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/links" $(PYTHON_GPU) -m pytest -o pythonpath=build/links -m gpu tests/test_gpu.py $(ARGS)
 
 # kernels/ is persistrnn.kernels once installed, which neither mypy nor an uninstalled checkout can know.
 links:

@@ -165,6 +165,8 @@ def forward(
     y = x_gates.new_empty(T + 2, B, D, H)
     _flag(y, part, exchange)
     c = x_gates.new_empty((T + 2 if save else 2, B, D, H) if cell.states > 1 else 0)
+    if exchange.protocol == "flags":
+        h0 = torch.where(h0.isnan(), torch.nan, h0)  # a NaN of the caller's may be the reserved one
     for states, initial in ((y, h0), (c, c0)):
         if initial is not None:
             states[0].copy_(initial.transpose(0, 1))

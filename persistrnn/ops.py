@@ -211,9 +211,7 @@ def _(
     return dx_gates, dr_gates, dy.new_empty(D, B, H), dy.new_empty((D, B, H) if dc_n is not None else 0)
 
 
-_ONCE = (
-    "the persistent kernels are differentiable once; a second derivative was asked for. Use backend='torch' for it."
-)
+_ONCE = "the persistent kernels are differentiable once; a second derivative was asked for. Use backend='torch' for it."
 
 
 class _Scan(Function):

@@ -309,7 +309,6 @@ def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.timeout(600)
 def test_command_prints_the_table_and_resumes(tmp_path):
     output = tmp_path / "runs" / "audit.jsonl"
     line = (

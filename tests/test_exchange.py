@@ -183,8 +183,11 @@ def test_nan_in_the_data_is_not_the_reserved_one(forced):
         x = torch.randn(3, 2, 4, dtype=dtype)
         integer = torch.int32 if dtype == torch.float32 else torch.int16
         x[1, 0] = torch.full((4,), -1, dtype=integer).view(dtype)  # the very pattern
+        h0 = torch.zeros(1, 2, 2 * UNITS, dtype=dtype)
+        h0[0, 0, 3] = x[1, 0, 0]
         with concurrent_grid(), torch.no_grad():
             y = layer(x)[0]
+            assert layer(x, h0)[0][:, 0].isnan().all()
         assert y[1:, 0].isnan().all()
         assert not y[:, 1].isnan().any()
 

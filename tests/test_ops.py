@@ -150,15 +150,16 @@ def test_inference_keeps_nothing_and_equals_training(cell, directions, saved_siz
     torch.testing.assert_close(detached, inference, rtol=0, atol=0)
 
 
-class Products(TorchDispatchMode):
-    """Counts matrix products."""
+class Work(TorchDispatchMode):
+    """Counts matrix products and sums over some of the dimensions."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.products = self.sums = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+        self.products += function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+        self.sums += function is torch.ops.aten.sum.dim_IntList
         return function(*args, **(kwargs or {}))
 
 
@@ -174,12 +175,13 @@ def test_gradients_are_made_for_what_requires_them(cell, needed):
 
     arguments[needed].requires_grad_()
     loss = sum(t.square().sum() for t in run(cell, arguments.values()))
-    with Products() as products:
+    with Work() as work:
         loss.backward()
     torch.testing.assert_close(arguments[needed].grad, expected_leaf.grad, rtol=1e-4, atol=1e-5)
     for name, tensor in arguments.items():
         assert tensor is None or (tensor.grad is None) == (name != needed), name
-    assert products.count == (2 if needed == "weight_hh" else 0), "one product per direction, only for the weights"
+    assert work.products == (2 if needed == "weight_hh" else 0), "one product per direction, only for the weights"
+    assert work.sums == (1 if needed == "bias_hh" else 0)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -364,6 +366,18 @@ def test_per_sample_gradients_equal_a_loop(cell, launches):
     for i, x in enumerate(xs):
         _, (_, *expected) = outputs_and_gradients(module, module, x)
         torch.testing.assert_close([g[i] for g in found.values()], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradient_of_a_mapped_loss_equals_a_batch(cell, launches):
+    """grad outside, vmap inside: there no tensor tells that a gradient will be asked for."""
+    module = layer(cell)
+    xs = torch.randn(4, T, B, INPUT)
+    parameters = {n: p.detach() for n, p in module.named_parameters()}
+    found = grad(lambda p: vmap(loss_of(module), in_dims=(None, 0))(p, xs).sum())(parameters)
+    assert launches() == {"scan_forward": 1, "scan_backward": 1}
+    expected = grad(loss_of(module))(parameters, xs.transpose(0, 1).flatten(1, 2))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("cell", CELLS)
