@@ -1,33 +1,28 @@
-"""Proof from compiled code, without a GPU: what the scan kernels keep on chip, and what they cost.
+"""Proof from compiled code, without a GPU: where the scan kernels keep W_hh, and what they cost.
 
 Each row compiles one kernel as the plan would launch it and reads TTGIR, PTX and SASS:
 
-* weight loads: the weight argument is followed through TTGIR to every global load made from it; loads inside the
-  loop over time must be 0, and loads before it at least 1 (so that a lost trail cannot pass);
+* homes: every tile of W_hh is followed through TTGIR from its load to the product that uses it. It is in registers if
+  what the product takes was made before the loop over time, in shared memory if it is read from there in the loop, and
+  streamed if the load itself is in the loop. The bytes of all three must be those that the plan says;
 * spills: local-memory loads and stores in SASS;
 * shared memory: what the kernel asks for against the device's limit (the compiler does not check it) and against
   the plan's bound;
 * tensor instruction: which, wherever the dtype has one;
 * the exchange: an acquire load and a release add at gpu scope in PTX where there is more than one slice.
 
-Run as ``python -m persistrnn audit``; the exit status is 1 if any row fails. Finished rows are kept in ``--output``
-and not compiled again while the kernels' source is the same.
+For AMD there is no such disassembly: a row says that the kernel compiles, and where its weights are.
 """
 
 from __future__ import annotations
 
-import argparse
-import concurrent.futures
 import hashlib
-import json
-import multiprocessing
-import os
+import math
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import hardware as devices
 from . import plan as planning
 from .cells import CELLS
 from .exchange import Exchange
@@ -42,9 +38,18 @@ from .launch import options, shape_of
 from .scan import scan_backward, scan_forward
 
 DTYPES = {"fp16": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
-DEVICE_OF_ARCH = {80: "a100", 90: "h200"}
-HIDDEN = (64, 128, 256, 320, 512, 768, 1024)
+DEVICE_OF_ARCH = {
+    "sm_80": "a100",
+    "sm_89": "rtx4090",
+    "sm_90": "h200",
+    "sm_100": "b200",
+    "sm_120": "rtx5090",
+    "gfx942": "mi300x",
+}
 ALIGNED = [["tt.divisibility", 16]]
+
+# What decides, with a plan, what is compiled.
+KERNEL_FILES = ("cells", "exchange", "product", "scan", "tiles", "launch")
 
 
 @dataclass(frozen=True)
@@ -55,26 +60,42 @@ class Case:
     backward: bool
     dtype: str
     hidden: int
-    arch: int
+    arch: str
     batch: int = 16
     directions: int = 1
 
 
 @dataclass(frozen=True)
+class Homes:
+    """Bytes of W_hh per program, by where they are found in the compiled kernel; streamed ones per time step."""
+
+    registers: int
+    shared: int
+    streamed: int
+
+
+@dataclass(frozen=True)
 class Row:
-    """What was found. ``failures`` is empty if the row is green; ``refused`` holds the plan's refusal."""
+    """What was found. ``failures`` is empty if the row is green; ``refused`` holds the plan's refusal.
+
+    resident: percent of W_hh that stays on chip; in_registers, in_shared, streamed: bytes per program as found.
+    """
 
     kernel: str
     dtype: str
     H: int
+    B: int
+    D: int
     arch: str
     triton: str
     slices: int = 0
     registers: int = 0
     spills: int = 0
     shared: int = 0
-    resident: int = 0
-    loads_in_loop: int = 0
+    resident: float = 0.0
+    in_registers: int = 0
+    in_shared: int = 0
+    streamed: int = 0
     tensor: str = ""
     barriers: int = 0
     instructions: int = 0
@@ -82,24 +103,37 @@ class Row:
     refused: str = ""
 
 
-def compile_case(case: Case) -> tuple[Any, planning.Pass]:
-    """The compiled kernel and the plan's pass that it was compiled for."""
+def planned(case: Case) -> planning.Pass:
+    """The pass that the plan has for a case."""
+    hardware = devices.named(DEVICE_OF_ARCH[case.arch])
+    plan = planning.plan(shape_of(CELLS[case.cell]), case.hidden, case.batch, case.directions, case.dtype, hardware)
+    return plan.backward if case.backward else plan.forward
+
+
+def key(case: Case, part: planning.Pass) -> str:
+    """Of what is compiled: two cases with the same key are the same kernel."""
+    sources = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in KERNEL_FILES]
+    what = (case.cell, case.backward, case.dtype, case.arch, part.tiling, part.choice.warps, part.choice.blocks)
+    text = f"{triton.__version__} {what}".encode()
+    return hashlib.sha256(b"".join(sources) + text).hexdigest()[:16]
+
+
+def compile_pass(case: Case, part: planning.Pass) -> Any:
+    """The compiled kernel of a pass."""
     cell = CELLS[case.cell]
-    hardware = planning.DEVICES[DEVICE_OF_ARCH[case.arch]]
-    plan = planning.plan(shape_of(cell), case.hidden, case.batch, case.directions, case.dtype, hardware)
-    part = plan.backward if case.backward else plan.forward
     pointer = DTYPES[case.dtype]
     states = (pointer,) * cell.states
     signature: dict[str, str | tuple[str, ...]] = {
         "first_job": "i32",
         "T": "i32",
         "B": "i32",
-        "sync": ("*i32", "*i32"),
+        "sync": ("*i32", "*i32", "*fp32"),
         "states": states,
         "weight": pointer,
         "saved": pointer,
     }
-    constants = {"tiling": part.tiling, "exchange": Exchange()}
+    nvidia = case.arch.startswith("sm_")
+    constants = {"tiling": part.tiling, "exchange": Exchange(poll="ptx" if nvidia else "atomic")}
     if case.backward:
         kernel = scan_backward
         signature |= {"dy": pointer, "d_gates": (pointer, pointer), "d_final": states, "d_initial": states}
@@ -121,43 +155,79 @@ def compile_case(case: Case) -> tuple[Any, planning.Pass]:
         {(kernel.arg_names.index(name),): value for name, value in constants.items()},
         aligned,
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options(part))
-    return compiled, part
+    target = GPUTarget("cuda", int(case.arch[3:]), 32) if nvidia else GPUTarget("hip", case.arch, 64)
+    return triton.compile(source, target=target, options=options(part, case.arch))
 
 
-def weight_loads(ttgir: str) -> tuple[int, int]:
-    """(outside, inside the loop over time) global loads from pointers that derive from ``%weight``.
+_VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
+_POINTERS = re.compile(r"tensor<([\dx]+)x!tt\.ptr<(\w+)>")
+_DOTS = re.compile(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b")
+_LOADS = re.compile(r"\b(tt\.(load|gather|descriptor_load)|ttg\.async_copy_global_to_local|amdg\.buffer_load)\b")
+_BITS = {"f16": 16, "bf16": 16, "f32": 32}
 
-    The loop over time is the only ``scf.for`` of a scan kernel; a load inside any loop counts.
+
+def homes(ttgir: str) -> Homes:
+    """Follow ``%weight`` through TTGIR.
+
+    The loop over time is an ``scf.while`` inside another; weights are streamed in an ``scf.for`` of constant trip count
+    inside it, or directly.
     """
-    derived = {"%weight"}
-    outside = inside = 0
-    regions: list[str] = []
+    pointers = {"%weight"}
+    tiles: dict[str, tuple[str, int]] = {}  # value -> (the load it comes from, depth at which it was made)
+    bytes_of: dict[str, int] = {}
+    found: dict[str, str] = {}
+    streamed = 0
+    regions: list[tuple[str, int]] = []  # (kind, trips)
     for line in ttgir.splitlines():
-        text = line.strip()
+        text = re.sub(r" loc\(.*?\)", "", line.strip())
         if text.startswith("}"):
-            regions.pop()
+            closed = regions.pop()
+            if text.startswith("} do"):
+                regions.append(closed)
+                continue
+        depth = sum(kind == "while" for kind, _ in regions)
         if text.endswith("{"):
-            regions.append("for" if "scf.for" in text else "other")
-        text = text.split(" loc(")[0]
-        names = re.findall(r"%[\w.$-]+(?:#\d+)?", text)
-        for argument, initial in re.findall(r"(%[\w.$-]+) = (%[\w.$-]+(?:#\d+)?)", text.partition("iter_args")[2]):
-            if initial in derived:
-                derived.add(argument)
+            kind = next((k for k in ("while", "for") if f"scf.{k} " in text), "other")
+            trips = re.search(r"= %c0_i32(?:_\d+)? to %c(\d+)_i32", text)
+            regions.append((kind, int(trips.group(1)) if trips else 1))
+        for argument, initial in re.findall(r"(%[\w.$-]+) = (%[\w.$-]+(?:#\d+)?)[,)]", text):
+            if initial in pointers:
+                pointers.add(argument)
         result, equals, operation = text.partition(" = ")
-        if not equals or not result.startswith("%") or "scf.for" in operation:
+        if not equals or not result.startswith("%"):
+            result, operation = "", text
+        if "scf." in operation:
             continue
-        used = set(names[1:]) & derived
-        if not used:
-            continue
-        if re.search(r"\b(tt\.(load|gather|descriptor_load)|ttg\.async_copy_global_to_local)\b", operation):
-            if "for" in regions:
-                inside += 1
+        result = result.split(":")[0].split(",")[0]
+        used = _VALUE.findall(operation)
+        if _LOADS.search(operation):
+            if not pointers & set(used):
+                continue
+            shape = _POINTERS.search(operation)
+            if shape is None:
+                raise ValueError(f"a load of the weights in a form that the audit does not know: {line.strip()}")
+            size = math.prod(map(int, shape.group(1).split("x"))) * _BITS[shape.group(2)] // 8
+            if depth >= 2:
+                streamed += size * math.prod(trips for kind, trips in regions if kind == "for")
             else:
-                outside += 1
-        else:
-            derived.add(result.split(":")[0].split(",")[0])
-    return outside, inside
+                tiles[result] = result, depth
+                bytes_of[result] = size
+        elif _DOTS.search(operation):
+            for value in used[:2]:
+                if value in tiles:
+                    load, made = tiles[value]
+                    memory = operation.count("!ttg.memdesc") and value == used[0]
+                    home = "shared" if made >= 2 or memory else "registers"
+                    if found.setdefault(load, home) != home:
+                        raise ValueError(f"a tile of the weights has two homes: {line.strip()}")
+        elif result:
+            if pointers & set(used):
+                pointers.add(result)
+            source = next((value for value in used if value in tiles), None)
+            if source is not None:
+                tiles[result] = tiles[source][0], depth
+    total = {home: sum(bytes_of[load] for load in found if found[load] == home) for home in ("registers", "shared")}
+    return Homes(total["registers"], total["shared"], streamed)
 
 
 def disassemble(cubin: bytes) -> tuple[int, Counter[str]]:
@@ -178,34 +248,58 @@ def disassemble(cubin: bytes) -> tuple[int, Counter[str]]:
 def audit(case: Case) -> Row:
     """Compile one case and read it."""
     name = f"{case.cell} {'backward' if case.backward else 'forward'}"
-    identity = {
+    identity: dict[str, Any] = {
         "kernel": name,
         "dtype": case.dtype,
         "H": case.hidden,
-        "arch": f"sm_{case.arch}",
+        "B": case.batch,
+        "D": case.directions,
+        "arch": case.arch,
         "triton": triton.__version__,
     }
     try:
-        compiled, part = compile_case(case)
+        part = planned(case)
     except planning.PlanError as error:
         return Row(**identity, refused=str(error))
-    outside, inside = weight_loads(compiled.asm["ttgir"])
+    compiled = compile_pass(case, part)
+    where = homes(compiled.asm["ttgir"])
+    limit = devices.named(DEVICE_OF_ARCH[case.arch]).shared
+    failures = []
+    expected = Homes(part.in_registers, part.in_shared, part.streamed)
+    if where != expected:
+        failures.append(f"weights are in {where}, the plan says {expected}")
+    shared = compiled.metadata.shared
+    if shared > limit:
+        failures.append(f"{shared} bytes of shared memory, limit {limit}")
+    if shared > part.shared:
+        failures.append(f"{shared} bytes of shared memory, the plan's bound is {part.shared}")
+    found: dict[str, Any] = {
+        "slices": part.tiling.slices,
+        "shared": shared,
+        "resident": round(100 * part.shares.resident, 1),
+        "in_registers": where.registers,
+        "in_shared": where.shared,
+        "streamed": where.streamed,
+    }
+    if case.arch.startswith("sm_"):
+        sass_found, sass_failures = read_machine_code(compiled, case, part)
+        found |= sass_found
+        failures += sass_failures
+    return Row(**identity, **found, failures="; ".join(failures))
+
+
+def read_machine_code(compiled: Any, case: Case, part: planning.Pass) -> tuple[dict[str, Any], list[str]]:
+    """What PTX and SASS show, and what is wrong in it."""
     registers, sass = disassemble(compiled.asm["cubin"])
 
     def count(*prefixes: str) -> int:
         return sum(n for instruction, n in sass.items() if instruction.split(".")[0] in prefixes)
 
-    tensor = sorted(i for i in sass if i.split(".")[0] in ("HMMA", "HGMMA"))
-    limit = planning.DEVICES[DEVICE_OF_ARCH[case.arch]].shared
+    tensor = sorted(i for i in sass if i.split(".")[0] in ("HMMA", "HGMMA", "UTCHMMA"))
+    spills = count("LDL", "STL")
     failures = []
-    if inside or not outside:
-        failures.append(f"{inside} weight loads in the loop, {outside} before it")
-    if count("LDL", "STL"):
-        failures.append(f"{count('LDL', 'STL')} spill instructions")
-    if compiled.metadata.shared > limit:
-        failures.append(f"{compiled.metadata.shared} bytes of shared memory, limit {limit}")
-    if compiled.metadata.shared > part.shared:
-        failures.append(f"{compiled.metadata.shared} bytes of shared memory, the plan's bound is {part.shared}")
+    if spills:
+        failures.append(f"{spills} spill instructions")
     if not tensor and case.dtype != "fp32":
         failures.append("no tensor-core instruction")
     if part.tiling.slices > 1:
@@ -216,106 +310,11 @@ def audit(case: Case) -> Row:
             r"(atom|red)\.global\.(gpu\.)?release|(atom|red)\.release\.gpu|(atom|red)[\w.]*\.gpu\.release", ptx
         ):
             failures.append("no release add")
-    return Row(
-        **identity,
-        slices=part.tiling.slices,
-        registers=registers,
-        spills=count("LDL", "STL"),
-        shared=compiled.metadata.shared,
-        resident=part.resident,
-        loads_in_loop=inside,
-        tensor=tensor[0] if tensor else "none",
-        barriers=count("BAR"),
-        instructions=sum(sass.values()),
-        failures="; ".join(failures),
-    )
-
-
-def source_digest() -> str:
-    """Of everything that decides what is compiled."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def run(cases: list[Case], jobs: int, output: Path | None = None) -> list[Row]:
-    """Audit the cases on ``jobs`` processes, with progress, reusing finished rows from ``output``."""
-    digest = source_digest()
-    done: dict[str, Row] = {}
-    if output is not None and output.exists():
-        for line in output.read_text().splitlines():
-            entry = json.loads(line)
-            if entry["digest"] == digest:
-                done[entry["case"]] = Row(**entry["row"])
-    keys = {case: f"{triton.__version__} {json.dumps(asdict(case))}" for case in cases}
-    missing = [case for case in cases if keys[case] not in done]
-    # Threads of a forked parent are not copied: start each worker afresh.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = {pool.submit(audit, case): case for case in missing}
-        for n, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            case, row = futures[future], future.result()
-            done[keys[case]] = row
-            if output is not None:
-                output.parent.mkdir(parents=True, exist_ok=True)
-                with output.open("a") as file:
-                    file.write(json.dumps({"digest": digest, "case": keys[case], "row": asdict(row)}) + "\n")
-            if sys.stderr.isatty():
-                print(f"\r{n}/{len(missing)} kernels compiled", end="", file=sys.stderr, flush=True)
-    if missing and sys.stderr.isatty():
-        print(file=sys.stderr)
-    return [done[keys[case]] for case in cases]
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as aligned text."""
-    columns = [f.name for f in fields(Row) if f.name not in ("failures", "refused")]
-    lines = [columns + ["result"]]
-    for row in rows:
-        if row.refused:
-            lines.append(
-                [str(getattr(row, c)) for c in columns[:5]] + ["-"] * (len(columns) - 5) + ["refused by the plan"]
-            )
-        else:
-            lines.append(
-                [str(getattr(row, c)) for c in columns] + [f"FAILED: {row.failures}" if row.failures else "ok"]
-            )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join([cell.ljust(w) for cell, w in zip(line, widths, strict=False)] + [line[-1]]) for line in lines
-    )
-
-
-def table_cases(cells: list[str], dtypes: list[str], hidden: list[int], archs: list[int]) -> list[Case]:
-    return [
-        Case(cell, backward, dtype, h, arch)
-        for arch in archs
-        for cell in cells
-        for backward in (False, True)
-        for dtype in dtypes
-        for h in hidden
-    ]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="persistrnn audit", description="Prove from compiled code that the kernels keep W_hh on chip."
-    )
-    parser.add_argument("--cells", nargs="+", choices=sorted(CELLS), default=sorted(CELLS, reverse=True))
-    parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=list(DTYPES))
-    parser.add_argument("--hidden", nargs="+", type=int, default=list(HIDDEN), help="hidden sizes, each at least 1")
-    parser.add_argument("--arch", nargs="+", type=int, choices=sorted(DEVICE_OF_ARCH), default=sorted(DEVICE_OF_ARCH))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--output", type=Path, help="JSON lines file that keeps finished rows, to resume")
-    arguments = parser.parse_args()
-    for name, values in (("--hidden", arguments.hidden), ("--jobs", [arguments.jobs])):
-        if min(values) < 1:
-            parser.error(f"{name} must be at least 1, got {min(values)}")
-    cases = table_cases(arguments.cells, arguments.dtypes, arguments.hidden, arguments.arch)
-    rows = run(cases, arguments.jobs, arguments.output)
-    print(table(rows))
-    failed = [row for row in rows if row.failures]
-    refused = [row for row in rows if row.refused]
-    print(f"{len(rows) - len(failed) - len(refused)} ok, {len(refused)} refused by the plan, {len(failed)} failed")
-    return 1 if failed else 0
+    found = {
+        "registers": registers,
+        "spills": spills,
+        "tensor": tensor[0] if tensor else "none",
+        "barriers": count("BAR"),
+        "instructions": sum(sass.values()),
+    }
+    return found, failures

@@ -65,47 +65,57 @@ def put(pointers, tile, mask, exchange: tl.constexpr):
 def arrive(counter, exchange: tl.constexpr):
     """Announce that everything this program has put is there."""
     if exchange.protocol == "counter":
-        tl.debug_barrier()
-        tl.atomic_add(counter, 1, sem="release", scope="gpu")
+        announce(counter)
 
 
 @triton.jit
 def wait(counter, target, patience, error, exchange: tl.constexpr):
     """Return once the group's counter has reached ``target``; the patience left over (0: it never did)."""
     if exchange.protocol == "counter":
-        if exchange.poll == "ptx":
-            left = tl.inline_asm_elementwise(
-                """{
-                .reg .pred reached, more;
-                .reg .b32 seen, polls;
-                mov.b32 polls, $3;
-                again:
-                ld.acquire.gpu.global.u32 seen, [$1];
-                setp.ge.s32 reached, seen, $2;
-                @reached bra done;
-                sub.s32 polls, polls, 1;
-                setp.gt.s32 more, polls, 0;
-                @more bra again;
-                done:
-                selp.b32 $0, $3, 0, reached;
-                }""",
-                "=r,l,r,r",
-                [counter, target, patience],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-        else:
-            polls = patience
-            seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-            while (seen < target) & (polls > 0):
-                seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-                polls -= 1
-            left = tl.where(seen < target, 0, patience)
-        tl.store(error, 1, mask=left < patience)
-        return left
+        return await_count(counter, target, patience, error, exchange)
     else:
         return patience
+
+
+@triton.jit
+def announce(counter):
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def await_count(counter, target, patience, error, exchange: tl.constexpr):
+    if exchange.poll == "ptx":
+        left = tl.inline_asm_elementwise(
+            """{
+            .reg .pred reached, more;
+            .reg .b32 seen, polls;
+            mov.b32 polls, $3;
+            again:
+            ld.acquire.gpu.global.u32 seen, [$1];
+            setp.ge.s32 reached, seen, $2;
+            @reached bra done;
+            sub.s32 polls, polls, 1;
+            setp.gt.s32 more, polls, 0;
+            @more bra again;
+            done:
+            selp.b32 $0, $3, 0, reached;
+            }""",
+            "=r,l,r,r",
+            [counter, target, patience],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        polls = patience
+        seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+        while (seen < target) & (polls > 0):
+            seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+            polls -= 1
+        left = tl.where(seen < target, 0, patience)
+    tl.store(error, 1, mask=left < patience)
+    return left
 
 
 @triton.jit
@@ -124,6 +134,12 @@ def get(pointers, mask, patience, error, exchange: tl.constexpr):
         left = tl.where(missing > 0, 0, patience)
         tl.store(error, 1, mask=left < patience)
         return tile, left
+
+
+@triton.jit
+def read(pointers):
+    """Load, past L1, what was put before an announcement that this program has awaited."""
+    return _load(pointers, None, ".cg", False)
 
 
 @triton.jit

@@ -12,10 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
+from . import hardware as devices
 from . import plan as planning
 from .cells import Cell
 from .exchange import Exchange
 from .scan import scan_backward, scan_forward
+from .tiling import Shape
 
 # Number of launches per kernel name in this process: tests use it to prove which path made their numbers.
 LAUNCHES: Counter[str] = Counter()
@@ -25,21 +27,23 @@ INTERPRETED = not isinstance(scan_forward, triton.JITFunction)
 
 
 @cache
-def shape_of(cell: Cell) -> planning.Shape:
-    return planning.Shape(cell.name, cell.gates, cell.saved, cell.recurrent_gradient)
+def shape_of(cell: Cell) -> Shape:
+    return Shape(cell.name, cell.gates, cell.states, cell.saved, cell.recurrent_gradient)
 
 
-def options(part: planning.Pass) -> dict[str, object]:
+def options(part: planning.Pass, arch: str) -> dict[str, object]:
     """Compile options of a pass."""
-    return {
-        "num_warps": part.warps,
+    chosen: dict[str, object] = {
+        "num_warps": part.choice.warps,
         "num_stages": 1,  # else loads are pipelined into extra shared memory
-        # One program per multiprocessor: all of its registers. Left alone, ptxas stops at 128 and spills (seen: GRU
-        # forward, H=1024, Triton 3.9.0).
-        "maxnreg": min(255, 65536 // (32 * part.warps)),
-        "launch_cooperative_grid": True,  # a grid that cannot be resident is an error, never a hang
+        # Slices wait for each other: a grid that cannot be resident is an error, never a hang.
+        "launch_cooperative_grid": part.tiling.slices > 1,
         "enable_fp_fusion": True,
     }
+    if arch.startswith("sm_"):
+        # Left alone, ptxas stops at 128 and spills (seen: GRU forward, H=1024, Triton 3.9.0).
+        chosen["maxnreg"] = planning.register_limit(part.choice)
+    return chosen
 
 
 def label(dtype: torch.dtype, precision: str) -> str:
@@ -51,14 +55,19 @@ def label(dtype: torch.dtype, precision: str) -> str:
 
 
 @cache
-def hardware(device: torch.device) -> planning.Hardware:
+def hardware(device: torch.device) -> devices.Hardware:
     """Read from the live device, so that a partition of a GPU is planned for as what it is."""
     if device.type == "cpu":
-        return planning.INTERPRETER
+        return devices.INTERPRETER
     properties = torch.cuda.get_device_properties(device)
-    arch = properties.major * 10 + properties.minor
-    shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
-    return planning.Hardware(properties.name, arch, properties.multi_processor_count, shared)
+    return devices.live(
+        properties.name,
+        f"sm_{properties.major}{properties.minor}",
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
+        properties.regs_per_multiprocessor,  # type: ignore[attr-defined]
+        properties.L2_cache_size,
+    )
 
 
 def choose(
@@ -99,23 +108,46 @@ def check() -> None:
 
 
 def _launch(
-    kernel: Any, part: planning.Pass, jobs: int, exchange: Exchange, device: torch.device, **arguments: Any
+    kernel: Any,
+    part: planning.Pass,
+    jobs: int,
+    exchange: Exchange,
+    device: torch.device,
+    weight_hh: Tensor,
+    **arguments: Any,
 ) -> None:
     """Launch all jobs, as many at a time as are resident together."""
-    if arguments["T"] * part.tiling.slices >= 2**31:
+    t = part.tiling
+    if arguments["T"] * t.slices >= 2**31:
         raise ValueError(
-            f"a sequence of {arguments['T']} steps is too long for the group's counter: with {part.tiling.slices} "
-            f"slices at most {(2**31 - 1) // part.tiling.slices} steps are possible; cut it, carrying the state"
+            f"a sequence of {arguments['T']} steps is too long for the group's counter: with {t.slices} "
+            f"slices at most {(2**31 - 1) // t.slices} steps are possible; cut it, carrying the state"
         )
-    # Counters, owned by this call: one per job, so that launches in turn do not meet.
-    slots = jobs * exchange.stride if part.tiling.slices > 1 else 1
-    sync = torch.zeros(slots, dtype=torch.int32, device=device), _error_word(device)
+    if t.stride != t.hidden:
+        # Rows of 16-byte multiples: else every load of a weight is in narrow pieces.
+        weight_hh = torch.nn.functional.pad(weight_hh, (0, t.stride - t.hidden))
+    tiles = jobs * t.subtiles
+    # Counters, owned by this call: a set per batch tile, so that launches in turn do not meet.
+    counters = torch.zeros(tiles * t.lanes * exchange.stride if t.slices > 1 else 1, dtype=torch.int32, device=device)
+    parts = torch.empty(
+        tiles * 2 * t.slices * t.outputs * t.wide * t.batch_tile if t.rows > 1 else 1,
+        dtype=torch.float32,
+        device=device,
+    )
+    sync = counters, _error_word(device), parts
+    arch = hardware(device).arch
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         for first in range(0, jobs, part.groups):
-            grid = (part.tiling.slices, min(part.groups, jobs - first))
+            grid = (t.slices, min(part.groups, jobs - first))
             kernel[grid](
-                **arguments, sync=sync, first_job=first, tiling=part.tiling, exchange=exchange, **options(part)
+                **arguments,
+                weight=weight_hh,
+                sync=sync,
+                first_job=first,
+                tiling=t,
+                exchange=exchange,
+                **options(part, arch),
             )
             LAUNCHES[kernel.__name__] += 1
     debug = os.environ.get("PERSISTRNN_DEBUG") == "1"
@@ -177,11 +209,11 @@ def forward(
     _launch(
         scan_forward,
         part,
-        -(-B // part.tiling.batch_tile) * D,
+        part.tiling.jobs(B),
         exchange,
         x_gates.device,
+        weight_hh,
         x_gates=x_gates,
-        weight=weight_hh,
         bias=bias_hh,
         states=(y, c)[: cell.states],
         saved=saved,
@@ -225,11 +257,11 @@ def backward(
     _launch(
         scan_backward,
         part,
-        -(-B // part.tiling.batch_tile) * D,
+        part.tiling.jobs(B),
         exchange,
         dy.device,
+        weight_hh,
         dy=dy,
-        weight=weight_hh,
         states=(y, c)[: cell.states],
         saved=saved,
         d_final=d_final,

@@ -1,108 +1,84 @@
 """The plan: who owns what, decided before anything runs. Pure Python, no GPU, no torch, no Triton.
 
-``plan(cell, batch, hidden, ...)`` chooses for the forward and for the backward scan: slices, units per slice, batch
-tile, splits and chunks of K, warps, and says where the bytes of W_hh live. The rules are thresholds that the audit
-of compiled kernels has confirmed (no spills, shared memory within the limit); there is no cost model yet.
+``plan(cell, batch, hidden, ...)`` searches, for the forward and for the backward scan, the slices, the split, the batch
+tiles, the warps and the homes of W_hh that the cost model (``cost``) predicts to be fastest, among those that fit the
+registers and the shared memory. What fits is known by audit: the compiler is asked for every shape of the workload
+tables, and the constants below are such that no kernel spills.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
-DTYPES = {"fp16": 2, "bf16": 2, "tf32": 4, "fp32": 4}  # bytes per element of W_hh on chip
+from . import cost as model
+from .cost import BYTES, Cost
+from .hardware import INTERPRETER, Hardware
+from .tiling import Choice, Shape, Tiling, next_power_of_2, smallest_chunk, tiling
+
+DTYPES = BYTES
+
+# A batch is planned for as the next of these, so that a new batch size seldom is a new kernel: at most one per class.
+BATCH_CLASSES = (8, 16, 32, 64, 128)
+
+# Registers per thread that a kernel needs besides weights, accumulators, the operand in flight and the streamed tile.
+# Seen by audit (zero spills over the workload tables, both Triton versions).
+BASE_REGISTERS = 78
+TILE_REGISTERS = 18  # more for each further batch tile of a program
+MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
+
+WARP_CHOICES = 8
+LARGEST = 1 << 31
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """What the plan needs to know of a device. Shared memory is per block, in bytes, opt-in maximum."""
+class Shares:
+    """Bytes of W_hh of one direction, padding not included: those three add up to all of it."""
 
-    name: str
-    arch: int
-    multiprocessors: int
+    registers: int
     shared: int
+    streamed: int
 
-
-# Stands for Triton's interpreter: one slice whatever the size, for its programs run one after the other.
-INTERPRETER = Hardware("interpreter", 0, 1 << 30, 1 << 40)
-
-# Shared memory limits: CUDA C++ Programming Guide, technical specifications per compute capability.
-DEVICES = {
-    h.name: h
-    for h in (
-        Hardware("a100", 80, 108, 166_912),
-        Hardware("h100", 90, 132, 232_448),
-        Hardware("h200", 90, 132, 232_448),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What of a cell the plan needs: its name and its numbers (see ``cells.Cell``)."""
-
-    name: str
-    gates: int
-    saved: int
-    recurrent_gradient: bool
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """``length`` indices of K from ``start`` on, held in a tile of ``size`` (a power of two, at least length)."""
-
-    start: int
-    size: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Everything a scan kernel must know at compile time besides the cell. See ``scan``.
-
-    Attributes:
-        units, slices, batch_tile: U, S and BB; S * U >= H.
-        splits: parts of K, one per warp, summed after the product.
-        chunks: the tiles of K.
-        packs: gates per dot; first_gates: index of each pack's first gate.
-        precision: of a float32 dot, "tf32" or "ieee".
-    """
-
-    hidden: int
-    directions: int
-    gates: int
-    saved: int
-    recurrent_gradient: bool
-    units: int
-    slices: int
-    batch_tile: int
-    splits: int
-    chunks: tuple[Chunk, ...]
-    packs: tuple[int, ...]
-    first_gates: tuple[int, ...]
-    precision: str
-    interpreted: bool = False
+    @property
+    def resident(self) -> float:
+        """Part of W_hh that stays on chip for all steps, 0 to 1."""
+        return (self.registers + self.shared) / (self.registers + self.shared + self.streamed)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One direction of the scan over time (forward or backward): its tiling, its launch, its bytes.
+    """One direction of the scan over time (forward or backward): its tiling, its launch, its bytes, its cost.
 
     Attributes:
-        warps: warps per program.
-        groups: groups of ``tiling.slices`` programs that run at the same time, each with one batch tile in one
+        groups: groups of ``tiling.slices`` programs that run at the same time, each with its batch tiles in one
             direction.
         rounds: launches; 1 where all batch tiles and directions fit at once.
-        resident: bytes of W_hh that a program keeps in shared memory for all steps, padding included.
+        in_registers, in_shared, streamed: bytes of weights per program in each home, padding included; what is
+            streamed is read in each step.
         shared: an upper bound of the shared memory that the compiled program asks for, in bytes.
+        registers: estimated 32-bit registers per thread.
+        shares: where W_hh is, over all slices together.
+        cost: predicted microseconds per time step of one round.
     """
 
     tiling: Tiling
-    warps: int
+    choice: Choice
     groups: int
     rounds: int
-    resident: int
+    in_registers: int
+    in_shared: int
+    streamed: int
     shared: int
+    registers: int
+    shares: Shares
+    cost: Cost
+
+    @property
+    def predicted(self) -> float:
+        """Microseconds per time step of the whole layer: all rounds."""
+        return self.cost.total * self.rounds
 
 
 @dataclass(frozen=True)
@@ -117,175 +93,293 @@ class Plan:
     hardware: Hardware
     forward: Pass
     backward: Pass
+    floor: float
 
     def __str__(self) -> str:
         lines = [
             f"{self.cell} H={self.hidden} B={self.batch} D={self.directions} {self.dtype} on {self.hardware.name} "
-            f"(sm_{self.hardware.arch}, {self.hardware.multiprocessors} multiprocessors)"
+            f"({self.hardware.arch}, {self.hardware.multiprocessors} multiprocessors)"
         ]
         for name, part in (("forward", self.forward), ("backward", self.backward)):
-            t = part.tiling
+            t, shares = part.tiling, part.shares
             where = "no exchange" if t.slices == 1 else "exchange each step"
-            sizes = "+".join(str(c.size) for c in t.chunks)
+            split = f" in {t.columns} columns x {t.rows} blocks of K" if t.rows > 1 else ""
             lines.append(
-                f"  {name:8} {t.slices} slice{'s' if t.slices > 1 else ''} x {t.units} units ({where}), batch tile "
-                f"{t.batch_tile}, {part.warps} warps, K = {sizes} in {t.splits} part{'s' if t.splits > 1 else ''}; "
-                f"{part.groups} group{'s' if part.groups > 1 else ''} at a time, {part.rounds} "
-                f"round{'s' if part.rounds > 1 else ''}"
+                f"  {name:8} {_count(t.slices, 'slice')} x {t.units} units{split} ({where}), batch tile "
+                f"{t.batch_tile}{f' x {t.subtiles}' if t.subtiles > 1 else ''}, {part.choice.warps} warps; "
+                f"{_count(part.groups, 'group')} at a time, {_count(part.rounds, 'round')}"
             )
             lines.append(
-                f"           W_hh: all of it resident, {part.resident:,} bytes per program in shared memory "
-                f"(at most {part.shared:,} of {self.hardware.shared:,} used), 0 streamed"
+                f"           W_hh: {shares.registers:,} bytes in registers, {shares.shared:,} in shared memory, "
+                f"{shares.streamed:,} streamed each step ({shares.resident:.0%} resident)"
+            )
+            lines.append(
+                f"           shared memory at most {part.shared:,} of {self.hardware.shared:,} bytes per program; "
+                f"predicted {part.predicted:.2f} us per step"
             )
         return "\n".join(lines)
 
 
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' if n != 1 else ''}"
+
+
 class PlanError(ValueError):
-    """The shape does not fit the device yet; the message has the given value, the limits and the remedy."""
+    """The shape does not fit the device; the message has the given value, the limits and the remedy."""
 
 
-def next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+def register_limit(choice: Choice) -> int:
+    """Registers per thread, all of the multiprocessor's shared by its programs."""
+    return min(255, 65536 // (32 * choice.warps * choice.blocks) // 8 * 8)
 
 
-def chunks(total: int, smallest: int, largest: int) -> tuple[Chunk, ...]:
-    """Cut ``range(total)`` into power-of-two tiles between the two sizes: 320 = 256 + 64, 768 = 512 + 256."""
-    result = []
-    start = 0
-    while start < total:
-        left = total - start
-        size = min(largest, max(smallest, 1 << (left.bit_length() - 1)))
-        # Padding the rest to one tile costs less than one more tile where at most a quarter of it is waste.
-        padded = max(smallest, next_power_of_2(left))
-        if padded <= largest and padded - left <= padded // 4:
-            size = padded
-        result.append(Chunk(start, size, min(size, left)))
-        start += size
-    return tuple(result)
+def register_estimate(t: Tiling, choice: Choice, size: int) -> int:
+    """Registers per thread that the compiled kernel is expected to need. See ``BASE_REGISTERS``."""
+    resident = sum(c.size for c in t.chunks[: t.in_registers])
+    exchanged = t.slices > 1
+    masked = exchanged and _masked(t.hidden, t.depth, t.ragged, t.splits, size)
+    return _registers(t.m, choice, size, resident, t.streamed > 0, exchanged, masked)
 
 
-def tiling(
-    cell: Shape,
-    hidden: int,
-    directions: int,
-    *,
-    backward: bool,
-    units: int,
-    batch_tile: int,
-    splits: int,
-    largest_chunk: int,
-    precision: str,
-    interpreted: bool = False,
-) -> Tiling:
-    """The compile-time record for one choice of units per slice; one slice if the units cover H."""
-    slices = -(-hidden // units)
-    gates = cell.gates
-    if slices == 1:
-        # The operand comes from registers as one tile of units per gate, and each gate keeps its own dot so that
-        # all gates have the same layout as the cell's state.
-        splits = 1
-        starts = range(0, gates * hidden, hidden) if backward else (0,)
-        parts = tuple(Chunk(s, units, hidden) for s in starts)
-        packs = (1,) if backward else (1,) * gates
-    else:
-        parts = chunks(gates * hidden if backward else hidden, min(largest_chunk, 16 * splits), largest_chunk)
-        # A pack must be a power of two: 4 gates are one dot, 3 gates are two.
-        packs = (1,) if backward else {3: (2, 1)}.get(gates, (gates,))
-    first_gates = tuple(sum(packs[:i]) for i in range(len(packs)))
-    return Tiling(
-        hidden, directions, gates, cell.saved, cell.recurrent_gradient, units, slices, batch_tile, splits, parts,
-        packs, first_gates, precision, interpreted,
-    )  # fmt: skip
+def _masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> bool:
+    """Whether some load of the operand needs a mask or narrow pieces."""
+    return ragged or depth % smallest_chunk(splits) != 0 or hidden * size % 16 != 0
 
 
-def shared_bound(t: Tiling, size: int) -> tuple[int, int]:
-    """(resident, total) bytes of shared memory per program, the second an upper bound."""
-    rows = sum(t.packs) * t.units
-    resident = rows * sum(c.size for c in t.chunks) * size
-    largest = max(c.size for c in t.chunks)
-    # The operand's staging (two chunks may be in flight, every tile and the result of one for a single slice) shares
-    # its space with the sum over the splits.
-    in_flight = len(t.chunks) + 1 if t.slices == 1 else 2
-    staging = in_flight * largest * t.batch_tile * size
-    reduction = t.splits * max(t.packs) * t.units * t.batch_tile * 4
-    return resident, resident + max(staging, reduction)
+def _registers(m: int, choice: Choice, size: int, resident: int, streamed: bool, exchanged: bool, masked: bool) -> int:
+    threads = 32 * choice.warps
+    words = 4 * threads
+    need = BASE_REGISTERS + TILE_REGISTERS * (choice.subtiles - 1)
+    need += m * resident * size // words
+    need += choice.splits * m * choice.batch_tile // threads
+    if exchanged:
+        need += choice.burst * choice.batch_tile * size // words
+    if streamed:
+        need += 2 * m * choice.stream_chunk * size // words
+    if masked:
+        need += MASK_REGISTERS
+    return need + 8 * (choice.units * choice.batch_tile // threads - 1)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One row of the planner's table: how a slice of ``units`` is worked on."""
-
-    units: int
-    warps: int
-    splits: int
-    largest_chunk: int
-
-
-# By bytes per element of W_hh. One slice: K is the unit tile itself. Seen by audit: fewer warps spill at 128 units
-# (and at 64 in float32).
-LOCAL_RULES = {
-    2: (Rule(16, 4, 1, 16), Rule(32, 4, 1, 32), Rule(64, 4, 1, 64), Rule(128, 8, 1, 128)),
-    4: (Rule(16, 4, 1, 16), Rule(32, 4, 1, 32), Rule(64, 8, 1, 64)),
-}
-
-# Many slices. Seen by audit: 16 units on 8 warps fit and do not spill; with 8 units the backward does in float32.
-SHARED_RULES = {2: Rule(16, 8, 8, 512), 4: Rule(16, 8, 8, 256)}
+def shared_bound(t: Tiling, size: int) -> tuple[int, int, int]:
+    """(in registers, in shared memory, total of shared memory) per program, in bytes, the last an upper bound."""
+    registers = t.m * sum(c.size for c in t.chunks[: t.in_registers]) * size
+    shared = t.m * sum(c.size for c in t.chunks[t.in_registers :]) * size
+    ends = (*t.bursts, len(t.chunks))[1:]
+    burst = max((sum(c.size for c in t.chunks[a:b]) for a, b in zip(t.bursts, ends, strict=True)), default=0)
+    if t.slices == 1:
+        # Every operand tile and the result of one.
+        burst = sum(c.size for c in t.chunks) + t.units
+    operand = burst * t.batch_tile * size
+    stream = (t.m + t.batch_tile) * t.stream_chunk * size if t.streamed else 0
+    reduction = t.splits * max(t.packs) * t.wide * t.batch_tile * 4
+    # On their way to registers the weights pass through shared memory, before those that stay there arrive.
+    return registers, shared, max(registers, shared + max(operand, stream, reduction))
 
 
-def _rule(hidden: int, dtype: str, hardware: Hardware, backward: bool) -> Rule:
+def _power_of_2_at_most(n: int) -> int:
+    return 1 << max(n, 1).bit_length() - 1
+
+
+def _local(cell: Shape, hidden: int, hardware: Hardware, backward: bool, dtype: str) -> Iterator[Choice]:
+    """One slice: K is the tile of units."""
+    units = max(16, next_power_of_2(hidden))
+    segments = cell.gates if backward else 1
+    # Warp-group products, which Triton takes from 64 rows on, read the weights from shared memory.
+    in_memory = dtype == "fp32" or (units >= 64 and hardware.arch in ("sm_90", "sm_100"))
+    for warps, blocks, columns in product((4, 8), (1, 2, 4), (16, 32)):
+        k = units * segments
+        homes = (0, k) if in_memory else (k, 0)
+        yield Choice(units, 1, columns, 1, warps, blocks, 1, units, k, *homes, units)
+
+
+def _sliced(
+    cell: Shape, hidden: int, batch: int, hardware: Hardware, size: int, backward: bool, dtype: str
+) -> Iterator[Choice]:
+    """Many slices: the homes are filled in turn, registers, shared memory, and the rest is streamed."""
+    tiles = [(8, 1)] if batch <= 8 else []
+    tiles += [(16, 1)] + [(16, n) for n in (2, 4) if 16 * n <= next_power_of_2(batch)]
+    tiles += [(32, 1)] if batch > 16 else []
+    for units in (8, 16, 32, 64, 128):
+        needed = -(-hidden // units)
+        if needed < 2 or needed > hardware.multiprocessors * 2:
+            continue
+        for rows in (1, 2, 4, 8):
+            slices = -(-needed // rows) * rows
+            if slices < 2 * rows and rows > 1:
+                continue
+            for columns, subtiles in tiles:
+                # Fewer parts of K where M is large: the accumulators of all parts are in registers.
+                parts = (8,) if (1 if backward else cell.gates) * units * rows < 128 else (8, 4, 2)
+                for blocks, splits in product((1, 2), parts):
+                    if slices > hardware.multiprocessors * blocks:
+                        continue
+                    found = _filled(
+                        cell, hidden, hardware, size, backward, dtype, units, rows, slices, columns, subtiles, blocks,
+                        splits,
+                    )  # fmt: skip
+                    if found is not None:
+                        yield found
+
+
+def _filled(
+    cell: Shape, hidden: int, hardware: Hardware, size: int, backward: bool, dtype: str, units: int, rows: int,
+    slices: int, columns: int, subtiles: int, blocks: int, splits: int,
+) -> Choice | None:  # fmt: skip
+    """One choice with its homes filled, or None if it does not fit."""
+    warps = 8
+    m = (1 if backward else cell.gates) * rows * units
+    words = 4 * 32 * warps
+    segments = cell.gates if backward and rows > 1 else 1
+    depth = (cell.gates if backward else 1) * hidden if rows == 1 else slices // rows * units
+    smallest = smallest_chunk(splits)
+    # Tiles of at most 32 registers per thread on their way, of weights and of the operand.
+    fits = _power_of_2_at_most(32 * words // (size * max(m, columns)))
+    chunk = max(smallest, min(512, fits))
+    burst = max(chunk, 32 * words // (size * columns))
+    stream = max(smallest, min(512, _power_of_2_at_most(24 * words // (size * m))))
+    choice = Choice(units, rows, columns, subtiles, warps, blocks, splits, chunk, burst, 0, 0, stream)
+
+    quantum = smallest * segments
+    k = -(-depth // smallest) * quantum
+    limit = register_limit(choice)
+    total = hardware.shared if blocks == 1 else hardware.shared // blocks - 1024
+    reduction = splits * (1 if backward else _power_of_2_at_most(cell.gates)) * rows * units * columns * 4
+
+    masked = _masked(hidden, depth, rows > 1 and slices * units > hidden, splits, size)
+
+    def homes(streamed: bool) -> tuple[int, int]:
+        spare = limit - _registers(m, choice, size, 0, streamed, True, masked)
+        if spare < 0:
+            return 0, -1
+        kept = 0 if dtype == "fp32" else spare * words // (m * size) // quantum * quantum
+        working = max(burst * columns * size, (m + columns) * stream * size if streamed else 0, reduction)
+        shared = (total - working) // (m * size) // quantum * quantum
+        return min(kept, total // (m * size) // quantum * quantum), shared
+
+    registers, shared = homes(False)
+    if shared >= 0 and registers + shared >= k:
+        return replace(choice, in_registers=min(registers, k), in_shared=max(0, k - registers))
+    if subtiles > 1:
+        return None  # each batch tile would stream the weights again
+    registers, shared = homes(True)
+    if shared < 0:
+        return None
+    return replace(choice, in_registers=min(registers, k), in_shared=min(shared, max(0, k - registers)))
+
+
+def _shares(cell: Shape, t: Tiling, backward: bool, size: int) -> Shares:
+    """Count the elements of W_hh in each home, over all slices of one direction."""
+    across = t.hidden if backward else t.gates * t.hidden  # what each index of K holds
+    blocks = range(t.rows)
+
+    def valid(start: int, length: int) -> int:
+        if t.rows == 1:
+            return length
+        return sum(max(0, min(length, t.hidden - r * t.block - start)) for r in blocks)
+
+    counted = [valid(c.start, c.length) * across * size for c in t.chunks]
+    streamed = t.segments * valid(t.stream_start, t.depth - t.stream_start) * across * size if t.streamed else 0
+    return Shares(sum(counted[: t.in_registers]), sum(counted[t.in_registers :]), streamed)
+
+
+def _finish(
+    cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware, backward: bool,
+    choice: Choice,
+) -> Pass | None:  # fmt: skip
+    """The pass that a choice makes, or None if it does not fit after all."""
+    size = BYTES[dtype]
+    t = tiling(
+        cell,
+        hidden,
+        directions,
+        choice,
+        backward=backward,
+        size=size,
+        precision="tf32" if dtype == "tf32" else "ieee",
+        interpreted=hardware is INTERPRETER,
+    )
+    registers, shared, total = shared_bound(t, size)
+    estimate = register_estimate(t, choice, size)
+    room = hardware.shared if choice.blocks == 1 else hardware.shared // choice.blocks - 1024
+    if hardware is not INTERPRETER and (total > room or estimate > register_limit(choice)):
+        return None
+    jobs = t.jobs(batch)
+    places = hardware.multiprocessors * choice.blocks // t.slices
+    if places == 0:
+        return None
+    # Slices wait for each other and must be resident together; a single slice waits for nobody.
+    groups = jobs if t.slices == 1 else min(jobs, places)
+    rounds = -(-jobs // groups)
+    cost = model.step(cell, hidden, dtype, hardware, choice, model.work_of(t, min(groups, places)), backward)
+    if t.slices == 1 and jobs > places:
+        factor = -(-jobs // places)
+        cost = Cost(*(getattr(cost, f) * factor for f in cost.__dataclass_fields__))
+    streamed = t.m * t.streamed * t.stream_chunk * size
+    shares = _shares(cell, t, backward, size)
+    return Pass(t, choice, groups, rounds, registers, shared, streamed, total, estimate, shares, cost)
+
+
+def _choices(cell: Shape, hidden: int, batch: int, hardware: Hardware, dtype: str, backward: bool) -> Iterator[Choice]:
+    size = BYTES[dtype]
     if hardware is INTERPRETER:
-        return Rule(max(16, next_power_of_2(hidden)), 4, 1, 1)
-    size = DTYPES[dtype]
-    for rule in LOCAL_RULES[size]:
-        if hidden <= rule.units:
-            return rule
-    rule = SHARED_RULES[size]
-    aligned = hidden * size % 16 == 0
-    if dtype == "fp32":
-        # No tensor core: each thread holds whole operands. Seen by audit: 128 in the forward and for large H, but
-        # 256 in the backward at H = 128, 130, 200, 511, 640 and 768.
-        return replace(rule, largest_chunk=256 if backward and hidden <= 768 else 128)
-    if dtype == "tf32" and backward and aligned and hidden > 768:
-        return replace(rule, largest_chunk=128)  # seen by audit: GRU, H = 1024
-    if not aligned and (size == 2 or not backward):
-        # Rows of W_hh not aligned to 16 bytes are loaded in narrow pieces: large chunks spill on their way in.
-        return replace(rule, largest_chunk=rule.largest_chunk // 2)
-    return rule
+        # Its programs run one after the other, and its time goes by the number of operations, not by their size.
+        units = max(16, next_power_of_2(hidden))
+        k = units * (cell.gates if backward else 1)
+        yield Choice(units, 1, 64 if batch >= 32 else 16, 1, 4, 1, 1, units, k, k, 0, units)
+        return
+    if cell.gates * hidden * hidden * size <= hardware.shared * 2:
+        yield from _local(cell, hidden, hardware, backward, dtype)
+    yield from _sliced(cell, hidden, batch, hardware, size, backward, dtype)
+
+
+def _quick(
+    cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware, backward: bool,
+    choice: Choice,
+) -> float:  # fmt: skip
+    """The predicted time per step of a choice, without its tiling."""
+    slices = -(-(-(-hidden // choice.units)) // choice.rows) * choice.rows
+    jobs = -(-batch // (choice.batch_tile * choice.subtiles)) * directions
+    places = max(1, hardware.multiprocessors * choice.blocks // slices)
+    depth = (cell.gates if backward else 1) * (hidden if choice.rows == 1 else slices // choice.rows * choice.units)
+    smallest = smallest_chunk(choice.splits)
+    k = choice.units * (cell.gates if backward else 1) if slices == 1 else -(-depth // smallest) * smallest
+    streamed = max(0, k - choice.in_registers - choice.in_shared)
+    m = (1 if backward else cell.gates) * choice.rows * choice.units
+    work = model.Work(m, k, choice.in_shared, streamed, slices, slices * min(jobs, places))
+    return model.step(cell, hidden, dtype, hardware, choice, work, backward).total * -(-jobs // places)
+
+
+@lru_cache(maxsize=4096)
+def _best(
+    cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware, backward: bool
+) -> Choice | None:
+    """The fastest choice for a class of batch sizes."""
+    shape = cell, hidden, batch, directions, dtype, hardware, backward
+    choices = sorted(
+        _choices(cell, hidden, batch, hardware, dtype, backward), key=lambda choice: _quick(*shape, choice)
+    )  # fmt: skip
+    return next((choice for choice in choices if _finish(*shape, choice) is not None), None)
 
 
 def _pass(
     cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware, backward: bool
 ) -> Pass:
-    size = DTYPES[dtype]
-    rule = _rule(hidden, dtype, hardware, backward)
-    # The interpreter's time goes by the number of operations, not by their size.
-    batch_tile = 64 if hardware is INTERPRETER and batch >= 32 else 16
-    t = tiling(
-        cell,
-        hidden,
-        directions,
-        backward=backward,
-        units=rule.units,
-        batch_tile=batch_tile,
-        splits=rule.splits,
-        largest_chunk=rule.largest_chunk,
-        precision="tf32" if dtype == "tf32" else "ieee",
-        interpreted=hardware is INTERPRETER,
-    )
-    resident, shared = shared_bound(t, size)
-    if shared <= hardware.shared and t.slices <= hardware.multiprocessors:
-        jobs = -(-batch // batch_tile) * directions
-        groups = min(jobs, hardware.multiprocessors // t.slices)
-        return Pass(t, rule.warps, groups, -(-jobs // groups), resident, shared)
-    raise PlanError(
-        f"hidden_size={hidden} in {dtype} does not fit on {hardware.name} yet: W_hh of one direction has "
-        f"{cell.gates * hidden * hidden * size:,} bytes, and {hardware.multiprocessors} multiprocessors hold "
-        f"{hardware.shared:,} bytes of shared memory each, operands included. "
-        f"Use a smaller hidden_size{', float16 or bfloat16' if size == 4 else ''}, or backend='torch'."
-    )
+    planned_for = next((c for c in BATCH_CLASSES if batch <= c), BATCH_CLASSES[-1])
+    choice = _best(cell, hidden, planned_for, directions, dtype, hardware, backward)
+    found = choice and _finish(cell, hidden, batch, directions, dtype, hardware, backward, choice)
+    if not found:
+        size = BYTES[dtype]
+        raise PlanError(
+            f"hidden_size={hidden} in {dtype} does not fit on {hardware.name}: W_hh of one direction has "
+            f"{cell.gates * hidden * hidden * size:,} bytes; with {hardware.multiprocessors} multiprocessors of "
+            f"{hardware.shared:,} bytes of shared memory each no slice holds its operands. "
+            f"Use a smaller hidden_size{', float16 or bfloat16' if size == 4 else ''}, or backend='torch'."
+        )
+    return found
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def plan(cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware) -> Plan:
     """The plan for one layer.
 
@@ -298,7 +392,7 @@ def plan(cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hard
         hardware: the device.
 
     Raises:
-        PlanError: what W_hh needs does not fit the device.
+        PlanError: no slice of the layer fits the device.
         ValueError: an argument is out of range.
     """
     for name, value in (("hidden_size", hidden), ("batch", batch)):
@@ -308,7 +402,13 @@ def plan(cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hard
         raise ValueError(f"directions must be 1 or 2, got {directions}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if cell.gates * hidden * (hidden + 8) >= LARGEST:
+        raise PlanError(
+            f"hidden_size={hidden}: offsets into W_hh have 31 bits, and {cell.gates} gates allow hidden_size up to "
+            f"{int((LARGEST / cell.gates) ** 0.5) - 8}; use a smaller one, or backend='torch'."
+        )
     forward, backward = (
         _pass(cell, hidden, batch, directions, dtype, hardware, backward) for backward in (False, True)
     )
-    return Plan(cell.name, hidden, batch, directions, dtype, hardware, forward, backward)
+    floor = model.floor(cell, hidden, batch, directions, dtype, hardware)
+    return Plan(cell.name, hidden, batch, directions, dtype, hardware, forward, backward, floor)

@@ -56,7 +56,7 @@ def operand_offsets(k, rows, row_stride: tl.constexpr, splits: tl.constexpr):
 
 
 @triton.jit
-def operand_mask(k, length: tl.constexpr, splits: tl.constexpr):
+def operand_mask(k, length, splits: tl.constexpr):
     """Which elements of the operand lie inside a chunk of ``length`` indices."""
     if splits == 1:
         return (k < length)[:, None]
@@ -76,17 +76,21 @@ def narrow(tile, dtype: tl.constexpr, interpreted: tl.constexpr):
 
 
 @triton.jit
-def load_weight(
-    weight, m, m_mask, m_stride: tl.constexpr, k, k_stride: tl.constexpr, length: tl.constexpr, splits: tl.constexpr
-):
-    """The resident operand: [M, K] or [P, M, K // P]; zero outside the matrix."""
+def weight_offsets(m, m_stride: tl.constexpr, k, k_stride: tl.constexpr, splits: tl.constexpr):
+    """Offsets of the weights: [M, K] or [P, M, K // P]."""
     if splits == 1:
-        offsets = m[:, None] * m_stride + k[None, :] * k_stride
-        mask = m_mask[:, None] & (k < length)[None, :]
+        return m[:, None] * m_stride + k[None, :] * k_stride
     else:
-        offsets = m[None, :, None] * m_stride + k[:, None, :] * k_stride
-        mask = m_mask[None, :, None] & (k < length)[:, None, :]
-    return tl.load(weight + offsets, mask=mask, other=0.0)
+        return m[None, :, None] * m_stride + k[:, None, :] * k_stride
+
+
+@triton.jit
+def weight_mask(m_mask, k, length, splits: tl.constexpr):
+    """Which of the weights lie inside the matrix and inside a chunk of ``length`` indices."""
+    if splits == 1:
+        return m_mask[:, None] & (k < length)[None, :]
+    else:
+        return m_mask[None, :, None] & (k < length)[:, None, :]
 
 
 @triton.jit

@@ -16,9 +16,18 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import triton.runtime.interpreter as interpreter
-from persistrnn.kernels import scan
+from persistrnn.kernels import product, scan
 
-EXCHANGE = ("put", "arrive", "wait", "get")
+# Operation -> the module that calls it. The last three are the second exchange, of the two-dimensional split.
+EXCHANGE = {
+    "put": scan,
+    "arrive": scan,
+    "wait": scan,
+    "get": product,
+    "announce": product,
+    "await_count": product,
+    "read": product,
+}
 
 
 class _ThreadLocalGrid(type(interpreter.interpreter_builder)):
@@ -79,7 +88,7 @@ class Delays:
     def __init__(self, seed: int, programs: int, seconds: float = 0.004):
         self.random = random.Random(seed)
         self.slow = self.random.randrange(programs)
-        self.operation = EXCHANGE[seed % len(EXCHANGE)]
+        self.operation = tuple(EXCHANGE)[seed % len(EXCHANGE)]
         self.seconds = seconds
 
     def __call__(self, operation: str, index: tuple[int, int, int]) -> None:
@@ -95,7 +104,7 @@ def concurrent_grid(delay: Callable[[str, tuple[int, int, int]], None] | None = 
     builder = interpreter.interpreter_builder
     executor = interpreter.GridExecutor
     original_class, original_call = type(builder), executor.__call__
-    originals = {name: getattr(scan, name) for name in EXCHANGE}
+    originals = {name: getattr(module, name) for name, module in EXCHANGE.items()}
 
     def call(self, *args, **kwargs):
         count = 1
@@ -120,8 +129,8 @@ def concurrent_grid(delay: Callable[[str, tuple[int, int, int]], None] | None = 
     index = builder.__dict__.pop("grid_idx", None)
     builder.__class__ = _ThreadLocalGrid
     if delay is not None:
-        for name in EXCHANGE:
-            setattr(scan, name, delayed(name))
+        for name, module in EXCHANGE.items():
+            setattr(module, name, delayed(name))
     executor.__call__ = call
     try:
         yield
@@ -131,4 +140,4 @@ def concurrent_grid(delay: Callable[[str, tuple[int, int, int]], None] | None = 
         builder.grid_idx = index
         sys.setswitchinterval(switch)
         for name, function in originals.items():
-            setattr(scan, name, function)
+            setattr(EXCHANGE[name], name, function)
