@@ -52,10 +52,11 @@ types: $(NEWEST)/.dev links ## mypy over persistrnn and persistrnn.kernels
 train: $(NEWEST)/.train ## the main job: train the language model
 	$(NEWEST)/bin/python -m bench.language_model $(ARGS)
 
-audit: $(NEWEST)/.dev $(OLDEST)/.dev ## compile and inspect every kernel of the audit table, on both Triton versions
-	@mkdir -p runs
-	$(NEWEST)/bin/python -m persistrnn audit --jobs $(JOBS) --output runs/audit-newest.jsonl $(ARGS)
-	$(OLDEST)/bin/python -m persistrnn audit --jobs $(JOBS) --output runs/audit-oldest.jsonl $(ARGS)
+# Resumable: finished kernels are kept in runs/. The tables are committed, the README's is made from them.
+AUDIT := -m persistrnn audit --workloads bench/workloads/*.csv --arch sm_80 sm_90 sm_100 gfx942 --failures
+audit: $(NEWEST)/.dev $(OLDEST)/.dev ## compile and inspect the kernels of every workload, on both Triton versions
+	$(NEWEST)/bin/python $(AUDIT) --jobs $(JOBS) --resume runs/audit.jsonl --output bench/results/audit-newest.csv $(ARGS)
+	$(OLDEST)/bin/python $(AUDIT) --jobs $(JOBS) --resume runs/audit.jsonl --output bench/results/audit-oldest.csv $(ARGS)
 
 # The GPU machine may have no package index: its own Python brings torch, Triton and pytest, and the links stand in
 # for an installed package (safe path: else the checkout, which has no persistrnn.kernels, would come first).

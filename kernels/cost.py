@@ -65,7 +65,8 @@ def step(cell: Shape, hidden: int, dtype: str, hardware: Hardware, choice: Choic
     """Predicted microseconds per time step of one round."""
     size = BYTES[dtype]
     cycle = 1e-3 / hardware.clock  # microseconds
-    share = choice.blocks  # programs on one multiprocessor halve each other's rates
+    # Programs on one multiprocessor share its rates.
+    share = min(choice.blocks, -(-work.programs // hardware.multiprocessors))
     tiles, columns = choice.subtiles, choice.batch_tile
     exchanged = work.slices > 1
 
@@ -135,7 +136,8 @@ def floor(cell: Shape, hidden: int, batch: int, directions: int, dtype: str, har
     # Each group of slices needs its batch tile only: as many groups as copies of W_hh fit share the batch.
     copies = max(1, min(batch * directions, count * capacity // (total // directions)))
     state = directions * batch * hidden * size / copies / (hardware.l2_rate / cycle)
-    return compute + streamed / rate + hardware.exchange + state + pointwise
+    # These may overlap; the exchange and the cell follow one another.
+    return max(compute, streamed / rate, state) + hardware.exchange + pointwise
 
 
 def torch_step(
@@ -146,8 +148,8 @@ def torch_step(
     multiple of 8 up to 128, one direction), 1.96 forward as published for an H100 at H=768, B=16 (3.1 backward)."""
     size = BYTES[dtype]
     persistent = (
-        cell.name == "lstm" and dtype == "fp16" and hidden % 128 == 0 and hidden <= 1024
-        and batch % 8 == 0 and batch <= 128 and directions == 1
+        hardware.arch.startswith("sm_") and cell.name == "lstm" and dtype == "fp16" and directions == 1
+        and hidden % 128 == 0 and hidden <= 1024 and batch % 8 == 0 and batch <= 128
     )  # fmt: skip
     if persistent:
         return 3.11 if backward else 1.96

@@ -16,6 +16,7 @@ from . import hardware as devices
 from . import plan as planning
 from .cells import Cell
 from .exchange import Exchange
+from .forecast import Forecast, forecast
 from .scan import scan_backward, scan_forward
 from .tiling import Shape
 
@@ -74,6 +75,14 @@ def choose(
     cell: Cell, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, device: torch.device
 ) -> planning.Plan:
     return planning.plan(shape_of(cell), hidden, batch, directions, label(dtype, precision), hardware(device))
+
+
+def compare(
+    cell: Cell, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, device: torch.device,
+    backward: bool,
+) -> Forecast:  # fmt: skip
+    """What the kernels and torch's own path are expected to need per time step."""
+    return forecast(shape_of(cell), hidden, batch, directions, label(dtype, precision), hardware(device), backward)
 
 
 def exchange_for(device: torch.device) -> Exchange:

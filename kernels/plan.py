@@ -21,15 +21,19 @@ from .tiling import Choice, Shape, Tiling, next_power_of_2, smallest_chunk, tili
 DTYPES = BYTES
 
 # A batch is planned for as the next of these, so that a new batch size seldom is a new kernel: at most one per class.
-BATCH_CLASSES = (8, 16, 32, 64, 128)
+BATCH_CLASSES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 # Registers per thread that a kernel needs besides weights, accumulators, the operand in flight and the streamed tile.
 # Seen by audit (zero spills over the workload tables, both Triton versions).
-BASE_REGISTERS = 78
+BASE_REGISTERS = 76
+STREAM_REGISTERS = 46  # more where a tile is streamed, besides two of those tiles
 TILE_REGISTERS = 18  # more for each further batch tile of a program
+WORD_REGISTERS = 20  # more where a streamed tile is of 4-byte elements
+PACK_REGISTERS = 12  # more for a second pack of gates in what is streamed
+ELEMENT_REGISTERS = 14  # more for each further element of the state that a thread owns
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
-WARP_CHOICES = 8
+# Offsets into W_hh are 32-bit.
 LARGEST = 1 << 31
 
 
@@ -138,7 +142,7 @@ def register_estimate(t: Tiling, choice: Choice, size: int) -> int:
     resident = sum(c.size for c in t.chunks[: t.in_registers])
     exchanged = t.slices > 1
     masked = exchanged and _masked(t.hidden, t.depth, t.ragged, t.splits, size)
-    return _registers(t.m, choice, size, resident, t.streamed > 0, exchanged, masked)
+    return _registers(t.m, len(t.packs), choice, size, resident, t.streamed > 0, exchanged, masked)
 
 
 def _masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> bool:
@@ -146,19 +150,26 @@ def _masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> bo
     return ragged or depth % smallest_chunk(splits) != 0 or hidden * size % 16 != 0
 
 
-def _registers(m: int, choice: Choice, size: int, resident: int, streamed: bool, exchanged: bool, masked: bool) -> int:
+def _registers(
+    m: int, packs: int, choice: Choice, size: int, resident: int, streamed: bool, exchanged: bool, masked: bool
+) -> int:
     threads = 32 * choice.warps
     words = 4 * threads
     need = BASE_REGISTERS + TILE_REGISTERS * (choice.subtiles - 1)
     need += m * resident * size // words
     need += choice.splits * m * choice.batch_tile // threads
+    # The sum over the parts, before it becomes gates.
+    need += m * choice.batch_tile // threads
     if exchanged:
         need += choice.burst * choice.batch_tile * size // words
     if streamed:
-        need += 2 * m * choice.stream_chunk * size // words
+        need += STREAM_REGISTERS + 2 * m * choice.stream_chunk * size // words
+        # Operands of 4 bytes are read from shared memory one by one, each from an address of its own.
+        need += WORD_REGISTERS if size == 4 else 0
+        need += PACK_REGISTERS * (packs - 1)
     if masked:
         need += MASK_REGISTERS
-    return need + 8 * (choice.units * choice.batch_tile // threads - 1)
+    return need + ELEMENT_REGISTERS * max(0, choice.units * choice.batch_tile // threads - 1)
 
 
 def shared_bound(t: Tiling, size: int) -> tuple[int, int, int]:
@@ -194,10 +205,12 @@ def _local(cell: Shape, hidden: int, hardware: Hardware, backward: bool, dtype: 
 
 
 def _sliced(
-    cell: Shape, hidden: int, batch: int, hardware: Hardware, size: int, backward: bool, dtype: str
+    cell: Shape, hidden: int, batch: int, hardware: Hardware, size: int, backward: bool, dtype: str, strict: bool
 ) -> Iterator[Choice]:
     """Many slices: the homes are filled in turn, registers, shared memory, and the rest is streamed."""
-    tiles = [(8, 1)] if batch <= 8 else []
+    # Where most of W_hh is streamed, a narrow tile may be all that the registers hold.
+    streams = cell.gates * hidden * hidden * size > 2 * hardware.multiprocessors * hardware.shared
+    tiles = [(8, 1)] if batch <= 8 or streams else []
     tiles += [(16, 1)] + [(16, n) for n in (2, 4) if 16 * n <= next_power_of_2(batch)]
     tiles += [(32, 1)] if batch > 16 else []
     for units in (8, 16, 32, 64, 128):
@@ -210,13 +223,14 @@ def _sliced(
                 continue
             for columns, subtiles in tiles:
                 # Fewer parts of K where M is large: the accumulators of all parts are in registers.
-                parts = (8,) if (1 if backward else cell.gates) * units * rows < 128 else (8, 4, 2)
+                wide = (1 if backward else cell.gates) * units * rows >= 128
+                parts = (8, 4, 2, 1) if wide else (8,)
                 for blocks, splits in product((1, 2), parts):
                     if slices > hardware.multiprocessors * blocks:
                         continue
                     found = _filled(
                         cell, hidden, hardware, size, backward, dtype, units, rows, slices, columns, subtiles, blocks,
-                        splits,
+                        splits, strict,
                     )  # fmt: skip
                     if found is not None:
                         yield found
@@ -224,11 +238,12 @@ def _sliced(
 
 def _filled(
     cell: Shape, hidden: int, hardware: Hardware, size: int, backward: bool, dtype: str, units: int, rows: int,
-    slices: int, columns: int, subtiles: int, blocks: int, splits: int,
+    slices: int, columns: int, subtiles: int, blocks: int, splits: int, strict: bool,
 ) -> Choice | None:  # fmt: skip
-    """One choice with its homes filled, or None if it does not fit."""
+    """One choice with its homes filled, or None if it does not fit; not strict: the registers' estimate may fail."""
     warps = 8
     m = (1 if backward else cell.gates) * rows * units
+    packs = 1 if backward or cell.gates & (cell.gates - 1) == 0 else 2
     words = 4 * 32 * warps
     segments = cell.gates if backward and rows > 1 else 1
     depth = (cell.gates if backward else 1) * hidden if rows == 1 else slices // rows * units
@@ -249,10 +264,12 @@ def _filled(
     masked = _masked(hidden, depth, rows > 1 and slices * units > hidden, splits, size)
 
     def homes(streamed: bool) -> tuple[int, int]:
-        spare = limit - _registers(m, choice, size, 0, streamed, True, masked)
-        if spare < 0:
+        spare = limit - _registers(m, packs, choice, size, 0, streamed, True, masked)
+        if spare < 0 and strict:
             return 0, -1
-        kept = 0 if dtype == "fp32" else spare * words // (m * size) // quantum * quantum
+        spare = max(spare, 0)
+        # One part of K is a product of warp groups on sm_90: it reads its weights from shared memory.
+        kept = 0 if dtype == "fp32" or splits == 1 else spare * words // (m * size) // quantum * quantum
         working = max(burst * columns * size, (m + columns) * stream * size if streamed else 0, reduction)
         shared = (total - working) // (m * size) // quantum * quantum
         return min(kept, total // (m * size) // quantum * quantum), shared
@@ -262,6 +279,9 @@ def _filled(
         return replace(choice, in_registers=min(registers, k), in_shared=max(0, k - registers))
     if subtiles > 1:
         return None  # each batch tile would stream the weights again
+    # A step that streams is long: more trips through L2 do not count as much as the registers do.
+    burst = max(chunk, burst // 2)
+    choice = replace(choice, burst=burst)
     registers, shared = homes(True)
     if shared < 0:
         return None
@@ -285,9 +305,9 @@ def _shares(cell: Shape, t: Tiling, backward: bool, size: int) -> Shares:
 
 def _finish(
     cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware, backward: bool,
-    choice: Choice,
+    choice: Choice, strict: bool = True,
 ) -> Pass | None:  # fmt: skip
-    """The pass that a choice makes, or None if it does not fit after all."""
+    """The pass that a choice makes, or None if it does not fit after all. Strict: nor by the registers' estimate."""
     size = BYTES[dtype]
     t = tiling(
         cell,
@@ -302,7 +322,7 @@ def _finish(
     registers, shared, total = shared_bound(t, size)
     estimate = register_estimate(t, choice, size)
     room = hardware.shared if choice.blocks == 1 else hardware.shared // choice.blocks - 1024
-    if hardware is not INTERPRETER and (total > room or estimate > register_limit(choice)):
+    if hardware is not INTERPRETER and (total > room or (strict and estimate > register_limit(choice))):
         return None
     jobs = t.jobs(batch)
     places = hardware.multiprocessors * choice.blocks // t.slices
@@ -320,7 +340,9 @@ def _finish(
     return Pass(t, choice, groups, rounds, registers, shared, streamed, total, estimate, shares, cost)
 
 
-def _choices(cell: Shape, hidden: int, batch: int, hardware: Hardware, dtype: str, backward: bool) -> Iterator[Choice]:
+def _choices(
+    cell: Shape, hidden: int, batch: int, hardware: Hardware, dtype: str, backward: bool, strict: bool = True
+) -> Iterator[Choice]:
     size = BYTES[dtype]
     if hardware is INTERPRETER:
         # Its programs run one after the other, and its time goes by the number of operations, not by their size.
@@ -330,7 +352,7 @@ def _choices(cell: Shape, hidden: int, batch: int, hardware: Hardware, dtype: st
         return
     if cell.gates * hidden * hidden * size <= hardware.shared * 2:
         yield from _local(cell, hidden, hardware, backward, dtype)
-    yield from _sliced(cell, hidden, batch, hardware, size, backward, dtype)
+    yield from _sliced(cell, hidden, batch, hardware, size, backward, dtype, strict)
 
 
 def _quick(
@@ -338,7 +360,8 @@ def _quick(
     choice: Choice,
 ) -> float:  # fmt: skip
     """The predicted time per step of a choice, without its tiling."""
-    slices = -(-(-(-hidden // choice.units)) // choice.rows) * choice.rows
+    needed = -(-hidden // choice.units)
+    slices = -(-needed // choice.rows) * choice.rows
     jobs = -(-batch // (choice.batch_tile * choice.subtiles)) * directions
     places = max(1, hardware.multiprocessors * choice.blocks // slices)
     depth = (cell.gates if backward else 1) * (hidden if choice.rows == 1 else slices // choice.rows * choice.units)
@@ -354,12 +377,15 @@ def _quick(
 def _best(
     cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware, backward: bool
 ) -> Choice | None:
-    """The fastest choice for a class of batch sizes."""
+    """The fastest choice for a class of batch sizes. The registers' estimate is on the safe side: where nothing
+    keeps it, the fastest of what may spill is better than nothing."""
     shape = cell, hidden, batch, directions, dtype, hardware, backward
-    choices = sorted(
-        _choices(cell, hidden, batch, hardware, dtype, backward), key=lambda choice: _quick(*shape, choice)
-    )  # fmt: skip
-    return next((choice for choice in choices if _finish(*shape, choice) is not None), None)
+    for strict in (True, False):
+        choices = _choices(cell, hidden, batch, hardware, dtype, backward, strict)
+        for choice in sorted(choices, key=lambda choice: _quick(*shape, choice)):
+            if _finish(*shape, choice, strict) is not None:
+                return choice
+    return None
 
 
 def _pass(
@@ -367,7 +393,7 @@ def _pass(
 ) -> Pass:
     planned_for = next((c for c in BATCH_CLASSES if batch <= c), BATCH_CLASSES[-1])
     choice = _best(cell, hidden, planned_for, directions, dtype, hardware, backward)
-    found = choice and _finish(cell, hidden, batch, directions, dtype, hardware, backward, choice)
+    found = choice and _finish(cell, hidden, batch, directions, dtype, hardware, backward, choice, strict=False)
     if not found:
         size = BYTES[dtype]
         raise PlanError(

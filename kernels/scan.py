@@ -71,6 +71,13 @@ def part_of(states, j: tl.constexpr, n: tl.constexpr):
 
 
 @triton.jit
+def job_of(job, B, rows: tl.constexpr):
+    """A job of ``rows`` rows of the batch: its number, its direction, its first row."""
+    jobs_of_direction = tl.cdiv(B, rows)
+    return job, job // jobs_of_direction, (job % jobs_of_direction) * rows
+
+
+@triton.jit
 def batch_rows(b0, B, tiling: tl.constexpr):
     """Of the batch tile at b0: a row that exists, the rows from there on, and which of them are the tile's own."""
     first = tl.minimum(b0, B - 1)
@@ -123,10 +130,7 @@ def scan_forward(
     in_registers: tl.constexpr = tiling.in_registers
     chunks: tl.constexpr = len(tiling.chunks)
     counters, error, parts = sync
-    jobs_of_direction = tl.cdiv(B, N * BB)
-    job = first_job + tl.program_id(1)
-    direction = job // jobs_of_direction
-    b0 = (job % jobs_of_direction) * (N * BB)
+    job, direction, b0 = job_of(first_job + tl.program_id(1), B, N * BB)
     counters += job * (N * tiling.lanes * lane)
     parts += job.to(tl.int64) * (N * 2 * tiling.slices * G * W * BB)
     patience = tl.full((), exchange.patience, tl.int32)
@@ -147,6 +151,18 @@ def scan_forward(
         m_rows = m_rows + ((tiling.first_gates[p] + m // W) * H + unit,)
         m_masks = m_masks + (unit < H,)
     held = resident(corner, m_rows, m_masks, base, 0, in_registers, tiling.stride, 1, tiling)
+    t = time_of(0, direction, T)
+    state = ()
+    for j in tl.static_range(N):
+        first, rows, own = batch_rows(b0 + j * BB, B, tiling)
+        for i in tl.static_range(n):
+            slot = previous_slot(t, direction)
+            if i > 0 and not SAVE:
+                slot = tl.minimum(slot, 1)
+            offsets = row_offset(slot, first, direction, B, D, H) + unit_offsets(units, rows, D * H)
+            state = state + (load(states[i] + offsets, mask),)
+
+    # One turn, which the compiler cannot know: what goes to registers has left shared memory before the rest is loaded.
     once = tl.minimum(T, 1)
     turn = 0
     while turn < once:
@@ -159,17 +175,6 @@ def scan_forward(
         biases = ()
         for g in tl.static_range(G):
             biases = biases + (load(bias + direction * (G * H) + g * H + units, units < H)[:, None],)
-
-        t = time_of(0, direction, T)
-        state = ()
-        for j in tl.static_range(N):
-            first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-            for i in tl.static_range(n):
-                slot = previous_slot(t, direction)
-                if i > 0 and not SAVE:
-                    slot = tl.minimum(slot, 1)
-                offsets = row_offset(slot, first, direction, B, D, H) + unit_offsets(units, rows, D * H)
-                state = state + (load(states[i] + offsets, mask),)
 
         step = 0
         while step < T:
@@ -204,8 +209,8 @@ def scan_forward(
                 store_mask = mask & own
                 state_offsets = unit_offsets(units, rows, D * H)
                 position = row_offset(t + 1, first, direction, B, D, H)
-                publish(states[0] + position, state_offsets, store_mask, 0, (new[0],), counter + own_block * lane, tiling,
-                        exchange)  # fmt: skip
+                told = counter + own_block * lane
+                publish(states[0] + position, state_offsets, store_mask, 0, (new[0],), told, tiling, exchange)
                 if SAVE:
                     for i in tl.static_range(1, n):
                         store(states[i] + position + state_offsets, new[i], store_mask, tiling)
@@ -215,14 +220,15 @@ def scan_forward(
             state = after
             step += 1
 
-        if not SAVE:
-            for j in tl.static_range(N):
-                first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-                position = row_offset(direction * 0 + 1, first, direction, B, D, H)
-                for i in tl.static_range(1, n):
-                    pointers = states[i] + position + unit_offsets(units, rows, D * H)
-                    store(pointers, state[j * n + i], mask & own, tiling)
         turn += 1
+
+    if not SAVE:
+        for j in tl.static_range(N):
+            first, rows, own = batch_rows(b0 + j * BB, B, tiling)
+            position = row_offset(direction * 0 + 1, first, direction, B, D, H)
+            for i in tl.static_range(1, n):
+                pointers = states[i] + position + unit_offsets(units, rows, D * H)
+                store(pointers, state[j * n + i], mask & own, tiling)
 
 
 @triton.jit
@@ -273,10 +279,7 @@ def scan_backward(
     chunks: tl.constexpr = len(tiling.chunks)
     counters, error, parts = sync
     dx_gates, dr_gates = d_gates
-    jobs_of_direction = tl.cdiv(B, N * BB)
-    job = first_job + tl.program_id(1)
-    direction = job // jobs_of_direction
-    b0 = (job % jobs_of_direction) * (N * BB)
+    job, direction, b0 = job_of(first_job + tl.program_id(1), B, N * BB)
     counters += job * (N * tiling.lanes * lane)
     parts += job.to(tl.int64) * (N * 2 * tiling.slices * W * BB)
     patience = tl.full((), exchange.patience, tl.int32)
@@ -292,6 +295,13 @@ def scan_backward(
     m = (column * W + tl.arange(0, W),)
     m_mask = (m[0] < H,)
     held = resident(corner, m, m_mask, base, 0, in_registers, 1, tiling.stride, tiling)
+    d_state = ()
+    for j in tl.static_range(N):
+        first, rows, own = batch_rows(b0 + j * BB, B, tiling)
+        edge = row_offset(direction * 0, first, direction, B, D, H)
+        d_state = d_state + load_states(d_final, edge, unit_offsets(units, rows, D * H), mask)
+
+    # One turn, which the compiler cannot know: what goes to registers has left shared memory before the rest is loaded.
     once = tl.minimum(T, 1)
     turn = 0
     while turn < once:
@@ -302,13 +312,10 @@ def scan_backward(
         if tiling.streamed > 0:
             ahead = streamed(corner, m, m_mask, 0, base, 1, tiling.stride, tiling)
 
-        d_state = ()
         read_ahead = ()
         t = time_of(T - 1, direction, T)
         for j in tl.static_range(N):
             first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-            edge = row_offset(direction * 0, first, direction, B, D, H)
-            d_state = d_state + load_states(d_final, edge, unit_offsets(units, rows, D * H), mask)
             read_ahead = read_ahead + load_saved(dy, saved, states, t, first, rows, units, mask, direction, B, tiling)
 
         step = 0
@@ -326,7 +333,8 @@ def scan_backward(
                 store_mask = mask & own
                 gate_offsets = unit_offsets(units, rows, D * G * H)
                 gates = row_offset(t, first, direction, B, D, G * H)
-                publish(dr_gates + gates, gate_offsets, store_mask, H, dr, counter + own_block * lane, tiling, exchange)
+                told = counter + own_block * lane
+                publish(dr_gates + gates, gate_offsets, store_mask, H, dr, told, tiling, exchange)
                 if tiling.recurrent_gradient:
                     store_tiles(dx_gates + gates, gate_offsets, store_mask, H, dx, tiling)
                 # What the next step reads from the forward is loaded before the wait: the exchange's latency hides it.
@@ -362,9 +370,11 @@ def scan_backward(
             d_state = after
             step += 1
 
-        for j in tl.static_range(N):
-            first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-            edge = row_offset(direction * 0, first, direction, B, D, H)
-            for i in tl.static_range(n):
-                store(d_initial[i] + edge + unit_offsets(units, rows, D * H), d_state[j * n + i], mask & own, tiling)
         turn += 1
+
+    # Outside the loops, lest its addresses stay alive in them, and spill (seen: LSTM backward, H=4096).
+    for j in tl.static_range(N):
+        first, rows, own = batch_rows(b0 + j * BB, B, tiling)
+        edge = row_offset(direction * 0, first, direction, B, D, H)
+        for i in tl.static_range(n):
+            store(d_initial[i] + edge + unit_offsets(units, rows, D * H), d_state[j * n + i], mask & own, tiling)

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = {"audit": "persistrnn.kernels.audit"}
+COMMANDS = {"audit": "persistrnn.kernels.audit_table", "plan": "persistrnn.kernels.plan_command"}
 
 
 def main() -> int:

@@ -36,11 +36,13 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
     sizes = (layer.hidden_size, layer.proj_size, batch, directions)
     reason = functional.obstacle(layer.backend, cell, *sizes, dtype, device)
     lines = [f"{layer}, batch {batch}, steps {steps}, {str(dtype).removeprefix('torch.')} on {device}"]
+    shape = (cell, layer.hidden_size, batch, directions, dtype, device, precision)
     if reason is None:
-        plan = ops.describe(cell, layer.hidden_size, batch, directions, dtype, device, precision)
-        lines += ["path: persistent", plan]
+        lines += ["path: persistent", ops.describe(*shape)]
     elif layer.backend == "persistent":
         lines += ['path: none, the call would raise, because backend="persistent"', f"why: {reason}"]
     else:
         lines += ["path: torch (cuDNN, oneDNN or ATen, as torch.nn would run it)", f"why: {reason}"]
+    if device.type == "cuda" and functional.obstacle("persistent", cell, *sizes, dtype, device) is None:
+        lines.append(ops.expected(*shape))
     return "\n".join(lines)

@@ -52,7 +52,8 @@ def lstm(
         training: whether dropout acts
         bidirectional: whether D is 2
         batch_first: whether input and output are [B, T, features]; the states never are
-        backend: "auto": the persistent kernels on a GPU that can run them, else torch's own (cuDNN, oneDNN,
+        backend: "auto": the persistent kernels on a GPU that can run them and where they are expected to be
+            faster (with gradients enabled: forward and backward together), else torch's own (cuDNN, oneDNN,
             ATen); "persistent": the kernels or an error; "torch": torch's own.
             `persistrnn.explain` says what "auto" chooses, a module's `last_path` what it chose
 
@@ -205,7 +206,11 @@ def obstacle(
         )
     if backend == "auto" and device.type == "cpu":
         return 'backend="auto" runs CPU tensors on torch\'s own kernels; move the tensors to a GPU.'
-    return ops.unsupported(cell, hidden_size, batch, directions, dtype, device, precision())
+    reason = ops.unsupported(cell, hidden_size, batch, directions, dtype, device, precision())
+    if reason is None and backend == "auto":
+        sizes = hidden_size, batch, directions
+        return ops.slower(cell, *sizes, dtype, device, precision(), torch.is_grad_enabled())
+    return reason
 
 
 def precision() -> str:

@@ -115,6 +115,66 @@ def _unsupported(
     return None
 
 
+def slower(
+    cell: str,
+    hidden_size: int,
+    batch: int,
+    directions: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str,
+    backward: bool,
+) -> str | None:
+    """Why the kernels, which can run this layer, had better not: torch's own path is expected to be faster."""
+    # A compiled graph holds for all batch sizes: it is decided for one that most have.
+    rows = 16 if torch.compiler.is_compiling() else batch
+    return _slower(cell, hidden_size, rows, directions, dtype, device, precision, backward)
+
+
+@torch.compiler.assume_constant_result
+def _slower(
+    cell: str,
+    hidden_size: int,
+    batch: int,
+    directions: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str,
+    backward: bool,
+) -> str | None:
+    if device.type != "cuda":
+        return None  # the interpreter is for tests, not for speed
+    found = launch.compare(CELLS[cell], hidden_size, batch, directions, dtype, precision, device, backward)
+    if found.persistent <= found.torch:
+        return None
+    how = "measured on this device" if found.measured else "predicted, not measured"
+    return (
+        f"torch's own path is expected to be faster here: {found.torch:.2f} us per time step against "
+        f"{found.persistent:.2f} ({how}); use backend='persistent' to run the kernels all the same."
+    )
+
+
+def expected(
+    cell: str,
+    hidden_size: int,
+    batch: int,
+    directions: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str,
+) -> str:
+    """Both paths' expected times in words, forward and forward with backward."""
+    lines = []
+    for backward, what in ((False, "forward"), (True, "forward and backward")):
+        found = launch.compare(CELLS[cell], hidden_size, batch, directions, dtype, precision, device, backward)
+        how = "corrected by measurements" if found.measured else "predicted"
+        lines.append(
+            f"{what}: {found.persistent:.2f} us per time step on the kernels, {found.torch:.2f} on torch's own path "
+            f"({how})"
+        )
+    return "\n".join(lines)
+
+
 def describe(
     cell: str,
     hidden_size: int,

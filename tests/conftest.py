@@ -1,6 +1,8 @@
 """Tests marked ``interpreter`` need TRITON_INTERPRET=1 before Triton is imported; all others need it unset."""
 
+import functools
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -12,6 +14,14 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout")
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """forced(protocol, homes=..., rows=..., ...): every layer runs as this choice; see forced.py."""
+    from forced import force  # only here: it imports the kernels
+
+    return functools.partial(force, monkeypatch)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

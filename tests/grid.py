@@ -2,8 +2,8 @@
 
 Triton's interpreter runs the programs of a grid one after the other, so a program that waits for another never
 ends. Inside ``concurrent_grid()`` a launch collects its programs, then runs each in a thread of its own; the program
-id is thread-local. ``delay`` is called with the program's id and a random generator before every exchange
-operation, and may sleep: real concurrency hides races that forced delays show.
+id is thread-local. ``delay`` is called with the operation's name and the program's id before every exchange operation,
+and may sleep: real concurrency hides races that forced delays show.
 """
 
 import contextlib
@@ -80,22 +80,25 @@ class _Programs:
 
 
 class Delays:
-    """Seeded adversarial schedule: program ``slow`` sleeps at exchange operations, the others yield at random.
+    """Adversarial schedule: program ``slow`` sleeps before ``operation``, each ``every``-th time, the others yield at
+    random. To let the others run a whole step ahead it must sleep for longer than their step takes."""
 
-    Which program is slow, and before which operation it sleeps, both follow from the seed.
-    """
-
-    def __init__(self, seed: int, programs: int, seconds: float = 0.004):
-        self.random = random.Random(seed)
-        self.slow = self.random.randrange(programs)
-        self.operation = tuple(EXCHANGE)[seed % len(EXCHANGE)]
+    def __init__(self, operation: str, slow: int, seconds: float = 0.004, every: int = 1):
+        assert operation in EXCHANGE
+        self.random = random.Random(f"{operation} {slow}")
+        self.operation = operation
+        self.slow = slow
         self.seconds = seconds
+        self.every = every
+        self.turn = 0
 
     def __call__(self, operation: str, index: tuple[int, int, int]) -> None:
         if index[0] == self.slow and operation == self.operation:
-            time.sleep(self.seconds)
+            if self.turn % self.every == 0:
+                time.sleep(self.seconds)
+            self.turn += 1
         elif self.random.random() < 0.2:
-            time.sleep(self.seconds / 8)
+            time.sleep(0.0005)
 
 
 @contextlib.contextmanager

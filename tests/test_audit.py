@@ -1,215 +1,241 @@
 """The audit: a sample of the compiled kernels is green, and the audit finds what it is there to find.
 
-`python -m persistrnn audit` does the whole table; here is a sample of it that takes a minute or two.
+`make audit` does the whole table; here is a sample of it that takes a minute or two.
 """
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
 import textwrap
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import triton
-import triton.language as tl
-from persistrnn.kernels import audit
-from persistrnn.kernels import plan as planning
-from persistrnn.kernels.audit import Case
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from persistrnn.kernels import audit, hardware
+from persistrnn.kernels.audit import Case, Homes
 
 pytestmark = pytest.mark.audit
 
-# Every cell and pass, every dtype of each, both architectures, one slice and many, full chunks and ragged ones.
+# Every cell and pass, every dtype of each, all architectures; one slice and many, both splits, several batch tiles,
+# every home, full chunks and ragged ones.
 SAMPLE = [
-    # cell, backward, dtype, hidden, arch
-    Case("lstm", False, "bf16", 64, 90),
-    Case("lstm", False, "fp16", 320, 80),
-    Case("lstm", False, "bf16", 1024, 90),
-    Case("lstm", False, "fp16", 1000, 90),
-    Case("lstm", False, "tf32", 768, 90),
-    Case("lstm", False, "fp32", 256, 80),
-    Case("lstm", True, "fp16", 128, 80),
-    Case("lstm", True, "bf16", 640, 80),
-    Case("lstm", True, "bf16", 1024, 90),
-    Case("lstm", True, "fp16", 200, 90),
-    Case("lstm", True, "tf32", 512, 80),
-    Case("lstm", True, "fp32", 320, 90),
-    Case("gru", False, "fp16", 100, 90),
-    Case("gru", False, "bf16", 512, 80),
-    Case("gru", False, "fp16", 1024, 90),
-    Case("gru", False, "tf32", 64, 80),
-    Case("gru", False, "tf32", 512, 80),
-    Case("gru", False, "fp32", 768, 90),
-    Case("gru", True, "bf16", 64, 80),
-    Case("gru", True, "fp16", 640, 80),
-    Case("gru", True, "bf16", 1024, 90),
-    Case("gru", True, "bf16", 500, 90),
-    Case("gru", True, "tf32", 768, 90),
-    Case("gru", True, "fp32", 512, 80),
+    # cell, backward, dtype, hidden, arch, batch, directions
+    Case("lstm", False, "bf16", 64, "sm_90", 512),
+    Case("lstm", False, "fp16", 320, "sm_80", 16),
+    Case("lstm", False, "bf16", 2048, "sm_90", 16),
+    Case("lstm", False, "fp16", 1000, "sm_90", 1),
+    Case("lstm", False, "tf32", 768, "sm_90", 64),
+    Case("lstm", False, "fp32", 256, "sm_80", 16),
+    Case("lstm", False, "bf16", 4096, "sm_100", 64),
+    Case("lstm", True, "fp16", 128, "sm_80", 16),
+    Case("lstm", True, "bf16", 640, "sm_80", 64, 2),
+    Case("lstm", True, "bf16", 2048, "sm_90", 64),
+    Case("lstm", True, "fp16", 200, "sm_100", 1),
+    Case("lstm", True, "tf32", 1024, "sm_80", 16),
+    Case("lstm", True, "fp32", 320, "sm_90", 16),
+    Case("gru", False, "fp16", 100, "sm_90", 64),
+    Case("gru", False, "bf16", 512, "sm_80", 64),
+    Case("gru", False, "fp16", 2816, "sm_90", 32),
+    Case("gru", False, "tf32", 64, "sm_80", 16),
+    Case("gru", False, "tf32", 512, "sm_100", 16),
+    Case("gru", False, "fp32", 768, "sm_90", 16),
+    Case("gru", False, "bf16", 512, "gfx942", 16),
+    Case("gru", True, "bf16", 64, "sm_80", 16),
+    Case("gru", True, "fp16", 640, "sm_80", 16, 2),
+    Case("gru", True, "bf16", 1150, "sm_90", 80),
+    Case("gru", True, "tf32", 2048, "sm_90", 16),
+    Case("gru", True, "fp32", 512, "sm_80", 16),
+    Case("lstm", True, "bf16", 1024, "gfx942", 16),
 ]
 
-SMALL = Case("gru", False, "bf16", 64, 90)  # one slice, and quick to compile
-SHARED = Case("gru", False, "bf16", 256, 90)  # many slices
+SMALL = Case("gru", False, "bf16", 32, "sm_90")  # one slice, and quick to compile
+SHARED = Case("gru", False, "bf16", 256, "sm_90")  # many slices
 
 
 def identity(case: Case) -> str:
-    return f"{case.cell}-{'backward' if case.backward else 'forward'}-{case.dtype}-{case.hidden}-sm_{case.arch}"
+    name = f"{case.cell}-{'backward' if case.backward else 'forward'}-{case.dtype}-{case.hidden}-B{case.batch}"
+    return f"{name}-D{case.directions}-{case.arch}"
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=identity)
-def test_kernel_keeps_its_weights_on_chip(case):
+def test_kernel_keeps_its_weights_where_the_plan_says(case):
     row = audit.audit(case)
     assert row.failures == ""
     assert row.refused == ""
-    assert row.loads_in_loop == 0
+    part = audit.planned(case)
+    assert (row.in_registers, row.in_shared, row.streamed) == (part.in_registers, part.in_shared, part.streamed)
+    assert row.in_registers + row.in_shared + row.streamed > 0
     assert row.spills == 0
-    assert 0 < row.resident <= row.shared or row.slices == 1
+    assert 0 < row.shared <= hardware.named(audit.DEVICE_OF_ARCH[case.arch]).shared
+    if case.arch.startswith("gfx"):
+        return
     if case.dtype == "fp32":
         assert row.tensor == "none", "full float32 has no tensor instruction"
     else:
-        assert row.tensor.split(".")[0] in ("HMMA", "HGMMA")
+        assert row.tensor.split(".")[0] in ("HMMA", "HGMMA", "UTCHMMA")
 
 
 def test_sample_is_spread():
     assert {(c.cell, c.backward, c.dtype) for c in SAMPLE} == {
         (cell, backward, dtype) for cell in ("lstm", "gru") for backward in (False, True) for dtype in audit.DTYPES
     }
-    assert {c.arch for c in SAMPLE} == set(audit.DEVICE_OF_ARCH)
+    assert {c.arch for c in SAMPLE} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    parts = [audit.planned(c) for c in SAMPLE]
+    assert any(p.in_registers and p.in_shared and p.streamed for p in parts), "all three homes in one kernel"
+    assert any(p.tiling.rows > 1 for p in parts)
+    assert any(p.tiling.subtiles > 1 for p in parts)
+    assert any(p.tiling.slices == 1 for p in parts)
 
 
 # ---- following the weights through TTGIR ---------------------------------------------------------------------------
 
-# What Triton 3.6 and 3.9 print, shortened: %body is inside the loop over time.
+# What Triton 3.6 and 3.9 print, shortened: %turn is the loop around the tiles in shared memory, %step that over time.
 TTGIR = """
 #loc = loc("scan.py":1:0)
 module attributes {{"ttg.num-warps" = 4 : i32}} {{
   tt.func public @scan(%x: !tt.ptr<f16>, %weight: !tt.ptr<f16> {{tt.divisibility = 16 : i32}} loc(#loc), %T: i32) {{
     %zero = arith.constant 0 : i32 loc(#loc)
-    %one = arith.constant 1 : i32 loc(#loc)
-    %index = tt.make_range {{end = 16 : i32, start = 0 : i32}} : tensor<16xi32, #blocked> loc(#loc)
+    %others = tt.splat %x : !tt.ptr<f16> -> tensor<16x32x!tt.ptr<f16>, #blocked> loc(#loc)
     %corner = tt.addptr %weight, %zero : !tt.ptr<f16>, i32 loc(#loc)
-    %splat = tt.splat %corner : !tt.ptr<f16> -> tensor<16x!tt.ptr<f16>, #blocked> loc(#loc)
-    %pointers = tt.addptr %splat, %index : tensor<16x!tt.ptr<f16>, #blocked>, tensor<16xi32, #blocked> loc(#loc)
-    %others = tt.splat %x : !tt.ptr<f16> -> tensor<16x!tt.ptr<f16>, #blocked> loc(#loc)
+    %splat = tt.splat %corner : !tt.ptr<f16> -> tensor<16x32x!tt.ptr<f16>, #blocked> loc(#loc)
+    %pointers = tt.addptr %splat, %zero : tensor<16x32x!tt.ptr<f16>, #blocked>, tensor<16x32xi32, #blocked> loc(#loc)
     {before}
-    %results:2 = scf.for %t = %zero to %T step %one iter_args(%acc = %index, %moving = {carried}) -> ({types})  : i32 {{
-      {body}
-      %loaded = tt.load %others : tensor<16x!tt.ptr<f16>, #blocked> loc(#loc)
-      scf.yield %acc, %moving : {types} loc(#loc)
+    %turn:2 = scf.while (%a = %zero, %moving = {carried}) : (i32, tensor<16x32xf16, #blocked>) -> (i32) {{
+      %more = arith.cmpi slt, %a, %once : i32 loc(#loc)
+      scf.condition(%more) %a, %moving : i32, tensor<16x32xf16, #blocked> loc(#loc)
+    }} do {{
+    ^bb0(%a: i32 loc("turn"), %moving: tensor<16x32xf16, #blocked> loc("ahead")):
+      {between}
+      %step = scf.while (%b = %zero) : (i32) -> i32 {{
+        scf.condition(%more) %b : i32 loc(#loc)
+      }} do {{
+      ^bb0(%b: i32 loc("step")):
+        {body}
+        scf.yield %b : i32 loc(#loc)
+      }} loc(#loc)
+      scf.yield %a, %moving : i32, tensor<16x32xf16, #blocked> loc(#loc)
     }} loc(#loc)
-    {after}
     tt.return loc(#loc)
   }} loc(#loc)
 }} loc(#loc)
 """
 
-LOAD = "%w = tt.load {} : tensor<16x!tt.ptr<f16>, #blocked> loc(#loc)"
-ASYNC = "%w = ttg.async_copy_global_to_local {}, %view : tensor<16x!tt.ptr<f16>, #blocked> -> <16xf16> loc(#loc)"
+TILE = 16 * 32 * 2  # bytes
+LOAD = "%w{n} = tt.load {p} : tensor<16x32x!tt.ptr<f16>, #blocked> loc(#loc)\n"
+ALLOC = "%s{n} = ttg.local_alloc %w{n} : (tensor<16x32xf16, #blocked>) -> !ttg.memdesc<16x32xf16, #shared> loc(#loc)\n"
+READ = "%d{n} = ttg.local_load %s{n} : !ttg.memdesc<16x32xf16, #shared> -> tensor<16x32xf16, #dot> loc(#loc)\n"
+CONVERT = "%d{n} = ttg.convert_layout %w{n} : tensor<16x32xf16, #blocked> -> tensor<16x32xf16, #dot> loc(#loc)\n"
+DOT = (
+    "%r{n} = tt.dot %d{n}, %h, %acc : tensor<16x32xf16, #dot> * tensor<32x8xf16, #dot> -> tensor<16x8xf32> loc(#loc)\n"
+)
+FOR = "%o{n} = scf.for %i = %c0_i32 to %c{trips}_i32 step %c1_i32 iter_args(%acc = %z) -> (f32) : i32 {{\n{inside}}}\n"
 
 
-def ttgir(before="", body="", after="", carried="%others"):
-    types = "tensor<16xi32, #blocked>, tensor<16x!tt.ptr<f16>, #blocked>"
-    return TTGIR.format(before=before, body=body, after=after, carried=carried, types=types)
+def ttgir(before="", between="", body="", carried="%others"):
+    return TTGIR.format(before=before, between=between, body=body, carried=carried)
+
+
+def op(*templates: str, n: int = 1, p: str = "%pointers") -> str:
+    return "".join(template.format(n=n, p=p) for template in templates)
+
+
+def loop(inside: str, trips: int, n: int = 1) -> str:
+    return FOR.format(n=n, trips=trips, inside=inside)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (ttgir(), (0, 0)),
-        (ttgir(before=LOAD.format("%pointers")), (1, 0)),
-        (ttgir(before=LOAD.format("%others")), (0, 0)),
-        (ttgir(after=LOAD.format("%pointers")), (1, 0)),
-        (ttgir(before=ASYNC.format("%pointers")), (1, 0)),
-        (ttgir(body=LOAD.format("%others")), (0, 0)),
-        # through addptr and splat
-        (ttgir(body=LOAD.format("%weight")), (0, 1)),
-        (ttgir(body=LOAD.format("%corner")), (0, 1)),
-        (ttgir(body=LOAD.format("%pointers")), (0, 1)),
-        (ttgir(body=LOAD.format("%pointers, %mask, %other cacheModifier = cg")), (0, 1)),
-        (ttgir(body=ASYNC.format("%pointers")), (0, 1)),
-        (ttgir(before=LOAD.format("%pointers"), body=LOAD.format("%pointers")), (1, 1)),
-        (ttgir(body=LOAD.format("%pointers") + "\n      " + LOAD.format("%corner")), (0, 2)),
+        (ttgir(), Homes(0, 0, 0)),
+        # made before the loop over time, used in it
+        (ttgir(before=op(LOAD, ALLOC, READ), body=op(DOT)), Homes(TILE, 0, 0)),
+        (ttgir(before=op(LOAD, CONVERT), body=op(DOT)), Homes(TILE, 0, 0)),
+        (ttgir(between=op(LOAD, ALLOC, READ), body=op(DOT)), Homes(TILE, 0, 0)),
+        # read from shared memory in each step
+        (ttgir(between=op(LOAD, ALLOC), body=op(READ, DOT)), Homes(0, TILE, 0)),
+        (ttgir(before=op(LOAD, ALLOC), body=loop(op(READ, DOT), 1)), Homes(0, TILE, 0)),
+        # a warp-group product reads it itself
         (
             ttgir(
-                body="%near = tt.addptr %pointers, %acc : tensor<16x!tt.ptr<f16>, #blocked>, tensor<16xi32, #blocked>"
-                "\n      %cast = ttg.convert_layout %near : tensor<16x!tt.ptr<f16>> -> tensor<16x!tt.ptr<f16>>"
-                "\n      " + LOAD.format("%cast")
+                before=op(LOAD, ALLOC),
+                body="%r = ttng.warp_group_dot %s1, %h, %acc : !ttg.memdesc<16x32xf16> * tensor<32x8xf16>\n",
             ),
-            (0, 1),
+            Homes(0, TILE, 0),
         ),
-        # through an argument that the loop carries
-        (ttgir(body=LOAD.format("%moving"), carried="%pointers"), (0, 1)),
-        (ttgir(body=LOAD.format("%moving"), carried="%others"), (0, 0)),
-        (ttgir(body=LOAD.format("%acc"), carried="%pointers"), (0, 0)),
-        # inside what is inside the loop
-        (ttgir(body=f"scf.if %c {{\n {LOAD.format('%pointers')}\n }} else {{\n }}"), (0, 1)),
-        (ttgir(body=f"scf.for %i = %zero to %T step %one : i32 {{\n {LOAD.format('%pointers')}\n }}"), (0, 1)),
-        (ttgir(before=f"scf.if %c {{\n {LOAD.format('%pointers')}\n }}"), (1, 0)),
-        # what the weights became is not a pointer to them
-        (ttgir(before=LOAD.format("%pointers"), body="%kept = ttg.local_load %w : !ttg.memdesc<16xf16>"), (1, 0)),
+        # the same by the fifth generation's, which has no result
+        (
+            ttgir(
+                before=op(LOAD, ALLOC),
+                body="ttng.tc_gen5_mma %s1, %h, %acc[], %t, %t : !ttg.memdesc<16x32xf16>, !ttg.memdesc<32x8xf16>\n",
+            ),
+            Homes(0, TILE, 0),
+        ),
+        # loaded in each step, once or more often
+        (ttgir(body=op(LOAD, ALLOC, READ, DOT)), Homes(0, 0, TILE)),
+        (ttgir(body=loop(op(LOAD, ALLOC, READ, DOT), 7)), Homes(0, 0, 7 * TILE)),
+        (ttgir(body=loop(loop(op(LOAD), 3), 5)), Homes(0, 0, 15 * TILE)),
+        (ttgir(body=op(LOAD, p="%splat")), Homes(0, 0, TILE)),
+        # one ahead: the first one, loaded before, is no resident tile
+        (ttgir(between=op(LOAD), body=loop(op(LOAD, n=2), 4)), Homes(0, 0, 4 * TILE)),
+        # others' loads do not count
+        (ttgir(body=op(LOAD, p="%others")), Homes(0, 0, 0)),
+        (ttgir(before=op(LOAD, ALLOC, READ, p="%others"), body=op(DOT)), Homes(0, 0, 0)),
+        # all at once
+        (
+            ttgir(
+                before=op(LOAD, ALLOC, READ),
+                between=op(LOAD, ALLOC, n=2),
+                body=op(DOT) + loop(op(READ, DOT, n=2), 1) + loop(op(LOAD, n=3), 2),
+            ),
+            Homes(TILE, TILE, 2 * TILE),
+        ),
     ],
 )
-def test_weight_loads_are_counted_where_they_are(text, expected):
-    assert audit.weight_loads(text) == expected
+def test_weights_are_found_where_they_are(text, expected):
+    assert audit.homes(text) == expected
 
 
-@triton.jit
-def streaming(out, weight, x, T, SIZE: tl.constexpr, OUTSIDE: tl.constexpr):
-    """A scan that reads its weights again at every step (or, OUTSIDE, once)."""
-    index = tl.arange(0, SIZE)
-    pointers = weight + index[:, None] * SIZE + index[None, :]
-    kept = tl.load(pointers)
-    for job in range(tl.program_id(0), T, tl.num_programs(0)):
-        state = tl.load(x + job * SIZE * SIZE + index[:, None] * SIZE + index[None, :])
-        for _ in range(T):
-            if not OUTSIDE:
-                kept = tl.load(pointers, cache_modifier=".cg")
-            state = tl.dot(kept, state).to(tl.bfloat16)
-        tl.store(out + index[:, None] * SIZE + index[None, :], state)
+def test_two_homes_of_one_tile_are_an_error():
+    text = ttgir(before=op(LOAD, ALLOC, READ), body=op(DOT) + op(READ, DOT))
+    with pytest.raises(ValueError, match="two homes"):
+        audit.homes(text)
 
 
-def compile_streaming(outside: bool):
-    signature = {
-        "out": "*bf16",
-        "weight": "*bf16",
-        "x": "*bf16",
-        "T": "i32",
-        "SIZE": "constexpr",
-        "OUTSIDE": "constexpr",
-    }
-    source = ASTSource(streaming, signature, {(4,): 64, (5,): outside}, {})
-    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+def test_a_load_of_another_form_is_an_error():
+    with pytest.raises(ValueError, match="does not know"):
+        audit.homes(ttgir(body="%w = tt.load %corner : !tt.ptr<f16> loc(#loc)\n"))
 
 
-def test_a_kernel_that_streams_its_weights_is_caught(monkeypatch):
-    assert audit.weight_loads(compile_streaming(outside=True).asm["ttgir"]) == (1, 0)
-    compiled = compile_streaming(outside=False)
-    _, inside = audit.weight_loads(compiled.asm["ttgir"])
-    assert inside >= 1
-    _, part = audit.compile_case(SMALL)
-    monkeypatch.setattr(audit, "compile_case", lambda case: (compiled, part))
-    row = audit.audit(SMALL)
-    assert row.loads_in_loop == inside
-    assert f"{inside} weight loads in the loop" in row.failures
+@pytest.mark.parametrize("field", ["in_registers", "in_shared", "streamed"])
+def test_a_plan_that_says_otherwise_is_caught(monkeypatch, field):
+    part = audit.planned(SHARED)
+    lie = dataclasses.replace(part, **{field: getattr(part, field) + 4096})
+    monkeypatch.setattr(audit, "planned", lambda case: lie)
+    failures = audit.audit(SHARED).failures
+    assert failures.startswith("weights are in Homes(")
+    assert f"the plan says {Homes(lie.in_registers, lie.in_shared, lie.streamed)}" in failures
 
 
-def test_a_kernel_that_never_loads_its_weights_is_caught(monkeypatch):
-    """Where the trail is lost, 0 loads in the loop prove nothing."""
-    compiled, part = audit.compile_case(SMALL)
-    renamed = compiled.asm["ttgir"].replace("%weight", "%mislaid")
-    asm = {name: compiled.asm[name] for name in ("ptx", "cubin")} | {"ttgir": renamed}
-    monkeypatch.setattr(
-        audit, "compile_case", lambda case: (SimpleNamespace(asm=asm, metadata=compiled.metadata), part)
+def test_a_kernel_that_streams_what_the_plan_keeps_is_caught(monkeypatch):
+    """The kernel of another choice, really compiled, beside the plan's numbers."""
+    part = audit.planned(SHARED)
+    t = dataclasses.replace(
+        part.tiling, chunks=(), in_registers=0, bursts=(), stream_start=0, stream_chunk=128, streamed=2
     )
-    row = audit.audit(SMALL)
-    assert row.loads_in_loop == 0
-    assert "0 weight loads in the loop, 0 before it" in row.failures
+    streaming = audit.compile_pass(SHARED, dataclasses.replace(part, tiling=t))
+    assert audit.homes(streaming.asm["ttgir"]) == Homes(0, 0, part.tiling.m * 256 * 2)
+    monkeypatch.setattr(audit, "compile_pass", lambda case, part: streaming)
+    assert "weights are in Homes(registers=0, shared=0" in audit.audit(SHARED).failures
+
+
+def test_a_kernel_whose_weights_are_lost_is_caught(monkeypatch):
+    """Where the trail is lost, nothing found proves nothing."""
+    compiled = audit.compile_pass(SMALL, audit.planned(SMALL))
+    asm = dict(compiled.asm) | {"ttgir": compiled.asm["ttgir"].replace("%weight", "%mislaid")}
+    replaced = SimpleNamespace(asm=asm, metadata=compiled.metadata)
+    monkeypatch.setattr(audit, "compile_pass", lambda case, part: replaced)
+    assert "weights are in Homes(registers=0, shared=0, streamed=0)" in audit.audit(SMALL).failures
 
 
 # ---- the other findings --------------------------------------------------------------------------------------------
@@ -219,7 +245,7 @@ def test_real_spills_are_found(monkeypatch):
     """The same kernel with 40 registers per thread (ptxas refuses fewer than 34)."""
     original = audit.options
     assert audit.audit(SMALL).spills == 0
-    monkeypatch.setattr(audit, "options", lambda part: original(part) | {"maxnreg": 40})
+    monkeypatch.setattr(audit, "options", lambda part, arch: original(part, arch) | {"maxnreg": 40})
     row = audit.audit(SMALL)
     assert row.registers <= 40
     assert row.spills > 0
@@ -248,19 +274,20 @@ def test_a_product_off_the_tensor_cores_is_found(monkeypatch):
 
 def test_too_much_shared_memory_is_found(monkeypatch):
     """By the device's limit, which the compiler does not check, and by the plan's bound."""
-    compiled, part = audit.compile_case(SMALL)
+    part = audit.planned(SMALL)
+    compiled = audit.compile_pass(SMALL, part)
     used = compiled.metadata.shared
     assert 0 < used <= part.shared
-    monkeypatch.setattr(audit, "compile_case", lambda case: (compiled, dataclasses.replace(part, shared=used - 1)))
+    monkeypatch.setattr(audit, "planned", lambda case: dataclasses.replace(part, shared=used - 1))
     row = audit.audit(SMALL)
     assert row.shared == used
     assert row.failures == f"{used} bytes of shared memory, the plan's bound is {used - 1}"
 
-    monkeypatch.setattr(audit, "compile_case", lambda case: (compiled, part))
-    small = dataclasses.replace(planning.DEVICES["h200"], shared=used - 1)
-    monkeypatch.setitem(planning.DEVICES, "h200", small)
+    monkeypatch.setattr(audit, "planned", lambda case: part)
+    small = dataclasses.replace(hardware.DEVICES["h200"], shared=used - 1)
+    monkeypatch.setattr(audit.devices, "named", lambda name: small)
     assert audit.audit(SMALL).failures == f"{used} bytes of shared memory, limit {used - 1}"
-    monkeypatch.setitem(planning.DEVICES, "h200", dataclasses.replace(small, shared=used))
+    monkeypatch.setattr(audit.devices, "named", lambda name: dataclasses.replace(small, shared=used))
     assert audit.audit(SMALL).failures == ""
 
 
@@ -269,142 +296,46 @@ def test_too_much_shared_memory_is_found(monkeypatch):
     [("ld.acquire.gpu", "ld.relaxed.gpu", "no acquire load"), (".release", ".relaxed", "no release add")],
 )
 def test_a_lost_memory_order_is_found(monkeypatch, pattern, replacement, finding):
-    compiled, part = audit.compile_case(SHARED)
+    part = audit.planned(SHARED)
+    compiled = audit.compile_pass(SHARED, part)
     assert part.tiling.slices > 1
     asm = {name: compiled.asm[name] for name in ("ttgir", "cubin")}
     asm["ptx"] = compiled.asm["ptx"].replace(pattern, replacement)
     assert asm["ptx"] != compiled.asm["ptx"]
-    monkeypatch.setattr(
-        audit, "compile_case", lambda case: (SimpleNamespace(asm=asm, metadata=compiled.metadata), part)
-    )
+    replaced = SimpleNamespace(asm=asm, metadata=compiled.metadata)
+    monkeypatch.setattr(audit, "compile_pass", lambda case, part: replaced)
     assert audit.audit(SHARED).failures == finding
 
 
 def test_a_refused_size_is_a_row_that_says_so():
-    row = audit.audit(Case("lstm", True, "fp32", 4096, 80))
-    assert "hidden_size=4096 in fp32 does not fit on a100" in row.refused
+    row = audit.audit(Case("lstm", True, "fp32", 40_000, "sm_80"))
+    assert "hidden_size=40000" in row.refused
     assert (row.failures, row.slices, row.registers) == ("", 0, 0)
-    line = audit.table([row]).splitlines()[-1]
-    assert line.endswith("refused by the plan")
-    assert line.split()[:5] == ["lstm", "backward", "fp32", "4096", "sm_80"]
 
 
-def test_table_shows_failures():
-    rows = [
-        audit.Row("gru forward", "bf16", 64, "sm_90", "3.9.0", failures=text) for text in ("", "7 spill instructions")
-    ]
-    head, good, bad = audit.table(rows).splitlines()
-    assert head.split()[0] == "kernel"
-    assert head.split()[-1] == "result"
-    assert good.endswith("ok")
-    assert bad.endswith("FAILED: 7 spill instructions")
-
-
-# ---- the command ---------------------------------------------------------------------------------------------------
-
-
-def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    line = [sys.executable, "-m", "persistrnn", *map(str, arguments)]
-    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
-
-
-def test_command_prints_the_table_and_resumes(tmp_path):
-    output = tmp_path / "runs" / "audit.jsonl"
-    line = (
-        "audit",
-        "--cells",
-        "gru",
-        "--hidden",
-        64,
-        "--dtypes",
-        "bf16",
-        "--arch",
-        90,
-        "--jobs",
-        1,
-        "--output",
-        output,
-    )
-    first = command(*line, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    head, *rows, total = first.stdout.splitlines()
-    assert head.split()[:5] == ["kernel", "dtype", "H", "arch", "triton"]
-    assert [row.split()[:5] for row in rows] == [["gru", p, "bf16", "64", "sm_90"] for p in ("forward", "backward")]
-    assert all(row.endswith("ok") for row in rows)
-    assert total == "2 ok, 0 refused by the plan, 0 failed"
-    entries = output.read_text()
-    assert len(entries.splitlines()) == 2
-
-    # A second run compiles nothing: it shows the rows of the file, also where they are not what a compiler would say.
-    changed = [json.loads(entry) for entry in entries.splitlines()]
-    for entry in changed:
-        entry["row"]["registers"] = 12_345
-    output.write_text("".join(json.dumps(entry) + "\n" for entry in changed))
-    second = command(*line, cwd=tmp_path)
-    assert second.returncode == 0, second.stderr
-    assert second.stdout.count("12345") == 2
-    assert len(output.read_text().splitlines()) == 2, "nothing was added"
-
-    # Rows that another source made are not believed, and a failure is the exit status.
-    changed[0]["digest"] = "other"
-    changed[1]["row"]["failures"] = "7 spill instructions"
-    output.write_text("".join(json.dumps(entry) + "\n" for entry in changed))
-    third = command(*line, cwd=tmp_path)
-    assert third.returncode == 1, third.stderr
-    assert third.stdout.count("12345") == 1
-    assert "FAILED: 7 spill instructions" in third.stdout
-    assert third.stdout.splitlines()[-1] == "1 ok, 0 refused by the plan, 1 failed"
-    assert len(output.read_text().splitlines()) == 3
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--cells", "rnn"], "'rnn' (choose from"),
-        (["--dtypes", "fp8"], "'fp8' (choose from"),
-        (["--arch", "70"], "70 (choose from"),
-        (["--hidden", "many"], "invalid int value: 'many'"),
-        (["--hidden", "64", "0"], "--hidden must be at least 1, got 0"),
-        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
-        (["--size", "64"], "unrecognized arguments: --size 64"),
-    ],
-)
-def test_bad_arguments_are_refused(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["persistrnn", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        audit.main()
-    assert stopped.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert message in err
-    assert "usage: persistrnn audit" in err
-
-
-@pytest.mark.parametrize(("given", "said"), [([], "got nothing"), (["train"], "got 'train'")])
-def test_an_unknown_command_is_refused(given, said, tmp_path):
-    done = command(*given, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert said in done.stderr
-    assert "COMMAND must be one of: audit" in done.stderr
-
-
-def test_digest_follows_the_source(monkeypatch, tmp_path):
-    """A row of another source is compiled again: so the digest must see every file that decides what is compiled."""
-    before = audit.source_digest()
-    folder = Path(audit.__file__).parent
+def test_key_follows_what_is_compiled(monkeypatch, tmp_path):
+    """A finished row is not compiled again while its key is the same: so the key must see all that decides."""
+    part = audit.planned(SHARED)
+    before = audit.key(SHARED, part)
+    assert audit.key(dataclasses.replace(SHARED, batch=12), part) == before, "the batch is no part of a kernel"
+    for changed in ({"cell": "lstm"}, {"backward": True}, {"dtype": "fp16"}, {"arch": "sm_80"}):
+        assert audit.key(dataclasses.replace(SHARED, **changed), part) != before
+    other = dataclasses.replace(part, choice=dataclasses.replace(part.choice, warps=4))
+    assert audit.key(SHARED, other) != before
+    other = dataclasses.replace(part, tiling=dataclasses.replace(part.tiling, subtiles=2))
+    assert audit.key(SHARED, other) != before
+    folder = audit.Path(audit.__file__).parent
     for path in folder.glob("*.py"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(audit, "__file__", str(tmp_path / "audit.py"))
-    assert audit.source_digest() == before
-    for name in ("scan", "tiles", "cells", "exchange", "plan", "launch"):
+    assert audit.key(SHARED, part) == before
+    for name in ("scan", "product", "tiles", "cells", "exchange", "launch"):
         path = tmp_path / f"{name}.py"
         content = path.read_text()
         path.write_text(content + "\n# changed\n")
-        assert audit.source_digest() != before, name
+        assert audit.key(SHARED, part) != before, name
         path.write_text(content)
-    assert audit.source_digest() == before
+    assert audit.key(SHARED, part) == before
 
 
 def test_audit_needs_no_gpu():
@@ -412,7 +343,7 @@ def test_audit_needs_no_gpu():
         import torch
         torch.cuda.init = torch.cuda._lazy_init = None  # a call of either would fail
         from persistrnn.kernels import audit
-        print(audit.audit(audit.Case("lstm", False, "fp16", 64, 80)).failures or "ok")
+        print(audit.audit(audit.Case("lstm", False, "fp16", 64, "sm_80")).failures or "ok")
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
     line = [sys.executable, "-c", textwrap.dedent(code)]

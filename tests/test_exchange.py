@@ -1,14 +1,13 @@
-"""Many slices in the concurrent grid: both protocols right under adversarial schedules, and mutants caught."""
-
-import threading
-import time
+"""Many slices in the concurrent grid: every split, home and protocol right under adversarial schedules, and mutants
+caught."""
 
 import accuracy
+import mutants
 import pytest
 import torch
-from grid import Delays, concurrent_grid
-from persistrnn.kernels import exchange, launch, plan, scan
-from persistrnn.kernels.exchange import Exchange
+from forced import HOMES, tilings
+from grid import EXCHANGE, Delays, concurrent_grid
+from persistrnn.kernels import launch, product, scan
 
 import persistrnn
 
@@ -17,80 +16,170 @@ pytestmark = pytest.mark.interpreter
 UNITS = 8
 
 
-@pytest.fixture
-def forced(monkeypatch):
-    """forced(protocol, ...): every layer is cut into slices of 8 units, K into parts and chunks."""
-
-    def force(protocol="counter", splits=2, batch_tile=16, groups=None, patience=1 << 23):
-        def choose(cell, hidden, batch, directions, dtype, precision, device):
-            passes = []
-            for backward in (False, True):
-                tiling = plan.tiling(
-                    launch.shape_of(cell), hidden, directions, backward=backward, units=UNITS, batch_tile=batch_tile,
-                    splits=splits, largest_chunk=32, precision="ieee", interpreted=True,
-                )  # fmt: skip
-                jobs = -(-batch // batch_tile) * directions
-                passes.append(plan.Pass(tiling, 4, groups or jobs, 1, 0, 0))
-            return plan.Plan(cell.name, hidden, batch, directions, "fp32", plan.INTERPRETER, *passes)
-
-        monkeypatch.setattr(launch, "choose", choose)
-        chosen = Exchange(protocol=protocol, poll="atomic", patience=patience)
-        monkeypatch.setattr(launch, "exchange_for", lambda device: chosen)
-
-    return force
+@pytest.fixture(autouse=True)
+def fresh_memory_holds_nan():
+    """What nobody has written is NaN, and not by chance the right number of an earlier launch."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
+# One batch tile of 16 rows in each job, one dimension, unless said otherwise. H: the last slice, the last tile of K and
+# the last block of K are seldom full, and rows of W_hh are seldom multiples of 16 bytes.
 CASES = [
-    # cell, dtype, slices, protocol, batch, layers, bidirectional
-    ("lstm", "fp32", 2, "counter", 3, 2, True),
-    ("gru", "fp32", 2, "flags", 3, 2, True),
-    ("lstm", "bf16", 3, "flags", 17, 1, True),
-    ("gru", "fp16", 3, "counter", 17, 1, True),
-    ("lstm", "fp16", 4, "counter", 1, 1, False),
-    ("gru", "bf16", 4, "counter", 1, 2, False),
-    ("lstm", "fp32", 4, "flags", 3, 1, False),
-    ("gru", "fp32", 8, "counter", 3, 1, False),
-    ("lstm", "bf16", 8, "counter", 3, 1, False),
-    ("gru", "fp16", 8, "flags", 1, 1, False),
-    ("lstm", "fp16", 8, "flags", 1, 1, False),
-]
+    # cell, dtype, protocol, hidden, batch, layers, bidirectional, chosen
+    ("lstm", "fp32", "counter", 13, 3, 2, True, {"homes": "registers and shared"}),
+    ("gru", "fp32", "flags", 13, 3, 2, True, {"homes": "shared", "splits": 2}),
+    ("lstm", "bf16", "flags", 21, 17, 1, False, {"homes": "all three"}),
+    ("gru", "fp16", "counter", 21, 3, 1, True, {"homes": "registers and stream"}),
+    ("lstm", "fp16", "counter", 29, 1, 1, False, {"homes": "stream"}),
+    ("gru", "bf16", "counter", 29, 1, 2, False, {"homes": "shared and stream", "splits": 2}),
+    ("lstm", "fp32", "flags", 32, 3, 1, False, {"homes": "stream", "splits": 2}),  # no mask anywhere
+    ("gru", "fp32", "counter", 61, 3, 1, False, {"homes": "all three", "units": 16, "burst": 16}),
+    ("lstm", "bf16", "counter", 61, 3, 1, False, {"homes": "registers and shared", "units": 16, "splits": 2}),
+    ("gru", "fp16", "flags", 61, 1, 1, False, {"homes": "registers", "splits": 2}),
+    ("lstm", "fp16", "flags", 61, 1, 1, False, {"homes": "stream", "units": 16, "stream_chunk": 32}),
+    # Two dimensions.
+    ("lstm", "fp32", "counter", 29, 3, 1, False, {"rows": 2}),
+    ("gru", "bf16", "flags", 99, 3, 1, False, {"rows": 2, "units": 32, "homes": "all three"}),
+    ("lstm", "fp16", "counter", 61, 2, 1, False, {"rows": 2, "units": 16, "homes": "registers and stream"}),
+    ("gru", "fp32", "counter", 61, 17, 1, False, {"rows": 4, "units": 16, "homes": "stream"}),
+    ("lstm", "bf16", "flags", 99, 3, 1, False, {"rows": 4, "units": 32, "homes": "shared and stream"}),
+    ("lstm", "bf16", "flags", 17, 3, 1, True, {"rows": 4, "homes": "shared"}),  # a block of K without units
+    ("gru", "fp16", "counter", 41, 3, 1, False, {"rows": 2, "homes": "registers and shared"}),
+    ("lstm", "fp32", "flags", 64, 2, 1, False, {"rows": 2, "units": 16, "homes": "stream"}),  # no mask anywhere
+    ("gru", "fp32", "counter", 57, 1, 1, False, {"rows": 8, "splits": 2}),
+    # Several batch tiles in each program: the last not full, empty, the only one and not full.
+    ("gru", "fp32", "flags", 27, 25, 1, False, {"subtiles": 4, "batch_tile": 8}),
+    ("lstm", "bf16", "counter", 27, 19, 1, False, {"subtiles": 2, "batch_tile": 8, "homes": "registers and shared"}),
+    ("lstm", "fp16", "flags", 13, 3, 1, True, {"subtiles": 4, "batch_tile": 8, "homes": "shared"}),
+    # All together.
+    ("gru", "fp16", "counter", 61, 11, 1, False,
+     {"rows": 2, "units": 16, "subtiles": 2, "batch_tile": 8, "homes": "registers and stream"}),
+    ("lstm", "fp32", "flags", 29, 13, 1, True,
+     {"rows": 2, "subtiles": 2, "batch_tile": 8, "homes": "shared", "groups": 1}),
+    ("lstm", "bf16", "counter", 61, 9, 1, False,
+     {"rows": 4, "units": 16, "subtiles": 2, "batch_tile": 8, "homes": "stream"}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("cell", "dtype", "slices", "protocol", "batch", "layers", "bidirectional"), CASES)
+def choice_of(chosen):
+    return {name: value for name, value in chosen.items() if name != "groups"}
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: "-".join(str(x) for x in (i, *CASES[i][:4])))
 @pytest.mark.timeout(240)
-def test_many_slices_keep_the_bound(forced, cell, dtype, slices, protocol, batch, layers, bidirectional):
-    forced(protocol)
-    hidden = slices * UNITS - 3  # the last slice is not full
-    case = accuracy.Case(cell, dtype, hidden, batch, 4, layers, bidirectional, True, True)
+def test_many_slices_keep_the_bound(forced, index):
+    cell, dtype, protocol, hidden, batch, layers, bidirectional, chosen = CASES[index]
+    forced(protocol, **chosen)
+    case = accuracy.Case(cell, dtype, hidden, batch, 3, layers, bidirectional, True, True)
     bound = accuracy.Bound(accuracy.DTYPES[dtype])
+    (_, forward), (_, backward) = tilings(cell, hidden, 2 if bidirectional else 1, **choice_of(chosen))
+    rounds = [-(-t.jobs(batch) // chosen.get("groups", t.jobs(batch))) for t in (forward, backward)]
     before = launch.LAUNCHES.copy()
-    with concurrent_grid(Delays(seed=slices, programs=slices)):
+    with concurrent_grid(Delays(tuple(EXCHANGE)[index % len(EXCHANGE)], slow=index % forward.slices)):
         bound.add(case, *accuracy.run(case, seed=0))
-    assert launch.LAUNCHES - before == {"scan_forward": layers, "scan_backward": layers}
+    assert launch.LAUNCHES - before == {"scan_forward": layers * rounds[0], "scan_backward": layers * rounds[1]}
     # The pooled bound is for pools: with a single case, the bound of single cases.
     assert not bound.failures, "\n".join(bound.failures)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_jobs_that_do_not_fit_follow_in_turn(forced, cell):
-    """Fewer groups than batch tiles and directions: several launches, with other weights for the other direction."""
-    forced(groups=2)
+def features(backward):
+    """What of the kernels each case runs: (split, protocol), (split, a home), and what is special."""
+    found = set()
+    for cell, dtype, protocol, hidden, batch, _, bidirectional, chosen in CASES:
+        size = accuracy.DTYPES[dtype].itemsize
+        t = tilings(cell, hidden, 2 if bidirectional else 1, size, **choice_of(chosen))[backward][1]
+        split = min(t.rows, 2)
+        found |= {(split, cell), (split, dtype), (split, protocol), (t.subtiles, protocol), f"{t.rows} rows"}
+        found |= {(split, cell, "registers")} if t.in_registers else set()
+        found |= {(split, cell, "shared")} if t.in_registers < len(t.chunks) else set()
+        found |= {(split, cell, "stream")} if t.streamed else set()
+        rest = (t.depth - t.stream_start) % t.stream_chunk
+        special = {
+            "padded rows": t.stride > t.hidden,
+            "whole rows": t.stride == t.hidden,
+            "last slice not full": hidden % t.units != 0,
+            "block of K not full": t.ragged,
+            "block of K empty": t.rows > 1 and (t.rows - 1) * t.block >= hidden,
+            "stream not full": t.streamed and rest,
+            "stream full, no mask": t.streamed and not rest and not t.ragged and hidden % t.units == 0,
+            "a stream of several tiles": t.streamed > t.segments,
+            "a stream in several segments": t.streamed and t.segments > 1,
+            "several bursts": len(t.bursts) > 1,
+            "splits": t.splits > 1,
+            "batch tile empty": t.subtiles > 1 and 0 < batch % (t.batch_tile * t.subtiles) <= t.batch_tile,
+            "subtiles of two dimensions": t.subtiles > 1 and t.rows > 1,
+            "streamed subtiles": t.subtiles > 1 and t.streamed,
+            "one row": batch == 1,
+        }
+        found |= {name for name, holds in special.items() if holds}
+    return found, special
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_cases_cover_what_the_kernels_can_do(backward):
+    found, special = features(backward)
+    for split in (1, 2):
+        for cell in ("lstm", "gru"):
+            assert {(split, cell), *((split, cell, home) for home in ("registers", "shared", "stream"))} <= found
+        assert {(split, what) for what in ("fp32", "fp16", "bf16", "counter", "flags")} <= found
+    assert {(n, protocol) for n in (1, 2, 4) for protocol in ("counter", "flags")} <= found | {(4, "counter")}
+    assert {f"{n} rows" for n in (1, 2, 4, 8)} <= found
+    expected = set(special) - (set() if backward else {"a stream in several segments"})
+    assert expected <= found, expected - found
+    assert {chosen.get("homes", "registers") for *_, chosen in CASES} == set(HOMES)
+
+
+@pytest.mark.parametrize(
+    ("cell", "groups", "rounds", "chosen"),
+    [
+        ("lstm", 2, 3, {"homes": "all three"}),
+        ("gru", 2, 3, {"homes": "registers and shared"}),
+        ("gru", 1, 2, {"rows": 2, "subtiles": 2, "batch_tile": 32}),
+    ],
+)
+def test_jobs_that_do_not_fit_follow_in_turn(forced, cell, groups, rounds, chosen):
+    """Fewer groups than jobs: several launches, with other weights for the other direction."""
+    forced(groups=groups, **chosen)
     case = accuracy.Case(cell, "fp32", 13, 35, 3, 1, True, True, True)
     bound = accuracy.Bound(torch.float32)
     before = launch.LAUNCHES.copy()
     with concurrent_grid():
         bound.add(case, *accuracy.run(case, seed=1))
-    assert launch.LAUNCHES - before == {"scan_forward": 3, "scan_backward": 3}
+    assert launch.LAUNCHES - before == {"scan_forward": rounds, "scan_backward": rounds}
     assert not bound.failures, "\n".join(bound.failures)
 
 
-def error_under(seed: int, slices: int = 3) -> bool:
-    """Whether one seeded schedule gives a wrong result (or none)."""
-    case = accuracy.Case("lstm", "fp32", slices * UNITS, 2, 6, 1, False, True, True)
+# ---- mutants ------------------------------------------------------------------------------------------------------
+
+# (operation to delay, the slow program)
+FIRST = (("put", 1), ("arrive", 1), ("wait", 1), ("get", 1))
+# Two columns by two blocks of K. Late partial products of program 0; program 0 late at adding those of program 1, which
+# alone can be a step ahead of it; and h of program 1 late for program 2, which needs it and shares no column with it.
+SECOND = (("get", 0), ("announce", 0), ("await_count", 0), ("read", 0), ("put", 1))
+
+# Name -> (protocol, cell, H, B, choice, schedules, (seconds, every) of ``Delays``).
+SCENARIOS = {
+    "counter": ("counter", "lstm", 3 * UNITS, 2, {}, FIRST, (0.004, 1)),
+    "flags": ("flags", "lstm", 3 * UNITS, 2, {}, FIRST, (0.004, 1)),
+    "stream": ("counter", "gru", 3 * UNITS, 2, {"homes": "registers and stream"}, FIRST[:1], (0.004, 1)),
+    "two dimensions": ("counter", "gru", 4 * UNITS, 2, {"rows": 2}, SECOND, (0.3, 4)),
+    "batch tiles": ("counter", "gru", 2 * UNITS, 12, {"subtiles": 2, "batch_tile": 8}, FIRST, (0.004, 1)),
+    "both": ("counter", "gru", 4 * UNITS, 12, {"rows": 2, "subtiles": 2, "batch_tile": 8}, SECOND[3:4], (0.3, 8)),
+}
+
+
+def is_wrong(forced, scenario, operation, slow, patience):
+    """Whether the result under one schedule is wrong, or there is none."""
+    protocol, cell, hidden, batch, chosen, _, sleep = SCENARIOS[scenario]
+    forced(protocol, patience=patience, **chosen)
+    case = accuracy.Case(cell, "fp32", hidden, batch, 4, 1, False, True, True)
     bound = accuracy.Bound(torch.float32)
     try:
-        with concurrent_grid(Delays(seed, slices)):
-            bound.add(case, *accuracy.run(case, seed))
+        with concurrent_grid(Delays(operation, slow, *sleep)):
+            bound.add(case, *accuracy.run(case, seed=0))
     except RuntimeError as error:
         if "gave up waiting" not in str(error):
             raise
@@ -98,86 +187,68 @@ def error_under(seed: int, slices: int = 3) -> bool:
     return bool(bound.failures)
 
 
-SEEDS = range(4)  # one for each operation that a schedule delays
-
-
-@pytest.mark.parametrize("protocol", ["counter", "flags"])
-def test_every_schedule_passes_without_a_mutant(forced, protocol):
-    forced(protocol)
-    assert not any(error_under(seed) for seed in SEEDS)
-
-
-def wait_removed(monkeypatch):
-    monkeypatch.setattr(scan, "wait", lambda counter, target, patience, *_: patience)
-
-
-def counter_off_by_one(monkeypatch):
-    def wait(counter, target, *others):
-        return exchange.wait(counter, target - 1, *others)
-
-    monkeypatch.setattr(scan, "wait", wait)
-
-
-def store_after_release(monkeypatch):
-    late = threading.local()
-
-    def put(*arguments):
-        late.__dict__.setdefault("stores", []).append(arguments)
-
-    def arrive(counter, how):
-        exchange.arrive(counter, how)
-        time.sleep(0.002)
-        for arguments in late.stores:
-            exchange.put(*arguments)
-        late.stores.clear()
-
-    monkeypatch.setattr(scan, "put", put)
-    monkeypatch.setattr(scan, "arrive", arrive)
-
-
-def flag_reset_forgotten(monkeypatch):
-    def leave(buffer, part, how):
-        buffer.fill_(0.25)
-
-    monkeypatch.setattr(launch, "_flag", leave)
+@pytest.mark.parametrize(
+    ("scenario", "operation", "slow"), [(name, *schedule) for name in SCENARIOS for schedule in SCENARIOS[name][5]]
+)
+def test_every_schedule_passes_without_a_mutant(forced, scenario, operation, slow):
+    assert not is_wrong(forced, scenario, operation, slow, patience=1 << 23)
 
 
 @pytest.mark.parametrize(
-    ("mutant", "protocol"),
+    ("mutant", "scenario", "first"),
     [
-        (wait_removed, "counter"),
-        (counter_off_by_one, "counter"),
-        (store_after_release, "counter"),
-        (flag_reset_forgotten, "flags"),
+        (mutants.wait_removed, "counter", "put"),
+        (mutants.counter_off_by_one, "counter", "put"),
+        (mutants.store_after_release, "counter", "put"),
+        (mutants.flag_reset_forgotten, "flags", "put"),
+        (mutants.wait_removed, "two dimensions", "get"),
+        (mutants.counter_off_by_one, "two dimensions", "get"),
+        (mutants.told_the_wrong_block, "two dimensions", "put"),
+        (mutants.sum_without_wait, "two dimensions", "get"),
+        (mutants.sum_off_by_one, "two dimensions", "get"),
+        (mutants.sum_without_parity_in_the_forward, "two dimensions", "read"),
+        (mutants.sum_without_parity_in_the_backward, "two dimensions", "read"),
+        (mutants.sum_without_one_block, "two dimensions", "get"),
+        (mutants.prefetch_not_advanced, "stream", "put"),
+        (mutants.batch_tiles_share_a_counter, "batch tiles", "put"),
+        (mutants.batch_tiles_share_partial_products, "both", "read"),
     ],
 )
 @pytest.mark.timeout(240)
-def test_mutant_is_caught(forced, monkeypatch, mutant, protocol):
-    forced(protocol, patience=20_000)
+def test_mutant_is_caught(forced, monkeypatch, mutant, scenario, first):
+    """By the schedule that delays ``first``, as a rule, else by another."""
     mutant(monkeypatch)
-    assert any(error_under(seed) for seed in SEEDS)
+    schedules = sorted(SCENARIOS[scenario][5], key=lambda schedule: schedule[0] != first)
+    assert any(is_wrong(forced, scenario, *schedule, patience=20_000) for schedule in schedules)
 
 
-@pytest.mark.parametrize("protocol", ["counter", "flags"])
-def test_wait_that_runs_out_ends_in_an_exception(forced, monkeypatch, protocol):
-    """A program that never stores: its group ends, and the call raises."""
-    forced(protocol, patience=50)
+# ---- what flows through, and what does not ------------------------------------------------------------------------
 
-    def silent(pointer, offsets, mask, stride, tiles, counter, tiling, how):
+
+@pytest.mark.parametrize(
+    ("protocol", "rows", "mute"), [("counter", 1, "put"), ("flags", 1, "put"), ("counter", 2, "sum")]
+)
+def test_wait_that_runs_out_ends_in_an_exception(forced, monkeypatch, protocol, rows, mute):
+    """A program that says nothing: its group ends, and the call raises."""
+    forced(protocol, patience=50, rows=rows)
+    module, name = (scan, "publish") if mute == "put" else (product, "announce")
+    original = getattr(module, name)
+
+    def silent(*arguments):
         if scan.tl.program_id(0).handle.data.item() != 1:
-            original(pointer, offsets, mask, stride, tiles, counter, tiling, how)
+            original(*arguments)
 
-    original = scan.publish
-    monkeypatch.setattr(scan, "publish", silent)
-    layer = persistrnn.LSTM(4, 2 * UNITS, backend="persistent")
+    monkeypatch.setattr(module, name, silent)
+    layer = persistrnn.LSTM(4, 2 * rows * UNITS, backend="persistent")
     with concurrent_grid(), pytest.raises(RuntimeError, match="gave up waiting for another program"):
         layer(torch.randn(5, 2, 4))
     persistrnn.check()  # raised once, then clean
 
 
-def test_nan_in_the_data_is_not_the_reserved_one(forced):
+@pytest.mark.parametrize("rows", [1, 2])
+def test_nan_in_the_data_is_not_the_reserved_one(forced, rows):
     """A NaN input reaches the output, and no reader waits for it."""
-    forced("flags", patience=2000)
+    forced("flags", patience=2000, rows=rows)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         layer = persistrnn.GRU(4, 2 * UNITS, backend="persistent", dtype=dtype)
         x = torch.randn(3, 2, 4, dtype=dtype)
@@ -192,12 +263,13 @@ def test_nan_in_the_data_is_not_the_reserved_one(forced):
         assert not y[:, 1].isnan().any()
 
 
-def test_equal_inputs_give_equal_bits_under_any_schedule(forced):
-    forced()
-    case = accuracy.Case("gru", "bf16", 3 * UNITS, 2, 4, 1, False, True, True)
+@pytest.mark.parametrize("chosen", [{}, {"rows": 2, "subtiles": 2, "batch_tile": 8, "homes": "registers and shared"}])
+def test_equal_inputs_give_equal_bits_under_any_schedule(forced, chosen):
+    forced(**chosen)
+    case = accuracy.Case("gru", "bf16", 2 * UNITS, 9, 3, 1, False, True, True)
     results = []
-    for seed in range(3):
-        with concurrent_grid(Delays(seed, 3)):
+    for slow, operation in enumerate(("put", "get", "wait")):
+        with concurrent_grid(Delays(operation, slow % 2)):
             results.append(accuracy.run(case, seed=0)[0])
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name

@@ -21,7 +21,14 @@ FLOORS = (
     ("persistrnn.kernels",),
     ("persistrnn.kernels.launch",),
     ("persistrnn.kernels.plan", "persistrnn.kernels.scan"),
-    ("persistrnn.kernels.exchange", "persistrnn.kernels.tiles", "persistrnn.kernels.cells"),
+    ("persistrnn.kernels.cost", "persistrnn.kernels.product"),
+    (
+        "persistrnn.kernels.exchange",
+        "persistrnn.kernels.tiles",
+        "persistrnn.kernels.cells",
+        "persistrnn.kernels.hardware",
+        "persistrnn.kernels.tiling",
+    ),
 )
 HEIGHT = {module: -depth for depth, floor in enumerate(FLOORS) for module in floor}
 KERNELS_IMPORTER = "persistrnn.ops"

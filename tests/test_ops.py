@@ -14,6 +14,7 @@ import pytest
 import torch
 from persistrnn.kernels import launch
 from persistrnn.kernels import plan as planning
+from persistrnn.kernels.hardware import DEVICES
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -469,7 +470,7 @@ def a_gpu(monkeypatch):
     """A CUDA device of the A100's size, as far as the questions before a launch can tell."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
-    monkeypatch.setattr(launch, "hardware", lambda device: planning.DEVICES["a100"])
+    monkeypatch.setattr(launch, "hardware", lambda device: DEVICES["a100"])
     return torch.device("cuda", 0)
 
 
@@ -509,8 +510,8 @@ def test_refused_old_gpu(a_gpu, monkeypatch):
 
 @pytest.mark.parametrize(("precision", "name"), [("tf32", "tf32"), ("ieee", "fp32")])
 def test_refused_size(a_gpu, precision, name):
-    text = unsupported(device=a_gpu, hidden_size=4096, precision=precision)
-    for part in (f"hidden_size=4096 in {name}", "a100", "166,912", "float16 or bfloat16", "backend='torch'"):
+    text = unsupported(device=a_gpu, hidden_size=16384, precision=precision)
+    for part in (f"hidden_size=16384 in {name}", "a100", "166,912", "float16 or bfloat16", "backend='torch'"):
         assert part in text, text
 
 
@@ -523,8 +524,8 @@ def test_module_raises_what_unsupported_says():
 def test_describe_is_the_plan_in_words(a_gpu):
     text = ops.describe("gru", 512, 64, 2, torch.bfloat16, a_gpu, "tf32")
     assert "gru H=512 B=64 D=2 bf16 on a100" in text
-    with pytest.raises(planning.PlanError, match="hidden_size=4096"):
-        ops.describe("gru", 4096, 64, 2, torch.bfloat16, a_gpu, "tf32")
+    with pytest.raises(planning.PlanError, match="hidden_size=16384"):
+        ops.describe("gru", 16384, 64, 2, torch.bfloat16, a_gpu, "tf32")
 
 
 # ---- the error word ------------------------------------------------------------------------------------------------

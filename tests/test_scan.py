@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from forced import tilings
 from persistrnn.kernels import launch
 from persistrnn.kernels.tiles import row_offset
 
@@ -84,6 +85,37 @@ def test_equal_inputs_give_equal_bits():
         return [p.grad.clone() for p in layer.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(bits(), bits(), strict=True))
+
+
+ONE_SLICE = [
+    # cell, dtype, hidden, batch, bidirectional, chosen
+    ("lstm", "fp32", 10, 3, True, {"units": 16, "homes": "registers"}),
+    ("gru", "bf16", 10, 3, False, {"units": 16, "homes": "shared"}),
+    # Of the backward's gates the first is in registers, the others in shared memory.
+    ("lstm", "fp16", 25, 17, False, {"units": 32, "homes": "registers and shared", "in_registers": 32}),
+    ("gru", "fp32", 18, 5, True, {"units": 32, "homes": "registers and shared", "in_registers": 32, "subtiles": 2}),
+    # The last batch tile is empty.
+    ("gru", "fp16", 25, 19, True, {"units": 32, "homes": "shared", "subtiles": 2, "batch_tile": 8}),
+    ("lstm", "bf16", 16, 35, False, {"units": 16, "homes": "registers", "subtiles": 4}),
+]
+
+
+@pytest.mark.parametrize(("cell", "dtype", "hidden", "batch", "bidirectional", "chosen"), ONE_SLICE)
+def test_one_slice_keeps_the_bound_with_any_choice(forced, cell, dtype, hidden, batch, bidirectional, chosen):
+    """Weights in registers or in shared memory, one batch tile or several: nothing here needs a concurrent grid."""
+    forced(**chosen)
+    for _, t in tilings(cell, hidden, **chosen):
+        assert t.slices == 1
+        homes = {"registers"} if t.in_registers else set()
+        homes |= {"shared"} if t.in_registers < len(t.chunks) else set()
+        # The forward has one tile of K, and so one home.
+        assert " and ".join(sorted(homes)) in (chosen["homes"], "registers")
+    case = accuracy.Case(cell, dtype, hidden, batch, 3, 1, bidirectional, True, True)
+    bound = accuracy.Bound(accuracy.DTYPES[dtype])
+    before = launch.LAUNCHES.copy()
+    bound.add(case, *accuracy.run(case, 0))
+    assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
+    assert not bound.failures, "\n".join(bound.failures)
 
 
 @triton.jit

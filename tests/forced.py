@@ -1,0 +1,68 @@
+"""Choices that no planner makes at sizes that the interpreter can run: every split and every home, in small."""
+
+import pytest
+from persistrnn.kernels import launch, plan
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.exchange import PATIENCE, Exchange
+from persistrnn.kernels.hardware import INTERPRETER
+from persistrnn.kernels.tiling import Choice, Tiling, smallest_chunk, tiling
+
+ALL = 1 << 20
+
+# Name -> tiles of K, of the smallest size, in (registers, shared memory); what is left is streamed.
+HOMES = {
+    "registers": (ALL, 0),
+    "shared": (0, ALL),
+    "registers and shared": (1, ALL),
+    "all three": (1, 1),
+    "registers and stream": (1, 0),
+    "shared and stream": (0, 1),
+    "stream": (0, 0),
+}
+
+
+def choice(gates: int, backward: bool, homes: str = "registers", **changed: int) -> Choice:
+    """A choice of small tiles. ``changed``: other attributes of ``Choice``."""
+    numbers = {
+        "units": 8, "rows": 1, "batch_tile": 16, "subtiles": 1, "warps": 4, "blocks": 1, "splits": 1,
+        "largest_chunk": 32, "burst": 64,
+    } | changed  # fmt: skip
+    tile = smallest_chunk(numbers["splits"])
+    # Each gate is a segment of K of its own in the backward of the two-dimensional split.
+    registers, shared = (n * tile * (gates if backward and numbers["rows"] > 1 else 1) for n in HOMES[homes])
+    return Choice(**({"in_registers": registers, "in_shared": shared, "stream_chunk": tile} | numbers))
+
+
+def tilings(
+    cell: str, hidden: int, directions: int = 1, size: int = 4, **chosen: str | int
+) -> tuple[tuple[Choice, Tiling], tuple[Choice, Tiling]]:
+    """The choice and the tiling of the forward and of the backward."""
+    shape = launch.shape_of(CELLS[cell])
+    found = []
+    for backward in (False, True):
+        made = choice(shape.gates, backward, **chosen)
+        how = {"backward": backward, "size": size, "precision": "ieee", "interpreted": True}
+        found.append((made, tiling(shape, hidden, directions, made, **how)))
+    return found[0], found[1]
+
+
+def force(
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: str = "counter",
+    patience: int = PATIENCE,
+    groups: int | None = None,
+    **chosen: str | int,
+) -> None:
+    """Every layer runs as ``chosen`` (see ``choice``), ``groups`` jobs at a time (None: all)."""
+
+    def choose(cell, hidden, batch, directions, dtype, precision, device):
+        passes = []
+        for made, t in tilings(cell.name, hidden, directions, dtype.itemsize, **chosen):
+            jobs = t.jobs(batch)
+            together = min(groups or jobs, jobs)
+            passes.append(plan.Pass(t, made, together, -(-jobs // together), 0, 0, 0, 0, 0, None, None))
+        return plan.Plan(cell.name, hidden, batch, directions, "fp32", INTERPRETER, *passes, 0.0)
+
+    exchange = Exchange(protocol=protocol, poll="atomic", patience=patience)
+    monkeypatch.setattr(launch, "choose", choose)
+    monkeypatch.setattr(launch, "exchange_for", lambda device: exchange)

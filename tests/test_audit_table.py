@@ -1,0 +1,162 @@
+"""The audit's command: which kernels it reads, how it resumes, what it prints and keeps."""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from persistrnn.kernels import audit_table
+from persistrnn.kernels.audit import Case, Row
+
+pytestmark = pytest.mark.audit
+
+WORKLOADS = Path(__file__).parent.parent / "bench" / "workloads"
+
+
+def row(**changed) -> Row:
+    return Row(**({"kernel": "gru forward", "dtype": "bf16", "H": 64, "B": 16, "D": 1, "arch": "sm_90",
+                   "triton": "3.9.0"} | changed))  # fmt: skip
+
+
+def test_shapes_with_the_same_kernel_are_one_case():
+    shapes = [("lstm", 512, batch, 1) for batch in (9, 10, 16, 100)]
+    found = audit_table.cases(shapes, ["bf16"], ["sm_90"])
+    assert {c.backward for c in found.values()} == {False, True}
+    assert {c.batch for c in found.values()} == {9, 100}, "the first of its class"
+    assert len(audit_table.cases(shapes, ["bf16", "tf32"], ["sm_80", "sm_90"])) == 4 * len(found)
+
+
+def test_workloads_are_read():
+    shapes = {shape for path in WORKLOADS.glob("*.csv") for shape in audit_table.shapes_of(path)}
+    assert ("lstm", 4096, 128, 1) in shapes
+    assert ("gru", 2816, 32, 1) in shapes
+    assert ("lstm", 1024, 8, 2) in shapes, "bidirectional"
+    assert {cell for cell, *_ in shapes} == {"lstm", "gru"}
+
+
+def test_a_table_without_the_columns_is_refused(tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("cell,size\nlstm,4\n")
+    with pytest.raises(ValueError, match="has no column batch, hidden"):
+        audit_table.shapes_of(path)
+
+
+def test_a_compiler_that_gives_up_is_a_failed_row(monkeypatch):
+    def give_up(case):
+        raise RuntimeError("out of\n luck") from ValueError("the cause")
+
+    monkeypatch.setattr(audit_table, "audit", give_up)
+    found = audit_table.attempt(Case("lstm", True, "bf16", 64, "sm_90", 3))
+    assert (found.kernel, found.B, found.failures) == ("lstm backward", 3, "ValueError: the cause")
+
+
+def test_rows_are_kept_and_an_unfinished_line_is_not(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    assert audit_table.kept(path) == {}
+    entry = json.dumps({"key": "a", "row": dataclasses.asdict(row())})
+    path.write_text(entry + "\n" + entry.replace('"a"', '"b"')[:-20])
+    assert audit_table.kept(path) == {"a": row()}
+
+
+def test_table_shows_failures_and_refusals():
+    rows = [row(), row(failures="7 spill instructions"), row(refused="hidden_size=40000 ...")]
+    head, good, bad, refused = audit_table.table(rows).splitlines()
+    assert head.split()[0] == "kernel"
+    assert head.split()[-1] == "result"
+    assert good.endswith("ok")
+    assert bad.endswith("FAILED: 7 spill instructions")
+    assert refused.endswith("refused by the plan")
+    assert refused.split()[:7] == ["gru", "forward", "bf16", "64", "16", "1", "sm_90"]
+
+
+def test_written_table_does_not_depend_on_the_order(tmp_path):
+    rows = [row(H=h) for h in (64, 512, 128)]
+    audit_table.write(rows, tmp_path / "a.csv")
+    audit_table.write(rows[::-1], tmp_path / "new" / "b.csv")
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "new" / "b.csv").read_bytes()
+    with (tmp_path / "a.csv").open() as file:
+        assert [r["H"] for r in csv.DictReader(file)] == ["64", "128", "512"]
+
+
+def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    line = [sys.executable, "-m", "persistrnn", *map(str, arguments)]
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_command_prints_the_table_and_resumes(tmp_path):
+    resume, output = tmp_path / "runs" / "audit.jsonl", tmp_path / "results" / "audit.csv"
+    line = ["audit", "--cells", "gru", "--hidden", 64, "--dtypes", "bf16", "--arch", "sm_90", "--jobs", 1]
+    line += ["--resume", resume, "--output", output]
+    first = command(*line, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    head, *rows, total = first.stdout.splitlines()
+    assert head.split()[:7] == ["kernel", "dtype", "H", "B", "D", "arch", "triton"]
+    assert [r.split()[:4] for r in rows] == [["gru", p, "bf16", "64"] for p in ("forward", "backward")]
+    assert all(r.endswith("ok") for r in rows)
+    assert total == "2 ok, 0 refused by the plan, 0 failed"
+    entries = resume.read_text()
+    assert len(entries.splitlines()) == 2
+    assert len(output.read_text().splitlines()) == 3
+
+    # A second run compiles nothing: it shows the rows of the file, also where they are not what a compiler would say.
+    changed = [json.loads(entry) for entry in entries.splitlines()]
+    for entry in changed:
+        entry["row"]["registers"] = 12_345
+    resume.write_text("".join(json.dumps(entry) + "\n" for entry in changed))
+    second = command(*line, cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("12345") == 2
+    assert len(resume.read_text().splitlines()) == 2, "nothing was added"
+
+    # Rows of another kernel are not believed, and a failure is the exit status.
+    changed[0]["key"] = "other"
+    changed[1]["row"]["failures"] = "7 spill instructions"
+    resume.write_text("".join(json.dumps(entry) + "\n" for entry in changed))
+    third = command(*line, "--failures", cwd=tmp_path)
+    assert third.returncode == 1, third.stderr
+    assert "FAILED: 7 spill instructions" in third.stdout
+    assert len(third.stdout.splitlines()) == 3, "the good row is not shown"
+    assert third.stdout.splitlines()[-1] == "1 ok, 0 refused by the plan, 1 failed"
+    assert len(resume.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cells", "rnn"], "'rnn' (choose from"),
+        (["--dtypes", "fp8"], "'fp8' (choose from"),
+        (["--arch", "sm_70"], "'sm_70' (choose from"),
+        (["--hidden", "many"], "invalid int value: 'many'"),
+        (["--hidden", "64", "0"], "--hidden must be at least 1, got [64, 0]"),
+        (["--batch", "-1"], "--batch must be at least 1, got [-1]"),
+        (["--directions", "3"], "3 (choose from"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--workloads", "missing.csv"], "--workloads: [Errno 2] No such file or directory: 'missing.csv'"),
+        (["--workloads", "a.csv", "--hidden", "4"], "give one of them"),
+        (["--size", "64"], "unrecognized arguments: --size 64"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["persistrnn", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        audit_table.main()
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert "usage: persistrnn audit" in err
+
+
+@pytest.mark.parametrize(("given", "said"), [([], "got nothing"), (["train"], "got 'train'")])
+def test_an_unknown_command_is_refused(given, said, tmp_path):
+    done = command(*given, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert said in done.stderr
+    assert "COMMAND must be one of: audit" in done.stderr
