@@ -2,7 +2,7 @@
 
 Run as ``python -m persistrnn audit``; the exit status is 1 if any row fails. With ``--workloads`` the shapes are those
 of tables with the columns cell, hidden, batch (and bidirectional); two shapes with the same kernel are one row.
-Finished rows are kept in ``--resume`` (JSON lines) and not compiled again while the kernel, its plan and Triton are the
+Green rows are kept in ``--resume`` (JSON lines) and not compiled again while the kernel, its plan and Triton are the
 same.
 """
 
@@ -77,14 +77,15 @@ def key_version() -> str:
 
 
 def kept(path: Path) -> dict[str, Row]:
-    """Finished rows by key. A last line that an interrupted run left unfinished does not count."""
+    """Green rows by key. What failed is tried again, as is what an interrupted run left half written."""
     rows = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue
-        rows[entry["key"]] = Row(**entry["row"])
+        if not entry["row"]["failures"]:
+            rows[entry["key"]] = Row(**entry["row"])
     return rows
 
 

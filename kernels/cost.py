@@ -122,6 +122,14 @@ def floor(cell: Shape, hidden: int, batch: int, directions: int, dtype: str, har
     """Microseconds per step that no plan can beat under this record: all multiprocessors share the arithmetic; what
     of W_hh exceeds registers and shared memory is streamed; unless W_hh fits one multiprocessor, there is one exchange
     and each multiprocessor reads its share of the batch's state once."""
+    if directions > 1:
+        # One direction after the other has the whole device to itself.
+        one = floor(cell, hidden, batch, 1, dtype, hardware)
+        return min(directions * one, _floor(cell, hidden, batch, directions, dtype, hardware))
+    return _floor(cell, hidden, batch, directions, dtype, hardware)
+
+
+def _floor(cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware) -> float:
     size = BYTES[dtype]
     count = hardware.multiprocessors
     cycle = 1e-3 / hardware.clock

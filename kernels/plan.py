@@ -28,13 +28,15 @@ BATCH_CLASSES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 BASE_REGISTERS = 76
 STREAM_REGISTERS = 46  # more where a tile is streamed, besides two of those tiles
 TILE_REGISTERS = 18  # more for each further batch tile of a program
-WORD_REGISTERS = 20  # more where a streamed tile is of 4-byte elements
-PACK_REGISTERS = 12  # more for a second pack of gates in what is streamed
+WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
+PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 14  # more for each further element of the state that a thread owns
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
 # Offsets into W_hh are 32-bit.
 LARGEST = 1 << 31
+# Of a grid's second dimension.
+LARGEST_GRID = 65_535
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,10 @@ def _registers(
         need += choice.burst * choice.batch_tile * size // words
     if streamed:
         need += STREAM_REGISTERS + 2 * m * choice.stream_chunk * size // words
-        # Operands of 4 bytes are read from shared memory one by one, each from an address of its own.
-        need += WORD_REGISTERS if size == 4 else 0
-        need += PACK_REGISTERS * (packs - 1)
+        if choice.splits > 1:
+            # Operands of 4 bytes are read from shared memory one by one, each from an address of its own.
+            need += WORD_REGISTERS if size == 4 else 0
+        need += PACK_REGISTERS * size // 2 * (packs - 1)
     if masked:
         need += MASK_REGISTERS
     return need + ELEMENT_REGISTERS * max(0, choice.units * choice.batch_tile // threads - 1)
@@ -185,7 +188,9 @@ def shared_bound(t: Tiling, size: int) -> tuple[int, int, int]:
     stream = (t.m + t.batch_tile) * t.stream_chunk * size if t.streamed else 0
     reduction = t.splits * max(t.packs) * t.wide * t.batch_tile * 4
     # On their way to registers the weights pass through shared memory, before those that stay there arrive.
-    return registers, shared, max(registers, shared + max(operand, stream, reduction))
+    # Beside them, the first state changes its layout.
+    state = t.units * t.batch_tile * 4
+    return registers, shared, max(registers + state, shared + max(operand, stream, reduction))
 
 
 def _power_of_2_at_most(n: int) -> int:
@@ -210,9 +215,10 @@ def _sliced(
     """Many slices: the homes are filled in turn, registers, shared memory, and the rest is streamed."""
     # Where most of W_hh is streamed, a narrow tile may be all that the registers hold.
     streams = cell.gates * hidden * hidden * size > 2 * hardware.multiprocessors * hardware.shared
-    tiles = [(8, 1)] if batch <= 8 or streams else []
+    tiles = [(8, 1)] if batch <= 8 or streams or not strict else []
     tiles += [(16, 1)] + [(16, n) for n in (2, 4) if 16 * n <= next_power_of_2(batch)]
     tiles += [(32, 1)] if batch > 16 else []
+    parts = (8, 4, 2, 1) if streams or size == 4 else (8, 4, 2)
     for units in (8, 16, 32, 64, 128):
         needed = -(-hidden // units)
         if needed < 2 or needed > hardware.multiprocessors * 2:
@@ -221,12 +227,15 @@ def _sliced(
             slices = -(-needed // rows) * rows
             if slices < 2 * rows and rows > 1:
                 continue
+            # Two programs share a multiprocessor only where there are more slices than multiprocessors.
+            blocks = 1 if slices <= hardware.multiprocessors else 2
+            if slices > hardware.multiprocessors * blocks:
+                continue
+            m = (1 if backward else cell.gates) * units * rows
             for columns, subtiles in tiles:
                 # Fewer parts of K where M is large: the accumulators of all parts are in registers.
-                wide = (1 if backward else cell.gates) * units * rows >= 128
-                parts = (8, 4, 2, 1) if wide else (8,)
-                for blocks, splits in product((1, 2), parts):
-                    if slices > hardware.multiprocessors * blocks:
+                for splits in parts if m >= 128 else (8,):
+                    if splits * m * columns > 128 * 256:
                         continue
                     found = _filled(
                         cell, hidden, hardware, size, backward, dtype, units, rows, slices, columns, subtiles, blocks,
@@ -272,7 +281,8 @@ def _filled(
         kept = 0 if dtype == "fp32" or splits == 1 else spare * words // (m * size) // quantum * quantum
         working = max(burst * columns * size, (m + columns) * stream * size if streamed else 0, reduction)
         shared = (total - working) // (m * size) // quantum * quantum
-        return min(kept, total // (m * size) // quantum * quantum), shared
+        most = (total - units * columns * 4) // (m * size) // quantum * quantum
+        return min(kept, most), shared
 
     registers, shared = homes(False)
     if shared >= 0 and registers + shared >= k:
@@ -329,11 +339,11 @@ def _finish(
     if places == 0:
         return None
     # Slices wait for each other and must be resident together; a single slice waits for nobody.
-    groups = jobs if t.slices == 1 else min(jobs, places)
+    groups = min(jobs, LARGEST_GRID) if t.slices == 1 else min(jobs, places)
     rounds = -(-jobs // groups)
     cost = model.step(cell, hidden, dtype, hardware, choice, model.work_of(t, min(groups, places)), backward)
-    if t.slices == 1 and jobs > places:
-        factor = -(-jobs // places)
+    if t.slices == 1 and groups > places:
+        factor = -(-groups // places)
         cost = Cost(*(getattr(cost, f) * factor for f in cost.__dataclass_fields__))
     streamed = t.m * t.streamed * t.stream_chunk * size
     shares = _shares(cell, t, backward, size)
@@ -359,16 +369,21 @@ def _quick(
     cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware, backward: bool,
     choice: Choice,
 ) -> float:  # fmt: skip
-    """The predicted time per step of a choice, without its tiling."""
+    """A lower bound of the predicted time per step of a choice, without its tiling and so without all its padding."""
     needed = -(-hidden // choice.units)
     slices = -(-needed // choice.rows) * choice.rows
     jobs = -(-batch // (choice.batch_tile * choice.subtiles)) * directions
     places = max(1, hardware.multiprocessors * choice.blocks // slices)
-    depth = (cell.gates if backward else 1) * (hidden if choice.rows == 1 else slices // choice.rows * choice.units)
-    smallest = smallest_chunk(choice.splits)
-    k = choice.units * (cell.gates if backward else 1) if slices == 1 else -(-depth // smallest) * smallest
+    gates = cell.gates if backward else 1
+    if slices == 1:
+        k = choice.units * gates
+    else:
+        segments = gates if choice.rows > 1 else 1
+        depth = gates * hidden if choice.rows == 1 else min(hidden, slices // choice.rows * choice.units)
+        smallest = smallest_chunk(choice.splits)
+        k = -(-depth // smallest) * smallest * segments
     streamed = max(0, k - choice.in_registers - choice.in_shared)
-    m = (1 if backward else cell.gates) * choice.rows * choice.units
+    m = cell.gates // gates * choice.rows * choice.units
     work = model.Work(m, k, choice.in_shared, streamed, slices, slices * min(jobs, places))
     return model.step(cell, hidden, dtype, hardware, choice, work, backward).total * -(-jobs // places)
 
@@ -377,15 +392,24 @@ def _quick(
 def _best(
     cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware, backward: bool
 ) -> Choice | None:
-    """The fastest choice for a class of batch sizes. The registers' estimate is on the safe side: where nothing
-    keeps it, the fastest of what may spill is better than nothing."""
+    """The fastest choice for a class of batch sizes; where the registers' estimate, which is on the safe side, lets
+    nothing pass, the choice that exceeds its limit least."""
     shape = cell, hidden, batch, directions, dtype, hardware, backward
-    for strict in (True, False):
-        choices = _choices(cell, hidden, batch, hardware, dtype, backward, strict)
-        for choice in sorted(choices, key=lambda choice: _quick(*shape, choice)):
-            if _finish(*shape, choice, strict) is not None:
-                return choice
-    return None
+    bounded = (
+        (_quick(*shape, c), i, c) for i, c in enumerate(_choices(cell, hidden, batch, hardware, dtype, backward))
+    )
+    best: Pass | None = None
+    for bound, _, choice in sorted(bounded):
+        if best is not None and bound >= best.predicted:
+            break
+        found = _finish(*shape, choice)
+        if found is not None and (best is None or found.predicted < best.predicted):
+            best = found
+    if best is None:
+        choices = _choices(cell, hidden, batch, hardware, dtype, backward, strict=False)
+        finished = [part for part in (_finish(*shape, choice, strict=False) for choice in choices) if part is not None]
+        best = min(finished, key=lambda p: (p.registers - register_limit(p.choice), p.predicted), default=None)
+    return best.choice if best is not None else None
 
 
 def _pass(

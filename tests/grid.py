@@ -43,6 +43,19 @@ class _ThreadLocalGrid(type(interpreter.interpreter_builder)):
     def grid_idx(self, index):
         self.local.index = index
 
+    # What a wait repeats. A program that waits for one that has failed would do so until its patience is spent.
+    def create_atomic_rmw(self, *arguments):
+        self.end_if_another_failed()
+        return super().create_atomic_rmw(*arguments)
+
+    def create_masked_load(self, *arguments):
+        self.end_if_another_failed()
+        return super().create_masked_load(*arguments)
+
+    def end_if_another_failed(self):
+        if getattr(self.local, "errors", None):
+            raise RuntimeError("another program of this launch has failed")
+
 
 class _Programs:
     """Stands in for a kernel's body: remembers each program's id, and runs all of them at the last one."""
@@ -64,6 +77,7 @@ class _Programs:
 
         def run(index):
             builder.grid_idx = index
+            builder.local.errors = errors
             try:
                 with np.errstate(all="ignore"):  # the interpreter computes in NumPy; a mutant's garbage may overflow
                     self.body(**arguments)
@@ -101,12 +115,23 @@ class Delays:
             time.sleep(0.0005)
 
 
+def _locked(function: Callable, lock: threading.Lock) -> Callable:
+    def call(*arguments):
+        with lock:
+            return function(*arguments)
+
+    return call
+
+
 @contextlib.contextmanager
 def concurrent_grid(delay: Callable[[str, tuple[int, int, int]], None] | None = None) -> Iterator[None]:
     """Launches inside run their programs concurrently; ``delay(operation, program_id)`` precedes each exchange."""
     builder = interpreter.interpreter_builder
     executor = interpreter.GridExecutor
     original_class, original_call = type(builder), executor.__call__
+    # The first call of a jitted function adds to its module's globals, and every call walks over them.
+    function, lock = interpreter.InterpretedFunction, threading.Lock()
+    rewrite, patch = function.rewrite, interpreter._patch_lang
     originals = {name: getattr(module, name) for name, module in EXCHANGE.items()}
 
     def call(self, *args, **kwargs):
@@ -135,10 +160,12 @@ def concurrent_grid(delay: Callable[[str, tuple[int, int, int]], None] | None = 
         for name, module in EXCHANGE.items():
             setattr(module, name, delayed(name))
     executor.__call__ = call
+    function.rewrite, interpreter._patch_lang = _locked(rewrite, lock), _locked(patch, lock)
     try:
         yield
     finally:
         executor.__call__ = original_call
+        function.rewrite, interpreter._patch_lang = rewrite, patch
         builder.__class__ = original_class
         builder.grid_idx = index
         sys.setswitchinterval(switch)

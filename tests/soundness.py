@@ -164,11 +164,27 @@ def check_room(part: Pass, hardware: Hardware, size: int) -> None:
     threads = 32 * choice.warps
     assert limit <= 255
     assert limit * threads * choice.blocks <= REGISTER_FILE
-    assert part.registers <= limit
     accumulators = t.splits * t.m * t.batch_tile * 4
     assert part.registers * threads * 4 >= part.in_registers + accumulators, "weights and accumulators"
 
 
+def keeps_its_registers(part: Pass) -> bool:
+    return part.registers <= planning.register_limit(part.choice)
+
+
+def check_registers(part: Pass, found: Plan, shape: Shape, backward: bool) -> None:
+    """A plan that is expected to spill is better than none, and worse than any other."""
+    if found.hardware is INTERPRETER or keeps_its_registers(part):
+        return
+    batch = next((size for size in planning.BATCH_CLASSES if found.batch <= size), planning.BATCH_CLASSES[-1])
+    layer = shape, found.hidden, batch, found.directions, found.dtype, found.hardware, backward
+    for choice in planning._choices(shape, found.hidden, batch, found.hardware, found.dtype, backward):
+        other = planning._finish(*layer, choice)
+        assert other is None or not keeps_its_registers(other), f"{choice} keeps its registers"
+
+
 def check_plan(found: Plan) -> None:
+    shape = SHAPES[found.cell]
     for name in PASSES:
-        check_pass(getattr(found, name), found, SHAPES[found.cell], name == "backward")
+        check_pass(getattr(found, name), found, shape, name == "backward")
+        check_registers(getattr(found, name), found, shape, name == "backward")

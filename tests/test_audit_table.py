@@ -54,11 +54,12 @@ def test_a_compiler_that_gives_up_is_a_failed_row(monkeypatch):
     assert (found.kernel, found.B, found.failures) == ("lstm backward", 3, "ValueError: the cause")
 
 
-def test_rows_are_kept_and_an_unfinished_line_is_not(tmp_path):
+def test_green_rows_are_kept_and_an_unfinished_line_is_not(tmp_path):
     path = tmp_path / "audit.jsonl"
     assert audit_table.kept(path) == {}
     entry = json.dumps({"key": "a", "row": dataclasses.asdict(row())})
-    path.write_text(entry + "\n" + entry.replace('"a"', '"b"')[:-20])
+    failed = json.dumps({"key": "c", "row": dataclasses.asdict(row(failures="7 spill instructions"))})
+    path.write_text(entry + "\n" + failed + "\n" + entry.replace('"a"', '"b"')[:-20])
     assert audit_table.kept(path) == {"a": row()}
 
 
@@ -113,16 +114,25 @@ def test_command_prints_the_table_and_resumes(tmp_path):
     assert second.stdout.count("12345") == 2
     assert len(resume.read_text().splitlines()) == 2, "nothing was added"
 
-    # Rows of another kernel are not believed, and a failure is the exit status.
+    # Rows of another kernel are not believed.
     changed[0]["key"] = "other"
-    changed[1]["row"]["failures"] = "7 spill instructions"
     resume.write_text("".join(json.dumps(entry) + "\n" for entry in changed))
     third = command(*line, "--failures", cwd=tmp_path)
-    assert third.returncode == 1, third.stderr
-    assert "FAILED: 7 spill instructions" in third.stdout
-    assert len(third.stdout.splitlines()) == 3, "the good row is not shown"
-    assert third.stdout.splitlines()[-1] == "1 ok, 0 refused by the plan, 1 failed"
+    assert third.returncode == 0, third.stderr
+    assert third.stdout == "2 ok, 0 refused by the plan, 0 failed\n", "good rows are not shown"
     assert len(resume.read_text().splitlines()) == 3
+
+
+def test_a_failure_is_the_exit_status(monkeypatch, capsys, tmp_path):
+    rows = [row(), row(failures="7 spill instructions"), row(refused="too large")]
+    monkeypatch.setattr(audit_table, "run", lambda *_: rows)
+    output = tmp_path / "audit.csv"
+    monkeypatch.setattr(sys, "argv", ["persistrnn", "--hidden", "64", "--output", str(output), "--failures"])
+    assert audit_table.main() == 1
+    out = capsys.readouterr().out.splitlines()
+    assert [line.endswith(("result", "7 spill instructions", "refused by the plan")) for line in out[:3]] == [True] * 3
+    assert out[3:] == ["1 ok, 1 refused by the plan, 1 failed"]
+    assert "7 spill instructions" in output.read_text()
 
 
 @pytest.mark.parametrize(

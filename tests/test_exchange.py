@@ -175,7 +175,7 @@ def is_wrong(forced, scenario, operation, slow, patience):
     """Whether the result under one schedule is wrong, or there is none."""
     protocol, cell, hidden, batch, chosen, _, sleep = SCENARIOS[scenario]
     forced(protocol, patience=patience, **chosen)
-    case = accuracy.Case(cell, "fp32", hidden, batch, 4, 1, False, True, True)
+    case = accuracy.Case(cell, "fp32", hidden, batch, 3, 1, False, True, True)
     bound = accuracy.Bound(torch.float32)
     try:
         with concurrent_grid(Delays(operation, slow, *sleep)):

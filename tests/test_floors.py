@@ -17,9 +17,11 @@ FLOORS = (
     ("persistrnn.functional",),
     ("persistrnn.ops", "persistrnn.torch_path"),
     ("persistrnn.reference",),
+    ("persistrnn.kernels.audit_table", "persistrnn.kernels.plan_command"),
     ("persistrnn.kernels.audit",),
     ("persistrnn.kernels",),
     ("persistrnn.kernels.launch",),
+    ("persistrnn.kernels.forecast", "persistrnn.kernels.picture"),
     ("persistrnn.kernels.plan", "persistrnn.kernels.scan"),
     ("persistrnn.kernels.cost", "persistrnn.kernels.product"),
     (

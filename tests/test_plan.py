@@ -12,7 +12,7 @@ import pytest
 from persistrnn.kernels import plan as planning
 from persistrnn.kernels.hardware import DEVICES, INTERPRETER
 from persistrnn.kernels.plan import BATCH_CLASSES, PlanError, plan
-from soundness import DTYPES, GRID_LIMIT, PASSES, SHAPES, check_plan, workloads
+from soundness import DTYPES, GRID_LIMIT, PASSES, SHAPES, check_plan, keeps_its_registers, workloads
 
 H200 = DEVICES["h200"]
 
@@ -39,7 +39,10 @@ def test_the_workload_tables_are_all_there():
 def test_every_workload_has_a_sound_plan(device, dtype):
     for cell, hidden, batch in workloads():
         for directions in (1, 2):
-            sound(cell, hidden, batch, directions, dtype, DEVICES[device])
+            found = sound(cell, hidden, batch, directions, dtype, DEVICES[device])
+            what = f"{cell} H={hidden} B={batch} D={directions}"
+            assert keeps_its_registers(found.forward), what
+            assert keeps_its_registers(found.backward), what
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,13 +112,20 @@ def test_interpreter_plans_one_slice_for_every_size(cell):
 @pytest.mark.parametrize("cell", SHAPES)
 @pytest.mark.parametrize("directions", [1, 2])
 def test_batches_share_their_kernels(cell, directions):
-    """All batches of a layer need at most one kernel per class, and a pass is compiled by its tiling, its number of
-    warps and its registers."""
+    """All batches of a layer need at most one kernel per class. What is compiled of a pass is its tiling, with its
+    number of warps and of registers."""
+
+    def compiled(batch, name):
+        part = getattr(plan(SHAPES[cell], 512, batch, directions, "bf16", H200), name)
+        return part.tiling, part.choice.warps, planning.register_limit(part.choice)
+
     for name in PASSES:
+        of_class = {size: compiled(size, name) for size in BATCH_CLASSES}
         kernels = set()
         for batch in range(1, 5001):
-            part = getattr(plan(SHAPES[cell], 512, batch, directions, "bf16", H200), name)
-            kernels.add((part.tiling, part.choice.warps, planning.register_limit(part.choice)))
+            found = compiled(batch, name)
+            assert found == of_class[next((size for size in BATCH_CLASSES if batch <= size), BATCH_CLASSES[-1])]
+            kernels.add(found)
         assert len(kernels) <= len(BATCH_CLASSES)
 
 
