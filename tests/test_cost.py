@@ -211,7 +211,7 @@ def test_the_planner_takes_the_least(cell, hidden, device, dtype, directions):
             strict = keeps_its_registers(part)
             choices = list(planning._choices(SHAPES[cell], hidden, batch, DEVICES[device], dtype, backward, strict))
             others = [planning._finish(*shape, backward, choice, strict) for choice in choices]
-            assert len(others) > 1
+            assert others
             least = min((other for other in others if other is not None), key=lambda other: other.predicted)
             assert part.predicted <= least.predicted * SLACK, f"B={batch} {name}: {part.choice}, but {least.choice}"
 

@@ -245,6 +245,24 @@ def test_wait_that_runs_out_ends_in_an_exception(forced, monkeypatch, protocol, 
     persistrnn.check()  # raised once, then clean
 
 
+@pytest.mark.parametrize("protocol", ["counter", "flags"])
+@pytest.mark.timeout(60)
+def test_program_that_fails_ends_its_launch(forced, monkeypatch, protocol):
+    """The others do not spend their patience on it, and its error is the one that is raised."""
+    forced(protocol)
+    original = scan.publish
+
+    def failing(*arguments):
+        if scan.tl.program_id(0).handle.data.item() == 1:
+            raise ValueError("as asked")
+        original(*arguments)
+
+    monkeypatch.setattr(scan, "publish", failing)
+    layer = persistrnn.LSTM(4, 2 * UNITS, backend="persistent")
+    with concurrent_grid(), pytest.raises(Exception, match="as asked"):
+        layer(torch.randn(5, 2, 4))
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_nan_in_the_data_is_not_the_reserved_one(forced, rows):
     """A NaN input reaches the output, and no reader waits for it."""
