@@ -157,7 +157,8 @@ def _registers(
 ) -> int:
     threads = 32 * choice.warps
     words = 4 * threads
-    need = BASE_REGISTERS + TILE_REGISTERS * (choice.subtiles - 1)
+    elements = max(1, choice.units * choice.batch_tile // threads)
+    need = BASE_REGISTERS + TILE_REGISTERS * (choice.subtiles - 1) * (1 + elements) // 2
     need += m * resident * size // words
     need += choice.splits * m * choice.batch_tile // threads
     # The sum over the parts, before it becomes gates.
@@ -172,7 +173,7 @@ def _registers(
         need += PACK_REGISTERS * size // 2 * (packs - 1)
     if masked:
         need += MASK_REGISTERS
-    return need + ELEMENT_REGISTERS * max(0, choice.units * choice.batch_tile // threads - 1)
+    return need + ELEMENT_REGISTERS * (elements - 1)
 
 
 def shared_bound(t: Tiling, size: int) -> tuple[int, int, int]:
@@ -190,7 +191,8 @@ def shared_bound(t: Tiling, size: int) -> tuple[int, int, int]:
     # On their way to registers the weights pass through shared memory, before those that stay there arrive.
     # Beside them, the first state changes its layout.
     state = t.units * t.batch_tile * 4
-    return registers, shared, max(registers + state, shared + max(operand, stream, reduction))
+    working = max(operand, stream, reduction) + (state if t.slices == 1 else 0)
+    return registers, shared, max(registers + state, shared + working)
 
 
 def _power_of_2_at_most(n: int) -> int:

@@ -25,7 +25,7 @@ SAMPLE = [
     Case("lstm", False, "fp16", 320, "sm_80", 16),
     Case("lstm", False, "bf16", 2048, "sm_90", 16),
     Case("lstm", False, "fp16", 1000, "sm_90", 1),
-    Case("lstm", False, "tf32", 768, "sm_90", 64),
+    Case("lstm", False, "tf32", 1536, "sm_90", 16),
     Case("lstm", False, "fp32", 256, "sm_80", 16),
     Case("lstm", False, "bf16", 4096, "sm_100", 64),
     Case("lstm", True, "fp16", 128, "sm_80", 16),
@@ -64,12 +64,14 @@ def test_kernel_keeps_its_weights_where_the_plan_says(case):
     assert row.failures == ""
     assert row.refused == ""
     part = audit.planned(case)
-    assert (row.in_registers, row.in_shared, row.streamed) == (part.in_registers, part.in_shared, part.streamed)
+    assert row.streamed == part.streamed
+    assert row.in_registers + row.in_shared == part.in_registers + part.in_shared
     assert row.in_registers + row.in_shared + row.streamed > 0
     assert row.spills == 0
     assert 0 < row.shared <= hardware.named(audit.DEVICE_OF_ARCH[case.arch]).shared
     if case.arch.startswith("gfx"):
         return
+    assert row.in_registers == part.in_registers
     if case.dtype == "fp32":
         assert row.tensor == "none", "full float32 has no tensor instruction"
     else:

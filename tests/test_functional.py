@@ -221,6 +221,7 @@ def test_auto_follows_the_kernels_on_a_gpu(monkeypatch):
         return "H=7 is too odd." if args[1] == 7 else None
 
     monkeypatch.setattr(ops, "unsupported", unsupported)
+    monkeypatch.setattr(ops, "slower", lambda *args: None)
     gpu = torch.device("cuda", 0)
     for backend in ("auto", "persistent"):
         assert functional.obstacle(backend, "gru", 8, 0, 2, 1, torch.float16, gpu) is None
