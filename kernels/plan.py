@@ -27,7 +27,7 @@ BATCH_CLASSES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 # Seen by audit (zero spills over the workload tables, both Triton versions).
 BASE_REGISTERS = 76
 STREAM_REGISTERS = 46  # more where a tile is streamed, besides two of those tiles
-TILE_REGISTERS = 18  # more for each further batch tile of a program
+TILE_REGISTERS = 16  # more for each further batch tile of a program
 WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
 PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 14  # more for each further element of the state that a thread owns
@@ -35,6 +35,8 @@ MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in piece
 
 # Offsets into W_hh are 32-bit.
 LARGEST = 1 << 31
+# Bytes of shared memory with which a fifth-generation product says that it is done (8 seen on sm_100).
+SIGNALS = 64
 # Of a grid's second dimension.
 LARGEST_GRID = 65_535
 
@@ -158,7 +160,7 @@ def _registers(
     threads = 32 * choice.warps
     words = 4 * threads
     elements = max(1, choice.units * choice.batch_tile // threads)
-    need = BASE_REGISTERS + TILE_REGISTERS * (choice.subtiles - 1) * (1 + elements) // 2
+    need = BASE_REGISTERS + (TILE_REGISTERS + size) * (choice.subtiles - 1) * (1 + elements) // 2
     need += m * resident * size // words
     need += choice.splits * m * choice.batch_tile // threads
     # The sum over the parts, before it becomes gates.
@@ -191,7 +193,7 @@ def shared_bound(t: Tiling, size: int) -> tuple[int, int, int]:
     # On their way to registers the weights pass through shared memory, before those that stay there arrive.
     # Beside them, the first state changes its layout.
     state = t.units * t.batch_tile * 4
-    working = max(operand, stream, reduction) + (state if t.slices == 1 else 0)
+    working = max(operand, stream, reduction) + (state if t.slices == 1 else 0) + SIGNALS
     return registers, shared, max(registers + state, shared + working)
 
 
@@ -281,7 +283,7 @@ def _filled(
         spare = max(spare, 0)
         # One part of K is a product of warp groups on sm_90: it reads its weights from shared memory.
         kept = 0 if dtype == "fp32" or splits == 1 else spare * words // (m * size) // quantum * quantum
-        working = max(burst * columns * size, (m + columns) * stream * size if streamed else 0, reduction)
+        working = max(burst * columns * size, (m + columns) * stream * size if streamed else 0, reduction) + SIGNALS
         shared = (total - working) // (m * size) // quantum * quantum
         most = (total - units * columns * 4) // (m * size) // quantum * quantum
         return min(kept, most), shared

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cost, picture
+from . import cost, forecast, picture
 from . import hardware as devices
 from .hardware import DEVICES, Hardware
 from .plan import DTYPES, Pass, Plan, PlanError, plan
@@ -180,6 +180,12 @@ def as_text(found: Plan, cell: Shape, origin: str) -> str:
     ]
     if measured:
         lines.append(f"Measured, in the record of {hardware.name}: {', '.join(measured)}.")
+    ratios = sorted(e.ratio for e in forecast.errors(cell, hardware))
+    if ratios:
+        lines.append(
+            f"Against {len(ratios)} measured steps of the {cell.name} on {hardware.name}, measured over predicted is "
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}, in the middle {ratios[len(ratios) // 2]:.2f}."
+        )
     return "\n".join(lines)
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from persistrnn.kernels import launch, picture, plan_command
 from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.hardware import DEVICES, Hardware, corrected, live, named
+from persistrnn.kernels.forecast import Error
+from persistrnn.kernels.hardware import DEVICES, Hardware, Step, corrected, live, named
 from persistrnn.kernels.launch import shape_of
 from persistrnn.kernels.plan import DTYPES, Plan, plan
 from persistrnn.kernels.plan_command import CELL_NAMES, as_text, main, shape, sourced
@@ -107,6 +108,20 @@ def test_text_for_every_device_and_dtype(capsys: pytest.CaptureFixture[str], dev
     check_text(out, found)
     assumed = sourced(found.hardware, "assumed")
     assert f"Assumed in the record of {device}: {', '.join(assumed)}.\n" in out
+
+
+def test_the_models_error_is_printed_where_there_are_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = shape("lstm")
+    found = plan(cell, 1024, 16, 1, "bf16", DEVICES["h200"])
+    assert "measured over predicted" not in as_text(found, cell, "a test")
+    steps = [Step("lstm", 1024, 16, 1, "bf16", False, "persistent", us) for us in (2.0, 4.0, 9.0)]
+    errors = tuple(Error(step, predicted=2.0) for step in steps)
+    monkeypatch.setattr(plan_command.forecast, "errors", lambda cell, hardware: errors)
+    text = as_text(found, cell, "a test")
+    assert (
+        "Against 3 measured steps of the lstm on h200, measured over predicted is 1.00 to 4.50, in the middle 2.00."
+        in text
+    )
 
 
 def test_measured_numbers_are_named(tmp_path: Path) -> None:

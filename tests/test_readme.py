@@ -1,0 +1,37 @@
+"""The README's numbers are those of the tables that are kept beside it."""
+
+import csv
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+AUDIT = ROOT / "bench" / "results"
+SHOWN = ("kernel", "H", "B", "slices", "registers", "spills", "in_registers", "in_shared", "streamed", "resident")
+
+
+def audited(name: str) -> list[dict[str, str]]:
+    with (AUDIT / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_audit_table_is_made_from_the_results():
+    rows = audited("audit-newest.csv")
+    lines = [line for line in README.splitlines() if re.match(r"\| (lstm|gru) (forward|backward) \|", line)]
+    assert len(lines) >= 6
+    for line in lines:
+        cells = dict(zip(SHOWN, (c.strip().replace(",", "") for c in line.strip("|").split("|")), strict=True))
+        cells["resident"] = str(float(cells["resident"].rstrip("%")))
+        wanted = {"dtype": "bf16", "arch": "sm_90", "D": "1"} | cells
+        assert any(all(row[k] == v for k, v in wanted.items()) for row in rows), line
+
+
+def test_audit_counts_are_those_of_the_results():
+    for name in ("audit-newest.csv", "audit-oldest.csv"):
+        rows = audited(name)
+        green = sum(not row["failures"] and not row["refused"] for row in rows)
+        assert f"{green:,} of {len(rows):,} rows on {rows[0]['triton']}" in README
+
+
+def test_readme_keeps_its_size():
+    assert 60 <= len(README.splitlines()) <= 90
