@@ -25,9 +25,10 @@ BATCH_CLASSES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 # Registers per thread that a kernel needs besides weights, accumulators, the operand in flight and the streamed tile.
 # Seen by audit (zero spills over the workload tables, both Triton versions).
-BASE_REGISTERS = 76
+BASE_REGISTERS = 79
 STREAM_REGISTERS = 46  # more where a tile is streamed, besides two of those tiles
-TILE_REGISTERS = 16  # more for each further batch tile of a program
+TILE_REGISTERS = 28  # more for each further batch tile of a program
+SHARED_PART_REGISTERS = 26  # more where several warps share a part of K
 WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
 PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 14  # more for each further element of the state that a thread owns
@@ -170,11 +171,12 @@ def _registers(
     if streamed:
         need += STREAM_REGISTERS + 2 * m * choice.stream_chunk * size // words
         if choice.splits > 1:
+            need += SHARED_PART_REGISTERS if choice.splits < choice.warps else 0
             # Operands of 4 bytes are read from shared memory one by one, each from an address of its own.
             need += WORD_REGISTERS if size == 4 else 0
         need += PACK_REGISTERS * size // 2 * (packs - 1)
     if masked:
-        need += MASK_REGISTERS
+        need += MASK_REGISTERS * (1 + choice.subtiles) // 2
     return need + ELEMENT_REGISTERS * (elements - 1)
 
 
@@ -281,8 +283,10 @@ def _filled(
         if spare < 0 and strict:
             return 0, -1
         spare = max(spare, 0)
-        # One part of K is a product of warp groups on sm_90: it reads its weights from shared memory.
-        kept = 0 if dtype == "fp32" or splits == 1 else spare * words // (m * size) // quantum * quantum
+        # Where several warps share a part of K, Triton 3.6.0 gives each of them all of its weights: 8 / splits times
+        # the registers (seen: hundreds of spills). And one part of K is a product of warp groups on sm_90, which reads
+        # its weights from shared memory.
+        kept = 0 if dtype == "fp32" or splits < warps else spare * words // (m * size) // quantum * quantum
         working = max(burst * columns * size, (m + columns) * stream * size if streamed else 0, reduction) + SIGNALS
         shared = (total - working) // (m * size) // quantum * quantum
         most = (total - units * columns * 4) // (m * size) // quantum * quantum
