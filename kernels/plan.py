@@ -28,10 +28,10 @@ BATCH_CLASSES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 BASE_REGISTERS = 79
 STREAM_REGISTERS = 46  # more where a tile is streamed, besides two of those tiles
 TILE_REGISTERS = 28  # more for each further batch tile of a program
-SHARED_PART_REGISTERS = 26  # more where several warps share a part of K
+SHARED_PART_REGISTERS = {2: 44, 4: 26}  # more where warps share a part of a streamed tile, by bytes per element
 WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
 PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
-ELEMENT_REGISTERS = 14  # more for each further element of the state that a thread owns
+ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
 # Offsets into W_hh are 32-bit.
@@ -171,7 +171,7 @@ def _registers(
     if streamed:
         need += STREAM_REGISTERS + 2 * m * choice.stream_chunk * size // words
         if choice.splits > 1:
-            need += SHARED_PART_REGISTERS if choice.splits < choice.warps else 0
+            need += SHARED_PART_REGISTERS[size] if choice.splits < choice.warps else 0
             # Operands of 4 bytes are read from shared memory one by one, each from an address of its own.
             need += WORD_REGISTERS if size == 4 else 0
         need += PACK_REGISTERS * size // 2 * (packs - 1)

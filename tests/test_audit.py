@@ -44,7 +44,8 @@ SAMPLE = [
     Case("gru", True, "bf16", 64, "sm_80", 16),
     Case("gru", True, "fp16", 640, "sm_80", 16, 2),
     Case("gru", True, "bf16", 1150, "sm_90", 80),
-    Case("gru", True, "tf32", 2048, "sm_90", 16),
+    Case("gru", True, "bf16", 2560, "sm_80", 1),
+    Case("gru", True, "tf32", 768, "sm_90", 16),
     Case("gru", True, "fp32", 512, "sm_80", 16),
     Case("lstm", True, "bf16", 1024, "gfx942", 16),
 ]
