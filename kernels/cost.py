@@ -1,6 +1,6 @@
 """The cost model: what one time step of a pass takes, in microseconds. Predicted, from a device's record alone.
 
-A step is the sum of five parts (DESIGN of the kernels: one exchange, then a product, then the cell):
+A step is one exchange, then a product, then the cell, and the sum of five parts:
 
 * compute: multiply-adds of one program, padding included, at its share of the device's matrix rate times what such
   small products reach of it;
@@ -27,6 +27,7 @@ BYTES = {"fp16": 2, "bf16": 2, "tf32": 4, "fp32": 4}  # per element of W_hh on c
 # Assumed, not measured; a device's data file replaces those that are in its record.
 MATRIX_EFFICIENCY = 0.5  # of the dense rate, by mma on tiles of 16 columns
 LATENCY_SHARE = 0.5  # of an exchange: one trip through L2, for the first byte of each burst of the operand
+UNHIDDEN = 0.1  # of an exchange, however much work other batch tiles have
 CELL_CYCLES = 250.0  # the chain of exp and divide from the product to the new state
 ELEMENT_CYCLES = 40.0  # per element of the state and thread: loads, stores, conversions
 
@@ -93,13 +94,13 @@ def step(cell: Shape, hidden: int, dtype: str, hardware: Hardware, choice: Choic
         outputs = 1 if backward else cell.gates
         if choice.rows > 1:
             state += tiles * 2 * choice.rows * choice.units * outputs * columns * 4 / l2
-        latency = hardware.exchange
-        trips = -(-work.k // choice.burst) * LATENCY_SHARE * hardware.exchange - LATENCY_SHARE * hardware.exchange
-        exchanges = 2 if choice.rows > 1 else 1
+        bursts = -(-work.k // choice.burst)
+        exchanges = (2 if choice.rows > 1 else 1) * hardware.exchange
         # With several batch tiles, the others' work hides a tile's exchange.
         busy = (compute + weights + state) / tiles * (tiles - 1)
-        synchronisation = max(exchanges * latency - busy, 0.1 * exchanges * latency) + tiles * trips
-        barriers = 5 + 2 * (-(-work.k // choice.burst)) + (4 if choice.rows > 1 else 0)
+        later_bursts = (bursts - 1) * LATENCY_SHARE * hardware.exchange
+        synchronisation = max(exchanges - busy, UNHIDDEN * exchanges) + tiles * later_bursts
+        barriers = 5 + 2 * bursts + (4 if choice.rows > 1 else 0)
     synchronisation += tiles * barriers * hardware.barrier
 
     threads = 32 * choice.warps
@@ -152,7 +153,7 @@ def torch_step(
     cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware, backward: bool
 ) -> float:
     """Microseconds per step that torch's own path is taken to need: a product and a pointwise kernel per step and
-    direction, or, where cuDNN has a persistent kernel (16-bit float, LSTM, H a multiple of 128 up to 1024, B a
+    direction, or, where cuDNN has a persistent kernel (float16, LSTM, H a multiple of 128 up to 1024, B a
     multiple of 8 up to 128, one direction), 1.96 forward as published for an H100 at H=768, B=16 (3.1 backward)."""
     size = BYTES[dtype]
     persistent = (

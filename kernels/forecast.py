@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .cost import torch_step
-from .hardware import Hardware, Step, measurements
+from .hardware import Hardware
+from .measurements import Step, measurements
 from .plan import plan
 from .tiling import Shape
 

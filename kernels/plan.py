@@ -2,8 +2,8 @@
 
 ``plan(cell, batch, hidden, ...)`` searches, for the forward and for the backward scan, the slices, the split, the batch
 tiles, the warps and the homes of W_hh that the cost model (``cost``) predicts to be fastest, among those that fit the
-registers and the shared memory. What fits is known by audit: the compiler is asked for every shape of the workload
-tables, and the constants below are such that no kernel of theirs spills.
+registers and the shared memory. What fits is known by audit: the constants below are such that no kernel that
+``bench/results`` lists spills.
 """
 
 from __future__ import annotations

@@ -24,11 +24,12 @@ FLOORS = (
     ("persistrnn.kernels.forecast", "persistrnn.kernels.picture"),
     ("persistrnn.kernels.plan", "persistrnn.kernels.scan"),
     ("persistrnn.kernels.cost", "persistrnn.kernels.product"),
+    ("persistrnn.kernels.hardware",),
     (
         "persistrnn.kernels.exchange",
         "persistrnn.kernels.tiles",
         "persistrnn.kernels.cells",
-        "persistrnn.kernels.hardware",
+        "persistrnn.kernels.measurements",
         "persistrnn.kernels.tiling",
     ),
 )

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from persistrnn.kernels import forecast as forecasting
-from persistrnn.kernels import hardware
+from persistrnn.kernels import measurements as files
 from persistrnn.kernels.cost import torch_step
 from persistrnn.kernels.forecast import Forecast, forecast
 from persistrnn.kernels.hardware import DEVICES
@@ -31,10 +31,10 @@ def measured(monkeypatch, tmp_path):
     """measured(step, ...): the data file of the H200 holds these steps."""
 
     def write(*steps):
-        provenance = dict.fromkeys(hardware.PROVENANCE, "a test")
+        provenance = dict.fromkeys(files.PROVENANCE, "a test")
         content = {"provenance": provenance, "constants": {}, "steps": list(steps)}
         (tmp_path / "h200.json").write_text(json.dumps(content))
-        found = hardware.measurements("h200", tmp_path)
+        found = files.measurements("h200", tmp_path)
         monkeypatch.setattr(forecasting, "measurements", lambda name: found if name == "h200" else None)
         forecast.cache_clear()
         forecasting.errors.cache_clear()

@@ -16,8 +16,9 @@ import torch
 from persistrnn.kernels import launch, picture, plan_command
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.forecast import Error
-from persistrnn.kernels.hardware import DEVICES, Hardware, Step, corrected, live, named
+from persistrnn.kernels.hardware import DEVICES, Hardware, corrected, live, named
 from persistrnn.kernels.launch import shape_of
+from persistrnn.kernels.measurements import Step
 from persistrnn.kernels.plan import DTYPES, Plan, plan
 from persistrnn.kernels.plan_command import CELL_NAMES, as_text, main, shape, sourced
 
