@@ -138,8 +138,9 @@ def _launch(
     tiles = jobs * t.subtiles
     # Counters, owned by this call: a set per batch tile, so that launches in turn do not meet.
     counters = torch.zeros(tiles * t.lanes * exchange.stride if t.slices > 1 else 1, dtype=torch.int32, device=device)
+    # Of the groups of one launch: the next launch follows on the same stream.
     parts = torch.empty(
-        tiles * 2 * t.slices * t.outputs * t.wide * t.batch_tile if t.rows > 1 else 1,
+        min(jobs, part.groups) * t.subtiles * 2 * t.slices * t.outputs * t.wide * t.batch_tile if t.rows > 1 else 1,
         dtype=torch.float32,
         device=device,
     )

@@ -53,53 +53,48 @@ def left_of(length, start, base, tiling: tl.constexpr):
 
 
 @triton.jit
-def load_tile(corner, m, m_mask, k, length, whole: tl.constexpr, m_stride: tl.constexpr, k_stride: tl.constexpr,
-              splits: tl.constexpr):  # fmt: skip
-    offsets = weight_offsets(m, m_stride, k, k_stride, splits)
+def load_tile(corner, m, m_mask, k, length, whole: tl.constexpr, tiling: tl.constexpr):
+    offsets = weight_offsets(m, tiling.m_stride, k, tiling.k_stride, tiling.splits)
     # Masks only where needed, offsets from zero: what the tiles of a program share costs registers once.
     if whole:
         return tl.load(corner + offsets)
     else:
-        return tl.load(corner + offsets, mask=weight_mask(m_mask, k, length, splits), other=0.0)
+        return tl.load(corner + offsets, mask=weight_mask(m_mask, k, length, tiling.splits), other=0.0)
 
 
 @triton.jit
-def resident(weight, m, m_mask, base, first: tl.constexpr, last: tl.constexpr, m_stride: tl.constexpr,
-             k_stride: tl.constexpr, tiling: tl.constexpr):  # fmt: skip
+def resident(weight, m, m_mask, base, first: tl.constexpr, last: tl.constexpr, tiling: tl.constexpr):
     """This program's rows, resident chunks ``first`` to ``last`` of K: a tuple per pack, of one tile per chunk."""
     weights = ()
     for p in tl.static_range(len(tiling.packs)):
-        weights = weights + (
-            resident_pack(weight, m[p], m_mask[p], base, first, last, m_stride, k_stride, tiling),
-        )  # fmt: skip
+        weights = weights + (resident_pack(weight, m[p], m_mask[p], base, first, last, tiling),)
     return weights
 
 
 @triton.jit
-def resident_pack(weight, m, m_mask, base, first: tl.constexpr, last: tl.constexpr, m_stride: tl.constexpr,
-                  k_stride: tl.constexpr, tiling: tl.constexpr):  # fmt: skip
+def resident_pack(weight, m, m_mask, base, first: tl.constexpr, last: tl.constexpr, tiling: tl.constexpr):
     tiles = ()
     for i in tl.static_range(first, last):
         k = k_index(tiling.chunks[i].size, tiling.splits)
-        corner = weight + position(tiling.chunks[i].segment, tiling.chunks[i].start, base, tiling) * k_stride
+        corner = weight + position(tiling.chunks[i].segment, tiling.chunks[i].start, base, tiling) * tiling.k_stride
         length = left_of(tiling.chunks[i].length, tiling.chunks[i].start, base, tiling)
-        tiles = tiles + (load_tile(corner, m, m_mask, k, length, False, m_stride, k_stride, tiling.splits),)
+        tiles = tiles + (load_tile(corner, m, m_mask, k, length, False, tiling),)
         # Else all tiles are loaded into registers at once on their way to shared memory, and spill there.
         tl.debug_barrier()
     return tiles
 
 
 @triton.jit
-def streamed(weight, m, m_mask, i, base, m_stride: tl.constexpr, k_stride: tl.constexpr, tiling: tl.constexpr):
+def streamed(weight, m, m_mask, i, base, tiling: tl.constexpr):
     """This program's rows of streamed tile ``i``, a tuple with one tile per pack."""
     segment, start = streamed_start(i, tiling)
     k = k_index(tiling.stream_chunk, tiling.splits)
-    corner = weight + position(segment, start, base, tiling) * k_stride
+    corner = weight + position(segment, start, base, tiling) * tiling.k_stride
     length = left_of(tiling.depth - start, start, base, tiling)
     whole: tl.constexpr = stream_is_whole(tiling) and not units_are_ragged(tiling)
     tiles = ()
     for p in tl.static_range(len(tiling.packs)):
-        tiles = tiles + (load_tile(corner, m[p], m_mask[p], k, length, whole, m_stride, k_stride, tiling.splits),)
+        tiles = tiles + (load_tile(corner, m[p], m_mask[p], k, length, whole, tiling),)
     return tiles
 
 
@@ -201,10 +196,10 @@ def add_local(weights, operands, b: tl.constexpr, once, accs, tiling: tl.constex
 
 
 @triton.jit
-def operand_tile(pointer, rows, row_stride: tl.constexpr, size: tl.constexpr, length, whole: tl.constexpr, patience,
-                 error, tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
+def operand_tile(pointer, rows, size: tl.constexpr, length, whole: tl.constexpr, patience, error,
+                 tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
     k = k_index(size, tiling.splits)
-    offsets = operand_offsets(k, rows, row_stride, tiling.splits)
+    offsets = operand_offsets(k, rows, tiling.row_stride, tiling.splits)
     if whole:
         return get(pointer + offsets, None, patience, error, exchange)
     else:
@@ -212,14 +207,14 @@ def operand_tile(pointer, rows, row_stride: tl.constexpr, size: tl.constexpr, le
 
 
 @triton.jit
-def operand_tiles(pointer, rows, row_stride: tl.constexpr, base, first: tl.constexpr, last: tl.constexpr, patience,
-                  error, tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
+def operand_tiles(pointer, rows, base, first: tl.constexpr, last: tl.constexpr, patience, error,
+                  tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
     """The moving operand of the resident tiles ``first`` to ``last``: all are on their way at once."""
     tiles = ()
     for i in tl.static_range(first, last):
         length = left_of(tiling.chunks[i].length, tiling.chunks[i].start, base, tiling)
         tile, patience = operand_tile(
-            pointer + position(tiling.chunks[i].segment, tiling.chunks[i].start, base, tiling), rows, row_stride,
+            pointer + position(tiling.chunks[i].segment, tiling.chunks[i].start, base, tiling), rows,
             tiling.chunks[i].size, length, is_whole(tiling.chunks[i], tiling), patience, error, tiling, exchange,
         )  # fmt: skip
         tiles = tiles + (tile,)
@@ -232,17 +227,16 @@ def burst_start(tiling, i):
 
 
 @triton.jit
-def add_burst(weights, b: tl.constexpr, accs, pointer, rows, row_stride: tl.constexpr, base, once, patience, error,
-              tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
+def add_burst(weights, b: tl.constexpr, accs, pointer, rows, base, once, patience, error, tiling: tl.constexpr,
+              exchange: tl.constexpr):  # fmt: skip
     first: tl.constexpr = burst_start(tiling, b)
     last: tl.constexpr = burst_start(tiling, b + 1)
-    operands, patience = operand_tiles(pointer, rows, row_stride, base, first, last, patience, error, tiling, exchange)
+    operands, patience = operand_tiles(pointer, rows, base, first, last, patience, error, tiling, exchange)
     return add(weights, operands, first, last, once, accs, tiling), patience
 
 
 @triton.jit
-def product_shared(weights, ahead, stream, pointer, rows, row_stride: tl.constexpr, base, once, patience, error,
-                   m_stride: tl.constexpr, k_stride: tl.constexpr, tiling: tl.constexpr,
+def product_shared(weights, ahead, stream, pointer, rows, base, once, patience, error, tiling: tl.constexpr,
                    exchange: tl.constexpr):  # fmt: skip
     """Many slices: the operand is what all slices of the group have put at ``pointer``.
 
@@ -251,18 +245,16 @@ def product_shared(weights, ahead, stream, pointer, rows, row_stride: tl.constex
     """
     accs = accumulators(tiling)
     for b in tl.static_range(len(tiling.bursts)):
-        accs, patience = add_burst(
-            weights, b, accs, pointer, rows, row_stride, base, once, patience, error, tiling, exchange
-        )  # fmt: skip
+        accs, patience = add_burst(weights, b, accs, pointer, rows, base, once, patience, error, tiling, exchange)
     if tiling.streamed > 0:
         weight, m, m_mask = stream
         n: tl.constexpr = tiling.streamed
         for i in range(n):
             current = ahead
-            ahead = streamed(weight, m, m_mask, (i + 1) % n, base, m_stride, k_stride, tiling)
+            ahead = streamed(weight, m, m_mask, (i + 1) % n, base, tiling)
             segment, start = streamed_start(i, tiling)
             operand, patience = operand_tile(
-                pointer + position(segment, start, base, tiling), rows, row_stride, tiling.stream_chunk,
+                pointer + position(segment, start, base, tiling), rows, tiling.stream_chunk,
                 left_of(tiling.depth - start, start, base, tiling), stream_is_whole(tiling), patience, error,
                 tiling, exchange,
             )  # fmt: skip

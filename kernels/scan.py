@@ -97,6 +97,35 @@ def publish(pointer, offsets, mask, stride: tl.constexpr, tiles, counter, tiling
         arrive(counter, exchange)
 
 
+@triton.jit
+def multiply(weights, ahead, stream, pointer, rows, j: tl.constexpr, place, once, step, channel, patience,
+             tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
+    """Wait for the other slices and form batch tile j's product with what they have put at ``pointer``.
+
+    place: (first index of this program's block of K, block, column); channel: (counters, partial products, error word).
+    The forward multiplies what the step before has put, the backward what this one has.
+    """
+    base, row, column = place
+    counters, parts, error = channel
+    R: tl.constexpr = tiling.rows
+    lane: tl.constexpr = exchange.stride
+    counter = counters + j * (tiling.lanes * lane)
+    told = step
+    if tiling.backward:
+        told = step + 1
+    patience = wait(counter + row * lane, told * (tiling.slices // R), patience, error, exchange)
+    product, ahead, patience = product_shared(
+        weights, ahead, stream, pointer, rows, base, once, patience, error, tiling, exchange
+    )
+    if R > 1:
+        size: tl.constexpr = tiling.outputs * tiling.wide * tiling.batch_tile
+        part = parts + ((j * 2 + step % 2) * tiling.slices + column * R) * size
+        product, patience = add_parts(
+            product, part, row, counter + (R + column) * lane, (step + 1) * R, patience, error, tiling, exchange
+        )
+    return product, ahead, patience
+
+
 @triton.jit(do_not_specialize=["first_job", "T", "B"])
 def scan_forward(
     x_gates,
@@ -115,7 +144,7 @@ def scan_forward(
 ):
     """states: tuple of [T + 2, B, D, H], of which those after h have only 2 slots unless SAVE. saved: [T, B, D, n, H].
     sync: (counters int32 [jobs * subtiles * lanes * exchange.stride], error word int32 [1],
-    partial products fp32 [jobs * subtiles, 2, S, gates * R*U * BB])."""
+    partial products fp32 [groups * subtiles, 2, S, outputs * R*U * BB])."""
     H: tl.constexpr = tiling.hidden
     D: tl.constexpr = tiling.directions
     G: tl.constexpr = tiling.gates
@@ -130,15 +159,18 @@ def scan_forward(
     in_registers: tl.constexpr = tiling.in_registers
     chunks: tl.constexpr = len(tiling.chunks)
     counters, error, parts = sync
-    job, direction, b0 = job_of(first_job + tl.program_id(1), B, N * BB)
+    group = tl.program_id(1)
+    job, direction, b0 = job_of(first_job + group, B, N * BB)
     counters += job * (N * tiling.lanes * lane)
-    parts += job.to(tl.int64) * (N * 2 * tiling.slices * G * W * BB)
+    parts += group.to(tl.int64) * (N * 2 * tiling.slices * tiling.outputs * W * BB)
     patience = tl.full((), exchange.patience, tl.int32)
     slice_id = tl.program_id(0)
     column = slice_id // R
     row = slice_id % R
     own_block = slice_id // tiling.columns
     base = row * tiling.block
+    place = (base, row, column)
+    channel = (counters, parts, error)
     units = slice_id * U + tl.arange(0, U)
     mask = (units < H)[:, None]
 
@@ -150,7 +182,7 @@ def scan_forward(
         unit = column * W + m % W
         m_rows = m_rows + ((tiling.first_gates[p] + m // W) * H + unit,)
         m_masks = m_masks + (unit < H,)
-    held = resident(corner, m_rows, m_masks, base, 0, in_registers, tiling.stride, 1, tiling)
+    held = resident(corner, m_rows, m_masks, base, 0, in_registers, tiling)
     t = time_of(0, direction, T)
     state = ()
     for j in tl.static_range(N):
@@ -166,12 +198,12 @@ def scan_forward(
     once = tl.minimum(T, 1)
     turn = 0
     while turn < once:
-        shared = resident(corner, m_rows, m_masks, base, in_registers, chunks, tiling.stride, 1, tiling)
+        shared = resident(corner, m_rows, m_masks, base, in_registers, chunks, tiling)
         weights = join(held, shared)
         stream = (corner, m_rows, m_masks)
         ahead = ()
         if tiling.streamed > 0:
-            ahead = streamed(corner, m_rows, m_masks, 0, base, tiling.stride, 1, tiling)
+            ahead = streamed(corner, m_rows, m_masks, 0, base, tiling)
         biases = ()
         for g in tl.static_range(G):
             biases = biases + (load(bias + direction * (G * H) + g * H + units, units < H)[:, None],)
@@ -190,18 +222,10 @@ def scan_forward(
                 if tiling.slices == 1:
                     product = product_local(weights, before, once, weight.dtype.element_ty, tiling)
                 else:
-                    patience = wait(counter + row * lane, step * (tiling.slices // R), patience, error, exchange)
                     h = states[0] + row_offset(previous_slot(t, direction), first, direction, B, D, H)
-                    product, ahead, patience = product_shared(
-                        weights, ahead, stream, h, rows, D * H, base, once, patience, error, tiling.stride, 1, tiling,
-                        exchange,
-                    )  # fmt: skip
-                    if R > 1:
-                        part = parts + ((j * 2 + step % 2) * tiling.slices + column * R) * (G * W * BB)
-                        product, patience = add_parts(
-                            product, part, row, counter + (R + column) * lane, (step + 1) * R, patience, error, tiling,
-                            exchange,
-                        )  # fmt: skip
+                    product, ahead, patience = multiply(
+                        weights, ahead, stream, h, rows, j, place, once, step, channel, patience, tiling, exchange
+                    )
                 r = ()
                 for g in tl.static_range(G):
                     r = r + (product[g] + biases[g],)
@@ -279,22 +303,25 @@ def scan_backward(
     chunks: tl.constexpr = len(tiling.chunks)
     counters, error, parts = sync
     dx_gates, dr_gates = d_gates
-    job, direction, b0 = job_of(first_job + tl.program_id(1), B, N * BB)
+    group = tl.program_id(1)
+    job, direction, b0 = job_of(first_job + group, B, N * BB)
     counters += job * (N * tiling.lanes * lane)
-    parts += job.to(tl.int64) * (N * 2 * tiling.slices * W * BB)
+    parts += group.to(tl.int64) * (N * 2 * tiling.slices * tiling.outputs * W * BB)
     patience = tl.full((), exchange.patience, tl.int32)
     slice_id = tl.program_id(0)
     column = slice_id // R
     row = slice_id % R
     own_block = slice_id // tiling.columns
     base = row * tiling.block
+    place = (base, row, column)
+    channel = (counters, parts, error)
     units = slice_id * U + tl.arange(0, U)
     mask = (units < H)[:, None]
 
     corner = weight + direction.to(tl.int64) * (G * H * tiling.stride)
     m = (column * W + tl.arange(0, W),)
     m_mask = (m[0] < H,)
-    held = resident(corner, m, m_mask, base, 0, in_registers, 1, tiling.stride, tiling)
+    held = resident(corner, m, m_mask, base, 0, in_registers, tiling)
     d_state = ()
     for j in tl.static_range(N):
         first, rows, own = batch_rows(b0 + j * BB, B, tiling)
@@ -305,12 +332,12 @@ def scan_backward(
     once = tl.minimum(T, 1)
     turn = 0
     while turn < once:
-        shared = resident(corner, m, m_mask, base, in_registers, chunks, 1, tiling.stride, tiling)
+        shared = resident(corner, m, m_mask, base, in_registers, chunks, tiling)
         weights = join(held, shared)
         stream = (corner, m, m_mask)
         ahead = ()
         if tiling.streamed > 0:
-            ahead = streamed(corner, m, m_mask, 0, base, 1, tiling.stride, tiling)
+            ahead = streamed(corner, m, m_mask, 0, base, tiling)
 
         read_ahead = ()
         t = time_of(T - 1, direction, T)
@@ -352,20 +379,12 @@ def scan_backward(
                 after = ()
                 for j in tl.static_range(N):
                     first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-                    counter = counters + j * (tiling.lanes * lane)
                     d = part_of(d_state, j, n)
                     gates = row_offset(t, first, direction, B, D, G * H)
-                    patience = wait(counter + row * lane, (step + 1) * (tiling.slices // R), patience, error, exchange)
-                    product, ahead, patience = product_shared(
-                        weights, ahead, stream, dr_gates + gates, rows, D * G * H, base, once, patience, error, 1,
-                        tiling.stride, tiling, exchange,
+                    product, ahead, patience = multiply(
+                        weights, ahead, stream, dr_gates + gates, rows, j, place, once, step, channel, patience,
+                        tiling, exchange,
                     )  # fmt: skip
-                    if R > 1:
-                        part = parts + ((j * 2 + step % 2) * tiling.slices + column * R) * (W * BB)
-                        product, patience = add_parts(
-                            product, part, row, counter + (R + column) * lane, (step + 1) * R, patience, error, tiling,
-                            exchange,
-                        )  # fmt: skip
                     after = after + (d[0] + product[0],) + d[1:]
             d_state = after
             step += 1

@@ -86,6 +86,7 @@ class Tiling:
 
     hidden: int
     stride: int
+    backward: bool
     directions: int
     gates: int
     saved: int
@@ -113,6 +114,20 @@ class Tiling:
     @property
     def columns(self) -> int:
         return self.slices // self.rows
+
+    @property
+    def m_stride(self) -> int:
+        """Elements of W_hh from one output to the next: the backward multiplies by its transpose."""
+        return 1 if self.backward else self.stride
+
+    @property
+    def k_stride(self) -> int:
+        return self.stride if self.backward else 1
+
+    @property
+    def row_stride(self) -> int:
+        """Elements of the moving operand from one row of the batch to the next."""
+        return self.directions * self.hidden * (self.gates if self.backward else 1)
 
     @property
     def wide(self) -> int:
@@ -222,6 +237,7 @@ def tiling(
     aligned = 16 // size
     return Tiling(
         hidden=hidden,
+        backward=backward,
         stride=-(-hidden // aligned) * aligned if slices > 1 else hidden,
         directions=directions,
         gates=gates,

@@ -115,8 +115,8 @@ def prefetch_not_advanced(monkeypatch):
     """The tile that is loaded ahead is the one in use."""
     original = product.streamed
 
-    def streamed(weight, m, m_mask, i, base, m_stride, k_stride, tiling):
-        return original(weight, m, m_mask, (i - 1) % tiling.streamed, base, m_stride, k_stride, tiling)
+    def streamed(weight, m, m_mask, i, base, tiling):
+        return original(weight, m, m_mask, (i - 1) % tiling.streamed, base, tiling)
 
     monkeypatch.setattr(product, "streamed", streamed)
 

@@ -152,6 +152,24 @@ def test_jobs_that_do_not_fit_follow_in_turn(forced, cell, groups, rounds, chose
     assert not bound.failures, "\n".join(bound.failures)
 
 
+@pytest.mark.parametrize("batch", [3, 40])
+def test_partial_products_take_the_memory_of_one_launch(forced, monkeypatch, batch):
+    """Jobs that follow in turn use the same memory again: a large batch would else take hundreds of megabytes."""
+    forced(groups=1, rows=2)
+    parts = []
+
+    class Spy:
+        __name__ = "scan_forward"
+
+        def __getitem__(self, grid):
+            return lambda **arguments: parts.append((arguments["tiling"], arguments["sync"][2].numel()))
+
+    monkeypatch.setattr(launch, "scan_forward", Spy())
+    persistrnn.LSTM(3, 29, backend="persistent")(torch.ones(2, batch, 3))
+    assert len(parts) == -(-batch // 16)
+    assert {numel for t, numel in parts} == {2 * t.slices * 4 * t.rows * t.units * t.batch_tile for t, _ in parts}
+
+
 # ---- mutants ------------------------------------------------------------------------------------------------------
 
 # (operation to delay, the slow program)
