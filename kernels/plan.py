@@ -30,9 +30,12 @@ STREAM_REGISTERS = 46  # more where a tile is streamed, besides two of those til
 TILE_REGISTERS = 28  # more for each further batch tile of a program
 SHARED_PART_REGISTERS = {2: 44, 4: 26}  # more where warps share a part of a streamed tile, by bytes per element
 WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
-PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
+PACK_REGISTERS = 24  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
+# Full float32 has no tensor cores: a thread holds both operands of its outputs for all of a tile's part of K. So many
+# numbers, the outputs among them, are the most that never spilled (272; 320 did).
+MULTIPLY_ADD_REGISTERS = 280
 
 # Offsets into W_hh are 32-bit.
 LARGEST = 1 << 31
@@ -251,6 +254,15 @@ def _sliced(
                         yield found
 
 
+def _multiply_add_depth(outputs: int) -> int:
+    """The deepest part of K, a power of two, for which a thread holds both operands of so many outputs in full float32;
+    0 if there is none."""
+    high = 1 << (max(outputs, 1).bit_length()) // 2
+    edges = high + -(-outputs // high)
+    room = MULTIPLY_ADD_REGISTERS - outputs
+    return _power_of_2_at_most(room // edges) if room >= edges else 0
+
+
 def _filled(
     cell: Shape, hidden: int, hardware: Hardware, size: int, backward: bool, dtype: str, units: int, rows: int,
     slices: int, columns: int, subtiles: int, blocks: int, splits: int, strict: bool,
@@ -265,9 +277,14 @@ def _filled(
     smallest = smallest_chunk(splits)
     # Tiles of at most 32 registers per thread on their way, of weights and of the operand.
     fits = _power_of_2_at_most(32 * words // (size * max(m, columns)))
-    chunk = max(smallest, min(512, fits))
+    deepest = 512
+    if dtype == "fp32":
+        deepest = splits * _multiply_add_depth(splits * m * columns // (32 * warps))
+        if deepest < smallest and strict:
+            return None
+    chunk = max(smallest, min(deepest, fits))
     burst = max(chunk, 32 * words // (size * columns))
-    stream = max(smallest, min(512, _power_of_2_at_most(24 * words // (size * m))))
+    stream = max(smallest, min(deepest, _power_of_2_at_most(24 * words // (size * m))))
     choice = Choice(units, rows, columns, subtiles, warps, blocks, splits, chunk, burst, 0, 0, stream)
 
     quantum = smallest * segments
