@@ -30,7 +30,7 @@ STREAM_REGISTERS = 46  # more where a tile is streamed, besides two of those til
 TILE_REGISTERS = 28  # more for each further batch tile of a program
 SHARED_PART_REGISTERS = {2: 44, 4: 26}  # more where warps share a part of a streamed tile, by bytes per element
 WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
-PACK_REGISTERS = 24  # more for a second pack of gates in what is streamed
+PACK_REGISTERS = 26  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 # Full float32 has no tensor cores: a thread holds both operands of its outputs for all of a tile's part of K. So many
@@ -226,7 +226,8 @@ def _sliced(
     streams = cell.gates * hidden * hidden * size > 2 * hardware.multiprocessors * hardware.shared
     tiles = [(8, 1)] if batch <= 8 or streams or not strict else []
     tiles += [(16, 1)] + [(16, n) for n in (2, 4) if 16 * n <= next_power_of_2(batch)]
-    tiles += [(32, 1)] if batch > 16 else []
+    # Full float32 spills on wider tiles (2 to 600 instructions).
+    tiles += [(32, 1)] if batch > 16 and dtype != "fp32" else []
     parts = (8, 4, 2, 1) if streams or size == 4 else (8, 4, 2)
     for units in (8, 16, 32, 64, 128):
         needed = -(-hidden // units)
@@ -315,12 +316,13 @@ def _filled(
     if subtiles > 1:
         return None  # each batch tile would stream the weights again
     # A step that streams is long: more trips through L2 do not count as much as the registers do.
-    burst = max(chunk, burst // 2)
-    choice = replace(choice, burst=burst)
-    registers, shared = homes(True)
-    if shared < 0:
-        return None
-    return replace(choice, in_registers=min(registers, k), in_shared=min(shared, max(0, k - registers)))
+    smaller = sorted({(max(smallest, stream // m), max(chunk, burst // n)) for m in (1, 2) for n in (2, 4, 8)})
+    for stream, burst in reversed(smaller):
+        choice = replace(choice, burst=burst, stream_chunk=stream)
+        registers, shared = homes(True)
+        if shared >= 0:
+            return replace(choice, in_registers=min(registers, k), in_shared=min(shared, max(0, k - registers)))
+    return None
 
 
 def _shares(cell: Shape, t: Tiling, backward: bool, size: int) -> Shares:

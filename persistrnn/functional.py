@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from persistrnn import ops, reference, torch_path
 
 Backend = Literal["auto", "persistent", "torch"]
+BACKENDS = get_args(Backend)
 
 Input = TypeVar("Input", Tensor, PackedSequence)  # the output has the form of the input
 
@@ -232,8 +233,8 @@ def compute_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def check_backend(backend: str) -> None:
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend is one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
 
 
 def parameter_names(layer: int, direction: int, bias: bool, projection: bool) -> list[str]:

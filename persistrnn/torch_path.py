@@ -58,22 +58,19 @@ def _eager(
     batch_first: bool,
 ) -> list[Tensor]:
     hx = tuple(states) if cell == "lstm" else states[0]
-    with _no_flat_weight_warning(input):
+    # Only on a GPU can the warning come, and catching it costs time and changes a setting of the whole process.
+    with _no_flat_weight_warning() if input.is_cuda else _NOTHING:
         if batch_sizes is None:
             return list(FUNCTIONS[cell](input, hx, list(weights), *options, batch_first))
         return list(FUNCTIONS[cell](input, batch_sizes, hx, list(weights), *options))
 
 
-@contextlib.contextmanager
-def _no_flat_weight_warning(input: Tensor) -> Iterator[None]:
-    """Silence cuDNN's hint to call flatten_parameters(): the weights here belong to the caller.
+_NOTHING = contextlib.nullcontext()
 
-    Only on a GPU, the one place where the warning exists, since catching warnings costs time and changes a
-    setting of the whole process.
-    """
-    if not input.is_cuda:
-        yield
-        return
+
+@contextlib.contextmanager
+def _no_flat_weight_warning() -> Iterator[None]:
+    """Silence cuDNN's hint to call flatten_parameters(): the weights here belong to the caller."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
         yield

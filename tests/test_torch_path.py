@@ -1,7 +1,6 @@
 """torch's own path: torch.nn's bits when eager, one operator per layer when compiled."""
 
 import shutil
-import types
 import warnings
 
 import pytest
@@ -238,8 +237,7 @@ def test_packed_sequence_compiles_with_a_graph_break(cell):
 
 
 def test_silences_the_flat_weight_warning_and_no_other():
-    on_gpu = types.SimpleNamespace(is_cuda=True)
-    with torch_path._no_flat_weight_warning(on_gpu):
+    with torch_path._no_flat_weight_warning():
         warnings.warn("RNN module weights are not part of single contiguous chunk of memory.", stacklevel=1)
-    with pytest.warns(UserWarning, match="another"), torch_path._no_flat_weight_warning(on_gpu):
+    with pytest.warns(UserWarning, match="another"), torch_path._no_flat_weight_warning():
         warnings.warn("another", stacklevel=1)
