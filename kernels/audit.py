@@ -36,6 +36,7 @@ from .cells import CELLS
 from .exchange import Exchange
 from .launch import options, shape_of
 from .scan import scan_backward, scan_forward
+from .wave_plan import wave
 
 DTYPES = {"fp16": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
 DEVICE_OF_ARCH = {
@@ -54,7 +55,7 @@ KERNEL_FILES = ("cells", "exchange", "product", "scan", "tiles", "launch")
 
 @dataclass(frozen=True)
 class Case:
-    """What to compile: one kernel for one shape on one architecture."""
+    """What to compile: one kernel for one shape on one architecture; layers > 1: of a stack as a wave."""
 
     cell: str
     backward: bool
@@ -63,6 +64,7 @@ class Case:
     arch: str
     batch: int = 16
     directions: int = 1
+    layers: int = 1
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,11 @@ class Row:
 def planned(case: Case) -> planning.Pass:
     """The pass that the plan has for a case."""
     hardware = devices.named(DEVICE_OF_ARCH[case.arch])
+    if case.layers > 1:
+        found = wave(shape_of(CELLS[case.cell]), case.hidden, case.layers, case.batch, case.dtype, hardware)
+        if found is None:
+            raise planning.PlanError(f"{case.layers} layers of hidden_size={case.hidden} do not fit {hardware.name}")
+        return found.backward if case.backward else found.forward
     plan = planning.plan(shape_of(CELLS[case.cell]), case.hidden, case.batch, case.directions, case.dtype, hardware)
     return plan.backward if case.backward else plan.forward
 

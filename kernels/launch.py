@@ -116,7 +116,7 @@ def check() -> None:
             )
 
 
-def _launch(
+def launch(
     kernel: Any,
     part: planning.Pass,
     jobs: int,
@@ -135,21 +135,19 @@ def _launch(
     if t.stride != t.hidden:
         # Rows of 16-byte multiples: else every load of a weight is in narrow pieces.
         weight_hh = torch.nn.functional.pad(weight_hh, (0, t.stride - t.hidden))
-    tiles = jobs * t.subtiles
+    tiles = jobs * t.layers * t.subtiles
     # Counters, owned by this call: a set per batch tile, so that launches in turn do not meet.
     counters = torch.zeros(tiles * t.lanes * exchange.stride if t.slices > 1 else 1, dtype=torch.int32, device=device)
     # Of the groups of one launch: the next launch follows on the same stream.
-    parts = torch.empty(
-        min(jobs, part.groups) * t.subtiles * 2 * t.slices * t.outputs * t.wide * t.batch_tile if t.rows > 1 else 1,
-        dtype=torch.float32,
-        device=device,
-    )
+    tiles_at_once = min(jobs, part.groups) * t.layers * t.subtiles
+    size = tiles_at_once * 2 * t.slices * t.outputs * t.wide * t.batch_tile if t.rows > 1 else 1
+    parts = torch.empty(size, dtype=torch.float32, device=device)
     sync = counters, _error_word(device), parts
     arch = hardware(device).arch
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         for first in range(0, jobs, part.groups):
-            grid = (t.slices, min(part.groups, jobs - first))
+            grid = (t.slices, min(part.groups, jobs - first) * t.layers)
             kernel[grid](
                 **arguments,
                 weight=weight_hh,
@@ -167,7 +165,7 @@ def _launch(
         check()
 
 
-def _flag(buffer: Tensor, part: planning.Pass, exchange: Exchange) -> None:
+def flag(buffer: Tensor, part: planning.Pass, exchange: Exchange) -> None:
     """Fill the exchange buffer with the reserved NaN (all bits one)."""
     if exchange.protocol == "flags" and part.tiling.slices > 1:
         buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(-1)
@@ -205,7 +203,7 @@ def forward(
     part = plan.forward
     exchange = exchange_for(x_gates.device)
     y = x_gates.new_empty(T + 2, B, D, H)
-    _flag(y, part, exchange)
+    flag(y, part, exchange)
     c = x_gates.new_empty((T + 2 if save else 2, B, D, H) if cell.states > 1 else 0)
     if exchange.protocol == "flags":
         h0 = torch.where(h0.isnan(), torch.nan, h0)  # a NaN of the caller's may be the reserved one
@@ -216,7 +214,7 @@ def forward(
             if D == 2:
                 states[-1, :, 1].copy_(initial[1])
     saved = x_gates.new_empty((T, B, D, cell.saved, H) if save else 0)
-    _launch(
+    launch(
         scan_forward,
         part,
         part.tiling.jobs(B),
@@ -261,10 +259,10 @@ def backward(
     part = plan.backward
     exchange = exchange_for(dy.device)
     dr_gates = dy.new_empty(T, B, D, cell.gates * H)
-    _flag(dr_gates, part, exchange)
+    flag(dr_gates, part, exchange)
     dx_gates = torch.empty_like(dr_gates) if cell.recurrent_gradient else dr_gates
     d_initial = tuple(torch.empty_like(d) for d in d_final)
-    _launch(
+    launch(
         scan_backward,
         part,
         part.tiling.jobs(B),

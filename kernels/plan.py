@@ -30,7 +30,7 @@ STREAM_REGISTERS = 46  # more where a tile is streamed, besides two of those til
 TILE_REGISTERS = 28  # more for each further batch tile of a program
 SHARED_PART_REGISTERS = {2: 44, 4: 26}  # more where warps share a part of a streamed tile, by bytes per element
 WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
-PACK_REGISTERS = 26  # more for a second pack of gates in what is streamed
+PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 # Full float32 has no tensor cores: a thread holds both operands of its outputs for all of a tile's part of K. So many
@@ -149,16 +149,16 @@ def register_estimate(t: Tiling, choice: Choice, size: int) -> int:
     """Registers per thread that the compiled kernel is expected to need. See ``BASE_REGISTERS``."""
     resident = sum(c.size for c in t.chunks[: t.in_registers])
     exchanged = t.slices > 1
-    masked = exchanged and _masked(t.hidden, t.depth, t.ragged, t.splits, size)
-    return _registers(t.m, len(t.packs), choice, size, resident, t.streamed > 0, exchanged, masked)
+    needs_mask = exchanged and masked(t.hidden, t.depth, t.ragged, t.splits, size)
+    return registers_needed(t.m, len(t.packs), choice, size, resident, t.streamed > 0, exchanged, needs_mask)
 
 
-def _masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> bool:
+def masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> bool:
     """Whether some load of the operand needs a mask or narrow pieces."""
     return ragged or depth % smallest_chunk(splits) != 0 or hidden * size % 16 != 0
 
 
-def _registers(
+def registers_needed(
     m: int, packs: int, choice: Choice, size: int, resident: int, streamed: bool, exchanged: bool, masked: bool
 ) -> int:
     threads = 32 * choice.warps
@@ -264,6 +264,16 @@ def _multiply_add_depth(outputs: int) -> int:
     return _power_of_2_at_most(room // edges) if room >= edges else 0
 
 
+def largest_tile(m: int, columns: int, splits: int, warps: int, packs: int, size: int, dtype: str) -> int:
+    """K of the largest tile that a program should multiply at once; less than the smallest there is if none should."""
+    words = 4 * 32 * warps
+    # At most 32 registers per thread are on their way, of weights and of the operand.
+    fits = min(512, max(smallest_chunk(splits), _power_of_2_at_most(32 * words // (size * max(m, columns)))))
+    if dtype != "fp32":
+        return fits
+    return min(fits, splits * _multiply_add_depth(splits * m * columns // (32 * warps)) // packs)
+
+
 def _filled(
     cell: Shape, hidden: int, hardware: Hardware, size: int, backward: bool, dtype: str, units: int, rows: int,
     slices: int, columns: int, subtiles: int, blocks: int, splits: int, strict: bool,
@@ -276,16 +286,12 @@ def _filled(
     segments = cell.gates if backward and rows > 1 else 1
     depth = (cell.gates if backward else 1) * hidden if rows == 1 else slices // rows * units
     smallest = smallest_chunk(splits)
-    # Tiles of at most 32 registers per thread on their way, of weights and of the operand.
-    fits = _power_of_2_at_most(32 * words // (size * max(m, columns)))
-    deepest = 512
-    if dtype == "fp32":
-        deepest = splits * _multiply_add_depth(splits * m * columns // (32 * warps))
-        if deepest < smallest and strict:
-            return None
-    chunk = max(smallest, min(deepest, fits))
+    chunk = largest_tile(m, columns, splits, warps, packs, size, dtype)
+    if chunk < smallest and strict:
+        return None
+    chunk = max(chunk, smallest)
     burst = max(chunk, 32 * words // (size * columns))
-    stream = max(smallest, min(deepest, _power_of_2_at_most(24 * words // (size * m))))
+    stream = max(smallest, min(chunk if dtype == "fp32" else 512, _power_of_2_at_most(24 * words // (size * m))))
     choice = Choice(units, rows, columns, subtiles, warps, blocks, splits, chunk, burst, 0, 0, stream)
 
     quantum = smallest * segments
@@ -294,10 +300,10 @@ def _filled(
     total = hardware.shared if blocks == 1 else hardware.shared // blocks - 1024
     reduction = splits * (1 if backward else _power_of_2_at_most(cell.gates)) * rows * units * columns * 4
 
-    masked = _masked(hidden, depth, rows > 1 and slices * units > hidden, splits, size)
+    needs_mask = masked(hidden, depth, rows > 1 and slices * units > hidden, splits, size)
 
     def homes(streamed: bool) -> tuple[int, int]:
-        spare = limit - _registers(m, packs, choice, size, 0, streamed, True, masked)
+        spare = limit - registers_needed(m, packs, choice, size, 0, streamed, True, needs_mask)
         if spare < 0 and strict:
             return 0, -1
         spare = max(spare, 0)
@@ -316,13 +322,14 @@ def _filled(
     if subtiles > 1:
         return None  # each batch tile would stream the weights again
     # A step that streams is long: more trips through L2 do not count as much as the registers do.
-    smaller = sorted({(max(smallest, stream // m), max(chunk, burst // n)) for m in (1, 2) for n in (2, 4, 8)})
-    for stream, burst in reversed(smaller):
-        choice = replace(choice, burst=burst, stream_chunk=stream)
-        registers, shared = homes(True)
-        if shared >= 0:
-            return replace(choice, in_registers=min(registers, k), in_shared=min(shared, max(0, k - registers)))
-    return None
+    burst = max(chunk, burst // 2)
+    if packs > 1 and splits == 1 and size == 4 and not needs_mask:
+        burst = max(chunk, burst // 4)  # or Triton 3.6.0 spills (124 instructions, GRU forward, tf32, H=2048, sm_90)
+    choice = replace(choice, burst=burst)
+    registers, shared = homes(True)
+    if shared < 0:
+        return None
+    return replace(choice, in_registers=min(registers, k), in_shared=min(shared, max(0, k - registers)))
 
 
 def _shares(cell: Shape, t: Tiling, backward: bool, size: int) -> Shares:

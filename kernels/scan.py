@@ -14,6 +14,14 @@ Gates (or units) are the M of the product and the batch is its N. Rows past B re
 stored; units past H have zero weights and stay zero. The batch tiles of a job take turns within a step, so that one's
 exchange is on its way while another's product is formed.
 
+A stack of L layers as a wave (``tiling.layers``): each group takes a job in one layer, and all layers of a job are
+resident together. In every step a layer also multiplies what the layer before it (in the backward: the one after it)
+has just put, so that the wave takes T + L steps:
+
+    forward    x^l_t = W_ih^l h^{l-1}_t + b_ih^l            backward    dy^l_t = (W_ih^{l+1})^T dx^{l+1}_t
+
+The first layer of the wave has zeros for this second matrix and a finite operand, so that all programs are alike.
+
 Room left in the contract: lengths and resets are a mask over the batch tile applied to ``state`` between two steps;
 masks on h and c likewise; a projection makes the tile that is put narrower than the tile of units. None of them
 changes the number of exchanges, which is the same for every program of a group.
@@ -62,6 +70,14 @@ def store_tiles(pointer, offsets, mask, stride: tl.constexpr, tiles, tiling: tl.
 
 
 @triton.jit
+def sums(a, b, c):
+    tiles = ()
+    for i in tl.static_range(len(a)):
+        tiles = tiles + (a[i] + b[i] + c[i],)
+    return tiles
+
+
+@triton.jit
 def part_of(states, j: tl.constexpr, n: tl.constexpr):
     """The n tiles of batch tile j."""
     tiles = ()
@@ -78,6 +94,24 @@ def job_of(job, B, rows: tl.constexpr):
 
 
 @triton.jit
+def layer_of(group, tiling: tl.constexpr):
+    """(number of the group's job in this launch, its layer): the layers of a batch tile are neighbours."""
+    if tiling.layers == 1:
+        return group, 0
+    else:
+        return group // tiling.layers, group % tiling.layers
+
+
+@triton.jit
+def moved(pointers, distance):
+    """A tuple of pointers, all so many elements on."""
+    result = ()
+    for i in tl.static_range(len(pointers)):
+        result = result + (pointers[i] + distance,)
+    return result
+
+
+@triton.jit
 def batch_rows(b0, B, tiling: tl.constexpr):
     """Of the batch tile at b0: a row that exists, the rows from there on, and which of them are the tile's own."""
     first = tl.minimum(b0, B - 1)
@@ -86,33 +120,35 @@ def batch_rows(b0, B, tiling: tl.constexpr):
 
 
 @triton.jit
+def put_tiles(pointer, offsets, mask, stride: tl.constexpr, tiles, tiling: tl.constexpr, exchange: tl.constexpr):
+    for i in tl.static_range(len(tiles)):
+        value = narrow(tiles[i], pointer.dtype.element_ty, tiling.interpreted)
+        put(pointer + offsets + i * stride, value, mask, exchange)
+
+
+@triton.jit
 def publish(pointer, offsets, mask, stride: tl.constexpr, tiles, counter, tiling: tl.constexpr, exchange: tl.constexpr):
     """Store what the other slices need of this one; with one slice there are none to tell."""
     if tiling.slices == 1:
         store_tiles(pointer, offsets, mask, stride, tiles, tiling)
     else:
-        for i in tl.static_range(len(tiles)):
-            value = narrow(tiles[i], pointer.dtype.element_ty, tiling.interpreted)
-            put(pointer + offsets + i * stride, value, mask, exchange)
+        put_tiles(pointer, offsets, mask, stride, tiles, tiling, exchange)
         arrive(counter, exchange)
 
 
 @triton.jit
-def multiply(weights, ahead, stream, pointer, rows, j: tl.constexpr, place, once, step, channel, patience,
+def multiply(weights, ahead, stream, pointer, rows, j: tl.constexpr, place, once, step, told, channel, patience,
              tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
     """Wait for the other slices and form batch tile j's product with what they have put at ``pointer``.
 
     place: (first index of this program's block of K, block, column); channel: (counters, partial products, error word).
-    The forward multiplies what the step before has put, the backward what this one has.
+    told: the steps of the group's that must be there: in the forward one less than in the backward.
     """
     base, row, column = place
     counters, parts, error = channel
     R: tl.constexpr = tiling.rows
     lane: tl.constexpr = exchange.stride
     counter = counters + j * (tiling.lanes * lane)
-    told = step
-    if tiling.backward:
-        told = step + 1
     patience = wait(counter + row * lane, told * (tiling.slices // R), patience, error, exchange)
     product, ahead, patience = product_shared(
         weights, ahead, stream, pointer, rows, base, once, patience, error, tiling, exchange
@@ -143,8 +179,10 @@ def scan_forward(
     SAVE: tl.constexpr,
 ):
     """states: tuple of [T + 2, B, D, H], of which those after h have only 2 slots unless SAVE. saved: [T, B, D, n, H].
-    sync: (counters int32 [jobs * subtiles * lanes * exchange.stride], error word int32 [1],
-    partial products fp32 [groups * subtiles, 2, S, outputs * R*U * BB])."""
+    sync: (counters int32 [jobs * L * subtiles * lanes * exchange.stride], error word int32 [1],
+    partial products fp32 [groups * subtiles, 2, S, outputs * R*U * BB]). For a stack as a wave: states [L, T + 2, ...],
+    saved [L, T, ...], weight [L, 2, G*H, stride] and bias [L, 2, G*H], of h first and of what comes from below second;
+    x_gates of the lowest layer."""
     H: tl.constexpr = tiling.hidden
     D: tl.constexpr = tiling.directions
     G: tl.constexpr = tiling.gates
@@ -159,9 +197,11 @@ def scan_forward(
     in_registers: tl.constexpr = tiling.in_registers
     chunks: tl.constexpr = len(tiling.chunks)
     counters, error, parts = sync
+    L: tl.constexpr = tiling.layers
     group = tl.program_id(1)
-    job, direction, b0 = job_of(first_job + group, B, N * BB)
-    counters += job * (N * tiling.lanes * lane)
+    turn_of_job, layer = layer_of(group, tiling)
+    job, direction, b0 = job_of(first_job + turn_of_job, B, N * BB)
+    counters += (job * L + layer) * (N * tiling.lanes * lane)
     parts += group.to(tl.int64) * (N * 2 * tiling.slices * tiling.outputs * W * BB)
     patience = tl.full((), exchange.patience, tl.int32)
     slice_id = tl.program_id(0)
@@ -175,6 +215,20 @@ def scan_forward(
     mask = (units < H)[:, None]
 
     corner = weight + direction.to(tl.int64) * (G * H * tiling.stride)
+    if L > 1:
+        corner = weight + layer.to(tl.int64) * (2 * G * H * tiling.stride)
+        bias += layer * (2 * G * H)
+        saved += layer.to(tl.int64) * T * (B * K * H)
+        # From the layer below comes its h of this step; the lowest one's is multiplied by zero, and may be its own.
+        rises = tl.minimum(layer, 1)
+        given = (units < H * (1 - rises))[:, None]
+        lower = states[0] + (layer - rises).to(tl.int64) * (T + 2) * (B * H)
+        channel_below = (counters - rises * (N * tiling.lanes * lane), parts, error)
+        slots = 2
+        if SAVE:
+            slots = T + 2
+        own = layer.to(tl.int64) * (B * H)
+        states = moved(states[:1], own * (T + 2)) + moved(states[1:], own * slots)
     m_rows = ()
     m_masks = ()
     for p in tl.static_range(len(tiling.packs)):
@@ -183,6 +237,8 @@ def scan_forward(
         m_rows = m_rows + ((tiling.first_gates[p] + m // W) * H + unit,)
         m_masks = m_masks + (unit < H,)
     held = resident(corner, m_rows, m_masks, base, 0, in_registers, tiling)
+    if L > 1:
+        held_below = resident(corner + G * H * tiling.stride, m_rows, m_masks, base, 0, in_registers, tiling)
     t = time_of(0, direction, T)
     state = ()
     for j in tl.static_range(N):
@@ -200,6 +256,12 @@ def scan_forward(
     while turn < once:
         shared = resident(corner, m_rows, m_masks, base, in_registers, chunks, tiling)
         weights = join(held, shared)
+        if L > 1:
+            shared_below = resident(corner + G * H * tiling.stride, m_rows, m_masks, base, in_registers, chunks, tiling)
+            weights_below = join(held_below, shared_below)
+            biases_below = ()
+            for g in tl.static_range(G):
+                biases_below = biases_below + (load(bias + (G + g) * H + units, units < H)[:, None],)
         stream = (corner, m_rows, m_masks)
         ahead = ()
         if tiling.streamed > 0:
@@ -218,13 +280,22 @@ def scan_forward(
                 before = part_of(state, j, n)
                 # Loaded before the wait: the exchange's latency hides it.
                 gates = x_gates + row_offset(t, first, direction, B, D, G * H)
-                x = load_tiles(gates, unit_offsets(units, rows, D * G * H), mask, H, G)
+                if L == 1:
+                    x = load_tiles(gates, unit_offsets(units, rows, D * G * H), mask, H, G)
+                else:
+                    x = load_tiles(gates, unit_offsets(units, rows, D * G * H), given, H, G)
+                    below = lower + row_offset(previous_slot(t, direction) + rises, first, direction, B, D, H)
+                    risen, ahead, patience = multiply(
+                        weights_below, ahead, stream, below, rows, j, place, once, step, step + rises, channel_below,
+                        patience, tiling, exchange,
+                    )  # fmt: skip
+                    x = sums(x, risen, biases_below)
                 if tiling.slices == 1:
                     product = product_local(weights, before, once, weight.dtype.element_ty, tiling)
                 else:
                     h = states[0] + row_offset(previous_slot(t, direction), first, direction, B, D, H)
                     product, ahead, patience = multiply(
-                        weights, ahead, stream, h, rows, j, place, once, step, channel, patience, tiling, exchange
+                        weights, ahead, stream, h, rows, j, place, once, step, step, channel, patience, tiling, exchange
                     )
                 r = ()
                 for g in tl.static_range(G):
@@ -256,14 +327,14 @@ def scan_forward(
 
 
 @triton.jit
-def load_saved(dy, saved, states, t, first, rows, units, mask, direction, B, tiling: tl.constexpr):
-    """What a step of the backward reads of the forward, and its dy: (dh, saved tiles, previous states)."""
+def load_saved(dy, heard, saved, states, t, first, rows, units, mask, direction, B, tiling: tl.constexpr):
+    """What a step of the backward reads of the forward, and dy where ``heard``: (dh, saved tiles, previous states)."""
     H: tl.constexpr = tiling.hidden
     D: tl.constexpr = tiling.directions
     K: tl.constexpr = tiling.saved
     offsets = unit_offsets(units, rows, D * H)
     position = row_offset(t, first, direction, B, D, H)
-    dh = load(dy + position + offsets, mask)
+    dh = load(dy + position + offsets, heard)
     kept = load_tiles(saved + position * K, unit_offsets(units, rows, D * K * H), mask, H, K)
     before = row_offset(previous_slot(t, direction), first, direction, B, D, H)
     return (dh,) + kept + load_states(states, before, offsets, mask)
@@ -287,7 +358,9 @@ def scan_backward(
     exchange: tl.constexpr,
 ):
     """dy: [T, B, D, H]. d_final, d_initial: tuples of [B, D, H], one per state. d_gates: (dx, dr), [T, B, D, G*H] each,
-    the same tensor where the cell's two gradients are the same. Others as in the forward, with SAVE."""
+    the same tensor where the cell's two gradients are the same. Others as in the forward, with SAVE. For a stack as a
+    wave: dy of the highest layer, d_final and d_initial [L, B, D, H], d_gates [L*T + 1, B, D, G*H], its last row zero,
+    and the second matrix is that of the layer above."""
     H: tl.constexpr = tiling.hidden
     D: tl.constexpr = tiling.directions
     G: tl.constexpr = tiling.gates
@@ -303,9 +376,11 @@ def scan_backward(
     chunks: tl.constexpr = len(tiling.chunks)
     counters, error, parts = sync
     dx_gates, dr_gates = d_gates
+    L: tl.constexpr = tiling.layers
     group = tl.program_id(1)
-    job, direction, b0 = job_of(first_job + group, B, N * BB)
-    counters += job * (N * tiling.lanes * lane)
+    turn_of_job, layer = layer_of(group, tiling)
+    job, direction, b0 = job_of(first_job + turn_of_job, B, N * BB)
+    counters += (job * L + layer) * (N * tiling.lanes * lane)
     parts += group.to(tl.int64) * (N * 2 * tiling.slices * tiling.outputs * W * BB)
     patience = tl.full((), exchange.patience, tl.int32)
     slice_id = tl.program_id(0)
@@ -317,11 +392,28 @@ def scan_backward(
     channel = (counters, parts, error)
     units = slice_id * U + tl.arange(0, U)
     mask = (units < H)[:, None]
+    heard = mask
 
     corner = weight + direction.to(tl.int64) * (G * H * tiling.stride)
+    if L > 1:
+        corner = weight + layer.to(tl.int64) * (2 * G * H * tiling.stride)
+        saved += layer.to(tl.int64) * T * (B * K * H)
+        # From the layer above comes its dx of this step; above the highest is a row of zeros, and nobody to wait for.
+        falls = tl.minimum(L - 1 - layer, 1)
+        upper = dx_gates + (layer + 1).to(tl.int64) * T * (B * G * H)
+        channel_above = (counters + falls * (N * tiling.lanes * lane), parts, error)
+        dx_gates += layer.to(tl.int64) * T * (B * G * H)
+        dr_gates += layer.to(tl.int64) * T * (B * G * H)
+        heard = (units < H * (1 - falls))[:, None]
+        own = layer.to(tl.int64) * (B * H)
+        states = moved(states, own * (T + 2))
+        d_final = moved(d_final, own)
+        d_initial = moved(d_initial, own)
     m = (column * W + tl.arange(0, W),)
     m_mask = (m[0] < H,)
     held = resident(corner, m, m_mask, base, 0, in_registers, tiling)
+    if L > 1:
+        held_above = resident(corner + G * H * tiling.stride, m, m_mask, base, 0, in_registers, tiling)
     d_state = ()
     for j in tl.static_range(N):
         first, rows, own = batch_rows(b0 + j * BB, B, tiling)
@@ -334,6 +426,9 @@ def scan_backward(
     while turn < once:
         shared = resident(corner, m, m_mask, base, in_registers, chunks, tiling)
         weights = join(held, shared)
+        if L > 1:
+            shared_above = resident(corner + G * H * tiling.stride, m, m_mask, base, in_registers, chunks, tiling)
+            weights_above = join(held_above, shared_above)
         stream = (corner, m, m_mask)
         ahead = ()
         if tiling.streamed > 0:
@@ -343,7 +438,9 @@ def scan_backward(
         t = time_of(T - 1, direction, T)
         for j in tl.static_range(N):
             first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-            read_ahead = read_ahead + load_saved(dy, saved, states, t, first, rows, units, mask, direction, B, tiling)
+            read_ahead = read_ahead + load_saved(
+                dy, heard, saved, states, t, first, rows, units, mask, direction, B, tiling
+            )
 
         step = 0
         while step < T:
@@ -356,17 +453,28 @@ def scan_backward(
                 counter = counters + j * (tiling.lanes * lane)
                 read = part_of(read_ahead, j, 1 + K + n)
                 d = part_of(d_state, j, n)
-                dx, dr, d_previous = cell((d[0] + read[0],) + d[1:], read[1 : 1 + K], read[1 + K :])
+                dh = d[0] + read[0]
+                if L > 1:
+                    above = upper + row_offset(t * falls, first, direction, B, D, G * H)
+                    fallen, ahead, patience = multiply(
+                        weights_above, ahead, stream, above, rows, j, place, once, step, (step + 1) * falls,
+                        channel_above, patience, tiling, exchange,
+                    )  # fmt: skip
+                    dh = dh + fallen[0]
+                dx, dr, d_previous = cell((dh,) + d[1:], read[1 : 1 + K], read[1 + K :])
                 store_mask = mask & own
                 gate_offsets = unit_offsets(units, rows, D * G * H)
                 gates = row_offset(t, first, direction, B, D, G * H)
                 told = counter + own_block * lane
+                if tiling.recurrent_gradient and L > 1:
+                    # Told together with dr: the layer below multiplies it.
+                    put_tiles(dx_gates + gates, gate_offsets, store_mask, H, dx, tiling, exchange)
                 publish(dr_gates + gates, gate_offsets, store_mask, H, dr, told, tiling, exchange)
-                if tiling.recurrent_gradient:
+                if tiling.recurrent_gradient and L == 1:
                     store_tiles(dx_gates + gates, gate_offsets, store_mask, H, dx, tiling)
                 # What the next step reads from the forward is loaded before the wait: the exchange's latency hides it.
                 read_next = read_next + load_saved(
-                    dy, saved, states, t_next, first, rows, units, mask, direction, B, tiling
+                    dy, heard, saved, states, t_next, first, rows, units, mask, direction, B, tiling
                 )
                 if tiling.slices == 1:
                     product = product_local(weights, dr, once, weight.dtype.element_ty, tiling)
@@ -382,8 +490,8 @@ def scan_backward(
                     d = part_of(d_state, j, n)
                     gates = row_offset(t, first, direction, B, D, G * H)
                     product, ahead, patience = multiply(
-                        weights, ahead, stream, dr_gates + gates, rows, j, place, once, step, channel, patience,
-                        tiling, exchange,
+                        weights, ahead, stream, dr_gates + gates, rows, j, place, once, step, step + 1, channel,
+                        patience, tiling, exchange,
                     )  # fmt: skip
                     after = after + (d[0] + product[0],) + d[1:]
             d_state = after

@@ -82,6 +82,7 @@ class Tiling:
             ``stream_chunk``, ``streamed`` tiles in all segments together.
         packs, first_gates: gates per dot, and the index of each pack's first gate.
         precision: of a float32 dot, "tf32" or "ieee".
+        layers: L of a stack that runs as a wave, each with a second matrix as large as W_hh and in the same homes.
     """
 
     hidden: int
@@ -110,6 +111,7 @@ class Tiling:
     first_gates: tuple[int, ...]
     precision: str
     interpreted: bool
+    layers: int = 1
 
     @property
     def columns(self) -> int:

@@ -44,7 +44,7 @@ def flag_reset_forgotten(monkeypatch):
     def leave(buffer, part, how):
         buffer.fill_(0.25)
 
-    monkeypatch.setattr(launch, "_flag", leave)
+    monkeypatch.setattr(launch, "flag", leave)
 
 
 def told_the_wrong_block(monkeypatch):

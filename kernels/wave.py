@@ -1,0 +1,162 @@
+"""A stack of L layers in one launch: all of its matrices on the chip, all layers at work at the same time, each one
+step behind the layer below (in the backward: above). T + L steps instead of T times L.
+
+Letters as everywhere; D is 1, because a second direction needs the layer below to be whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import hardware as devices
+from . import launch, wave_plan
+from .cells import Cell
+from .scan import scan_backward, scan_forward
+
+
+def choose(
+    cell: Cell, hidden: int, layers: int, batch: int, dtype: torch.dtype, precision: str, device: torch.device
+) -> wave_plan.Wave | None:
+    """The plan of a stack as a wave; None where it does not fit the device together."""
+    hardware = launch.hardware(device)
+    if hardware is devices.INTERPRETER:
+        return None  # programs that run one after the other cannot wait for each other
+    return wave_plan.wave(launch.shape_of(cell), hidden, layers, batch, launch.label(dtype, precision), hardware)
+
+
+def _packed(first: Tensor, second: Tensor, above: bool) -> Tensor:
+    """[L, 2, ...] of ``first`` [L, ...] and ``second`` [L - 1, ...], which belongs to layers 1 to L - 1, or to 0 to
+    L - 2 if it is that of the layer above; zeros for the layer that has none."""
+    both = first.new_zeros(first.shape[0], 2, *first.shape[1:])
+    both[:, 0] = first
+    both[slice(None, -1) if above else slice(1, None), 1] = second
+    return both
+
+
+def forward(
+    cell: Cell,
+    x_gates: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor,
+    weight_ih: Tensor,
+    bias_ih: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    precision: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the forward of a stack.
+
+    Args:
+        cell: the cell.
+        x_gates: [T, B, G*H], input half of the lowest layer's gates. T, B >= 1.
+        weight_hh: [L, G*H, H]; bias_hh: [L, G*H].
+        weight_ih: [L - 1, G*H, H]; bias_ih: [L - 1, G*H], of the upper layers.
+        h0: [L, B, H]; c0: [L, B, H], None if the cell has no c.
+        precision, save: as in ``launch.forward``.
+        All tensors contiguous, on one device, float16, bfloat16 or float32.
+
+    Returns:
+        y: [L, T + 2, B, H] with h0 in slot 0; c: the same with save, else [L, 2, B, H] with the final c in slot 1;
+        empty if the cell has no c. saved: [L, T, B, n, H] with save, else empty.
+
+    Raises:
+        ValueError: the stack does not fit the device.
+    """
+    launch.check()
+    T, B, _ = x_gates.shape
+    L, _, H = h0.shape
+    part = _plan(cell, H, L, B, x_gates, precision).forward
+    exchange = launch.exchange_for(x_gates.device)
+    y = x_gates.new_empty(L, T + 2, B, H)
+    launch.flag(y, part, exchange)
+    c = x_gates.new_empty((L, T + 2 if save else 2, B, H) if cell.states > 1 else 0)
+    if exchange.protocol == "flags":
+        h0 = torch.where(h0.isnan(), torch.nan, h0)  # a NaN of the caller's may be the reserved one
+    for states, initial in ((y, h0), (c, c0)):
+        if initial is not None:
+            states[:, 0].copy_(initial)
+            states[:, -1].zero_()  # no step writes it, and an operator's output is defined everywhere
+    saved = x_gates.new_empty((L, T, B, cell.saved, H) if save else 0)
+    launch.launch(
+        scan_forward,
+        part,
+        part.tiling.jobs(B),
+        exchange,
+        x_gates.device,
+        _packed(weight_hh, weight_ih, above=False),
+        x_gates=x_gates,
+        bias=_packed(bias_hh, bias_ih, above=False),
+        states=(y, c)[: cell.states],
+        saved=saved,
+        T=T,
+        B=B,
+        cell=cell.forward,
+        SAVE=save,
+    )
+    return y, c, saved
+
+
+def backward(
+    cell: Cell,
+    dy: Tensor,
+    d_final: tuple[Tensor, ...],
+    weight_hh: Tensor,
+    weight_ih: Tensor,
+    y: Tensor,
+    c: Tensor,
+    saved: Tensor,
+    precision: str,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Run the backward of a stack.
+
+    Args:
+        dy: [T, B, H], gradient of the highest layer's every h_t; d_final: that of the final states, each [L, B, H].
+        weight_hh, weight_ih, y, c, saved, precision: of the forward, with save.
+
+    Returns:
+        dx_gates, dr_gates: [L, T, B, G*H], the same tensor where the cell's two gradients are the same.
+        d_initial: gradient of the initial states, each [L, B, H].
+    """
+    launch.check()
+    T, B, H = dy.shape
+    L = y.shape[0]
+    part = _plan(cell, H, L, B, dy, precision).backward
+    exchange = launch.exchange_for(dy.device)
+    gates = []
+    for _ in range(2 if cell.recurrent_gradient else 1):
+        buffer = dy.new_empty(L * T + 1, B, cell.gates * H)
+        launch.flag(buffer, part, exchange)
+        buffer[-1].zero_()  # what the highest layer hears from above
+        gates.append(buffer)
+    d_initial = tuple(torch.empty_like(d) for d in d_final)
+    launch.launch(
+        scan_backward,
+        part,
+        part.tiling.jobs(B),
+        exchange,
+        dy.device,
+        _packed(weight_hh, weight_ih, above=True),
+        dy=dy,
+        states=(y, c)[: cell.states],
+        saved=saved,
+        d_final=d_final,
+        d_gates=(gates[-1], gates[0]),
+        d_initial=d_initial,
+        T=T,
+        B=B,
+        cell=cell.backward,
+    )
+    dx_gates, dr_gates = (buffer[:-1].unflatten(0, (L, T)) for buffer in (gates[-1], gates[0]))
+    return dx_gates, dx_gates if len(gates) == 1 else dr_gates, d_initial
+
+
+def _plan(cell: Cell, hidden: int, layers: int, batch: int, like: Tensor, precision: str) -> wave_plan.Wave:
+    found = choose(cell, hidden, layers, batch, like.dtype, precision, like.device)
+    if found is None:
+        raise ValueError(
+            f"{layers} layers of hidden_size={hidden} do not fit {launch.hardware(like.device).name} together; "
+            "run them one after the other"
+        )
+    return found

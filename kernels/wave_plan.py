@@ -1,0 +1,163 @@
+"""The plan of a stack as a wave: which layers of which size fit the chip together, and what a step of all costs.
+
+Every layer has its own slices on its own multiprocessors, with two matrices of the same size in the same homes: W_hh,
+and W_ih of the layer itself (forward) or of the one above (backward). Nothing is streamed and nothing split in two
+dimensions. Pure Python, no GPU, no torch, no Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from . import cost as model
+from . import plan as planning
+from .cost import BYTES
+from .hardware import Hardware
+from .plan import Pass, Shares
+from .tiling import Choice, Shape, next_power_of_2, smallest_chunk, tiling
+
+# Registers per thread that a layer of a wave needs more than a layer alone: the product of what comes from its
+# neighbour, and the addresses of that. Fitted to audits as the constants of ``plan``, by bytes per element.
+FORWARD_REGISTERS = {2: 24, 4: 24}
+BACKWARD_REGISTERS = {2: 36, 4: 92}
+DEPTH = 256  # bytes of K per further register in the backward
+# Bytes of K in the backward, above which it spills, and both products take longer than the exchange that hides one.
+DEEPEST = 6144
+MOST_LAYERS = 32
+
+
+@dataclass(frozen=True)
+class Wave:
+    """How a stack of ``layers`` layers runs in one launch; ``layered`` is what the same takes one after the other,
+    forward and backward, in microseconds per step."""
+
+    layers: int
+    forward: Pass
+    backward: Pass
+    layered: tuple[float, float]
+
+    def faster(self, steps: int, backward: bool) -> bool:
+        """Whether the wave is predicted to win for so many time steps: it needs layers - 1 more of them."""
+        parts = (self.forward, self.backward) if backward else (self.forward,)
+        wave = (steps + self.layers - 1) * sum(part.predicted for part in parts)
+        return wave < steps * sum(self.layered[: len(parts)])
+
+
+def more_registers(backward: bool, depth: int, size: int) -> int:
+    return BACKWARD_REGISTERS[size] + depth * size // DEPTH if backward else FORWARD_REGISTERS[size]
+
+
+def _choices(cell: Shape, hidden: int, layers: int, batch: int, dtype: str, hardware: Hardware,
+             backward: bool) -> Iterator[Choice]:  # fmt: skip
+    size = BYTES[dtype]
+    tiles = [(8, 1)] if batch <= 8 else []
+    tiles += [(16, 1)] + [(16, n) for n in (2, 4) if 16 * n <= next_power_of_2(batch)]
+    tiles += [(32, 1)] if batch > 16 and dtype != "fp32" else []
+    for units in (8, 16, 32, 64):
+        slices = -(-hidden // units)
+        if slices < 2 or slices * layers > hardware.multiprocessors:
+            continue
+        m = (1 if backward else cell.gates) * units
+        for columns, subtiles in tiles:
+            for splits in (8, 4, 2) if m >= 128 else (8,):
+                found = _filled(cell, hidden, hardware, size, dtype, backward, units, m, columns, subtiles, splits)
+                if found is not None:
+                    yield found
+
+
+def _filled(cell: Shape, hidden: int, hardware: Hardware, size: int, dtype: str, backward: bool, units: int, m: int,
+            columns: int, subtiles: int, splits: int) -> Choice | None:  # fmt: skip
+    """One choice with its homes filled, or None if both matrices do not fit."""
+    warps = 8
+    words = 4 * 32 * warps
+    smallest = smallest_chunk(splits)
+    depth = (cell.gates if backward else 1) * hidden
+    packs = 1 if backward or cell.gates & (cell.gates - 1) == 0 else 2
+    chunk = planning.largest_tile(m, columns, splits, warps, packs, size, dtype)
+    if chunk < smallest:
+        return None
+    # Twice as many bursts as in a layer alone: with two products the operand on its way is what spills.
+    burst = max(chunk, (16 if backward else 32) * words // (size * columns))
+    choice = Choice(units, 1, columns, subtiles, warps, 1, splits, chunk, burst, 0, 0, smallest)
+    k = -(-depth // smallest) * smallest
+    masked = planning.masked(hidden, depth, False, splits, size)
+    need = planning.registers_needed(m, packs, choice, size, 0, False, True, masked) + more_registers(
+        backward, depth, size
+    )
+    spare = planning.register_limit(choice) - need
+    if spare < 0:
+        return None
+    kept = 0 if dtype == "fp32" or splits < warps else spare * words // (2 * m * size) // smallest * smallest
+    reduction = splits * (1 if backward else 2 if packs == 2 else cell.gates) * units * columns * 4
+    working = max(burst * columns * size, reduction) + planning.SIGNALS
+    room = (hardware.shared - working) // (2 * m * size) // smallest * smallest
+    # Weights pass through shared memory on their way to registers.
+    most = (hardware.shared - units * columns * 4) // (2 * m * size) // smallest * smallest
+    kept = min(kept, most, k)
+    if room < 0 or kept + room < k:
+        return None
+    return replace(choice, in_registers=kept, in_shared=k - kept)
+
+
+def _finish(cell: Shape, hidden: int, layers: int, batch: int, dtype: str, hardware: Hardware, backward: bool,
+            choice: Choice) -> Pass | None:  # fmt: skip
+    size = BYTES[dtype]
+    one = tiling(cell, hidden, 1, choice, backward=backward, size=size, precision="tf32" if dtype == "tf32" else "ieee")
+    t = replace(one, layers=layers)
+    registers, shared, total = planning.shared_bound(t, size)
+    # The second matrix: once more what the first has, in both homes.
+    total = max(total + shared, total + registers)
+    if total > hardware.shared or t.streamed:
+        return None
+    second = registers // (32 * choice.warps * 4) + more_registers(backward, t.depth, size)
+    estimate = planning.register_estimate(t, choice, size) + second
+    jobs = t.jobs(batch)
+    groups = min(jobs, hardware.multiprocessors // (t.slices * layers))
+    work = replace(model.work_of(t, groups), programs=t.slices * layers * groups)
+    cost = model.step(cell, hidden, dtype, hardware, choice, work, backward)
+    # The neighbour's product is formed while the group's own exchange is on its way.
+    beside = cost.compute + cost.weights + cost.state
+    hidden_by = min(beside, hardware.exchange)
+    cost = replace(
+        cost, compute=2 * cost.compute, weights=2 * cost.weights, state=2 * cost.state,
+        synchronisation=max(0.0, cost.synchronisation - hidden_by),
+    )  # fmt: skip
+    weights = (2 * layers - 1) * cell.gates * hidden * hidden * size
+    share = sum(c.size for c in t.chunks[: t.in_registers]) / max(1, sum(c.size for c in t.chunks))
+    shares = Shares(round(weights * share), weights - round(weights * share), 0)
+    rounds = -(-jobs // groups)
+    return Pass(t, choice, groups, rounds, 2 * registers, 2 * shared, 0, total, estimate, shares, cost)
+
+
+@lru_cache(maxsize=1024)
+def wave(cell: Shape, hidden: int, layers: int, batch: int, dtype: str, hardware: Hardware) -> Wave | None:
+    """The plan of a stack; None if its layers do not fit the device together.
+
+    Args:
+        cell, hidden, batch, dtype, hardware: as in ``plan.plan``.
+        layers: L >= 2.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if layers < 2:
+        raise ValueError(f"a wave has at least 2 layers, got {layers}")
+    if layers > MOST_LAYERS or cell.gates * hidden * BYTES[dtype] > DEEPEST:
+        return None
+    alone = planning.plan(cell, hidden, batch, 1, dtype, hardware)
+    planned_for = next((c for c in planning.BATCH_CLASSES if batch <= c), planning.BATCH_CLASSES[-1])
+    passes = []
+    for backward in (False, True):
+        shape = cell, hidden, layers, planned_for, dtype, hardware, backward
+        found = [part for part in (_finish(*shape, choice) for choice in _choices(*shape)) if part is not None]
+        if not found:
+            return None
+        best = min(found, key=lambda part: part.predicted)
+        passes.append(_finish(cell, hidden, layers, batch, dtype, hardware, backward, best.choice))
+    forward, backward_pass = passes
+    if forward is None or backward_pass is None:
+        return None
+    layered = layers * alone.forward.predicted, layers * alone.backward.predicted
+    return Wave(layers, forward, backward_pass, layered)
