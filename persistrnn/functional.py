@@ -1,7 +1,7 @@
 """LSTM and GRU as functions: layers, directions, input GEMMs, dropout and the choice of a path.
 
 Letters: T steps, B batch, I input, H hidden, G gates (LSTM 4, GRU 3), D directions, L layers. What reaches
-`ops.recurrent` is validated, time-major, contiguous and of one dtype.
+`autograd.recurrent` is validated, time-major, contiguous and of one dtype.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from persistrnn import ops, reference, torch_path
+from persistrnn import autograd, ops, reference, torch_path
 
 Backend = Literal["auto", "persistent", "torch"]
 BACKENDS = get_args(Backend)
@@ -395,19 +395,55 @@ def _persistent(
     training: bool,
     batch_first: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The stack on the persistent kernels: per layer one GEMM over all T*B rows, then the recurrence."""
+    """The stack on the persistent kernels: one GEMM over all T*B rows and one recurrence per layer, or, where all
+    layers fit the device together, one of each for the whole stack."""
     y = (data.transpose(0, 1) if batch_first else data).to(dtype).contiguous()
     states = [s.to(dtype).contiguous() for s in states]
+    weights = [w.to(dtype) for w in weights]
+    between = dropout if training else 0.0
+    if between == 0 and _waves(stack, y, weights):
+        y, finals = _wave(stack, y, weights, states)
+    else:
+        y, finals = _layers(stack, y, weights, states, between)
+    return y.transpose(0, 1) if batch_first else y, finals
+
+
+def _waves(stack: _Stack, y: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the stack runs in one launch. The interpreter's programs cannot wait for each other."""
+    if stack.num_layers == 1 or stack.directions == 2 or y.size(1) == 0 or y.device.type == "cpu":
+        return False
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (y, *weights))
+    sizes = stack.hidden_size, stack.num_layers, y.size(1), y.size(0)
+    return ops.waves(stack.cell, *sizes, y.dtype, y.device, precision(), grad)
+
+
+def _wave(stack: _Stack, y: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """[T, B, H] of the highest layer and the final states, each [L, B, H]."""
+    step = 4 if stack.bias else 2
+    weight_hh = torch.stack(list(weights[1::step]))
+    weight_ih = torch.stack(list(weights[step::step]))
+    bias_hh = torch.stack(list(weights[3::step])) if stack.bias else weight_hh.new_zeros(weight_hh.shape[:2])
+    bias_ih = torch.stack(list(weights[step + 2 :: step])) if stack.bias else bias_hh.new_zeros(weight_ih.shape[:2])
+    x_gates = F.linear(y, weights[0], weights[2] if stack.bias else None)
+    c0 = states[1] if stack.cell == "lstm" else None
+    tensors = (x_gates, weight_hh, bias_hh, weight_ih, bias_ih, states[0], c0)
+    y, h_n, c_n = autograd.wave(stack.cell, *tensors, precision())
+    return y, [h_n] if c_n is None else [h_n, c_n]
+
+
+def _layers(
+    stack: _Stack, y: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], dropout: float
+) -> tuple[Tensor, list[Tensor]]:
+    """[T, B, D*H] of the highest layer and the final states, each [L*D, B, H]."""
     directions, per_direction = stack.directions, 4 if stack.bias else 2
     finals = []
     for layer in range(stack.num_layers):
-        if layer > 0 and training and dropout > 0:
+        if layer > 0 and dropout > 0:
             y = F.dropout(y, dropout)
         rows = slice(layer * directions, (layer + 1) * directions)
         first, last = rows.start * per_direction, rows.stop * per_direction
         weight_ih, weight_hh, *biases = (
-            _side_by_side([w.to(dtype) for w in weights[first + k : last : per_direction]])
-            for k in range(per_direction)
+            _side_by_side(weights[first + k : last : per_direction]) for k in range(per_direction)
         )
         bias_ih = biases[0].flatten() if biases else None
         bias_hh = biases[1] if biases else weight_hh.new_zeros(weight_hh.shape[:2])
@@ -416,8 +452,6 @@ def _persistent(
         h0, c0 = states[0][rows], states[1][rows] if stack.cell == "lstm" else None
         y, h_n, c_n = _recurrent(stack.cell, x_gates, weight_hh, bias_hh, h0, c0)
         finals.append([h_n] if c_n is None else [h_n, c_n])
-    if batch_first:
-        y = y.transpose(0, 1)
     return y, [torch.cat(s) for s in zip(*finals, strict=True)]
 
 
@@ -430,7 +464,7 @@ def _recurrent(
     cell: str, x_gates: Tensor, weight_hh: Tensor, bias_hh: Tensor, h0: Tensor, c0: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if x_gates.size(1) > 0:
-        return ops.recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0, precision())
+        return autograd.recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0, precision())
     # Without a row there is nothing to launch: one step of the reference gives every shape and, as torch.nn
     # does, a gradient of zeros to every weight.
     y, h_n, c_n = reference.recurrent(cell, x_gates[:1], weight_hh, bias_hh, h0, c0)

@@ -1,6 +1,6 @@
 """The recurrence in plain PyTorch: the truth that every other path is compared with.
 
-It takes what `persistrnn.ops.recurrent` takes and returns what it returns, in any floating dtype and on any
+It takes what `persistrnn.autograd.recurrent` takes and returns what it returns, in any floating dtype and on any
 device, without an in-place operation, so that it can be differentiated any number of times and mapped by
 `torch.func`. It is slow: a Python loop over the time steps.
 

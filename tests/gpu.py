@@ -11,7 +11,7 @@ from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.scan import scan_backward, scan_forward
 
 import persistrnn
-from persistrnn import ops
+from persistrnn import autograd, ops
 
 DEVICE = "cuda"
 SEEDS = 3
@@ -75,7 +75,7 @@ def streams(plan):
 
 
 def operands(cell, hidden, batch, steps, directions, dtype, seed=0):
-    """Arguments of `ops.recurrent` (c0 is None for the GRU), leaves that require gradients, and cotangents."""
+    """Arguments of `autograd.recurrent` (c0 is None for the GRU), leaves that require gradients, and cotangents."""
     torch.manual_seed(seed)
     rows = CELLS[cell].gates * hidden
     bound = hidden**-0.5
@@ -102,7 +102,7 @@ def operands(cell, hidden, batch, steps, directions, dtype, seed=0):
 
 def outputs_and_gradients(cell, made, cotangents):
     """Everything that the kernels make of the operands: outputs, then gradients."""
-    outputs = [t for t in ops.recurrent(cell, *made.values(), persistrnn.functional.precision()) if t is not None]
+    outputs = [t for t in autograd.recurrent(cell, *made.values(), persistrnn.functional.precision()) if t is not None]
     leaves = [t for t in made.values() if t is not None]
     return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, leaves, cotangents))
 

@@ -1,6 +1,6 @@
 """The functions: plumbing of a stack around the recurrence, the choice of a path, validation at the door.
 
-The kernels have tests of their own; here the reference stands in for `ops.recurrent`.
+The kernels have tests of their own; here the reference stands in for `autograd.recurrent`.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import persistrnn
-from persistrnn import functional, ops, reference
+from persistrnn import autograd, functional, ops, reference
 
 PAIRS = {"lstm": (functional.lstm, nn.LSTM), "gru": (functional.gru, nn.GRU)}
 STEPS, BATCH, INPUT, HIDDEN = 4, 3, 5, 6
@@ -22,7 +22,7 @@ def leaves_of(outputs):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Kernels that run everything: the reference, with the contract of `ops.recurrent` checked. Yields the
+    """Kernels that run everything: the reference, with the contract of `autograd.recurrent` checked. Yields the
     list of its calls."""
     calls = []
 
@@ -41,7 +41,7 @@ def kernels(monkeypatch):
     def unsupported(cell, hidden_size, batch, directions, dtype, device, precision):
         return None if batch > 0 else "there is no plan for an empty batch."
 
-    monkeypatch.setattr(ops, "recurrent", recurrent)
+    monkeypatch.setattr(autograd, "recurrent", recurrent)
     monkeypatch.setattr(ops, "unsupported", unsupported)
     return calls
 

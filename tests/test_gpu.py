@@ -30,7 +30,7 @@ from persistrnn.kernels.exchange import Exchange
 from persistrnn.kernels.plan import BATCH_CLASSES
 
 import persistrnn
-from persistrnn import ops
+from persistrnn import autograd, ops
 
 pytestmark = pytest.mark.gpu
 
@@ -230,7 +230,7 @@ def test_batch_tiles_and_directions_do_not_touch_each_other(cell, hidden, choice
     plan = planned(cell, hidden, batch, 2, torch.bfloat16)
     choices(plan)  # another batch may mean another order of sums
     made, _ = operands(cell, hidden, batch, 20, 2, torch.bfloat16)
-    y, *_ = ops.recurrent(cell, *made.values(), "ieee")
+    y, *_ = autograd.recurrent(cell, *made.values(), "ieee")
     tile = plan.forward.tiling.batch_tile
     for direction, first in itertools.product(range(2), range(0, batch, tile)):
         rows, one = slice(first, first + tile), slice(direction, direction + 1)
@@ -238,7 +238,7 @@ def test_batch_tiles_and_directions_do_not_touch_each_other(cell, hidden, choice
         c0 = None if c0 is None else c0[one, rows]
         if direction == 1:
             x_gates = x_gates.flip(0)
-        part, *_ = ops.recurrent(cell, x_gates, made["weight_hh"][one], made["bias_hh"][one], h0, c0, "ieee")
+        part, *_ = autograd.recurrent(cell, x_gates, made["weight_hh"][one], made["bias_hh"][one], h0, c0, "ieee")
         part = part.flip(0) if direction == 1 else part
         assert torch.equal(y[:, rows, direction * hidden : (direction + 1) * hidden], part), (direction, first)
 
@@ -319,14 +319,14 @@ def test_an_initial_state_of_any_nan_is_no_hang(protocol, exchange):
 def test_a_wait_that_runs_out_is_an_error_and_not_a_hang(protocol, exchange):
     made, _ = operands("lstm", 512, 64, 200, 1, torch.bfloat16)
     arguments = [t.detach() for t in made.values()]
-    expected, *_ = ops.recurrent("lstm", *arguments, "ieee")
+    expected, *_ = autograd.recurrent("lstm", *arguments, "ieee")
     exchange(protocol=protocol, patience=1)
-    ops.recurrent("lstm", *arguments, "ieee")
+    autograd.recurrent("lstm", *arguments, "ieee")
     synchronize()
     with pytest.raises(RuntimeError, match="gave up waiting"):
         persistrnn.check()
     exchange(protocol=protocol)
-    found, *_ = ops.recurrent("lstm", *arguments, "ieee")
+    found, *_ = autograd.recurrent("lstm", *arguments, "ieee")
     assert torch.equal(found, expected), "the next call is not touched by it"
 
 
@@ -403,7 +403,7 @@ def test_only_a_new_class_of_batches_compiles(cell, hidden):
         made, cotangents = operands(cell, hidden, batch, steps, 1, torch.float16)
         outputs_and_gradients(cell, made, cotangents)
         with torch.no_grad():
-            ops.recurrent(cell, *made.values(), "ieee")
+            autograd.recurrent(cell, *made.values(), "ieee")
         plan = planned(cell, hidden, batch, 1, torch.float16)
         passes = {(n, part.tiling, part.choice) for n, part in ((2, plan.forward), (1, plan.backward))}
         allowed = sum(n for n, *_ in passes - known)
@@ -429,7 +429,7 @@ def test_precision_of_float32_products_is_torchs_setting(precision):
     errors = {}
     for asked in ("ieee", "tf32"):
         precision(asked)
-        y, *_ = ops.recurrent("lstm", *arguments, persistrnn.functional.precision())
+        y, *_ = autograd.recurrent("lstm", *arguments, persistrnn.functional.precision())
         errors[asked] = ((y - truth).norm() / truth.norm()).item()
     assert errors["ieee"] < 1e-6
     assert 1e-5 < errors["tf32"] < 1e-2
@@ -453,7 +453,7 @@ def test_offsets_past_31_bits(cell):
     dy, *d_final = cotangents
     x_gates, weight, bias, *initial = made.values()
     with torch.no_grad():
-        _, *middle = ops.recurrent(cell, x_gates[:half], weight, bias, *initial, "ieee")
+        _, *middle = autograd.recurrent(cell, x_gates[:half], weight, bias, *initial, "ieee")
     halves, names = [], list(made)
     for part in (1, 0):  # the second half first: its gradients of the state are the first half's
         start = middle if part else initial

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import persistrnn
-from persistrnn import ops, reference
+from persistrnn import autograd, ops, reference
 
 pytestmark = pytest.mark.interpreter
 
@@ -38,7 +38,7 @@ def layer(cell, **options):
 
 
 def tensors(cell, directions=1, steps=T, batch=B, requires_grad=False):
-    """Arguments of `ops.recurrent` between the cell and the precision; c0 is None for the GRU."""
+    """Arguments of `autograd.recurrent` between the cell and the precision; c0 is None for the GRU."""
     torch.manual_seed(1)
     rows = GATES[cell] * H
     shapes = [(steps, batch, directions, rows), (directions, rows, H), (directions, rows)]
@@ -48,7 +48,7 @@ def tensors(cell, directions=1, steps=T, batch=B, requires_grad=False):
 
 
 def run(cell, arguments):
-    return [t for t in ops.recurrent(cell, *arguments, "ieee") if t is not None]
+    return [t for t in autograd.recurrent(cell, *arguments, "ieee") if t is not None]
 
 
 def leaves(outputs):
@@ -398,7 +398,7 @@ def test_gradients_of_an_ensemble_equal_a_loop(cell, launches):
 def test_jacrev_equals_the_reference(cell, launches):
     arguments = tensors(cell, 2, batch=2)
     numbers = tuple(i for i, t in enumerate(arguments) if t is not None)
-    found = jacrev(lambda *a: ops.recurrent(cell, *a, "ieee")[0], argnums=numbers)(*arguments)
+    found = jacrev(lambda *a: autograd.recurrent(cell, *a, "ieee")[0], argnums=numbers)(*arguments)
     assert launches() == {"scan_forward": 1, "scan_backward": 1}, "all rows of the Jacobian are one batch"
     expected = jacrev(lambda *a: reference.recurrent(cell, *a)[0], argnums=numbers)(*arguments)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

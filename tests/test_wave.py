@@ -1,0 +1,235 @@
+"""A stack as a wave: right in the concurrent grid under adversarial schedules, its mutants caught, its plan sound, its
+kernels proven from compiled code."""
+
+import dataclasses
+import threading
+import time
+
+import accuracy
+import pytest
+import torch
+from forced import tilings
+from grid import Delays, concurrent_grid
+from persistrnn.kernels import audit, launch, plan, scan, wave, wave_plan
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.cost import BYTES
+from persistrnn.kernels.exchange import Exchange
+from persistrnn.kernels.hardware import DEVICES, INTERPRETER
+from persistrnn.kernels.launch import shape_of
+
+import persistrnn
+from persistrnn import functional
+
+H200 = DEVICES["h200"]
+SHAPES = {name: shape_of(cell) for name, cell in CELLS.items()}
+
+
+@pytest.fixture
+def waves(monkeypatch):
+    """waves(protocol, groups=None, **chosen): stacks from now on run as waves of this choice (see forced.py)."""
+    torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
+
+    def force(protocol="counter", groups=None, **chosen):
+        def choose(cell, hidden, layers, batch, dtype, precision, device):
+            parts = []
+            for made, alone in tilings(cell.name, hidden, 1, dtype.itemsize, **chosen):
+                t = dataclasses.replace(alone, layers=layers)
+                jobs = t.jobs(batch)
+                together = min(groups or jobs, jobs)
+                parts.append(plan.Pass(t, made, together, -(-jobs // together), 0, 0, 0, 0, 0, None, None))
+            return wave_plan.Wave(layers, parts[0], parts[1], (0.0, 0.0))
+
+        monkeypatch.setattr(wave, "choose", choose)
+        monkeypatch.setattr(functional, "_waves", lambda stack, y, weights: True)
+        monkeypatch.setattr(launch, "exchange_for", lambda device: Exchange(protocol=protocol, poll="atomic"))
+
+    yield force
+    torch.use_deterministic_algorithms(False)
+
+
+# H: the last slice and the last tile of K are seldom full; batch tiles full, not full, empty; jobs in turn.
+CASES = [
+    # cell, dtype, protocol, hidden, batch, layers, bias, state, chosen
+    ("lstm", "fp32", "counter", 13, 3, 2, True, True, {}),
+    ("gru", "fp32", "flags", 13, 3, 3, True, True, {"splits": 2}),
+    ("lstm", "bf16", "flags", 29, 3, 4, False, False, {"homes": "shared"}),
+    ("gru", "bf16", "counter", 29, 2, 3, True, False, {"homes": "registers and shared", "units": 16}),
+    ("lstm", "fp16", "counter", 21, 19, 2, True, True, {"subtiles": 2, "batch_tile": 8}),
+    ("gru", "fp16", "flags", 21, 11, 2, False, True, {"subtiles": 2, "batch_tile": 8, "homes": "shared"}),
+    ("gru", "fp32", "counter", 16, 33, 3, True, True, {"groups": 1}),
+    ("lstm", "fp32", "flags", 32, 17, 3, True, True, {"groups": 1, "homes": "registers and shared"}),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: "-".join(str(x) for x in CASES[i][:6]))
+def test_waves_keep_the_bound(waves, index):
+    cell, dtype, protocol, hidden, batch, layers, bias, state, chosen = CASES[index]
+    waves(protocol, **chosen)
+    case = accuracy.Case(cell, dtype, hidden, batch, 4, layers, False, bias, state)
+    bound = accuracy.Bound(accuracy.DTYPES[dtype])
+    before = launch.LAUNCHES.copy()
+    with concurrent_grid(Delays(("put", "arrive", "wait", "get")[index % 4], slow=index % 2)):
+        bound.add(case, *accuracy.run(case, seed=index))
+    rounds = 1 if "groups" not in chosen else -(-batch // 16)
+    assert launch.LAUNCHES - before == {"scan_forward": rounds, "scan_backward": rounds}, "one launch for all layers"
+    assert not bound.failures, "\n".join(bound.failures)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cell", CELLS)
+def test_without_gradients_only_the_ends_are_kept(waves, cell):
+    """The same bits, from a c of two slots per layer."""
+    waves(homes="shared")
+    torch.manual_seed(0)
+    layer = getattr(persistrnn, cell.upper())(5, 13, 3, backend="persistent")
+    x = torch.randn(4, 3, 5)
+    with concurrent_grid():
+        expected = layer(x)
+        with torch.no_grad():
+            found = layer(x)
+    for a, b in zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True):
+        assert torch.equal(a, b.detach())
+
+
+@pytest.mark.interpreter
+def test_one_step(waves):
+    waves()
+    case = accuracy.Case("gru", "fp32", 13, 2, 1, 3, False, True, True)
+    bound = accuracy.Bound(torch.float32)
+    with concurrent_grid():
+        bound.add(case, *accuracy.run(case, seed=0))
+    assert not bound.failures, "\n".join(bound.failures)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("protocol", ["counter", "flags"])
+@pytest.mark.parametrize("operation", ["put", "arrive", "wait", "get"])
+def test_every_schedule_passes_without_a_mutant(waves, protocol, operation):
+    waves(protocol)
+    assert wrong("gru", operation) == []
+
+
+def wrong(cell, operation="arrive", seconds=0.01):
+    case = accuracy.Case(cell, "fp32", 13, 3, 4, 2, False, True, True)
+    bound = accuracy.Bound(torch.float32)
+    with concurrent_grid(Delays(operation, slow=0, seconds=seconds)):
+        bound.add(case, *accuracy.run(case, seed=3))
+    return bound.failures
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_layer_that_does_not_wait_for_its_neighbour_is_caught(waves, monkeypatch, cell, backward):
+    waves()
+    multiply, program = scan.multiply, threading.local()
+
+    def hasty(weights, ahead, stream, pointer, rows, j, place, once, step, told, channel, patience, tiling, how):
+        # Of the two products of a step the neighbour's comes first.
+        turn = program.__dict__.setdefault("turn", 0)
+        program.turn = turn + 1
+        if tiling.backward == backward and turn % 2 == 0:
+            told = told * 0
+        given = weights, ahead, stream, pointer, rows, j, place, once, step, told, channel, patience, tiling, how
+        return multiply(*given)
+
+    monkeypatch.setattr(scan, "multiply", hasty)
+    assert wrong(cell)
+
+
+@pytest.mark.interpreter
+def test_a_gradient_told_before_it_is_stored_is_caught(waves, monkeypatch):
+    """The GRU's dx is told together with dr: stored after the announcement it is too late for the layer below."""
+    waves()
+    put_tiles, arrive, program = scan.put_tiles, scan.arrive, threading.local()
+
+    def held(pointer, offsets, mask, stride, tiles, tiling, how):
+        if tiling.backward and "dx" not in program.__dict__:
+            program.dx = pointer, offsets, mask, stride, tiles, tiling, how
+        else:
+            put_tiles(pointer, offsets, mask, stride, tiles, tiling, how)
+
+    def announced(counter, how):
+        arrive(counter, how)
+        if "dx" in program.__dict__:
+            time.sleep(0.01)
+            put_tiles(*program.dx)
+            del program.dx
+
+    monkeypatch.setattr(scan, "put_tiles", held)
+    monkeypatch.setattr(scan, "arrive", announced)
+    assert wrong("gru")
+
+
+def test_the_interpreter_has_no_waves():
+    assert wave.choose(CELLS["lstm"], 64, 2, 8, torch.float32, "ieee", torch.device("cpu")) is None
+    assert launch.hardware(torch.device("cpu")) is INTERPRETER
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "tf32", "fp32"])
+@pytest.mark.parametrize("device", ["h200", "a100", "b200", "rtx4090"])
+@pytest.mark.parametrize("cell", SHAPES)
+def test_plans_are_sound(cell, device, dtype):
+    """All layers of a job are there at the same time, all weights have a home, and every job is done."""
+    hardware, found = DEVICES[device], 0
+    for hidden in (20, 64, 130, 256, 384, 512, 600):
+        for layers in (2, 3, 4, 8):
+            for batch in (1, 16, 64, 200):
+                waved = wave_plan.wave(SHAPES[cell], hidden, layers, batch, dtype, hardware)
+                if waved is None:
+                    continue
+                found += 1
+                for part in (waved.forward, waved.backward):
+                    t = part.tiling
+                    assert t.layers == layers
+                    assert t.slices > 1
+                    assert t.rows == 1
+                    assert t.streamed == 0
+                    assert t.slices * t.units >= hidden
+                    assert t.slices * layers * part.groups <= hardware.multiprocessors
+                    assert part.groups * part.rounds >= t.jobs(batch) > part.groups * (part.rounds - 1)
+                    assert part.shared <= hardware.shared
+                    assert part.in_registers + part.in_shared >= 2 * t.m * t.depth * BYTES[dtype]
+    assert found > 10
+
+
+def test_a_wave_is_taken_where_it_is_predicted_to_win():
+    found = wave_plan.wave(SHAPES["lstm"], 512, 4, 16, "bf16", H200)
+    assert found.forward.predicted < found.layered[0]
+    assert found.faster(256, backward=True)
+    assert not found.faster(1, backward=True), "three steps more than one"
+    assert wave_plan.wave(SHAPES["lstm"], 1024, 4, 16, "bf16", H200) is None, "16 matrices of 2 MiB and more"
+
+
+def test_what_fits_with_16_rows_fits_with_any():
+    """torch.compile asks once for all batch sizes."""
+    for cell in SHAPES:
+        for hidden in range(16, 640, 24):
+            for layers in (2, 3, 5):
+                if wave_plan.wave(SHAPES[cell], hidden, layers, 16, "bf16", H200) is not None:
+                    for batch in (1, 8, 9, 33, 64, 100, 500, 5000):
+                        assert wave_plan.wave(SHAPES[cell], hidden, layers, batch, "bf16", H200) is not None
+
+
+def test_a_wave_has_two_layers():
+    with pytest.raises(ValueError, match=r"at least 2 layers, got 1"):
+        wave_plan.wave(SHAPES["gru"], 64, 1, 8, "bf16", H200)
+
+
+@pytest.mark.audit
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("cell", "dtype", "hidden", "layers", "batch", "arch"),
+    [
+        ("lstm", "bf16", 512, 4, 16, "sm_90"),
+        ("gru", "bf16", 512, 4, 16, "sm_90"),
+        ("gru", "tf32", 256, 4, 16, "sm_80"),
+        ("lstm", "fp16", 600, 3, 4, "sm_100"),
+    ],
+)
+def test_both_matrices_stay_where_the_plan_says(cell, dtype, hidden, layers, batch, arch, backward):
+    row = audit.audit(audit.Case(cell, backward, dtype, hidden, arch, batch, 1, layers))
+    assert row.failures == "", row
+    assert row.streamed == 0
+    assert row.in_registers + row.in_shared > 0
