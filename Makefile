@@ -17,7 +17,7 @@ PYTEST := -m pytest -n $(JOBS)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test lint types test-newest test-oldest train audit gpu format links clean
+.PHONY: help test lint types test-newest test-oldest train audit gpu rehearse bench format links clean
 
 # Tests say themselves whether they want the interpreter.
 unexport TRITON_INTERPRET
@@ -60,8 +60,15 @@ audit: $(NEWEST)/.dev $(OLDEST)/.dev ## compile and inspect the kernels of every
 
 # The GPU machine may have no package index: its own Python brings torch, Triton and pytest, and the links stand in
 # for an installed package (safe path: else the checkout, which has no persistrnn.kernels, would come first).
-gpu: links ## the tests that need a GPU, with the machine's own Python (PYTHON_GPU)
-	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/links" $(PYTHON_GPU) -m pytest -o pythonpath=build/links -m gpu tests/test_gpu.py $(ARGS)
+ON_LINKS := PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONPATH="$(CURDIR)/build/links"
+gpu: links ## correctness, stress, micro, race and tune on a GPU, with the machine's own Python (PYTHON_GPU)
+	$(ON_LINKS) $(PYTHON_GPU) -m bench.gpu $(ARGS)
+
+rehearse: $(NEWEST)/.dev links ## the same without a GPU: every path but the launch, predictions for an H200, no speeds
+	$(ON_LINKS) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(CURDIR)/$(NEWEST)/bin/python -m bench.gpu --rehearse h200 $(ARGS)
+
+bench: $(NEWEST)/.dev ## what a CPU can measure: our Python around torch's path, plan time, compile time
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest bench --benchmark-only $(ARGS)
 
 # kernels/ is persistrnn.kernels once installed, which neither mypy nor an uninstalled checkout can know.
 links:

@@ -38,6 +38,20 @@ class Wave:
     backward: Pass
     layered: tuple[float, float]
 
+    def __str__(self) -> str:
+        lines = [f"all {self.layers} layers in one launch, each one step behind its neighbour"]
+        for name, part, layered in zip(
+            ("forward", "backward"), (self.forward, self.backward), self.layered, strict=True
+        ):
+            t = part.tiling
+            lines.append(
+                f"  {name:8} {self.layers} x {t.slices} slices x {t.units} units, batch tile {t.batch_tile} x "
+                f"{t.subtiles}; per program {part.in_registers:,} bytes of W_hh and W_ih in registers, "
+                f"{part.in_shared:,} in shared memory; predicted {part.predicted:.2f} us per step, layer after layer "
+                f"{layered:.2f}"
+            )
+        return "\n".join(lines)
+
     def faster(self, steps: int, backward: bool) -> bool:
         """Whether the wave is predicted to win for so many time steps: it needs layers - 1 more of them."""
         parts = (self.forward, self.backward) if backward else (self.forward,)

@@ -3,7 +3,11 @@
 import importlib
 import sys
 
-COMMANDS = {"audit": "persistrnn.kernels.audit_table", "plan": "persistrnn.kernels.plan_command"}
+COMMANDS = {
+    "audit": "persistrnn.kernels.audit_table",
+    "plan": "persistrnn.kernels.plan_command",
+    "report": "persistrnn.report",
+}
 
 
 def main() -> int:

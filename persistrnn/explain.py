@@ -1,5 +1,7 @@
 """Which path a call would take, with which plan, and why; in words and without running it."""
 
+import torch
+
 from persistrnn import functional, ops
 from persistrnn.modules import GRU, LSTM
 
@@ -39,6 +41,11 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
     shape = (cell, layer.hidden_size, batch, directions, dtype, device, precision)
     if reason is None:
         lines += ["path: persistent", ops.describe(*shape)]
+        stack = cell, layer.hidden_size, layer.num_layers, batch
+        where = dtype, device, precision
+        single = layer.num_layers > 1 and directions == 1 and not (layer.training and layer.dropout > 0)
+        if single and ops.waves(*stack, steps, *where, torch.is_grad_enabled()):
+            lines.append(ops.describe_wave(*stack, *where))
     elif layer.backend == "persistent":
         lines += ['path: none, the call would raise, because backend="persistent"', f"why: {reason}"]
     else:

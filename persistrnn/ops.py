@@ -259,6 +259,19 @@ def _waves(
     return found is not None and found.faster(steps, backward)
 
 
+def describe_wave(
+    cell: str,
+    hidden_size: int,
+    layers: int,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str,
+) -> str:
+    """The plan of a stack that ``waves`` is true of, in words."""
+    return str(wave.choose(CELLS[cell], hidden_size, layers, batch, dtype, precision, device))
+
+
 @torch.library.custom_op("persistrnn::wave_forward", mutates_args=())
 def wave_forward(
     cell: str,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import persistrnn
-from persistrnn import ops, reference
+from persistrnn import autograd, ops, reference
 
 PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
 STEPS, BATCH, INPUT, HIDDEN = 5, 3, 4, 6
@@ -301,7 +301,7 @@ def test_flatten_parameters_changes_nothing(cell):
 
 def test_last_path_tells_what_ran(monkeypatch):
     monkeypatch.setattr(ops, "unsupported", lambda *args: None)
-    monkeypatch.setattr(ops, "recurrent", lambda *args: reference.recurrent(*args[:-1]))
+    monkeypatch.setattr(autograd, "recurrent", lambda *args: reference.recurrent(*args[:-1]))
     layer = persistrnn.LSTM(INPUT, HIDDEN, 2, backend="persistent")
     assert layer.last_path is None
     x = torch.randn(STEPS, BATCH, INPUT)

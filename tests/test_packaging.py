@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+DATA = ("py.typed", "report.html.jinja")
 
 
 def python(code: str, *arguments: object, cwd: Path) -> object:
@@ -67,7 +68,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         (licence,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
         assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
     assert "Apache License" in (ROOT / "LICENSE").read_text()
-    assert {name for name in names if ".dist-info/" not in name} == modules() | {"persistrnn/py.typed"}
+    assert {name for name in names if ".dist-info/" not in name} == modules() | {f"persistrnn/{n}" for n in DATA}
 
 
 def test_wheel_imports_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from persistrnn.kernels.hardware import DEVICES, INTERPRETER
 from persistrnn.kernels.launch import shape_of
 
 import persistrnn
-from persistrnn import functional
+from persistrnn import autograd, functional
 
 H200 = DEVICES["h200"]
 SHAPES = {name: shape_of(cell) for name, cell in CELLS.items()}
@@ -233,3 +233,100 @@ def test_both_matrices_stay_where_the_plan_says(cell, dtype, hidden, layers, bat
     assert row.failures == "", row
     assert row.streamed == 0
     assert row.in_registers + row.in_shared > 0
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cell", CELLS)
+def test_operators_are_sound(waves, cell):
+    """Fakes have the shapes, dtypes and strides of the real ones, and nothing aliases."""
+    waves()
+    made = arguments(cell)
+    with concurrent_grid():
+        torch.library.opcheck(torch.ops.persistrnn.wave_forward.default, (cell, "ieee", True, *made))
+        y, c, saved = torch.ops.persistrnn.wave_forward(cell, "ieee", True, *made)
+        d_final = [torch.randn(2, 3, 13), torch.randn(2, 3, 13) if cell == "lstm" else None]
+        given = (cell, "ieee", torch.randn(2, 3, 13), *d_final, made[1], made[3], y, c, saved)
+        torch.library.opcheck(torch.ops.persistrnn.wave_backward.default, given)
+
+
+def arguments(cell, rows=()):
+    """Of ``autograd.wave``: T=2, B=3, H=13, L=2; c0 is None for the GRU."""
+    torch.manual_seed(0)
+    gates = CELLS[cell].gates * 13
+    shapes = [(2, 3, gates), (2, gates, 13), (2, gates), (1, gates, 13), (1, gates), (2, 3, 13), (2, 3, 13)]
+    made = [torch.randn(*rows, *shape) / 4 for shape in shapes]
+    return made if cell == "lstm" else [*made[:-1], None]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("mapped", [(0, None, None, None, None, 0, 0), (None, 0, 0, None, None, None, None)])
+def test_gradients_per_sample(waves, cell, mapped):
+    """vmap of grad equals grad one by one, with the weights shared (one launch) and with weights of each sample."""
+    waves()
+    many, one = arguments(cell, rows=(2,)), arguments(cell)
+    given = [a if m == 0 else b for a, b, m in zip(many, one, mapped, strict=True)]
+    dims = tuple(None if t is None else m for t, m in zip(given, mapped, strict=True))
+    numbers = tuple(i for i, t in enumerate(given) if t is not None)
+
+    def loss(*tensors):
+        y, h_n, c_n = autograd.wave(cell, *tensors, "ieee")
+        return y.square().sum() + h_n.sin().sum() + (0 if c_n is None else c_n.cos().sum())
+
+    with concurrent_grid():
+        found = torch.func.vmap(torch.func.grad(loss, argnums=numbers), in_dims=dims)(*given)
+        for i in range(2):
+            sample = [t if m is None or t is None else t[i] for t, m in zip(given, dims, strict=True)]
+            expected = torch.func.grad(loss, argnums=numbers)(*sample)
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.interpreter
+def test_a_second_derivative_is_refused(waves):
+    waves()
+    leaves = [t.requires_grad_() for t in arguments("lstm")]
+    with concurrent_grid():
+        y, *_ = autograd.wave("lstm", *leaves, "ieee")
+        (gradient,) = torch.autograd.grad(y.square().sum(), leaves[:1], create_graph=True)
+        with pytest.raises(NotImplementedError, match="differentiable once"):
+            gradient.sum().backward()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cell", CELLS)
+def test_compiles_as_one_graph(waves, cell):
+    """Two nodes of ours at most, for every T and B."""
+    waves()
+    layer = getattr(persistrnn, cell.upper())(5, 13, 2, backend="persistent")
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with concurrent_grid():
+        for steps, batch in ((3, 2), (4, 5)):
+            x = torch.randn(steps, batch, 5)
+            expected, found = layer(x)[0], compiled(x)[0]
+            torch.testing.assert_close(found, expected)
+            gradients = [torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (found, expected)]
+            torch.testing.assert_close(*gradients)
+
+
+def test_stacks_that_are_no_waves():
+    """Between layers with dropout, in two directions, on the CPU: layer after layer."""
+    stack = functional._Stack("lstm", 2, 1, True, 8, 16, 0)
+    x = torch.zeros(3, 4, 8)
+    assert not functional._waves(stack, x, [])
+    assert not functional._waves(stack._replace(directions=2), x.to("meta"), [])
+    assert not functional._waves(stack._replace(num_layers=1), x.to("meta"), [])
+
+
+@pytest.mark.interpreter
+def test_dropout_between_layers_runs_layer_after_layer(waves):
+    waves()
+    layer = persistrnn.LSTM(5, 13, 2, dropout=0.5, backend="persistent")
+    x = torch.randn(2, 3, 5)
+    before = launch.LAUNCHES.copy()
+    with torch.no_grad():
+        layer(x)  # layer after layer, each one slice in the interpreter
+    assert launch.LAUNCHES - before == {"scan_forward": 2}
+    with concurrent_grid(), torch.no_grad():
+        layer.eval()(x)
+    assert launch.LAUNCHES - before == {"scan_forward": 3}

@@ -1,0 +1,426 @@
+"""Plots of one run, as PNG and as SVG for a page. matplotlib is imported when something is drawn, not before; no torch.
+
+What is measured is drawn with filled markers, what the plan predicts with lines or hollow markers.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .results import ARMS, DTYPES, MODES, Provenance, Results
+from .rows import BASELINES, OURS, Row, groups, label, printable, rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARK = "persistrnn report"
+REHEARSAL = "Rehearsal, no GPU: nothing here was measured on one."
+PAGE = 50  # cases in one figure of speed-ups
+PANELS = 15  # in one figure of times
+MIB = 1 << 20
+
+# After Paul Tol's "bright" scheme, safe for the colour-blind, light ones darkened; each has a marker of its own too.
+COLOURS = {
+    "persistrnn": ("#4477AA", "o"),
+    "torch": ("#EE6677", "s"),
+    "torch-best": ("#AA3377", "D"),
+    "torchrl": ("#228833", "^"),
+    "flashrnn": ("#A88600", "v"),
+    "xma": ("#1E9CBF", "P"),
+}
+CYCLE = (*COLOURS.values(), ("#8C510A", "X"), ("#6B6B6B", "<"))  # of suites
+INK, FAINT, RULE, ALARM = "#1a1a1a", "#707070", "#d8d8d8", "#b00020"
+# In the page these follow its light and dark mode; matplotlib writes colours in small letters.
+THEME = {INK: "--ink", FAINT: "--faint", RULE: "--rule", ALARM: "--alarm"}
+THEME |= {"#4477aa": "--blue", "#aa3377": "--purple", "#228833": "--green"}
+
+
+class MissingMatplotlib(RuntimeError):
+    """There is nothing to draw with."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One drawing. name: of its file, without ending; alt: what it shows, in words."""
+
+    name: str
+    alt: str
+    png: bytes
+    svg: str
+
+
+@dataclass
+class Section:
+    """Plots of one kind. missing: what is not drawn and why, in sentences; empty if nothing is."""
+
+    title: str
+    caption: str
+    plots: list[Plot] = field(default_factory=list)
+    missing: str = ""
+
+
+def draw(results: Results) -> list[Section]:
+    """Every plot of a run, the same for the same run.
+
+    Raises:
+        MissingMatplotlib: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingMatplotlib(
+            f"drawing a report needs matplotlib, which cannot be imported ({error}): pip install 'persistrnn[draw]'"
+        ) from error
+    found = rows(results)
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names may be in any script
+        matplotlib.rcdefaults()  # the reader's own style shall not change the plots
+        matplotlib.rcParams.update(_STYLE)
+        return [kind(found, results.provenance) for kind in (speedups, times, floors, memory)]
+
+
+_STYLE: Any = {
+    "svg.hashsalt": "persistrnn",
+    "svg.fonttype": "none",  # text stays text: found by a search, and small
+    "text.parse_math": False,  # a dollar in a name is a dollar
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.facecolor": "none",
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.scatterpoints": 1,
+}
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _finish(figure: Figure, name: str, title: str, alt: str, provenance: Provenance) -> Plot:
+    origin = f"{provenance.device}, {provenance.date[:10]}, commit {provenance.commit[:10]}"
+    lines = [printable(title, 90), printable(origin, 110)]
+    lines += [REHEARSAL] if provenance.rehearsal else []
+    colour = ALARM if provenance.rehearsal else INK
+    figure.suptitle("\n".join(lines), fontsize=9, x=0.01, ha="left", color=colour)
+    png, svg = io.BytesIO(), io.StringIO()
+    figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": MARK})
+    figure.savefig(svg, format="svg", facecolor="none", metadata={"Date": None, "Creator": MARK})
+    return Plot(name, alt, png.getvalue(), _inline(svg.getvalue(), name, alt))
+
+
+def _inline(svg: str, name: str, alt: str) -> str:
+    """An SVG for a page with others: no prolog and no style of its own, ids of its own, the page's colours."""
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.S)
+
+    def retag(tag: re.Match[str]) -> str:
+        text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", tag[0])
+        for colour, variable in THEME.items():
+            text = text.replace(colour, f"var({variable}, {colour})")
+        return text.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+
+    svg = re.sub(r"<[^>]+>", retag, svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1).rstrip()
+
+
+class _Names:
+    """Names of files: letters, digits and dashes, none twice."""
+
+    def __init__(self) -> None:
+        self.given: set[str] = set()
+
+    def __call__(self, *parts: str) -> str:
+        name = "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower())[:40].strip("-") for part in parts if part)
+        for n in itertools.count(2):
+            if name not in self.given:
+                break
+            name = f"{name.removesuffix(f'-x{n - 1}')}-x{n}"
+        self.given.add(name)
+        return name
+
+
+def _log(axes: Axes, which: str, base: int = 10, unit: str = "") -> None:
+    """A logarithmic axis with plain numbers, at 1, 2, 5 (or finer) or at powers of 2; for what is drawn already."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    fine = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5)
+    axis.set_major_locator(LogLocator(base, fine if base == 10 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}{unit}" if base == 10 else f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _dots(axes: Axes, points: Sequence[tuple[float, float]], style: tuple[str, str], name: str, full: bool) -> None:
+    """Markers at (x, y): filled where measured, hollow where predicted; of the measured, earlier calls lie on top."""
+    colour, marker = style
+    axes.scatter(
+        [x for x, _ in points], [y for _, y in points], s=17, marker=marker, linewidths=0.8, label=name,
+        facecolors=colour if full else "none", edgecolors=colour, alpha=0.9 if full else 0.6,
+        zorder=4 - 0.01 * len(axes.collections) if full else 3,
+    )  # fmt: skip
+
+
+def _legend(figure: Figure) -> None:
+    """Of all panels, each name once, below them."""
+    handles: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    # A digit is about 0.065 inches wide, a marker with its gaps 0.55.
+    columns = int(figure.get_figwidth() / (0.55 + 0.065 * max(map(len, handles))))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=max(1, columns))
+
+
+def _pages(items: Sequence[Any], largest: int) -> list[Sequence[Any]]:
+    """As few as can be, of about equal length."""
+    count = -(-len(items) // largest)
+    size = -(-len(items) // max(count, 1))
+    return [items[n : n + size] for n in range(0, len(items), max(size, 1))]
+
+
+def _span(values: Iterable[float], least: tuple[float, float]) -> tuple[float, float]:
+    """Limits of a logarithmic axis: all values and some room, ``least`` at any rate."""
+    values = [*values, *least]
+    return min(values) / 1.08, max(values) * 1.08
+
+
+def speedups(found: Sequence[Row], provenance: Provenance) -> Section:
+    section = Section(
+        "Speed-up per case",
+        "Time of the other over time of persistrnn, whole call, median; left of the line at 1 persistrnn loses. "
+        "Sorted by the speed-up over torch; cases of one suite, dtype and mode share their scale.",
+    )
+    name, absent = _Names(), 0
+    for (suite, dtype, mode), members in groups(found).items():
+        values = {row: {arm: value for arm in BASELINES if (value := row.speedup(arm))} for row in members}
+        shown = sorted((row for row in members if values[row]), key=lambda row: next(iter(values[row].values())))
+        absent += len(members) - len(shown)
+        pages = _pages(shown[::-1], PAGE)
+        limits = _span((value for row in shown for value in values[row].values()), (0.5, 2))
+        for number, page in enumerate(pages, 1):
+            figure = _figure(8, 1.45 + 0.155 * len(page))
+            axes = figure.subplots()
+            axes.axvspan(limits[0], 1, color=FAINT, alpha=0.1, linewidth=0)
+            axes.axvline(1, color=INK, linewidth=1)
+            for arm in BASELINES:
+                points = [(values[row][arm], -n) for n, row in enumerate(page) if arm in values[row]]
+                if points:
+                    _dots(axes, points, COLOURS[arm], f"over {arm}", True)
+            axes.set_yticks([-n for n in range(len(page))], [label(row.case) for row in page], fontsize=7)
+            axes.tick_params(axis="y", length=0)
+            axes.set(xlim=limits, ylim=(0.7 - len(page), 0.7), xlabel="speed-up of persistrnn, times (log scale)")
+            _log(axes, "x", unit="x")
+            _legend(figure)
+            told = f"Speed-up of persistrnn: {printable(suite, 30)}, {dtype}, {mode}"
+            over = [values[row][arm] for row in page for arm in values[row]]
+            lost = sum(min(values[row].values()) < 1 for row in page)
+            alt = f"{told}; {len(page)} cases, from {min(over):.3g} to {max(over):.3g} times, {lost} with a loss"
+            if len(pages) > 1:
+                told += f" ({number} of {len(pages)})"
+            section.plots.append(
+                _finish(figure, name("speedup", suite, dtype, mode, str(number)), told, alt, provenance)
+            )
+    if absent or not found:
+        section.missing = f"{absent} of {len(found)} cases have no speed-up: not yet measured, or skipped."
+    return section
+
+
+class _Panel(NamedTuple):
+    """What the points of one panel share. both: directions; bare: without the input's product."""
+
+    cell: str
+    layers: int
+    both: bool
+    bare: bool
+    batch: int
+
+
+def times(found: Sequence[Row], provenance: Provenance) -> Section:
+    section = Section(
+        "Time per step",
+        "Microseconds per step of the whole stack against the hidden size; a panel has one cell and batch (and layers "
+        "L, directions D; I=0: without the product of the input). Measured times are whole calls over T, with that "
+        "product where a case has one; predicted times and the floor are the plan's, without it.",
+    )
+    name, alone = _Names(), 0
+    for dtype, mode in itertools.product(DTYPES, MODES):
+        members = [row for row in found if (row.case.dtype, row.case.mode) == (dtype, mode)]
+        members = [row for row in members if row.case.hidden and (row.floor or any(map(row.measured, ARMS)))]
+        panels: dict[_Panel, list[Row]] = {}
+        for row in members:
+            case = row.case
+            panels.setdefault(
+                _Panel(case.cell, case.layers, case.bidirectional, not case.input, case.batch), []
+            ).append(row)
+        # Fewer sizes are no curve; their times are in the tables.
+        curves = {key: panels[key] for key in sorted(panels) if len({row.case.hidden for row in panels[key]}) > 2}
+        curves = curves or dict(sorted(panels.items()))
+        alone += len(members) - sum(map(len, curves.values()))
+        pages = _pages(list(curves.items()), PANELS)
+        for number, page in enumerate(pages, 1):
+            measured = sum(bool(row.measured(arm)) for _, own in page for row in own for arm in ARMS)
+            figure = _panels(page)
+            told = f"Time per step: {dtype}, {mode}" + ("" if measured else "; predicted; not yet measured")
+            alt = f"{told}; {len(page)} panels by cell and batch, {measured} measured points, predicted times and floor"
+            if len(pages) > 1:
+                told += f" ({number} of {len(pages)})"
+            section.plots.append(_finish(figure, name("step", dtype, mode, str(number)), told, alt, provenance))
+    if alone:
+        section.missing = (
+            f"{alone} cases whose cell and batch have fewer than three hidden sizes are in the tables, not here."
+        )
+    if not section.plots:
+        section.missing = "Nothing is drawn: no case has a measured time or a floor."
+    return section
+
+
+def _panels(page: Sequence[tuple[_Panel, Sequence[Row]]]) -> Figure:
+    """Times against H, all on the same scales."""
+    columns = min(3, len(page))
+    lines = -(-len(page) // columns)
+    figure = _figure(8 if columns > 1 else 5, 1.5 + 1.75 * lines)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(page) :]:
+        axes.set_visible(False)
+    for n, (panel, members) in enumerate(page):
+        axes = grid.flat[n]
+        for of, name, style in (
+            (lambda row: row.floor, "floor, predicted", {"color": FAINT, "linestyle": "-"}),
+            (lambda row: row.predicted, "persistrnn, predicted", {"color": COLOURS[OURS][0], "linestyle": "--"}),
+        ):
+            line = _curve(members, of)
+            if line:
+                axes.plot(*zip(*line, strict=True), marker="_", markersize=6, linewidth=1.1, label=name, **style)
+        for arm in ARMS:
+            points = [(float(row.case.hidden), t.per_step) for row in members if (t := row.measured(arm))]
+            if points:
+                _dots(axes, points, COLOURS[arm], f"{arm}, measured", True)
+        more = f" L={panel.layers}" * (panel.layers > 1) + " D=2" * panel.both + " I=0" * panel.bare
+        axes.set_title(f"{printable(panel.cell, 12)} B={panel.batch}{more}")
+        _log(axes, "x", base=2)
+        _log(axes, "y")
+        if n + columns >= len(page):  # the lowest of its column
+            axes.xaxis.set_tick_params(labelbottom=True)
+            axes.set_xlabel("hidden size H")
+        if n % columns == 0:
+            axes.set_ylabel("us per step")
+    _legend(figure)
+    return figure
+
+
+def _curve(members: Sequence[Row], of: Callable[[Row], float]) -> list[tuple[int, float]]:
+    """(H, the middle one of its values), by H; unknown values are left out."""
+    found: dict[int, list[float]] = {}
+    for row in members:
+        if of(row):
+            found.setdefault(row.case.hidden, []).append(of(row))
+    return [(hidden, median(found[hidden])) for hidden in sorted(found)]
+
+
+def _suites(found: Iterable[Row]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each."""
+    names = dict.fromkeys(row.case.suite for row in found)
+    return {name: CYCLE[n % len(CYCLE)] for n, name in enumerate(names)}
+
+
+def floors(found: Sequence[Row], provenance: Provenance) -> Section:
+    section = Section(
+        "Share of the floor",
+        "Time per step over the floor, the least that any plan can take; 1 is the floor. Filled: measured over floor "
+        "(whole call, with the product of the input where a case has one). Hollow: predicted over floor, of cases that "
+        "are not measured.",
+    )
+    members = [row for row in found if row.floor and row.case.hidden]
+    if not members:
+        section.missing = "Nothing is drawn: no case has a floor."
+        return section
+    dtypes = [dtype for dtype in DTYPES if any(row.case.dtype == dtype for row in members)]
+    modes = [mode for mode in MODES if any(row.case.mode == mode for row in members)]
+    figure = _figure(8 if len(modes) > 1 else 5, 1.6 + 2.6 * len(dtypes))
+    grid = figure.subplots(len(dtypes), len(modes), sharex=True, sharey=True, squeeze=False)
+    for (i, dtype), (j, mode) in itertools.product(enumerate(dtypes), enumerate(modes)):
+        axes = grid[i][j]
+        own = [row for row in members if (row.case.dtype, row.case.mode) == (dtype, mode)]
+        axes.axhline(1, color=INK, linewidth=1)
+        for suite, style in _suites(members).items():
+            here = [row for row in own if row.case.suite == suite]
+            open_ = [row for row in here if row.predicted and not row.over_floor]
+            predicted = [(float(row.case.hidden), row.predicted / row.floor) for row in open_]
+            measured = [(float(row.case.hidden), value) for row in here if (value := row.over_floor)]
+            for points, kind in ((predicted, "predicted"), (measured, "measured")):
+                if points:
+                    _dots(axes, points, style, f"{printable(suite, 20)}, {kind}", kind == "measured")
+        axes.set_title(f"{dtype}, {mode}")
+        _log(axes, "x", base=2)
+        _log(axes, "y", unit="x")
+        if j == 0:
+            axes.set_ylabel("time over floor (log scale)")
+        if i == len(dtypes) - 1:
+            axes.set_xlabel("hidden size H")
+    _legend(figure)
+    over = [value for row in members if (value := row.over_floor)]
+    told = "Time over floor" if over else "Time over floor: predicted; not yet measured"
+    seen = f"measured is {min(over):.3g} to {max(over):.3g} times the floor" if over else "nothing is measured"
+    alt = f"{told}, against the hidden size; {len(members)} cases, {seen}"
+    section.plots.append(_finish(figure, "floor", told, alt, provenance))
+    return section
+
+
+def memory(found: Sequence[Row], provenance: Provenance) -> Section:
+    section = Section(
+        "Peak memory",
+        "Device memory above what was allocated before the call, persistrnn against torch; below the line persistrnn "
+        "needs less.",
+    )
+    points: dict[str, list[tuple[Row, float, float]]] = {}
+    for row in found:
+        ours, theirs = row.measured(OURS), row.measured("torch")
+        if ours and theirs and ours.peak and theirs.peak:
+            points.setdefault(row.case.mode, []).append((row, theirs.peak / MIB, ours.peak / MIB))
+    count = sum(map(len, points.values()))
+    if count < len(found) or not found:
+        section.missing = f"{len(found) - count} of {len(found)} cases have no peak memory of both."
+    if not points:
+        return section
+    modes = [mode for mode in MODES if mode in points]
+    both = [value for mode in modes for _, x, y in points[mode] for value in (x, y)]
+    limits = _span(both, (min(both) / 1.2, max(both) * 1.2))
+    figure = _figure(8 if len(modes) > 1 else 4.6, 4.9)
+    for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False).flat, modes, strict=True):
+        axes.plot(limits, limits, color=INK, linewidth=1, label="equal")
+        for suite, style in _suites(row for row, _, _ in itertools.chain(*points.values())).items():
+            own = [(x, y) for row, x, y in points[mode] if row.case.suite == suite]
+            if own:
+                _dots(axes, own, style, printable(suite, 20), True)
+        axes.set(xlim=limits, ylim=limits, aspect="equal", title=mode, xlabel="torch, MiB (log scale)")
+        axes.set_ylabel("persistrnn, MiB (log scale)")
+        _log(axes, "x")
+        _log(axes, "y")
+        axes.tick_params(axis="x", rotation=45)
+    _legend(figure)
+    less = sum(y < x for own in points.values() for _, x, y in own)
+    alt = f"Peak memory of persistrnn against torch, {count} cases; persistrnn needs less in {less} of them"
+    section.plots.append(_finish(figure, "memory", "Peak memory, persistrnn against torch", alt, provenance))
+    return section

@@ -1,0 +1,120 @@
+"""The timings of one run by case: what is measured, what is predicted, who is faster. No torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean
+
+from .results import ARMS, DTYPES, MODES, Case, Results, Timing
+
+OURS, BASELINES = ARMS[0], ARMS[1:]
+SUMMARISED = ("torch", "torch-best")
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One case and all its timings, by arm; skipped ones too."""
+
+    case: Case
+    arms: Mapping[str, Timing]
+
+    def measured(self, arm: str) -> Timing | None:
+        found = self.arms.get(arm)
+        return None if found is None or found.skipped else found
+
+    def speedup(self, over: str) -> float | None:
+        """How many times faster persistrnn's call is; below 1 it loses."""
+        ours, theirs = self.measured(OURS), self.measured(over)
+        return theirs.microseconds / ours.microseconds if ours and theirs else None
+
+    @property
+    def predicted(self) -> float:
+        """By the plan, us per step; 0 if unknown."""
+        return next((timing.predicted for timing in self.arms.values() if timing.predicted), 0.0)
+
+    @property
+    def floor(self) -> float:
+        """Of any plan, us per step; 0 if unknown."""
+        return next((timing.floor for timing in self.arms.values() if timing.floor), 0.0)
+
+    @property
+    def over_floor(self) -> float | None:
+        """Measured over floor, both per step."""
+        ours = self.measured(OURS)
+        return ours.per_step / self.floor if ours and self.floor else None
+
+
+def rows(results: Results) -> list[Row]:
+    """One per case, in the order of the file."""
+    found: dict[str, Row] = {}
+    for timing in results.timings:
+        row = found.setdefault(timing.case.key, Row(timing.case, {}))
+        found[timing.case.key] = Row(row.case, {**row.arms, timing.arm: timing})
+    return list(found.values())
+
+
+def groups(found: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """By (suite, dtype, mode): suites as they come, the others in the order of results."""
+    result: dict[tuple[str, str, str], list[Row]] = {}
+    for row in found:
+        result.setdefault((row.case.suite, row.case.dtype, row.case.mode), []).append(row)
+    suites = list(dict.fromkeys(suite for suite, _, _ in result))
+    order = [key for key in itertools.product(suites, DTYPES, MODES) if key in result]
+    return {key: result[key] for key in order}
+
+
+def shape(case: Case) -> str:
+    """In a few signs; what is left out is 1, or the input's product."""
+    parts = [printable(case.cell, 16), f"H={case.hidden}", f"B={case.batch}", f"T={case.steps}"]
+    parts += [f"I={case.input}"] if case.input else []
+    parts += [f"L={case.layers}"] if case.layers != 1 else []
+    return " ".join(parts + ["D=2"] * case.bidirectional)
+
+
+def printable(text: str, length: int) -> str:
+    """On one line, at most ``length`` signs."""
+    text = "".join(sign if sign.isprintable() else " " for sign in text)
+    return text if len(text) <= length else text[: length - 1] + "\u2026"
+
+
+def label(case: Case) -> str:
+    """Name and shape; not the name where it says nothing else."""
+    return shape(case) if case.name in shape(case) else f"{printable(case.name, 28)}: {shape(case)}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """persistrnn against one arm on one suite, dtype and mode.
+
+    cases: how many there are; speedups: of those with both numbers, the lowest first.
+    """
+
+    suite: str
+    dtype: str
+    mode: str
+    over: str
+    cases: int
+    speedups: tuple[tuple[float, Row], ...]
+
+    @property
+    def mean(self) -> float | None:
+        """Geometric."""
+        return geometric_mean(value for value, _ in self.speedups) if self.speedups else None
+
+    @property
+    def losses(self) -> int:
+        return sum(value < 1 for value, _ in self.speedups)
+
+
+def summaries(found: Sequence[Row]) -> list[Summary]:
+    """One per suite, dtype, mode and arm: of SUMMARISED always, of others where a speed-up is known."""
+    result = []
+    for (suite, dtype, mode), members in groups(found).items():
+        for over in BASELINES:
+            both = [(value, row) for row in members if (value := row.speedup(over)) is not None]
+            speedups = tuple(sorted(both, key=lambda pair: pair[0]))
+            if speedups or over in SUMMARISED:
+                result.append(Summary(suite, dtype, mode, over, len(members), speedups))
+    return result

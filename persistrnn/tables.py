@@ -1,0 +1,299 @@
+"""The tables of the report, as text: summary, timings, checks and the others, each under its heading. No torch.
+
+Measured and predicted numbers never share a column. What is missing is said, losses are listed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+
+from .plots import Section
+from .results import ARMS, Case, Provenance, Results, Timing, Tuning
+from .rows import OURS, Row, Summary, groups, label, summaries
+
+NOTHING = "not yet measured"
+FOLDED = 16  # longer tables are closed at first
+MIB = 1 << 20
+
+
+def number(value: float | None) -> str:
+    """Four digits that count."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.0f}" if value >= 999.95 else f"{value:#.4g}"
+
+
+def times(value: float | None) -> str:
+    """A ratio; what is below 1 never looks like 1."""
+    if value is None:
+        return NOTHING
+    return f"{value:.2f}x" if value >= 1 else f"{min(value, 0.999):.3f}x"
+
+
+def known(value: float) -> str:
+    """Of the plan's numbers 0 is unknown."""
+    return number(value) if value else "unknown"
+
+
+# Tables.
+
+
+@dataclass(frozen=True)
+class Column:
+    """number: aligned to the right; band: a header above it and its neighbours of the same band."""
+
+    name: str
+    number: bool = True
+    band: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """The cells of one row; bad: it stands out."""
+
+    cells: Sequence[str]
+    bad: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[Line, ...]
+    folded: bool
+
+    @property
+    def bands(self) -> list[tuple[str, int]]:
+        """(band, how many columns), in order; empty if no column has one."""
+        if not any(column.band for column in self.columns):
+            return []
+        return [(band, len(list(own))) for band, own in itertools.groupby(column.band for column in self.columns)]
+
+
+@dataclass
+class Part:
+    """A section of the page: sentences, then plots, then tables."""
+
+    title: str
+    sentences: list[str] = field(default_factory=list)
+    plots: list[Section] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+    @property
+    def anchor(self) -> str:
+        return self.title.lower().replace(" ", "-")
+
+
+def words(*names: str, band: str = "") -> list[Column]:
+    return [Column(name, False, band) for name in names]
+
+
+def numbers(*names: str, band: str = "") -> list[Column]:
+    return [Column(name, True, band) for name in names]
+
+
+def table(caption: str, columns: Sequence[Column], lines: Iterable[Line], folded: bool | None = None) -> Table:
+    """folded: by its length if not given."""
+    found = tuple(lines)
+    return Table(caption, tuple(columns), found, len(found) > FOLDED if folded is None else folded)
+
+
+def provenance(runs: Sequence[Results]) -> Part:
+    def cell(of: Provenance, name: str) -> str:
+        value = getattr(of, name)
+        if name.startswith("clocks"):
+            return f"{value} MHz" if value else "unknown"
+        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+    names = {"commit": "commit", "dirty": "uncommitted changes", "clocks_before": "clock before"}
+    names |= {"clocks_after": "clock after", "rehearsal": "rehearsal, without a GPU"}
+    lines = [
+        Line((names.get(f.name, f.name), *(cell(run.provenance, f.name) for run in runs))) for f in fields(Provenance)
+    ]
+    columns = words("", *(f"run {n}" + " (this report)" * (n == len(runs)) for n in range(1, len(runs) + 1)))
+    return Part("Provenance", tables=[table("Where the numbers come from", columns, lines, False)])
+
+
+def summary(found: Sequence[Row]) -> Part:
+    part = Part("Summary")
+    every = summaries(found)
+    if not any(one.speedups for one in every):
+        part.sentences.append("No speed-up is known: no case has a measured time of both persistrnn and another arm.")
+    lines = []
+    for one in every:
+        cells = [one.suite, one.dtype, one.mode, one.over, f"{len(one.speedups)} of {one.cases}", times(one.mean)]
+        lines.append(Line([*cells, _worst(one), f"{one.losses} of {len(one.speedups)}"], (one.mean or 1) < 1))
+    columns = words("suite", "dtype", "mode", "persistrnn over") + numbers("cases with both", "geometric mean")
+    columns += words("worst case") + numbers("losses")
+    part.tables.append(table("Speed-up of persistrnn, by suite, dtype and mode", columns, lines, False))
+    lost = [(value, one, row) for one in every for value, row in one.speedups if value < 1]
+    compared = sum(len(one.speedups) for one in every)
+    if compared:
+        part.sentences.append(
+            f"persistrnn loses {len(lost)} of {compared} comparisons"
+            + (", all listed below, the worst first." if lost else ".")
+        )
+    lines = [
+        Line((label(row.case), row.case.suite, row.case.dtype, row.case.mode, one.over, times(value)), True)
+        for value, one, row in sorted(lost, key=lambda loss: loss[0])
+    ]
+    columns = [*words("case", "suite", "dtype", "mode", "slower than"), *numbers("speed-up")]
+    part.tables.append(table("Losses", columns, lines, False))
+    return part
+
+
+def _worst(one: Summary) -> str:
+    return f"{times(one.speedups[0][0])}: {label(one.speedups[0][1].case)}" if one.speedups else NOTHING
+
+
+def timings(found: Sequence[Row]) -> Part:
+    part = Part("Timings")
+    part.sentences.append(
+        "A time is a whole call, with the product of the input where I is given; predicted times and the floor are the "
+        "plan's, without that product. A speed-up is how many times faster persistrnn is than the arm of the row."
+        if any(row.measured(arm) for row in found for arm in ARMS)
+        else "Nothing is timed in this run."
+    )
+    measured = "measured"
+    columns = [*words("case", "arm"), *words("ran in", band=measured)]
+    columns += numbers("us per call", "quartiles", "rounds", "us per step", "TFLOP/s", "peak MiB", band=measured)
+    columns += numbers("persistrnn's speed-up", "measured over floor", band="ratios")
+    columns += numbers("us per step", "floor, us per step", band="predicted")
+    columns += words("plan", "path", band="persistrnn's")
+    for (suite, dtype, mode), members in groups(found).items():
+        lines = [
+            _timing(row, row.arms[arm])
+            for row in members
+            for arm in ARMS
+            if arm in row.arms and (row.measured(arm) or (arm == OURS and row.floor))
+        ]
+        part.tables.append(table(f"{suite}, {dtype}, {mode}", columns, lines))
+    return part
+
+
+def _timing(row: Row, timing: Timing) -> Line:
+    ours = timing.arm == OURS
+    speedup, over = (None, row.over_floor) if ours else (row.speedup(timing.arm), None)
+    cells = [label(row.case), timing.arm, timing.dtype]
+    if timing.skipped:
+        cells += [NOTHING, "", "", "", "", ""]
+    else:
+        cells += [number(timing.microseconds), f"{number(timing.low)} to {number(timing.high)}", str(timing.rounds)]
+        cells += [number(timing.per_step), number(timing.tflops), number(timing.peak / MIB)]
+    cells += [times(speedup) if speedup else "", times(over) if over else ""]
+    cells += [known(timing.predicted), known(timing.floor), timing.plan, timing.path] if ours else [""] * 4
+    return Line(cells, bool(speedup and speedup < 1))
+
+
+def skipped(found: Sequence[Row]) -> Part:
+    part = Part("Skipped")
+    reasons: dict[tuple[str, str], list[Case]] = {}
+    for timing in (row.arms[arm] for arm in ARMS for row in found if arm in row.arms):
+        if timing.skipped:
+            reasons.setdefault((timing.arm, timing.skipped), []).append(timing.case)
+    if not reasons:
+        part.sentences.append("Nothing was skipped." if found else "Nothing was to be timed.")
+    lines = [Line((arm, reason, str(len(own)))) for (arm, reason), own in reasons.items()]
+    columns = [*words("arm", "reason"), *numbers("cases")]
+    part.tables.append(table("Arms that were skipped, and why", columns, lines, False))
+    each = [Line((label(c), c.suite, c.dtype, c.mode, arm, why)) for (arm, why), own in reasons.items() for c in own]
+    part.tables.append(table("Every skipped arm", words("case", "suite", "dtype", "mode", "arm", "reason"), each, True))
+    return part
+
+
+def checks(results: Results) -> Part:
+    part = Part("Checks")
+    red = sum(not check.ok for check in results.checks)
+    part.sentences.append(
+        f"{len(results.checks) - red} of {len(results.checks)} checks are green, {red} red. The error is the largest "
+        "relative RMS error against float64, of outputs and gradients, over the error that is allowed."
+        if results.checks
+        else "Nothing was checked in this run."
+    )
+    columns = [*words("case", "dtype", "mode", "arm", "result"), *numbers("error over allowed"), *words("message")]
+    lines = [
+        Line(
+            (label(c.case), c.case.dtype, c.case.mode, c.arm, "green" if c.ok else "RED", number(c.error), c.message),
+            not c.ok,
+        )
+        for c in results.checks
+    ]
+    part.tables.append(table("Red checks", columns, [line for line in lines if line.bad], False))
+    part.tables.append(table("Green checks", columns, [line for line in lines if not line.bad]))
+    return part
+
+
+def micro(results: Results) -> Part:
+    lines = []
+    for one in results.micro:
+        cells = [one.name, f"{one.programs:,}", f"{one.payload:,}", number(one.value)]
+        lines.append(Line([*cells, f"{number(one.low)} to {number(one.high)}", one.unit, str(one.rounds)]))
+    columns = words("what") + numbers("programs", "bytes each", "median", "quartiles")
+    columns += words("unit") + numbers("rounds")
+    absent = [] if lines else ["There are no microbenchmarks in this run."]
+    return Part("Microbenchmarks", absent, tables=[table("Microbenchmarks, measured", columns, lines)])
+
+
+def stress(results: Results) -> Part:
+    lines = [
+        Line((one.name, "held" if one.ok else "RED", number(one.seconds), one.message), not one.ok)
+        for one in sorted(results.stress, key=lambda one: one.ok)
+    ]
+    columns = words("what must hold", "result") + numbers("seconds") + words("seen")
+    absent = [] if lines else ["There are no stress tests in this run."]
+    return Part("Stress", absent, tables=[table("Stress tests", columns, lines, False)])
+
+
+def tuning(results: Results) -> Part:
+    part = Part("Tuning")
+    passes: dict[tuple[str, bool], list[Tuning]] = {}
+    for one in results.tuning:
+        passes.setdefault((one.case.key, one.backward), []).append(one)
+    best = {key: min(one.microseconds for one in own) for key, own in passes.items()}
+    planned = [one for one in results.tuning if one.planned]
+    right = sum(one.microseconds <= best[one.case.key, one.backward] for one in planned)
+    part.sentences.append(
+        f"The planned choice is the fastest of those that were run in {right} of {len(planned)} passes."
+        if planned
+        else "No choice of the planner's was run against others in this run."
+    )
+    lines = []
+    for (_, backward), own in passes.items():
+        fastest = min(one.microseconds for one in own)
+        for one in sorted(own, key=lambda one: one.microseconds):
+            cells = [label(one.case), one.case.dtype, "backward" if backward else "forward", one.choice]
+            cells += ["planned" if one.planned else "", number(one.microseconds)]
+            cells += [times(one.microseconds / fastest) if fastest else "", known(one.predicted)]
+            lines.append(Line(cells))
+    columns = words("case", "dtype", "pass", "choice", "plan")
+    columns += numbers("us per step", "over the fastest", band="measured") + numbers("us per step", band="predicted")
+    part.tables.append(table("Choices for one pass of one layer, the fastest first", columns, lines))
+    return part
+
+
+def history(runs: Sequence[Results]) -> Part:
+    """Of the runs on the last one's device."""
+    part, main = Part("History"), runs[-1].provenance
+    own = [r for r in runs if (r.provenance.device, r.provenance.rehearsal) == (main.device, main.rehearsal)]
+    if len(own) < len(runs):
+        part.sentences.append(f"{len(runs) - len(own)} of {len(runs)} runs are of other devices and not compared.")
+    if len(own) == 1:
+        part.sentences.append("There is no other run of this device to compare with.")
+        return part
+    cases = {timing.case.key: timing.case for run in own for timing in run.timings if timing.arm == OURS}
+    lines = []
+    for case in cases.values():
+        found = [None if (t := run.timing(case, OURS)) is None or t.skipped else t for run in own]
+        before, last = found[-2:]
+        ratio = times(last.per_step / before.per_step) if before and last else ""
+        told = [number(t.per_step if t else None) for t in found]
+        slower = bool(before and last and last.low > before.high)
+        lines.append(Line((label(case), case.dtype, case.mode, *told, ratio, "slower" * slower), slower))
+    when = [f"{run.provenance.date[:16]} {run.provenance.commit[:10]}" for run in own]
+    columns = words("case", "dtype", "mode") + numbers(*when, band="us per step of persistrnn, measured")
+    columns += numbers("latest over the one before") + words("")
+    part.sentences.append("Slower: the latest run's lower quartile is above the upper quartile of the one before.")
+    part.tables.append(table("Time per step over the runs", columns, lines))
+    return part
