@@ -4,20 +4,23 @@ import csv
 import re
 from pathlib import Path
 
+from persistrnn import report, results
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-AUDIT = ROOT / "bench" / "results"
+BENCH = (ROOT / "bench" / "README.md").read_text()
+RESULTS = ROOT / "bench" / "results"
 SHOWN = ("kernel", "H", "B", "slices", "registers", "spills", "in_registers", "in_shared", "streamed", "resident")
 
 
 def audited(name: str) -> list[dict[str, str]]:
-    with (AUDIT / name).open(newline="") as file:
+    with (RESULTS / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def test_audit_table_is_made_from_the_results():
     rows = audited("audit-newest.csv")
-    lines = [line for line in README.splitlines() if re.match(r"\| (lstm|gru) (forward|backward) \|", line)]
+    lines = [line for line in BENCH.splitlines() if re.match(r"\| (lstm|gru) (forward|backward) \|", line)]
     assert len(lines) >= 6
     for line in lines:
         cells = dict(zip(SHOWN, (c.strip().replace(",", "") for c in line.strip("|").split("|")), strict=True))
@@ -31,6 +34,13 @@ def test_audit_counts_are_those_of_the_results():
         rows = audited(name)
         green = sum(not row["failures"] and not row["refused"] for row in rows)
         assert f"{green:,} of {len(rows):,} rows on {rows[0]['triton']}" in README
+
+
+def test_race_table_is_made_from_the_results():
+    """From the newest file that was measured on a GPU; before there is one, from the rehearsal, which has no speeds."""
+    found = [results.load(path) for path in RESULTS.glob("*.json")]
+    newest = max(found, key=lambda one: (not one.provenance.rehearsal, one.provenance.date))
+    assert report.markdown(newest) in README
 
 
 def test_readme_keeps_its_size():
