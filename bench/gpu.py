@@ -29,7 +29,8 @@ from bench import UsageError, micro, provenance, race, recorder, stress, suites,
 from persistrnn import results
 from persistrnn.results import ARMS, DTYPES, Micro, Results, Stress
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent  # bench may be a link
+TESTS = ("tests/test_gpu.py", "tests/test_gpu_wave.py")
 PARTS = ("correctness", "stress", "micro", "race", "tune")
 # A part is stopped so many minutes after it should have ended.
 GRACE = 1.0
@@ -104,10 +105,10 @@ def say(text: str) -> None:
 def correctness(run: Run) -> bool:
     """Every test that needs a GPU."""
     if run.hardware is not None:
-        return run.pytest("tests", "tests/test_gpu.py", "--collect-only", "-q")
+        return run.pytest("tests", *TESTS, "--collect-only", "-q")
     minutes = str(run.arguments.minutes)
     names = ("-p", "bench.recorder", "--outcomes", str(run.path.resolve()), "--within", minutes)
-    return run.pytest("tests", "tests/test_gpu.py", *names, "-v", "--tb=short")
+    return run.pytest("tests", *TESTS, *names, "-v", "--tb=short")
 
 
 def stress_part(run: Run) -> bool:

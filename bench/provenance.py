@@ -15,7 +15,7 @@ import triton
 from bench import UsageError
 from persistrnn.results import Provenance
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent  # bench may be a link
 UNKNOWN = "unknown"
 # Numbers of one file have these in common.
 SAME = ("device", "driver", "torch", "triton", "commit")

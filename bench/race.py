@@ -45,11 +45,12 @@ def expectation(case: Case, device: torch.device | Hardware) -> tuple[float, flo
     passes, times, how = [found.forward, found.backward], float(case.layers), ""
     together, training = _wave(case, hardware), case.mode == "training"
     if together is not None and together.faster(case.steps, training):
-        # All layers at work at the same time, each one step behind the layer below.
-        passes, times = [together.forward, together.backward], (case.steps + case.layers - 1) / case.steps
-        how = f"wave of {case.layers} layers: "
+        # All layers are at work at the same time: no step is shorter than that of one.
+        passes, times, how = [together.forward, together.backward], 1.0, f"wave of {case.layers} layers: "
     passes = passes if training else passes[:1]
     predicted = times * sum(part.predicted for part in passes)
+    if how and together is not None:
+        predicted = together.microseconds(case.steps, training) / case.steps
     return predicted, times * found.floor * len(passes), how + "; ".join(map(words, passes))
 
 

@@ -220,8 +220,9 @@ def homes(ttgir: str) -> Homes:
                 tiles[result] = result, depth
                 bytes_of[result] = size
         elif _DOTS.search(operation):
+            # A wave forms its first product before the loop over time: where its weights are then is not their home.
             for value in used[:2]:
-                if value in tiles:
+                if value in tiles and depth >= 2:
                     load, made = tiles[value]
                     memory = operation.count("!ttg.memdesc") and value == used[0]
                     home = "shared" if made >= 2 or memory else "registers"

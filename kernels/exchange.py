@@ -12,7 +12,9 @@ Two protocols, chosen at compile time by ``exchange.protocol``:
     stores (PTX memory model, causality order: barrier, release pattern, acquire pattern are cumulative). Every
     thread acquires for itself, or, where a single thread polls, a barrier follows. A line may have entered L1
     before a neighbour wrote its part of it, hence ``.cg``. No slot is written twice in a launch, so a fast program
-    cannot overwrite what a slow one still reads. The counter counts up for the whole launch and is owned by it.
+    cannot overwrite what a slow one still reads. The counter counts up for the whole launch and is owned by it. A
+    neighbour of a wave may wait on it as well: the argument is that of any reader, and since nobody waits for the layer
+    after it, no two groups wait for each other.
 
 ``"flags"``
     The buffer is filled beforehand with a reserved NaN (all bits one). put: stores, with a computed NaN of that

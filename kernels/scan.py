@@ -15,8 +15,9 @@ stored; units past H have zero weights and stay zero. The batch tiles of a job t
 exchange is on its way while another's product is formed.
 
 A stack of L layers as a wave (``tiling.layers``): each group takes a job in one layer, and all layers of a job are
-resident together. In every step a layer also multiplies what the layer before it (in the backward: the one after it)
-has just put, so that the wave takes T + L steps:
+resident together. In every step a layer also multiplies what its neighbour, the layer below (in the backward: above),
+has put, while its own exchange is on its way. It is one step behind its neighbour in the forward and two in the
+backward, so that the wave takes T + L - 1 and T + 2L - 2 steps:
 
     forward    x^l_t = W_ih^l h^{l-1}_t + b_ih^l            backward    dy^l_t = (W_ih^{l+1})^T dx^{l+1}_t
 
@@ -142,7 +143,7 @@ def multiply(weights, ahead, stream, pointer, rows, j: tl.constexpr, place, once
     """Wait for the other slices and form batch tile j's product with what they have put at ``pointer``.
 
     place: (first index of this program's block of K, block, column); channel: (counters, partial products, error word).
-    told: the steps of the group's that must be there: in the forward one less than in the backward.
+    told: how many steps of the group that puts it must be there.
     """
     base, row, column = place
     counters, parts, error = channel
@@ -218,17 +219,18 @@ def scan_forward(
     if L > 1:
         corner = weight + layer.to(tl.int64) * (2 * G * H * tiling.stride)
         bias += layer * (2 * G * H)
-        saved += layer.to(tl.int64) * T * (B * K * H)
-        # From the layer below comes its h of this step; the lowest one's is multiplied by zero, and may be its own.
+        # One factor after the other in 64 bits: B*K*H alone may pass 2**31.
+        saved += layer.to(tl.int64) * T * B * (K * H)
+        # From the layer below comes its h of this step; the lowest one multiplies the zeros of the last slot by zero.
         rises = tl.minimum(layer, 1)
         given = (units < H * (1 - rises))[:, None]
-        lower = states[0] + (layer - rises).to(tl.int64) * (T + 2) * (B * H)
+        lower = states[0] + (layer - rises).to(tl.int64) * (T + 2) * B * H
         channel_below = (counters - rises * (N * tiling.lanes * lane), parts, error)
         slots = 2
         if SAVE:
             slots = T + 2
-        own = layer.to(tl.int64) * (B * H)
-        states = moved(states[:1], own * (T + 2)) + moved(states[1:], own * slots)
+        slot_size = layer.to(tl.int64) * B * H
+        states = moved(states[:1], slot_size * (T + 2)) + moved(states[1:], slot_size * slots)
     m_rows = ()
     m_masks = ()
     for p in tl.static_range(len(tiling.packs)):
@@ -284,10 +286,11 @@ def scan_forward(
                     x = load_tiles(gates, unit_offsets(units, rows, D * G * H), mask, H, G)
                 else:
                     x = load_tiles(gates, unit_offsets(units, rows, D * G * H), given, H, G)
-                    below = lower + row_offset(previous_slot(t, direction) + rises, first, direction, B, D, H)
+                    slot = tl.where(rises > 0, t, T) + 1
+                    below = lower + row_offset(slot, first, direction, B, D, H)
                     risen, ahead, patience = multiply(
-                        weights_below, ahead, stream, below, rows, j, place, once, step, step + rises, channel_below,
-                        patience, tiling, exchange,
+                        weights_below, ahead, stream, below, rows, j, place, once, step, (step + 1) * rises,
+                        channel_below, patience, tiling, exchange,
                     )  # fmt: skip
                     x = sums(x, risen, biases_below)
                 if tiling.slices == 1:
@@ -397,18 +400,18 @@ def scan_backward(
     corner = weight + direction.to(tl.int64) * (G * H * tiling.stride)
     if L > 1:
         corner = weight + layer.to(tl.int64) * (2 * G * H * tiling.stride)
-        saved += layer.to(tl.int64) * T * (B * K * H)
+        saved += layer.to(tl.int64) * T * B * (K * H)
         # From the layer above comes its dx of this step; above the highest is a row of zeros, and nobody to wait for.
         falls = tl.minimum(L - 1 - layer, 1)
-        upper = dx_gates + (layer + 1).to(tl.int64) * T * (B * G * H)
+        upper = dx_gates + (layer + 1).to(tl.int64) * T * B * (G * H)
         channel_above = (counters + falls * (N * tiling.lanes * lane), parts, error)
-        dx_gates += layer.to(tl.int64) * T * (B * G * H)
-        dr_gates += layer.to(tl.int64) * T * (B * G * H)
+        dx_gates += layer.to(tl.int64) * T * B * (G * H)
+        dr_gates += layer.to(tl.int64) * T * B * (G * H)
         heard = (units < H * (1 - falls))[:, None]
-        own = layer.to(tl.int64) * (B * H)
-        states = moved(states, own * (T + 2))
-        d_final = moved(d_final, own)
-        d_initial = moved(d_initial, own)
+        slot_size = layer.to(tl.int64) * B * H
+        states = moved(states, slot_size * (T + 2))
+        d_final = moved(d_final, slot_size)
+        d_initial = moved(d_initial, slot_size)
     m = (column * W + tl.arange(0, W),)
     m_mask = (m[0] < H,)
     held = resident(corner, m, m_mask, base, 0, in_registers, tiling)
@@ -442,6 +445,19 @@ def scan_backward(
                 dy, heard, saved, states, t, first, rows, units, mask, direction, B, tiling
             )
 
+        if L > 1:
+            after = ()
+            for j in tl.static_range(N):
+                first, rows, own = batch_rows(b0 + j * BB, B, tiling)
+                d = part_of(d_state, j, n)
+                above = upper + row_offset(t * falls, first, direction, B, D, G * H)
+                fallen, ahead, patience = multiply(
+                    weights_above, ahead, stream, above, rows, j, place, once, 0, falls, channel_above, patience,
+                    tiling, exchange,
+                )  # fmt: skip
+                after = after + (d[0] + fallen[0],) + d[1:]
+            d_state = after
+
         step = 0
         while step < T:
             t = time_of(T - 1 - step, direction, T)
@@ -453,15 +469,7 @@ def scan_backward(
                 counter = counters + j * (tiling.lanes * lane)
                 read = part_of(read_ahead, j, 1 + K + n)
                 d = part_of(d_state, j, n)
-                dh = d[0] + read[0]
-                if L > 1:
-                    above = upper + row_offset(t * falls, first, direction, B, D, G * H)
-                    fallen, ahead, patience = multiply(
-                        weights_above, ahead, stream, above, rows, j, place, once, step, (step + 1) * falls,
-                        channel_above, patience, tiling, exchange,
-                    )  # fmt: skip
-                    dh = dh + fallen[0]
-                dx, dr, d_previous = cell((dh,) + d[1:], read[1 : 1 + K], read[1 + K :])
+                dx, dr, d_previous = cell((d[0] + read[0],) + d[1:], read[1 : 1 + K], read[1 + K :])
                 store_mask = mask & own
                 gate_offsets = unit_offsets(units, rows, D * G * H)
                 gates = row_offset(t, first, direction, B, D, G * H)
@@ -489,11 +497,20 @@ def scan_backward(
                     first, rows, own = batch_rows(b0 + j * BB, B, tiling)
                     d = part_of(d_state, j, n)
                     gates = row_offset(t, first, direction, B, D, G * H)
+                    dh = d[0]
+                    if L > 1:
+                        # The neighbour's part of the next step, while this group's own exchange is on its way.
+                        above = upper + row_offset(t_next * falls, first, direction, B, D, G * H)
+                        fallen, ahead, patience = multiply(
+                            weights_above, ahead, stream, above, rows, j, place, once, step,
+                            tl.minimum(step + 2, T) * falls, channel_above, patience, tiling, exchange,
+                        )  # fmt: skip
+                        dh = dh + tl.where(step + 1 < T, fallen[0], 0.0)
                     product, ahead, patience = multiply(
                         weights, ahead, stream, dr_gates + gates, rows, j, place, once, step, step + 1, channel,
                         patience, tiling, exchange,
                     )  # fmt: skip
-                    after = after + (d[0] + product[0],) + d[1:]
+                    after = after + (dh + product[0],) + d[1:]
             d_state = after
             step += 1
 

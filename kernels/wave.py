@@ -1,5 +1,5 @@
 """A stack of L layers in one launch: all of its matrices on the chip, all layers at work at the same time, each one
-step behind the layer below (in the backward: above). T + L steps instead of T times L.
+step behind the layer below (two behind the one above, in the backward): T + L steps, about, instead of T times L.
 
 Letters as everywhere; D is 1, because a second direction needs the layer below to be whole.
 """

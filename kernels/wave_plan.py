@@ -13,25 +13,28 @@ from functools import lru_cache
 
 from . import cost as model
 from . import plan as planning
-from .cost import BYTES
+from .cost import BYTES, Cost
 from .hardware import Hardware
 from .plan import Pass, Shares
-from .tiling import Choice, Shape, next_power_of_2, smallest_chunk, tiling
+from .tiling import Choice, Shape, Tiling, next_power_of_2, smallest_chunk, tiling
 
 # Registers per thread that a layer of a wave needs more than a layer alone: the product of what comes from its
 # neighbour, and the addresses of that. Fitted to audits as the constants of ``plan``, by bytes per element.
 FORWARD_REGISTERS = {2: 24, 4: 24}
 BACKWARD_REGISTERS = {2: 36, 4: 92}
 DEPTH = 256  # bytes of K per further register in the backward
+ELEMENT_REGISTERS = 6  # more for each further element of the state that a thread owns, in the backward
 # Bytes of K in the backward, above which it spills, and both products take longer than the exchange that hides one.
-DEEPEST = 6144
+DEEPEST = 4352
+DEEPEST_OF_SEVERAL = 2560  # where a thread owns several elements of the state (3072 spills 20, 3360 spills 33)
 MOST_LAYERS = 32
+ROUNDING = 2  # registers by which tiles of whole powers of two may pass the estimate
 
 
 @dataclass(frozen=True)
 class Wave:
     """How a stack of ``layers`` layers runs in one launch; ``layered`` is what the same takes one after the other,
-    forward and backward, in microseconds per step."""
+    forward and backward, in microseconds per step. The forward needs L - 1 steps more than T, the backward 2L - 2."""
 
     layers: int
     forward: Pass
@@ -53,14 +56,21 @@ class Wave:
         return "\n".join(lines)
 
     def faster(self, steps: int, backward: bool) -> bool:
-        """Whether the wave is predicted to win for so many time steps: it needs layers - 1 more of them."""
-        parts = (self.forward, self.backward) if backward else (self.forward,)
-        wave = (steps + self.layers - 1) * sum(part.predicted for part in parts)
-        return wave < steps * sum(self.layered[: len(parts)])
+        """Whether the wave is predicted to win for so many time steps, forward alone or with the backward."""
+        return self.microseconds(steps, backward) < steps * sum(self.layered if backward else self.layered[:1])
+
+    def microseconds(self, steps: int, backward: bool) -> float:
+        """Predicted for so many time steps of the whole stack."""
+        later = self.layers - 1
+        forward = (steps + later) * self.forward.predicted
+        return forward + (steps + 2 * later) * self.backward.predicted if backward else forward
 
 
-def more_registers(backward: bool, depth: int, size: int) -> int:
-    return BACKWARD_REGISTERS[size] + depth * size // DEPTH if backward else FORWARD_REGISTERS[size]
+def more_registers(backward: bool, depth: int, size: int, elements: int) -> int:
+    """elements: of the state that a thread owns."""
+    if not backward:
+        return FORWARD_REGISTERS[size]
+    return BACKWARD_REGISTERS[size] + depth * size // DEPTH + ELEMENT_REGISTERS * (elements - 1)
 
 
 def _choices(cell: Shape, hidden: int, layers: int, batch: int, dtype: str, hardware: Hardware,
@@ -97,9 +107,11 @@ def _filled(cell: Shape, hidden: int, hardware: Hardware, size: int, dtype: str,
     choice = Choice(units, 1, columns, subtiles, warps, 1, splits, chunk, burst, 0, 0, smallest)
     k = -(-depth // smallest) * smallest
     masked = planning.masked(hidden, depth, False, splits, size)
-    need = planning.registers_needed(m, packs, choice, size, 0, False, True, masked) + more_registers(
-        backward, depth, size
-    )
+    elements = max(1, units * columns * subtiles // (32 * warps))
+    if backward and elements > 1 and depth * size > DEEPEST_OF_SEVERAL:
+        return None
+    need = planning.registers_needed(m, packs, choice, size, 0, False, True, masked)
+    need += more_registers(backward, depth, size, elements)
     spare = planning.register_limit(choice) - need
     if spare < 0:
         return None
@@ -125,24 +137,36 @@ def _finish(cell: Shape, hidden: int, layers: int, batch: int, dtype: str, hardw
     total = max(total + shared, total + registers)
     if total > hardware.shared or t.streamed:
         return None
-    second = registers // (32 * choice.warps * 4) + more_registers(backward, t.depth, size)
+    elements = max(1, choice.units * choice.batch_tile * choice.subtiles // (32 * choice.warps))
+    second = registers // (32 * choice.warps * 4) + more_registers(backward, t.depth, size, elements)
     estimate = planning.register_estimate(t, choice, size) + second
+    if estimate > planning.register_limit(choice) + ROUNDING:
+        return None
     jobs = t.jobs(batch)
     groups = min(jobs, hardware.multiprocessors // (t.slices * layers))
     work = replace(model.work_of(t, groups), programs=t.slices * layers * groups)
     cost = model.step(cell, hidden, dtype, hardware, choice, work, backward)
-    # The neighbour's product is formed while the group's own exchange is on its way.
-    beside = cost.compute + cost.weights + cost.state
-    hidden_by = min(beside, hardware.exchange)
-    cost = replace(
-        cost, compute=2 * cost.compute, weights=2 * cost.weights, state=2 * cost.state,
-        synchronisation=max(0.0, cost.synchronisation - hidden_by),
-    )  # fmt: skip
+    cost = _with_neighbour(cost, t, choice, hardware)
     weights = (2 * layers - 1) * cell.gates * hidden * hidden * size
     share = sum(c.size for c in t.chunks[: t.in_registers]) / max(1, sum(c.size for c in t.chunks))
     shares = Shares(round(weights * share), weights - round(weights * share), 0)
     rounds = -(-jobs // groups)
     return Pass(t, choice, groups, rounds, 2 * registers, 2 * shared, 0, total, estimate, shares, cost)
+
+
+def _with_neighbour(cost: Cost, t: Tiling, choice: Choice, hardware: Hardware) -> Cost:
+    """The cost of a layer alone, and that of the neighbour's product. The latter is formed while the group's own
+    exchange is on its way: with one batch tile per program that hides what of it is no longer than the exchange; with
+    several, the other tiles hide the exchange already."""
+    bursts = len(t.bursts)
+    trips = choice.subtiles * (bursts - 1) * model.LATENCY_SHARE * hardware.exchange
+    barriers = choice.subtiles * (2 + 2 * bursts) * hardware.barrier
+    beside = cost.compute + cost.weights + cost.state + trips + barriers
+    saved = min(beside, hardware.exchange) if choice.subtiles == 1 else 0.0
+    return replace(
+        cost, compute=2 * cost.compute, weights=2 * cost.weights, state=2 * cost.state,
+        synchronisation=cost.synchronisation + trips + barriers - saved,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)

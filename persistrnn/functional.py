@@ -156,7 +156,9 @@ def run(
     dtype = compute_dtype(data, weights[0])
     # an empty batch takes the path of a batch of one
     sizes = (stack.hidden_size, stack.proj_size, batch or 1, stack.directions)
-    reason = obstacle(backend, cell, *sizes, dtype, data.device, packed)
+    together = num_layers if may_wave(num_layers, bidirectional, dropout if training else 0.0, dtype) else 1
+    time = data.size(1 if batch_first else 0)
+    reason = obstacle(backend, cell, *sizes, dtype, data.device, packed, together, time)
     if reason is None:
         path = "persistent"
         output, states = _persistent(stack, data, weights, states, dtype, dropout, training, batch_first)
@@ -187,11 +189,13 @@ def obstacle(
     dtype: torch.dtype,
     device: torch.device,
     packed: bool = False,
+    layers: int = 1,
+    steps: int = 1,
 ) -> str | None:
     """What keeps a call from the persistent kernels, as one sentence; None: they run it.
 
     All layers of a stack have the same H, so that the answer holds for the whole call: no stack is run in
-    part by one path and in part by the other.
+    part by one path and in part by the other. layers, steps: of a stack that may run in one launch, else 1.
     """
     if backend == "torch":
         return 'backend="torch" asks for torch\'s own kernels.'
@@ -210,7 +214,7 @@ def obstacle(
     reason = ops.unsupported(cell, hidden_size, batch, directions, dtype, device, precision())
     if reason is None and backend == "auto":
         sizes = hidden_size, batch, directions
-        return ops.slower(cell, *sizes, dtype, device, precision(), torch.is_grad_enabled())
+        return ops.slower(cell, *sizes, dtype, device, precision(), torch.is_grad_enabled(), layers, steps)
     return reason
 
 
@@ -396,23 +400,37 @@ def _persistent(
     batch_first: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The stack on the persistent kernels: one GEMM over all T*B rows and one recurrence per layer, or, where all
-    layers fit the device together, one of each for the whole stack."""
+    layers fit the device together and that is predicted to win, one of each for the whole stack."""
     y = (data.transpose(0, 1) if batch_first else data).to(dtype).contiguous()
     states = [s.to(dtype).contiguous() for s in states]
     weights = [w.to(dtype) for w in weights]
     between = dropout if training else 0.0
-    if between == 0 and _waves(stack, y, weights):
+    if may_wave(stack.num_layers, stack.directions == 2, between, dtype) and _waves(stack, y, [*weights, *states]):
         y, finals = _wave(stack, y, weights, states)
     else:
         y, finals = _layers(stack, y, weights, states, between)
     return y.transpose(0, 1) if batch_first else y, finals
 
 
-def _waves(stack: _Stack, y: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether the stack runs in one launch. The interpreter's programs cannot wait for each other."""
-    if stack.num_layers == 1 or stack.directions == 2 or y.size(1) == 0 or y.device.type == "cpu":
+def may_wave(num_layers: int, bidirectional: bool, dropout: float, dtype: torch.dtype) -> bool:
+    """Whether a stack may run in one launch: nothing happens between its layers, and the products of the upper layers'
+    inputs, which are then inside, have the precision that they have outside."""
+    single = num_layers > 1 and not bidirectional and dropout == 0
+    return single and (dtype != torch.float32 or precision() == _matmul_precision())
+
+
+@torch.compiler.assume_constant_result  # dynamo cannot read the setting
+def _matmul_precision() -> str:
+    """How float32 is multiplied outside of RNNs, "tf32" or "ieee"."""
+    setting: str = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if setting == "tf32" else "ieee"
+
+
+def _waves(stack: _Stack, y: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether it does: where that is predicted to win. The interpreter's programs cannot wait for each other."""
+    if y.size(1) == 0 or y.device.type == "cpu":
         return False
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (y, *weights))
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (y, *others))
     sizes = stack.hidden_size, stack.num_layers, y.size(1), y.size(0)
     return ops.waves(stack.cell, *sizes, y.dtype, y.device, precision(), grad)
 

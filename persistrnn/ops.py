@@ -77,11 +77,16 @@ def slower(
     device: torch.device,
     precision: str,
     backward: bool,
+    layers: int = 1,
+    steps: int = 1,
 ) -> str | None:
-    """Why the kernels, which can run this layer, had better not: torch's own path is expected to be faster."""
-    # A compiled graph holds for all batch sizes: it is decided for one that most have.
-    rows = 16 if torch.compiler.is_compiling() else batch
-    return _slower(cell, hidden_size, rows, directions, dtype, device, precision, backward)
+    """Why the kernels, which can run this layer, had better not: torch's own path is expected to be faster.
+
+    layers: of a stack that may run as a wave, with its time steps; 1 for layers that run one after the other.
+    """
+    # A compiled graph holds for all sizes: it is decided for some that most have.
+    rows, steps = (16, 64) if torch.compiler.is_compiling() else (batch, steps)
+    return _slower(cell, hidden_size, rows, directions, dtype, device, precision, backward, layers, steps)
 
 
 @torch.compiler.assume_constant_result
@@ -94,12 +99,18 @@ def _slower(
     device: torch.device,
     precision: str,
     backward: bool,
+    layers: int,
+    steps: int,
 ) -> str | None:
     if device.type != "cuda":
         return None  # the interpreter is for tests, not for speed
     found = launch.compare(CELLS[cell], hidden_size, batch, directions, dtype, precision, device, backward)
     if found.persistent <= found.torch:
         return None
+    if layers > 1:
+        together = wave.choose(CELLS[cell], hidden_size, layers, batch, dtype, precision, device)
+        if together is not None and together.microseconds(steps, backward) <= layers * steps * found.torch:
+            return None
     how = "measured on this device" if found.measured else "predicted, not measured"
     return (
         f"torch's own path is expected to be faster here: {found.torch:.2f} us per time step against "
@@ -237,10 +248,9 @@ def waves(
 ) -> bool:
     """Whether a stack of several layers of one direction had better run as one launch: its layers fit the device
     together, and are predicted to be faster so than one after the other."""
-    if torch.compiler.is_compiling():
-        # A compiled graph holds for all sizes. What fits with 16 rows fits with any number of them.
-        batch, steps = 16, 64
-    return _waves(cell, hidden_size, layers, batch, steps, dtype, device, precision, backward)
+    # A compiled graph holds for all sizes: it must win at few rows and at many. What fits with 16 fits with any number.
+    sizes = ((16, 64), (128, 64)) if torch.compiler.is_compiling() else ((batch, steps),)
+    return all(_waves(cell, hidden_size, layers, b, t, dtype, device, precision, backward) for b, t in sizes)
 
 
 @torch.compiler.assume_constant_result

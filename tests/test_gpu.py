@@ -30,7 +30,7 @@ from persistrnn.kernels.exchange import Exchange
 from persistrnn.kernels.plan import BATCH_CLASSES
 
 import persistrnn
-from persistrnn import autograd, ops
+from persistrnn import autograd
 
 pytestmark = pytest.mark.gpu
 

@@ -77,8 +77,9 @@ def test_a_wrong_name() -> None:
     assert "got 'deepbensh'" in done.stderr
 
 
-def test_the_checkout_without_an_installation(tmp_path: Path) -> None:
-    """As on a GPU machine: only links stand in for an installed package, and the suites come from the checkout."""
+@pytest.fixture
+def linked(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """linked(code, *arguments): a program where, as on a GPU machine, links stand in for an installed package."""
     package = tmp_path / "persistrnn"
     package.mkdir()
     for path in (*(ROOT / "persistrnn").glob("*.py"), ROOT / "kernels"):
@@ -86,15 +87,32 @@ def test_the_checkout_without_an_installation(tmp_path: Path) -> None:
     (tmp_path / "bench").symlink_to(ROOT / "bench")
     # -S leaves out what puts an editable installation on the path.
     site = Path(pytest.__file__).parents[1]
-    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; sys.path.append({str(site)!r}); import pytest; "
-    program += "sys.exit(pytest.main(sys.argv[1:]))"
+    prepare = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; sys.path.append({str(site)!r}); "
+
+    def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-S", "-c", prepare + code, *arguments]
+        variables = environment(PYTHONSAFEPATH="1", PYTHONPATH=f"{tmp_path}:{site}", TRITON_INTERPRET="1")
+        return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
+
+    return run
+
+
+def test_the_suites_without_an_installation(linked: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """They come from the checkout."""
     arguments = [*gpu.RACE, "-m", "gpu", "--rehearse", "--suite", "short", "--collect-only", "-q"]
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", program, *arguments, "-p", "no:cacheprovider"],
-        cwd=ROOT, env=environment(PYTHONSAFEPATH="1"), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    done = linked("import pytest; sys.exit(pytest.main(sys.argv[1:]))", *arguments, "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test_layer[short-" in done.stdout
+
+
+def test_the_command_without_an_installation(
+    linked: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """It finds the tests of the checkout, though it is itself behind a link."""
+    arguments = ["correctness", "--rehearse", "h200", "--results", str(tmp_path / "results.json")]
+    done = linked("from bench import gpu; sys.exit(gpu.main(sys.argv[1:]))", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tests/test_gpu_wave.py::" in done.stdout
 
 
 # Its pieces

@@ -40,7 +40,8 @@ def waves(monkeypatch):
             return wave_plan.Wave(layers, parts[0], parts[1], (0.0, 0.0))
 
         monkeypatch.setattr(wave, "choose", choose)
-        monkeypatch.setattr(functional, "_waves", lambda stack, y, weights: True)
+        monkeypatch.setattr(functional, "_waves", lambda stack, y, others: True)
+        monkeypatch.setattr(functional, "_matmul_precision", functional.precision)
         monkeypatch.setattr(launch, "exchange_for", lambda device: Exchange(protocol=protocol, poll="atomic"))
 
     yield force
@@ -126,10 +127,10 @@ def test_a_layer_that_does_not_wait_for_its_neighbour_is_caught(waves, monkeypat
     multiply, program = scan.multiply, threading.local()
 
     def hasty(weights, ahead, stream, pointer, rows, j, place, once, step, told, channel, patience, tiling, how):
-        # Of the two products of a step the neighbour's comes first.
+        # Of the two products of a step the neighbour's comes first; the backward forms its first one before the loop.
         turn = program.__dict__.setdefault("turn", 0)
         program.turn = turn + 1
-        if tiling.backward == backward and turn % 2 == 0:
+        if tiling.backward == backward and (turn == 0 or turn % 2 == backward):
             told = told * 0
         given = weights, ahead, stream, pointer, rows, j, place, once, step, told, channel, patience, tiling, how
         return multiply(*given)
@@ -225,7 +226,7 @@ def test_a_wave_has_two_layers():
         ("lstm", "bf16", 512, 4, 16, "sm_90"),
         ("gru", "bf16", 512, 4, 16, "sm_90"),
         ("gru", "tf32", 256, 4, 16, "sm_80"),
-        ("lstm", "fp16", 600, 3, 4, "sm_100"),
+        ("lstm", "fp16", 540, 3, 4, "sm_100"),
     ],
 )
 def test_both_matrices_stay_where_the_plan_says(cell, dtype, hidden, layers, batch, arch, backward):
@@ -308,13 +309,28 @@ def test_compiles_as_one_graph(waves):
             torch.testing.assert_close(*gradients)
 
 
-def test_stacks_that_are_no_waves():
-    """Between layers with dropout, in two directions, on the CPU: layer after layer."""
-    stack = functional._Stack("lstm", 2, 1, True, 8, 16, 0)
-    x = torch.zeros(3, 4, 8)
-    assert not functional._waves(stack, x, [])
-    assert not functional._waves(stack._replace(directions=2), x.to("meta"), [])
-    assert not functional._waves(stack._replace(num_layers=1), x.to("meta"), [])
+def test_stacks_that_are_no_waves(monkeypatch):
+    """One layer, two directions, dropout between, or float32 products of two precisions: layer after layer."""
+    monkeypatch.setattr(functional, "precision", lambda: "tf32")
+    monkeypatch.setattr(functional, "_matmul_precision", lambda: "ieee")
+    assert functional.may_wave(2, False, 0.0, torch.bfloat16)
+    assert not functional.may_wave(1, False, 0.0, torch.bfloat16)
+    assert not functional.may_wave(2, True, 0.0, torch.bfloat16)
+    assert not functional.may_wave(2, False, 0.1, torch.bfloat16)
+    assert not functional.may_wave(2, False, 0.0, torch.float32)
+    monkeypatch.setattr(functional, "_matmul_precision", lambda: "tf32")
+    assert functional.may_wave(2, False, 0.0, torch.float32)
+    assert not functional._waves(functional._Stack("lstm", 2, 1, True, 8, 16, 0), torch.zeros(3, 4, 8), []), "on a CPU"
+
+
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_precision_of_products_outside(setting):
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert functional._matmul_precision() == setting
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.interpreter
