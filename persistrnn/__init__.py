@@ -2,7 +2,7 @@
 
 `LSTM` and `GRU` are torch.nn's modules on Triton kernels that keep the recurrent weights on chip for all time
 steps. `functional` has the same as functions, `explain` says which path a call would take and why, `check`
-raises if a kernel's bounded wait ran out.
+raises if a kernel's bounded wait ran out, `replace` swaps torch.nn's layers in a finished model for these.
 """
 
 from importlib.metadata import version
@@ -11,7 +11,8 @@ from persistrnn import functional
 from persistrnn.explain import explain
 from persistrnn.modules import GRU, LSTM
 from persistrnn.ops import check
+from persistrnn.replacement import replace
 
 __version__ = version("persistrnn")
 
-__all__ = ["GRU", "LSTM", "__version__", "check", "explain", "functional"]
+__all__ = ["GRU", "LSTM", "__version__", "check", "explain", "functional", "replace"]

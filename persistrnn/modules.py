@@ -3,14 +3,29 @@
 import math
 import numbers
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from persistrnn import functional
 from persistrnn.functional import Backend, Input
+
+
+def take_over(new: nn.Module, old: nn.Module, ignored: Container[str] = ()) -> None:
+    """Give `new`, of the same sizes, what `old` has: its very Parameter objects, its hooks (the same dictionaries, so
+    that handles still remove them), its training mode, and attributes that `new` does not know, but for those ignored.
+    """
+    for name, parameter in old.named_parameters(recurse=False):
+        setattr(new, name, parameter)
+    apart = {"_parameters", "_buffers", "_modules"}
+    for name in nn.Module().__dict__.keys() - apart:
+        new.__dict__[name] = old.__dict__[name]
+    for name, value in old.__dict__.items():
+        if name not in new.__dict__ and name not in ignored:
+            new.__dict__[name] = value
 
 
 class _Recurrent(nn.Module):
@@ -117,6 +132,26 @@ class _Recurrent(nn.Module):
 
     def flatten_parameters(self) -> None:
         """Do nothing: torch.nn needs it for cuDNN, here no path asks for contiguous weights."""
+
+    def to_torch(self) -> nn.LSTM | nn.GRU:
+        """The torch.nn layer of the same sizes with the same Parameter objects, hooks and mode (for ONNX, to compare).
+
+        Raises:
+            ValueError: a parametrized layer, for which torch.nn has no equal; remove the parametrizations first
+        """
+        if parametrize.is_parametrized(self):
+            raise ValueError(
+                f"a parametrized {self.mode} has no equal in torch.nn; call torch.nn.utils.parametrize."
+                "remove_parametrizations on its tensors first"
+            )
+        options = {"proj_size": self.proj_size} if self.proj_size else {}
+        new: nn.LSTM | nn.GRU = getattr(nn, self.mode)(
+            self.input_size, self.hidden_size, self.num_layers, self.bias, self.batch_first,
+            bidirectional=self.bidirectional, device=torch.device("meta"), **options,
+        )  # fmt: skip
+        new.dropout = self.dropout
+        take_over(new, self, ignored={"backend", "last_path"})
+        return new
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"

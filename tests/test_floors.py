@@ -17,7 +17,7 @@ FLOORS = (
     ("persistrnn.rows",),
     ("persistrnn.results",),
     ("persistrnn",),
-    ("persistrnn.explain",),
+    ("persistrnn.explain", "persistrnn.replacement"),
     ("persistrnn.modules",),
     ("persistrnn.functional",),
     ("persistrnn.autograd", "persistrnn.torch_path"),
