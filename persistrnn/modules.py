@@ -133,6 +133,32 @@ class _Recurrent(nn.Module):
     def flatten_parameters(self) -> None:
         """Do nothing: torch.nn needs it for cuDNN, here no path asks for contiguous weights."""
 
+    def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        """One time step, for environments and streams: y_t and the state that the next step takes.
+
+        Step by step it is what the sequence call computes, to rounding; dropout between layers is drawn anew each time.
+
+        Args:
+            input: [B, I], or [I] unbatched, whatever batch_first says
+            hx: the state, in the form that a call takes and returns; None: zeros
+
+        Returns:
+            y_t [B, H] ([B, P] with projections; [H] unbatched), and the state after it.
+
+        Raises:
+            ValueError: a bidirectional layer, which needs the whole sequence; an input that is not 1-D or 2-D
+        """
+        if self.bidirectional:
+            raise ValueError(
+                "a bidirectional layer has no steps: its second direction begins at the sequence's end; "
+                "call it with the sequence, or use bidirectional=False"
+            )
+        if input.dim() not in (1, 2):
+            raise ValueError(f"the input of a step is [B, I] or [I], got {input.dim()}-D; a sequence goes to the layer")
+        time = 1 if self.batch_first and input.dim() == 2 else 0
+        y, state = self(input.unsqueeze(time), hx)
+        return y.squeeze(time), state
+
     def to_torch(self) -> nn.LSTM | nn.GRU:
         """The torch.nn layer of the same sizes with the same Parameter objects, hooks and mode (for ONNX, to compare).
 
