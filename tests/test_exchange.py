@@ -237,6 +237,7 @@ def test_mutant_is_caught(forced, monkeypatch, mutant, scenario, first):
     """By the schedule that delays ``first``, as a rule, else by another."""
     mutant(monkeypatch)
     schedules = sorted(SCENARIOS[scenario][5], key=lambda schedule: schedule[0] != first)
+    schedules *= 2  # a loaded machine may happen to run the programs in the right order
     assert any(is_wrong(forced, scenario, *schedule, patience=20_000) for schedule in schedules)
 
 

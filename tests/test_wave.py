@@ -3,7 +3,6 @@ kernels proven from compiled code."""
 
 import dataclasses
 import threading
-import time
 
 import accuracy
 import pytest
@@ -136,14 +135,15 @@ def test_a_layer_that_does_not_wait_for_its_neighbour_is_caught(waves, monkeypat
         return multiply(*given)
 
     monkeypatch.setattr(scan, "multiply", hasty)
-    assert wrong(cell)
+    assert any(wrong(cell) for _ in range(3)), "three times: a loaded machine may run the programs one after the other"
 
 
 @pytest.mark.interpreter
 def test_a_gradient_told_before_it_is_stored_is_caught(waves, monkeypatch):
     """The GRU's dx is told together with dr: stored after the announcement it is too late for the layer below."""
     waves()
-    put_tiles, arrive, program = scan.put_tiles, scan.arrive, threading.local()
+    put_tiles, arrive, multiply, program = scan.put_tiles, scan.arrive, scan.multiply, threading.local()
+    read = threading.Event()
 
     def held(pointer, offsets, mask, stride, tiles, tiling, how):
         if tiling.backward and "dx" not in program.__dict__:
@@ -154,12 +154,20 @@ def test_a_gradient_told_before_it_is_stored_is_caught(waves, monkeypatch):
     def announced(counter, how):
         arrive(counter, how)
         if "dx" in program.__dict__:
-            time.sleep(0.01)
+            # Whatever the machine's load, a program of the layer below has read by now what was told, and is not there.
+            assert read.wait(60)
             put_tiles(*program.dx)
             del program.dx
 
+    def reading(weights, ahead, stream, pointer, rows, j, place, once, step, told, *rest):
+        found = multiply(weights, ahead, stream, pointer, rows, j, place, once, step, told, *rest)
+        if rest[-2].backward and told.handle.data.item() > 0:
+            read.set()
+        return found
+
     monkeypatch.setattr(scan, "put_tiles", held)
     monkeypatch.setattr(scan, "arrive", announced)
+    monkeypatch.setattr(scan, "multiply", reading)
     assert wrong("gru")
 
 
