@@ -50,12 +50,13 @@ DEVICE_OF_ARCH = {
 ALIGNED = [["tt.divisibility", 16]]
 
 # What decides, with a plan, what is compiled.
-KERNEL_FILES = ("cells", "exchange", "product", "scan", "tiles", "launch")
+KERNEL_FILES = ("cells", "exchange", "marks", "product", "scan", "tiles", "tuples", "launch")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What to compile: one kernel for one shape on one architecture; layers > 1: of a stack as a wave."""
+    """What to compile: one kernel for one shape on one architecture; layers > 1: of a stack as a wave; marks: with rows
+    that begin anew or have ended, gradients to the reset states and from every c."""
 
     cell: str
     backward: bool
@@ -65,6 +66,7 @@ class Case:
     batch: int = 16
     directions: int = 1
     layers: int = 1
+    marks: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,16 @@ def planned(case: Case) -> planning.Pass:
 def key(case: Case, part: planning.Pass) -> str:
     """Of what is compiled: two cases with the same key are the same kernel."""
     sources = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in KERNEL_FILES]
-    what = (case.cell, case.backward, case.dtype, case.arch, part.tiling, part.choice.warps, part.choice.blocks)
+    what = (
+        case.cell,
+        case.backward,
+        case.dtype,
+        case.arch,
+        case.marks,
+        part.tiling,
+        part.choice.warps,
+        part.choice.blocks,
+    )
     text = f"{triton.__version__} {what}".encode()
     return hashlib.sha256(b"".join(sources) + text).hexdigest()[:16]
 
@@ -139,16 +150,22 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
         "weight": pointer,
         "saved": pointer,
     }
+    if case.marks:
+        signature["marks"] = "*u8"
     nvidia = case.arch.startswith("sm_")
     constants = {"tiling": part.tiling, "exchange": Exchange(poll="ptx" if nvidia else "atomic")}
     if case.backward:
         kernel = scan_backward
-        signature |= {"dy": pointer, "d_gates": (pointer, pointer), "d_final": states, "d_initial": states}
+        outputs = states if case.marks else (pointer,)
+        d_states = states * (3 if case.marks else 2)
+        signature |= {"d_outputs": outputs, "d_gates": (pointer, pointer), "d_states": d_states}
         constants |= {"cell": cell.backward}
     else:
         kernel = scan_forward
         signature |= {"x_gates": pointer, "bias": pointer}
-        constants |= {"cell": cell.forward, "SAVE": True}
+        constants |= {"cell": cell.forward, "KEEP": True}
+    if not case.marks:
+        constants["marks"] = None
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, name in enumerate(kernel.arg_names):
         kind = signature.get(name, "constexpr")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -171,6 +172,23 @@ def flag(buffer: Tensor, part: planning.Pass, exchange: Exchange) -> None:
         buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(-1)
 
 
+def edges(states: Tensor, initial: Tensor, reset: Tensor | None) -> None:
+    """Fill the first and the last slot of [T + 2, B, D, H] from [D, B, H]: the initial state before each direction's
+    first step, the reset state (zeros if None) after its last one. An operator's output is defined everywhere."""
+    for direction, before in enumerate(initial):
+        first, last = (-1, 0) if direction else (0, -1)
+        states[first, :, direction].copy_(before)
+        if reset is None:
+            states[last, :, direction].zero_()
+        else:
+            states[last, :, direction].copy_(reset[direction])
+
+
+def unreserved(h: Tensor, exchange: Exchange) -> Tensor:
+    """h with other NaN: one of the caller's may be the reserved one."""
+    return torch.where(h.isnan(), torch.nan, h) if exchange.protocol == "flags" else h
+
+
 def forward(
     cell: Cell,
     x_gates: Tensor,
@@ -180,6 +198,10 @@ def forward(
     c0: Tensor | None,
     precision: str,
     save: bool,
+    keep: bool = False,
+    cell_dtype: torch.dtype | None = None,
+    marks: Tensor | None = None,
+    reset: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward scan.
 
@@ -188,12 +210,17 @@ def forward(
         x_gates: [T, B, D, G*H], input half of the gates. T, B >= 1.
         weight_hh: [D, G*H, H]; bias_hh: [D, G*H]; h0: [D, B, H]; c0: [D, B, H], None if the cell has no c.
         precision: of products in float32, "tf32" or "ieee".
-        save: keep what the backward needs.
+        save: keep what the backward needs, c of every step among it; keep: keep that c all the same.
+        cell_dtype: of the stored c (None: of x_gates); between the steps it is float32 in any case.
+        marks: uint8 [T, B, D], where rows begin anew or have ended (``marks``), or None.
+        reset: the states that rows begin anew from, each [D, B, H]; none: zeros.
         All tensors contiguous, on one device, float16, bfloat16 or float32.
 
     Returns:
-        y: [T + 2, B, D, H] with h0 in the slot before each direction's first step (slot 0; slot T + 1 in reverse).
-        c: the same for c with save, else [2, B, D, H] with the final c in slot 1; empty if the cell has no c.
+        y: [T + 2, B, D, H] with h0 in the slot before each direction's first step (slot 0; slot T + 1 in reverse), and
+        the reset state in the other one.
+        c: the same for c with save or keep, else [2, B, D, H] with the final c in slot 1 (3 slots with marks); empty if
+        the cell has no c.
         saved: [T, B, D, n, H] with save, else empty.
     """
     check()
@@ -204,15 +231,18 @@ def forward(
     exchange = exchange_for(x_gates.device)
     y = x_gates.new_empty(T + 2, B, D, H)
     flag(y, part, exchange)
-    c = x_gates.new_empty((T + 2 if save else 2, B, D, H) if cell.states > 1 else 0)
-    if exchange.protocol == "flags":
-        h0 = torch.where(h0.isnan(), torch.nan, h0)  # a NaN of the caller's may be the reserved one
-    for states, initial in ((y, h0), (c, c0)):
-        if initial is not None:
-            states[0].copy_(initial.transpose(0, 1))
-            states[-1].zero_()  # no step writes all of it, and an operator's output is defined everywhere
-            if D == 2:
-                states[-1, :, 1].copy_(initial[1])
+    edges(y, unreserved(h0, exchange), unreserved(reset[0], exchange) if reset else None)
+    c = x_gates.new_empty(0)
+    if c0 is not None:
+        every = save or keep
+        c = x_gates.new_empty(T + 2 if every else 2 if marks is None else 3, B, D, H, dtype=cell_dtype or x_gates.dtype)
+        reset_c = reset[1] if reset else None
+        if every:
+            edges(c, c0, reset_c)
+        else:
+            c[:2].copy_(c0.transpose(0, 1))
+            if marks is not None:
+                c[2].zero_() if reset_c is None else c[2].copy_(reset_c.transpose(0, 1))
     saved = x_gates.new_empty((T, B, D, cell.saved, H) if save else 0)
     launch(
         scan_forward,
@@ -224,59 +254,65 @@ def forward(
         x_gates=x_gates,
         bias=bias_hh,
         states=(y, c)[: cell.states],
-        saved=saved,
+        saved=saved if save else None,
+        marks=marks,
         T=T,
         B=B,
         cell=cell.forward,
-        SAVE=save,
+        KEEP=save or keep,
     )
     return y, c, saved
 
 
 def backward(
     cell: Cell,
-    dy: Tensor,
-    d_final: tuple[Tensor, ...],
+    d_outputs: Sequence[Tensor],
+    d_final: Sequence[Tensor],
     weight_hh: Tensor,
     y: Tensor,
     c: Tensor,
     saved: Tensor,
     precision: str,
+    marks: Tensor | None = None,
+    resets: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Run the backward scan.
 
     Args:
-        dy: [T, B, D, H], gradient of every h_t; d_final: that of the final states, each [B, D, H].
-        weight_hh, y, c, saved, precision: of the forward, with save.
+        d_outputs: gradient of every h_t and, where it was given out, of every c_t, [T, B, D, H] each.
+        d_final: that of the final states, each [B, D, H].
+        weight_hh, y, c, saved, precision, marks: of the forward, with save.
+        resets: whether gradients of the reset states are asked for.
 
     Returns:
         dx_gates, dr_gates: [T, B, D, G*H], the same tensor where the cell's two gradients are the same.
-        d_initial: gradient of the initial states, each [B, D, H].
+        d_edges: gradient of the initial states, and with ``resets`` of the reset states, each [B, D, H].
     """
     check()
-    T, B, D, H = dy.shape
-    plan = choose(cell, H, B, D, dy.dtype, precision, dy.device)
+    T, B, D, H = d_outputs[0].shape
+    like = d_outputs[0]
+    plan = choose(cell, H, B, D, like.dtype, precision, like.device)
     part = plan.backward
-    exchange = exchange_for(dy.device)
-    dr_gates = dy.new_empty(T, B, D, cell.gates * H)
+    exchange = exchange_for(like.device)
+    dr_gates = like.new_empty(T, B, D, cell.gates * H)
     flag(dr_gates, part, exchange)
     dx_gates = torch.empty_like(dr_gates) if cell.recurrent_gradient else dr_gates
-    d_initial = tuple(torch.empty_like(d) for d in d_final)
+    d_edges = tuple(torch.empty_like(d) for _ in range(2 if resets else 1) for d in d_final)
     launch(
         scan_backward,
         part,
         part.tiling.jobs(B),
         exchange,
-        dy.device,
+        like.device,
         weight_hh,
-        dy=dy,
+        d_outputs=tuple(d_outputs),
         states=(y, c)[: cell.states],
         saved=saved,
-        d_final=d_final,
+        marks=marks,
+        d_states=(*d_final, *d_edges),
         d_gates=(dx_gates, dr_gates),
-        d_initial=d_initial,
         T=T,
         B=B,
         cell=cell.backward,
     )
-    return dx_gates, dr_gates, d_initial
+    return dx_gates, dr_gates, d_edges

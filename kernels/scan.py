@@ -23,68 +23,18 @@ backward, so that the wave takes T + L - 1 and T + 2L - 2 steps:
 
 The first layer of the wave has zeros for this second matrix and a finite operand, so that all programs are alike.
 
-Room left in the contract: lengths and resets are a mask over the batch tile applied to ``state`` between two steps;
-masks on h and c likewise; a projection makes the tile that is put narrower than the tile of units. None of them
-changes the number of exchanges, which is the same for every program of a group.
+Rows that begin anew or have ended (``marks``) change which state a row goes on from and what it keeps, never the number
+of exchanges, which is the same for every program of a group.
 """
 
 import triton
 import triton.language as tl
 
 from .exchange import arrive, put, wait
+from .marks import BEGINS, ENDED, load_marks, reset_slot, rows_before, where_marked, zero_marked
 from .product import add_parts, join, product_local, product_shared, resident, streamed
 from .tiles import narrow, previous_slot, row_offset, time_of, unit_offsets
-
-
-@triton.jit
-def load(pointers, mask):
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_tiles(pointer, offsets, mask, stride: tl.constexpr, n: tl.constexpr):
-    """n tiles [U, BB], ``stride`` elements apart."""
-    tiles = ()
-    for i in tl.static_range(n):
-        tiles = tiles + (load(pointer + offsets + i * stride, mask),)
-    return tiles
-
-
-@triton.jit
-def load_states(states, position, offsets, mask):
-    """The tuple of states at one 64-bit position of every state's tensor."""
-    tiles = ()
-    for i in tl.static_range(len(states)):
-        tiles = tiles + (load(states[i] + position + offsets, mask),)
-    return tiles
-
-
-@triton.jit
-def store(pointers, tile, mask, tiling: tl.constexpr):
-    tl.store(pointers, narrow(tile, pointers.dtype.element_ty, tiling.interpreted), mask=mask)
-
-
-@triton.jit
-def store_tiles(pointer, offsets, mask, stride: tl.constexpr, tiles, tiling: tl.constexpr):
-    for i in tl.static_range(len(tiles)):
-        store(pointer + offsets + i * stride, tiles[i], mask, tiling)
-
-
-@triton.jit
-def sums(a, b, c):
-    tiles = ()
-    for i in tl.static_range(len(a)):
-        tiles = tiles + (a[i] + b[i] + c[i],)
-    return tiles
-
-
-@triton.jit
-def part_of(states, j: tl.constexpr, n: tl.constexpr):
-    """The n tiles of batch tile j."""
-    tiles = ()
-    for i in tl.static_range(n):
-        tiles = tiles + (states[j * n + i],)
-    return tiles
+from .tuples import add_first, load, load_states, load_tiles, moved, part_of, store, store_tiles, sums
 
 
 @triton.jit
@@ -101,15 +51,6 @@ def layer_of(group, tiling: tl.constexpr):
         return group, 0
     else:
         return group // tiling.layers, group % tiling.layers
-
-
-@triton.jit
-def moved(pointers, distance):
-    """A tuple of pointers, all so many elements on."""
-    result = ()
-    for i in tl.static_range(len(pointers)):
-        result = result + (pointers[i] + distance,)
-    return result
 
 
 @triton.jit
@@ -170,6 +111,7 @@ def scan_forward(
     bias,
     states,
     saved,
+    marks,
     sync,
     first_job,
     T,
@@ -177,13 +119,14 @@ def scan_forward(
     cell: tl.constexpr,
     tiling: tl.constexpr,
     exchange: tl.constexpr,
-    SAVE: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """states: tuple of [T + 2, B, D, H], of which those after h have only 2 slots unless SAVE. saved: [T, B, D, n, H].
-    sync: (counters int32 [jobs * L * subtiles * lanes * exchange.stride], error word int32 [1],
-    partial products fp32 [groups * subtiles, 2, S, outputs * R*U * BB]). For a stack as a wave: states [L, T + 2, ...],
-    saved [L, T, ...], weight [L, 2, G*H, stride] and bias [L, 2, G*H], of h first and of what comes from below second;
-    x_gates of the lowest layer."""
+    """states: tuple of [T + 2, B, D, H], of which those after h have few slots unless KEEP (the initial state in slot
+    0, or 1 in reverse; the final one in 1; with marks the reset state in 2). saved: [T, B, D, n, H] or None.
+    marks: uint8 [T, B, D] or None. sync: (counters int32 [jobs * L * subtiles * lanes * exchange.stride],
+    error word int32 [1], partial products fp32 [groups * subtiles, 2, S, outputs * R*U * BB]).
+    For a stack as a wave: states [L, T + 2, ...], saved [L, T, ...], weight [L, 2, G*H, stride] and bias [L, 2, G*H], of
+    h first and of what comes from below second; x_gates of the lowest layer."""
     H: tl.constexpr = tiling.hidden
     D: tl.constexpr = tiling.directions
     G: tl.constexpr = tiling.gates
@@ -220,15 +163,16 @@ def scan_forward(
         corner = weight + layer.to(tl.int64) * (2 * G * H * tiling.stride)
         bias += layer * (2 * G * H)
         # One factor after the other in 64 bits: B*K*H alone may pass 2**31.
-        saved += layer.to(tl.int64) * T * B * (K * H)
-        # From the layer below comes its h of this step; the lowest one multiplies the zeros of the last slot by zero.
+        if saved is not None:
+            saved += layer.to(tl.int64) * T * B * (K * H)
+        # From the layer below comes its h of this step; the lowest one multiplies its own h0 by zero.
         rises = tl.minimum(layer, 1)
         given = (units < H * (1 - rises))[:, None]
         lower = states[0] + (layer - rises).to(tl.int64) * (T + 2) * B * H
         channel_below = (counters - rises * (N * tiling.lanes * lane), parts, error)
-        slots = 2
-        if SAVE:
-            slots = T + 2
+        slots = T + 2
+        if not KEEP:
+            slots = 2 if marks is None else 3
         slot_size = layer.to(tl.int64) * B * H
         states = moved(states[:1], slot_size * (T + 2)) + moved(states[1:], slot_size * slots)
     m_rows = ()
@@ -247,7 +191,7 @@ def scan_forward(
         first, rows, own = batch_rows(b0 + j * BB, B, tiling)
         for i in tl.static_range(n):
             slot = previous_slot(t, direction)
-            if i > 0 and not SAVE:
+            if i > 0 and not KEEP:
                 slot = tl.minimum(slot, 1)
             offsets = row_offset(slot, first, direction, B, D, H) + unit_offsets(units, rows, D * H)
             state = state + (load(states[i] + offsets, mask),)
@@ -280,13 +224,28 @@ def scan_forward(
                 first, rows, own = batch_rows(b0 + j * BB, B, tiling)
                 counter = counters + j * (tiling.lanes * lane)
                 before = part_of(state, j, n)
+                slot_before = previous_slot(t, direction)
+                rows_of_h = rows
+                if marks is not None:
+                    mark = load_marks(marks, t, first, rows, direction, B, D)
+                    edge = reset_slot(direction, T)
+                    rows_of_h = rows_before(mark, rows, slot_before, edge, B)
+                    new_offsets = unit_offsets(units, rows, D * H)
+                    begins = mask & (mark == BEGINS)[None, :]
+                    anew = (load(states[0] + row_offset(edge, first, direction, B, D, H) + new_offsets, begins),)
+                    if not KEEP:
+                        edge = direction * 0 + 2
+                    anew = anew + load_states(
+                        states[1:], row_offset(edge, first, direction, B, D, H), new_offsets, begins
+                    )
+                    before = where_marked(mark, BEGINS, anew, before)
                 # Loaded before the wait: the exchange's latency hides it.
                 gates = x_gates + row_offset(t, first, direction, B, D, G * H)
                 if L == 1:
                     x = load_tiles(gates, unit_offsets(units, rows, D * G * H), mask, H, G)
                 else:
                     x = load_tiles(gates, unit_offsets(units, rows, D * G * H), given, H, G)
-                    slot = tl.where(rises > 0, t, T) + 1
+                    slot = (t + 1) * rises
                     below = lower + row_offset(slot, first, direction, B, D, H)
                     risen, ahead, patience = multiply(
                         weights_below, ahead, stream, below, rows, j, place, once, step, (step + 1) * rises,
@@ -296,22 +255,26 @@ def scan_forward(
                 if tiling.slices == 1:
                     product = product_local(weights, before, once, weight.dtype.element_ty, tiling)
                 else:
-                    h = states[0] + row_offset(previous_slot(t, direction), first, direction, B, D, H)
+                    h = states[0] + row_offset(slot_before, first, direction, B, D, H)
                     product, ahead, patience = multiply(
-                        weights, ahead, stream, h, rows, j, place, once, step, step, channel, patience, tiling, exchange
-                    )
+                        weights, ahead, stream, h, rows_of_h, j, place, once, step, step, channel, patience, tiling,
+                        exchange,
+                    )  # fmt: skip
                 r = ()
                 for g in tl.static_range(G):
                     r = r + (product[g] + biases[g],)
                 new, kept = cell(x, r, before)
+                if marks is not None:
+                    new = where_marked(mark, ENDED, before, new)
                 store_mask = mask & own
                 state_offsets = unit_offsets(units, rows, D * H)
                 position = row_offset(t + 1, first, direction, B, D, H)
                 told = counter + own_block * lane
                 publish(states[0] + position, state_offsets, store_mask, 0, (new[0],), told, tiling, exchange)
-                if SAVE:
+                if KEEP:
                     for i in tl.static_range(1, n):
                         store(states[i] + position + state_offsets, new[i], store_mask, tiling)
+                if saved is not None:
                     position = row_offset(t, first, direction, B, D, K * H)
                     store_tiles(saved + position, unit_offsets(units, rows, D * K * H), store_mask, H, kept, tiling)
                 after = after + new
@@ -320,7 +283,7 @@ def scan_forward(
 
         turn += 1
 
-    if not SAVE:
+    if not KEEP:
         for j in tl.static_range(N):
             first, rows, own = batch_rows(b0 + j * BB, B, tiling)
             position = row_offset(direction * 0 + 1, first, direction, B, D, H)
@@ -330,28 +293,57 @@ def scan_forward(
 
 
 @triton.jit
-def load_saved(dy, heard, saved, states, t, first, rows, units, mask, direction, B, tiling: tl.constexpr):
-    """What a step of the backward reads of the forward, and dy where ``heard``: (dh, saved tiles, previous states)."""
+def load_saved(d_outputs, heard, saved, states, marks, t, first, rows, units, mask, direction, T, B,
+               tiling: tl.constexpr):  # fmt: skip
+    """What a step of the backward reads: (gradients of the states that were given, where ``heard``; saved tiles; states
+    before; the rows' marks, if any)."""
     H: tl.constexpr = tiling.hidden
     D: tl.constexpr = tiling.directions
     K: tl.constexpr = tiling.saved
     offsets = unit_offsets(units, rows, D * H)
     position = row_offset(t, first, direction, B, D, H)
-    dh = load(dy + position + offsets, heard)
+    given = load_states(d_outputs, position, offsets, heard)
     kept = load_tiles(saved + position * K, unit_offsets(units, rows, D * K * H), mask, H, K)
-    before = row_offset(previous_slot(t, direction), first, direction, B, D, H)
-    return (dh,) + kept + load_states(states, before, offsets, mask)
+    slot = previous_slot(t, direction)
+    rows_of_states = rows
+    mark = ()
+    if marks is not None:
+        mark = (load_marks(marks, t, first, rows, direction, B, D),)
+        rows_of_states = rows_before(mark[0], rows, slot, reset_slot(direction, T), B)
+    before = row_offset(slot, first, direction, B, D, H)
+    return given + kept + load_states(states, before, unit_offsets(units, rows_of_states, D * H), mask) + mark
+
+
+@triton.jit
+def with_begun(d_reset, after, codes, n: tl.constexpr):
+    """The gradients of the reset states, with those of the rows that began anew at this step."""
+    total = ()
+    for i in tl.static_range(len(after)):
+        total = total + (d_reset[i] + tl.where((codes[i // n] == BEGINS)[None, :], after[i], 0.0),)
+    return total
+
+
+@triton.jit
+def cut(after, codes, neighbours, n: tl.constexpr):
+    """The gradients for the step before: none in the rows that began anew, but for the neighbour's part of it."""
+    left = ()
+    for i in tl.static_range(len(after)):
+        tile = tl.where((codes[i // n] == BEGINS)[None, :], 0.0, after[i])
+        if i % n == 0 and len(neighbours) > 0:
+            tile = tile + neighbours[i // n]
+        left = left + (tile,)
+    return left
 
 
 @triton.jit(do_not_specialize=["first_job", "T", "B"])
 def scan_backward(
-    dy,
+    d_outputs,
     weight,
     states,
     saved,
-    d_final,
+    marks,
+    d_states,
     d_gates,
-    d_initial,
     sync,
     first_job,
     T,
@@ -360,9 +352,11 @@ def scan_backward(
     tiling: tl.constexpr,
     exchange: tl.constexpr,
 ):
-    """dy: [T, B, D, H]. d_final, d_initial: tuples of [B, D, H], one per state. d_gates: (dx, dr), [T, B, D, G*H] each,
-    the same tensor where the cell's two gradients are the same. Others as in the forward, with SAVE. For a stack as a
-    wave: dy of the highest layer, d_final and d_initial [L, B, D, H], d_gates [L*T + 1, B, D, G*H], its last row zero,
+    """d_outputs: gradients of h, and of c where it was given out, of every step, [T, B, D, H] each. d_states: tuple of
+    [B, D, H], for each state that of the final one, then room for those of the initial ones, then, where they are asked
+    for, of the reset ones. d_gates: (dx, dr), [T, B, D, G*H] each,
+    the same tensor where the cell's two gradients are the same. Others as in the forward, with KEEP. For a stack as a
+    wave: d_outputs of the highest layer, d_states [L, B, D, H], d_gates [L*T + 1, B, D, G*H], its last row zero,
     and the second matrix is that of the layer above."""
     H: tl.constexpr = tiling.hidden
     D: tl.constexpr = tiling.directions
@@ -374,6 +368,8 @@ def scan_backward(
     R: tl.constexpr = tiling.rows
     W: tl.constexpr = tiling.wide
     n: tl.constexpr = len(states)
+    m: tl.constexpr = len(d_outputs)
+    resets: tl.constexpr = len(d_states) == 3 * n
     lane: tl.constexpr = exchange.stride
     in_registers: tl.constexpr = tiling.in_registers
     chunks: tl.constexpr = len(tiling.chunks)
@@ -410,40 +406,44 @@ def scan_backward(
         heard = (units < H * (1 - falls))[:, None]
         slot_size = layer.to(tl.int64) * B * H
         states = moved(states, slot_size * (T + 2))
-        d_final = moved(d_final, slot_size)
-        d_initial = moved(d_initial, slot_size)
-    m = (column * W + tl.arange(0, W),)
-    m_mask = (m[0] < H,)
-    held = resident(corner, m, m_mask, base, 0, in_registers, tiling)
+        d_states = moved(d_states, slot_size)
+    outputs = (column * W + tl.arange(0, W),)
+    m_mask = (outputs[0] < H,)
+    held = resident(corner, outputs, m_mask, base, 0, in_registers, tiling)
     if L > 1:
-        held_above = resident(corner + G * H * tiling.stride, m, m_mask, base, 0, in_registers, tiling)
+        held_above = resident(corner + G * H * tiling.stride, outputs, m_mask, base, 0, in_registers, tiling)
     d_state = ()
     for j in tl.static_range(N):
         first, rows, own = batch_rows(b0 + j * BB, B, tiling)
         edge = row_offset(direction * 0, first, direction, B, D, H)
-        d_state = d_state + load_states(d_final, edge, unit_offsets(units, rows, D * H), mask)
+        d_state = d_state + load_states(d_states[:n], edge, unit_offsets(units, rows, D * H), mask)
+    d_reset = ()
+    if resets:
+        for _ in tl.static_range(N * n):
+            d_reset = d_reset + (tl.zeros((U, BB), tl.float32),)
 
     # One turn, which the compiler cannot know: what goes to registers has left shared memory before the rest is loaded.
     once = tl.minimum(T, 1)
     turn = 0
     while turn < once:
-        shared = resident(corner, m, m_mask, base, in_registers, chunks, tiling)
+        shared = resident(corner, outputs, m_mask, base, in_registers, chunks, tiling)
         weights = join(held, shared)
         if L > 1:
-            shared_above = resident(corner + G * H * tiling.stride, m, m_mask, base, in_registers, chunks, tiling)
+            shared_above = resident(corner + G * H * tiling.stride, outputs, m_mask, base, in_registers, chunks, tiling)
             weights_above = join(held_above, shared_above)
-        stream = (corner, m, m_mask)
+        stream = (corner, outputs, m_mask)
         ahead = ()
         if tiling.streamed > 0:
-            ahead = streamed(corner, m, m_mask, 0, base, tiling)
+            ahead = streamed(corner, outputs, m_mask, 0, base, tiling)
 
         read_ahead = ()
         t = time_of(T - 1, direction, T)
         for j in tl.static_range(N):
             first, rows, own = batch_rows(b0 + j * BB, B, tiling)
             read_ahead = read_ahead + load_saved(
-                dy, heard, saved, states, t, first, rows, units, mask, direction, B, tiling
+                d_outputs, heard, saved, states, marks, t, first, rows, units, mask, direction, T, B, tiling
             )
+        width: tl.constexpr = len(read_ahead) // N
 
         if L > 1:
             after = ()
@@ -464,12 +464,19 @@ def scan_backward(
             t_next = time_of(tl.maximum(T - 2 - step, 0), direction, T)
             after = ()
             read_next = ()
+            codes = ()
             for j in tl.static_range(N):
                 first, rows, own = batch_rows(b0 + j * BB, B, tiling)
                 counter = counters + j * (tiling.lanes * lane)
-                read = part_of(read_ahead, j, 1 + K + n)
-                d = part_of(d_state, j, n)
-                dx, dr, d_previous = cell((d[0] + read[0],) + d[1:], read[1 : 1 + K], read[1 + K :])
+                read = part_of(read_ahead, j, width)
+                d = add_first(part_of(d_state, j, n), read, m)
+                dx, dr, d_previous = cell(d, read[m : m + K], read[m + K : m + K + n])
+                if marks is not None:
+                    mark = read[m + K + n]
+                    codes = codes + (mark,)
+                    dx = zero_marked(mark, ENDED, dx)
+                    dr = zero_marked(mark, ENDED, dr)
+                    d_previous = where_marked(mark, ENDED, d, d_previous)
                 store_mask = mask & own
                 gate_offsets = unit_offsets(units, rows, D * G * H)
                 gates = row_offset(t, first, direction, B, D, G * H)
@@ -482,7 +489,7 @@ def scan_backward(
                     store_tiles(dx_gates + gates, gate_offsets, store_mask, H, dx, tiling)
                 # What the next step reads from the forward is loaded before the wait: the exchange's latency hides it.
                 read_next = read_next + load_saved(
-                    dy, heard, saved, states, t_next, first, rows, units, mask, direction, B, tiling
+                    d_outputs, heard, saved, states, marks, t_next, first, rows, units, mask, direction, T, B, tiling
                 )
                 if tiling.slices == 1:
                     product = product_local(weights, dr, once, weight.dtype.element_ty, tiling)
@@ -490,6 +497,7 @@ def scan_backward(
                 else:
                     after = after + d_previous
             read_ahead = read_next
+            neighbours = ()
             if tiling.slices > 1:
                 d_state = after
                 after = ()
@@ -505,12 +513,20 @@ def scan_backward(
                             weights_above, ahead, stream, above, rows, j, place, once, step,
                             tl.minimum(step + 2, T) * falls, channel_above, patience, tiling, exchange,
                         )  # fmt: skip
-                        dh = dh + tl.where(step + 1 < T, fallen[0], 0.0)
+                        fallen = (tl.where(step + 1 < T, fallen[0], 0.0),)
+                        if marks is None:
+                            dh = dh + fallen[0]  # at once: two tiles alive through the product would cost registers
+                        else:
+                            neighbours = neighbours + fallen
                     product, ahead, patience = multiply(
                         weights, ahead, stream, dr_gates + gates, rows, j, place, once, step, step + 1, channel,
                         patience, tiling, exchange,
                     )  # fmt: skip
                     after = after + (dh + product[0],) + d[1:]
+            if marks is not None:
+                if resets:
+                    d_reset = with_begun(d_reset, after, codes, n)
+                after = cut(after, codes, neighbours, n)
             d_state = after
             step += 1
 
@@ -521,4 +537,7 @@ def scan_backward(
         first, rows, own = batch_rows(b0 + j * BB, B, tiling)
         edge = row_offset(direction * 0, first, direction, B, D, H)
         for i in tl.static_range(n):
-            store(d_initial[i] + edge + unit_offsets(units, rows, D * H), d_state[j * n + i], mask & own, tiling)
+            offsets = edge + unit_offsets(units, rows, D * H)
+            store(d_states[n + i] + offsets, d_state[j * n + i], mask & own, tiling)
+            if resets:
+                store(d_states[2 * n + i] + offsets, d_reset[j * n + i], mask & own, tiling)

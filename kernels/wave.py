@@ -6,6 +6,8 @@ Letters as everywhere; D is 1, because a second direction needs the layer below 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,10 @@ def forward(
     c0: Tensor | None,
     precision: str,
     save: bool,
+    keep: bool = False,
+    cell_dtype: torch.dtype | None = None,
+    marks: Tensor | None = None,
+    reset: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward of a stack.
 
@@ -54,12 +60,13 @@ def forward(
         weight_hh: [L, G*H, H]; bias_hh: [L, G*H].
         weight_ih: [L - 1, G*H, H]; bias_ih: [L - 1, G*H], of the upper layers.
         h0: [L, B, H]; c0: [L, B, H], None if the cell has no c.
-        precision, save: as in ``launch.forward``.
+        precision, save, keep, cell_dtype: as in ``launch.forward``; marks: [T, B], the same for all layers.
+        reset: the states that rows begin anew from, each [L, B, H]; none: zeros.
         All tensors contiguous, on one device, float16, bfloat16 or float32.
 
     Returns:
-        y: [L, T + 2, B, H] with h0 in slot 0; c: the same with save, else [L, 2, B, H] with the final c in slot 1;
-        empty if the cell has no c. saved: [L, T, B, n, H] with save, else empty.
+        y: [L, T + 2, B, H] with h0 in slot 0; c: the same with save or keep, else [L, 2, B, H] with the final c in slot
+        1 ([L, 3, B, H] with marks); empty if the cell has no c. saved: [L, T, B, n, H] with save, else empty.
 
     Raises:
         ValueError: the stack does not fit the device.
@@ -71,13 +78,15 @@ def forward(
     exchange = launch.exchange_for(x_gates.device)
     y = x_gates.new_empty(L, T + 2, B, H)
     launch.flag(y, part, exchange)
-    c = x_gates.new_empty((L, T + 2 if save else 2, B, H) if cell.states > 1 else 0)
-    if exchange.protocol == "flags":
-        h0 = torch.where(h0.isnan(), torch.nan, h0)  # a NaN of the caller's may be the reserved one
-    for states, initial in ((y, h0), (c, c0)):
+    h0, *reset = (launch.unreserved(h, exchange) for h in (h0, *reset))
+    c = x_gates.new_empty(0)
+    if c0 is not None:
+        slots = T + 2 if save or keep else 2 if marks is None else 3
+        c = x_gates.new_empty(L, slots, B, H, dtype=cell_dtype or x_gates.dtype)
+    for i, (states, initial) in enumerate(((y, h0), (c, c0))):
         if initial is not None:
+            states[:, -1].copy_(reset[i]) if reset else states[:, -1].zero_()
             states[:, 0].copy_(initial)
-            states[:, -1].zero_()  # no step writes it, and an operator's output is defined everywhere
     saved = x_gates.new_empty((L, T, B, cell.saved, H) if save else 0)
     launch.launch(
         scan_forward,
@@ -89,67 +98,73 @@ def forward(
         x_gates=x_gates,
         bias=_packed(bias_hh, bias_ih, above=False),
         states=(y, c)[: cell.states],
-        saved=saved,
+        saved=saved if save else None,
+        marks=marks,
         T=T,
         B=B,
         cell=cell.forward,
-        SAVE=save,
+        KEEP=save or keep,
     )
     return y, c, saved
 
 
 def backward(
     cell: Cell,
-    dy: Tensor,
-    d_final: tuple[Tensor, ...],
+    d_outputs: Sequence[Tensor],
+    d_final: Sequence[Tensor],
     weight_hh: Tensor,
     weight_ih: Tensor,
     y: Tensor,
     c: Tensor,
     saved: Tensor,
     precision: str,
+    marks: Tensor | None = None,
+    resets: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Run the backward of a stack.
 
     Args:
-        dy: [T, B, H], gradient of the highest layer's every h_t; d_final: that of the final states, each [L, B, H].
-        weight_hh, weight_ih, y, c, saved, precision: of the forward, with save.
+        d_outputs: gradient of the highest layer's every h_t and, where it was given out, c_t, each [T, B, H].
+        d_final: that of the final states, each [L, B, H].
+        weight_hh, weight_ih, y, c, saved, precision, marks: of the forward, with save.
+        resets: whether gradients of the reset states are asked for.
 
     Returns:
         dx_gates, dr_gates: [L, T, B, G*H], the same tensor where the cell's two gradients are the same.
-        d_initial: gradient of the initial states, each [L, B, H].
+        d_edges: gradient of the initial states, and with ``resets`` of the reset states, each [L, B, H].
     """
     launch.check()
-    T, B, H = dy.shape
+    like = d_outputs[0]
+    T, B, H = like.shape
     L = y.shape[0]
-    part = _plan(cell, H, L, B, dy, precision).backward
-    exchange = launch.exchange_for(dy.device)
+    part = _plan(cell, H, L, B, like, precision).backward
+    exchange = launch.exchange_for(like.device)
     gates = []
     for _ in range(2 if cell.recurrent_gradient else 1):
-        buffer = dy.new_empty(L * T + 1, B, cell.gates * H)
+        buffer = like.new_empty(L * T + 1, B, cell.gates * H)
         launch.flag(buffer, part, exchange)
         buffer[-1].zero_()  # what the highest layer hears from above
         gates.append(buffer)
-    d_initial = tuple(torch.empty_like(d) for d in d_final)
+    d_edges = tuple(torch.empty_like(d) for _ in range(2 if resets else 1) for d in d_final)
     launch.launch(
         scan_backward,
         part,
         part.tiling.jobs(B),
         exchange,
-        dy.device,
+        like.device,
         _packed(weight_hh, weight_ih, above=True),
-        dy=dy,
+        d_outputs=tuple(d_outputs),
         states=(y, c)[: cell.states],
         saved=saved,
-        d_final=d_final,
+        marks=marks,
+        d_states=(*d_final, *d_edges),
         d_gates=(gates[-1], gates[0]),
-        d_initial=d_initial,
         T=T,
         B=B,
         cell=cell.backward,
     )
     dx_gates, dr_gates = (buffer[:-1].unflatten(0, (L, T)) for buffer in (gates[-1], gates[0]))
-    return dx_gates, dx_gates if len(gates) == 1 else dr_gates, d_initial
+    return dx_gates, dx_gates if len(gates) == 1 else dr_gates, d_edges
 
 
 def _plan(cell: Cell, hidden: int, layers: int, batch: int, like: Tensor, precision: str) -> wave_plan.Wave:

@@ -6,6 +6,7 @@ operators.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd import Function
 
 from persistrnn import ops
 from persistrnn.ops import HAS_C
+from persistrnn.segments import BEGINS
 
 _ONCE = "the persistent kernels are differentiable once; a second derivative was asked for. Use backend='torch' for it."
 
@@ -26,7 +28,11 @@ def recurrent(
     h0: Tensor,
     c0: Tensor | None,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    marks: Tensor | None = None,
+    reset: Sequence[Tensor] = (),
+    return_c: bool = False,
+    cell_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The recurrence of one layer, all directions in one launch, on the persistent kernels.
 
     Args:
@@ -38,19 +44,24 @@ def recurrent(
         h0: [D, B, H].
         c0: [D, B, H] for the LSTM, else None.
         precision: of products in float32, "tf32" or "ieee".
+        marks: uint8 [T, B, D], where a row begins anew or has ended (``segments``); None: nowhere.
+        reset: the states that rows begin anew from, (h,) or (h, c), each [D, B, H]; empty: zeros.
+        return_c: give out every c_t.
+        cell_dtype: of the c that is stored for the backward and given out; None: that of x_gates.
         All in one dtype (float16, bfloat16 or float32), on one device.
 
     Returns:
-        y [T, B, D*H], h_n [D, B, H], and c_n [D, B, H] or None. Differentiable once, in every tensor argument,
-        through every output.
+        y [T, B, D*H], h_n [D, B, H], c_n [D, B, H] or None, and with ``return_c`` c [T, B, D*H], else None.
+        Differentiable once, in every floating argument, through every output. Where a row has ended, y and c repeat.
 
     Raises:
         ValueError: the size does not fit the device.
         RuntimeError: an earlier launch gave up waiting (see ``check``).
     """
-    tensors = (x_gates, weight_hh, bias_hh, h0, c0)
-    y, h_n, c_n, *_ = _Scan.apply(cell, precision, _saves(tensors), *tensors)
-    return y, h_n, c_n if HAS_C[cell] else None
+    reset_h, reset_c = (*reset, None, None)[:2]
+    tensors = (x_gates, weight_hh, bias_hh, h0, c0, marks, reset_h, reset_c)
+    y, h_n, c_n, c, *_ = _Scan.apply(cell, precision, _saves(tensors), return_c, cell_dtype, *tensors)
+    return y, h_n, c_n if HAS_C[cell] else None, c if return_c else None
 
 
 def wave(
@@ -63,28 +74,34 @@ def wave(
     h0: Tensor,
     c0: Tensor | None,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    marks: Tensor | None = None,
+    reset: Sequence[Tensor] = (),
+    return_c: bool = False,
+    cell_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The recurrence of a stack of L layers of one direction in one launch (``kernels.wave``).
 
     Args:
-        cell, precision: as in ``recurrent``.
+        cell, precision, return_c, cell_dtype: as in ``recurrent``.
         x_gates: [T, B, G*H], input half of the lowest layer's gates, in torch's gate order. T, B >= 1.
         weight_hh: [L, G*H, H]; bias_hh: [L, G*H].
         weight_ih: [L - 1, G*H, H]; bias_ih: [L - 1, G*H], of the upper layers.
         h0: [L, B, H]; c0: [L, B, H] for the LSTM, else None.
+        marks: uint8 [T, B], the same for all layers; reset: (h,) or (h, c), each [L, B, H]; as in ``recurrent``.
         All in one dtype (float16, bfloat16 or float32), on one device.
 
     Returns:
-        y [T, B, H] of the highest layer, h_n [L, B, H], and c_n [L, B, H] or None. Differentiable once, in every tensor
-        argument, through every output.
+        y [T, B, H] of the highest layer, h_n [L, B, H], c_n [L, B, H] or None, and c [T, B, H] of the highest layer
+        with ``return_c``, else None. Differentiable once, in every floating argument, through every output.
 
     Raises:
         ValueError: the stack does not fit the device (``ops.waves`` says so beforehand).
         RuntimeError: an earlier launch gave up waiting (see ``ops.check``).
     """
-    tensors = (x_gates, weight_hh, bias_hh, weight_ih, bias_ih, h0, c0)
-    y, h_n, c_n, *_ = _Wave.apply(cell, precision, _saves(tensors), *tensors)
-    return y, h_n, c_n if HAS_C[cell] else None
+    reset_h, reset_c = (*reset, None, None)[:2]
+    tensors = (x_gates, weight_hh, bias_hh, weight_ih, bias_ih, h0, c0, marks, reset_h, reset_c)
+    y, h_n, c_n, c, *_ = _Wave.apply(cell, precision, _saves(tensors), return_c, cell_dtype, *tensors)
+    return y, h_n, c_n if HAS_C[cell] else None, c if return_c else None
 
 
 def _saves(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -95,7 +112,7 @@ def _saves(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 class _Scan(Function):
-    """y, h_n, c_n, and what the backward needs: the operator's y, c and saved.
+    """y, h_n, c_n, every c where it is asked for, and what the backward needs: the operator's y, c and saved.
 
     Those three stay differentiable, so that a second derivative finds its way to an error instead of to zero.
     """
@@ -105,89 +122,116 @@ class _Scan(Function):
         cell: str,
         precision: str,
         save: bool,
+        return_c: bool,
+        cell_dtype: torch.dtype | None,
         x_gates: Tensor,
         weight_hh: Tensor,
         bias_hh: Tensor,
         h0: Tensor,
         c0: Tensor | None,
+        marks: Tensor | None,
+        reset_h: Tensor | None,
+        reset_c: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        y, c, saved = ops.scan_forward(cell, precision, save, x_gates, weight_hh, bias_hh, h0, c0)
+        given = x_gates, weight_hh, bias_hh, h0, c0, marks, reset_h, reset_c
+        y, c, saved = ops.scan_forward(cell, precision, save, *given, return_c, cell_dtype)
         D = x_gates.shape[2]
         # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
         h_n = torch.stack([y[1 if d else -2, :, d] for d in range(D)])
-        c_n = torch.stack([c[-2 if save and d == 0 else 1, :, d] for d in range(D)]) if HAS_C[cell] else c.clone()
-        return y[1:-1].flatten(2), h_n, c_n, y, c, saved
+        c_n = c.clone()
+        if HAS_C[cell]:
+            last = -2 if save or return_c else 1
+            c_n = torch.stack([c[1 if d else last, :, d] for d in range(D)]).to(x_gates.dtype)
+        every = c[1:-1].flatten(2) if return_c else c.new_empty(0)
+        return y[1:-1].flatten(2), h_n, c_n, every, y, c, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        cell, precision, save, _, weight_hh, *_ = inputs
-        _, _, c_n, y, c, saved = output
-        ctx.cell, ctx.precision = cell, precision
+        cell, precision, save, return_c, _, _, weight_hh, *_, marks, _, _ = inputs
+        _, _, c_n, every, y, c, saved = output
+        ctx.cell, ctx.precision, ctx.return_c = cell, precision, return_c
         if save:
-            ctx.save_for_backward(weight_hh, y, c, saved)
+            ctx.save_for_backward(weight_hh, y, c, saved, marks)
         ctx.set_materialize_grads(False)
         if torch.compiler.is_compiling():
             # Dynamo hands a gradient of every differentiable output to the backward; AOTAutograd itself refuses a
             # second derivative.
-            ctx.mark_non_differentiable(y, c, saved, *(() if HAS_C[cell] else (c_n,)))
+            others = (() if HAS_C[cell] else (c_n,)) + (() if return_c else (every,))
+            ctx.mark_non_differentiable(y, c, saved, *others)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling() and any(g is not None for g in grads[3:]):
+        if not torch.compiler.is_compiling() and any(g is not None for g in grads[4:]):
             raise NotImplementedError(_ONCE)  # only a second derivative reaches what the backward keeps
-        weight_hh, y, c, saved = ctx.saved_tensors
+        weight_hh, y, c, saved, marks = ctx.saved_tensors
         T = y.shape[0] - 2
         _, B, D, H = y.shape
+        has_c = HAS_C[ctx.cell]
         dy = y.new_zeros(T, B, D, H) if grads[0] is None else grads[0].unflatten(2, (D, H))
+        # Dynamo hands a gradient to an output that has none, too.
+        dc = grads[3].unflatten(2, (D, H)) if ctx.return_c and grads[3] is not None else None
         dh_n = y.new_zeros(D, B, H) if grads[1] is None else grads[1]
         dc_n = None
-        if HAS_C[ctx.cell]:
+        if has_c:
             dc_n = y.new_zeros(D, B, H) if grads[2] is None else grads[2]
-        dx_gates, dr_gates, dh0, dc0 = _ScanBackward.apply(
-            ctx.cell, ctx.precision, dy, dh_n, dc_n, weight_hh, y, c, saved
-        )
-        if HAS_C[ctx.cell]:
+        needs_weight, needs_bias, *_, needs_h, needs_c = ctx.needs_input_grad[6:]
+        resets = needs_h or needs_c
+        given = dy, dc, dh_n, dc_n, weight_hh, y, c, saved, marks
+        dx_gates, dr_gates, dh0, dc0, *d_reset = _ScanBackward.apply(ctx.cell, ctx.precision, resets, *given)
+        if has_c:
             dr_gates = dx_gates
-        _, needs_weight, needs_bias = ctx.needs_input_grad[3:6]
         d_weight = d_bias = None
         if needs_weight:
-            h_previous = [y[2:, :, 1] if d else y[:-2, :, 0] for d in range(D)]
+            h_previous = [_before(y, marks, d) for d in range(D)]
             d_weight = torch.stack([dr_gates[:, :, d].flatten(0, 1).mT @ h_previous[d].flatten(0, 1) for d in range(D)])
         if needs_bias:
             d_bias = dr_gates.sum((0, 1), dtype=torch.float32).to(dr_gates.dtype)
-        return None, None, None, dx_gates, d_weight, d_bias, dh0, dc0 if HAS_C[ctx.cell] else None
+        d_reset_h, d_reset_c = d_reset[0] if resets else None, d_reset[1] if resets and has_c else None
+        d_weights = d_weight, d_bias
+        return (*(None,) * 5, dx_gates, *d_weights, dh0, dc0 if has_c else None, None, d_reset_h, d_reset_c)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], cell: str, precision: str, save: bool, *tensors: Tensor | None
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        cell: str,
+        precision: str,
+        save: bool,
+        return_c: bool,
+        cell_dtype: torch.dtype | None,
+        *tensors: Tensor | None,
     ) -> tuple[Any, Any]:
-        dims = in_dims[3:]
-        batch_axes = (1, None, None, 1, 1)  # where B is in x_gates, weight_hh, bias_hh, h0, c0
+        dims, fixed = in_dims[5:], (cell, precision, save, return_c, cell_dtype)
+        # where B is in x_gates, weight_hh, bias_hh, h0, c0, marks, reset_h, reset_c
+        batch_axes = (1, None, None, 1, 1, 1, 1, 1)
         if dims[1] is None and dims[2] is None:
             folded = [_fold(t, d, a, info.batch_size) for t, d, a in zip(tensors, dims, batch_axes, strict=True)]
-            outputs = _Scan.apply(cell, precision, save, *folded)
-            return _unfold(outputs, (1, 1, 1, 1, 1, 1), info.batch_size)
+            return _unfold(_Scan.apply(*fixed, *folded), (1,) * 7, info.batch_size)
         # Every sample has weights of its own: one launch each.
-        outputs = [_Scan.apply(cell, precision, save, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
-        return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * 6
+        outputs = [_Scan.apply(*fixed, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
+        return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * 7
 
 
 class _ScanBackward(Function):
-    """Gradients with respect to the two halves of the gates and to the initial states."""
+    """Gradients with respect to the two halves of the gates, the initial states and, if ``resets``, the reset ones."""
 
     @staticmethod
     def forward(
         cell: str,
         precision: str,
+        resets: bool,
         dy: Tensor,
+        dc: Tensor | None,
         dh_n: Tensor,
         dc_n: Tensor | None,
         weight_hh: Tensor,
         y: Tensor,
         c: Tensor,
         saved: Tensor,
+        marks: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        return ops.scan_backward(cell, precision, dy, dh_n, dc_n, weight_hh, y, c, saved)
+        given = dy, dh_n, dc_n, weight_hh, y, c, saved, dc
+        return ops.scan_backward(cell, precision, *given, marks, resets)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -199,26 +243,34 @@ class _ScanBackward(Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], cell: str, precision: str, *tensors: Tensor | None
+        info: Any, in_dims: tuple[int | None, ...], cell: str, precision: str, resets: bool, *tensors: Tensor | None
     ) -> tuple[Any, Any]:
-        dims = in_dims[2:]
-        batch_axes = (1, 1, 1, None, 1, 1, 1)  # where B is in dy, dh_n, dc_n, weight_hh, y, c, saved
-        if dims[3] is None:
+        dims, fixed = in_dims[3:], (cell, precision, resets)
+        batch_axes = (1, 1, 1, 1, None, 1, 1, 1, 1)  # where B is in dy, dc, dh_n, dc_n, weight_hh, y, c, saved, marks
+        if dims[4] is None:
             folded = [_fold(t, d, a, info.batch_size) for t, d, a in zip(tensors, dims, batch_axes, strict=True)]
-            outputs = _ScanBackward.apply(cell, precision, *folded)
-            return _unfold(outputs, (1, 1, 1, 1), info.batch_size)
-        outputs = [_ScanBackward.apply(cell, precision, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
-        return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * 4
+            return _unfold(_ScanBackward.apply(*fixed, *folded), (1,) * 6, info.batch_size)
+        outputs = [_ScanBackward.apply(*fixed, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
+        return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * 6
+
+
+def _before(y: Tensor, marks: Tensor | None, direction: int) -> Tensor:
+    """The h [T, B, H] that each step of a direction went on from."""
+    h, reset = (y[2:, :, 1], y[0, :, 1]) if direction else (y[:-2, :, 0], y[-1, :, 0])
+    return h if marks is None else torch.where(marks[:, :, direction, None] == BEGINS, reset, h)
 
 
 class _Wave(Function):
-    """y, h_n, c_n of a stack, and what the backward needs: the operator's y, c and saved."""
+    """y, h_n, c_n of a stack, every c of its highest layer where it is asked for, and what the backward needs: the
+    operator's y, c and saved."""
 
     @staticmethod
     def forward(
         cell: str,
         precision: str,
         save: bool,
+        return_c: bool,
+        cell_dtype: torch.dtype | None,
         x_gates: Tensor,
         weight_hh: Tensor,
         bias_hh: Tensor,
@@ -226,69 +278,90 @@ class _Wave(Function):
         bias_ih: Tensor,
         h0: Tensor,
         c0: Tensor | None,
+        marks: Tensor | None,
+        reset_h: Tensor | None,
+        reset_c: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weights = weight_hh, bias_hh, weight_ih, bias_ih
-        y, c, saved = ops.wave_forward(cell, precision, save, x_gates, *weights, h0, c0)
+        given = x_gates, *weights, h0, c0, marks, reset_h, reset_c
+        y, c, saved = ops.wave_forward(cell, precision, save, *given, return_c, cell_dtype)
         # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
-        c_n = c[:, -2 if save else 1].clone() if HAS_C[cell] else c.clone()
-        return y[-1, 1:-1].clone(), y[:, -2].clone(), c_n, y, c, saved
+        c_n = c.clone()
+        if HAS_C[cell]:
+            c_n = torch.clone(c[:, -2 if save or return_c else 1]).to(x_gates.dtype)
+        every = c[-1, 1:-1].clone() if return_c else c.new_empty(0)
+        return y[-1, 1:-1].clone(), y[:, -2].clone(), c_n, every, y, c, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        cell, precision, save, _, weight_hh, _, weight_ih, *_ = inputs
-        _, _, c_n, y, c, saved = output
-        ctx.cell, ctx.precision = cell, precision
+        cell, precision, save, return_c, _, _, weight_hh, _, weight_ih, *_, marks, _, _ = inputs
+        _, _, c_n, every, y, c, saved = output
+        ctx.cell, ctx.precision, ctx.return_c = cell, precision, return_c
         if save:
-            ctx.save_for_backward(weight_hh, weight_ih, y, c, saved)
+            ctx.save_for_backward(weight_hh, weight_ih, y, c, saved, marks)
         ctx.set_materialize_grads(False)
-        if torch.compiler.is_compiling():
-            ctx.mark_non_differentiable(y, c, saved, *(() if HAS_C[cell] else (c_n,)))  # as in _Scan
+        if torch.compiler.is_compiling():  # as in _Scan
+            others = (() if HAS_C[cell] else (c_n,)) + (() if return_c else (every,))
+            ctx.mark_non_differentiable(y, c, saved, *others)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling() and any(g is not None for g in grads[3:]):
+        if not torch.compiler.is_compiling() and any(g is not None for g in grads[4:]):
             raise NotImplementedError(_ONCE)  # only a second derivative reaches what the backward keeps
-        weight_hh, weight_ih, y, c, saved = ctx.saved_tensors
+        weight_hh, weight_ih, y, c, saved, marks = ctx.saved_tensors
         L, _, B, H = y.shape
+        has_c = HAS_C[ctx.cell]
         dy = y.new_zeros(y.shape[1] - 2, B, H) if grads[0] is None else grads[0]
         dh_n = y.new_zeros(L, B, H) if grads[1] is None else grads[1]
         dc_n = None
-        if HAS_C[ctx.cell]:
+        if has_c:
             dc_n = y.new_zeros(L, B, H) if grads[2] is None else grads[2]
-        dx_gates, dr_gates, dh0, dc0 = _WaveBackward.apply(
-            ctx.cell, ctx.precision, dy, dh_n, dc_n, weight_hh, weight_ih, y, c, saved
-        )
-        if HAS_C[ctx.cell]:
+        *needs, _, _, _, needs_h, needs_c = ctx.needs_input_grad[6:]
+        resets = needs_h or needs_c
+        given = dy, grads[3] if ctx.return_c else None, dh_n, dc_n, weight_hh, weight_ih, y, c, saved, marks
+        dx_gates, dr_gates, dh0, dc0, *d_reset = _WaveBackward.apply(ctx.cell, ctx.precision, resets, *given)
+        if has_c:
             dr_gates = dx_gates
-        needs = ctx.needs_input_grad[4:8]
-        d_weight_hh = _gemm(dr_gates, y[:, :-2]) if needs[0] else None
+        d_weight_hh = _gemm(dr_gates, _all_before(y, marks)) if needs[0] else None
         d_bias_hh = _bias(dr_gates) if needs[1] else None
         d_weight_ih = _gemm(dx_gates[1:], y[:-1, 1:-1]) if needs[2] else None
         d_bias_ih = _bias(dx_gates[1:]) if needs[3] else None
         d_weights = d_weight_hh, d_bias_hh, d_weight_ih, d_bias_ih
-        return None, None, None, dx_gates[0], *d_weights, dh0, dc0 if HAS_C[ctx.cell] else None
+        d_reset_h, d_reset_c = d_reset[0] if resets else None, d_reset[1] if resets and has_c else None
+        return (*(None,) * 5, dx_gates[0], *d_weights, dh0, dc0 if has_c else None, None, d_reset_h, d_reset_c)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], cell: str, precision: str, save: bool, *tensors: Tensor | None
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        cell: str,
+        precision: str,
+        save: bool,
+        return_c: bool,
+        cell_dtype: torch.dtype | None,
+        *tensors: Tensor | None,
     ) -> tuple[Any, Any]:
-        dims = in_dims[3:]
-        batch_axes = (1, None, None, None, None, 1, 1)  # where B is in x_gates, the weights and biases, h0, c0
+        dims, fixed = in_dims[5:], (cell, precision, save, return_c, cell_dtype)
+        # where B is in x_gates, the weights and biases, h0, c0, marks, reset_h, reset_c
+        batch_axes = (1, None, None, None, None, 1, 1, 1, 1, 1)
         if all(d is None for d in dims[1:5]):
             folded = [_fold(t, d, a, info.batch_size) for t, d, a in zip(tensors, dims, batch_axes, strict=True)]
-            return _unfold(_Wave.apply(cell, precision, save, *folded), (1, 1, 1, 2, 2, 2), info.batch_size)
-        outputs = [_Wave.apply(cell, precision, save, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
-        return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * 6
+            return _unfold(_Wave.apply(*fixed, *folded), (1, 1, 1, 1, 2, 2, 2), info.batch_size)
+        outputs = [_Wave.apply(*fixed, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
+        return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * 7
 
 
 class _WaveBackward(Function):
-    """Gradients with respect to the two halves of every layer's gates and to the initial states."""
+    """Gradients with respect to the two halves of every layer's gates, the initial states and, if ``resets``, the reset
+    states."""
 
     @staticmethod
     def forward(
         cell: str,
         precision: str,
+        resets: bool,
         dy: Tensor,
+        dc: Tensor | None,
         dh_n: Tensor,
         dc_n: Tensor | None,
         weight_hh: Tensor,
@@ -296,8 +369,10 @@ class _WaveBackward(Function):
         y: Tensor,
         c: Tensor,
         saved: Tensor,
+        marks: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        return ops.wave_backward(cell, precision, dy, dh_n, dc_n, weight_hh, weight_ih, y, c, saved)
+        given = dy, dh_n, dc_n, weight_hh, weight_ih, y, c, saved, dc
+        return ops.wave_backward(cell, precision, *given, marks, resets)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -309,15 +384,21 @@ class _WaveBackward(Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], cell: str, precision: str, *tensors: Tensor | None
+        info: Any, in_dims: tuple[int | None, ...], cell: str, precision: str, resets: bool, *tensors: Tensor | None
     ) -> tuple[Any, Any]:
-        dims = in_dims[2:]
-        batch_axes = (1, 1, 1, None, None, 2, 2, 2)  # where B is in dy, dh_n, dc_n, the weights, y, c, saved
-        if dims[3] is None and dims[4] is None:
+        dims, fixed = in_dims[3:], (cell, precision, resets)
+        # where B is in dy, dc, dh_n, dc_n, the weights, y, c, saved, marks
+        batch_axes = (1, 1, 1, 1, None, None, 2, 2, 2, 1)
+        if dims[4] is None and dims[5] is None:
             folded = [_fold(t, d, a, info.batch_size) for t, d, a in zip(tensors, dims, batch_axes, strict=True)]
-            return _unfold(_WaveBackward.apply(cell, precision, *folded), (2, 2, 1, 1), info.batch_size)
-        outputs = [_WaveBackward.apply(cell, precision, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
-        return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * 4
+            return _unfold(_WaveBackward.apply(*fixed, *folded), (2, 2, 1, 1, 1, 1), info.batch_size)
+        outputs = [_WaveBackward.apply(*fixed, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
+        return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * 6
+
+
+def _all_before(y: Tensor, marks: Tensor | None) -> Tensor:
+    """The h [L, T, B, H] that each step of each layer went on from."""
+    return y[:, :-2] if marks is None else torch.where(marks.unsqueeze(-1) == BEGINS, y[:, -1:], y[:, :-2])
 
 
 def _gemm(d_gates: Tensor, operand: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from persistrnn import functional, ops
+from persistrnn import functional, ops, stack
 from persistrnn.modules import GRU, LSTM
 
 
@@ -35,18 +35,17 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
     dtype, device = functional.compute_dtype(weight, weight), weight.device
     directions = 2 if layer.bidirectional else 1
     cell, precision = layer.mode.lower(), functional.precision()
-    sizes = (layer.hidden_size, layer.proj_size, batch, directions)
-    dropout = layer.dropout if layer.training else 0.0
-    together = layer.num_layers if functional.may_wave(layer.num_layers, directions == 2, dropout, dtype) else 1
+    sizes = (layer.hidden_size, batch, directions)
+    together = layer.num_layers if stack.may_wave(layer.options, dtype, layer.proj_size, precision) else 1
     reason = functional.obstacle(layer.backend, cell, *sizes, dtype, device, False, together, steps)
-    stack, where = (cell, layer.hidden_size, layer.num_layers, batch), (dtype, device, precision)
+    shape_of_stack, where = (cell, layer.hidden_size, layer.num_layers, batch), (dtype, device, precision)
     grad = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
     lines = [f"{layer}, batch {batch}, steps {steps}, {str(dtype).removeprefix('torch.')} on {device}"]
     shape = (cell, layer.hidden_size, batch, directions, dtype, device, precision)
     if reason is None:
         lines += ["path: persistent", ops.describe(*shape)]
-        if together > 1 and ops.waves(*stack, steps, *where, grad):
-            lines[-1] = ops.describe_wave(*stack, *where)
+        if together > 1 and ops.waves(*shape_of_stack, steps, *where, grad):
+            lines[-1] = ops.describe_wave(*shape_of_stack, *where)
     elif layer.backend == "persistent":
         lines += ['path: none, the call would raise, because backend="persistent"', f"why: {reason}"]
     else:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
 
-from persistrnn import functional
-from persistrnn.functional import Backend, Input
+from persistrnn import door, functional
+from persistrnn.door import Backend, Options
+from persistrnn.functional import Input
 
 
 def take_over(new: nn.Module, old: nn.Module, ignored: Container[str] = ()) -> None:
@@ -42,6 +44,7 @@ class _Recurrent(nn.Module):
     bidirectional: bool
     proj_size: int
     backend: Backend
+    cell_dtype: torch.dtype | None
     last_path: str | None
 
     def __init__(
@@ -57,6 +60,7 @@ class _Recurrent(nn.Module):
         device: Any,
         dtype: Any,
         backend: Backend,
+        cell_dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
@@ -86,7 +90,8 @@ class _Recurrent(nn.Module):
                 f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=3,
             )
-        functional.check_backend(backend)
+        door.check_backend(backend)
+        door.check_cell_dtype(cell_dtype)
 
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -97,9 +102,10 @@ class _Recurrent(nn.Module):
         self.bidirectional = bidirectional
         self.proj_size = proj_size
         self.backend = backend
+        self.cell_dtype = cell_dtype
         self.last_path = None
 
-        rows = functional.GATES[self.mode.lower()] * hidden_size
+        rows = door.GATES[self.mode.lower()] * hidden_size
         features = proj_size or hidden_size
         for layer, names in self._names():
             width = input_size if layer == 0 else self._directions * features
@@ -116,7 +122,7 @@ class _Recurrent(nn.Module):
         """(layer, names of its parameters), once for each direction of each layer."""
         for layer in range(self.num_layers):
             for direction in range(self._directions):
-                yield layer, functional.parameter_names(layer, direction, self.bias, self.proj_size > 0)
+                yield layer, door.parameter_names(layer, direction, self.bias, self.proj_size > 0)
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
@@ -176,7 +182,7 @@ class _Recurrent(nn.Module):
             bidirectional=self.bidirectional, device=torch.device("meta"), **options,
         )  # fmt: skip
         new.dropout = self.dropout
-        take_over(new, self, ignored={"backend", "last_path"})
+        take_over(new, self, ignored={"backend", "cell_dtype", "last_path"})
         return new
 
     def extra_repr(self) -> str:
@@ -189,29 +195,36 @@ class _Recurrent(nn.Module):
             "dropout": 0,
             "bidirectional": False,
             "backend": "auto",
+            "cell_dtype": None,
         }
         for name, default in defaults.items():
             if (value := getattr(self, name)) != default:
                 text += f", {name}={value}"
         return text
 
-    def _run(self, input: Input, hx: object) -> tuple[Input, list[Tensor]]:
-        output, states, path = functional.run(
-            self.mode.lower(),
-            input,
-            [weight for weights in self.all_weights for weight in weights],
-            hx,
-            self.num_layers,
-            self.bias,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            self.batch_first,
-            self.backend,
-        )
+    @property
+    def options(self) -> Options:
+        """How a call runs now."""
+        return Options(
+            self.num_layers, self.bias, self.dropout, self.training, self.bidirectional, self.batch_first, self.backend,
+            self.cell_dtype,
+        )  # fmt: skip
+
+    def _run(
+        self,
+        input: Tensor | PackedSequence,
+        hx: object,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        reset_state: object,
+        return_c: bool = False,
+    ) -> functional.Found:
+        weights = [weight for weights in self.all_weights for weight in weights]
+        cell = self.mode.lower()
+        found = functional.run(cell, input, weights, hx, self.options, lengths, resets, reset_state, return_c)
         if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
-            self.last_path = path
-        return output, states
+            self.last_path = found.path
+        return found
 
 
 class LSTM(_Recurrent):
@@ -271,6 +284,7 @@ class LSTM(_Recurrent):
         dtype: torch.dtype | None = None,
         *,
         backend: Backend = "auto",
+        cell_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             input_size,
@@ -284,11 +298,22 @@ class LSTM(_Recurrent):
             device,
             dtype,
             backend,
+            cell_dtype,
         )
 
-    def forward(self, input: Input, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Input, tuple[Tensor, Tensor]]:
-        output, (h_n, c_n) = self._run(input, hx)
-        return output, (h_n, c_n)
+    def forward(
+        self,
+        input: Input,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: tuple[Tensor, Tensor] | None = None,
+        return_cell_states: bool = False,
+    ) -> Any:
+        found = self._run(input, hx, lengths, resets, reset_state, return_cell_states)
+        h_n, c_n = found.states
+        return (found.output, (h_n, c_n), found.c) if return_cell_states else (found.output, (h_n, c_n))
 
 
 class GRU(_Recurrent):
@@ -338,9 +363,28 @@ class GRU(_Recurrent):
                 f"proj_size argument is only supported for LSTM, not for GRU, got {proj_size}; leave it out"
             )
         super().__init__(
-            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype, backend
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            backend,
+            None,
         )
 
-    def forward(self, input: Input, hx: Tensor | None = None) -> tuple[Input, Tensor]:
-        output, (h_n,) = self._run(input, hx)
-        return output, h_n
+    def forward(
+        self,
+        input: Input,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> tuple[Input, Tensor]:
+        found = self._run(input, hx, lengths, resets, reset_state)
+        return found.output, found.states[0]

@@ -7,8 +7,12 @@ stack in one launch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from persistrnn import segments
 
 try:
     from .kernels import launch, plan, wave
@@ -153,11 +157,13 @@ def describe(
 
 
 def check() -> None:
-    """Raise RuntimeError if a wait in a finished launch ran out. Does not synchronise with any device.
+    """Raise RuntimeError if a wait in a finished launch ran out, or if lengths on a device were found out of range
+    there. Does not synchronise with any device.
 
     Called by every forward and backward; call it yourself after ``torch.cuda.synchronize()`` to be sure of the last
     launch, or set PERSISTRNN_DEBUG=1 to check after every launch.
     """
+    segments.check()
     if _MISSING is None:
         launch.check()
 
@@ -172,9 +178,19 @@ def scan_forward(
     bias_hh: Tensor,
     h0: Tensor,
     c0: Tensor | None,
+    marks: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    keep: bool = False,
+    cell_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward of one layer, without autograd. Shapes are those of ``kernels.launch.forward``."""
+    segments.check()
     x_gates, weight_hh, bias_hh = x_gates.contiguous(), weight_hh.contiguous(), bias_hh.contiguous()
-    return launch.forward(CELLS[cell], x_gates, weight_hh, bias_hh, h0, c0, precision, save)
+    reset = tuple(r for r in (reset_h, reset_c) if r is not None)
+    given = x_gates, weight_hh, bias_hh, h0, c0
+    marks = None if marks is None else marks.contiguous()
+    return launch.forward(CELLS[cell], *given, precision, save, keep, cell_dtype, marks, reset)
 
 
 @scan_forward.register_fake
@@ -187,11 +203,19 @@ def _(
     bias_hh: Tensor,
     h0: Tensor,
     c0: Tensor | None,
+    marks: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    keep: bool = False,
+    cell_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, B, D, _ = x_gates.shape
     H = h0.shape[-1]
     y = x_gates.new_empty(T + 2, B, D, H)
-    c = x_gates.new_empty((T + 2 if save else 2, B, D, H) if c0 is not None else 0)
+    c = x_gates.new_empty(0)
+    if c0 is not None:
+        slots = T + 2 if save or keep else 2 if marks is None else 3
+        c = x_gates.new_empty(slots, B, D, H, dtype=cell_dtype or x_gates.dtype)
     return y, c, x_gates.new_empty((T, B, D, SAVED[cell], H) if save else 0)
 
 
@@ -206,15 +230,30 @@ def scan_backward(
     y: Tensor,
     c: Tensor,
     saved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dc: Tensor | None = None,
+    marks: Tensor | None = None,
+    resets: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Its backward: (dx_gates, dr_gates, dh0, dc0, and with ``resets`` those of the reset states), dr_gates empty if it
+    is dx_gates, what the cell has not or nobody asked for empty too."""
+    segments.check()
     d_final = tuple(d.transpose(0, 1).contiguous() for d in (dh_n, dc_n) if d is not None)
-    dx_gates, dr_gates, d_initial = launch.backward(
-        CELLS[cell], dy.contiguous(), d_final, weight_hh.contiguous(), y, c, saved, precision
+    d_outputs = tuple(d.contiguous() for d in (dy, dc) if d is not None)
+    marks = None if marks is None else marks.contiguous()
+    dx_gates, dr_gates, d_edges = launch.backward(
+        CELLS[cell], d_outputs, d_final, weight_hh.contiguous(), y, c, saved, precision, marks, resets
     )
     if dr_gates is dx_gates:
         dr_gates = dx_gates.new_empty(0)  # outputs of an operator may not alias each other
-    dh0, *rest = (d.transpose(0, 1).contiguous() for d in d_initial)
-    return dx_gates, dr_gates, dh0, rest[0] if rest else dx_gates.new_empty(0)
+    return dx_gates, dr_gates, *_four([d.transpose(0, 1).contiguous() for d in d_edges], dc_n is not None)
+
+
+def _four(d_edges: Sequence[Tensor], has_c: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (h0, c0, reset_h, reset_c), empty for what the cell has not or nobody asked for."""
+    found = iter(d_edges)
+    there = True, has_c, len(d_edges) > 1 + has_c, len(d_edges) > 1 + has_c and has_c
+    h0, c0, reset_h, reset_c = (next(found) if t else d_edges[0].new_empty(0) for t in there)
+    return h0, c0, reset_h, reset_c
 
 
 @scan_backward.register_fake
@@ -228,11 +267,16 @@ def _(
     y: Tensor,
     c: Tensor,
     saved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dc: Tensor | None = None,
+    marks: Tensor | None = None,
+    resets: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, B, D, H = dy.shape
     dx_gates = dy.new_empty(T, B, D, GATES[cell] * H)
     dr_gates = dy.new_empty(0) if HAS_C[cell] else torch.empty_like(dx_gates)
-    return dx_gates, dr_gates, dy.new_empty(D, B, H), dy.new_empty((D, B, H) if dc_n is not None else 0)
+    has_c = dc_n is not None
+    edges = [dy.new_empty((D, B, H) if there else 0) for there in (True, has_c, resets, resets and has_c)]
+    return dx_gates, dr_gates, edges[0], edges[1], edges[2], edges[3]
 
 
 def waves(
@@ -294,11 +338,20 @@ def wave_forward(
     bias_ih: Tensor,
     h0: Tensor,
     c0: Tensor | None,
+    marks: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    keep: bool = False,
+    cell_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward of a stack in one launch, without autograd. Shapes are those of ``kernels.wave.forward``."""
+    segments.check()
     x_gates, weight_hh, bias_hh = x_gates.contiguous(), weight_hh.contiguous(), bias_hh.contiguous()
     weight_ih, bias_ih = weight_ih.contiguous(), bias_ih.contiguous()
-    return wave.forward(CELLS[cell], x_gates, weight_hh, bias_hh, weight_ih, bias_ih, h0, c0, precision, save)
+    reset = tuple(r for r in (reset_h, reset_c) if r is not None)
+    given = x_gates, weight_hh, bias_hh, weight_ih, bias_ih, h0, c0
+    marks = None if marks is None else marks.contiguous()
+    return wave.forward(CELLS[cell], *given, precision, save, keep, cell_dtype, marks, reset)
 
 
 @wave_forward.register_fake
@@ -313,11 +366,19 @@ def _(
     bias_ih: Tensor,
     h0: Tensor,
     c0: Tensor | None,
+    marks: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    keep: bool = False,
+    cell_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, B, _ = x_gates.shape
     L, _, H = h0.shape
     y = x_gates.new_empty(L, T + 2, B, H)
-    c = x_gates.new_empty((L, T + 2 if save else 2, B, H) if c0 is not None else 0)
+    c = x_gates.new_empty(0)
+    if c0 is not None:
+        slots = T + 2 if save or keep else 2 if marks is None else 3
+        c = x_gates.new_empty(L, slots, B, H, dtype=cell_dtype or x_gates.dtype)
     return y, c, x_gates.new_empty((L, T, B, SAVED[cell], H) if save else 0)
 
 
@@ -333,16 +394,22 @@ def wave_backward(
     y: Tensor,
     c: Tensor,
     saved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Its backward: (dx_gates, dr_gates or empty if it is the same, dh0, dc0 or empty)."""
+    dc: Tensor | None = None,
+    marks: Tensor | None = None,
+    resets: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Its backward, with the outputs of ``scan_backward``."""
+    segments.check()
     d_final = tuple(d.contiguous() for d in (dh_n, dc_n) if d is not None)
+    d_outputs = tuple(d.contiguous() for d in (dy, dc) if d is not None)
     weights = weight_hh.contiguous(), weight_ih.contiguous()
-    dx_gates, dr_gates, d_initial = wave.backward(
-        CELLS[cell], dy.contiguous(), d_final, *weights, y, c, saved, precision
+    marks = None if marks is None else marks.contiguous()
+    dx_gates, dr_gates, d_edges = wave.backward(
+        CELLS[cell], d_outputs, d_final, *weights, y, c, saved, precision, marks, resets
     )
     if dr_gates is dx_gates:
         dr_gates = dx_gates.new_empty(0)  # outputs of an operator may not alias each other
-    return dx_gates, dr_gates, d_initial[0], d_initial[1] if len(d_initial) > 1 else dx_gates.new_empty(0)
+    return dx_gates, dr_gates, *_four(d_edges, dc_n is not None)
 
 
 @wave_backward.register_fake
@@ -357,9 +424,14 @@ def _(
     y: Tensor,
     c: Tensor,
     saved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dc: Tensor | None = None,
+    marks: Tensor | None = None,
+    resets: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, B, H = dy.shape
     L = y.shape[0]
     dx_gates = dy.new_empty(L, T, B, GATES[cell] * H)
     dr_gates = dy.new_empty(0) if HAS_C[cell] else torch.empty_like(dx_gates)
-    return dx_gates, dr_gates, dy.new_empty(L, B, H), dy.new_empty((L, B, H) if dc_n is not None else 0)
+    has_c = dc_n is not None
+    edges = [dy.new_empty((L, B, H) if there else 0) for there in (True, has_c, resets, resets and has_c)]
+    return dx_gates, dr_gates, edges[0], edges[1], edges[2], edges[3]

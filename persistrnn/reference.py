@@ -7,9 +7,13 @@ device, without an in-place operation, so that it can be differentiated any numb
 Letters: T steps, B batch, H hidden, G gates (LSTM 4, GRU 3), D directions.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from persistrnn.segments import BEGINS, ENDED
 
 State = tuple[Tensor, ...]  # (h, c) of an LSTM, (h,) of a GRU; each [B, H]
 
@@ -51,7 +55,9 @@ def recurrent(
     bias_hh: Tensor,
     h0: Tensor,
     c0: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    marks: Tensor | None = None,
+    reset: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer, one or two directions, over all time steps.
 
     Args:
@@ -61,23 +67,36 @@ def recurrent(
         bias_hh: [D, G*H]
         h0: [D, B, H]
         c0: [D, B, H] for an LSTM, None for a GRU
+        marks: uint8 [T, B, D], where a row begins anew or has ended (`segments`); None: nowhere
+        reset: the states that rows begin anew from, (h,) or (h, c), each [D, B, H]; empty: zeros
 
     Returns:
-        y [T, B, D*H], h_n [D, B, H] and c_n [D, B, H] (None for a GRU). Direction 1 reads the sequence from
-        its end; its output for step t stands at y[t], its final state is that of step 0.
+        y [T, B, D*H], h_n [D, B, H], and of an LSTM c_n [D, B, H] and every c [T, B, D*H] (None for a GRU).
+        Direction 1 reads the sequence from its end; its output for step t stands at y[t], its final state is
+        that of step 0. Where a row has ended, its state repeats.
     """
     step = CELLS[cell]
     steps, _, directions, _ = x_gates.shape
-    outputs, final_states = [], []
+    initial = [h0] if c0 is None else [h0, c0]
+    every: list[list[Tensor]] = []  # of each direction: its states, each [T, B, H]
+    final_states = []
     for d in range(directions):
-        state: State = (h0[d],) if c0 is None else (h0[d], c0[d])
-        hs = []
+        state: State = tuple(s[d] for s in initial)
+        anew: State = tuple(s[d] for s in reset) or tuple(torch.zeros_like(s) for s in state)
+        states = []
         for t in range(steps) if d == 0 else reversed(range(steps)):
+            if marks is not None:
+                state = _where(marks[t, :, d] == BEGINS, anew, state)
             r_gates = F.linear(state[0], weight_hh[d], bias_hh[d])
-            state = step(x_gates[t, :, d], r_gates, state)
-            hs.append(state[0])
-        outputs.append(torch.stack(hs if d == 0 else hs[::-1]))
+            new = step(x_gates[t, :, d], r_gates, state)
+            state = new if marks is None else _where(marks[t, :, d] == ENDED, state, new)
+            states.append(state)
+        every.append([torch.stack(s if d == 0 else s[::-1]) for s in zip(*states, strict=True)])
         final_states.append(state)
-    y = torch.cat(outputs, dim=-1)
-    h_n, *rest = (torch.stack(tensors) for tensors in zip(*final_states, strict=True))
-    return y, h_n, rest[0] if rest else None
+    y, *c = (torch.cat(tensors, dim=-1) for tensors in zip(*every, strict=True))
+    h_n, *c_n = (torch.stack(tensors) for tensors in zip(*final_states, strict=True))
+    return y, h_n, c_n[0] if c_n else None, c[0] if c else None
+
+
+def _where(rows: Tensor, chosen: State, others: State) -> State:
+    return tuple(torch.where(rows.unsqueeze(-1), a, b) for a, b in zip(chosen, others, strict=True))

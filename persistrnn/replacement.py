@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from persistrnn.functional import Backend, check_backend
+from persistrnn.door import Backend, check_backend
 from persistrnn.modules import GRU, LSTM, take_over
 
 SWAPPED = {nn.LSTM: LSTM, nn.GRU: GRU}

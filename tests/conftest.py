@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -22,6 +22,17 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     from forced import force  # only here: it imports the kernels
 
     return functools.partial(force, monkeypatch)
+
+
+@pytest.fixture
+def waves(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """waves(protocol, groups=..., homes=..., ...): every stack runs as this wave, and fresh memory is NaN."""
+    import torch
+    from forced import force_waves
+
+    torch.use_deterministic_algorithms(True)
+    yield functools.partial(force_waves, monkeypatch)
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,11 +1,15 @@
 """Choices that no planner makes at sizes that the interpreter can run: every split and every home, in small."""
 
+import dataclasses
+
 import pytest
-from persistrnn.kernels import launch, plan
+from persistrnn.kernels import launch, plan, wave, wave_plan
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.exchange import PATIENCE, Exchange
 from persistrnn.kernels.hardware import INTERPRETER
 from persistrnn.kernels.tiling import Choice, Tiling, smallest_chunk, tiling
+
+from persistrnn import functional, stack
 
 ALL = 1 << 20
 
@@ -66,3 +70,26 @@ def force(
     exchange = Exchange(protocol=protocol, poll="atomic", patience=patience)
     monkeypatch.setattr(launch, "choose", choose)
     monkeypatch.setattr(launch, "exchange_for", lambda device: exchange)
+
+
+def force_waves(
+    monkeypatch: pytest.MonkeyPatch, protocol: str = "counter", groups: int | None = None, **chosen: str | int
+) -> None:
+    """Stacks run as waves of this choice (see ``choice``), ``groups`` jobs at a time (None: all)."""
+
+    def choose(cell, hidden, layers, batch, dtype, precision, device):
+        parts = []
+        for made, alone in tilings(cell.name, hidden, 1, dtype.itemsize, **chosen):
+            t = dataclasses.replace(alone, layers=layers)
+            jobs = t.jobs(batch)
+            together = min(groups or jobs, jobs)
+            parts.append(plan.Pass(t, made, together, -(-jobs // together), 0, 0, 0, 0, 0, None, None))
+        return wave_plan.Wave(layers, parts[0], parts[1], (0.0, 0.0))
+
+    def may(of, x, others, options, precision):
+        return of.num_layers > 1 and options.active_dropout == 0
+
+    monkeypatch.setattr(wave, "choose", choose)
+    monkeypatch.setattr(stack, "_waves", may)
+    monkeypatch.setattr(stack, "_matmul_precision", functional.precision)
+    monkeypatch.setattr(launch, "exchange_for", lambda device: Exchange(protocol=protocol, poll="atomic"))

@@ -332,7 +332,7 @@ def test_key_follows_what_is_compiled(monkeypatch, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(audit, "__file__", str(tmp_path / "audit.py"))
     assert audit.key(SHARED, part) == before
-    for name in ("scan", "product", "tiles", "cells", "exchange", "launch"):
+    for name in ("scan", "product", "tiles", "tuples", "marks", "cells", "exchange", "launch"):
         path = tmp_path / f"{name}.py"
         content = path.read_text()
         path.write_text(content + "\n# changed\n")

@@ -113,7 +113,7 @@ def a_gpu(monkeypatch):
 
 
 def obstacle(backend, device):
-    return functional.obstacle(backend, "lstm", 512, 0, 16, 1, torch.bfloat16, device)
+    return functional.obstacle(backend, "lstm", 512, 16, 1, torch.bfloat16, device)
 
 
 def test_auto_takes_the_faster_path_and_says_both_numbers(a_gpu):
@@ -150,7 +150,7 @@ def test_a_compiled_graph_is_not_decided_by_its_batch(a_gpu, monkeypatch):
     device, asked = a_gpu(2.0, 3.0)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for batch in (1, 500):
-        functional.obstacle("auto", "lstm", 512, 0, batch, 1, torch.bfloat16, device)
+        functional.obstacle("auto", "lstm", 512, batch, 1, torch.bfloat16, device)
     assert len(set(asked)) == 1
 
 

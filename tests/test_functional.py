@@ -11,6 +11,7 @@ from torch import nn
 
 import persistrnn
 from persistrnn import autograd, functional, ops, reference
+from persistrnn.door import Options
 
 PAIRS = {"lstm": (functional.lstm, nn.LSTM), "gru": (functional.gru, nn.GRU)}
 STEPS, BATCH, INPUT, HIDDEN = 4, 3, 5, 6
@@ -26,7 +27,7 @@ def kernels(monkeypatch):
     list of its calls."""
     calls = []
 
-    def recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0, precision):
+    def recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0, precision, marks=None, reset=(), *_):
         tensors = [t for t in (x_gates, weight_hh, bias_hh, h0, c0) if t is not None]
         directions, rows, hidden = weight_hh.shape
         assert x_gates.shape[2:] == (directions, rows)
@@ -36,7 +37,7 @@ def kernels(monkeypatch):
         assert all(t.is_contiguous() for t in tensors)
         assert len({t.dtype for t in tensors}) == 1
         calls.append({"cell": cell, "dtype": x_gates.dtype, "precision": precision, "shape": x_gates.shape})
-        return reference.recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0)
+        return reference.recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0, marks, reset)
 
     def unsupported(cell, hidden_size, batch, directions, dtype, device, precision):
         return None if batch > 0 else "there is no plan for an empty batch."
@@ -200,9 +201,7 @@ def test_precision_reaches_the_kernels(kernels, fp32_settings):
 def path_of(layer, x, backend, **options):
     arguments = {**options_of(layer), **options}
     cell = type(layer).__name__.lower()
-    order = ("num_layers", "bias", "dropout", "training", "bidirectional", "batch_first")
-    weights = list(layer.parameters())
-    return functional.run(cell, x, weights, None, *(arguments[name] for name in order), backend)[2]
+    return functional.run(cell, x, list(layer.parameters()), None, Options(**arguments, backend=backend)).path
 
 
 def test_auto_runs_cpu_tensors_on_torch_path_even_where_kernels_could(kernels):
@@ -224,12 +223,10 @@ def test_auto_follows_the_kernels_on_a_gpu(monkeypatch):
     monkeypatch.setattr(ops, "slower", lambda *args: None)
     gpu = torch.device("cuda", 0)
     for backend in ("auto", "persistent"):
-        assert functional.obstacle(backend, "gru", 8, 0, 2, 1, torch.float16, gpu) is None
-        assert functional.obstacle(backend, "gru", 7, 0, 2, 1, torch.float16, gpu) == "H=7 is too odd."
+        assert functional.obstacle(backend, "gru", 8, 2, 1, torch.float16, gpu) is None
+        assert functional.obstacle(backend, "gru", 7, 2, 1, torch.float16, gpu) == "H=7 is too odd."
     assert asked[0] == ("gru", 8, 2, 1, torch.float16, gpu, functional.precision())
-    assert functional.obstacle("torch", "gru", 8, 0, 2, 1, torch.float16, gpu) is not None
-    assert functional.obstacle("auto", "lstm", 8, 4, 2, 1, torch.float16, gpu) is not None
-    assert functional.obstacle("auto", "lstm", 8, 0, 2, 1, torch.float16, gpu, packed=True) is not None
+    assert functional.obstacle("torch", "gru", 8, 2, 1, torch.float16, gpu) is not None
 
 
 def test_persistent_says_why_it_cannot_run(monkeypatch):
@@ -239,16 +236,16 @@ def test_persistent_says_why_it_cannot_run(monkeypatch):
         path_of(layer, x, "persistent")
 
 
-def test_persistent_refuses_projections_and_packed_sequences(kernels):
+def test_projections_and_packed_sequences_run_on_the_kernels(kernels):
     layer, x, _ = make("lstm", proj_size=2)
-    with pytest.raises(RuntimeError, match="proj_size=2"):
-        path_of(layer, x, "persistent")
+    assert path_of(layer, x, "persistent") == "persistent"
     layer, x, _ = make("lstm")
     packed = nn.utils.rnn.pack_padded_sequence(x, [STEPS] * BATCH)
-    with pytest.raises(RuntimeError, match="pad_packed_sequence"):
-        path_of(layer, packed, "persistent")
+    assert path_of(layer, packed, "persistent") == "persistent"
+    assert len(kernels) == 2
     assert path_of(layer, packed, "auto") == "torch"
-    assert kernels == []
+    assert path_of(layer, packed, "torch") == "torch"
+    assert len(kernels) == 2
 
 
 @pytest.mark.parametrize("cell", PAIRS)

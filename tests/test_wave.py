@@ -1,50 +1,24 @@
 """A stack as a wave: right in the concurrent grid under adversarial schedules, its mutants caught, its plan sound, its
 kernels proven from compiled code."""
 
-import dataclasses
 import threading
 
 import accuracy
 import pytest
 import torch
-from forced import tilings
 from grid import Delays, concurrent_grid
-from persistrnn.kernels import audit, launch, plan, scan, wave, wave_plan
+from persistrnn.kernels import audit, launch, scan, wave, wave_plan
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.cost import BYTES
-from persistrnn.kernels.exchange import Exchange
 from persistrnn.kernels.hardware import DEVICES, INTERPRETER
 from persistrnn.kernels.launch import shape_of
 
 import persistrnn
-from persistrnn import autograd, functional
+from persistrnn import autograd, stack
+from persistrnn.door import Options, Stack
 
 H200 = DEVICES["h200"]
 SHAPES = {name: shape_of(cell) for name, cell in CELLS.items()}
-
-
-@pytest.fixture
-def waves(monkeypatch):
-    """waves(protocol, groups=None, **chosen): stacks from now on run as waves of this choice (see forced.py)."""
-    torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
-
-    def force(protocol="counter", groups=None, **chosen):
-        def choose(cell, hidden, layers, batch, dtype, precision, device):
-            parts = []
-            for made, alone in tilings(cell.name, hidden, 1, dtype.itemsize, **chosen):
-                t = dataclasses.replace(alone, layers=layers)
-                jobs = t.jobs(batch)
-                together = min(groups or jobs, jobs)
-                parts.append(plan.Pass(t, made, together, -(-jobs // together), 0, 0, 0, 0, 0, None, None))
-            return wave_plan.Wave(layers, parts[0], parts[1], (0.0, 0.0))
-
-        monkeypatch.setattr(wave, "choose", choose)
-        monkeypatch.setattr(functional, "_waves", lambda stack, y, others: True)
-        monkeypatch.setattr(functional, "_matmul_precision", functional.precision)
-        monkeypatch.setattr(launch, "exchange_for", lambda device: Exchange(protocol=protocol, poll="atomic"))
-
-    yield force
-    torch.use_deterministic_algorithms(False)
 
 
 # H: the last slice and the last tile of K are seldom full; batch tiles full, not full, empty; jobs in turn.
@@ -319,16 +293,19 @@ def test_compiles_as_one_graph(waves):
 
 def test_stacks_that_are_no_waves(monkeypatch):
     """One layer, two directions, dropout between, or float32 products of two precisions: layer after layer."""
-    monkeypatch.setattr(functional, "precision", lambda: "tf32")
-    monkeypatch.setattr(functional, "_matmul_precision", lambda: "ieee")
-    assert functional.may_wave(2, False, 0.0, torch.bfloat16)
-    assert not functional.may_wave(1, False, 0.0, torch.bfloat16)
-    assert not functional.may_wave(2, True, 0.0, torch.bfloat16)
-    assert not functional.may_wave(2, False, 0.1, torch.bfloat16)
-    assert not functional.may_wave(2, False, 0.0, torch.float32)
-    monkeypatch.setattr(functional, "_matmul_precision", lambda: "tf32")
-    assert functional.may_wave(2, False, 0.0, torch.float32)
-    assert not functional._waves(functional._Stack("lstm", 2, 1, True, 8, 16, 0), torch.zeros(3, 4, 8), []), "on a CPU"
+    monkeypatch.setattr(stack, "_matmul_precision", lambda: "ieee")
+    two, half, full = Options(num_layers=2), torch.bfloat16, torch.float32
+    assert stack.may_wave(two, half, 0, "tf32")
+    assert stack.may_wave(two._replace(dropout=0.1), half, 0, "tf32"), "not in training"
+    assert not stack.may_wave(Options(), half, 0, "tf32")
+    assert not stack.may_wave(two._replace(bidirectional=True), half, 0, "tf32")
+    assert not stack.may_wave(two._replace(dropout=0.1, training=True), half, 0, "tf32")
+    assert not stack.may_wave(two, half, 4, "tf32"), "projections"
+    assert not stack.may_wave(two, full, 0, "tf32")
+    monkeypatch.setattr(stack, "_matmul_precision", lambda: "tf32")
+    assert stack.may_wave(two, full, 0, "tf32")
+    sizes = Stack("lstm", 2, 1, True, 8, 16, 0)
+    assert not stack._waves(sizes, torch.zeros(3, 4, 8), [], two, "tf32"), "on a CPU"
 
 
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
@@ -336,7 +313,7 @@ def test_precision_of_products_outside(setting):
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = setting
-        assert functional._matmul_precision() == setting
+        assert stack._matmul_precision() == setting
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

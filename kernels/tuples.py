@@ -1,0 +1,75 @@
+"""Tuples of tiles between memory and registers, and what is done to all tiles of a tuple alike."""
+
+import triton
+import triton.language as tl
+
+from .tiles import narrow
+
+
+@triton.jit
+def load(pointers, mask):
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_tiles(pointer, offsets, mask, stride: tl.constexpr, n: tl.constexpr):
+    """n tiles [U, BB], ``stride`` elements apart."""
+    tiles = ()
+    for i in tl.static_range(n):
+        tiles = tiles + (load(pointer + offsets + i * stride, mask),)
+    return tiles
+
+
+@triton.jit
+def load_states(states, position, offsets, mask):
+    """The tuple of states at one 64-bit position of every state's tensor."""
+    tiles = ()
+    for i in tl.static_range(len(states)):
+        tiles = tiles + (load(states[i] + position + offsets, mask),)
+    return tiles
+
+
+@triton.jit
+def store(pointers, tile, mask, tiling: tl.constexpr):
+    tl.store(pointers, narrow(tile, pointers.dtype.element_ty, tiling.interpreted), mask=mask)
+
+
+@triton.jit
+def store_tiles(pointer, offsets, mask, stride: tl.constexpr, tiles, tiling: tl.constexpr):
+    for i in tl.static_range(len(tiles)):
+        store(pointer + offsets + i * stride, tiles[i], mask, tiling)
+
+
+@triton.jit
+def sums(a, b, c):
+    tiles = ()
+    for i in tl.static_range(len(a)):
+        tiles = tiles + (a[i] + b[i] + c[i],)
+    return tiles
+
+
+@triton.jit
+def add_first(a, b, m: tl.constexpr):
+    """a, with b added to its first m tiles."""
+    tiles = ()
+    for i in tl.static_range(m):
+        tiles = tiles + (a[i] + b[i],)
+    return tiles + a[m:]
+
+
+@triton.jit
+def part_of(states, j: tl.constexpr, n: tl.constexpr):
+    """The n tiles of batch tile j."""
+    tiles = ()
+    for i in tl.static_range(n):
+        tiles = tiles + (states[j * n + i],)
+    return tiles
+
+
+@triton.jit
+def moved(pointers, distance):
+    """A tuple of pointers, all so many elements on."""
+    result = ()
+    for i in tl.static_range(len(pointers)):
+        result = result + (pointers[i] + distance,)
+    return result

@@ -1,0 +1,306 @@
+"""What a caller gives, read and checked before anything runs: each error says what was given, what is allowed and how
+to mend it, and has the type that torch.nn's has.
+
+Letters: T steps, B batch, I input, H hidden, P projection, G gates (LSTM 4, GRU 3), D directions, L layers.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from persistrnn import segments, torch_path
+
+Backend = Literal["auto", "persistent", "torch"]
+BACKENDS = get_args(Backend)
+
+GATES = {"lstm": 4, "gru": 3}
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Options(NamedTuple):
+    """How a stack runs; the attributes of a module but for its sizes."""
+
+    num_layers: int = 1
+    bias: bool = True
+    dropout: float = 0.0
+    training: bool = False
+    bidirectional: bool = False
+    batch_first: bool = False
+    backend: str = "auto"
+    cell_dtype: torch.dtype | None = None
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def active_dropout(self) -> float:
+        return self.dropout if self.training else 0.0
+
+
+class Stack(NamedTuple):
+    """What the flat list of weights says about the stack."""
+
+    cell: str
+    num_layers: int
+    directions: int
+    bias: bool
+    input_size: int
+    hidden_size: int
+    proj_size: int  # 0: no projection
+
+
+class Batch(NamedTuple):
+    """An input as it came: data [T, B, I], [B, T, I] with batch_first, or that of the PackedSequence ``packed``."""
+
+    data: Tensor
+    packed: PackedSequence | None
+    steps: int
+    rows: int
+    batch_first: bool
+    unbatched: bool
+
+    def time_major(self, tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, 1) if self.batch_first else tensor
+
+
+class Cuts(NamedTuple):
+    """Where the rows of a batch begin anew and end. lengths: [B]; resets: bool [T, B]; reset: the states that a row
+    begins anew from, each [L*D, B, features]; empty: zeros. fresh: the initial states are zeros."""
+
+    lengths: Tensor | None = None
+    resets: Tensor | None = None
+    reset: Sequence[Tensor] = ()
+    fresh: bool = False
+
+
+def check_options(options: Options) -> None:
+    check_backend(options.backend)
+    check_cell_dtype(options.cell_dtype)
+    if not 0 <= options.dropout <= 1:
+        raise ValueError(f"dropout is a probability in [0, 1], got {options.dropout}")
+    if options.num_layers <= 0:
+        raise ValueError(f"num_layers must be greater than zero, got {options.num_layers}")
+
+
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+
+
+def check_cell_dtype(dtype: object) -> None:
+    if dtype not in (None, torch.float32):
+        raise ValueError(f"cell_dtype is None (the dtype of the computation) or torch.float32, got {dtype!r}")
+
+
+def parameter_names(layer: int, direction: int, bias: bool, projection: bool) -> list[str]:
+    """torch.nn's names of one layer's and direction's parameters, in torch.nn's order."""
+    names = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * bias + ["weight_hr"] * projection
+    return [f"{name}_l{layer}{'_reverse' * direction}" for name in names]
+
+
+def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stack:
+    num_layers, bias, directions = options.num_layers, options.bias, options.directions
+    groups = num_layers * directions
+    plain = 4 if bias else 2
+    projection = len(weights) == groups * (plain + 1)
+    if len(weights) != groups * plain and not projection:
+        raise ValueError(
+            f"{num_layers} layers x {directions} directions with bias={bias} take {groups * plain} weights "
+            f"({groups * (plain + 1)} with projections), got {len(weights)}"
+        )
+    if projection and cell == "gru":
+        raise ValueError(f"a GRU has no projections: it takes {groups * plain} weights, got {len(weights)}")
+    for weight in weights:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weights are tensors, got {type(weight).__name__}")
+    per_group = plain + projection
+    hidden = weights[1].size(0) // GATES[cell] if weights[1].dim() == 2 else 0
+    if hidden == 0:
+        raise RuntimeError(
+            f"weight_hh_l0 must have shape ({GATES[cell]}*H, H) with H > 0, got {tuple(weights[1].shape)}"
+        )
+    stack = Stack(
+        cell,
+        num_layers,
+        directions,
+        bias,
+        input_size=weights[0].size(-1) if weights[0].dim() else 0,
+        hidden_size=hidden,
+        proj_size=weights[plain].size(0) if projection else 0,
+    )
+    for k, weight in enumerate(weights):
+        layer, slot = k // (per_group * directions), k % per_group
+        if weight.shape != (expected := _weight_shape(stack, layer, slot)):
+            name = parameter_names(layer, k // per_group % directions, bias, projection)[slot]
+            raise RuntimeError(f"{name} must have shape {expected}, got {tuple(weight.shape)}")
+        if weight.dtype != weights[0].dtype:
+            raise ValueError(f"weights must share one dtype, got {weights[0].dtype} and {weight.dtype}")
+    return stack
+
+
+def _weight_shape(stack: Stack, layer: int, slot: int) -> tuple[int, ...]:
+    rows = GATES[stack.cell] * stack.hidden_size
+    features = stack.proj_size or stack.hidden_size
+    if slot == 0:
+        return rows, stack.input_size if layer == 0 else stack.directions * features
+    if slot == 1:
+        return rows, features
+    if slot < 4 and stack.bias:
+        return (rows,)
+    return stack.proj_size, stack.hidden_size
+
+
+def read_input(input: object, stack: Stack, weights: Sequence[Tensor], batch_first: bool) -> Batch:
+    packed = input if isinstance(input, PackedSequence) else None
+    data = input if packed is None else packed.data
+    if not isinstance(data, Tensor):
+        raise TypeError(f"input is a tensor or a PackedSequence, got {type(data).__name__}")
+    if packed is not None and data.dim() != 2:
+        raise RuntimeError(f"the data of a PackedSequence must be 2-D, got {data.dim()}-D")
+    if data.dim() not in (2, 3):
+        raise ValueError(f"{stack.cell.upper()}: Expected input to be 2D or 3D, got {data.dim()}D instead")
+    dtype = weights[0].dtype
+    if data.dtype != dtype and torch_path.autocast_dtype(data) is None:
+        raise ValueError(
+            f"RNN input dtype ({data.dtype}) does not match weight dtype ({dtype}). "
+            f"Convert input: input.to({dtype}), or convert model: model.to({data.dtype})"
+        )
+    if data.size(-1) != stack.input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {stack.input_size}, got {data.size(-1)}"
+        )
+    for weight in weights:
+        if weight.device != data.device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, "
+                f"found input tensor at {data.device} and parameter tensor at {weight.device}"
+            )
+    if packed is not None:
+        return Batch(data, packed, packed.batch_sizes.numel(), int(packed.batch_sizes[0]), False, False)
+    shape = tuple(data.shape)
+    unbatched = data.dim() == 2
+    if unbatched:
+        data, batch_first = data.unsqueeze(1), False
+    steps, rows = (data.size(1), data.size(0)) if batch_first else (data.size(0), data.size(1))
+    if steps == 0:
+        raise RuntimeError(f"Expected sequence length to be larger than 0 in RNN, got input of shape {shape}")
+    return Batch(data, None, steps, rows, batch_first, unbatched)
+
+
+def read_states(stack: Stack, hx: object, batch: Batch, name: str = "hidden") -> list[Tensor]:
+    """[h0] or [h0, c0], each [L*D, B, H], from what the caller gave as hx; zeros for None."""
+    data = batch.data
+    rows = stack.num_layers * stack.directions
+    sizes = [stack.proj_size or stack.hidden_size, stack.hidden_size][: 2 if stack.cell == "lstm" else 1]
+    if hx is None:
+        return [data.new_zeros(rows, batch.rows, size) for size in sizes]
+    states = _state_tensors(stack.cell, hx, "hx" if name == "hidden" else name)
+    dims = 2 if batch.unbatched else 3
+    if any(s.dim() != dims for s in states):
+        kind = "unbatched 2-D" if batch.unbatched else "batched 3-D"
+        given = "hx" if name == "hidden" else name
+        names = f"both tensors of {given}" if stack.cell == "lstm" else given
+        got = ", ".join(f"{s.dim()}-D" for s in states)
+        raise RuntimeError(f"For {kind} input, {names} should also be {dims}-D but got {got}")
+    if batch.unbatched:
+        states = [s.unsqueeze(1) for s in states]
+    for k, (state, size) in enumerate(zip(states, sizes, strict=True)):
+        which = f"{name}[{k}]" if stack.cell == "lstm" else name
+        if state.shape != (rows, batch.rows, size):
+            raise RuntimeError(
+                f"Expected {which} size {(rows, batch.rows, size)}, got {list(state.shape)} "
+                "(num_layers * directions, batch, features; batch_first does not apply to states)"
+            )
+        if state.device != data.device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, "
+                f"found input tensor at {data.device} and {name} tensor at {state.device}"
+            )
+        if state.dtype != data.dtype and torch_path.autocast_dtype(data) is None:
+            raise RuntimeError(
+                f"{which} dtype ({state.dtype}) does not match input dtype ({data.dtype}). "
+                f"Convert it: .to({data.dtype})"
+            )
+    return states
+
+
+def _state_tensors(cell: str, hx: object, name: str) -> list[Tensor]:
+    one, pair = ("h0", "(h0, c0)") if name == "hx" else ("h", "(h, c)")
+    if cell == "gru":
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"GRU: {name} is one tensor {one}, got {type(hx).__name__}")
+        return [hx]
+    if isinstance(hx, Tensor):
+        raise RuntimeError(
+            f"LSTM: {name} is a pair of tensors {pair}, got one tensor of shape {tuple(hx.shape)}; "
+            "give both, or None for zeros"
+        )
+    if not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
+        raise TypeError(f"LSTM: {name} is a pair of tensors {pair}, got {type(hx).__name__}")
+    if len(hx) != 2:
+        raise RuntimeError(f"LSTM: {name} is a pair of tensors {pair}, got {len(hx)} of them")
+    return list(hx)
+
+
+def read_cuts(stack: Stack, batch: Batch, fresh: bool, lengths: object, resets: object, reset_state: object) -> Cuts:
+    """fresh: no initial states were given."""
+    if reset_state is not None and resets is None:
+        raise ValueError(
+            "reset_state is the state after a reset, got it without resets; give resets too, or hx instead"
+        )
+    return Cuts(
+        None if lengths is None else _read_lengths(lengths, batch),
+        None if resets is None else _read_resets(resets, batch),
+        () if reset_state is None else read_states(stack, reset_state, batch, "reset_state"),
+        fresh,
+    )
+
+
+def _read_lengths(lengths: object, batch: Batch) -> Tensor:
+    """Lengths [B] within [0, T]. On a GPU others are clamped there, and raised later (`segments.check`)."""
+    if batch.packed is not None:
+        raise ValueError("a PackedSequence has lengths of its own; leave lengths out, or give the padded tensor")
+    if not isinstance(lengths, Tensor):
+        raise TypeError(
+            f"lengths is an integer tensor [B] on the input's device, got {type(lengths).__name__}; "
+            "use torch.tensor(lengths, device=input.device)"
+        )
+    if batch.unbatched:
+        raise ValueError("lengths goes with a batch, got an unbatched input; cut it: input[:length]")
+    if lengths.dtype not in INTEGERS:
+        raise ValueError(f"lengths is an integer tensor, got {lengths.dtype}; convert it: lengths.long()")
+    if lengths.shape != (batch.rows,):
+        raise RuntimeError(
+            f"Expected lengths size ({batch.rows},), one for each row of the batch, got {list(lengths.shape)}"
+        )
+    _same_device("lengths", lengths, batch.data)
+    return segments.bounded(lengths, batch.steps)
+
+
+def _read_resets(resets: object, batch: Batch) -> Tensor:
+    """Resets as bool [T, B]."""
+    if batch.packed is not None:
+        raise ValueError("resets goes with a padded tensor, got a PackedSequence; give the padded tensor and lengths")
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"resets is a bool tensor [T, B] on the input's device, got {type(resets).__name__}")
+    if resets.dtype != torch.bool:
+        raise ValueError(f"resets is a bool tensor, got {resets.dtype}; convert it: resets.bool()")
+    shapes = {"[T]": (batch.steps,), "[B, T]": (batch.rows, batch.steps), "[T, B]": (batch.steps, batch.rows)}
+    letters = "[T]" if batch.unbatched else "[B, T]" if batch.batch_first else "[T, B]"
+    if resets.shape != shapes[letters]:
+        raise RuntimeError(f"Expected resets size {shapes[letters]}, {letters} as the input, got {list(resets.shape)}")
+    _same_device("resets", resets, batch.data)
+    return resets.unsqueeze(1) if batch.unbatched else batch.time_major(resets)
+
+
+def _same_device(name: str, tensor: Tensor, data: Tensor) -> None:
+    if tensor.device != data.device:
+        raise RuntimeError(
+            f"Input and {name} are not at the same device, found input at {data.device} and {name} at {tensor.device}; "
+            f"move it: {name}.to(input.device)"
+        )

@@ -1,0 +1,234 @@
+"""A stack of layers, run one after the other or in one launch: input GEMMs, dropout between layers, projections.
+
+What comes in is validated, and of one dtype. The recurrence itself is `autograd.recurrent` on the persistent kernels or
+`reference.recurrent`, a loop over torch's operations; letters are those of `door`.
+
+Projections (Sak et al. 2014) need no kernel of their own. With h_t = W_hr s_t, s_t = o * tanh(c_t), the recurrent half
+of the gates is W_hh h_{t-1} = (W_hh W_hr) s_{t-1}: an LSTM over s with one more product before it, and one GEMM over
+all s after it. What a row begins from has no s: its W_hh h_0 is added to the gates of its first step. So a step waits
+for the other slices once, where a projection inside it would wait twice, and pays with H instead of P columns of W.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from persistrnn import autograd, ops, reference, segments
+from persistrnn.door import Cuts, Options, Stack
+
+
+class Result(NamedTuple):
+    """y [T, B, D*H] (P with projections) of the highest layer, its every c [T, B, D*H] where asked for, and the final
+    states of all layers, each [L*D, B, features]."""
+
+    y: Tensor
+    c: Tensor | None
+    finals: list[Tensor]
+
+
+class _Given(NamedTuple):
+    """Of one layer: the initial and the reset states [D, B, features], marks [T, B, D], lengths [B]; and whether the
+    initial states are zeros."""
+
+    states: Sequence[Tensor]
+    reset: Sequence[Tensor]
+    marks: Tensor | None
+    lengths: Tensor | None
+    fresh: bool
+
+
+# (cell, x_gates, weight_hh, bias_hh, h0, c0, marks, reset) -> (y, h_n, c_n, c)
+Recurrence = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
+
+
+def run(
+    stack: Stack,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    cuts: Cuts,
+    options: Options,
+    precision: str | None,
+    return_c: bool,
+) -> Result:
+    """Run a stack: on the persistent kernels, or for precision None on torch's operations, step by step.
+
+    Args:
+        stack: its sizes
+        x: [T, B, I], contiguous
+        weights: all of them, in torch.nn's order
+        states: [h0] or [h0, c0], each [L*D, B, features]
+        precision: of float32 products in the recurrence, "tf32" or "ieee"
+        return_c: whether every c of the highest layer is wanted
+    """
+    marks = None
+    if cuts.lengths is not None or cuts.resets is not None:
+        marks = segments.marks(cuts.lengths, cuts.resets, x.size(0), stack.directions)
+    active = None
+    if cuts.lengths is not None:
+        active = (torch.arange(x.size(0), device=x.device).unsqueeze(1) < cuts.lengths).unsqueeze(-1)
+        x = torch.where(active, x, 0.0)  # a NaN there would reach the weights' gradient, as 0 * NaN
+    if precision is not None and _waves(stack, x, [*weights, *states, *cuts.reset], options, precision):
+        result = _wave(stack, x, weights, states, cuts, marks, options, precision, return_c)
+    else:
+        recurrence = _stepwise if precision is None else _persistent(precision, return_c, options.cell_dtype)
+        result = _layers(stack, x, weights, states, cuts, marks, options, recurrence)
+    y, c, finals = result
+    if active is not None:
+        y = torch.where(active, y, 0.0)
+        c = None if c is None or not return_c else torch.where(active, c, 0.0)
+    return Result(y, c if return_c else None, finals)
+
+
+def may_wave(options: Options, dtype: torch.dtype, proj_size: int, precision: str) -> bool:
+    """Whether a stack may run in one launch: nothing happens between its layers, and the products of the upper layers'
+    inputs, which are then inside, have the precision that they have outside."""
+    single = options.num_layers > 1 and not options.bidirectional and options.active_dropout == 0 and proj_size == 0
+    return single and (dtype != torch.float32 or precision == _matmul_precision())
+
+
+@torch.compiler.assume_constant_result  # dynamo cannot read the setting
+def _matmul_precision() -> str:
+    """How float32 is multiplied outside of RNNs, "tf32" or "ieee"."""
+    setting: str = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if setting == "tf32" else "ieee"
+
+
+def _waves(stack: Stack, x: Tensor, others: Sequence[Tensor], options: Options, precision: str) -> bool:
+    """Whether it does: where that is predicted to win. The interpreter's programs cannot wait for each other."""
+    if not may_wave(options, x.dtype, stack.proj_size, precision) or x.size(1) == 0 or x.device.type == "cpu":
+        return False
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
+    sizes = stack.hidden_size, stack.num_layers, x.size(1), x.size(0)
+    return ops.waves(stack.cell, *sizes, x.dtype, x.device, precision, grad)
+
+
+def _wave(
+    stack: Stack,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    cuts: Cuts,
+    marks: Tensor | None,
+    options: Options,
+    precision: str,
+    return_c: bool,
+) -> Result:
+    step = 4 if stack.bias else 2
+    weight_hh = torch.stack(list(weights[1::step]))
+    weight_ih = torch.stack(list(weights[step::step]))
+    bias_hh = torch.stack(list(weights[3::step])) if stack.bias else weight_hh.new_zeros(weight_hh.shape[:2])
+    bias_ih = torch.stack(list(weights[step + 2 :: step])) if stack.bias else bias_hh.new_zeros(weight_ih.shape[:2])
+    x_gates = F.linear(x, weights[0], weights[2] if stack.bias else None)
+    both = states[0], states[1] if len(states) > 1 else None
+    marks = None if marks is None else marks.squeeze(2)
+    y, h_n, c_n, c = autograd.wave(
+        stack.cell, x_gates, weight_hh, bias_hh, weight_ih, bias_ih, *both, precision,
+        marks, cuts.reset, return_c, options.cell_dtype,
+    )  # fmt: skip
+    return Result(y, c, [h_n] if c_n is None else [h_n, c_n])
+
+
+def _layers(
+    stack: Stack,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    cuts: Cuts,
+    marks: Tensor | None,
+    options: Options,
+    recurrence: Recurrence,
+) -> Result:
+    directions = stack.directions
+    per_direction = (4 if stack.bias else 2) + (stack.proj_size > 0)
+    y, c, finals = x, None, []
+    for layer in range(stack.num_layers):
+        if layer > 0 and options.active_dropout > 0:
+            y = F.dropout(y, options.active_dropout)
+        rows = slice(layer * directions, (layer + 1) * directions)
+        first, last = rows.start * per_direction, rows.stop * per_direction
+        weight_ih, weight_hh, *others = (
+            _side_by_side(weights[first + k : last : per_direction]) for k in range(per_direction)
+        )
+        bias_ih = others[0].flatten() if stack.bias else None
+        bias_hh = others[1] if stack.bias else weight_hh.new_zeros(weight_hh.shape[:2])
+        # both directions read the same rows, so that one GEMM with [D*G*H, I] makes the gates of both
+        x_gates = F.linear(y, weight_ih.flatten(0, 1), bias_ih).unflatten(-1, (directions, -1))
+        given = _Given([s[rows] for s in states], [r[rows] for r in cuts.reset], marks, cuts.lengths, cuts.fresh)
+        if stack.proj_size:
+            y, c, final = _projected(stack.cell, x_gates, weight_hh, bias_hh, others[-1], given, recurrence)
+        else:
+            y, c, final = _recurrent(stack.cell, x_gates, weight_hh, bias_hh, given, recurrence)
+        finals.append(final)
+    return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
+
+
+def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
+    """The directions' weights as one contiguous tensor [D, ...], without a copy where D is 1."""
+    return weights[0].contiguous().unsqueeze(0) if len(weights) == 1 else torch.stack(list(weights))
+
+
+def _projected(
+    cell: str,
+    x_gates: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor,
+    weight_hr: Tensor,
+    given: _Given,
+    recurrence: Recurrence,
+) -> Result:
+    """One layer with projections. weight_hh: [D, 4*H, P]; weight_hr: [D, P, H]."""
+    (h0, c0), steps, H = given.states, x_gates.size(0), weight_hr.size(-1)
+    begins = segments.begins(given.marks, given.lengths, steps, x_gates.size(1), x_gates.size(2), x_gates.device)
+    sources = [] if given.fresh else [(h0, begins[0])]
+    sources += [(h, begins[1]) for h in given.reset[:1]]
+    for h, where in sources:
+        x_gates = torch.addcmul(x_gates, where.unsqueeze(-1).to(x_gates.dtype), (h @ weight_hh.mT).transpose(0, 1))
+    nothing = h0.new_zeros(*h0.shape[:2], H)
+    reset = (nothing, *given.reset[1:]) if given.reset else ()
+    inner = given._replace(states=(nothing, c0), reset=reset)
+    s, c, (s_n, c_n) = _recurrent(cell, x_gates, weight_hh @ weight_hr, bias_hh, inner, recurrence)
+    y = torch.cat([F.linear(part, w) for part, w in zip(s.split(H, dim=-1), weight_hr, strict=True)], dim=-1)
+    h_n = s_n @ weight_hr.mT
+    if given.lengths is not None:
+        h_n = torch.where((given.lengths == 0).unsqueeze(-1), h0, h_n)
+    return Result(y, c, [h_n, c_n])
+
+
+def _recurrent(
+    cell: str, x_gates: Tensor, weight_hh: Tensor, bias_hh: Tensor, given: _Given, recurrence: Recurrence
+) -> Result:
+    both = given.states[0], given.states[1] if len(given.states) > 1 else None
+    if x_gates.size(1) > 0:
+        y, h_n, c_n, c = recurrence(cell, x_gates, weight_hh, bias_hh, *both, given.marks, given.reset)
+    else:
+        # Without a row there is nothing to launch: one step of the reference gives every shape and, as torch.nn
+        # does, a gradient of zeros to every weight.
+        y, h_n, c_n, c = reference.recurrent(cell, x_gates[:1], weight_hh, bias_hh, *both)
+        y = y.expand(x_gates.size(0), -1, -1)
+        c = None if c is None else c.expand(x_gates.size(0), -1, -1)
+    return Result(y, c, [h_n] if c_n is None else [h_n, c_n])
+
+
+def _persistent(precision: str, return_c: bool, cell_dtype: torch.dtype | None) -> Recurrence:
+    def recurrence(
+        cell: str,
+        x_gates: Tensor,
+        weight_hh: Tensor,
+        bias_hh: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        marks: Tensor | None,
+        reset: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        c0 = None if c0 is None else c0.contiguous()
+        given = x_gates.contiguous(), weight_hh.contiguous(), bias_hh.contiguous(), h0.contiguous(), c0
+        return autograd.recurrent(cell, *given, precision, marks, reset, return_c, cell_dtype)
+
+    return recurrence
+
+
+_stepwise: Recurrence = reference.recurrent

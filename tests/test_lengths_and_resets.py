@@ -1,0 +1,350 @@
+"""Lengths, resets, projections and every c: exact in float64 step by step, within the bound on the kernels."""
+
+import itertools
+
+import accuracy
+import cuts
+import pytest
+import torch
+from cuts import Case
+from grid import Delays, concurrent_grid
+from persistrnn.kernels import launch, marks
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import persistrnn
+from persistrnn import segments
+
+CELLS = ("lstm", "gru")
+WAYS = [  # (lengths, resets, state, reset_state)
+    (True, False, False, False),
+    (True, False, True, False),
+    (False, True, False, False),
+    (False, True, True, False),
+    (False, True, True, True),
+    (True, True, True, True),
+]
+SHAPES = [("lstm", 0), ("lstm", 3), ("gru", 0)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("layers", "bidirectional"), [(1, False), (1, True), (2, True)])
+@pytest.mark.parametrize(("cell", "proj"), SHAPES)
+def test_step_by_step_is_torch_nn_on_each_episode(cell, proj, layers, bidirectional, way):
+    case = Case(cell, "fp64", 6, 5, 7, layers, bidirectional, proj, *way)
+    found, truth, _ = cuts.run(case, seed=1, backend="auto")
+    for name, true in truth.items():
+        torch.testing.assert_close(found[name], true, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_marks_are_those_of_the_kernels():
+    assert (marks.BEGINS.value, marks.ENDED.value) == (segments.BEGINS, segments.ENDED)
+
+
+# ---- on the kernels ------------------------------------------------------------------------------------------------
+
+KERNEL_CASES = [
+    Case("lstm", "fp32", 10, 5, 6, 1, False, 0, True, False, True, False),
+    Case("gru", "fp32", 10, 5, 6, 1, True, 0, True, False, True, False),
+    Case("lstm", "bf16", 18, 3, 5, 2, True, 0, True, True, True, True),
+    Case("gru", "fp16", 18, 3, 5, 2, True, 0, True, True, True, True),
+    Case("lstm", "fp16", 10, 17, 5, 1, True, 0, False, True, True, True),
+    Case("gru", "bf16", 10, 17, 5, 1, False, 0, False, True, False, False),
+    Case("lstm", "fp32", 10, 5, 6, 2, True, 4, True, True, True, True),
+    Case("lstm", "bf16", 18, 3, 5, 1, False, 7),
+    Case("lstm", "bf16", 18, 3, 5, 2, True, 7, False, False, True, False),
+]
+
+
+def within_bound(case, seeds=1):
+    bound = accuracy.Bound(accuracy.DTYPES[case.dtype])
+    for seed in range(seeds):
+        bound.add(case, *cuts.run(case, seed))
+    return bound.failures
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+def test_kernels_keep_the_bound(case):
+    before = launch.LAUNCHES.copy()
+    assert within_bound(case, seeds=2) == []
+    assert launch.LAUNCHES - before == {"scan_forward": 2 * case.layers, "scan_backward": 2 * case.layers}
+
+
+SLICED = [
+    # protocol, chosen, case
+    ("counter", {}, Case("lstm", "fp32", 13, 5, 5, 1, True, 0, True, True, True, True)),
+    ("flags", {}, Case("gru", "fp32", 13, 5, 5, 1, True, 0, True, True, True, True)),
+    ("flags", {"homes": "shared"}, Case("lstm", "bf16", 13, 3, 5, 1, False, 0, False, True, True, True)),
+    ("counter", {"homes": "all three"}, Case("gru", "bf16", 40, 3, 4, 1, False, 0, True, True, True, False)),
+    ("counter", {"rows": 2}, Case("lstm", "fp16", 29, 3, 4, 1, True, 0, True, True, False, True)),
+    ("flags", {"subtiles": 2, "batch_tile": 8}, Case("gru", "fp16", 13, 11, 4, 1, True, 0, True, True, True, True)),
+    ("counter", {"subtiles": 2, "batch_tile": 8}, Case("lstm", "fp32", 13, 11, 4, 1, False, 5, True, True, True, True)),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("index", range(len(SLICED)))
+def test_slices_keep_the_bound(forced, index):
+    protocol, chosen, case = SLICED[index]
+    forced(protocol, **chosen)
+    with concurrent_grid(Delays(("put", "arrive", "wait", "get")[index % 4], slow=index % 2)):
+        assert within_bound(case) == []
+
+
+WAVES = [
+    ("counter", {}, Case("lstm", "fp32", 13, 5, 5, 2, False, 0, True, True, True, True)),
+    ("flags", {}, Case("gru", "bf16", 13, 3, 5, 3, False, 0, True, True, True, True)),
+    ("counter", {"subtiles": 2, "batch_tile": 8}, Case("gru", "fp32", 13, 11, 4, 2, False, 0, True, False, True)),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("index", range(len(WAVES)))
+def test_waves_keep_the_bound(waves, index):
+    protocol, chosen, case = WAVES[index]
+    waves(protocol, **chosen)
+    before = launch.LAUNCHES.copy()
+    with concurrent_grid(Delays(("put", "arrive", "get")[index], slow=index % 2)):
+        assert within_bound(case) == []
+    assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cell", CELLS)
+def test_without_gradients_the_same_bits(cell):
+    """c then has three slots: initial, final, reset."""
+    layer = getattr(persistrnn, cell.upper())(5, 10, bidirectional=True, backend="persistent")
+    state = [torch.randn(2, 3, 10) for _ in range(4)]
+    hx, reset = (state[:2], state[2:]) if cell == "lstm" else (state[0], state[1])
+    cut = {"lengths": torch.tensor([4, 0, 3]), "resets": torch.rand(4, 3) < 0.5, "reset_state": reset}
+    x = torch.randn(4, 3, 5)
+    expected = layer(x, hx, **cut)
+    with torch.no_grad():
+        found = layer(x, hx, **cut)
+    for a, b in zip(*(torch.utils._pytree.tree_leaves(t) for t in (found, expected)), strict=True):
+        assert torch.equal(a, b.detach())
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_padding_is_zero_and_takes_no_gradient(cell, backend):
+    """Whatever stands there, NaN included: no weight's gradient hears of it."""
+    torch.manual_seed(0)
+    layer = getattr(persistrnn, cell.upper())(3, 6, 2, bidirectional=True, backend=backend)
+    lengths = torch.tensor([4, 0, 2])
+    padding = torch.arange(4)[:, None] >= lengths
+    x = torch.randn(4, 3, 3)
+    found = []
+    for filler in (0.0, float("nan")):
+        given = torch.where(padding[..., None], filler, x).requires_grad_()
+        y, final = layer(given, lengths=lengths)
+        assert not y[padding].any()
+        final = final if cell == "lstm" else [final]
+        outputs = [y, *final]
+        grads = torch.autograd.grad(outputs, [given, *layer.parameters()], [torch.ones_like(t) for t in outputs])
+        assert not grads[0][padding].any()
+        found.append([y, *final, *grads[1:]])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+def test_gradient_does_not_cross_a_reset(backend):
+    layer = persistrnn.LSTM(3, 6, backend=backend)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    h0, c0 = (torch.randn(1, 2, 6, requires_grad=True) for _ in range(2))
+    resets = torch.zeros(5, 2, dtype=torch.bool)
+    resets[3, 0] = True
+    y, _ = layer(x, (h0, c0), resets=resets)
+    gx, gh, gc = torch.autograd.grad(y[3:].sum(), (x, h0, c0))
+    assert not gx[:3, 0].any()
+    assert not gh[:, 0].any()
+    assert not gc[:, 0].any()
+    assert gx[:3, 1].all()
+    assert gh[:, 1].all()
+    assert gc[:, 1].all()
+
+
+# ---- every c -------------------------------------------------------------------------------------------------------
+
+
+def prefixes(layer, x, hx):
+    """Every c of the highest layer of a forward stack: the final one of each prefix."""
+    return torch.cat([layer(x[: t + 1], hx)[1][1][-1:] for t in range(x.shape[0])])
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("proj", [0, 3])
+def test_every_c_and_its_gradients(backend, layers, proj):
+    torch.manual_seed(0)
+    dtype = torch.float64 if backend == "auto" else torch.float32
+    layer = persistrnn.LSTM(4, 10, layers, proj_size=proj, backend=backend, dtype=dtype)
+    truth = nn.LSTM(4, 10, layers, proj_size=proj, dtype=torch.float64)
+    truth.load_state_dict(layer.state_dict())
+    x = torch.randn(4, 3, 4, dtype=dtype, requires_grad=True)
+    hx = [torch.randn(layers, 3, n, dtype=dtype, requires_grad=True) for n in (proj or 10, 10)]
+    y, final, c = layer(x, hx, return_cell_states=True)
+    assert torch.equal(c[-1], final[1][-1])
+    cotangents = [torch.randn_like(t) for t in (y, *final, c)]
+    inputs = [x, *hx, *layer.parameters()]
+    grads = torch.autograd.grad([y, *final, c], inputs, cotangents)
+    x64, *hx64 = (t.detach().double().requires_grad_() for t in (x, *hx))
+    y64, final64 = truth(x64, tuple(hx64))
+    c64 = prefixes(truth, x64, tuple(hx64))
+    inputs = [x64, *hx64, *truth.parameters()]
+    expected = torch.autograd.grad([y64, *final64, c64], inputs, [t.double() for t in cotangents])
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if backend == "auto" else {"rtol": 2e-5, "atol": 2e-6}
+    for a, b in zip((y, c, *grads), (y64, c64, *expected), strict=True):
+        torch.testing.assert_close(a.double(), b, **tolerance)
+
+
+@pytest.mark.interpreter
+def test_every_c_without_gradients_and_in_float32():
+    layer = persistrnn.LSTM(4, 10, bidirectional=True, backend="persistent", dtype=torch.bfloat16)
+    exact = persistrnn.LSTM(
+        4, 10, bidirectional=True, backend="persistent", dtype=torch.bfloat16, cell_dtype=torch.float32
+    )
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(4, 3, 4, dtype=torch.bfloat16)
+    _, (_, c_n), c = layer(x, return_cell_states=True)
+    with torch.no_grad():
+        assert torch.equal(layer(x, return_cell_states=True)[2], c.detach())
+    y, (_, c_n_exact), c_exact = exact(x, return_cell_states=True)
+    assert (c.dtype, c_exact.dtype) == (torch.bfloat16, torch.float32)
+    assert c_n_exact.dtype == torch.bfloat16
+    assert torch.equal(c_exact.to(torch.bfloat16), c)
+    assert torch.equal(c_n_exact, c_n)
+    assert not torch.equal(c_exact, c.float())
+    (y.float().sum() + c_exact.sum()).backward()
+    assert all(p.grad.isfinite().all() for p in exact.parameters())
+
+
+# ---- packed sequences ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("sort", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(("cell", "proj"), SHAPES)
+def test_packed_sequences_on_the_kernels(cell, proj, batch_first, sort):
+    torch.manual_seed(0)
+    options = {"bidirectional": True, "batch_first": batch_first} | ({"proj_size": proj} if proj else {})
+    layer = getattr(persistrnn, cell.upper())(4, 10, backend="persistent", **options)
+    truth = getattr(nn, cell.upper())(4, 10, **options)
+    truth.load_state_dict(layer.state_dict())
+    lengths = torch.tensor([5, 4, 2] if sort else [2, 5, 4])
+    states = [torch.randn(2, 3, n) for n in (proj or 10, 10)]
+    hx = tuple(states) if cell == "lstm" else states[0]
+    x = torch.randn((3, 5, 4) if batch_first else (5, 3, 4))
+    results = []
+    for module in (layer, truth):
+        leaf = x.clone().requires_grad_()
+        packed = nn.utils.rnn.pack_padded_sequence(leaf, lengths, batch_first, enforce_sorted=sort)
+        output, final = module(packed, hx)
+        assert isinstance(output, nn.utils.rnn.PackedSequence)
+        y, found = nn.utils.rnn.pad_packed_sequence(output, batch_first)
+        assert torch.equal(found, lengths)
+        outputs = [y, *(final if cell == "lstm" else [final])]
+        grads = torch.autograd.grad(outputs, [leaf, *module.parameters()], [torch.ones_like(o) for o in outputs])
+        results.append([*outputs, *grads])
+    assert layer.last_path == "persistent"
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+# ---- reinforcement learning ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+def test_recurrent_policy_is_the_loop_over_steps(backend):
+    """As a recurrent PPO evaluates a rollout: one call with resets against a step at a time, its state masked."""
+    torch.manual_seed(0)
+    layer = persistrnn.LSTM(4, 8, backend=backend)
+    head = nn.Linear(8, 3)
+    T, B = 6, 3
+    x, starts = torch.randn(T, B, 4), torch.rand(T, B) < 0.3
+    state = [torch.randn(1, B, 8) for _ in range(2)]
+    advantages, actions = torch.randn(T, B), torch.randint(3, (T, B))
+
+    def loss(y):
+        logits = head(y).log_softmax(-1).gather(-1, actions[..., None])[..., 0]
+        ratio = (logits - logits.detach()).exp()
+        return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+
+    parameters = [*layer.parameters(), *head.parameters()]
+    y, final = layer(x, state, resets=starts)
+    grads = torch.autograd.grad(loss(y), parameters)
+    ys, carried = [], tuple(state)
+    for t in range(T):
+        keep = (~starts[t])[None, :, None].float()
+        y_t, carried = layer.step(x[t], tuple(s * keep for s in carried))
+        ys.append(y_t)
+    expected = torch.autograd.grad(loss(torch.stack(ys)), parameters)
+    torch.testing.assert_close(y, torch.stack(ys), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(final, carried, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
+
+
+# ---- transforms ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_compiles_as_one_graph_for_all_lengths(cell, backend):
+    torch._dynamo.reset()
+    layer = getattr(persistrnn, cell.upper())(7, 9, backend=backend)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(x, lengths, resets):
+        return torch.utils._pytree.tree_leaves(layer(x, lengths=lengths, resets=resets))
+
+    # One graph for all sizes, and one for each way in which they can be 1: torch itself makes those.
+    compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=backend == "persistent" or None)
+    sizes = ((4, 3), (4, 3), (5, 3), (5, 2), (1, 2), (3, 1), (1, 1), (2, 2))
+    for T, B in sizes if backend == "persistent" else sizes[:2]:
+        x = torch.randn(T, B, 7, requires_grad=True)
+        given = torch.randint(0, T + 1, (B,)), torch.rand(T, B) < 0.3
+        found, expected = compiled(x, *given), call(x, *given)
+        torch.testing.assert_close(found, expected)
+        grads = [torch.autograd.grad(sum(t.sum() for t in r), [x, *layer.parameters()]) for r in (found, expected)]
+        torch.testing.assert_close(*grads)
+    assert counter.frame_count <= 4
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cell", CELLS)
+def test_vmaps_over_samples(cell):
+    layer = getattr(persistrnn, cell.upper())(3, 6, backend="persistent")
+    x, resets = torch.randn(4, 5, 2, 3), torch.rand(4, 5, 2) < 0.4
+    lengths = torch.randint(0, 6, (4, 2))
+
+    def loss(x, lengths, resets):
+        return layer(x, lengths=lengths, resets=resets)[0].square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss))(x, lengths, resets)
+    expected = torch.stack([torch.func.grad(loss)(*sample) for sample in zip(x, lengths, resets, strict=True)])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("cell", "proj"), SHAPES)
+def test_differentiates_twice_step_by_step(cell, proj):
+    options = {"proj_size": proj} if proj else {}
+    layer = getattr(persistrnn, cell.upper())(2, 4, bidirectional=True, dtype=torch.float64, **options)
+    cut = {"lengths": torch.tensor([3, 0, 2]), "resets": torch.rand(3, 3) < 0.5}
+    x = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x, **cut)[0], x)
+
+
+def test_marks():
+    lengths = torch.tensor([4, 0, 3, 2])
+    resets = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
+    forward, reverse = segments.marks(lengths, resets, 4, 2).unbind(2)
+    B, E = segments.BEGINS, segments.ENDED
+    assert forward.tolist() == [[B, E, 0, 0], [0, E, 0, 0], [B, E, 0, E], [0, E, E, E]]
+    assert reverse.tolist() == [[0, E, 0, 0], [B, E, 0, 0], [0, E, 0, E], [0, E, E, E]]
+    assert forward.dtype == torch.uint8
+    for given in itertools.product((None, lengths), (None, resets)):
+        if given != (None, None):
+            assert segments.marks(*given, 4, 1).shape == (4, 4, 1)
