@@ -125,8 +125,8 @@ def scan_forward(
     0, or 1 in reverse; the final one in 1; with marks the reset state in 2). saved: [T, B, D, n, H] or None.
     marks: uint8 [T, B, D] or None. sync: (counters int32 [jobs * L * subtiles * lanes * exchange.stride],
     error word int32 [1], partial products fp32 [groups * subtiles, 2, S, outputs * R*U * BB]).
-    For a stack as a wave: states [L, T + 2, ...], saved [L, T, ...], weight [L, 2, G*H, stride] and bias [L, 2, G*H], of
-    h first and of what comes from below second; x_gates of the lowest layer."""
+    For a stack as a wave: states [L, T + 2, ...], saved [L, T, ...], weight [L, 2, G*H, stride] and bias [L, 2, G*H],
+    of h first and of what comes from below second; x_gates of the lowest layer."""
     H: tl.constexpr = tiling.hidden
     D: tl.constexpr = tiling.directions
     G: tl.constexpr = tiling.gates

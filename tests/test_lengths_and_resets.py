@@ -303,6 +303,7 @@ def test_compiles_as_one_graph_for_all_lengths(cell, backend):
     # One graph for all sizes, and one for each way in which they can be 1: torch itself makes those.
     compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=backend == "persistent" or None)
     sizes = ((4, 3), (4, 3), (5, 3), (5, 2), (1, 2), (3, 1), (1, 1), (2, 2))
+    seen = []
     for T, B in sizes if backend == "persistent" else sizes[:2]:
         x = torch.randn(T, B, 7, requires_grad=True)
         given = torch.randint(0, T + 1, (B,)), torch.rand(T, B) < 0.3
@@ -310,7 +311,8 @@ def test_compiles_as_one_graph_for_all_lengths(cell, backend):
         torch.testing.assert_close(found, expected)
         grads = [torch.autograd.grad(sum(t.sum() for t in r), [x, *layer.parameters()]) for r in (found, expected)]
         torch.testing.assert_close(*grads)
-    assert counter.frame_count <= 4
+        seen.append(counter.frame_count)
+    assert seen[-1] - seen[0] <= 3
 
 
 @pytest.mark.interpreter
