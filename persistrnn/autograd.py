@@ -6,18 +6,17 @@ operators.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from persistrnn import ops
+from persistrnn import ops, second
 from persistrnn.ops import HAS_C
+from persistrnn.second import NOTHING, Gradients, Kept
 from persistrnn.segments import BEGINS
-
-_ONCE = "the persistent kernels are differentiable once; a second derivative was asked for. Use backend='torch' for it."
 
 
 def recurrent(
@@ -52,7 +51,8 @@ def recurrent(
 
     Returns:
         y [T, B, D*H], h_n [D, B, H], c_n [D, B, H] or None, and with ``return_c`` c [T, B, D*H], else None.
-        Differentiable once, in every floating argument, through every output. Where a row has ended, y and c repeat.
+        Where a row has ended, y and c repeat. Differentiable in every floating argument, through every output
+        (``second``).
 
     Raises:
         ValueError: the size does not fit the device.
@@ -92,7 +92,7 @@ def wave(
 
     Returns:
         y [T, B, H] of the highest layer, h_n [L, B, H], c_n [L, B, H] or None, and c [T, B, H] of the highest layer
-        with ``return_c``, else None. Differentiable once, in every floating argument, through every output.
+        with ``return_c``, else None. Differentiable in every floating argument, through every output (``second``).
 
     Raises:
         ValueError: the stack does not fit the device (``ops.waves`` says so beforehand).
@@ -114,7 +114,7 @@ def _saves(tensors: tuple[Tensor | None, ...]) -> bool:
 class _Scan(Function):
     """y, h_n, c_n, every c where it is asked for, and what the backward needs: the operator's y, c and saved.
 
-    Those three stay differentiable, so that a second derivative finds its way to an error instead of to zero.
+    Those three stay differentiable: through them a second derivative finds its way (``second``).
     """
 
     @staticmethod
@@ -161,8 +161,6 @@ class _Scan(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling() and any(g is not None for g in grads[4:]):
-            raise NotImplementedError(_ONCE)  # only a second derivative reaches what the backward keeps
         weight_hh, y, c, saved, marks = ctx.saved_tensors
         T = y.shape[0] - 2
         _, B, D, H = y.shape
@@ -177,7 +175,11 @@ class _Scan(Function):
         needs_weight, needs_bias, *_, needs_h, needs_c = ctx.needs_input_grad[6:]
         resets = needs_h or needs_c
         given = dy, dc, dh_n, dc_n, weight_hh, y, c, saved, marks
-        dx_gates, dr_gates, dh0, dc0, *d_reset = _ScanBackward.apply(ctx.cell, ctx.precision, resets, *given)
+        if _is_second(grads[4:]):
+            found = _formula(ctx.cell, *given, d_kept=Kept(*grads[4:]))
+            dx_gates, dr_gates, dh0, dc0, *d_reset = _six(found)
+        else:
+            dx_gates, dr_gates, dh0, dc0, *d_reset = _ScanBackward.apply(ctx.cell, ctx.precision, resets, *given)
         if has_c:
             dr_gates = dx_gates
         d_weight = d_bias = None
@@ -235,11 +237,12 @@ class _ScanBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+        ctx.cell, _, _, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(_ONCE)
+        return None, None, None, *_again(_formula, ctx.cell, ctx.saved_tensors, grads)
 
     @staticmethod
     def vmap(
@@ -306,8 +309,6 @@ class _Wave(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling() and any(g is not None for g in grads[4:]):
-            raise NotImplementedError(_ONCE)  # only a second derivative reaches what the backward keeps
         weight_hh, weight_ih, y, c, saved, marks = ctx.saved_tensors
         L, _, B, H = y.shape
         has_c = HAS_C[ctx.cell]
@@ -319,7 +320,11 @@ class _Wave(Function):
         *needs, _, _, _, needs_h, needs_c = ctx.needs_input_grad[6:]
         resets = needs_h or needs_c
         given = dy, grads[3] if ctx.return_c else None, dh_n, dc_n, weight_hh, weight_ih, y, c, saved, marks
-        dx_gates, dr_gates, dh0, dc0, *d_reset = _WaveBackward.apply(ctx.cell, ctx.precision, resets, *given)
+        if _is_second(grads[4:]):
+            found = _formula_of_stack(ctx.cell, *given, d_kept=Kept(*grads[4:]))
+            dx_gates, dr_gates, dh0, dc0, *d_reset = _six(found)
+        else:
+            dx_gates, dr_gates, dh0, dc0, *d_reset = _WaveBackward.apply(ctx.cell, ctx.precision, resets, *given)
         if has_c:
             dr_gates = dx_gates
         d_weight_hh = _gemm(dr_gates, _all_before(y, marks)) if needs[0] else None
@@ -376,11 +381,12 @@ class _WaveBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+        ctx.cell, _, _, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(_ONCE)
+        return None, None, None, *_again(_formula_of_stack, ctx.cell, ctx.saved_tensors, grads)
 
     @staticmethod
     def vmap(
@@ -399,6 +405,79 @@ class _WaveBackward(Function):
 def _all_before(y: Tensor, marks: Tensor | None) -> Tensor:
     """The h [L, T, B, H] that each step of each layer went on from."""
     return y[:, :-2] if marks is None else torch.where(marks.unsqueeze(-1) == BEGINS, y[:, -1:], y[:, :-2])
+
+
+def _formula(
+    cell: str,
+    dy: Tensor,
+    dc: Tensor | None,
+    dh_n: Tensor,
+    dc_n: Tensor | None,
+    weight_hh: Tensor,
+    y: Tensor,
+    c: Tensor,
+    saved: Tensor,
+    marks: Tensor | None,
+    d_kept: Kept = NOTHING,
+) -> Gradients:
+    """What ``_ScanBackward`` computes, differentiable."""
+    finals = [dh_n] if dc_n is None else [dh_n, dc_n]
+    return second.backward(cell, weight_hh, marks, Kept(y, c, saved), (dy, dc), finals, d_kept)
+
+
+def _formula_of_stack(
+    cell: str,
+    dy: Tensor,
+    dc: Tensor | None,
+    dh_n: Tensor,
+    dc_n: Tensor | None,
+    weight_hh: Tensor,
+    weight_ih: Tensor,
+    y: Tensor,
+    c: Tensor,
+    saved: Tensor,
+    marks: Tensor | None,
+    d_kept: Kept = NOTHING,
+) -> Gradients:
+    """What ``_WaveBackward`` computes, differentiable."""
+    finals = [dh_n] if dc_n is None else [dh_n, dc_n]
+    return second.backward_of_stack(cell, weight_hh, weight_ih, marks, Kept(y, c, saved), (dy, dc), finals, d_kept)
+
+
+def _six(found: Gradients) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """dx_gates, dr_gates, and the gradients of h0, c0, reset_h and reset_c; None for what the cell has not."""
+    c = [s[1] if len(s) > 1 else None for s in (found.d_initial, found.d_reset)]
+    return found.dx_gates, found.dr_gates, found.d_initial[0], c[0], found.d_reset[0], c[1]
+
+
+def _is_second(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient came to what the forward kept: only a second derivative has one."""
+    return not torch.compiler.is_compiling() and any(g is not None for g in grads)
+
+
+def _again(
+    formula: Callable[..., Gradients],
+    cell: str,
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients of a backward's arguments, given those of its six results."""
+    inputs = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point() and t.numel()]
+    # dr_gates is dx_gates in cells with c, and empty.
+    outputs = [i for i, g in enumerate(grads) if g.numel() and not (i == 1 and HAS_C[cell])]
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        arguments = list(tensors)
+        for i, tensor in zip(inputs, given, strict=True):
+            arguments[i] = tensor
+        found = _six(formula(cell, *arguments))
+        return tuple(t for i in outputs if (t := found[i]) is not None)
+
+    vjp = torch.func.vjp(function, *(tensors[i] for i in inputs))[1]
+    result: list[Tensor | None] = [None] * len(tensors)
+    for i, gradient in zip(inputs, vjp(tuple(grads[i] for i in outputs)), strict=True):
+        result[i] = gradient
+    return result
 
 
 def _gemm(d_gates: Tensor, operand: Tensor) -> Tensor:

@@ -406,31 +406,6 @@ def test_jacrev_equals_the_reference(cell, launches):
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
-TWICE = r"differentiable once; a second derivative was asked for.*backend='torch'"
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("cell", CELLS)
-def test_second_derivative_is_refused(cell, frozen):
-    """With frozen weights and a linear loss, too: there only the saved gates lead back to x."""
-    module = layer(cell).requires_grad_(not frozen)
-    x = torch.randn(T, B, INPUT, requires_grad=True)
-    (dx,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match=TWICE):
-        (dx.square().sum() + x.sum()).backward()
-
-
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("outer", [grad, jacrev])
-def test_second_derivative_of_torch_func_is_refused(cell, outer):
-    module = layer(cell)
-
-    def slope(x):
-        return grad(lambda x: module(x)[0].sum())(x).sum()
-
-    with pytest.raises(NotImplementedError, match=TWICE):
-        outer(slope)(torch.randn(T, B, INPUT))
-
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(

@@ -266,17 +266,6 @@ def test_gradients_per_sample(waves, cell, mapped):
 
 
 @pytest.mark.interpreter
-def test_a_second_derivative_is_refused(waves):
-    waves()
-    leaves = [t.requires_grad_() for t in arguments("lstm")]
-    with concurrent_grid():
-        y, *_ = autograd.wave("lstm", *leaves, "ieee")
-        (gradient,) = torch.autograd.grad(y.square().sum(), leaves[:1], create_graph=True)
-        with pytest.raises(NotImplementedError, match="differentiable once"):
-            gradient.sum().backward()
-
-
-@pytest.mark.interpreter
 def test_compiles_as_one_graph(waves):
     """For every T and B."""
     waves()
