@@ -69,10 +69,10 @@ class Batch(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """Where the rows of a batch begin anew and end. lengths: [B]; resets: bool [T, B]; reset: the states that a row
+    """Where the rows of a batch run and begin anew. active, resets: bool [T, B]; reset: the states that a row
     begins anew from, each [L*D, B, features]; empty: zeros. fresh: the initial states are zeros."""
 
-    lengths: Tensor | None = None
+    active: Tensor | None = None
     resets: Tensor | None = None
     reset: Sequence[Tensor] = ()
     fresh: bool = False
@@ -247,15 +247,32 @@ def _state_tensors(cell: str, hx: object, name: str) -> list[Tensor]:
     return list(hx)
 
 
-def read_cuts(stack: Stack, batch: Batch, fresh: bool, lengths: object, resets: object, reset_state: object) -> Cuts:
+class Given(NamedTuple):
+    """The arguments that cut a batch, as they came."""
+
+    lengths: object = None
+    mask: object = None
+    resets: object = None
+    reset_state: object = None
+
+    @property
+    def any(self) -> bool:
+        return any(x is not None for x in self)
+
+
+def read_cuts(stack: Stack, batch: Batch, fresh: bool, given: Given) -> Cuts:
     """fresh: no initial states were given."""
+    lengths, mask, resets, reset_state = given
+    if mask is not None and (lengths is not None or resets is not None):
+        other = "lengths" if lengths is not None else "resets"
+        raise ValueError(f"mask says by itself which steps a row has, got {other} too; give one of them")
     if reset_state is not None and resets is None:
         raise ValueError(
             "reset_state is the state after a reset, got it without resets; give resets too, or hx instead"
         )
     return Cuts(
-        None if lengths is None else _read_lengths(lengths, batch),
-        None if resets is None else _read_resets(resets, batch),
+        _active(_read_lengths(lengths, batch), batch) if lengths is not None else _read_bools("mask", mask, batch),
+        _read_bools("resets", resets, batch),
         () if reset_state is None else read_states(stack, reset_state, batch, "reset_state"),
         fresh,
     )
@@ -282,20 +299,26 @@ def _read_lengths(lengths: object, batch: Batch) -> Tensor:
     return segments.bounded(lengths, batch.steps)
 
 
-def _read_resets(resets: object, batch: Batch) -> Tensor:
-    """Resets as bool [T, B]."""
+def _active(lengths: Tensor, batch: Batch) -> Tensor:
+    return torch.arange(batch.steps, device=lengths.device).unsqueeze(1) < lengths
+
+
+def _read_bools(name: str, value: object, batch: Batch) -> Tensor | None:
+    """Resets or a mask as bool [T, B]."""
+    if value is None:
+        return None
     if batch.packed is not None:
-        raise ValueError("resets goes with a padded tensor, got a PackedSequence; give the padded tensor and lengths")
-    if not isinstance(resets, Tensor):
-        raise TypeError(f"resets is a bool tensor [T, B] on the input's device, got {type(resets).__name__}")
-    if resets.dtype != torch.bool:
-        raise ValueError(f"resets is a bool tensor, got {resets.dtype}; convert it: resets.bool()")
+        raise ValueError(f"{name} goes with a padded tensor, got a PackedSequence; give the padded tensor and lengths")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a bool tensor [T, B] on the input's device, got {type(value).__name__}")
+    if value.dtype != torch.bool:
+        raise ValueError(f"{name} is a bool tensor, got {value.dtype}; convert it: {name}.bool()")
     shapes = {"[T]": (batch.steps,), "[B, T]": (batch.rows, batch.steps), "[T, B]": (batch.steps, batch.rows)}
     letters = "[T]" if batch.unbatched else "[B, T]" if batch.batch_first else "[T, B]"
-    if resets.shape != shapes[letters]:
-        raise RuntimeError(f"Expected resets size {shapes[letters]}, {letters} as the input, got {list(resets.shape)}")
-    _same_device("resets", resets, batch.data)
-    return resets.unsqueeze(1) if batch.unbatched else batch.time_major(resets)
+    if value.shape != shapes[letters]:
+        raise RuntimeError(f"Expected {name} size {shapes[letters]}, {letters} as the input, got {list(value.shape)}")
+    _same_device(name, value, batch.data)
+    return value.unsqueeze(1) if batch.unbatched else batch.time_major(value)
 
 
 def _same_device(name: str, tensor: Tensor, data: Tensor) -> None:

@@ -12,7 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from persistrnn import door, ops, torch_path
 from persistrnn import stack as stacks
-from persistrnn.door import Backend, Options
+from persistrnn.door import Backend, Given, Options
+
+NOTHING = Given()
 
 Input = TypeVar("Input", Tensor, PackedSequence)  # the output has the form of the input
 
@@ -31,6 +33,7 @@ def lstm(
     backend: Backend = "auto",
     cell_dtype: torch.dtype | None = None,
     lengths: Tensor | None = None,
+    mask: Tensor | None = None,
     resets: Tensor | None = None,
     reset_state: tuple[Tensor, Tensor] | None = None,
     return_cell_states: bool = False,
@@ -64,6 +67,8 @@ def lstm(
             no gradient; the final state is that after its last step; the second direction begins there. Nothing is
             sorted and the host does not wait: on a GPU a length out of range is taken as 0 or T, and raised by the
             next call, by backward or by `persistrnn.check`
+        mask: bool [T, B], laid out as the input: where False, a row skips the step, its state stays as it is and its
+            output is zero. lengths for rows that need not be left-aligned; not with lengths or resets
         resets: bool [T, B], laid out as the input: True where a new episode begins, before that step. Its state there
             is the reset state, and no gradient crosses. The second direction is cut at the same places: it begins
             anew at the last step of each episode
@@ -87,7 +92,7 @@ def lstm(
         TypeError: something that is not a tensor in the place of one
     """
     options = Options(num_layers, bias, dropout, training, bidirectional, batch_first, backend, cell_dtype)
-    found = run("lstm", input, weights, hx, options, lengths, resets, reset_state, return_cell_states)
+    found = run("lstm", input, weights, hx, options, Given(lengths, mask, resets, reset_state), return_cell_states)
     h_n, c_n = found.states
     return (found.output, (h_n, c_n), found.c) if return_cell_states else (found.output, (h_n, c_n))
 
@@ -105,6 +110,7 @@ def gru(
     batch_first: bool = False,
     backend: Backend = "auto",
     lengths: Tensor | None = None,
+    mask: Tensor | None = None,
     resets: Tensor | None = None,
     reset_state: Tensor | None = None,
 ) -> tuple[Input, Tensor]:
@@ -128,7 +134,7 @@ def gru(
     All other arguments, dtypes and errors are those of `lstm`.
     """
     options = Options(num_layers, bias, dropout, training, bidirectional, batch_first, backend)
-    found = run("gru", input, weights, hx, options, lengths, resets, reset_state)
+    found = run("gru", input, weights, hx, options, Given(lengths, mask, resets, reset_state))
     return found.output, found.states[0]
 
 
@@ -147,9 +153,7 @@ def run(
     weights: Sequence[Tensor],
     hx: object,
     options: Options,
-    lengths: object = None,
-    resets: object = None,
-    reset_state: object = None,
+    given: Given = NOTHING,
     return_c: bool = False,
 ) -> Found:
     """Validate, choose a path and run it: "persistent", "torch", or "stepwise", a loop over torch's operations."""
@@ -158,7 +162,7 @@ def run(
     batch = door.read_input(input, stack, weights, options.batch_first)
     data, packed = batch.data, batch.packed
     states = door.read_states(stack, hx, batch)
-    cuts = door.read_cuts(stack, batch, hx is None, lengths, resets, reset_state)
+    cuts = door.read_cuts(stack, batch, hx is None, given)
     if packed is not None and packed.sorted_indices is not None and hx is not None:
         states = [s.index_select(1, packed.sorted_indices) for s in states]
 
@@ -166,7 +170,7 @@ def run(
     # an empty batch takes the path of a batch of one
     sizes = (stack.hidden_size, batch.rows or 1, stack.directions)
     together = options.num_layers if stacks.may_wave(options, dtype, stack.proj_size, precision()) else 1
-    loops = lengths is not None or resets is not None or return_c
+    loops = given.any or return_c
     reason = obstacle(options.backend, cell, *sizes, dtype, data.device, loops, together, batch.steps)
     if reason is not None and options.backend == "persistent":
         raise RuntimeError(f'backend="persistent" cannot run this call: {reason}')
@@ -175,7 +179,7 @@ def run(
         x = batch.time_major(data)
         if packed is not None:
             x, row_lengths = torch._VF._pad_packed_sequence(data, packed.batch_sizes, False, 0.0, batch.steps)
-            cuts = cuts._replace(lengths=row_lengths.to(data.device, non_blocking=True))
+            cuts = cuts._replace(active=_active_rows(packed, data.device))
         cuts = cuts._replace(reset=[r.to(dtype).contiguous() for r in cuts.reset])
         tensors = [w.to(dtype) for w in weights], [s.to(dtype).contiguous() for s in states]
         products = precision() if reason is None else None
@@ -201,6 +205,12 @@ def run(
         formed, states = [t.squeeze(1) for t in outputs], [s.squeeze(1) for s in states]
     output, c = (*formed, None)[:2]
     return Found(output, states, c, path)
+
+
+def _active_rows(packed: PackedSequence, device: torch.device) -> Tensor:
+    """Bool [T, B]: a PackedSequence has its first rows longest."""
+    rows = torch.arange(int(packed.batch_sizes[0]))
+    return (rows < packed.batch_sizes.unsqueeze(1)).to(device, non_blocking=True)
 
 
 def obstacle(

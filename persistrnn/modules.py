@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from persistrnn import door, functional
-from persistrnn.door import Backend, Options
+from persistrnn.door import Backend, Given, Options
 from persistrnn.functional import Input
 
 
@@ -130,6 +130,11 @@ class _Recurrent(nn.Module):
         # by name at every call: a parametrization, functional_call and weight_norm replace the attribute
         return [[getattr(self, name) for name in names] for _, names in self._names()]
 
+    @property
+    def _all_weights(self) -> list[list[str]]:
+        """Their names, as torch.nn has them: TorchRL, for one, reads it."""
+        return [names for _, names in self._names()]
+
     def reset_parameters(self) -> None:
         """Draw all parameters from U(-1/sqrt(H), 1/sqrt(H)): with torch.nn's seed, torch.nn's weights."""
         bound = 1.0 / math.sqrt(self.hidden_size)
@@ -214,14 +219,12 @@ class _Recurrent(nn.Module):
         self,
         input: Tensor | PackedSequence,
         hx: object,
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        reset_state: object,
+        given: Given,
         return_c: bool = False,
     ) -> functional.Found:
         weights = [weight for weights in self.all_weights for weight in weights]
         cell = self.mode.lower()
-        found = functional.run(cell, input, weights, hx, self.options, lengths, resets, reset_state, return_c)
+        found = functional.run(cell, input, weights, hx, self.options, given, return_c)
         if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
             self.last_path = found.path
         return found
@@ -307,11 +310,12 @@ class LSTM(_Recurrent):
         hx: tuple[Tensor, Tensor] | None = None,
         *,
         lengths: Tensor | None = None,
+        mask: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: tuple[Tensor, Tensor] | None = None,
         return_cell_states: bool = False,
     ) -> Any:
-        found = self._run(input, hx, lengths, resets, reset_state, return_cell_states)
+        found = self._run(input, hx, Given(lengths, mask, resets, reset_state), return_cell_states)
         h_n, c_n = found.states
         return (found.output, (h_n, c_n), found.c) if return_cell_states else (found.output, (h_n, c_n))
 
@@ -383,8 +387,9 @@ class GRU(_Recurrent):
         hx: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
+        mask: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: Tensor | None = None,
     ) -> tuple[Input, Tensor]:
-        found = self._run(input, hx, lengths, resets, reset_state)
+        found = self._run(input, hx, Given(lengths, mask, resets, reset_state))
         return found.output, found.states[0]

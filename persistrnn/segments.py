@@ -1,6 +1,6 @@
-"""Variable lengths and resets as marks on the steps, which the kernels and the reference read.
+"""Lengths, masks and resets as marks on the steps, which the kernels and the reference read.
 
-A row of the batch is cut where an episode begins and ends at its length; each direction runs within the parts. Marks
+A row of the batch is cut where an episode begins, and ends at its length; each direction runs within the parts. Marks
 are uint8 [T, B, D]: 0 where a step goes on from the one before it in its direction, BEGINS where it goes on from the
 reset state instead, ENDED at padding, where the state stays as it is.
 """
@@ -11,41 +11,29 @@ from torch import Tensor
 BEGINS, ENDED = 1, 2
 
 
-def marks(lengths: Tensor | None, resets: Tensor | None, steps: int, directions: int) -> Tensor:
-    """Marks of lengths [B] and resets [T, B], of which one may be None. No host synchronisation.
+def marks(active: Tensor | None, resets: Tensor | None, directions: int) -> Tensor:
+    """Marks of ``active`` (where a row runs) and ``resets``, bool [T, B] each, of which one may be None.
 
     Direction 1 runs from the end: it begins anew one step before, in time, where the next episode begins.
     """
-    given = lengths if lengths is not None else resets
-    assert given is not None
-    time = torch.arange(steps, device=given.device).unsqueeze(1)
-    begins: list[Tensor | None] = [None] * directions
-    if resets is not None:
-        cut_after = resets.roll(-1, 0) & (time < steps - 1)  # a slice of T - 1 would be one more size to compile for
-        begins = [resets, cut_after]
-    found = []
-    for direction, begin in enumerate(begins[:directions]):
-        mark = torch.zeros((), dtype=torch.uint8, device=given.device)
-        if begin is not None:
-            if direction == 1 and lengths is not None:
-                begin = begin & (time + 1 < lengths)
-            mark = begin.to(torch.uint8) * BEGINS
-        if lengths is not None:
-            mark = torch.where(time >= lengths, ENDED, mark).to(torch.uint8)
-        found.append(mark)
-    return torch.stack(found, dim=2)
+    if resets is None:
+        assert active is not None
+        begins = [torch.zeros_like(active)] * directions
+    else:
+        going_on = torch.ones_like(resets) if active is None else active
+        time = torch.arange(resets.size(0), device=resets.device).unsqueeze(1)
+        # Rolled: a slice of T - 1 steps would be one more size that torch.compile makes a graph for.
+        next_begins = (resets & going_on).roll(-1, 0) & (time < resets.size(0) - 1)
+        begins = [resets, next_begins][:directions]
+    found = torch.stack(begins, dim=2).to(torch.uint8) * BEGINS
+    return found if active is None else torch.where(active.unsqueeze(2), found, ENDED).to(torch.uint8)
 
 
-def begins(
-    marks: Tensor | None, lengths: Tensor | None, steps: int, batch: int, directions: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Which steps [T, B, D] go on from the initial state, and which from the reset state."""
-    time = torch.arange(steps, device=device).unsqueeze(1).expand(steps, batch)
-    last = time == (steps - 1 if lengths is None else lengths - 1)
-    first = torch.stack([time == 0, last][:directions], dim=2)
-    if marks is None:
-        return first, torch.zeros_like(first)
-    return first & (marks == 0), marks == BEGINS
+def first_steps(active: Tensor, directions: int) -> Tensor:
+    """The first step of each row in each direction: bool [T, B, D]."""
+    runs = [active, active.flip(0)][:directions]
+    first = [run & (run.cumsum(0) == 1) for run in runs]
+    return torch.stack([f.flip(0) if d else f for d, f in enumerate(first)], dim=2)
 
 
 class _OutOfRange:

@@ -30,13 +30,13 @@ class Result(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """Of one layer: the initial and the reset states [D, B, features], marks [T, B, D], lengths [B]; and whether the
+    """Of one layer: the initial and the reset states [D, B, features], marks [T, B, D], active [T, B]; and whether the
     initial states are zeros."""
 
     states: Sequence[Tensor]
     reset: Sequence[Tensor]
     marks: Tensor | None
-    lengths: Tensor | None
+    active: Tensor | None
     fresh: bool
 
 
@@ -65,11 +65,11 @@ def run(
         return_c: whether every c of the highest layer is wanted
     """
     marks = None
-    if cuts.lengths is not None or cuts.resets is not None:
-        marks = segments.marks(cuts.lengths, cuts.resets, x.size(0), stack.directions)
+    if cuts.active is not None or cuts.resets is not None:
+        marks = segments.marks(cuts.active, cuts.resets, stack.directions)
     active = None
-    if cuts.lengths is not None:
-        active = (torch.arange(x.size(0), device=x.device).unsqueeze(1) < cuts.lengths).unsqueeze(-1)
+    if cuts.active is not None:
+        active = cuts.active.unsqueeze(-1)
         x = torch.where(active, x, 0.0)  # a NaN there would reach the weights' gradient, as 0 * NaN
     if precision is not None and _waves(stack, x, [*weights, *states, *cuts.reset], options, precision):
         result = _wave(stack, x, weights, states, cuts, marks, options, precision, return_c)
@@ -157,7 +157,7 @@ def _layers(
         bias_hh = others[1] if stack.bias else weight_hh.new_zeros(weight_hh.shape[:2])
         # both directions read the same rows, so that one GEMM with [D*G*H, I] makes the gates of both
         x_gates = F.linear(y, weight_ih.flatten(0, 1), bias_ih).unflatten(-1, (directions, -1))
-        given = _Given([s[rows] for s in states], [r[rows] for r in cuts.reset], marks, cuts.lengths, cuts.fresh)
+        given = _Given([s[rows] for s in states], [r[rows] for r in cuts.reset], marks, cuts.active, cuts.fresh)
         if stack.proj_size:
             y, c, final = _projected(stack.cell, x_gates, weight_hh, bias_hh, others[-1], given, recurrence)
         else:
@@ -181,10 +181,12 @@ def _projected(
     recurrence: Recurrence,
 ) -> Result:
     """One layer with projections. weight_hh: [D, 4*H, P]; weight_hr: [D, P, H]."""
-    (h0, c0), steps, H = given.states, x_gates.size(0), weight_hr.size(-1)
-    begins = segments.begins(given.marks, given.lengths, steps, x_gates.size(1), x_gates.size(2), x_gates.device)
-    sources = [] if given.fresh else [(h0, begins[0])]
-    sources += [(h, begins[1]) for h in given.reset[:1]]
+    (h0, c0), H = given.states, weight_hr.size(-1)
+    active = x_gates.new_ones(x_gates.shape[:2], dtype=torch.bool) if given.active is None else given.active
+    first = segments.first_steps(active, x_gates.size(2))
+    sources = [] if given.fresh else [(h0, first if given.marks is None else first & (given.marks == 0))]
+    if given.marks is not None:
+        sources += [(h, given.marks == segments.BEGINS) for h in given.reset[:1]]
     for h, where in sources:
         x_gates = torch.addcmul(x_gates, where.unsqueeze(-1).to(x_gates.dtype), (h @ weight_hh.mT).transpose(0, 1))
     nothing = h0.new_zeros(*h0.shape[:2], H)
@@ -193,8 +195,8 @@ def _projected(
     s, c, (s_n, c_n) = _recurrent(cell, x_gates, weight_hh @ weight_hr, bias_hh, inner, recurrence)
     y = torch.cat([F.linear(part, w) for part, w in zip(s.split(H, dim=-1), weight_hr, strict=True)], dim=-1)
     h_n = s_n @ weight_hr.mT
-    if given.lengths is not None:
-        h_n = torch.where((given.lengths == 0).unsqueeze(-1), h0, h_n)
+    if given.active is not None:
+        h_n = torch.where(given.active.any(0).unsqueeze(-1), h_n, h0)
     return Result(y, c, [h_n, c_n])
 
 

@@ -1,7 +1,5 @@
 """Lengths, resets, projections and every c: exact in float64 step by step, within the bound on the kernels."""
 
-import itertools
-
 import accuracy
 import cuts
 import pytest
@@ -164,6 +162,32 @@ def test_gradient_does_not_cross_a_reset(backend):
     assert gx[:3, 1].all()
     assert gh[:, 1].all()
     assert gc[:, 1].all()
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize(("cell", "proj"), SHAPES)
+def test_mask_is_the_sequence_without_its_gaps(cell, proj, backend):
+    torch.manual_seed(0)
+    T, B, options = 6, 4, {"proj_size": proj} if proj else {}
+    layer = getattr(persistrnn, cell.upper())(3, 6, 2, bidirectional=True, batch_first=True, backend=backend, **options)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]]).bool()
+    x = torch.randn(B, T, 3, requires_grad=True)
+    states = [torch.randn(4, B, n, requires_grad=True) for n in (proj or 6, 6)][: 2 if cell == "lstm" else 1]
+    hx = tuple(states) if cell == "lstm" else states[0]
+    y, final = layer(x, hx, mask=mask)
+    final = final if cell == "lstm" else [final]
+    counts = mask.sum(1)
+    order = torch.argsort(~mask, dim=1, stable=True)  # each row's steps first
+    dense = x.gather(1, order[..., None].expand_as(x))
+    y_dense, expected = layer(dense, hx, lengths=counts)
+    expected = expected if cell == "lstm" else [expected]
+    back = torch.argsort(order, dim=1)[..., None].expand_as(y_dense)
+    outputs = [y, *final], [y_dense.gather(1, back), *expected]
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b)
+    cotangents = [torch.randn_like(t) for t in outputs[0]]
+    leaves = [x, *states, *layer.parameters()]
+    torch.testing.assert_close(*(torch.autograd.grad(o, leaves, cotangents) for o in outputs), rtol=1e-4, atol=1e-5)
 
 
 # ---- every c -------------------------------------------------------------------------------------------------------
@@ -342,11 +366,13 @@ def test_differentiates_twice_step_by_step(cell, proj):
 def test_marks():
     lengths = torch.tensor([4, 0, 3, 2])
     resets = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
-    forward, reverse = segments.marks(lengths, resets, 4, 2).unbind(2)
+    active = torch.arange(4).unsqueeze(1) < lengths
+    forward, reverse = segments.marks(active, resets, 2).unbind(2)
     B, E = segments.BEGINS, segments.ENDED
     assert forward.tolist() == [[B, E, 0, 0], [0, E, 0, 0], [B, E, 0, E], [0, E, E, E]]
     assert reverse.tolist() == [[0, E, 0, 0], [B, E, 0, 0], [0, E, 0, E], [0, E, E, E]]
     assert forward.dtype == torch.uint8
-    for given in itertools.product((None, lengths), (None, resets)):
-        if given != (None, None):
-            assert segments.marks(*given, 4, 1).shape == (4, 4, 1)
+    assert segments.marks(active, None, 1).squeeze(2).eq(E).equal(~active)
+    assert segments.marks(None, resets, 1).squeeze(2).eq(B).equal(resets)
+    assert segments.first_steps(active, 2)[:, 2].tolist() == [[True, False], [False, False], [False, True], [False] * 2]
+    assert not segments.first_steps(active, 2)[:, 1].any()

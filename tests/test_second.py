@@ -25,7 +25,7 @@ def arguments(cell, directions, marked):
     marks = None
     if marked:
         resets = torch.rand(T, B, generator=torch.Generator().manual_seed(3)) < 0.4
-        marks = segments.marks(torch.tensor([4, 0, 3]), resets, T, directions)
+        marks = segments.marks(torch.arange(T).unsqueeze(1) < torch.tensor([4, 0, 3]), resets, directions)
     return leaf(T, B, directions, G * H), leaf(directions, G * H, H), leaf(directions, G * H), states, marks, reset
 
 
