@@ -2,7 +2,8 @@
 
 `LSTM` and `GRU` are torch.nn's modules on Triton kernels that keep the recurrent weights on chip for all time
 steps. `functional` has the same as functions, `explain` says which path a call would take and why, `check`
-raises if a kernel's bounded wait ran out, `replace` swaps torch.nn's layers in a finished model for these.
+raises if a kernel's bounded wait ran out, `replace` swaps torch.nn's layers in a finished model for these,
+`Streaming` carries a layer's state from call to call.
 """
 
 from importlib.metadata import version
@@ -12,7 +13,8 @@ from persistrnn.explain import explain
 from persistrnn.modules import GRU, LSTM
 from persistrnn.ops import check
 from persistrnn.replacement import replace
+from persistrnn.streaming import Streaming
 
 __version__ = version("persistrnn")
 
-__all__ = ["GRU", "LSTM", "__version__", "check", "explain", "functional", "replace"]
+__all__ = ["GRU", "LSTM", "Streaming", "__version__", "check", "explain", "functional", "replace"]

@@ -118,6 +118,7 @@ def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stac
     for weight in weights:
         if not isinstance(weight, Tensor):
             raise TypeError(f"weights are tensors, got {type(weight).__name__}")
+        _check_dense("a weight", weight)
     per_group = plain + projection
     hidden = weights[1].size(0) // GATES[cell] if weights[1].dim() == 2 else 0
     if hidden == 0:
@@ -139,7 +140,11 @@ def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stac
             name = parameter_names(layer, k // per_group % directions, bias, projection)[slot]
             raise RuntimeError(f"{name} must have shape {expected}, got {tuple(weight.shape)}")
         if weight.dtype != weights[0].dtype:
-            raise ValueError(f"weights must share one dtype, got {weights[0].dtype} and {weight.dtype}")
+            name = parameter_names(layer, k // per_group % directions, bias, projection)[slot]
+            raise ValueError(
+                f"weights must share one dtype, got {weights[0].dtype} and of {name} {weight.dtype}; "
+                f"convert it: .to({weights[0].dtype})"
+            )
     return stack
 
 
@@ -160,6 +165,7 @@ def read_input(input: object, stack: Stack, weights: Sequence[Tensor], batch_fir
     data = input if packed is None else packed.data
     if not isinstance(data, Tensor):
         raise TypeError(f"input is a tensor or a PackedSequence, got {type(data).__name__}")
+    _check_dense("input", data)
     if packed is not None and data.dim() != 2:
         raise RuntimeError(f"the data of a PackedSequence must be 2-D, got {data.dim()}-D")
     if data.dim() not in (2, 3):
@@ -319,6 +325,16 @@ def _read_bools(name: str, value: object, batch: Batch) -> Tensor | None:
         raise RuntimeError(f"Expected {name} size {shapes[letters]}, {letters} as the input, got {list(value.shape)}")
     _same_device(name, value, batch.data)
     return value.unsqueeze(1) if batch.unbatched else batch.time_major(value)
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise RuntimeError(
+            f"{name} is a dense tensor, got a nested one; pad it, torch.nested.to_padded_tensor(input, 0.0), and give "
+            "the rows' lengths as lengths=..."
+        )
+    if tensor.layout != torch.strided:
+        raise RuntimeError(f"{name} is a dense tensor, got layout {tensor.layout}; convert it: .to_dense()")
 
 
 def _same_device(name: str, tensor: Tensor, data: Tensor) -> None:

@@ -17,7 +17,7 @@ FLOORS = (
     ("persistrnn.rows",),
     ("persistrnn.results",),
     ("persistrnn",),
-    ("persistrnn.explain", "persistrnn.replacement"),
+    ("persistrnn.explain", "persistrnn.replacement", "persistrnn.streaming"),
     ("persistrnn.modules",),
     ("persistrnn.functional",),
     ("persistrnn.stack",),

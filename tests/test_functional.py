@@ -325,5 +325,14 @@ def test_bad_options():
 
 
 def test_public_names():
-    assert set(persistrnn.__all__) == {"GRU", "LSTM", "__version__", "check", "explain", "functional", "replace"}
+    assert set(persistrnn.__all__) == {
+        "GRU",
+        "LSTM",
+        "Streaming",
+        "__version__",
+        "check",
+        "explain",
+        "functional",
+        "replace",
+    }
     assert all(hasattr(persistrnn, name) for name in persistrnn.__all__)

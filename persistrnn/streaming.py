@@ -1,0 +1,82 @@
+"""A layer that remembers its state from call to call: streams, environments, truncated back-propagation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from persistrnn.modules import GRU, LSTM
+
+
+class Streaming(nn.Module):
+    """Run a layer over a sequence that comes in pieces: each call goes on from the state that the last one left.
+
+    Piece by piece it is what the layer computes of the whole. The gradient ends at the border between two calls
+    (truncated back-propagation), or with detach=False goes through it to the beginning.
+
+    Args:
+        layer: a persistrnn.LSTM or persistrnn.GRU of one direction
+        detach: whether the state is cut from its graph after each call
+
+    Inputs: a piece of the input, [T, B, I], [B, T, I] with the layer's batch_first, or [T, I], and the layer's keyword
+    arguments but hx. Outputs: output, as the layer's, and every c with return_cell_states.
+
+    Attributes:
+        state: what the next call begins from, in the layer's form (hx); None: zeros. It is not in the state_dict: it
+            belongs to the stream, not to the model
+
+    Raises:
+        TypeError: a layer of another type
+        ValueError: a bidirectional layer, which needs the whole sequence
+    """
+
+    def __init__(self, layer: LSTM | GRU, *, detach: bool = True) -> None:
+        super().__init__()
+        if not isinstance(layer, (LSTM, GRU)):
+            raise TypeError(
+                f"layer is a persistrnn.LSTM or persistrnn.GRU, got {type(layer).__name__}; persistrnn.replace makes "
+                "them of torch.nn's"
+            )
+        if layer.bidirectional:
+            raise ValueError(
+                "a bidirectional layer has no stream: its second direction begins at the sequence's end; "
+                "use bidirectional=False"
+            )
+        self.layer = layer
+        self.detach = detach
+        self.state: Any = None
+
+    def forward(self, input: Tensor, **options: Any) -> Any:
+        output, state, *c = self.layer(input, self.state, **options)
+        self._keep(state)
+        return (output, *c) if c else output
+
+    def step(self, input: Tensor) -> Tensor:
+        """One time step: y_t [B, H] of x_t [B, I] ([H] of [I] unbatched)."""
+        output, state = self.layer.step(input, self.state)
+        self._keep(state)
+        return output
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Begin anew with zeros: all rows, or those where ``rows``, bool [B] on the state's device, is True.
+
+        Raises:
+            ValueError: rows of another dtype or size
+        """
+        if rows is None or self.state is None:
+            self.state = None
+            return
+        states = self.state if isinstance(self.state, tuple) else (self.state,)
+        batch = states[0].shape[1:-1]
+        if rows.dtype != torch.bool or rows.shape != batch:
+            raise ValueError(
+                f"rows is a bool tensor of size {tuple(batch)}, one for each row of the batch, got {rows.dtype} of "
+                f"size {tuple(rows.shape)}; reset() without rows resets all"
+            )
+        kept = tuple(torch.where(rows.unsqueeze(-1), 0.0, s) for s in states)
+        self.state = kept if isinstance(self.state, tuple) else kept[0]
+
+    def _keep(self, state: Any) -> None:
+        if self.detach:
+            state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
+        self.state = state
