@@ -123,4 +123,4 @@ def scan(race: Race, backward: bool) -> Callable[[], object]:
         return lambda: launch.forward(cell, x, weight, bias, h0, c0, asked, save=True)
     dy = race.truth.dy.unsqueeze(2)
     d_final = tuple(x.new_zeros(case.batch, 1, case.hidden) for _ in range(cell.states))
-    return lambda: launch.backward(cell, dy, d_final, weight, y, c, saved, asked)
+    return lambda: launch.backward(cell, (dy,), d_final, weight, y, c, saved, asked)

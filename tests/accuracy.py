@@ -50,7 +50,7 @@ FACTORS = {
     "dtype": ("fp32", "fp16", "bf16"),
     "hidden": (1, 10, 18, 25, 64, 100, 128, 200),
     "batch": (1, 3, 17, 64),
-    "steps": (1, 2, 33),
+    "steps": (1, 2, 17),
     "layers": (1, 2, 3),
     "bidirectional": (False, True),
     "bias": (True, False),

@@ -296,7 +296,7 @@ def test_nan_and_inf_flow_through(cell, hidden, protocol, value, exchange):
     truth = persistrnn.reference.recurrent(
         cell, *(None if t is None else t.detach().to("cpu", torch.float64) for t in made.values())
     )
-    for ours, true in zip(found, (t for t in truth if t is not None), strict=False):
+    for ours, true in zip(found, (t for t in truth[:3] if t is not None), strict=False):
         assert torch.equal(ours.isnan().cpu(), true.isnan())
     assert found[0].isnan().any() == (value != value) or cell == "gru"
 
@@ -453,7 +453,7 @@ def test_offsets_past_31_bits(cell):
     dy, *d_final = cotangents
     x_gates, weight, bias, *initial = made.values()
     with torch.no_grad():
-        _, *middle = autograd.recurrent(cell, x_gates[:half], weight, bias, *initial, "ieee")
+        _, *middle, _ = autograd.recurrent(cell, x_gates[:half], weight, bias, *initial, "ieee")
     halves, names = [], list(made)
     for part in (1, 0):  # the second half first: its gradients of the state are the first half's
         start = middle if part else initial

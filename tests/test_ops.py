@@ -171,7 +171,7 @@ def test_gradients_are_made_for_what_requires_them(cell, needed):
     if arguments[needed] is None:
         pytest.skip("the GRU has no c0")
     expected_leaf = arguments[needed].clone().requires_grad_()
-    expected = reference.recurrent(cell, **(arguments | {needed: expected_leaf}))
+    expected = reference.recurrent(cell, **(arguments | {needed: expected_leaf}))[:3]
     sum(t.square().sum() for t in expected if t is not None).backward()
 
     arguments[needed].requires_grad_()

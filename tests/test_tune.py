@@ -112,8 +112,9 @@ def test_tune(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def counted(name: str, function: Callable[..., object], run: list[tuple[str, int]]) -> Callable[..., object]:
-    def call(cell: object, first: Tensor, *others: object, **options: object) -> object:
-        made = launch.choose(cell, TINY.hidden, TINY.batch, 1, first.dtype, "ieee", CPU)
+    def call(cell: object, first: Tensor | tuple[Tensor, ...], *others: object, **options: object) -> object:
+        dtype = (first if isinstance(first, Tensor) else first[0]).dtype
+        made = launch.choose(cell, TINY.hidden, TINY.batch, 1, dtype, "ieee", CPU)
         run.append((name, getattr(made, name).tiling.batch_tile))
         return function(cell, first, *others, **options)
 

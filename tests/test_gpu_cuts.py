@@ -1,0 +1,185 @@
+"""Lengths, resets, packed sequences, projections, graphs and second derivatives on a real GPU."""
+
+import accuracy
+import cuts
+import pytest
+import torch
+from cuts import Case
+from gpu import DEVICE, synchronize
+from persistrnn.kernels import launch
+from persistrnn.kernels.cells import CELLS
+from test_gpu import PROTOCOLS, REPEATS, a_gpu, exchange, precision
+from torch import nn
+
+import persistrnn
+
+pytestmark = pytest.mark.gpu
+
+__all__ = ["a_gpu", "exchange", "precision"]  # fixtures
+
+# (hidden, batch, steps, layers, bidirectional, lengths, resets, state, reset_state)
+CUTS = [
+    (64, 17, 33, 2, True, True, True, True, True),
+    (100, 3, 20, 1, False, True, False, True, False),
+    (512, 20, 20, 2, False, False, True, True, True),
+    (1024, 5, 12, 1, True, True, True, False, False),
+    (2048, 3, 8, 1, False, True, True, True, True),
+]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_cuts_keep_the_bound(cell, dtype, protocol, exchange, precision):
+    precision("ieee")
+    exchange(protocol=protocol)
+    bound = accuracy.Bound(accuracy.DTYPES[dtype])
+    for hidden, batch, steps, layers, bidirectional, *cut in CUTS:
+        case = Case(cell, dtype, hidden, batch, steps, layers, bidirectional, 0, *cut)
+        before = launch.LAUNCHES.copy()
+        bound.add(case, *cuts.run(case, seed=0, device=DEVICE))
+        assert sum((launch.LAUNCHES - before).values()) >= 2, "on the kernels"
+    assert not bound.failures, "\n".join(bound.failures)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_projections_keep_the_bound(dtype, precision):
+    precision("ieee")
+    bound = accuracy.Bound(accuracy.DTYPES[dtype])
+    for hidden, proj, layers, bidirectional in ((96, 40, 2, True), (512, 128, 2, False), (1024, 256, 1, True)):
+        for cut in (False, True):
+            case = Case("lstm", dtype, hidden, 9, 16, layers, bidirectional, proj, cut, cut, True, cut)
+            bound.add(case, *cuts.run(case, seed=1, device=DEVICE))
+    assert not bound.failures, "\n".join(bound.failures)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_sequences_agree_with_torch_nn(cell):
+    torch.manual_seed(0)
+    layer = accuracy.MODULES[cell][0](24, 256, 2, bidirectional=True, device=DEVICE, backend="persistent")
+    truth = accuracy.MODULES[cell][1](24, 256, 2, bidirectional=True, device=DEVICE)
+    truth.load_state_dict(layer.state_dict())
+    lengths = torch.randint(1, 60, (19,))
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(60, 19, 24, device=DEVICE), lengths, enforce_sorted=False)
+    found, expected = layer(packed), truth(packed)
+    torch.testing.assert_close(found[0].data, expected[0].data, rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(found[1], expected[1], rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_results_do_not_change_between_runs(cell):
+    torch.manual_seed(1)
+    layer = accuracy.MODULES[cell][0](64, 256, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(50, 24, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    cut = {"lengths": torch.randint(0, 51, (24,), device=DEVICE), "resets": torch.rand(50, 24, device=DEVICE) < 0.1}
+
+    def run():
+        y, _ = layer(x, **cut)
+        return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))]
+
+    expected = run()
+    assert layer.last_path == "persistent"
+    for _ in range(REPEATS):
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_host_never_waits_for_lengths(cell):
+    layer = accuracy.MODULES[cell][0](32, 256, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(20, 17, 32, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    lengths, resets = torch.randint(0, 21, (17,), device=DEVICE), torch.rand(20, 17, device=DEVICE) < 0.2
+
+    def step():
+        y, _ = layer(x, lengths=lengths, resets=resets)
+        y.sum().backward()
+
+    step()
+    synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_lengths_out_of_range_are_clamped_and_raised_once():
+    layer = persistrnn.GRU(8, 64, device=DEVICE)
+    x = torch.randn(10, 3, 8, device=DEVICE)
+    expected = layer(x, lengths=torch.tensor([10, 0, 4], device=DEVICE))
+    found = layer(x, lengths=torch.tensor([99, -7, 4], device=DEVICE))
+    synchronize()
+    with pytest.raises(RuntimeError, match=r"lengths of an earlier call on cuda.* not within \[0, T\]"):
+        layer(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    synchronize()
+    persistrnn.check()
+
+
+@pytest.mark.parametrize("hidden", [64, 512])
+@pytest.mark.parametrize("cell", CELLS)
+def test_cuda_graph_of_a_training_step(cell, hidden):
+    """Captured once, replayed with other numbers: what the eager step gives, bit for bit."""
+    torch.manual_seed(0)
+    layer = accuracy.MODULES[cell][0](32, hidden, 2, device=DEVICE, dtype=torch.bfloat16, backend="persistent")
+    x = torch.randn(30, 8, 32, device=DEVICE, dtype=torch.bfloat16)
+    lengths = torch.full((8,), 30, device=DEVICE)
+
+    def step():
+        y, _ = layer(x, lengths=lengths)
+        return [y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn_like(x))
+        lengths.copy_(torch.randint(1, 31, (8,), device=DEVICE))
+        graph.replay()
+        synchronize()
+        persistrnn.check()
+        found = [t.clone() for t in captured]
+        assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
+
+
+def test_layers_on_several_streams_do_not_deadlock():
+    """Each launch is cooperative: it begins when all of its programs can, so two of them never hold half each."""
+    layers = [persistrnn.LSTM(64, n, device=DEVICE, dtype=torch.bfloat16) for n in (256, 512, 1024, 640)]
+    x = torch.randn(100, 16, 64, device=DEVICE, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = [layer(x)[0] for layer in layers]
+        streams = [torch.cuda.Stream() for _ in layers]
+        synchronize()
+        for _ in range(10):
+            found = []
+            for stream, layer in zip(streams, layers, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(layer(x)[0])
+            synchronize()
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    persistrnn.check()
+
+
+@pytest.mark.parametrize("hidden", [64, 512])
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_derivative(cell, hidden, precision):
+    precision("ieee")
+    torch.manual_seed(0)
+    layer = accuracy.MODULES[cell][0](16, hidden, device=DEVICE, backend="persistent")
+    truth = accuracy.MODULES[cell][1](16, hidden, dtype=torch.float64)
+    truth.load_state_dict(layer.state_dict())
+    x = torch.randn(6, 3, 16)
+    found = []
+    for of in (layer, truth):
+        leaf = x.to(of.weight_hh_l0).requires_grad_()
+        (slope,) = torch.autograd.grad(of(leaf)[0].square().sum(), leaf, create_graph=True)
+        found.append([slope, *torch.autograd.grad(slope.square().sum(), [leaf, *of.parameters()])])
+    for a, b in zip(*found, strict=True):
+        assert (a.cpu().double() - b).norm() <= 1e-3 * b.norm()
