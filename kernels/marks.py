@@ -51,3 +51,24 @@ def zero_marked(mark, code: tl.constexpr, tiles):
     for i in tl.static_range(len(tiles)):
         chosen = chosen + (tl.where((mark == code)[None, :], 0.0, tiles[i]),)
     return chosen
+
+
+@triton.jit
+def with_begun(d_reset, after, codes, n: tl.constexpr):
+    """The gradients of the reset states, with those of the rows that began anew at this step."""
+    total = ()
+    for i in tl.static_range(len(after)):
+        total = total + (d_reset[i] + tl.where((codes[i // n] == BEGINS)[None, :], after[i], 0.0),)
+    return total
+
+
+@triton.jit
+def cut(after, codes, neighbours, n: tl.constexpr):
+    """The gradients for the step before: none in the rows that began anew, but for the neighbour's part of it."""
+    left = ()
+    for i in tl.static_range(len(after)):
+        tile = tl.where((codes[i // n] == BEGINS)[None, :], 0.0, after[i])
+        if i % n == 0 and len(neighbours) > 0:
+            tile = tile + neighbours[i // n]
+        left = left + (tile,)
+    return left

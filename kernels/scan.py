@@ -31,26 +31,10 @@ import triton
 import triton.language as tl
 
 from .exchange import arrive, put, wait
-from .marks import BEGINS, ENDED, load_marks, reset_slot, rows_before, where_marked, zero_marked
+from .marks import BEGINS, ENDED, cut, load_marks, reset_slot, rows_before, where_marked, with_begun, zero_marked
 from .product import add_parts, join, product_local, product_shared, resident, streamed
-from .tiles import narrow, previous_slot, row_offset, time_of, unit_offsets
+from .tiles import job_of, layer_of, narrow, previous_slot, row_offset, time_of, unit_offsets
 from .tuples import add_first, load, load_states, load_tiles, moved, part_of, store, store_tiles, sums
-
-
-@triton.jit
-def job_of(job, B, rows: tl.constexpr):
-    """A job of ``rows`` rows of the batch: its number, its direction, its first row."""
-    jobs_of_direction = tl.cdiv(B, rows)
-    return job, job // jobs_of_direction, (job % jobs_of_direction) * rows
-
-
-@triton.jit
-def layer_of(group, tiling: tl.constexpr):
-    """(number of the group's job in this launch, its layer): the layers of a batch tile are neighbours."""
-    if tiling.layers == 1:
-        return group, 0
-    else:
-        return group // tiling.layers, group % tiling.layers
 
 
 @triton.jit
@@ -312,27 +296,6 @@ def load_saved(d_outputs, heard, saved, states, marks, t, first, rows, units, ma
         rows_of_states = rows_before(mark[0], rows, slot, reset_slot(direction, T), B)
     before = row_offset(slot, first, direction, B, D, H)
     return given + kept + load_states(states, before, unit_offsets(units, rows_of_states, D * H), mask) + mark
-
-
-@triton.jit
-def with_begun(d_reset, after, codes, n: tl.constexpr):
-    """The gradients of the reset states, with those of the rows that began anew at this step."""
-    total = ()
-    for i in tl.static_range(len(after)):
-        total = total + (d_reset[i] + tl.where((codes[i // n] == BEGINS)[None, :], after[i], 0.0),)
-    return total
-
-
-@triton.jit
-def cut(after, codes, neighbours, n: tl.constexpr):
-    """The gradients for the step before: none in the rows that began anew, but for the neighbour's part of it."""
-    left = ()
-    for i in tl.static_range(len(after)):
-        tile = tl.where((codes[i // n] == BEGINS)[None, :], 0.0, after[i])
-        if i % n == 0 and len(neighbours) > 0:
-            tile = tile + neighbours[i // n]
-        left = left + (tile,)
-    return left
 
 
 @triton.jit(do_not_specialize=["first_job", "T", "B"])

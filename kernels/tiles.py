@@ -13,6 +13,22 @@ import triton.language as tl
 
 
 @triton.jit
+def job_of(job, B, rows: tl.constexpr):
+    """A job of ``rows`` rows of the batch: its number, its direction, its first row."""
+    jobs_of_direction = tl.cdiv(B, rows)
+    return job, job // jobs_of_direction, (job % jobs_of_direction) * rows
+
+
+@triton.jit
+def layer_of(group, tiling: tl.constexpr):
+    """(number of the group's job in this launch, its layer): the layers of a batch tile are neighbours."""
+    if tiling.layers == 1:
+        return group, 0
+    else:
+        return group // tiling.layers, group % tiling.layers
+
+
+@triton.jit
 def time_of(step, direction, T):
     """The time index that ``step`` stands for: direction is the sign of the time step."""
     return tl.where(direction == 0, step, T - 1 - step)

@@ -15,7 +15,8 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
         steps: T >= 1
 
     Returns:
-        A few lines: the call, the path ("persistent" or "torch", or that the call would raise), and the plan
+        A few lines: the call, the path ("persistent" or "torch", or that the call would raise), the path of calls that
+        torch's own kernels cannot run, and the plan
         of the kernels or the reason why they do not run. Settings that a call would read (autocast,
         `torch.backends.cudnn.rnn.fp32_precision`) are read now.
 
@@ -50,6 +51,10 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
         lines += ['path: none, the call would raise, because backend="persistent"', f"why: {reason}"]
     else:
         lines += ["path: torch (cuDNN, oneDNN or ATen, as torch.nn would run it)", f"why: {reason}"]
+    with_cuts = functional.obstacle(layer.backend, cell, *sizes, dtype, device, True)
+    if reason is not None and layer.backend != "persistent":
+        path = "stepwise, a loop over torch's operations" if with_cuts is not None else "persistent"
+        lines.append(f"with lengths, mask, resets or cell states: {path}")
     if device.type == "cuda" and functional.obstacle("persistent", cell, *sizes, dtype, device) is None:
         lines.append(ops.expected(*shape))
     return "\n".join(lines)

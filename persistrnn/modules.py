@@ -247,28 +247,43 @@ class LSTM(_Recurrent):
         batch_first: whether input and output are [B, T, features]; the states never are
         dropout: probability of a zero between two layers, in training
         bidirectional: whether each layer reads the sequence both ways; then D is 2, else 1
-        proj_size: P > 0 projects each h to P features (torch's path only); the output then has D*P features
+        proj_size: P > 0 projects each h to P features (Sak et al. 2014); the output then has D*P features
         device, dtype: of the parameters
-        backend: "auto" runs the persistent kernels on a GPU that can run them and torch's own kernels
-            elsewhere (CPU, float64, PackedSequence, ...); "persistent" runs the kernels or raises; "torch"
-            runs torch's own
+        backend: "auto" runs the persistent kernels on a GPU that can run them and where they are expected to be
+            faster, and torch's own kernels elsewhere (CPU, float64, ...); "persistent" runs the kernels or raises;
+            "torch" runs torch's own
+        cell_dtype: dtype in which the kernels store c for the backward and give it out: None (that of the
+            computation) or torch.float32; between the steps c is float32 in any case
 
     Inputs: input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence), T >= 1; and
-    optionally (h0, c0), each [L*D, B, H] ([L*D, H] unbatched; h0 has P features with projections).
+    optionally (h0, c0), each [L*D, B, H] ([L*D, H] unbatched; h0 has P features with projections). By keyword, what
+    torch.nn has not (`functional.lstm` has the details):
 
-    Outputs: output [T, B, D*H] of the last layer, in the input's form, and (h_n, c_n), shaped as (h0, c0).
+        lengths: integers [B] on the input's device: a row's output is zero past its length, its final state is that
+            after its last step, the second direction begins there; nothing is sorted and the host does not wait
+        mask: bool as the input, [T, B]: a row skips the steps where it is False
+        resets: bool as the input, [T, B]: an episode begins before the steps where it is True, from reset_state
+        reset_state: as (h0, c0); None: zeros
+        return_cell_states: whether to return every c of the last layer, too
+
+    Outputs: output [T, B, D*H] of the last layer, in the input's form, and (h_n, c_n), shaped as (h0, c0); with
+    return_cell_states also c [T, B, D*H], in the input's form.
 
     Attributes:
         weight_ih_l[k] [4*H, I or D*H], weight_hh_l[k] [4*H, H], bias_ih_l[k], bias_hh_l[k] [4*H]: gate order
             i, f, g, o; the second direction's names end in _reverse; weight_hr_l[k] [P, H] with projections
-        last_path: "persistent" or "torch", what ran the last eager call; None before the first. A call under
-            torch.compile leaves it as it is: ask `persistrnn.explain`
+        last_path: what ran the last eager call: "persistent", "torch", or "stepwise", a loop over torch's operations
+            for what torch's own kernels cannot do; None before the first. A call under torch.compile leaves it as it
+            is: ask `persistrnn.explain`
 
     Dtypes: float16, bfloat16 and float32 on the kernels, also what torch.nn.LSTM takes on torch's path. Under
     autocast the layer computes in autocast's dtype, as torch.nn.LSTM does.
 
+    A second derivative (a gradient penalty, say) is right and slow: it runs step by step. Forward-mode AD is refused.
+
     Raises: ValueError, RuntimeError and TypeError as torch.nn.LSTM does, and RuntimeError where
-    backend="persistent" cannot run a call. Not scriptable by torch.jit.
+    backend="persistent" cannot run a call. Not scriptable by torch.jit, and no instance of torch.nn.LSTM: code that
+    asks isinstance(m, torch.nn.LSTM) must ask for this class (`to_torch` gives torch.nn's back).
     """
 
     mode = "LSTM"
@@ -332,7 +347,7 @@ class GRU(_Recurrent):
         h_t = (1 - z) * n + z * h_{t-1}
 
     Inputs: input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence), T >= 1; and
-    optionally h0 [L*D, B, H] ([L*D, H] unbatched).
+    optionally h0 [L*D, B, H] ([L*D, H] unbatched), and by keyword lengths, mask, resets and reset_state as for `LSTM`.
 
     Outputs: output [T, B, D*H] of the last layer, in the input's form, and h_n, shaped as h0.
 

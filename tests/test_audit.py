@@ -48,6 +48,13 @@ SAMPLE = [
     Case("gru", True, "tf32", 768, "sm_90", 16),
     Case("gru", True, "fp32", 512, "sm_80", 16),
     Case("lstm", True, "bf16", 1024, "gfx942", 16),
+    # Rows that begin anew or end, gradients of the reset states and of every c: more tiles alive, and no spill.
+    Case("lstm", False, "bf16", 1024, "sm_90", 64, marks=True),
+    Case("lstm", True, "bf16", 1024, "sm_90", 16, 2, marks=True),
+    Case("lstm", True, "tf32", 128, "sm_80", 16, marks=True),
+    Case("gru", False, "fp16", 320, "sm_80", 16, 2, marks=True),
+    Case("gru", True, "bf16", 1150, "sm_90", 80, marks=True),
+    Case("gru", True, "bf16", 512, "sm_100", 64, marks=True),
 ]
 
 SMALL = Case("gru", False, "bf16", 32, "sm_90")  # one slice, and quick to compile
@@ -56,7 +63,7 @@ SHARED = Case("gru", False, "bf16", 256, "sm_90")  # many slices
 
 def identity(case: Case) -> str:
     name = f"{case.cell}-{'backward' if case.backward else 'forward'}-{case.dtype}-{case.hidden}-B{case.batch}"
-    return f"{name}-D{case.directions}-{case.arch}"
+    return f"{name}-D{case.directions}-{case.arch}{'-marks' * case.marks}"
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=identity)

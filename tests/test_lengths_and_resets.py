@@ -376,3 +376,65 @@ def test_marks():
     assert segments.marks(None, resets, 1).squeeze(2).eq(B).equal(resets)
     assert segments.first_steps(active, 2)[:, 2].tolist() == [[True, False], [False, False], [False, True], [False] * 2]
     assert not segments.first_steps(active, 2)[:, 1].any()
+
+
+# ---- limits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize(("cell", "proj"), SHAPES)
+def test_an_empty_batch(cell, proj, backend):
+    layer = getattr(persistrnn, cell.upper())(3, 6, 2, backend=backend, **({"proj_size": proj} if proj else {}))
+    x = torch.randn(4, 0, 3, requires_grad=True)
+    nothing = torch.zeros(4, 0, dtype=torch.bool)
+    y, _ = layer(x, lengths=torch.zeros(0, dtype=torch.long), resets=nothing)
+    assert y.shape == (4, 0, proj or 6)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+    assert layer(x, mask=nothing)[0].shape == (4, 0, proj or 6)
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_rows_without_a_step(cell, backend):
+    """All of length zero: the initial state comes out, and its gradient is the final one's."""
+    layer = getattr(persistrnn, cell.upper())(3, 6, bidirectional=True, backend=backend)
+    states = [torch.randn(2, 2, 6, requires_grad=True) for _ in range(2 if cell == "lstm" else 1)]
+    y, final = layer(torch.randn(3, 2, 3), tuple(states) if cell == "lstm" else states[0], lengths=torch.zeros(2).int())
+    assert not y.any()
+    final = list(final) if cell == "lstm" else [final]
+    assert all(torch.equal(a, b) for a, b in zip(final, states, strict=True))
+    cotangents = [torch.randn_like(s) for s in states]
+    grads = torch.autograd.grad(final, states, cotangents)
+    assert all(torch.equal(a, b) for a, b in zip(grads, cotangents, strict=True))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_step_with_a_reset(cell):
+    layer = getattr(persistrnn, cell.upper())(3, 6, bidirectional=True, backend="persistent")
+    x, state = torch.randn(1, 2, 3), torch.randn(2, 2, 6)
+    hx = (state, state) if cell == "lstm" else state
+    y, _ = layer(x, hx, resets=torch.tensor([[True, False]]))
+    forward = layer(x)[0][:, :1, :6]
+    torch.testing.assert_close(y[:, :1, :6], forward)
+    torch.testing.assert_close(y[:, 1:], layer(x, hx)[0][:, 1:])
+    torch.testing.assert_close(y[:, :1, 6:], layer(x, hx)[0][:, :1, 6:], msg="nothing ends after the last step")
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_exports(cell):
+    layer = getattr(persistrnn, cell.upper())(3, 6)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, lengths):
+            return self.layer(x, lengths=lengths)[0]
+
+    given = torch.randn(4, 2, 3), torch.tensor([4, 1])
+    exported = torch.export.export(Model(), given)
+    torch.testing.assert_close(exported.module()(*given), Model()(*given))
