@@ -45,3 +45,13 @@ def test_race_table_is_made_from_the_results():
 
 def test_readme_keeps_its_size():
     assert 60 <= len(README.splitlines()) <= 90
+
+
+def test_every_feature_names_its_tests():
+    features = README[README.index("## What it does") : README.index("## What is known")]
+    rows = [line for line in features.splitlines() if line.startswith("|") and "test_" in line]
+    assert len(rows) == 13
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row.split("|")[-2])
+        assert named, row
+        assert all((ROOT / "tests" / f"{name}.py").exists() for name in named), row
