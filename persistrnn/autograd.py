@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from persistrnn import ops, second
+from persistrnn.mapping import mapped
 from persistrnn.ops import HAS_C
 from persistrnn.second import NOTHING, Gradients, Kept
 from persistrnn.segments import BEGINS
@@ -203,15 +204,9 @@ class _Scan(Function):
         cell_dtype: torch.dtype | None,
         *tensors: Tensor | None,
     ) -> tuple[Any, Any]:
-        dims, fixed = in_dims[5:], (cell, precision, save, return_c, cell_dtype)
+        fixed = cell, precision, save, return_c, cell_dtype
         # where B is in x_gates, weight_hh, bias_hh, h0, c0, marks, reset_h, reset_c
-        batch_axes = (1, None, None, 1, 1, 1, 1, 1)
-        if dims[1] is None and dims[2] is None:
-            folded = [_fold(t, d, a, info.batch_size) for t, d, a in zip(tensors, dims, batch_axes, strict=True)]
-            return _unfold(_Scan.apply(*fixed, *folded), (1,) * 7, info.batch_size)
-        # Every sample has weights of its own: one launch each.
-        outputs = [_Scan.apply(*fixed, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
-        return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * 7
+        return mapped(_Scan, info, in_dims, fixed, tensors, (1, None, None, 1, 1, 1, 1, 1), (1,) * 7)
 
 
 class _ScanBackward(Function):
@@ -248,13 +243,8 @@ class _ScanBackward(Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], cell: str, precision: str, resets: bool, *tensors: Tensor | None
     ) -> tuple[Any, Any]:
-        dims, fixed = in_dims[3:], (cell, precision, resets)
-        batch_axes = (1, 1, 1, 1, None, 1, 1, 1, 1)  # where B is in dy, dc, dh_n, dc_n, weight_hh, y, c, saved, marks
-        if dims[4] is None:
-            folded = [_fold(t, d, a, info.batch_size) for t, d, a in zip(tensors, dims, batch_axes, strict=True)]
-            return _unfold(_ScanBackward.apply(*fixed, *folded), (1,) * 6, info.batch_size)
-        outputs = [_ScanBackward.apply(*fixed, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
-        return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * 6
+        axes = (1, 1, 1, 1, None, 1, 1, 1, 1)  # where B is in dy, dc, dh_n, dc_n, weight_hh, y, c, saved, marks
+        return mapped(_ScanBackward, info, in_dims, (cell, precision, resets), tensors, axes, (1,) * 6)
 
 
 def _before(y: Tensor, marks: Tensor | None, direction: int) -> Tensor:
@@ -346,14 +336,10 @@ class _Wave(Function):
         cell_dtype: torch.dtype | None,
         *tensors: Tensor | None,
     ) -> tuple[Any, Any]:
-        dims, fixed = in_dims[5:], (cell, precision, save, return_c, cell_dtype)
+        fixed = cell, precision, save, return_c, cell_dtype
         # where B is in x_gates, the weights and biases, h0, c0, marks, reset_h, reset_c
-        batch_axes = (1, None, None, None, None, 1, 1, 1, 1, 1)
-        if all(d is None for d in dims[1:5]):
-            folded = [_fold(t, d, a, info.batch_size) for t, d, a in zip(tensors, dims, batch_axes, strict=True)]
-            return _unfold(_Wave.apply(*fixed, *folded), (1, 1, 1, 1, 2, 2, 2), info.batch_size)
-        outputs = [_Wave.apply(*fixed, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
-        return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * 7
+        axes = (1, None, None, None, None, 1, 1, 1, 1, 1)
+        return mapped(_Wave, info, in_dims, fixed, tensors, axes, (1, 1, 1, 1, 2, 2, 2))
 
 
 class _WaveBackward(Function):
@@ -392,14 +378,8 @@ class _WaveBackward(Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], cell: str, precision: str, resets: bool, *tensors: Tensor | None
     ) -> tuple[Any, Any]:
-        dims, fixed = in_dims[3:], (cell, precision, resets)
-        # where B is in dy, dc, dh_n, dc_n, the weights, y, c, saved, marks
-        batch_axes = (1, 1, 1, 1, None, None, 2, 2, 2, 1)
-        if dims[4] is None and dims[5] is None:
-            folded = [_fold(t, d, a, info.batch_size) for t, d, a in zip(tensors, dims, batch_axes, strict=True)]
-            return _unfold(_WaveBackward.apply(*fixed, *folded), (2, 2, 1, 1, 1, 1), info.batch_size)
-        outputs = [_WaveBackward.apply(*fixed, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
-        return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * 6
+        axes = (1, 1, 1, 1, None, None, 2, 2, 2, 1)  # where B is in dy, dc, dh_n, dc_n, the weights, y, c, saved, marks
+        return mapped(_WaveBackward, info, in_dims, (cell, precision, resets), tensors, axes, (2, 2, 1, 1, 1, 1))
 
 
 def _all_before(y: Tensor, marks: Tensor | None) -> Tensor:
@@ -487,25 +467,3 @@ def _gemm(d_gates: Tensor, operand: Tensor) -> Tensor:
 
 def _bias(d_gates: Tensor) -> Tensor:
     return d_gates.sum((1, 2), dtype=torch.float32).to(d_gates.dtype)
-
-
-def _fold(tensor: Tensor | None, dim: int | None, axis: int | None, size: int) -> Tensor | None:
-    """Make the mapped dimension part of the batch at ``axis``; a tensor that is not mapped repeats."""
-    if tensor is None or axis is None:
-        return tensor
-    if tensor.dim() <= axis:
-        return tensor if dim is None else tensor.select(dim, 0)  # the empty stand-in of a state that the cell has not
-    mapped = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    if mapped.dim() <= axis + 1:
-        return mapped[0]
-    return mapped.movedim(0, axis).flatten(axis, axis + 1)
-
-
-def _unfold(outputs: tuple[Tensor, ...], axes: tuple[int, ...], size: int) -> tuple[Any, Any]:
-    """The inverse: split the batch at each output's axis; empty stand-ins are not mapped."""
-    split = tuple(o.unflatten(a, (size, -1)) if o.dim() > a else o for o, a in zip(outputs, axes, strict=True))
-    return split, tuple(a if o.dim() > a else None for o, a in zip(outputs, axes, strict=True))
-
-
-def _sample(tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...], i: int) -> list[Tensor | None]:
-    return [t if t is None or d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)]

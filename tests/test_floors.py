@@ -23,7 +23,7 @@ FLOORS = (
     ("persistrnn.stack",),
     ("persistrnn.autograd", "persistrnn.door"),
     ("persistrnn.ops", "persistrnn.torch_path"),
-    ("persistrnn.reference", "persistrnn.second"),
+    ("persistrnn.mapping", "persistrnn.reference", "persistrnn.second"),
     ("persistrnn.segments",),
     ("persistrnn.kernels.audit_table", "persistrnn.kernels.plan_command"),
     ("persistrnn.kernels.audit",),

@@ -1,0 +1,54 @@
+"""torch.func.vmap over an autograd.Function of a recurrence: the mapped dimension becomes part of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def mapped(
+    function: type[Function],
+    info: Any,
+    in_dims: Sequence[int | None],
+    fixed: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    axes: Sequence[int | None],
+    out_axes: Sequence[int],
+) -> tuple[Any, Any]:
+    """The vmap rule of a Function that takes ``fixed`` and then ``tensors``: its outputs and where they are mapped.
+
+    axes: where the batch is in each tensor; None: it has none, as weights. out_axes: where it is in each output. If
+    a tensor without a batch is mapped, every sample is a call of its own.
+    """
+    dims = in_dims[len(fixed) :]
+    if all(d is None for d, a in zip(dims, axes, strict=True) if a is None):
+        folded = [_fold(t, d, a, info.batch_size) for t, d, a in zip(tensors, dims, axes, strict=True)]
+        return _unfold(function.apply(*fixed, *folded), out_axes, info.batch_size)
+    outputs = [function.apply(*fixed, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
+    return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * len(out_axes)
+
+
+def _fold(tensor: Tensor | None, dim: int | None, axis: int | None, size: int) -> Tensor | None:
+    """Make the mapped dimension part of the batch at ``axis``; a tensor that is not mapped repeats."""
+    if tensor is None or axis is None:
+        return tensor
+    if tensor.dim() <= axis:
+        return tensor if dim is None else tensor.select(dim, 0)  # the empty stand-in of a state that the cell has not
+    mapped = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    if mapped.dim() <= axis + 1:
+        return mapped[0]
+    return mapped.movedim(0, axis).flatten(axis, axis + 1)
+
+
+def _unfold(outputs: tuple[Tensor, ...], axes: Sequence[int], size: int) -> tuple[Any, Any]:
+    """The inverse: split the batch at each output's axis; empty stand-ins are not mapped."""
+    split = tuple(o.unflatten(a, (size, -1)) if o.dim() > a else o for o, a in zip(outputs, axes, strict=True))
+    return split, tuple(a if o.dim() > a else None for o, a in zip(outputs, axes, strict=True))
+
+
+def _sample(tensors: Sequence[Tensor | None], dims: Sequence[int | None], i: int) -> list[Tensor | None]:
+    return [t if t is None or d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)]
