@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persistrnn import autograd, ops, reference, segments
+from persistrnn import autograd, ops, reference, segments, stepwise
 from persistrnn.door import Cuts, Options, Stack
 
 
@@ -233,4 +233,4 @@ def _persistent(precision: str, return_c: bool, cell_dtype: torch.dtype | None) 
     return recurrence
 
 
-_stepwise: Recurrence = reference.recurrent
+_stepwise: Recurrence = stepwise.recurrent

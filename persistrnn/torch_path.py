@@ -1,8 +1,9 @@
 """PyTorch's own LSTM and GRU kernels (cuDNN, MIOpen, oneDNN, ATen), without torch.nn.RNNBase around them.
 
-Eager, a call is one call of torch's function for the whole stack: torch.nn's results to the bit, dropout
-masks included. Under `torch.compile` that function would break the graph, so there every layer is one
-operator, and the dropout between the layers is traced.
+Eager, a call is one call of torch's function for the whole stack: torch.nn's results to the bit. With dropout on a
+GPU every layer is a call of its own: cuDNN would draw masks that no other path of ours could draw from the same seed.
+Under `torch.compile` that function would break the graph, so there every layer is one operator, and the dropout
+between the layers is traced.
 """
 
 import contextlib
@@ -44,6 +45,10 @@ def stack(
         return _compiled_stack(
             cell, input, states, weights, bias, num_layers, dropout, training, bidirectional, batch_first
         )
+    if input.is_cuda and training and dropout > 0 and num_layers > 1:
+        return _layer_by_layer(
+            cell, input, batch_sizes, states, weights, bias, num_layers, dropout, bidirectional, batch_first
+        )
     options = (bias, num_layers, dropout, training, bidirectional)
     return _eager(cell, input, batch_sizes, states, weights, options, batch_first)
 
@@ -63,6 +68,33 @@ def _eager(
         if batch_sizes is None:
             return list(FUNCTIONS[cell](input, hx, list(weights), *options, batch_first))
         return list(FUNCTIONS[cell](input, batch_sizes, hx, list(weights), *options))
+
+
+def _layer_by_layer(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+    batch_first: bool,
+) -> list[Tensor]:
+    """A stack in training, with torch's generator for the dropout between its layers."""
+    directions, per_layer = 2 if bidirectional else 1, len(weights) // num_layers
+    y = input.transpose(0, 1) if batch_first else input
+    finals = []
+    for layer in range(num_layers):
+        if layer > 0:
+            y = F.dropout(y, dropout)
+        of_layer = weights[layer * per_layer : (layer + 1) * per_layer]
+        rows = slice(layer * directions, (layer + 1) * directions)
+        initial = [s[rows].contiguous() for s in states]
+        y, *final = _eager(cell, y, batch_sizes, initial, of_layer, (bias, 1, 0.0, True, bidirectional), False)
+        finals.append(final)
+    return [y.transpose(0, 1) if batch_first else y, *(torch.cat(s) for s in zip(*finals, strict=True))]
 
 
 _NOTHING = contextlib.nullcontext()
@@ -157,7 +189,7 @@ def _split(cell: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tenso
     return tensors[0], tensors[1:first_weight], tensors[first_weight:]
 
 
-def _unaliased(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+def unaliased(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Contiguous copies where a storage is shared: an operator's outputs alias nothing."""
     taken = {t.untyped_storage().data_ptr() for t in inputs}
     result = []
@@ -171,7 +203,7 @@ def _unaliased(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tens
 
 
 @contextlib.contextmanager
-def _autograd_inside_an_operator() -> Iterator[None]:
+def autograd_inside_an_operator() -> Iterator[None]:
     """Let autograd record again. An operator runs below autograd: its dispatch keys are excluded there, which
     torch.enable_grad() does not undo."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
@@ -193,7 +225,7 @@ def layer_forward(
 ) -> list[Tensor]:
     """One layer on torch's kernels. tensors: input [T, B, I], the states [D, B, H], the layer's weights."""
     outputs = _run_layer(cell, bias, bidirectional, autocast, False, tensors)
-    return _unaliased([output.to(output_dtype) for output in outputs], tensors)
+    return unaliased([output.to(output_dtype) for output in outputs], tensors)
 
 
 @layer_forward.register_fake
@@ -223,12 +255,12 @@ def layer_backward(
 ) -> list[Tensor]:
     """The gradients of `tensors`, given those of layer_forward's outputs. Runs the forward again: what cuDNN
     and oneDNN save for their backward has no shape that a compiler could know."""
-    with _autograd_inside_an_operator():
+    with autograd_inside_an_operator():
         leaves = [t.detach().requires_grad_() for t in tensors]
         # training=True: without it cuDNN saves nothing and refuses the backward.
         outputs = _run_layer(cell, bias, bidirectional, autocast, True, leaves)
         result = torch.autograd.grad(outputs, leaves, grads)
-    return _unaliased(result, [*tensors, *grads])
+    return unaliased(result, [*tensors, *grads])
 
 
 @layer_backward.register_fake

@@ -21,7 +21,7 @@ FLOORS = (
     ("persistrnn.modules",),
     ("persistrnn.functional",),
     ("persistrnn.stack",),
-    ("persistrnn.autograd", "persistrnn.door"),
+    ("persistrnn.autograd", "persistrnn.door", "persistrnn.stepwise"),
     ("persistrnn.ops", "persistrnn.torch_path"),
     ("persistrnn.mapping", "persistrnn.reference", "persistrnn.second"),
     ("persistrnn.segments",),

@@ -183,3 +183,38 @@ def test_second_derivative(cell, hidden, precision):
         found.append([slope, *torch.autograd.grad(slope.square().sum(), [leaf, *of.parameters()])])
     for a, b in zip(*found, strict=True):
         assert (a.cpu().double() - b).norm() <= 1e-3 * b.norm()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_dropout_is_the_same_on_all_paths(cell):
+    layer = accuracy.MODULES[cell][0](16, 64, 3, dropout=0.5, device=DEVICE, backend="persistent")
+    x = torch.randn(20, 8, 16, device=DEVICE)
+    found = []
+    for backend in ("persistent", "torch", "torch"):
+        layer.backend = backend
+        torch.manual_seed(7)
+        found.append(layer(x)[0])
+    assert torch.equal(found[1], found[2])
+    torch.testing.assert_close(found[0], found[1], rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_resets_cost_at_most_five_percent(cell):
+    torch.manual_seed(0)
+    layer = accuracy.MODULES[cell][0](128, 512, device=DEVICE, dtype=torch.bfloat16, backend="persistent")
+    x = torch.randn(2000, 16, 128, device=DEVICE, dtype=torch.bfloat16)
+    resets = torch.rand(2000, 16, device=DEVICE) < 0.01
+
+    def milliseconds(options):
+        times = []
+        for _ in range(12):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            layer(x, **options)[0].sum().backward()
+            end.record()
+            synchronize()
+            times.append(start.elapsed_time(end))
+        return sorted(times[2:])[5]
+
+    plain, cut = milliseconds({}), milliseconds({"resets": resets})
+    assert cut <= 1.05 * plain, f"{cut:.3f} ms with resets, {plain:.3f} without"

@@ -325,10 +325,10 @@ def test_compiles_as_one_graph_for_all_lengths(cell, backend):
         return torch.utils._pytree.tree_leaves(layer(x, lengths=lengths, resets=resets))
 
     # One graph for all sizes, and one for each way in which they can be 1: torch itself makes those.
-    compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=backend == "persistent" or None)
+    compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=True)
     sizes = ((4, 3), (4, 3), (5, 3), (5, 2), (1, 2), (3, 1), (1, 1), (2, 2))
     seen = []
-    for T, B in sizes if backend == "persistent" else sizes[:2]:
+    for T, B in sizes:
         x = torch.randn(T, B, 7, requires_grad=True)
         given = torch.randint(0, T + 1, (B,)), torch.rand(T, B) < 0.3
         found, expected = compiled(x, *given), call(x, *given)
@@ -438,3 +438,17 @@ def test_exports(cell):
     given = torch.randn(4, 2, 3), torch.tensor([4, 1])
     exported = torch.export.export(Model(), given)
     torch.testing.assert_close(exported.module()(*given), Model()(*given))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_operators_keep_the_contract_of_torch_library(cell):
+    rows = 4 if cell == "lstm" else 3
+    shapes = [(3, 2, 1, rows * 5), (1, rows * 5, 5), (1, rows * 5)] + [(1, 2, 5)] * (4 if cell == "lstm" else 2)
+    tensors = [torch.randn(shape) for shape in shapes]
+    marks = segments.marks(None, torch.rand(3, 2) < 0.5, 1)
+    resets = 2 if cell == "lstm" else 1
+    operators = torch.ops.persistrnn
+    torch.library.opcheck(operators.stepwise.default, (cell, resets, marks, tensors))
+    grads = [torch.randn_like(t) for t in operators.stepwise(cell, resets, marks, tensors)]
+    torch.library.opcheck(operators.stepwise_backward.default, (cell, resets, marks, tensors, grads))
+    torch.library.opcheck(operators.bounded_lengths.default, (torch.tensor([3, 0]), 3))

@@ -66,7 +66,7 @@ def test_operators_share_no_storage(cell):
 def test_shared_storage_is_copied():
     """cuDNN returns all weight gradients as views of one buffer."""
     given, buffer = torch.ones(2, 3), torch.arange(4.0)
-    outputs = torch_path._unaliased([given, buffer[:2], buffer[2:], given.new_ones(3, 2).t()], [given])
+    outputs = torch_path.unaliased([given, buffer[:2], buffer[2:], given.new_ones(3, 2).t()], [given])
     storages = [t.untyped_storage().data_ptr() for t in (given, *outputs)]
     assert len(set(storages)) == len(storages)
     assert all(t.is_contiguous() for t in outputs)
@@ -80,7 +80,7 @@ def test_autograd_records_inside_an_operator():
     class Inside(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             x = torch.ones(2, requires_grad=True)
-            with torch_path._autograd_inside_an_operator():
+            with torch_path.autograd_inside_an_operator():
                 y = x * 1
                 y[0].mul_(5)
                 seen.append(torch.autograd.grad(y.sum(), x)[0].tolist())
@@ -241,3 +241,24 @@ def test_silences_the_flat_weight_warning_and_no_other():
         warnings.warn("RNN module weights are not part of single contiguous chunk of memory.", stacklevel=1)
     with pytest.warns(UserWarning, match="another"), torch_path._no_flat_weight_warning():
         warnings.warn("another", stacklevel=1)
+
+
+@pytest.mark.parametrize(("batch_first", "packed"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_layer_by_layer_is_the_stack(cell, batch_first, packed):
+    """As a GPU runs dropout; ATen draws the same masks from the same seed."""
+    torch.manual_seed(0)
+    module = getattr(torch.nn, cell.upper())(3, 6, 3, bidirectional=True, batch_first=batch_first)
+    x = torch.randn((2, 5, 3) if batch_first else (5, 2, 3))
+    batch_sizes = None
+    if packed:
+        sequence = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]))
+        x, batch_sizes = sequence.data, sequence.batch_sizes
+    states = [torch.randn(6, 2, 6) for _ in range(2 if cell == "lstm" else 1)]
+    weights = [w for layer in module.all_weights for w in layer]
+    given = cell, x, batch_sizes, states, weights, True, 3, 0.4
+    torch.manual_seed(1)
+    found = torch_path._layer_by_layer(*given, True, batch_first)
+    torch.manual_seed(1)
+    expected = torch_path.stack(*given, True, True, batch_first)
+    torch.testing.assert_close(found, expected)
