@@ -130,20 +130,18 @@ def _compiled_stack(
             y = F.dropout(y, dropout)
         rows = slice(layer * directions, (layer + 1) * directions)
         layer_states = [s[rows] for s in states]
-        y, *final = _Layer.apply(
-            cell,
-            bias,
-            bidirectional,
-            autocast,
-            _output_dtype(cell, y, layer_states[0], autocast),
-            y,
-            *layer_states,
-            *weights[layer * per_layer : (layer + 1) * per_layer],
-        )
+        fixed = cell, bias, bidirectional, autocast, _output_dtype(cell, y, layer_states[0], autocast)
+        tensors = [y, *layer_states, *weights[layer * per_layer : (layer + 1) * per_layer]]
+        y, *final = _Layer.apply(*fixed, *tensors) if asks_for_gradients(tensors) else layer_forward(*fixed, tensors)
         finals.append(final)
     if batch_first:
         y = y.transpose(0, 1)
     return [y, *(torch.cat(s) for s in zip(*finals, strict=True))]
+
+
+def asks_for_gradients(tensors: Sequence[Tensor]) -> bool:
+    """Whether an autograd.Function is needed. Dynamo cannot trace one with ``*tensors`` where not (seen: 2.13)."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:

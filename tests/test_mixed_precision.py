@@ -1,0 +1,272 @@
+"""Autocast, GradScaler, parameters in half precision and float32's precision: dtypes and values are torch.nn's."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+import persistrnn
+
+PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
+CELLS = list(PAIRS)
+HALVES = [torch.float16, torch.bfloat16]
+PATHS = ["torch", pytest.param("persistent", marks=pytest.mark.interpreter)]
+STEPS, BATCH, INPUT, HIDDEN = 3, 2, 4, 6
+
+
+def make_pair(cell, backend="torch", **options):
+    """Ours and torch.nn's, with the same weights."""
+    torch.manual_seed(0)
+    theirs = PAIRS[cell][1](INPUT, HIDDEN, **options)
+    ours = PAIRS[cell][0](INPUT, HIDDEN, backend=backend, **options)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def state_of(cell, *shape):
+    h, c = torch.randn(2, *shape)
+    return (h, c) if cell == "lstm" else h
+
+
+def to_dtype(state, dtype):
+    return tree_map(lambda t: t.to(dtype), state)
+
+
+def run(layer, x, hx=None, autocast=None):
+    """(outputs, gradients of the input, the states and the parameters) of fresh leaves."""
+    x = x.clone().requires_grad_()
+    hx = None if hx is None else tree_map(lambda t: t.clone().requires_grad_(), hx)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        outputs = tree_leaves(layer(x, hx))
+    loss = sum((k + 1) * t.float().sin().sum() for k, t in enumerate(outputs))
+    inputs = [x, *(() if hx is None else tree_leaves(hx)), *layer.parameters()]
+    return [t.detach() for t in outputs], list(torch.autograd.grad(loss, inputs))
+
+
+def result_or_error(call):
+    try:
+        return call()
+    except RuntimeError as error:
+        return str(error)
+
+
+def assert_same_bits(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)  # dtypes too
+
+
+# --- autocast -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state_dtype", [None, "float32", "half"])
+@pytest.mark.parametrize("input_dtype", ["float32", "half"])
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast_outputs_and_gradients_are_torch_nn(cell, half, input_dtype, state_dtype):
+    """Or its refusal: not every CPU has oneDNN's float16 LSTM."""
+    dtypes = {"float32": torch.float32, "half": half}
+    x = torch.randn(STEPS, BATCH, INPUT).to(dtypes[input_dtype])
+    hx = None if state_dtype is None else to_dtype(state_of(cell, 4, BATCH, HIDDEN), dtypes[state_dtype])
+    ours, theirs = make_pair(cell, num_layers=2, bidirectional=True)
+    expected = result_or_error(lambda: run(theirs, x, hx, half))
+    if isinstance(expected, str):
+        assert result_or_error(lambda: run(ours, x, hx, half)) == expected
+        return
+    actual = run(ours, x, hx, half)
+    assert_same_bits(actual, expected)
+    assert {g.dtype for g in actual[1][-len(list(ours.parameters())) :]} == {torch.float32}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("cell", "half", "input_dtype"),
+    [
+        ("lstm", torch.float16, torch.float32),
+        ("lstm", torch.bfloat16, torch.bfloat16),
+        ("gru", torch.float16, torch.float16),
+        ("gru", torch.bfloat16, torch.float32),
+    ],
+)
+def test_autocast_on_the_kernels_is_the_cast_layer(cell, half, input_dtype):
+    """Outputs in autocast's dtype, as torch.nn has them on a GPU, and each gradient in its own tensor's dtype."""
+    layer, _ = make_pair(cell, "persistent", num_layers=2)
+    x, hx = torch.randn(STEPS, BATCH, INPUT).to(input_dtype), state_of(cell, 2, BATCH, HIDDEN)
+    outputs, gradients = run(layer, x, hx, half)
+    assert layer.last_path == "persistent"
+    assert {t.dtype for t in outputs} == {half}
+    assert [g.dtype for g in gradients] == [x.dtype] + [torch.float32] * (len(gradients) - 1)
+
+    cast = copy.deepcopy(layer).to(half)
+    expected_outputs, expected_gradients = run(cast, x.to(half), to_dtype(hx, half))
+    assert_same_bits(outputs, expected_outputs)
+    assert_same_bits(gradients, [e.to(g.dtype) for e, g in zip(expected_gradients, gradients, strict=True)])
+
+
+@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast_switched_off_inside_gives_float32(cell, backend):
+    layer, _ = make_pair(cell, backend)
+    x = torch.randn(STEPS, BATCH, INPUT)
+    expected = tree_leaves(layer(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
+        assert_same_bits(tree_leaves(layer(x)), expected)
+
+
+@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast_takes_the_state_it_returned(cell, backend):
+    """A sequence in two pieces, the second with the first one's state, is the whole sequence, to the state's dtype."""
+    layer, _ = make_pair(cell, backend)
+    x = torch.randn(2 * STEPS, BATCH, INPUT).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole, last = layer(x)
+        first, state = layer(x[:STEPS])
+        second, end = layer(x[STEPS:], state)
+    assert first.dtype == tree_leaves(state)[0].dtype == second.dtype
+    torch.testing.assert_close((torch.cat([first, second]), end), (whole, last), rtol=0.02, atol=5e-3)
+
+
+@pytest.mark.interpreter
+def test_compiled_kernels_follow_autocast():
+    """One compiled layer, called without autocast and with it."""
+    layer, _ = make_pair("gru", "persistent")
+    x = torch.randn(STEPS, BATCH, INPUT)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for autocast in (None, torch.bfloat16):
+        actual, expected = run(compiled, x, autocast=autocast), run(layer, x, autocast=autocast)
+        assert {t.dtype for t in actual[0]} == {autocast or torch.float32}
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+# --- GradScaler -----------------------------------------------------------------------------------------------
+
+
+def train(layer, x, scaler, steps, lr=0.5):
+    """Steps with autocast in float16 and a scaled loss; the scale after each."""
+    optimizer = torch.optim.SGD(layer.parameters(), lr=lr)
+    scales = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            y, _ = layer(x)
+        loss = (y.float() - 0.25).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return scales
+
+
+def values_of(layer):
+    return [p.detach().clone() for p in layer.parameters()]
+
+
+@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_grad_scaler_trains_as_torch_nn(cell, backend):
+    """To the bit on torch's path; the kernels round otherwise than ATen's loop, which keeps float32 in between."""
+    ours, theirs = make_pair(cell, backend)
+    before = values_of(ours)
+    x = torch.randn(STEPS, BATCH, INPUT).half()
+    scales = [
+        train(layer, x, torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2), 5)
+        for layer in (ours, theirs)
+    ]
+    assert scales[0] == scales[1] == [2.0**8, 2.0**9, 2.0**9, 2.0**10, 2.0**10]
+    for old, actual, expected in zip(before, ours.parameters(), theirs.parameters(), strict=True):
+        assert (actual - old).abs().max() > 0.01
+        if backend == "torch":
+            assert torch.equal(actual, expected)
+        else:
+            torch.testing.assert_close(actual, expected, rtol=0.01, atol=2e-3)
+
+
+# of the interpreter's NumPy
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_step_with_overflow_is_skipped(cell, backend):
+    """2^40 times a gradient is no float16; 2^8 times it is one."""
+    layer, _ = make_pair(cell, backend, num_layers=2)
+    before = values_of(layer)
+    x = torch.randn(STEPS, BATCH, INPUT).half()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-32, growth_interval=100)
+    assert train(layer, x, scaler, 1) == [2.0**8]
+    assert not all(p.grad.isfinite().all() for p in layer.parameters())
+    assert_same_bits(values_of(layer), before)
+    assert train(layer, x, scaler, 1) == [2.0**8]
+    for old, new in zip(before, values_of(layer), strict=True):
+        assert new.isfinite().all()
+        assert not torch.equal(new, old)
+
+
+# --- parameters in half precision -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_half_parameters_have_torch_nn_gradients(cell, half):
+    ours, theirs = make_pair(cell, num_layers=2, bidirectional=True, dtype=half)
+    x, hx = torch.randn(STEPS, BATCH, INPUT).to(half), to_dtype(state_of(cell, 4, BATCH, HIDDEN), half)
+    actual = run(ours, x, hx)
+    assert {t.dtype for t in tree_leaves(actual)} == {half}
+    assert_same_bits(actual, run(theirs, x, hx))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_half_parameters_on_the_kernels_are_near_float32(cell, half):
+    ours, theirs = make_pair(cell, "persistent", bidirectional=True, dtype=half)
+    x, hx = torch.randn(STEPS, BATCH, INPUT).to(half), to_dtype(state_of(cell, 2, BATCH, HIDDEN), half)
+    actual = run(ours, x, hx)
+    assert {t.dtype for t in tree_leaves(actual)} == {half}
+    expected = run(theirs.float(), x.float(), to_dtype(hx, torch.float32))
+    tolerance = 0.01 if half is torch.float16 else 0.06
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+# --- float32 --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rnn_precision():
+    """torch's setting for RNNs, put back afterwards."""
+    before = torch.backends.cudnn.rnn.fp32_precision
+    yield torch.backends.cudnn.rnn
+    torch.backends.cudnn.rnn.fp32_precision = before
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("cell", "compiled"), [("lstm", False), ("gru", False), ("lstm", True)])
+def test_fp32_precision_reaches_forward_and_backward(cell, compiled, rnn_precision, monkeypatch):
+    """As it is at the forward: a backward has its forward's precision, and a compiled layer follows the setting."""
+    from persistrnn.kernels import launch
+
+    seen = []
+
+    def recorded(name, original):
+        def call(*args, **kwargs):
+            seen.append((name, inspect.signature(original).bind(*args, **kwargs).arguments["precision"]))
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(launch, name, recorded(name, getattr(launch, name)))
+    layer, _ = make_pair(cell, "persistent")
+    call = layer
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(STEPS, BATCH, INPUT)
+    for setting, other in (("ieee", "tf32"), ("tf32", "ieee")):
+        rnn_precision.fp32_precision = setting
+        y, _ = call(x)
+        rnn_precision.fp32_precision = other
+        y.sum().backward()
+        assert seen == [("forward", setting), ("backward", setting)]
+        seen.clear()
