@@ -208,12 +208,11 @@ def scan_forward(
                 first, rows, own = batch_rows(b0 + j * BB, B, tiling)
                 counter = counters + j * (tiling.lanes * lane)
                 before = part_of(state, j, n)
-                slot_before = previous_slot(t, direction)
                 rows_of_h = rows
                 if marks is not None:
                     mark = load_marks(marks, t, first, rows, direction, B, D)
                     edge = reset_slot(direction, T)
-                    rows_of_h = rows_before(mark, rows, slot_before, edge, B)
+                    rows_of_h = rows_before(mark, rows, previous_slot(t, direction), edge, B)
                     new_offsets = unit_offsets(units, rows, D * H)
                     begins = mask & (mark == BEGINS)[None, :]
                     anew = (load(states[0] + row_offset(edge, first, direction, B, D, H) + new_offsets, begins),)
@@ -239,7 +238,7 @@ def scan_forward(
                 if tiling.slices == 1:
                     product = product_local(weights, before, once, weight.dtype.element_ty, tiling)
                 else:
-                    h = states[0] + row_offset(slot_before, first, direction, B, D, H)
+                    h = states[0] + row_offset(previous_slot(t, direction), first, direction, B, D, H)
                     product, ahead, patience = multiply(
                         weights, ahead, stream, h, rows_of_h, j, place, once, step, step, channel, patience, tiling,
                         exchange,
@@ -500,7 +499,7 @@ def scan_backward(
         first, rows, own = batch_rows(b0 + j * BB, B, tiling)
         edge = row_offset(direction * 0, first, direction, B, D, H)
         for i in tl.static_range(n):
-            offsets = edge + unit_offsets(units, rows, D * H)
-            store(d_states[n + i] + offsets, d_state[j * n + i], mask & own, tiling)
+            offsets = unit_offsets(units, rows, D * H)
+            store(d_states[n + i] + edge + offsets, d_state[j * n + i], mask & own, tiling)
             if resets:
-                store(d_states[2 * n + i] + offsets, d_reset[j * n + i], mask & own, tiling)
+                store(d_states[2 * n + i] + edge + offsets, d_reset[j * n + i], mask & own, tiling)
