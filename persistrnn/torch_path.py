@@ -123,7 +123,8 @@ def _compiled_stack(
     directions = 2 if bidirectional else 1
     per_layer = len(weights) // num_layers
     autocast = autocast_dtype(input)  # inside an operator it is not visible
-    y = input.transpose(0, 1) if batch_first else input
+    # Contiguous: at its first call a graph's operator takes another route in ATen for what is not, with other bits.
+    y = (input.transpose(0, 1) if batch_first else input).contiguous()
     finals = []
     for layer in range(num_layers):
         if layer > 0 and training and dropout > 0:

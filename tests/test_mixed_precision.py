@@ -84,9 +84,7 @@ def test_autocast_outputs_and_gradients_are_torch_nn(cell, half, input_dtype, st
     ("cell", "half", "input_dtype"),
     [
         ("lstm", torch.float16, torch.float32),
-        ("lstm", torch.bfloat16, torch.bfloat16),
-        ("gru", torch.float16, torch.float16),
-        ("gru", torch.bfloat16, torch.float32),
+        ("gru", torch.bfloat16, torch.bfloat16),
     ],
 )
 def test_autocast_on_the_kernels_is_the_cast_layer(cell, half, input_dtype):
@@ -144,9 +142,9 @@ def test_compiled_kernels_follow_autocast():
 # --- GradScaler -----------------------------------------------------------------------------------------------
 
 
-def train(layer, x, scaler, steps, lr=0.5):
+def train(layer, x, scaler, steps):
     """Steps with autocast in float16 and a scaled loss; the scale after each."""
-    optimizer = torch.optim.SGD(layer.parameters(), lr=lr)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=2.0)
     scales = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -172,16 +170,16 @@ def test_grad_scaler_trains_as_torch_nn(cell, backend):
     before = values_of(ours)
     x = torch.randn(STEPS, BATCH, INPUT).half()
     scales = [
-        train(layer, x, torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2), 5)
+        train(layer, x, torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2), 3)
         for layer in (ours, theirs)
     ]
-    assert scales[0] == scales[1] == [2.0**8, 2.0**9, 2.0**9, 2.0**10, 2.0**10]
+    assert scales[0] == scales[1] == [2.0**8, 2.0**9, 2.0**9]
     for old, actual, expected in zip(before, ours.parameters(), theirs.parameters(), strict=True):
-        assert (actual - old).abs().max() > 0.01
+        assert (actual - old).abs().max() > 0.02
         if backend == "torch":
             assert torch.equal(actual, expected)
         else:
-            torch.testing.assert_close(actual, expected, rtol=0.01, atol=2e-3)
+            torch.testing.assert_close(actual, expected, rtol=0.01, atol=4e-3)
 
 
 # of the interpreter's NumPy
@@ -195,7 +193,7 @@ def test_step_with_overflow_is_skipped(cell, backend):
     x = torch.randn(STEPS, BATCH, INPUT).half()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-32, growth_interval=100)
     assert train(layer, x, scaler, 1) == [2.0**8]
-    assert not all(p.grad.isfinite().all() for p in layer.parameters())
+    assert not any(p.grad.isfinite().all() for p in layer.parameters())
     assert_same_bits(values_of(layer), before)
     assert train(layer, x, scaler, 1) == [2.0**8]
     for old, new in zip(before, values_of(layer), strict=True):

@@ -134,9 +134,8 @@ def test_weight_drop_draws_once_in_a_call_and_not_in_eval(cell, backend):
 
 
 @pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("cell", CELLS)
-def test_cached_parametrization_serves_two_calls(cell, backend):
-    layer = make(cell, backend)
+def test_cached_parametrization_serves_two_calls(backend):
+    layer = make("gru", backend)
     parametrizations.weight_norm(layer, "weight_hh_l0")
     twin = copy.deepcopy(layer)
     first, second = torch.randn(2, STEPS, BATCH, INPUT)
@@ -171,10 +170,9 @@ def test_weight_set_by_a_hook_is_used(cell, backend):
 
 
 @pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("cell", CELLS)
-def test_tied_layers_get_the_sum_of_their_gradients(cell, backend):
+def test_tied_layers_get_the_sum_of_their_gradients(backend):
     """Two modules share a Parameter, and so do the two layers of one of them."""
-    model = nn.ModuleList([make(cell, backend, num_layers=2), make(cell, backend)])
+    model = nn.ModuleList([make("lstm", backend, num_layers=2), make("lstm", backend)])
     untied = copy.deepcopy(model)
     shared = model[0].weight_hh_l0
     model[0].weight_hh_l1 = model[1].weight_hh_l0 = shared
@@ -225,9 +223,8 @@ def test_frozen_parameters_get_no_gradient_and_the_others_theirs(cell, frozen, o
 
 
 @pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("cell", CELLS)
-def test_frozen_layer_still_differentiates_its_input(cell, backend):
-    layer = make(cell, backend, num_layers=2)
+def test_frozen_layer_still_differentiates_its_input(backend):
+    layer = make("lstm", backend, num_layers=2)
     x = torch.randn(STEPS, BATCH, INPUT, requires_grad=True)
     (expected,) = torch.autograd.grad(run(layer, x)[1], x)
     layer.requires_grad_(False)
@@ -286,11 +283,10 @@ def test_any_strides_give_torch_nn_values_and_gradients(cell, layout, backend):
 
 
 @pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("cell", CELLS)
-def test_parameters_stay_where_they_are(cell, backend):
+def test_parameters_stay_where_they_are(backend):
     """In the caller's order in one buffer, as optimizers and FSDP lay them out: a change of the buffer is a change of
     the layer, before and after a call."""
-    layer, plain = make(cell, backend, num_layers=2), make(cell, num_layers=2)
+    layer, plain = make("gru", backend, num_layers=2), make("gru", num_layers=2)
     sizes = [p.numel() for p in layer.parameters()]
     buffer = torch.empty(sum(sizes) + 3)  # nothing in it is aligned
     for name, piece in zip(dict(layer.named_parameters()), buffer[3:].split(sizes), strict=True):
