@@ -67,19 +67,20 @@ check = _out_of_range.check
 
 @torch.library.custom_op("persistrnn::bounded_lengths", mutates_args=())
 def bounded(lengths: Tensor, steps: int) -> Tensor:
-    """Lengths within [0, steps]. Others are an error: at once on the CPU, else at the next call (``check``)."""
+    """Lengths within [0, steps], int64. Others are an error: at once on the CPU, else at the next call (``check``)."""
+    lengths = lengths.long()  # T need not fit the dtype that they came in
     bad = (lengths < 0) | (lengths > steps)
     if lengths.device.type == "cpu":
         if bad.any():
             raise ValueError(f"lengths must be within [0, T={steps}], got {lengths.tolist()}")
     else:
         _out_of_range.note(bad.any())
-    return lengths.clamp(0, steps)
+    return lengths.clamp(0, steps)  # never the argument itself, which an operator may not return
 
 
 @bounded.register_fake
 def _(lengths: Tensor, steps: int) -> Tensor:
-    return torch.empty_like(lengths)
+    return torch.empty_like(lengths, dtype=torch.int64)
 
 
 @bounded.register_vmap

@@ -423,6 +423,14 @@ def test_one_step_with_a_reset(cell):
     torch.testing.assert_close(y[:, :1, 6:], layer(x, hx)[0][:, :1, 6:], msg="nothing ends after the last step")
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_lengths_of_few_bits(dtype):
+    """More steps than the dtype can count."""
+    layer = persistrnn.GRU(2, 3)
+    x, lengths = torch.randn(300, 2, 2), torch.tensor([100, 0])
+    assert torch.equal(layer(x, lengths=lengths.to(dtype))[0], layer(x, lengths=lengths)[0])
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_exports(cell):
     layer = getattr(persistrnn, cell.upper())(3, 6)
