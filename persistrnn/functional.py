@@ -169,7 +169,8 @@ def run(
     dtype = compute_dtype(data, weights[0])
     # an empty batch takes the path of a batch of one
     sizes = (stack.hidden_size, batch.rows or 1, stack.directions)
-    together = options.num_layers if stacks.may_wave(options, dtype, stack.proj_size, precision()) else 1
+    several = options.num_layers > 1 and stacks.may_wave(options, dtype, stack.proj_size, precision())
+    together = options.num_layers if several else 1
     loops = given.any or return_c
     reason = obstacle(options.backend, cell, *sizes, dtype, data.device, loops, together, batch.steps)
     if reason is not None and options.backend == "persistent":
