@@ -1,4 +1,9 @@
-"""Allocate, ask for the plan, launch: the one way in to the scan kernels."""
+"""Allocate, ask for the plan, launch: the one way in to the scan kernels.
+
+On several streams at once: a launch is on the current stream, its memory belongs to it, and being cooperative it begins
+when there is room for all of its programs. So launches of several streams, as of several layers, wait for each other's
+end or run beside each other, and cannot each hold a part of the device that the other one needs.
+"""
 
 from __future__ import annotations
 

@@ -45,6 +45,8 @@ def stack(
         return _compiled_stack(
             cell, input, states, weights, bias, num_layers, dropout, training, bidirectional, batch_first
         )
+    if input.is_cuda and not training and asks_for_gradients([input, *states, *weights]):
+        dropout, training = 0.0, True  # the same numbers, from which cuDNN agrees to go back
     if input.is_cuda and training and dropout > 0 and num_layers > 1:
         return _layer_by_layer(
             cell, input, batch_sizes, states, weights, bias, num_layers, dropout, bidirectional, batch_first

@@ -185,6 +185,22 @@ def test_second_derivative(cell, hidden, precision):
         assert (a.cpu().double() - b).norm() <= 1e-3 * b.norm()
 
 
+@pytest.mark.parametrize("backend", ["persistent", "torch"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_in_eval_mode(cell, backend):
+    """cuDNN refuses it of torch.nn."""
+    layer = accuracy.MODULES[cell][0](16, 64, 2, dropout=0.5, device=DEVICE, backend=backend)
+    truth = accuracy.MODULES[cell][1](16, 64, 2, dtype=torch.float64)
+    truth.load_state_dict(layer.state_dict())
+    x = torch.randn(20, 8, 16)
+    grads = []
+    for of in (layer.eval(), truth):
+        y = of(x.to(of.weight_hh_l0))[0]
+        grads.append(torch.autograd.grad(y.square().sum(), list(of.parameters())))
+    for a, b in zip(*grads, strict=True):
+        assert (a.cpu().double() - b).norm() <= 1e-2 * b.norm()
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_dropout_is_the_same_on_all_paths(cell):
     layer = accuracy.MODULES[cell][0](16, 64, 3, dropout=0.5, device=DEVICE, backend="persistent")
