@@ -56,7 +56,7 @@ KERNEL_FILES = ("cells", "exchange", "marks", "product", "scan", "tiles", "tuple
 @dataclass(frozen=True)
 class Case:
     """What to compile: one kernel for one shape on one architecture; layers > 1: of a stack as a wave; marks: with rows
-    that begin anew or have ended, gradients to the reset states and from every c."""
+    that begin anew or skip a step, gradients to the reset states and from every c."""
 
     cell: str
     backward: bool

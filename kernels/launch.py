@@ -217,7 +217,7 @@ def forward(
         precision: of products in float32, "tf32" or "ieee".
         save: keep what the backward needs, c of every step among it; keep: keep that c all the same.
         cell_dtype: of the stored c (None: of x_gates); between the steps it is float32 in any case.
-        marks: uint8 [T, B, D], where rows begin anew or have ended (``marks``), or None.
+        marks: uint8 [T, B, D], where rows begin anew or skip a step (``marks``), or None.
         reset: the states that rows begin anew from, each [D, B, H]; none: zeros.
         All tensors contiguous, on one device, float16, bfloat16 or float32.
 

@@ -1,7 +1,7 @@
-"""Where a row of the batch begins anew or has ended: one byte per time step, row and direction.
+"""Where a row of the batch begins anew or has no step: one byte per time step, row and direction.
 
 A step that is not marked follows the one before. Marked BEGINS, it follows the reset state instead: an episode begins.
-Marked ENDED, the row is over (or, in reverse, has not begun): the state stays as it is, and the gradient passes by.
+Marked SKIPPED, it is none of this row's (padding, a masked step): the state stays as it is, and the gradient passes by.
 
 The reset state of h stands in the slot of y that no step of a direction writes or reads, at the other end than the
 initial state: what the other slices read of it needs no wait, and is only another address.
@@ -14,7 +14,7 @@ from .tiles import row_offset
 
 # The values stand in persistrnn/segments.py too, which makes the marks.
 BEGINS = tl.constexpr(1)
-ENDED = tl.constexpr(2)
+SKIPPED = tl.constexpr(2)
 
 
 @triton.jit

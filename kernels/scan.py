@@ -23,15 +23,15 @@ backward, so that the wave takes T + L - 1 and T + 2L - 2 steps:
 
 The first layer of the wave has zeros for this second matrix and a finite operand, so that all programs are alike.
 
-Rows that begin anew or have ended (``marks``) change which state a row goes on from and what it keeps, never the number
-of exchanges, which is the same for every program of a group.
+Rows that begin anew or skip a step (``marks``) change which state a row goes on from and what it keeps, never the
+number of exchanges, which is the same for every program of a group.
 """
 
 import triton
 import triton.language as tl
 
 from .exchange import arrive, put, wait
-from .marks import BEGINS, ENDED, cut, load_marks, reset_slot, rows_before, where_marked, with_begun, zero_marked
+from .marks import BEGINS, SKIPPED, cut, load_marks, reset_slot, rows_before, where_marked, with_begun, zero_marked
 from .product import add_parts, join, product_local, product_shared, resident, streamed
 from .tiles import job_of, layer_of, narrow, previous_slot, row_offset, time_of, unit_offsets
 from .tuples import add_first, load, load_states, load_tiles, moved, part_of, store, store_tiles, sums
@@ -248,7 +248,7 @@ def scan_forward(
                     r = r + (product[g] + biases[g],)
                 new, kept = cell(x, r, before)
                 if marks is not None:
-                    new = where_marked(mark, ENDED, before, new)
+                    new = where_marked(mark, SKIPPED, before, new)
                 store_mask = mask & own
                 state_offsets = unit_offsets(units, rows, D * H)
                 position = row_offset(t + 1, first, direction, B, D, H)
@@ -436,9 +436,9 @@ def scan_backward(
                 if marks is not None:
                     mark = read[m + K + n]
                     codes = codes + (mark,)
-                    dx = zero_marked(mark, ENDED, dx)
-                    dr = zero_marked(mark, ENDED, dr)
-                    d_previous = where_marked(mark, ENDED, d, d_previous)
+                    dx = zero_marked(mark, SKIPPED, dx)
+                    dr = zero_marked(mark, SKIPPED, dr)
+                    d_previous = where_marked(mark, SKIPPED, d, d_previous)
                 store_mask = mask & own
                 gate_offsets = unit_offsets(units, rows, D * G * H)
                 gates = row_offset(t, first, direction, B, D, G * H)

@@ -17,7 +17,7 @@ from persistrnn import ops, second
 from persistrnn.mapping import mapped
 from persistrnn.ops import HAS_C
 from persistrnn.second import NOTHING, Gradients, Kept
-from persistrnn.segments import BEGINS
+from persistrnn.segments import BEGINS, SKIPPED
 
 
 def recurrent(
@@ -44,7 +44,7 @@ def recurrent(
         h0: [D, B, H].
         c0: [D, B, H] for the LSTM, else None.
         precision: of products in float32, "tf32" or "ieee".
-        marks: uint8 [T, B, D], where a row begins anew or has ended (``segments``); None: nowhere.
+        marks: uint8 [T, B, D], where a row begins anew or skips a step (``segments``); None: nowhere.
         reset: the states that rows begin anew from, (h,) or (h, c), each [D, B, H]; empty: zeros.
         return_c: give out every c_t.
         cell_dtype: of the c that is stored for the backward and given out; None: that of x_gates.
@@ -52,7 +52,7 @@ def recurrent(
 
     Returns:
         y [T, B, D*H], h_n [D, B, H], c_n [D, B, H] or None, and with ``return_c`` c [T, B, D*H], else None.
-        Where a row has ended, y and c repeat. Differentiable in every floating argument, through every output
+        Where a row skips a step, y and c repeat. Differentiable in every floating argument, through every output
         (``second``).
 
     Raises:
@@ -250,7 +250,7 @@ class _ScanBackward(Function):
 def _before(y: Tensor, marks: Tensor | None, direction: int) -> Tensor:
     """The h [T, B, H] that each step of a direction went on from."""
     h, reset = (y[2:, :, 1], y[0, :, 1]) if direction else (y[:-2, :, 0], y[-1, :, 0])
-    return h if marks is None else torch.where(marks[:, :, direction, None] == BEGINS, reset, h)
+    return h if marks is None else _chosen(marks[:, :, direction, None], reset, h)
 
 
 class _Wave(Function):
@@ -384,7 +384,12 @@ class _WaveBackward(Function):
 
 def _all_before(y: Tensor, marks: Tensor | None) -> Tensor:
     """The h [L, T, B, H] that each step of each layer went on from."""
-    return y[:, :-2] if marks is None else torch.where(marks.unsqueeze(-1) == BEGINS, y[:, -1:], y[:, :-2])
+    return y[:, :-2] if marks is None else _chosen(marks.unsqueeze(-1), y[:, -1:], y[:, :-2])
+
+
+def _chosen(marks: Tensor, reset: Tensor, h: Tensor) -> Tensor:
+    """What a product is formed with: nothing at a skipped step, where a NaN would be 0 * NaN in the gradient."""
+    return torch.where(marks == SKIPPED, 0.0, torch.where(marks == BEGINS, reset, h))
 
 
 def _formula(

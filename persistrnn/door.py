@@ -272,6 +272,8 @@ def read_cuts(stack: Stack, batch: Batch, fresh: bool, given: Given) -> Cuts:
     if mask is not None and (lengths is not None or resets is not None):
         other = "lengths" if lengths is not None else "resets"
         raise ValueError(f"mask says by itself which steps a row has, got {other} too; give one of them")
+    if reset_state is not None and mask is not None:
+        raise ValueError("a mask has no resets, got reset_state too; give hx for the state that the rows begin from")
     if reset_state is not None and resets is None:
         raise ValueError(
             "reset_state is the state after a reset, got it without resets; give resets too, or hx instead"

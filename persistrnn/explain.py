@@ -15,9 +15,9 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
         steps: T >= 1
 
     Returns:
-        A few lines: the call, the path ("persistent" or "torch", or that the call would raise), the path of calls that
-        torch's own kernels cannot run, and the plan
-        of the kernels or the reason why they do not run. Settings that a call would read (autocast,
+        A few lines: the call, the path ("persistent" or "torch", or that the call would raise), the plan of the
+        kernels or the reason why they do not run, and then the path ("persistent" or "stepwise") of calls that
+        torch's own kernels cannot run. Settings that a call would read (autocast,
         `torch.backends.cudnn.rnn.fp32_precision`) are read now.
 
     Raises:

@@ -48,7 +48,8 @@ def lstm(
         input: [T, B, I]; [B, T, I] with batch_first; [T, I] unbatched; or a PackedSequence. T >= 1, B >= 0
         weights: the tensors of torch.nn.LSTM in its order: for each layer, for each direction
             weight_ih [4*H, I or D*H], weight_hh [4*H, H], and with bias=True bias_ih and bias_hh [4*H].
-            A fifth (third) one, weight_hr [P, H], makes it an LSTM with projections, whose h has P features
+            A fifth (third) one, weight_hr [P, H], makes it an LSTM with projections: then h, here and below, has P
+            features, weight_hh is [4*H, P] and weight_ih [4*H, I or D*P]
         hx: (h0, c0), each [L*D, B, H] ([L*D, H] unbatched); None: zeros
         num_layers: L. Layer l reads the output of layer l-1
         bias: whether the weights hold biases
@@ -61,12 +62,12 @@ def lstm(
             ATen); "persistent": the kernels or an error; "torch": torch's own. What torch's own cannot do (lengths,
             resets, every c) is a loop over torch's operations there, step by step.
             `persistrnn.explain` says what "auto" chooses, a module's `last_path` what it chose
-        cell_dtype: dtype in which the kernels store c for the backward and give it out: None (that of the
-            computation) or torch.float32; between the steps c is float32 in any case
+        cell_dtype: dtype in which c is given out, and in which the kernels store it for the backward: None (that of
+            the computation) or torch.float32; between the steps the kernels' c is float32 in any case
         lengths: integers [B] on the input's device, each in [0, T]. Past its length a row's output is zero and takes
             no gradient; the final state is that after its last step; the second direction begins there. Nothing is
             sorted and the host does not wait: on a GPU a length out of range is taken as 0 or T, and raised by the
-            next call, by backward or by `persistrnn.check`
+            next call, by backward on the kernels or by `persistrnn.check`
         mask: bool [T, B], laid out as the input: where False, a row skips the step, its state stays as it is and its
             output is zero. lengths for rows that need not be left-aligned; not with lengths or resets
         resets: bool [T, B], laid out as the input: True where a new episode begins, before that step. Its state there
@@ -85,8 +86,8 @@ def lstm(
 
     Raises:
         ValueError: an input that is not 2-D or 3-D; a dtype that is not the weights'; a wrong number of
-            weights; an unknown backend; a dropout outside [0, 1]; lengths or resets of a wrong dtype, out of range, or
-            together with a PackedSequence
+            weights; an unknown backend; a dropout outside [0, 1]; lengths, a mask or resets of a wrong dtype, out of
+            range, or together with a PackedSequence
         RuntimeError: any other size or device that does not fit; T == 0; backend="persistent" where the
             kernels cannot run
         TypeError: something that is not a tensor in the place of one
@@ -179,7 +180,7 @@ def run(
         path = "stepwise" if reason is not None else "persistent"
         x = batch.time_major(data)
         if packed is not None:
-            x, row_lengths = torch._VF._pad_packed_sequence(data, packed.batch_sizes, False, 0.0, batch.steps)
+            x, row_lengths = _pad(data, packed.batch_sizes, batch.steps)
             cuts = cuts._replace(active=_active_rows(packed, data.device))
         cuts = cuts._replace(reset=[r.to(dtype).contiguous() for r in cuts.reset])
         tensors = [w.to(dtype) for w in weights], [s.to(dtype).contiguous() for s in states]
@@ -187,7 +188,7 @@ def run(
         found = stacks.run(stack, x.to(dtype).contiguous(), *tensors, cuts, options, products, return_c)
         outputs, states = [found.y] if found.c is None else [found.y, found.c], found.finals
         if packed is not None:
-            outputs = [torch._VF._pack_padded_sequence(t, row_lengths, False)[0] for t in outputs]
+            outputs = [_pack(t, row_lengths) for t in outputs]
         outputs = [batch.time_major(t) for t in outputs]
     else:
         path = "torch"
@@ -206,6 +207,20 @@ def run(
         formed, states = [t.squeeze(1) for t in outputs], [s.squeeze(1) for s in states]
     output, c = (*formed, None)[:2]
     return Found(output, states, c, path)
+
+
+# Compiled, the graph breaks here, as it does in torch.nn; on fake tensors both would fail instead.
+@torch.compiler.disable
+def _pad(data: Tensor, batch_sizes: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """[T, B, I] and the lengths, on the CPU, of a PackedSequence."""
+    padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, steps)
+    return padded, lengths
+
+
+@torch.compiler.disable
+def _pack(padded: Tensor, lengths: Tensor) -> Tensor:
+    packed: Tensor = torch._VF._pack_padded_sequence(padded, lengths, False)[0]
+    return packed
 
 
 def _active_rows(packed: PackedSequence, device: torch.device) -> Tensor:

@@ -164,6 +164,8 @@ class _Recurrent(nn.Module):
                 "a bidirectional layer has no steps: its second direction begins at the sequence's end; "
                 "call it with the sequence, or use bidirectional=False"
             )
+        if not isinstance(input, Tensor):
+            raise TypeError(f"the input of a step is a tensor [B, I] or [I], got {type(input).__name__}")
         if input.dim() not in (1, 2):
             raise ValueError(f"the input of a step is [B, I] or [I], got {input.dim()}-D; a sequence goes to the layer")
         time = 1 if self.batch_first and input.dim() == 2 else 0
@@ -252,8 +254,8 @@ class LSTM(_Recurrent):
         backend: "auto" runs the persistent kernels on a GPU that can run them and where they are expected to be
             faster, and torch's own kernels elsewhere (CPU, float64, ...); "persistent" runs the kernels or raises;
             "torch" runs torch's own
-        cell_dtype: dtype in which the kernels store c for the backward and give it out: None (that of the
-            computation) or torch.float32; between the steps c is float32 in any case
+        cell_dtype: dtype in which c is given out, and in which the kernels store it for the backward: None (that of
+            the computation) or torch.float32; between the steps the kernels' c is float32 in any case
 
     Inputs: input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence), T >= 1; and
     optionally (h0, c0), each [L*D, B, H] ([L*D, H] unbatched; h0 has P features with projections). By keyword, what
@@ -266,12 +268,13 @@ class LSTM(_Recurrent):
         reset_state: as (h0, c0); None: zeros
         return_cell_states: whether to return every c of the last layer, too
 
-    Outputs: output [T, B, D*H] of the last layer, in the input's form, and (h_n, c_n), shaped as (h0, c0); with
-    return_cell_states also c [T, B, D*H], in the input's form.
+    Outputs: output [T, B, D*H] of the last layer (D*P with projections), in the input's form, and (h_n, c_n), shaped
+    as (h0, c0); with return_cell_states also c [T, B, D*H], in the input's form.
 
     Attributes:
         weight_ih_l[k] [4*H, I or D*H], weight_hh_l[k] [4*H, H], bias_ih_l[k], bias_hh_l[k] [4*H]: gate order
-            i, f, g, o; the second direction's names end in _reverse; weight_hr_l[k] [P, H] with projections
+            i, f, g, o; the second direction's names end in _reverse. With projections [4*H, I or D*P], [4*H, P] and
+            weight_hr_l[k] [P, H]
         last_path: what ran the last eager call: "persistent", "torch", or "stepwise", a loop over torch's operations
             for what torch's own kernels cannot do; None before the first. A call under torch.compile leaves it as it
             is: ask `persistrnn.explain`
@@ -279,7 +282,8 @@ class LSTM(_Recurrent):
     Dtypes: float16, bfloat16 and float32 on the kernels, also what torch.nn.LSTM takes on torch's path. Under
     autocast the layer computes in autocast's dtype, as torch.nn.LSTM does.
 
-    A second derivative (a gradient penalty, say) is right and slow: it runs step by step. Forward-mode AD is refused.
+    A second derivative (a gradient penalty, say) is right and slow: it runs step by step. The kernels refuse
+    forward-mode AD.
 
     Raises: ValueError, RuntimeError and TypeError as torch.nn.LSTM does, and RuntimeError where
     backend="persistent" cannot run a call. Not scriptable by torch.jit, and no instance of torch.nn.LSTM: code that

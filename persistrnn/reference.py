@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persistrnn.segments import BEGINS, ENDED
+from persistrnn.segments import BEGINS, SKIPPED
 
 State = tuple[Tensor, ...]  # (h, c) of an LSTM, (h,) of a GRU; each [B, H]
 
@@ -67,13 +67,13 @@ def recurrent(
         bias_hh: [D, G*H]
         h0: [D, B, H]
         c0: [D, B, H] for an LSTM, None for a GRU
-        marks: uint8 [T, B, D], where a row begins anew or has ended (`segments`); None: nowhere
+        marks: uint8 [T, B, D], where a row begins anew or skips a step (`segments`); None: nowhere
         reset: the states that rows begin anew from, (h,) or (h, c), each [D, B, H]; empty: zeros
 
     Returns:
         y [T, B, D*H], h_n [D, B, H], and of an LSTM c_n [D, B, H] and every c [T, B, D*H] (None for a GRU).
         Direction 1 reads the sequence from its end; its output for step t stands at y[t], its final state is
-        that of step 0. Where a row has ended, its state repeats.
+        that of step 0. Where a row skips a step, its state repeats.
     """
     step = CELLS[cell]
     steps, _, directions, _ = x_gates.shape
@@ -87,9 +87,12 @@ def recurrent(
         for t in range(steps) if d == 0 else reversed(range(steps)):
             if marks is not None:
                 state = _where(marks[t, :, d] == BEGINS, anew, state)
-            r_gates = F.linear(state[0], weight_hh[d], bias_hh[d])
-            new = step(x_gates[t, :, d], r_gates, state)
-            state = new if marks is None else _where(marks[t, :, d] == ENDED, state, new)
+            before = state
+            if marks is not None:  # a NaN in a row that skips the step would be 0 * NaN in the weights' gradient
+                before = _where(marks[t, :, d] == SKIPPED, tuple(torch.zeros_like(s) for s in state), state)
+            r_gates = F.linear(before[0], weight_hh[d], bias_hh[d])
+            new = step(x_gates[t, :, d], r_gates, before)
+            state = new if marks is None else _where(marks[t, :, d] == SKIPPED, state, new)
             states.append(state)
         every.append([torch.stack(s if d == 0 else s[::-1]) for s in zip(*states, strict=True)])
         final_states.append(state)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from persistrnn.segments import BEGINS, ENDED
+from persistrnn.segments import BEGINS, SKIPPED
 
 Tiles = tuple[Tensor, ...]
 
@@ -110,8 +110,8 @@ def backward(
                 d = tuple(x if o is None else x + o[at, :, k] for x, o in zip(d, outside, strict=True))
             dx, dr, d_before = CELLS[cell](d, saved[t, :, k].unbind(1), d_saved[t, :, k].unbind(1), before)
             if mark is not None:
-                dx, dr = (tuple(torch.where(mark == ENDED, 0.0, x) for x in tiles) for tiles in (dx, dr))
-                d_before = tuple(torch.where(mark == ENDED, x, b) for x, b in zip(d, d_before, strict=True))
+                dx, dr = (tuple(torch.where(mark == SKIPPED, 0.0, x) for x in tiles) for tiles in (dx, dr))
+                d_before = tuple(torch.where(mark == SKIPPED, x, b) for x, b in zip(d, d_before, strict=True))
             dx_of[t], dr_of[t] = torch.cat(dx, dim=-1), torch.cat(dr, dim=-1)
             d = (d_before[0] + dr_of[t] @ weight[k], *d_before[1:])
             if mark is not None:

@@ -2,13 +2,13 @@
 
 A row of the batch is cut where an episode begins, and ends at its length; each direction runs within the parts. Marks
 are uint8 [T, B, D]: 0 where a step goes on from the one before it in its direction, BEGINS where it goes on from the
-reset state instead, ENDED at padding, where the state stays as it is.
+reset state instead, SKIPPED where the row has no step (padding, a masked step) and the state stays as it is.
 """
 
 import torch
 from torch import Tensor
 
-BEGINS, ENDED = 1, 2
+BEGINS, SKIPPED = 1, 2
 
 
 def marks(active: Tensor | None, resets: Tensor | None, directions: int) -> Tensor:
@@ -26,7 +26,7 @@ def marks(active: Tensor | None, resets: Tensor | None, directions: int) -> Tens
         next_begins = (resets & going_on).roll(-1, 0) & (time < resets.size(0) - 1)
         begins = [resets, next_begins][:directions]
     found = torch.stack(begins, dim=2).to(torch.uint8) * BEGINS
-    return found if active is None else torch.where(active.unsqueeze(2), found, ENDED).to(torch.uint8)
+    return found if active is None else torch.where(active.unsqueeze(2), found, SKIPPED).to(torch.uint8)
 
 
 def first_steps(active: Tensor, directions: int) -> Tensor:
@@ -68,6 +68,7 @@ check = _out_of_range.check
 @torch.library.custom_op("persistrnn::bounded_lengths", mutates_args=())
 def bounded(lengths: Tensor, steps: int) -> Tensor:
     """Lengths within [0, steps], int64. Others are an error: at once on the CPU, else at the next call (``check``)."""
+    check()  # of an earlier call: the loop over torch's operations has no other place for it
     lengths = lengths.long()  # T need not fit the dtype that they came in
     bad = (lengths < 0) | (lengths > steps)
     if lengths.device.type == "cpu":

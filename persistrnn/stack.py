@@ -80,7 +80,9 @@ def run(
     if active is not None:
         y = torch.where(active, y, 0.0)
         c = None if c is None or not return_c else torch.where(active, c, 0.0)
-    return Result(y, c if return_c else None, finals)
+    if c is not None:
+        c = c.to(options.cell_dtype or c.dtype) if return_c else None
+    return Result(y, c, finals)
 
 
 def may_wave(options: Options, dtype: torch.dtype, proj_size: int, precision: str) -> bool:
@@ -188,9 +190,11 @@ def _projected(
     if given.marks is not None:
         sources += [(h, given.marks == segments.BEGINS) for h in given.reset[:1]]
     for h, where in sources:
-        x_gates = torch.addcmul(x_gates, where.unsqueeze(-1).to(x_gates.dtype), (h @ weight_hh.mT).transpose(0, 1))
+        used = torch.where(where.any(0).mT.unsqueeze(-1), h, 0.0)  # what no step reads may be NaN
+        x_gates = x_gates + torch.where(where.unsqueeze(-1), (used @ weight_hh.mT).transpose(0, 1), 0.0)
     nothing = h0.new_zeros(*h0.shape[:2], H)
-    reset = (nothing, *given.reset[1:]) if given.reset else ()
+    # Another tensor of zeros: dynamo refuses the same one twice.
+    reset = (torch.zeros_like(nothing), *given.reset[1:]) if given.reset else ()
     inner = given._replace(states=(nothing, c0), reset=reset)
     s, c, (s_n, c_n) = _recurrent(cell, x_gates, weight_hh @ weight_hr, bias_hh, inner, recurrence)
     y = torch.cat([F.linear(part, w) for part, w in zip(s.split(H, dim=-1), weight_hr, strict=True)], dim=-1)

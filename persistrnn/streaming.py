@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from persistrnn.modules import GRU, LSTM
 
@@ -16,7 +17,7 @@ class Streaming(nn.Module):
 
     Args:
         layer: a persistrnn.LSTM or persistrnn.GRU of one direction
-        detach: whether the state is cut from its graph after each call
+        detach: whether the state is cut from its graph after each call; if not, reset() before a deepcopy
 
     Inputs: a piece of the input, [T, B, I], [B, T, I] with the layer's batch_first, or [T, I], and the layer's keyword
     arguments but hx. Outputs: output, as the layer's, and every c with return_cell_states.
@@ -47,13 +48,15 @@ class Streaming(nn.Module):
         self.state: Any = None
 
     def forward(self, input: Tensor, **options: Any) -> Any:
-        output, state, *c = self.layer(input, self.state, **options)
+        if "hx" in options:
+            raise TypeError("a stream has a state of its own, got hx; set .state, or call the layer")
+        output, state, *c = self.layer(input, self._initial(), **options)
         self._keep(state)
         return (output, *c) if c else output
 
     def step(self, input: Tensor) -> Tensor:
         """One time step: y_t [B, H] of x_t [B, I] ([H] of [I] unbatched)."""
-        output, state = self.layer.step(input, self.state)
+        output, state = self.layer.step(input, self._initial())
         self._keep(state)
         return output
 
@@ -61,8 +64,11 @@ class Streaming(nn.Module):
         """Begin anew with zeros: all rows, or those where ``rows``, bool [B] on the state's device, is True.
 
         Raises:
+            TypeError: rows that are no tensor
             ValueError: rows of another dtype or size
         """
+        if rows is not None and not isinstance(rows, Tensor):
+            raise TypeError(f"rows is a bool tensor [B], got {type(rows).__name__}; use torch.tensor(rows)")
         if rows is None or self.state is None:
             self.state = None
             return
@@ -75,6 +81,18 @@ class Streaming(nn.Module):
             )
         kept = tuple(torch.where(rows.unsqueeze(-1), 0.0, s) for s in states)
         self.state = kept if isinstance(self.state, tuple) else kept[0]
+
+    def _initial(self) -> Any:
+        """The state, as a copy where a gradient may be asked for of what was computed in inference mode."""
+        if self.state is None or torch.is_inference_mode_enabled():
+            return self.state
+        return tree_map(lambda s: s.clone() if s.is_inference() else s, self.state)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Streaming":
+        """The state goes where the parameters go: .to(), .cuda(), .double()."""
+        super()._apply(fn, recurse)
+        self.state = tree_map(fn, self.state)
+        return self
 
     def _keep(self, state: Any) -> None:
         if self.detach:

@@ -134,12 +134,17 @@ def _compiled_stack(
         rows = slice(layer * directions, (layer + 1) * directions)
         layer_states = [s[rows] for s in states]
         fixed = cell, bias, bidirectional, autocast, _output_dtype(cell, y, layer_states[0], autocast)
-        tensors = [y, *layer_states, *weights[layer * per_layer : (layer + 1) * per_layer]]
+        tensors = _distinct([y, *layer_states, *weights[layer * per_layer : (layer + 1) * per_layer]])
         y, *final = _Layer.apply(*fixed, *tensors) if asks_for_gradients(tensors) else layer_forward(*fixed, tensors)
         finals.append(final)
     if batch_first:
         y = y.transpose(0, 1)
     return [y, *(torch.cat(s) for s in zip(*finals, strict=True))]
+
+
+def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tied weights as views: dynamo refuses the same argument twice."""
+    return [t.view_as(t) if any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors)]
 
 
 def asks_for_gradients(tensors: Sequence[Tensor]) -> bool:

@@ -286,6 +286,7 @@ CUTS = [
     ("mask swapped", X, {"mask": MASK.mT}, RuntimeError, r"mask size \(5, 3\), \[T, B\] as the input, got \[3, 5\]"),
     ("mask and lengths", X, {"mask": MASK, "lengths": LENGTHS}, ValueError, r"got lengths too; give one of them"),
     ("mask and resets", X, {"mask": MASK, "resets": MASK}, ValueError, r"got resets too; give one of them"),
+    ("mask and state", X, {"mask": MASK, "reset_state": H}, ValueError, r"a mask has no resets, got reset_state too"),
     ("reset_state alone", X, {"reset_state": H}, ValueError, r"got it without resets; give resets too, or hx instead"),
     (
         "reset_state rows",

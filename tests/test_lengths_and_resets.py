@@ -36,7 +36,7 @@ def test_step_by_step_is_torch_nn_on_each_episode(cell, proj, layers, bidirectio
 
 
 def test_marks_are_those_of_the_kernels():
-    assert (marks.BEGINS.value, marks.ENDED.value) == (segments.BEGINS, segments.ENDED)
+    assert (marks.BEGINS.value, marks.SKIPPED.value) == (segments.BEGINS, segments.SKIPPED)
 
 
 # ---- on the kernels ------------------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_marks():
     resets = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
     active = torch.arange(4).unsqueeze(1) < lengths
     forward, reverse = segments.marks(active, resets, 2).unbind(2)
-    B, E = segments.BEGINS, segments.ENDED
+    B, E = segments.BEGINS, segments.SKIPPED
     assert forward.tolist() == [[B, E, 0, 0], [0, E, 0, 0], [B, E, 0, E], [0, E, E, E]]
     assert reverse.tolist() == [[0, E, 0, 0], [B, E, 0, 0], [0, E, 0, E], [0, E, E, E]]
     assert forward.dtype == torch.uint8
@@ -376,6 +376,74 @@ def test_marks():
     assert segments.marks(None, resets, 1).squeeze(2).eq(B).equal(resets)
     assert segments.first_steps(active, 2)[:, 2].tolist() == [[True, False], [False, False], [False, True], [False] * 2]
     assert not segments.first_steps(active, 2)[:, 1].any()
+
+
+# dynamo's own, on any tensor with a history that crosses a graph break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("backend", ["torch", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("proj", [0, 2])
+@pytest.mark.parametrize("return_c", [False, True])
+def test_compiles_packed_sequences(return_c, proj, backend):
+    """The graph breaks, as torch.nn's does, and the result is that of the eager call."""
+    torch._dynamo.reset()
+    layer = persistrnn.LSTM(3, 6, proj_size=proj, backend=backend)
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(4, 2, 3), [4, 2])
+    options = {"return_cell_states": True} if return_c else {}
+    compiled = torch.compile(layer, backend="aot_eager")
+    (y, states, *c), expected = (call(packed, **options) for call in (compiled, layer))
+    found = [y.data, *states, *(t.data for t in c)]
+    torch.testing.assert_close(found, [expected[0].data, *expected[1], *(t.data for t in expected[2:])])
+    sum(t.sum() for t in found).backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("way", ["reset", "mask"])
+def test_compiles_projections_with_everything(way, backend):
+    torch._dynamo.reset()
+    layer = persistrnn.LSTM(3, 6, proj_size=2, backend=backend)
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    state = torch.randn(1, 2, 2), torch.randn(1, 2, 6)
+    bools = torch.rand(4, 2) < 0.5
+    cut = {"resets": bools, "reset_state": state} if way == "reset" else {"mask": bools}
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    results = []
+    for call in (compiled, layer):
+        y, final, c = call(x, state, return_cell_states=True, **cut)
+        results.append([y, *final, c, *torch.autograd.grad(y.sum() + c.sum(), [x, *layer.parameters()])])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize(("cell", "proj"), SHAPES)
+@pytest.mark.parametrize("where", ["before a reset", "of no step", "of a reset that never comes"])
+def test_a_nan_that_no_step_reads_goes_nowhere(where, cell, proj, backend):
+    layer = getattr(persistrnn, cell.upper())(3, 6, backend=backend, **({"proj_size": proj} if proj else {}))
+    states = [[torch.zeros(1, 2, n) for n in (proj or 6, 6)][: 2 if cell == "lstm" else 1] for _ in range(2)]
+    for s in states[where == "of a reset that never comes"]:
+        s[:, 0] = torch.nan
+    hx, reset = (tuple(s) if cell == "lstm" else s[0] for s in states)
+    resets = torch.zeros(3, 2, dtype=torch.bool)
+    resets[0, 0] = where == "before a reset"
+    cut = {"lengths": torch.tensor([0, 3])} if where == "of no step" else {"resets": resets, "reset_state": reset}
+    y, _ = layer(torch.randn(3, 2, 3), hx, **cut)
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+def test_every_c_has_its_dtype_on_every_path(batch, backend):
+    layer = persistrnn.LSTM(3, 6, dtype=torch.bfloat16, cell_dtype=torch.float32, backend=backend)
+    x = torch.zeros(4, batch, 3, dtype=torch.bfloat16)
+    assert layer(x, return_cell_states=True)[2].dtype == torch.float32
+
+
+def test_lengths_out_of_range_are_told_by_the_next_call(monkeypatch):
+    monkeypatch.setattr(segments, "check", lambda: (_ for _ in ()).throw(RuntimeError("as told")))
+    with pytest.raises(RuntimeError, match="as told"):
+        persistrnn.GRU(3, 6)(torch.zeros(4, 2, 3), lengths=torch.tensor([4, 2]))
 
 
 # ---- limits --------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def test_formula_is_the_derivative_of_the_reference(cell, directions, marked):
     outputs = [y, *([c] if cell == "lstm" else []), *finals, *(k for k in kept if k.numel())]
     cotangents = [torch.randn_like(t) for t in outputs]
     if marks is not None:  # gates of a row that has ended are of no step
-        cotangents[-1] = torch.where((marks == segments.ENDED)[..., None, None], 0.0, cotangents[-1])
+        cotangents[-1] = torch.where((marks == segments.SKIPPED)[..., None, None], 0.0, cotangents[-1])
     leaves = [x_gates, *states, *reset]
     expected = torch.autograd.grad(outputs, leaves, cotangents)
     given = iter(cotangents)

@@ -90,3 +90,20 @@ def test_refuses_what_has_no_stream():
         persistrnn.Streaming(persistrnn.LSTM(3, 6, bidirectional=True))
     with pytest.raises(TypeError, match=r"got LSTM; persistrnn.replace"):
         persistrnn.Streaming(torch.nn.LSTM(3, 6))
+    with pytest.raises(TypeError, match=r"got hx; set .state"):
+        persistrnn.Streaming(persistrnn.GRU(3, 6))(torch.randn(2, 2, 3), hx=None)
+    with pytest.raises(TypeError, match=r"bool tensor \[B\], got list"):
+        persistrnn.Streaming(persistrnn.GRU(3, 6)).reset([True])
+    with pytest.raises(TypeError, match=r"tensor \[B, I\] or \[I\], got list"):
+        persistrnn.GRU(3, 6).step([1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_state_follows_the_layer(cell):
+    stream = persistrnn.Streaming(getattr(persistrnn, cell)(3, 6))
+    x = torch.randn(2, 2, 3)
+    with torch.inference_mode():
+        stream(x)
+    stream(x).sum().backward()
+    stream.double()
+    assert stream(x.double()).dtype == torch.float64

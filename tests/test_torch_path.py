@@ -262,3 +262,15 @@ def test_layer_by_layer_is_the_stack(cell, batch_first, packed):
     torch.manual_seed(1)
     expected = torch_path.stack(*given, True, True, batch_first)
     torch.testing.assert_close(found, expected)
+
+
+def test_tied_weights_compile():
+    layer = persistrnn.LSTM(6, 6, 2)
+    layer.bias_hh_l0 = layer.bias_ih_l0
+    layer.weight_hh_l1 = layer.weight_ih_l1
+    x = torch.randn(4, 2, 6)
+    found, expected = (
+        torch.autograd.grad(call(x)[0].square().sum(), list(layer.parameters()))
+        for call in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer)
+    )
+    torch.testing.assert_close(found, expected)
