@@ -139,10 +139,11 @@ class _Scan(Function):
         D = x_gates.shape[2]
         # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
         h_n = torch.stack([y[1 if d else -2, :, d] for d in range(D)])
-        c_n = c.clone()
         if HAS_C[cell]:
             last = -2 if save or return_c else 1
             c_n = torch.stack([c[1 if d else last, :, d] for d in range(D)]).to(x_gates.dtype)
+        else:
+            c_n = c.clone()
         every = c[1:-1].flatten(2) if return_c else c.new_empty(0)
         return y[1:-1].flatten(2), h_n, c_n, every, y, c, saved
 
@@ -279,9 +280,7 @@ class _Wave(Function):
         given = x_gates, *weights, h0, c0, marks, reset_h, reset_c
         y, c, saved = ops.wave_forward(cell, precision, save, *given, return_c, cell_dtype)
         # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
-        c_n = c.clone()
-        if HAS_C[cell]:
-            c_n = torch.clone(c[:, -2 if save or return_c else 1]).to(x_gates.dtype)
+        c_n = (c[:, -2 if save or return_c else 1] if HAS_C[cell] else c).clone().to(x_gates.dtype)
         every = c[-1, 1:-1].clone() if return_c else c.new_empty(0)
         return y[-1, 1:-1].clone(), y[:, -2].clone(), c_n, every, y, c, saved
 
