@@ -33,16 +33,8 @@ import triton.language as tl
 from .exchange import arrive, put, wait
 from .marks import BEGINS, SKIPPED, cut, load_marks, reset_slot, rows_before, where_marked, with_begun, zero_marked
 from .product import add_parts, join, product_local, product_shared, resident, streamed
-from .tiles import job_of, layer_of, narrow, previous_slot, row_offset, time_of, unit_offsets
+from .tiles import batch_rows, job_of, layer_of, narrow, previous_slot, row_offset, time_of, unit_offsets
 from .tuples import add_first, load, load_states, load_tiles, moved, part_of, store, store_tiles, sums
-
-
-@triton.jit
-def batch_rows(b0, B, tiling: tl.constexpr):
-    """Of the batch tile at b0: a row that exists, the rows from there on, and which of them are the tile's own."""
-    first = tl.minimum(b0, B - 1)
-    index = tl.arange(0, tiling.batch_tile)
-    return first, tl.minimum(index, B - 1 - first), (b0 + index < B)[None, :]
 
 
 @triton.jit

@@ -29,6 +29,14 @@ def layer_of(group, tiling: tl.constexpr):
 
 
 @triton.jit
+def batch_rows(b0, B, tiling: tl.constexpr):
+    """Of the batch tile at b0: a row that exists, the rows from there on, and which of them are the tile's own."""
+    first = tl.minimum(b0, B - 1)
+    index = tl.arange(0, tiling.batch_tile)
+    return first, tl.minimum(index, B - 1 - first), (b0 + index < B)[None, :]
+
+
+@triton.jit
 def time_of(step, direction, T):
     """The time index that ``step`` stands for: direction is the sign of the time step."""
     return tl.where(direction == 0, step, T - 1 - step)

@@ -81,7 +81,7 @@ def forward(
     h0, *reset = (launch.unreserved(h, exchange) for h in (h0, *reset))
     c = x_gates.new_empty(0)
     if c0 is not None:
-        slots = T + 2 if save or keep else 2 if marks is None else 3
+        slots = launch.c_slots(T, save or keep, marks)
         c = x_gates.new_empty(L, slots, B, H, dtype=cell_dtype or x_gates.dtype)
     for i, (states, initial) in enumerate(((y, h0), (c, c0))):
         if initial is not None:

@@ -238,7 +238,7 @@ class _ScanBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *_again(_formula, ctx.cell, ctx.saved_tensors, grads)
+        return None, None, None, *_again(ctx.cell, ctx.saved_tensors, grads)
 
     @staticmethod
     def vmap(
@@ -310,7 +310,7 @@ class _Wave(Function):
         resets = needs_h or needs_c
         given = dy, grads[3] if ctx.return_c else None, dh_n, dc_n, weight_hh, weight_ih, y, c, saved, marks
         if _is_second(grads[4:]):
-            found = _formula_of_stack(ctx.cell, *given, d_kept=Kept(*grads[4:]))
+            found = _formula(ctx.cell, *given, d_kept=Kept(*grads[4:]))
             dx_gates, dr_gates, dh0, dc0, *d_reset = _six(found)
         else:
             dx_gates, dr_gates, dh0, dc0, *d_reset = _WaveBackward.apply(ctx.cell, ctx.precision, resets, *given)
@@ -371,7 +371,7 @@ class _WaveBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *_again(_formula_of_stack, ctx.cell, ctx.saved_tensors, grads)
+        return None, None, None, *_again(ctx.cell, ctx.saved_tensors, grads)
 
     @staticmethod
     def vmap(
@@ -397,35 +397,14 @@ def _formula(
     dc: Tensor | None,
     dh_n: Tensor,
     dc_n: Tensor | None,
-    weight_hh: Tensor,
-    y: Tensor,
-    c: Tensor,
-    saved: Tensor,
-    marks: Tensor | None,
+    *others: Tensor | None,
     d_kept: Kept = NOTHING,
 ) -> Gradients:
-    """What ``_ScanBackward`` computes, differentiable."""
+    """What the two backwards compute, differentiable: from their arguments, of which a stack's have two weights."""
+    *weights, y, c, saved, marks = others
+    formula: Callable[..., Gradients] = second.backward if len(weights) == 1 else second.backward_of_stack
     finals = [dh_n] if dc_n is None else [dh_n, dc_n]
-    return second.backward(cell, weight_hh, marks, Kept(y, c, saved), (dy, dc), finals, d_kept)
-
-
-def _formula_of_stack(
-    cell: str,
-    dy: Tensor,
-    dc: Tensor | None,
-    dh_n: Tensor,
-    dc_n: Tensor | None,
-    weight_hh: Tensor,
-    weight_ih: Tensor,
-    y: Tensor,
-    c: Tensor,
-    saved: Tensor,
-    marks: Tensor | None,
-    d_kept: Kept = NOTHING,
-) -> Gradients:
-    """What ``_WaveBackward`` computes, differentiable."""
-    finals = [dh_n] if dc_n is None else [dh_n, dc_n]
-    return second.backward_of_stack(cell, weight_hh, weight_ih, marks, Kept(y, c, saved), (dy, dc), finals, d_kept)
+    return formula(cell, *weights, marks, Kept(y, c, saved), (dy, dc), finals, d_kept)
 
 
 def _six(found: Gradients) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -439,22 +418,17 @@ def _is_second(grads: Sequence[Tensor | None]) -> bool:
     return not torch.compiler.is_compiling() and any(g is not None for g in grads)
 
 
-def _again(
-    formula: Callable[..., Gradients],
-    cell: str,
-    tensors: Sequence[Tensor | None],
-    grads: Sequence[Tensor],
-) -> list[Tensor | None]:
+def _again(cell: str, tensors: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor | None]:
     """Gradients of a backward's arguments, given those of its six results."""
     inputs = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point() and t.numel()]
     # dr_gates is dx_gates in cells with c, and empty.
     outputs = [i for i, g in enumerate(grads) if g.numel() and not (i == 1 and HAS_C[cell])]
 
     def function(*given: Tensor) -> tuple[Tensor, ...]:
-        arguments = list(tensors)
+        arguments: list[Any] = list(tensors)
         for i, tensor in zip(inputs, given, strict=True):
             arguments[i] = tensor
-        found = _six(formula(cell, *arguments))
+        found = _six(_formula(cell, *arguments))
         return tuple(t for i in outputs if (t := found[i]) is not None)
 
     vjp = torch.func.vjp(function, *(tensors[i] for i in inputs))[1]

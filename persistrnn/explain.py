@@ -51,8 +51,8 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
         lines += ['path: none, the call would raise, because backend="persistent"', f"why: {reason}"]
     else:
         lines += ["path: torch (cuDNN, oneDNN or ATen, as torch.nn would run it)", f"why: {reason}"]
-    with_cuts = functional.obstacle(layer.backend, cell, *sizes, dtype, device, True)
     if reason is not None and layer.backend != "persistent":
+        with_cuts = functional.obstacle(layer.backend, cell, *sizes, dtype, device, True)
         path = "stepwise, a loop over torch's operations" if with_cuts is not None else "persistent"
         lines.append(f"with lengths, mask, resets or cell states: {path}")
     if device.type == "cuda" and functional.obstacle("persistent", cell, *sizes, dtype, device) is None:

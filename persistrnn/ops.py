@@ -30,6 +30,11 @@ SAVED = {"lstm": 4, "gru": 4}
 HAS_C = {"lstm": True, "gru": False}
 
 
+def c_slots(steps: int, every: bool, marked: bool) -> int:
+    """Slots of the buffer of c: all steps and both edges, or initial and final, and with marks the reset state."""
+    return steps + 2 if every else 3 if marked else 2
+
+
 def unsupported(
     cell: str,
     hidden_size: int,
@@ -214,7 +219,7 @@ def _(
     y = x_gates.new_empty(T + 2, B, D, H)
     c = x_gates.new_empty(0)
     if c0 is not None:
-        slots = T + 2 if save or keep else 2 if marks is None else 3
+        slots = c_slots(T, save or keep, marks is not None)
         c = x_gates.new_empty(slots, B, D, H, dtype=cell_dtype or x_gates.dtype)
     return y, c, x_gates.new_empty((T, B, D, SAVED[cell], H) if save else 0)
 
@@ -377,7 +382,7 @@ def _(
     y = x_gates.new_empty(L, T + 2, B, H)
     c = x_gates.new_empty(0)
     if c0 is not None:
-        slots = T + 2 if save or keep else 2 if marks is None else 3
+        slots = c_slots(T, save or keep, marks is not None)
         c = x_gates.new_empty(L, slots, B, H, dtype=cell_dtype or x_gates.dtype)
     return y, c, x_gates.new_empty((L, T, B, SAVED[cell], H) if save else 0)
 

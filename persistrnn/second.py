@@ -60,6 +60,11 @@ def _gru(d_state: Tiles, saved: Tiles, d_saved: Tiles, before: Tiles) -> tuple[T
 CELLS: dict[str, Callable[[Tiles, Tiles, Tiles, Tiles], tuple[Tiles, Tiles, Tiles]]] = {"lstm": _lstm, "gru": _gru}
 
 
+def _plus(d: Tiles, others: Sequence[Tensor | None], position: int, direction: int) -> Tiles:
+    """d, with what stands at one position of [*, B, D, H]."""
+    return tuple(x if o is None else x + o[position, :, direction] for x, o in zip(d, others, strict=True))
+
+
 def backward(
     cell: str,
     weight_hh: Tensor,
@@ -96,8 +101,8 @@ def backward(
         first, last, back = (steps + 1, 0, 1) if k else (0, steps + 1, -1)
         d: Tiles = tuple(f[k].to(exact) for f in d_final)
         anew: Tiles = tuple(torch.zeros_like(x) for x in d)
-        dx_of: list[Tensor] = [weight] * steps
-        dr_of: list[Tensor] = [weight] * steps
+        dx_of: dict[int, Tensor] = {}
+        dr_of: dict[int, Tensor] = {}
         for t in range(steps) if k else reversed(range(steps)):
             before: Tiles = tuple(s[t + 1 + back, :, k] for s in states)
             mark = None if marks is None else marks[t, :, k].unsqueeze(-1)
@@ -105,9 +110,7 @@ def backward(
                 before = tuple(
                     torch.where(mark == BEGINS, s[last, :, k], b) for s, b in zip(states, before, strict=True)
                 )
-            for outside in (given, d_states):
-                at = [t, t + 1][outside is d_states]
-                d = tuple(x if o is None else x + o[at, :, k] for x, o in zip(d, outside, strict=True))
+            d = _plus(_plus(d, given, t, k), d_states, t + 1, k)
             dx, dr, d_before = CELLS[cell](d, saved[t, :, k].unbind(1), d_saved[t, :, k].unbind(1), before)
             if mark is not None:
                 dx, dr = (tuple(torch.where(mark == SKIPPED, 0.0, x) for x in tiles) for tiles in (dx, dr))
@@ -117,10 +120,10 @@ def backward(
             if mark is not None:
                 anew = tuple(a + torch.where(mark == BEGINS, x, 0.0) for a, x in zip(anew, d, strict=True))
                 d = tuple(torch.where(mark == BEGINS, 0.0, x) for x in d)
-        d_initial.append([x if o is None else x + o[first, :, k] for x, o in zip(d, d_states, strict=True)])
-        d_reset.append([x if o is None else x + o[last, :, k] for x, o in zip(anew, d_states, strict=True)])
-        dx_gates.append(torch.stack(dx_of))
-        dr_gates.append(torch.stack(dr_of))
+        d_initial.append(_plus(d, d_states, first, k))
+        d_reset.append(_plus(anew, d_states, last, k))
+        dx_gates.append(torch.stack([dx_of[t] for t in range(steps)]))
+        dr_gates.append(torch.stack([dr_of[t] for t in range(steps)]))
     return Gradients(
         torch.stack(dx_gates, dim=2).to(dtype),
         torch.stack(dr_gates, dim=2).to(dtype),

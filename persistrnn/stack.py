@@ -1,7 +1,7 @@
 """A stack of layers, run one after the other or in one launch: input GEMMs, dropout between layers, projections.
 
 What comes in is validated, and of one dtype. The recurrence itself is `autograd.recurrent` on the persistent kernels or
-`reference.recurrent`, a loop over torch's operations; letters are those of `door`.
+`stepwise.recurrent`, a loop over torch's operations; letters are those of `door`.
 
 Projections (Sak et al. 2014) need no kernel of their own. With h_t = W_hr s_t, s_t = o * tanh(c_t), the recurrent half
 of the gates is W_hh h_{t-1} = (W_hh W_hr) s_{t-1}: an LSTM over s with one more product before it, and one GEMM over
@@ -9,6 +9,7 @@ all s after it. What a row begins from has no s: its W_hh h_0 is added to the ga
 for the other slices once, where a projection inside it would wait twice, and pays with H instead of P columns of W.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ class Result(NamedTuple):
     finals: list[Tensor]
 
 
-class _Given(NamedTuple):
+class _OfLayer(NamedTuple):
     """Of one layer: the initial and the reset states [D, B, features], marks [T, B, D], active [T, B]; and whether the
     initial states are zeros."""
 
@@ -40,7 +41,7 @@ class _Given(NamedTuple):
     fresh: bool
 
 
-# (cell, x_gates, weight_hh, bias_hh, h0, c0, marks, reset) -> (y, h_n, c_n, c)
+# (cell, x_gates, weight_hh, bias_hh, h0, c0, *, marks, reset) -> (y, h_n, c_n, c)
 Recurrence = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
 
 
@@ -74,7 +75,11 @@ def run(
     if precision is not None and _waves(stack, x, [*weights, *states, *cuts.reset], options, precision):
         result = _wave(stack, x, weights, states, cuts, marks, options, precision, return_c)
     else:
-        recurrence = _stepwise if precision is None else _persistent(precision, return_c, options.cell_dtype)
+        recurrence: Recurrence = stepwise.recurrent
+        if precision is not None:
+            recurrence = functools.partial(
+                autograd.recurrent, precision=precision, return_c=return_c, cell_dtype=options.cell_dtype
+            )
         result = _layers(stack, x, weights, states, cuts, marks, options, recurrence)
     y, c, finals = result
     if active is not None:
@@ -159,7 +164,7 @@ def _layers(
         bias_hh = others[1] if stack.bias else weight_hh.new_zeros(weight_hh.shape[:2])
         # both directions read the same rows, so that one GEMM with [D*G*H, I] makes the gates of both
         x_gates = F.linear(y, weight_ih.flatten(0, 1), bias_ih).unflatten(-1, (directions, -1))
-        given = _Given([s[rows] for s in states], [r[rows] for r in cuts.reset], marks, cuts.active, cuts.fresh)
+        given = _OfLayer([s[rows] for s in states], [r[rows] for r in cuts.reset], marks, cuts.active, cuts.fresh)
         if stack.proj_size:
             y, c, final = _projected(stack.cell, x_gates, weight_hh, bias_hh, others[-1], given, recurrence)
         else:
@@ -179,7 +184,7 @@ def _projected(
     weight_hh: Tensor,
     bias_hh: Tensor,
     weight_hr: Tensor,
-    given: _Given,
+    given: _OfLayer,
     recurrence: Recurrence,
 ) -> Result:
     """One layer with projections. weight_hh: [D, 4*H, P]; weight_hr: [D, P, H]."""
@@ -205,11 +210,11 @@ def _projected(
 
 
 def _recurrent(
-    cell: str, x_gates: Tensor, weight_hh: Tensor, bias_hh: Tensor, given: _Given, recurrence: Recurrence
+    cell: str, x_gates: Tensor, weight_hh: Tensor, bias_hh: Tensor, given: _OfLayer, recurrence: Recurrence
 ) -> Result:
     both = given.states[0], given.states[1] if len(given.states) > 1 else None
     if x_gates.size(1) > 0:
-        y, h_n, c_n, c = recurrence(cell, x_gates, weight_hh, bias_hh, *both, given.marks, given.reset)
+        y, h_n, c_n, c = recurrence(cell, x_gates, weight_hh, bias_hh, *both, marks=given.marks, reset=given.reset)
     else:
         # Without a row there is nothing to launch: one step of the reference gives every shape and, as torch.nn
         # does, a gradient of zeros to every weight.
@@ -217,24 +222,3 @@ def _recurrent(
         y = y.expand(x_gates.size(0), -1, -1)
         c = None if c is None else c.expand(x_gates.size(0), -1, -1)
     return Result(y, c, [h_n] if c_n is None else [h_n, c_n])
-
-
-def _persistent(precision: str, return_c: bool, cell_dtype: torch.dtype | None) -> Recurrence:
-    def recurrence(
-        cell: str,
-        x_gates: Tensor,
-        weight_hh: Tensor,
-        bias_hh: Tensor,
-        h0: Tensor,
-        c0: Tensor | None,
-        marks: Tensor | None,
-        reset: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        c0 = None if c0 is None else c0.contiguous()
-        given = x_gates.contiguous(), weight_hh.contiguous(), bias_hh.contiguous(), h0.contiguous(), c0
-        return autograd.recurrent(cell, *given, precision, marks, reset, return_c, cell_dtype)
-
-    return recurrence
-
-
-_stepwise: Recurrence = stepwise.recurrent

@@ -7,6 +7,7 @@ between the layers is traced.
 """
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -42,15 +43,13 @@ def stack(
     """
     # A packed sequence has no operator of ours: compiled, the graph breaks here, as it does in torch.nn.
     if torch.compiler.is_compiling() and batch_sizes is None:
-        return _compiled_stack(
-            cell, input, states, weights, bias, num_layers, dropout, training, bidirectional, batch_first
-        )
+        run = functools.partial(_operator, cell, bias, bidirectional, autocast_dtype(input))
+        return _by_layers(run, input, states, weights, num_layers, dropout if training else 0.0, batch_first)
     if input.is_cuda and not training and asks_for_gradients([input, *states, *weights]):
         dropout, training = 0.0, True  # the same numbers, from which cuDNN agrees to go back
     if input.is_cuda and training and dropout > 0 and num_layers > 1:
-        return _layer_by_layer(
-            cell, input, batch_sizes, states, weights, bias, num_layers, dropout, bidirectional, batch_first
-        )
+        run = functools.partial(_layer, cell, bias, bidirectional, batch_sizes)
+        return _by_layers(run, input, states, weights, num_layers, dropout, batch_first)
     options = (bias, num_layers, dropout, training, bidirectional)
     return _eager(cell, input, batch_sizes, states, weights, options, batch_first)
 
@@ -72,31 +71,18 @@ def _eager(
         return list(FUNCTIONS[cell](input, batch_sizes, hx, list(weights), *options))
 
 
-def _layer_by_layer(
+def _layer(
     cell: str,
-    input: Tensor,
+    bias: bool,
+    bidirectional: bool,
     batch_sizes: Tensor | None,
+    input: Tensor,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    bidirectional: bool,
-    batch_first: bool,
-) -> list[Tensor]:
-    """A stack in training, with torch's generator for the dropout between its layers."""
-    directions, per_layer = 2 if bidirectional else 1, len(weights) // num_layers
-    y = input.transpose(0, 1) if batch_first else input
-    finals = []
-    for layer in range(num_layers):
-        if layer > 0:
-            y = F.dropout(y, dropout)
-        of_layer = weights[layer * per_layer : (layer + 1) * per_layer]
-        rows = slice(layer * directions, (layer + 1) * directions)
-        initial = [s[rows].contiguous() for s in states]
-        y, *final = _eager(cell, y, batch_sizes, initial, of_layer, (bias, 1, 0.0, True, bidirectional), False)
-        finals.append(final)
-    return [y.transpose(0, 1) if batch_first else y, *(torch.cat(s) for s in zip(*finals, strict=True))]
+) -> Sequence[Tensor]:
+    """One layer in training."""
+    states = [s.contiguous() for s in states]
+    return _eager(cell, input, batch_sizes, states, weights, (bias, 1, 0.0, True, bidirectional), False)
 
 
 _NOTHING = contextlib.nullcontext()
@@ -110,36 +96,45 @@ def _no_flat_weight_warning() -> Iterator[None]:
         yield
 
 
-def _compiled_stack(
-    cell: str,
+def _by_layers(
+    run: Callable[[Tensor, list[Tensor], Sequence[Tensor]], Sequence[Tensor]],
     input: Tensor,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    bias: bool,
     num_layers: int,
     dropout: float,
-    training: bool,
-    bidirectional: bool,
     batch_first: bool,
 ) -> list[Tensor]:
-    directions = 2 if bidirectional else 1
-    per_layer = len(weights) // num_layers
-    autocast = autocast_dtype(input)  # inside an operator it is not visible
+    """A stack as calls of ``run(y, states, weights) -> (y, *finals)``, with torch's own dropout between them."""
+    directions, per_layer = states[0].size(0) // num_layers, len(weights) // num_layers
     # Contiguous: at its first call a graph's operator takes another route in ATen for what is not, with other bits.
     y = (input.transpose(0, 1) if batch_first else input).contiguous()
     finals = []
     for layer in range(num_layers):
-        if layer > 0 and training and dropout > 0:
+        if layer > 0 and dropout > 0:
             y = F.dropout(y, dropout)
-        rows = slice(layer * directions, (layer + 1) * directions)
-        layer_states = [s[rows] for s in states]
-        fixed = cell, bias, bidirectional, autocast, _output_dtype(cell, y, layer_states[0], autocast)
-        tensors = _distinct([y, *layer_states, *weights[layer * per_layer : (layer + 1) * per_layer]])
-        y, *final = _Layer.apply(*fixed, *tensors) if asks_for_gradients(tensors) else layer_forward(*fixed, tensors)
+        initial = [s[layer * directions : (layer + 1) * directions] for s in states]
+        y, *final = run(y, initial, weights[layer * per_layer : (layer + 1) * per_layer])
         finals.append(final)
-    if batch_first:
-        y = y.transpose(0, 1)
-    return [y, *(torch.cat(s) for s in zip(*finals, strict=True))]
+    return [y.transpose(0, 1) if batch_first else y, *(torch.cat(s) for s in zip(*finals, strict=True))]
+
+
+def _operator(
+    cell: str,
+    bias: bool,
+    bidirectional: bool,
+    autocast: torch.dtype | None,  # inside an operator it is not visible
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+) -> Sequence[Tensor]:
+    """One layer as an operator."""
+    fixed = cell, bias, bidirectional, autocast, _output_dtype(cell, input, states[0], autocast)
+    tensors = _distinct([input, *states, *weights])
+    found: Sequence[Tensor] = (
+        _Layer.apply(*fixed, *tensors) if asks_for_gradients(tensors) else layer_forward(*fixed, tensors)
+    )
+    return found
 
 
 def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -27,7 +27,7 @@ def kernels(monkeypatch):
     list of its calls."""
     calls = []
 
-    def recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0, precision, marks=None, reset=(), *_):
+    def recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0, precision, marks, reset, return_c, cell_dtype):
         tensors = [t for t in (x_gates, weight_hh, bias_hh, h0, c0) if t is not None]
         directions, rows, hidden = weight_hh.shape
         assert x_gates.shape[2:] == (directions, rows)

@@ -1,5 +1,6 @@
 """torch's own path: torch.nn's bits when eager, one operator per layer when compiled."""
 
+import functools
 import shutil
 import warnings
 
@@ -256,11 +257,11 @@ def test_layer_by_layer_is_the_stack(cell, batch_first, packed):
         x, batch_sizes = sequence.data, sequence.batch_sizes
     states = [torch.randn(6, 2, 6) for _ in range(2 if cell == "lstm" else 1)]
     weights = [w for layer in module.all_weights for w in layer]
-    given = cell, x, batch_sizes, states, weights, True, 3, 0.4
     torch.manual_seed(1)
-    found = torch_path._layer_by_layer(*given, True, batch_first)
+    run = functools.partial(torch_path._layer, cell, True, True, batch_sizes)
+    found = torch_path._by_layers(run, x, states, weights, 3, 0.4, batch_first)
     torch.manual_seed(1)
-    expected = torch_path.stack(*given, True, True, batch_first)
+    expected = torch_path.stack(cell, x, batch_sizes, states, weights, True, 3, 0.4, True, True, batch_first)
     torch.testing.assert_close(found, expected)
 
 
