@@ -5,7 +5,6 @@ a launch are threads of their own, so what a mutant counts per program is thread
 """
 
 import threading
-import time
 
 from persistrnn.kernels import exchange, launch, product, scan
 
@@ -24,20 +23,38 @@ def counter_off_by_one(monkeypatch):
 
 
 def store_after_release(monkeypatch):
-    late = threading.local()
+    """Program 1 tells of its first step before it stores it, and stores it once another program has read its place."""
+    program, read = threading.local(), threading.Event()
 
     def put(*arguments):
-        late.__dict__.setdefault("stores", []).append(arguments)
+        if scan.tl.program_id(0).handle.data.item() == 1 and not program.__dict__.get("told"):
+            program.__dict__.setdefault("stores", []).append(arguments)
+        else:
+            exchange.put(*arguments)
 
     def arrive(counter, how):
+        stores = program.__dict__.pop("stores", ())
+        if stores:
+            program.told = True
+            read.clear()
         exchange.arrive(counter, how)
-        time.sleep(0.002)
-        for arguments in late.stores:
+        if stores:
+            assert read.wait(60)  # nobody gets there before the arrival, whatever the machine's load
+        for arguments in stores:
             exchange.put(*arguments)
-        late.stores.clear()
 
-    monkeypatch.setattr(scan, "put", put)
-    monkeypatch.setattr(scan, "arrive", arrive)
+    def wait(counter, target, *others):
+        program.heard = getattr(target, "handle", None) is not None and target.handle.data.item() > 0
+        return exchange.wait(counter, target, *others)
+
+    def get(*arguments):
+        found = exchange.get(*arguments)
+        if program.heard:
+            read.set()
+        return found
+
+    for module, mutant in ((scan, put), (scan, arrive), (scan, wait), (product, get)):
+        monkeypatch.setattr(module, mutant.__name__, mutant)
 
 
 def flag_reset_forgotten(monkeypatch):
