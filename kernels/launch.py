@@ -23,6 +23,7 @@ from . import plan as planning
 from .cells import Cell
 from .exchange import Exchange
 from .forecast import Forecast, forecast
+from .recompute import BLOCK, activate
 from .scan import scan_backward, scan_forward
 from .tiling import Shape
 
@@ -122,6 +123,10 @@ def check() -> None:
             )
 
 
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def launch(
     kernel: Any,
     part: planning.Pass,
@@ -150,8 +155,7 @@ def launch(
     parts = torch.empty(size, dtype=torch.float32, device=device)
     sync = counters, _error_word(device), parts
     arch = hardware(device).arch
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
+    with on_device(device):
         for first in range(0, jobs, part.groups):
             grid = (t.slices, min(part.groups, jobs - first) * t.layers)
             kernel[grid](
@@ -212,6 +216,7 @@ def forward(
     cell_dtype: torch.dtype | None = None,
     marks: Tensor | None = None,
     reset: Sequence[Tensor] = (),
+    saved: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward scan.
 
@@ -224,6 +229,7 @@ def forward(
         cell_dtype: of the stored c (None: of x_gates); between the steps it is float32 in any case.
         marks: uint8 [T, B, D], where rows begin anew or skip a step (``marks``), or None.
         reset: the states that rows begin anew from, each [D, B, H]; none: zeros.
+        saved: with save, where to put what the backward needs, [T, B, D, n, H]; None: in new memory.
         All tensors contiguous, on one device, float16, bfloat16 or float32.
 
     Returns:
@@ -253,7 +259,8 @@ def forward(
             c[:2].copy_(c0.transpose(0, 1))
             if marks is not None:
                 c[2].zero_() if reset_c is None else c[2].copy_(reset_c.transpose(0, 1))
-    saved = x_gates.new_empty((T, B, D, cell.saved, H) if save else 0)
+    if saved is None:
+        saved = x_gates.new_empty((T, B, D, cell.saved, H) if save else 0)
     launch(
         scan_forward,
         part,
@@ -326,3 +333,28 @@ def backward(
         cell=cell.backward,
     )
     return dx_gates, dr_gates, d_edges
+
+
+def recompute(cell: Cell, x_gates: Tensor, r_gates: Tensor, bias_hh: Tensor) -> Tensor:
+    """What the forward would have saved, from both halves of the gates of all steps.
+
+    Args:
+        cell: the cell.
+        x_gates: [T, B, D, G*H], input half of the gates.
+        r_gates: float32 [D, T*B, G*H], ``h_{t-1} @ W_hh^T`` of every step.
+        bias_hh: [D, G*H].
+        All contiguous, on one device.
+
+    Returns:
+        saved: [T, B, D, n, H] in the dtype of x_gates.
+    """
+    T, B, D, width = x_gates.shape
+    H = width // cell.gates
+    saved = x_gates.new_empty(T, B, D, cell.saved, H)
+    count = T * B * H
+    grid = (triton.cdiv(count, BLOCK), D)
+    shape = (cell.states, cell.gates, D, cell.saved, H)
+    with on_device(x_gates.device):
+        activate[grid](x_gates, r_gates, bias_hh, saved, count, cell.forward, shape, INTERPRETED, BLOCK)
+    LAUNCHES["activate"] += 1
+    return saved

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cost, forecast, picture
+from . import cost, forecast, memory, picture
 from . import hardware as devices
 from .hardware import DEVICES, Hardware
 from .plan import DTYPES, Pass, Plan, PlanError, plan
@@ -157,10 +157,26 @@ def as_json(found: Plan, cell: Shape, origin: str) -> dict[str, Any]:
         "predicted_us": {name: getattr(found, name).predicted for name in picture.PASSES},
         "floor_us": found.floor,
         "torch_us": torch_steps(found, cell),
+        "memory_bytes": bytes_of(found, cell),
         "assumed": sourced(found.hardware, "assumed"),
         "measured": sourced(found.hardware, "measured"),
         "times": "predicted",
     }
+
+
+def bytes_of(found: Plan, cell: Shape) -> dict[str, dict[str, float]]:
+    """Predicted bytes of a training step by ``save`` mode, without the input and the gradients of input and output."""
+    size = DTYPES[found.dtype]
+    of = memory.Layers(cell, found.hidden, found.hidden, 1, found.directions, size, size, False)
+    result = {}
+    for mode in memory.MODES:
+        steps = memory.chunk_steps(mode, cell.gates, found.hidden, found.batch, found.directions, size)
+        result[mode] = {
+            "kept_per_step_and_row": memory.kept(mode, of, steps),
+            "chunk_steps": steps,
+            "chunk": memory.workspace(mode, of) * steps * found.batch,
+        }
+    return result
 
 
 def as_text(found: Plan, cell: Shape, origin: str) -> str:
@@ -172,10 +188,16 @@ def as_text(found: Plan, cell: Shape, origin: str) -> str:
     ]
     for name in picture.PASSES:
         lines += ["", name, *(f"  {line}" for line in _pass(found, getattr(found, name), name, torch_us[name]))]
+    lines += ["", "memory of one layer, by what is kept for its backward"]
+    for mode, need in bytes_of(found, cell).items():
+        lines.append(
+            f"  {mode}: {need['kept_per_step_and_row']:,.0f} bytes per step and row, and {need['chunk']:,.0f} for a "
+            f"chunk of {need['chunk_steps']:,} steps"
+        )
     assumed, measured = sourced(hardware, "assumed"), sourced(hardware, "measured")
     lines += [
         "",
-        "All times are predicted by the cost model, none is measured.",
+        "All times are predicted by the cost model, none is measured; so are the bytes.",
         f"Assumed in the record of {hardware.name}: {', '.join(assumed) or 'nothing'}.",
     ]
     if measured:

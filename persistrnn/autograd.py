@@ -61,7 +61,7 @@ def recurrent(
     """
     reset_h, reset_c = (*reset, None, None)[:2]
     tensors = (x_gates, weight_hh, bias_hh, h0, c0, marks, reset_h, reset_c)
-    y, h_n, c_n, c, *_ = _Scan.apply(cell, precision, _saves(tensors), return_c, cell_dtype, *tensors)
+    y, h_n, c_n, c, *_ = _Scan.apply(cell, precision, saves(tensors), return_c, cell_dtype, *tensors)
     return y, h_n, c_n if HAS_C[cell] else None, c if return_c else None
 
 
@@ -101,11 +101,11 @@ def wave(
     """
     reset_h, reset_c = (*reset, None, None)[:2]
     tensors = (x_gates, weight_hh, bias_hh, weight_ih, bias_ih, h0, c0, marks, reset_h, reset_c)
-    y, h_n, c_n, c, *_ = _Wave.apply(cell, precision, _saves(tensors), return_c, cell_dtype, *tensors)
+    y, h_n, c_n, c, *_ = _Wave.apply(cell, precision, saves(tensors), return_c, cell_dtype, *tensors)
     return y, h_n, c_n if HAS_C[cell] else None, c if return_c else None
 
 
-def _saves(tensors: tuple[Tensor | None, ...]) -> bool:
+def saves(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a backward may come. Under torch.func the wrapped tensors do not tell whether a gradient is asked for."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
@@ -186,7 +186,7 @@ class _Scan(Function):
             dr_gates = dx_gates
         d_weight = d_bias = None
         if needs_weight:
-            h_previous = [_before(y, marks, d) for d in range(D)]
+            h_previous = [h_before(y, marks, d) for d in range(D)]
             d_weight = torch.stack([dr_gates[:, :, d].flatten(0, 1).mT @ h_previous[d].flatten(0, 1) for d in range(D)])
         if needs_bias:
             d_bias = dr_gates.sum((0, 1), dtype=torch.float32).to(dr_gates.dtype)
@@ -248,7 +248,7 @@ class _ScanBackward(Function):
         return mapped(_ScanBackward, info, in_dims, (cell, precision, resets), tensors, axes, (1,) * 6)
 
 
-def _before(y: Tensor, marks: Tensor | None, direction: int) -> Tensor:
+def h_before(y: Tensor, marks: Tensor | None, direction: int) -> Tensor:
     """The h [T, B, H] that each step of a direction went on from."""
     h, reset = (y[2:, :, 1], y[0, :, 1]) if direction else (y[:-2, :, 0], y[-1, :, 0])
     return h if marks is None else _chosen(marks[:, :, direction, None], reset, h)
@@ -420,7 +420,11 @@ def _is_second(grads: Sequence[Tensor | None]) -> bool:
 
 def _again(cell: str, tensors: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor | None]:
     """Gradients of a backward's arguments, given those of its six results."""
-    inputs = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point() and t.numel()]
+    # Cells with c do not read y, and torch.func.vjp cannot make the zeros of an argument that is not read where it is
+    # nested.
+    y = len(tensors) - 4
+    read = (i for i in range(len(tensors)) if not (i == y and HAS_C[cell]))
+    inputs = [i for i in read if (t := tensors[i]) is not None and t.is_floating_point() and t.numel()]
     # dr_gates is dx_gates in cells with c, and empty.
     outputs = [i for i, g in enumerate(grads) if g.numel() and not (i == 1 and HAS_C[cell])]
 

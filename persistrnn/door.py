@@ -16,6 +16,9 @@ from persistrnn import segments, torch_path
 Backend = Literal["auto", "persistent", "torch"]
 BACKENDS = get_args(Backend)
 
+Save = Literal["gates", "state", "checkpoint", "auto"]
+SAVES = get_args(Save)
+
 GATES = {"lstm": 4, "gru": 3}
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -32,6 +35,8 @@ class Options(NamedTuple):
     batch_first: bool = False
     backend: str = "auto"
     cell_dtype: torch.dtype | None = None
+    save: str = "gates"
+    save_budget: int | None = None
 
     @property
     def directions(self) -> int:
@@ -81,6 +86,7 @@ class Cuts(NamedTuple):
 def check_options(options: Options) -> None:
     check_backend(options.backend)
     check_cell_dtype(options.cell_dtype)
+    check_save(options.save, options.save_budget)
     if not 0 <= options.dropout <= 1:
         raise ValueError(f"dropout is a probability in [0, 1], got {options.dropout}")
     if options.num_layers <= 0:
@@ -95,6 +101,25 @@ def check_backend(backend: str) -> None:
 def check_cell_dtype(dtype: object) -> None:
     if dtype not in (None, torch.float32):
         raise ValueError(f"cell_dtype is None (the dtype of the computation) or torch.float32, got {dtype!r}")
+
+
+def check_save(save: str, budget: object, proj_size: int = 0) -> None:
+    if save not in SAVES:
+        raise ValueError(f"save is one of {', '.join(map(repr, SAVES))}, got {save!r}")
+    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool)):
+        raise TypeError(f"save_budget is a number of bytes, an int, got {type(budget).__name__}")
+    if budget is not None and budget <= 0:
+        raise ValueError(f"save_budget is a positive number of bytes, got {budget}")
+    if (save == "auto") != (budget is not None):
+        raise ValueError(
+            "save='auto' goes with save_budget, the bytes that a call may keep for its backward; got "
+            f"save={save!r} and save_budget={budget}"
+        )
+    if proj_size and save != "gates":
+        raise ValueError(
+            f"a layer with projections keeps its gates, got save={save!r} and proj_size={proj_size}; use save='gates', "
+            "or torch.utils.checkpoint around the layer"
+        )
 
 
 def parameter_names(layer: int, direction: int, bias: bool, projection: bool) -> list[str]:

@@ -3,6 +3,7 @@
 import torch
 
 from persistrnn import functional, ops, stack
+from persistrnn.door import Stack
 from persistrnn.modules import GRU, LSTM
 
 
@@ -51,6 +52,7 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
         lines += ['path: none, the call would raise, because backend="persistent"', f"why: {reason}"]
     else:
         lines += ["path: torch (cuDNN, oneDNN or ATen, as torch.nn would run it)", f"why: {reason}"]
+    lines.append(_kept(layer, batch, steps, dtype, on_kernels=reason is None))
     if reason is not None and layer.backend != "persistent":
         with_cuts = functional.obstacle(layer.backend, cell, *sizes, dtype, device, True)
         path = "stepwise, a loop over torch's operations" if with_cuts is not None else "persistent"
@@ -58,3 +60,20 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
     if device.type == "cuda" and functional.obstacle("persistent", cell, *sizes, dtype, device) is None:
         lines.append(ops.expected(*shape))
     return "\n".join(lines)
+
+
+def _kept(layer: LSTM | GRU, batch: int, steps: int, dtype: torch.dtype, on_kernels: bool) -> str:
+    """What a training call keeps for its backward."""
+    cell, directions = layer.mode.lower(), 2 if layer.bidirectional else 1
+    options = layer.options._replace(training=True)
+    stack = Stack(cell, layer.num_layers, directions, layer.bias, layer.input_size, layer.hidden_size, layer.proj_size)
+    save = functional.save_mode(stack, options, dtype, batch, steps)
+    sizes = layer.input_size, layer.hidden_size, layer.num_layers, directions
+    of = ops.layers(cell, *sizes, dtype, layer.cell_dtype, layer.dropout > 0)
+    if on_kernels:
+        kept = ops.kept_bytes(save, of, batch, steps)
+        return f'save="{save}": {kept / (steps * batch):,.0f} bytes per step and row are kept (predicted), {kept:,.0f}'
+    if save == "gates":
+        return 'save="gates": torch\'s path keeps what it needs'
+    chunk = ops.chunk_steps(save, cell, layer.hidden_size, batch, directions, dtype.itemsize)
+    return f'save="{save}": torch\'s path keeps its state every {chunk} steps, and runs the forward again between them'

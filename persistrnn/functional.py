@@ -3,6 +3,7 @@
 Letters: T steps, B batch, I input, H hidden, P projection, D directions, L layers.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from persistrnn import door, ops, torch_path
 from persistrnn import stack as stacks
-from persistrnn.door import Backend, Given, Options
+from persistrnn.door import Backend, Given, Options, Save, Stack
 
 NOTHING = Given()
 
@@ -32,6 +33,8 @@ def lstm(
     batch_first: bool = False,
     backend: Backend = "auto",
     cell_dtype: torch.dtype | None = None,
+    save: Save = "gates",
+    save_budget: int | None = None,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     resets: Tensor | None = None,
@@ -64,6 +67,9 @@ def lstm(
             `persistrnn.explain` says what "auto" chooses, a module's `last_path` what it chose
         cell_dtype: dtype in which c is given out, and in which the kernels store it for the backward: None (that of
             the computation) or torch.float32; between the steps the kernels' c is float32 in any case
+        save: what the call keeps for its backward: "gates", "state" or "checkpoint", or "auto", the first of them that
+            keeps at most save_budget bytes (`LSTM` has the details)
+        save_budget: bytes, with save="auto"
         lengths: integers [B] on the input's device, each in [0, T]. Past its length a row's output is zero and takes
             no gradient; the final state is that after its last step; the second direction begins there. Nothing is
             sorted and the host does not wait: on a GPU a length out of range is taken as 0 or T, and raised by the
@@ -92,7 +98,9 @@ def lstm(
             kernels cannot run
         TypeError: something that is not a tensor in the place of one
     """
-    options = Options(num_layers, bias, dropout, training, bidirectional, batch_first, backend, cell_dtype)
+    options = Options(
+        num_layers, bias, dropout, training, bidirectional, batch_first, backend, cell_dtype, save, save_budget
+    )
     found = run("lstm", input, weights, hx, options, Given(lengths, mask, resets, reset_state), return_cell_states)
     h_n, c_n = found.states
     return (found.output, (h_n, c_n), found.c) if return_cell_states else (found.output, (h_n, c_n))
@@ -110,6 +118,8 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     backend: Backend = "auto",
+    save: Save = "gates",
+    save_budget: int | None = None,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     resets: Tensor | None = None,
@@ -134,7 +144,9 @@ def gru(
 
     All other arguments, dtypes and errors are those of `lstm`.
     """
-    options = Options(num_layers, bias, dropout, training, bidirectional, batch_first, backend)
+    options = Options(
+        num_layers, bias, dropout, training, bidirectional, batch_first, backend, save=save, save_budget=save_budget
+    )
     found = run("gru", input, weights, hx, options, Given(lengths, mask, resets, reset_state))
     return found.output, found.states[0]
 
@@ -162,6 +174,7 @@ def run(
     stack = door.read_weights(cell, weights, options)
     batch = door.read_input(input, stack, weights, options.batch_first)
     data, packed = batch.data, batch.packed
+    door.check_save(options.save, options.save_budget, stack.proj_size)
     states = door.read_states(stack, hx, batch)
     cuts = door.read_cuts(stack, batch, hx is None, given)
     if packed is not None and packed.sorted_indices is not None and hx is not None:
@@ -174,6 +187,7 @@ def run(
     together = options.num_layers if several else 1
     loops = given.any or return_c
     reason = obstacle(options.backend, cell, *sizes, dtype, data.device, loops, together, batch.steps)
+    options = options._replace(save=save_mode(stack, options, dtype, batch.rows, batch.steps))
     if reason is not None and options.backend == "persistent":
         raise RuntimeError(f'backend="persistent" cannot run this call: {reason}')
     if reason is None or loops:
@@ -194,7 +208,12 @@ def run(
         path = "torch"
         batch_sizes = None if packed is None else packed.batch_sizes
         how = options.bias, options.num_layers, options.dropout, options.training, options.bidirectional
-        output, *states = torch_path.stack(cell, data, batch_sizes, states, weights, *how, batch.batch_first)
+        given_to = cell, data, batch_sizes, states, weights, *how, batch.batch_first
+        if options.save == "gates":
+            output, *states = torch_path.stack(*given_to)
+        else:
+            chunk = ops.chunk_steps(options.save, cell, *sizes, dtype.itemsize)
+            output, *states = torch_path.stack_in_chunks(*given_to, chunk)
         outputs = [output]
 
     formed: list[Any] = outputs
@@ -207,6 +226,24 @@ def run(
         formed, states = [t.squeeze(1) for t in outputs], [s.squeeze(1) for s in states]
     output, c = (*formed, None)[:2]
     return Found(output, states, c, path)
+
+
+def save_mode(stack: Stack, options: Options, dtype: torch.dtype, batch: int, steps: int) -> str:
+    """What of a call is kept for its backward: "gates", "state" or "checkpoint"."""
+    if options.save != "auto":
+        return options.save
+    assert options.save_budget is not None
+    sizes = stack.input_size, stack.hidden_size, stack.num_layers, stack.directions
+    of = ops.layers(stack.cell, *sizes, dtype, options.cell_dtype, options.active_dropout > 0)
+    needs = {mode: ops.kept_bytes(mode, of, batch, steps) for mode in ops.MODES}
+    for mode, need in needs.items():
+        if need <= options.save_budget:
+            return mode
+    least, smallest = min((need, mode) for mode, need in needs.items())
+    raise RuntimeError(
+        f"save_budget={options.save_budget} bytes do not hold what {steps} steps of {batch} rows need at least, "
+        f"{math.ceil(least)} bytes with save='{smallest}'; raise the budget, or cut the sequence and carry the state"
+    )
 
 
 # Compiled, the graph breaks here, as it does in torch.nn; on fake tensors both would fail instead.

@@ -28,8 +28,21 @@ def mapped(
     if all(d is None for d, a in zip(dims, axes, strict=True) if a is None):
         folded = [_fold(t, d, a, info.batch_size) for t, d, a in zip(tensors, dims, axes, strict=True)]
         return _unfold(function.apply(*fixed, *folded), out_axes, info.batch_size)
+    return each_sample(function, info, in_dims, fixed, tensors)
+
+
+def each_sample(
+    function: type[Function],
+    info: Any,
+    in_dims: Sequence[int | None],
+    fixed: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+) -> tuple[Any, Any]:
+    """The vmap rule of a Function whose outputs mix the rows of a batch, as gradients of weights do."""
+    dims = in_dims[len(fixed) :]
     outputs = [function.apply(*fixed, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
-    return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * len(out_axes)
+    stacked = tuple(torch.stack(o) for o in zip(*outputs, strict=True))
+    return stacked, (0,) * len(stacked)
 
 
 def _fold(tensor: Tensor | None, dim: int | None, axis: int | None, size: int) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from persistrnn import door, functional
-from persistrnn.door import Backend, Given, Options
+from persistrnn.door import Backend, Given, Options, Save
 from persistrnn.functional import Input
 
 
@@ -45,6 +45,8 @@ class _Recurrent(nn.Module):
     proj_size: int
     backend: Backend
     cell_dtype: torch.dtype | None
+    save: Save
+    save_budget: int | None
     last_path: str | None
 
     def __init__(
@@ -61,6 +63,8 @@ class _Recurrent(nn.Module):
         dtype: Any,
         backend: Backend,
         cell_dtype: torch.dtype | None,
+        save: Save,
+        save_budget: int | None,
     ) -> None:
         super().__init__()
         flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
@@ -92,6 +96,7 @@ class _Recurrent(nn.Module):
             )
         door.check_backend(backend)
         door.check_cell_dtype(cell_dtype)
+        door.check_save(save, save_budget, proj_size)
 
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -103,6 +108,8 @@ class _Recurrent(nn.Module):
         self.proj_size = proj_size
         self.backend = backend
         self.cell_dtype = cell_dtype
+        self.save = save
+        self.save_budget = save_budget
         self.last_path = None
 
         rows = door.GATES[self.mode.lower()] * hidden_size
@@ -189,7 +196,7 @@ class _Recurrent(nn.Module):
             bidirectional=self.bidirectional, device=torch.device("meta"), **options,
         )  # fmt: skip
         new.dropout = self.dropout
-        take_over(new, self, ignored={"backend", "cell_dtype", "last_path"})
+        take_over(new, self, ignored={"backend", "cell_dtype", "save", "save_budget", "last_path"})
         return new
 
     def extra_repr(self) -> str:
@@ -203,6 +210,8 @@ class _Recurrent(nn.Module):
             "bidirectional": False,
             "backend": "auto",
             "cell_dtype": None,
+            "save": "gates",
+            "save_budget": None,
         }
         for name, default in defaults.items():
             if (value := getattr(self, name)) != default:
@@ -214,7 +223,7 @@ class _Recurrent(nn.Module):
         """How a call runs now."""
         return Options(
             self.num_layers, self.bias, self.dropout, self.training, self.bidirectional, self.batch_first, self.backend,
-            self.cell_dtype,
+            self.cell_dtype, self.save, self.save_budget,
         )  # fmt: skip
 
     def _run(
@@ -256,6 +265,14 @@ class LSTM(_Recurrent):
             "torch" runs torch's own
         cell_dtype: dtype in which c is given out, and in which the kernels store it for the backward: None (that of
             the computation) or torch.float32; between the steps the kernels' c is float32 in any case
+        save: what a call keeps for its backward, from the fastest to the smallest: "gates" (y, c and the gates of every
+            step), "state" (y and c; the backward forms the gates again, with two GEMMs), "checkpoint" (the state every
+            so many steps; the backward runs the forward again between them; with one direction and without dropout the
+            whole stack keeps only the last layer's output). Time is processed in chunks, so that all else takes the
+            memory of a chunk. "auto" takes the first of them that keeps at most save_budget bytes. torch's own path
+            keeps what it keeps with "gates", and runs the forward again in chunks with both others. Not with
+            projections
+        save_budget: bytes, with save="auto"
 
     Inputs: input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence), T >= 1; and
     optionally (h0, c0), each [L*D, B, H] ([L*D, H] unbatched; h0 has P features with projections). By keyword, what
@@ -307,6 +324,8 @@ class LSTM(_Recurrent):
         *,
         backend: Backend = "auto",
         cell_dtype: torch.dtype | None = None,
+        save: Save = "gates",
+        save_budget: int | None = None,
     ) -> None:
         super().__init__(
             input_size,
@@ -321,6 +340,8 @@ class LSTM(_Recurrent):
             dtype,
             backend,
             cell_dtype,
+            save,
+            save_budget,
         )
 
     def forward(
@@ -379,6 +400,8 @@ class GRU(_Recurrent):
         dtype: torch.dtype | None = None,
         *,
         backend: Backend = "auto",
+        save: Save = "gates",
+        save_budget: int | None = None,
         proj_size: int | None = None,
     ) -> None:
         if proj_size is not None:
@@ -398,6 +421,8 @@ class GRU(_Recurrent):
             dtype,
             backend,
             None,
+            save,
+            save_budget,
         )
 
     def forward(

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from persistrnn import segments
 
+from .kernels import memory
+from .kernels.tiling import Shape
+
 try:
     from .kernels import launch, plan, wave
     from .kernels.cells import CELLS
@@ -33,6 +36,90 @@ HAS_C = {"lstm": True, "gru": False}
 def c_slots(steps: int, every: bool, marked: bool) -> int:
     """Slots of the buffer of c: all steps and both edges, or initial and final, and with marks the reset state."""
     return steps + 2 if every else 3 if marked else 2
+
+
+MODES = memory.MODES
+
+
+def layers(
+    cell: str,
+    input_size: int,
+    hidden_size: int,
+    num_layers: int,
+    directions: int,
+    dtype: torch.dtype,
+    cell_dtype: torch.dtype | None,
+    dropout: bool,
+) -> memory.Layers:
+    """A stack as ``memory`` asks for it."""
+    shape = Shape(cell, GATES[cell], 2 if HAS_C[cell] else 1, SAVED[cell], not HAS_C[cell])
+    itemsizes = dtype.itemsize, (cell_dtype or dtype).itemsize
+    between = num_layers > 1 and (directions > 1 or dropout)
+    return memory.Layers(shape, input_size, hidden_size, num_layers, directions, *itemsizes, between)
+
+
+def kept_bytes(save: str, of: memory.Layers, batch: int, steps: int) -> float:
+    """Bytes that a call keeps for its backward: predicted, for the kernels."""
+    chunk = memory.chunk_steps(save, of.cell.gates, of.hidden, batch, of.directions, of.itemsize)
+    return steps * batch * memory.kept(save, of, chunk)
+
+
+def chunk_steps(save: str, cell: str, hidden_size: int, batch: int, directions: int, itemsize: int) -> int:
+    """Steps of the chunks of time that a layer runs in."""
+    return memory.chunk_steps(save, GATES[cell], hidden_size, batch, directions, itemsize)
+
+
+def scan_chunk(
+    cell: str,
+    precision: str,
+    x_gates: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor,
+    states: Sequence[Tensor],
+    marks: Tensor | None,
+    reset: Sequence[Tensor],
+    keep: bool,
+    save: bool,
+    saved: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward of one layer over one chunk of time, with c in float32: what ``scan_forward`` gives, for use inside
+    an operator. states: (h,) or (h, c), of which c may be float32; saved: where to put what the backward needs."""
+    c = states[1] if len(states) > 1 else None
+    given = x_gates, weight_hh, bias_hh, states[0], c
+    return launch.forward(CELLS[cell], *given, precision, save, keep, torch.float32, marks, reset, saved)
+
+
+def scan_chunk_backward(
+    cell: str,
+    precision: str,
+    d_outputs: Sequence[Tensor],
+    d_final: Sequence[Tensor],
+    weight_hh: Tensor,
+    y: Tensor,
+    c: Tensor,
+    saved: Tensor,
+    marks: Tensor | None,
+    resets: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Its backward: dx_gates, dr_gates (the same tensor where they do not differ), and the gradients of the states
+    before it and, with ``resets``, of the reset states, in the dtype of ``d_final`` [D, B, H]."""
+    finals = [d.transpose(0, 1).contiguous() for d in d_final]
+    given = [d.contiguous() for d in d_outputs], finals, weight_hh, y, c, saved, precision, marks, resets
+    dx_gates, dr_gates, d_edges = launch.backward(CELLS[cell], *given)
+    return dx_gates, dr_gates, [d.transpose(0, 1) for d in d_edges]
+
+
+def with_edges(inner: Tensor, initial: Tensor, reset: Tensor | None) -> Tensor:
+    """[T + 2, B, D, H] as a scan leaves it, from the states of all steps [T, B, D, H] and those at the edges."""
+    states = inner.new_empty(inner.shape[0] + 2, *inner.shape[1:])
+    states[1:-1].copy_(inner)
+    launch.edges(states, initial, reset)
+    return states
+
+
+def gates_again(cell: str, x_gates: Tensor, r_gates: Tensor, bias_hh: Tensor) -> Tensor:
+    """What ``scan_forward`` saves, from both halves of the gates: shapes are those of ``kernels.launch.recompute``."""
+    return launch.recompute(CELLS[cell], x_gates, r_gates, bias_hh)
 
 
 def unsupported(

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persistrnn import autograd, ops, reference, segments, stepwise
+from persistrnn import autograd, chunked, ops, reference, segments, stepwise
 from persistrnn.door import Cuts, Options, Stack
+from persistrnn.phases import INPUT_GEMM, phase
 
 
 class Result(NamedTuple):
@@ -72,7 +73,10 @@ def run(
     if cuts.active is not None:
         active = cuts.active.unsqueeze(-1)
         x = torch.where(active, x, 0.0)  # a NaN there would reach the weights' gradient, as 0 * NaN
-    if precision is not None and _waves(stack, x, [*weights, *states, *cuts.reset], options, precision):
+    chunk = 0 if precision is None else _chunk(stack, x, options)
+    if chunk and precision is not None:
+        result = _in_chunks(stack, x, weights, states, cuts, marks, options, precision, return_c, chunk)
+    elif precision is not None and _waves(stack, x, [*weights, *states, *cuts.reset], options, precision):
         result = _wave(stack, x, weights, states, cuts, marks, options, precision, return_c)
     else:
         recurrence: Recurrence = stepwise.recurrent
@@ -80,6 +84,9 @@ def run(
             recurrence = functools.partial(
                 autograd.recurrent, precision=precision, return_c=return_c, cell_dtype=options.cell_dtype
             )
+        elif options.save != "gates":
+            sizes = stack.hidden_size, x.size(1) or 1, stack.directions, x.element_size()
+            recurrence = chunked.again_in_chunks(recurrence, ops.chunk_steps(options.save, stack.cell, *sizes))
         result = _layers(stack, x, weights, states, cuts, marks, options, recurrence)
     y, c, finals = result
     if active is not None:
@@ -88,6 +95,15 @@ def run(
     if c is not None:
         c = c.to(options.cell_dtype or c.dtype) if return_c else None
     return Result(y, c, finals)
+
+
+def _chunk(stack: Stack, x: Tensor, options: Options) -> int:
+    """Steps of the chunks of time that a call runs in; 0: it runs as a whole."""
+    if x.size(1) == 0 or stack.proj_size:
+        return 0
+    sizes = stack.hidden_size, x.size(1), stack.directions, x.element_size()
+    chunk = ops.chunk_steps(options.save, stack.cell, *sizes)
+    return chunk if options.save != "gates" or x.size(0) > chunk else 0
 
 
 def may_wave(options: Options, dtype: torch.dtype, proj_size: int, precision: str) -> bool:
@@ -150,20 +166,17 @@ def _layers(
     recurrence: Recurrence,
 ) -> Result:
     directions = stack.directions
-    per_direction = (4 if stack.bias else 2) + (stack.proj_size > 0)
     y, c, finals = x, None, []
     for layer in range(stack.num_layers):
         if layer > 0 and options.active_dropout > 0:
             y = F.dropout(y, options.active_dropout)
         rows = slice(layer * directions, (layer + 1) * directions)
-        first, last = rows.start * per_direction, rows.stop * per_direction
-        weight_ih, weight_hh, *others = (
-            _side_by_side(weights[first + k : last : per_direction]) for k in range(per_direction)
-        )
+        weight_ih, weight_hh, *others = _weights_of(stack, weights, layer)
         bias_ih = others[0].flatten() if stack.bias else None
         bias_hh = others[1] if stack.bias else weight_hh.new_zeros(weight_hh.shape[:2])
         # both directions read the same rows, so that one GEMM with [D*G*H, I] makes the gates of both
-        x_gates = F.linear(y, weight_ih.flatten(0, 1), bias_ih).unflatten(-1, (directions, -1))
+        with phase(INPUT_GEMM):
+            x_gates = F.linear(y, weight_ih.flatten(0, 1), bias_ih).unflatten(-1, (directions, -1))
         given = _OfLayer([s[rows] for s in states], [r[rows] for r in cuts.reset], marks, cuts.active, cuts.fresh)
         if stack.proj_size:
             y, c, final = _projected(stack.cell, x_gates, weight_hh, bias_hh, others[-1], given, recurrence)
@@ -171,6 +184,48 @@ def _layers(
             y, c, final = _recurrent(stack.cell, x_gates, weight_hh, bias_hh, given, recurrence)
         finals.append(final)
     return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
+
+
+def _in_chunks(
+    stack: Stack,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    cuts: Cuts,
+    marks: Tensor | None,
+    options: Options,
+    precision: str,
+    return_c: bool,
+    chunk: int,
+) -> Result:
+    """The layers one after the other, each in chunks of time; where nothing happens between them and none keeps more
+    than its states now and then, the chunks one after the other, each through all layers."""
+    between = stack.directions > 1 or options.active_dropout > 0
+    together = 1 if between or options.save != "checkpoint" else stack.num_layers
+    y, c, finals = x, None, []
+    for layer in range(0, stack.num_layers, together):
+        if layer > 0 and options.active_dropout > 0:
+            y = F.dropout(y, options.active_dropout)
+        rows = slice(layer * stack.directions, (layer + together) * stack.directions)
+        given: list[Tensor] = []
+        for i in range(layer, layer + together):
+            weight_ih, weight_hh, *biases = _weights_of(stack, weights, i)
+            bias_ih, bias_hh = biases or [weight_hh.new_zeros(weight_hh.shape[:2]) for _ in range(2)]
+            given += [weight_ih, bias_ih, weight_hh, bias_hh]
+        h0, c0 = states[0][rows], states[1][rows] if len(states) > 1 else None
+        reset = [r[rows] for r in cuts.reset]
+        y, h_n, c_n, c = chunked.recurrent(
+            stack.cell, y, given, h0, c0, options.save, precision, chunk, marks, reset, return_c, options.cell_dtype
+        )
+        finals.append([h_n] if c_n is None else [h_n, c_n])
+    return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
+
+
+def _weights_of(stack: Stack, weights: Sequence[Tensor], layer: int) -> list[Tensor]:
+    """A layer's weights in torch.nn's order, each [D, ...]."""
+    each = (4 if stack.bias else 2) + (stack.proj_size > 0)
+    first, last = layer * stack.directions * each, (layer + 1) * stack.directions * each
+    return [_side_by_side(weights[first + k : last : each]) for k in range(each)]
 
 
 def _side_by_side(weights: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {"lstm": torch._VF.lstm, "gru": torch._VF.gru}
 
@@ -52,6 +53,86 @@ def stack(
         return _by_layers(run, input, states, weights, num_layers, dropout, batch_first)
     options = (bias, num_layers, dropout, training, bidirectional)
     return _eager(cell, input, batch_sizes, states, weights, options, batch_first)
+
+
+def stack_in_chunks(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    chunk: int,
+) -> list[Tensor]:
+    """``stack``, keeping for its backward no more than its input and the state every ``chunk`` steps: the forward runs
+    again between them. Compiled it keeps each layer's input in any case, and runs again as a whole.
+
+    Raises:
+        RuntimeError: a PackedSequence in two directions, of which the second begins at every row's own end
+    """
+    everything = cell, input, batch_sizes, states, weights, bias, num_layers, dropout, training, bidirectional
+    if torch.compiler.is_compiling() or not asks_for_gradients([input, *states, *weights]):
+        return stack(*everything, batch_first)
+    if batch_sizes is not None and bidirectional:
+        raise RuntimeError(
+            "torch's own path cannot cut a bidirectional PackedSequence into chunks of time, as save= asks here; give "
+            "the padded tensor and lengths=, or use save='gates'"
+        )
+    y = input.transpose(0, 1) if batch_first else input
+    if not bidirectional:
+        y, *finals = _in_chunks(cell, y, batch_sizes, states, weights, (bias, num_layers, dropout, training), chunk)
+        return [y.transpose(0, 1) if batch_first else y, *finals]
+    each = 4 if bias else 2
+
+    def run(y: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        one = bias, 1, 0.0, training
+        given = [s[:1] for s in states], weights[:each], one, chunk
+        ahead, *finals = _in_chunks(cell, y, None, *given)
+        given = [s[1:] for s in states], weights[each:], one, chunk
+        back, *others = _in_chunks(cell, y.flip(0), None, *given)
+        return [torch.cat([ahead, back.flip(0)], -1), *(torch.cat(s) for s in zip(finals, others, strict=True))]
+
+    return _by_layers(run, input, states, weights, num_layers, dropout if training else 0.0, batch_first)
+
+
+def _in_chunks(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    options: tuple[bool, int, float, bool],
+    chunk: int,
+) -> list[Tensor]:
+    """A stack of one direction."""
+    bias, num_layers, dropout, training = options
+
+    def call(x: Tensor, sizes: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = tensors[: len(states)], tensors[len(states) :]
+        return tuple(stack(cell, x, sizes, *given, bias, num_layers, dropout, training, False, False))
+
+    draws = training and dropout > 0
+    # Of a packed sequence a chunk has the rows that go on, which stand first.
+    if batch_sizes is None:
+        parts = [(x, None, input.size(1)) for x in input.split(chunk)]
+    else:
+        sizes = batch_sizes.split(chunk)
+        data = input.split([int(s.sum()) for s in sizes])
+        parts = [(x, s, int(s[0])) for x, s in zip(data, sizes, strict=True)]
+    outputs = []
+    for x, sizes_of_part, rows in parts:
+        going_on = [s[:, :rows].contiguous() for s in states]
+        y, *after = checkpoint(
+            call, x, sizes_of_part, *going_on, *weights, use_reentrant=False, preserve_rng_state=draws
+        )
+        states = [torch.cat([new, s[:, rows:]], 1) for new, s in zip(after, states, strict=True)]
+        outputs.append(y)
+    return [torch.cat(outputs), *states]
 
 
 def _eager(

@@ -81,6 +81,33 @@ def test_constructor_refuses_an_unknown_backend():
 
 
 @pytest.mark.parametrize("cell", PAIRS)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"save": "all"}, ValueError, "'gates', 'state', 'checkpoint', 'auto', got 'all'"),
+        ({"save": None}, ValueError, "got None"),
+        ({"save": "auto"}, ValueError, "goes with save_budget.* got save='auto' and save_budget=None"),
+        ({"save": "state", "save_budget": 10}, ValueError, "got save='state' and save_budget=10"),
+        ({"save": "auto", "save_budget": 0}, ValueError, "positive number of bytes, got 0"),
+        ({"save": "auto", "save_budget": 1e9}, TypeError, "an int, got float"),
+        ({"save": "auto", "save_budget": True}, TypeError, "an int, got bool"),
+    ],
+)
+def test_save_is_a_mode_or_auto_with_a_budget(cell, options, error, message):
+    with pytest.raises(error, match=message):
+        PAIRS[cell][0](INPUT, HIDDEN, **options)
+    layer = PAIRS[cell][0](INPUT, HIDDEN)
+    weights = [w for of_layer in layer.all_weights for w in of_layer]
+    with pytest.raises(error, match=message):
+        getattr(persistrnn.functional, cell)(torch.zeros(STEPS, BATCH, INPUT), weights, **options)
+
+
+def test_save_has_no_projections():
+    with pytest.raises(ValueError, match=r"save='state' and proj_size=2; use save='gates', or torch.utils.checkpoint"):
+        persistrnn.LSTM(INPUT, HIDDEN, proj_size=2, save="state")
+
+
+@pytest.mark.parametrize("cell", PAIRS)
 def test_dropout_of_one_layer_warns_at_the_caller(cell):
     for constructor in PAIRS[cell]:
         with pytest.warns(UserWarning, match=r"dropout=0.5 and num_layers=1") as record:

@@ -86,7 +86,11 @@ def check_text(text: str, found: Plan) -> None:
         assert rounds == part.rounds
         assert predicted == pytest.approx(part.cost.total * part.rounds, abs=0.006)
         assert f"floor of any plan {found.floor:.2f} us" in section
-    assert "All times are predicted by the cost model, none is measured." in text
+    assert "All times are predicted by the cost model, none is measured; so are the bytes." in text
+    units = found.directions * found.hidden * DTYPES[found.dtype]
+    gates, state = (6, 2) if found.cell == "lstm" else (5, 1)  # y, the LSTM's c, and with "gates" 4 more
+    assert f"  gates: {gates * units:,} bytes per step and row, and " in text
+    assert f"  state: {state * units:,} bytes per step and row, and " in text
 
 
 @pytest.mark.parametrize("table", ["deepbench", "flashrnn", "models"])

@@ -1,0 +1,401 @@
+"""``save=``: equal results in every mode and chunk length, and the bytes that each keeps."""
+
+import functools
+from types import SimpleNamespace
+
+import accuracy
+import pytest
+import torch
+from grid import Delays, concurrent_grid
+from persistrnn.kernels import launch, memory
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import persistrnn
+from persistrnn import chunks, ops
+
+CELLS = ("lstm", "gru")
+MODES = memory.MODES
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """short(n): chunks of n steps, in every mode and on every path."""
+
+    def chunks(steps):
+        monkeypatch.setattr(memory, "chunk_steps", lambda *_: steps)
+
+    return chunks
+
+
+def run(layer, x, state=None, **given):
+    """Results and gradients, of everything that has one."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *(state or ()))]
+    hx = None if state is None else tuple(leaves[1:]) if layer.mode == "LSTM" else leaves[1]
+    reset = given.pop("reset_state", None)
+    if reset is not None:
+        reset = [t.detach().clone().requires_grad_() for t in reset]
+        leaves += reset
+        given["reset_state"] = tuple(reset) if layer.mode == "LSTM" else reset[0]
+    found = torch.utils._pytree.tree_leaves(layer(leaves[0], hx, **given))
+    torch.manual_seed(7)
+    loss = sum((t.float() * torch.randn(t.shape)).sum() for t in found)
+    return found, torch.autograd.grad(loss, [*leaves, *layer.parameters()])
+
+
+def states_of(layer, batch, dtype=torch.float32):
+    shape = layer.num_layers * (2 if layer.bidirectional else 1), batch, layer.hidden_size
+    return [torch.randn(shape, dtype=dtype) for _ in range(2 if layer.mode == "LSTM" else 1)]
+
+
+def copies(layer, **changed):
+    """The same layer with other attributes."""
+    again = type(layer)(
+        layer.input_size, layer.hidden_size, layer.num_layers, bidirectional=layer.bidirectional, backend=layer.backend,
+        dtype=layer.weight_hh_l0.dtype, **{"save": layer.save} | changed,
+    )  # fmt: skip
+    again.load_state_dict(layer.state_dict())
+    return again
+
+
+# ---- on the kernels -------------------------------------------------------------------------------------------------
+
+# cell, dtype, layers, bidirectional, what cuts the batch, steps and chunk: the last chunk is full, short, of one step.
+CASES = [
+    ("lstm", torch.bfloat16, 1, False, "", 6, 3),
+    ("gru", torch.bfloat16, 1, True, "", 5, 3),
+    ("lstm", torch.float32, 2, False, "resets", 6, 4),
+    ("gru", torch.float16, 2, False, "lengths", 5, 2),
+    ("lstm", torch.float16, 1, True, "both", 5, 4),
+    ("gru", torch.float32, 1, True, "resets", 4, 2),
+    ("lstm", torch.float32, 2, True, "lengths", 3, 2),
+    ("gru", torch.float32, 2, False, "mask", 4, 1),
+]
+
+
+def cuts(kind, steps, batch, layer, dtype):
+    resets = torch.rand(steps, batch) < 0.4
+    lengths = torch.tensor([steps, 1, 0])
+    return {
+        "": {},
+        "lengths": {"lengths": lengths},
+        "resets": {"resets": resets, "reset_state": states_of(layer, batch, dtype)},
+        "both": {"lengths": lengths, "resets": resets},
+        "mask": {"mask": torch.rand(steps, batch) < 0.6},
+    }[kind]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("cell", "dtype", "layers", "bidirectional", "kind", "steps", "chunk"), CASES)
+def test_modes_agree(short, cell, dtype, layers, bidirectional, kind, steps, chunk):
+    torch.manual_seed(0)
+    options = {"bidirectional": bidirectional, "backend": "persistent", "dtype": dtype}
+    layer = getattr(persistrnn, cell.upper())(5, 7, layers, **options)
+    x, state = torch.randn(steps, 3, 5, dtype=dtype), states_of(layer, 3, dtype)
+    given = cuts(kind, steps, 3, layer, dtype)
+    before = launch.LAUNCHES.copy()
+    outputs, grads = run(layer, x, state, **dict(given))
+    short(chunk)
+    found = {}
+    for mode in MODES:
+        found[mode] = run(copies(layer, save=mode), x, state, **dict(given))
+    # The same arithmetic gives the same bits, but for float32 products, whose last bit the CPU decides by alignment.
+    exact = {"rtol": 0, "atol": 0} if dtype != torch.float32 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found["checkpoint"], found["gates"], **exact)
+    torch.testing.assert_close(found["state"][0], found["gates"][0], **exact)
+    if cell == "lstm":  # and all steps at once: the GRU's h is rounded between chunks
+        torch.testing.assert_close(found["gates"][0], outputs, **exact)
+    # "state" forms its gates by another product, and gradients of weights are summed chunk by chunk.
+    bound = 4 * torch.finfo(dtype).eps
+    for mode in ("gates", "state"):
+        for ours, theirs in zip([*found[mode][0], *found[mode][1]], [*outputs, *grads], strict=True):
+            assert (ours.float() - theirs.float()).norm() <= bound * theirs.float().norm() + 1e-30, (mode, ours.shape)
+    pieces = layers * -(-steps // chunk)
+    assert launch.LAUNCHES - before == {
+        "scan_forward": layers + 4 * pieces, "scan_backward": layers + 3 * pieces, "activate": pieces,
+    }  # fmt: skip
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("save", ["state", "checkpoint"])
+@pytest.mark.parametrize(("cell", "dtype", "bidirectional"), [("lstm", "bf16", True), ("gru", "fp32", False)])
+def test_modes_keep_the_bound(short, monkeypatch, cell, dtype, bidirectional, save):
+    short(2)
+    ours, theirs = accuracy.MODULES[cell]
+    monkeypatch.setitem(accuracy.MODULES, cell, (functools.partial(ours, save=save), theirs))
+    bound = accuracy.Bound(accuracy.DTYPES[dtype])
+    for seed in range(3):
+        case = accuracy.Case(cell, dtype, 10, 3, 3, 1 if bidirectional else 2, bidirectional, True, True)
+        bound.add((case, seed), *accuracy.run(case, seed))
+    bound.check()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("cell", "save", "protocol", "bidirectional", "operation"),
+    [("lstm", "state", "counter", True, "put"), ("gru", "checkpoint", "flags", False, "get")],
+)
+def test_modes_in_the_concurrent_grid(short, forced, monkeypatch, cell, save, protocol, bidirectional, operation):
+    short(2)
+    forced(protocol)
+    ours, theirs = accuracy.MODULES[cell]
+    monkeypatch.setitem(accuracy.MODULES, cell, (functools.partial(ours, save=save), theirs))
+    case = accuracy.Case(cell, "fp32", 19, 3, 5, 1 if bidirectional else 2, bidirectional, True, True)
+    bound = accuracy.Bound(torch.float32)
+    with concurrent_grid(Delays(operation, slow=1)):
+        bound.add(case, *accuracy.run(case, 0))
+    assert not bound.failures, "\n".join(bound.failures)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("save", MODES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_transforms(short, cell, save):
+    """Per-sample gradients, second derivatives, torch.func: those of one launch over all steps."""
+    layer = getattr(persistrnn, cell.upper())(3, 4, bidirectional=save == "state", backend="persistent")
+    chunked = copies(layer, save=save)
+    x = torch.randn(2, 3, 2, 3)
+
+    def gradients(layer):
+        parameters = dict(layer.named_parameters())
+
+        def loss(parameters, x):
+            return torch.func.functional_call(layer, parameters, (x,))[0].square().sum()
+
+        def penalty(x):
+            return torch.func.grad(loss, argnums=1)(parameters, x).square().sum()
+
+        given = x[0].clone().requires_grad_()
+        (first,) = torch.autograd.grad(layer(given)[0].square().sum(), given, create_graph=True)
+        twice = torch.autograd.grad(first.square().sum(), [given, *layer.parameters()], allow_unused=True)
+        per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+        return twice, per_sample, torch.func.grad(penalty)(x[0])
+
+    expected = gradients(layer)
+    short(2)
+    torch.testing.assert_close(gradients(chunked), expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("save", MODES)
+def test_compiles_and_keeps_the_contract(short, save):
+    short(2)
+    torch._dynamo.reset()
+    layer = persistrnn.LSTM(3, 4, backend="persistent", save=save)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for steps, batch in ((3, 2), (4, 3), (5, 2)):
+        x = torch.randn(steps, batch, 3, requires_grad=True)
+        found = []
+        for call in (compiled, layer):
+            y, (h, c) = call(x)
+            found.append([y, h, c, *torch.autograd.grad(y.sum() + c.sum(), [x, *layer.parameters()])])
+        torch.testing.assert_close(*found)
+    assert counter.frame_count <= 4
+    weights = [torch.randn(1, 16, n) for n in (3, 1, 4, 1)]
+    weights = [w.squeeze(2) if w.size(2) == 1 else w for w in weights]
+    state = torch.randn(1, 2, 4)
+    given = "lstm", save, "ieee", 2, None
+    tensors = torch.randn(3, 2, 3), state, state.clone(), None, None, None
+    operators = torch.ops.persistrnn
+    torch.library.opcheck(operators.chunked_forward.default, (*given, True, False, *tensors, weights))
+    y, h_n, c_n, *kept = operators.chunked_forward(*given, True, False, *tensors, weights)
+    grads = torch.randn_like(y), None, torch.randn_like(h_n), torch.randn_like(c_n)
+    every = (*given, True, False, *grads, *tensors, y, *kept, weights)
+    torch.library.opcheck(operators.chunked_backward.default, every)
+
+
+# ---- bytes ----------------------------------------------------------------------------------------------------------
+
+
+def measured_peak(call):
+    """The most bytes that torch had allocated at once during the call, beyond those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    level = highest = 0
+    events = profile.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        level += event.nbytes()
+        highest = max(highest, level)
+    return highest
+
+
+class Loss(torch.autograd.Function):
+    """One whose gradient is new memory, which nobody else holds."""
+
+    @staticmethod
+    def forward(ctx, y):
+        ctx.like = y.shape, y.dtype
+        return y.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return torch.zeros(ctx.like[0], dtype=ctx.like[1])
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """Everything but the launches, and products as a GPU forms them: without float32 copies."""
+    linear = SimpleNamespace(linear=lambda x, w, b: x.new_zeros(*x.shape[:-1], w.shape[0]))
+    monkeypatch.setattr(chunks, "F", linear)
+    monkeypatch.setattr(launch, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(chunks, "_sum", lambda gates: torch.zeros(gates.size(1)))
+    monkeypatch.setattr(chunks, "_product", lambda a, b: torch.zeros(*a.shape[:-1], b.shape[-1]))
+
+    class Nothing(dict):
+        def __missing__(self, grid):
+            return lambda *_: None
+
+    monkeypatch.setattr(launch, "activate", Nothing())
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("save", MODES)
+@pytest.mark.parametrize(
+    ("cell", "dtype", "layers", "bidirectional", "needs_x"),
+    [
+        ("lstm", torch.bfloat16, 2, False, False),
+        ("gru", torch.bfloat16, 2, True, True),
+        ("lstm", torch.float32, 1, True, False),
+        ("gru", torch.float32, 1, False, True),
+    ],
+)
+def test_predicted_bytes_are_those_that_are_allocated(
+    monkeypatch, no_kernels, cell, dtype, layers, bidirectional, needs_x, save
+):
+    monkeypatch.setattr(memory, "CHUNK_BYTES", dict.fromkeys(MODES, 1 << 20))
+    monkeypatch.setattr(memory, "SHORTEST_CHUNK", 16)
+    H, batch, steps = 64, 8, 2048
+    options = {"bidirectional": bidirectional, "backend": "persistent", "dtype": dtype, "save": save}
+    layer = getattr(persistrnn, cell.upper())(H, H, layers, **options)
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    x = torch.zeros(steps, batch, H, dtype=dtype, requires_grad=needs_x)
+    of = ops.layers(cell, H, H, layers, 2 if bidirectional else 1, dtype, None, False)
+    directions = 2 if bidirectional else 1
+    chunk = memory.chunk_steps(save, ops.GATES[cell], H, batch, directions, dtype.itemsize)
+    assert chunk < steps / 2
+    kept = []
+
+    def keep(t):
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y, _ = layer(x)
+    inputs = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*kept, y]}
+    found = sum(size for pointer, size in storages.items() if pointer not in inputs)
+    assert found == pytest.approx(memory.kept(save, of, chunk) * steps * batch, rel=0.1)
+    del y, kept[:], storages
+
+    def train():
+        y = layer(x)[0]  # held, as by the layer that reads it
+        Loss.apply(y).backward()
+
+    train()
+    assert measured_peak(train) == pytest.approx(memory.peak(save, of, batch, steps, chunk, needs_x), rel=0.1)
+
+
+def test_modes_keep_less_and_less():
+    for cell in CELLS:
+        for layers, directions in ((1, 1), (3, 1), (2, 2)):
+            of = ops.layers(cell, 64, 128, layers, directions, torch.bfloat16, None, False)
+            sizes = [memory.kept(mode, of, 256) for mode in MODES]
+            gates, state, checkpoint = sizes
+            # y is the output in any case, and of one layer's GRU there is nothing else
+            assert gates > 2 * state
+            assert (state > 1.5 * checkpoint) == (cell == "lstm" or layers * directions == 3)
+
+
+# ---- the choice, and torch's own path -------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_fastest_mode_within_the_budget():
+    of = ops.layers("lstm", 3, 8, 2, 1, torch.float32, None, False)
+    x = torch.randn(1000, 2, 3)
+    needs = {mode: int(ops.kept_bytes(mode, of, 2, 1000)) for mode in MODES}
+    layer = persistrnn.LSTM(3, 8, 2, save="auto", save_budget=needs["gates"] + 1)
+    for mode, budget in needs.items():
+        layer.save_budget = budget + 1
+        assert f'save="{mode}"' in persistrnn.explain(layer, batch=2, steps=1000)
+        layer(x)
+    layer.save_budget = needs["checkpoint"] // 2
+    with pytest.raises(RuntimeError, match=r"save_budget=\d+ bytes do not hold .* raise the budget, or cut"):
+        layer(x)
+
+
+@pytest.mark.parametrize("save", ["state", "checkpoint"])
+@pytest.mark.parametrize(
+    ("cell", "layers", "bidirectional", "given"),
+    [
+        ("lstm", 2, False, {}),
+        ("gru", 2, True, {}),
+        ("lstm", 1, True, {"lengths": torch.tensor([7, 2])}),
+        ("gru", 2, False, {"resets": torch.tensor([[0, 1]] * 7, dtype=torch.bool)}),
+    ],
+)
+def test_torch_path_keeps_its_state_now_and_then(short, cell, layers, bidirectional, given, save):
+    layer = getattr(persistrnn, cell.upper())(3, 5, layers, bidirectional=bidirectional)
+    x, state = torch.randn(7, 2, 3), states_of(layer, 2)
+    expected = run(layer, x, state, **given)
+    short(3)
+    chunked = copies(layer, save=save)
+    torch.testing.assert_close(run(chunked, x, state, **given), expected, rtol=1e-5, atol=1e-6)
+    assert chunked.last_path == ("stepwise" if given else "torch")
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_torch_path_cuts_packed_sequences(short, cell):
+    layer = getattr(persistrnn, cell.upper())(3, 5, 2)
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(8, 3, 3), [8, 6, 2], enforce_sorted=False)
+
+    def results(layer):
+        y, final = layer(packed)
+        found = [y.data, *torch.utils._pytree.tree_leaves(final)]
+        return found, torch.autograd.grad(sum((t * t).sum() for t in found), list(layer.parameters()))
+
+    expected = results(layer)
+    short(3)
+    torch.testing.assert_close(results(copies(layer, save="checkpoint")), expected, rtol=1e-5, atol=1e-6)
+    both = getattr(persistrnn, cell.upper())(3, 5, bidirectional=True, save="checkpoint")
+    with pytest.raises(RuntimeError, match=r"cannot cut a bidirectional PackedSequence .*lengths="):
+        both(packed)
+
+
+def test_torch_path_keeps_little(short):
+    """Of 512 steps it keeps the input, the output and some states: far from what torch's kernels keep."""
+    short(32)
+    x = torch.randn(512, 2, 4)
+
+    def kept(layer):
+        seen = {}
+
+        def pack(t):
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = layer(x)[0]
+        inputs = {t.untyped_storage().data_ptr() for t in (x, y, *layer.parameters())}
+        return sum(size for pointer, size in seen.items() if pointer not in inputs)
+
+    layer = persistrnn.LSTM(4, 16)
+    assert kept(copies(layer, save="checkpoint")) < 0.1 * kept(layer)
+
+
+def test_dropout_is_drawn_once(short):
+    """The forward that runs again drops the same units."""
+    short(4)
+    layer = persistrnn.LSTM(4, 8, 2, dropout=0.5, save="checkpoint")
+    x = torch.randn(9, 2, 4, requires_grad=True)
+
+    def loss(x):
+        torch.manual_seed(3)
+        return layer(x)[0].double().square().sum()
+
+    (found,) = torch.autograd.grad(loss(x), x)
+    direction = torch.randn_like(x)
+    with torch.no_grad():
+        difference = (loss(x + 1e-3 * direction) - loss(x - 1e-3 * direction)) / 2e-3
+    torch.testing.assert_close((found * direction).sum().double(), difference, rtol=1e-2, atol=1e-2)
