@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from bench import UsageError
+
 CHECKPOINT = "checkpoint.pt"
 
 
@@ -53,8 +55,21 @@ def exists(folder: Path) -> bool:
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint in `folder`, its tensors on the CPU; None where there is none."""
-    return torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True) if exists(folder) else None
+    """The checkpoint in `folder`, its tensors on the CPU; None where there is none.
+
+    Raises:
+        UsageError: a file that torch cannot read
+    """
+    if not exists(folder):
+        return None
+    try:
+        return torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, as the file is torn here or there
+        said = next(iter(str(error).splitlines()), "")
+        raise UsageError(
+            f"{folder / CHECKPOINT} is no checkpoint that torch can read ({type(error).__name__}: {said}): remove "
+            "it, or name another folder with --out"
+        ) from error
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -1,70 +1,23 @@
-"""The main job's command line: what a run is made of, checked at the door."""
+"""A training program's command line: settings, each field of which is an option, checked at the door."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import torch
 
-from bench import UsageError
-from bench.text import standard_library
+from bench import UsageError, ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides a run's numbers. It is kept in the checkpoint; resuming cannot change it."""
-
-    device: str
-    dtype: str  # of the products; parameters and optimizer stay float32
-    text: str
-    cell: str = "lstm"
-    hidden: int = 256
-    layers: int = 2
-    embedding: int = 64
-    dropout: float = 0.0
-    backend: str = "auto"
-    batch: int = 8
-    sequence: int = 512
-    steps: int = 1500
-    learning_rate: float = 4e-3
-    clip: float = 1.0
-    seed: int = 0
-
-    @classmethod
-    def complete(cls, given: dict[str, Any]) -> Settings:
-        """The given options and, for the rest, the defaults that suit this machine."""
-        device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
-        dtype = "float32" if device == "cpu" else "bfloat16"
-        settings = cls(**{"device": device, "dtype": dtype, "text": str(standard_library()), **given})
-        if settings.dropout and settings.layers == 1:
-            raise UsageError(
-                f"--dropout {settings.dropout} acts between layers and --layers is 1: "
-                "allowed is --dropout 0, or --layers 2 or more"
-            )
-        return settings
-
-    @classmethod
-    def resumed(cls, saved: dict[str, Any], given: dict[str, Any]) -> Settings:
-        """The saved settings; an option given again must agree with them."""
-        for name, value in given.items():
-            if value != saved[name]:
-                option = f"--{name.replace('_', '-')}"
-                raise UsageError(
-                    f"{option} {value} given, but the checkpoint was made with {option} {saved[name]}: "
-                    f"leave {option} out to resume it, or start a new run with --overwrite or another --out"
-                )
-        try:
-            device_name(saved["device"])  # the machine may have changed since
-        except argparse.ArgumentTypeError as error:
-            raise UsageError(f"the checkpoint was made with --device {saved['device']}: {error}") from error
-        return cls(**saved)
+Options: TypeAlias = "argparse._ArgumentGroup"
+SettingsT = TypeVar("SettingsT", bound="Settings")
 
 
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
@@ -85,65 +38,168 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
 
 
 def device_name(text: str) -> str:
-    """An argparse type: "cpu", "cuda" or "cuda:N", present on this machine."""
+    """An argparse type: "cpu", "cuda" or "cuda:N", present on this machine; under torchrun "cpu" or "cuda"."""
     count = torch.cuda.device_count()
-    allowed = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(count))]
+    one_each = ranks.world() > 1
+    allowed = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(count) if not one_each)]
     if text not in allowed:
         remedy = "" if count else " (this torch sees no GPU: check the driver and that torch is built for it)"
+        remedy += " (each of torchrun's processes takes a GPU of its own)" if count and one_each else ""
         raise argparse.ArgumentTypeError(f"{text!r} given, allowed here: {', '.join(allowed)}{remedy}")
     return text
 
 
-def source_folder(text: str) -> str:
-    """An argparse type: a folder, made absolute."""
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is no folder; allowed is any folder that holds .py files")
-    return str(Path(text).resolve())
+def option(default: Any, help: str, **how: Any) -> Any:
+    """A field of a Settings dataclass and its option: `--name` with `how` as for argparse's add_argument."""
+    return field(default=default, metadata={"help": help, **how})
 
 
-def parser() -> argparse.ArgumentParser:
-    """Options of `Settings` are absent from the result unless given; the others have their defaults."""
-    made = argparse.ArgumentParser(
-        prog="make train",
-        usage='make train ARGS="OPTION ..."  (ARGS=--help lists them)',
-        description="Trains a byte language model on the source of Python's own standard library.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    defaults = {field.name: field.default for field in fields(Settings)}
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides a run's numbers. It is kept in the checkpoint; resuming cannot change it.
 
-    def add(name: str, help: str, **kwargs: Any) -> None:
-        default = defaults[name.replace("-", "_")]
-        known = f" (default {default})" if isinstance(default, int | float | str) else ""
-        model.add_argument(f"--{name}", help=help + known, **kwargs)
+    A training program adds its own fields by subclassing; a field given here again is another default for its option.
+    """
 
-    model = made.add_argument_group("the model and its training (kept in the checkpoint)")
-    add("cell", "recurrent cell", choices=["lstm", "gru"])
-    add("hidden", "hidden units a layer", type=number(int, 1), metavar="N")
-    add("layers", "recurrent layers", type=number(int, 1), metavar="N")
-    add("embedding", "width of a byte's embedding", type=number(int, 1), metavar="N")
-    add("dropout", "share of units dropped between layers", type=number(float, 0, 1), metavar="P")
-    add("dtype", "of the matrix products (default float32 on a CPU, else bfloat16)", choices=list(DTYPES))
-    add("device", "cpu, cuda, cuda:1, ... (default: a GPU if there is one)", type=device_name)
-    add(
-        "backend",
+    device: str = option(None, "cpu, cuda, cuda:1, ... (default: a GPU if there is one)", type=device_name)
+    # Of the products; parameters and optimizer stay float32.
+    dtype: str = option(None, "of the matrix products (default float32 on a CPU, else bfloat16)", choices=list(DTYPES))
+    cell: str = option("lstm", "recurrent cell", choices=["lstm", "gru"])
+    hidden: int = option(256, "hidden units a layer", type=number(int, 1), metavar="N")
+    layers: int = option(1, "recurrent layers", type=number(int, 1), metavar="N")
+    dropout: float = option(0.0, "share of units dropped between layers", type=number(float, 0, 1), metavar="P")
+    backend: str = option(
+        "auto",
         "the path through persistrnn, or torch.nn's own layer for a baseline",
         choices=["auto", "persistent", "torch", "torch.nn"],
     )
-    add("batch", "streams of text read side by side", type=number(int, 1), metavar="N")
-    add("sequence", "bytes a step back-propagates through", type=number(int, 1), metavar="N")
-    add("steps", "optimizer steps", type=number(int, 1), metavar="N")
-    add("learning-rate", "of AdamW, at its highest", type=number(float, 0, above=True), metavar="X")
-    add("clip", "largest norm of the gradient", type=number(float, 0, above=True), metavar="X")
-    add("seed", "of the initial weights and of dropout", type=number(int, 0, 2**63 - 1), metavar="N")
-    add("text", "folder of .py files to learn (default: the standard library)", type=source_folder)
+    save: str = option(
+        "gates",
+        "what persistrnn's layers keep for the backward: all gates (fastest), the states only, or a state now and then",
+        choices=["gates", "state", "checkpoint"],
+    )
+    batch: int = option(8, "sequences side by side, over all processes", type=number(int, 1), metavar="N")
+    truncate: int = option(
+        0, "time steps a gradient flows back through; 0: all of the sequence", type=number(int, 0), metavar="N"
+    )
+    steps: int = option(1000, "optimizer steps", type=number(int, 1), metavar="N")
+    learning_rate: float = option(4e-3, "of AdamW, at its highest", type=number(float, 0, above=True), metavar="X")
+    schedule: str = option(
+        "cosine", "learning rate after the warm-up: falls to 0, or stays", choices=["cosine", "constant"]
+    )
+    warmup: int = option(0, "steps over which the learning rate rises", type=number(int, 0), metavar="N")
+    weight_decay: float = option(0.01, "of AdamW", type=number(float, 0), metavar="X")
+    clip: float = option(1.0, "largest norm of the gradient", type=number(float, 0, above=True), metavar="X")
+    seed: int = option(
+        0, "of the initial weights, of dropout and of the data's order", type=number(int, 0, 2**62), metavar="N"
+    )
+
+    def check(self) -> None:
+        """Raises UsageError where options contradict each other. Subclasses extend it."""
+        if self.dropout and self.layers == 1:
+            raise UsageError(
+                f"--dropout {self.dropout} acts between layers and --layers is 1: "
+                "allowed is --dropout 0, or --layers 2 or more"
+            )
+        if self.warmup >= self.steps and self.warmup:
+            raise UsageError(
+                f"--warmup {self.warmup} given with --steps {self.steps}: the warm-up must end before the training; "
+                f"allowed is 0 to {self.steps - 1}"
+            )
+        if self.save != "gates" and self.backend == "torch.nn":
+            raise UsageError(
+                f"--save {self.save} given with --backend torch.nn, whose layers have no such choice: "
+                "leave --save out, or take another --backend"
+            )
+        if self.batch < ranks.world():
+            raise UsageError(
+                f"--batch {self.batch} given to {ranks.world()} processes: each needs a row; allowed is "
+                f"{ranks.world()} or more"
+            )
+
+    @classmethod
+    def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Defaults that depend on this machine or on other options."""
+        device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+        return {"device": device, "dtype": "float32" if device == "cpu" else "bfloat16"}
+
+    @classmethod
+    def complete(cls: type[SettingsT], given: dict[str, Any]) -> SettingsT:
+        """The given options and, for the rest, the defaults that suit this machine."""
+        settings = cls(**{**cls.defaults(given), **given})
+        settings.check()
+        return settings
+
+    @classmethod
+    def resumed(cls: type[SettingsT], saved: dict[str, Any], given: dict[str, Any]) -> SettingsT:
+        """The saved settings; an option given again must agree with them."""
+        if saved.keys() != (known := {each.name for each in fields(cls)}):
+            raise UsageError(
+                f"the checkpoint was made by another version of this program, which had other options "
+                f"({', '.join(sorted(saved.keys() ^ known))}): start anew with --overwrite or another --out"
+            )
+        for name, value in given.items():
+            if value != saved[name]:
+                option = flag(name)
+                raise UsageError(
+                    f"{option} {value} given, but the checkpoint was made with {option} {saved[name]}: "
+                    f"leave {option} out to resume it, or start a new run with --overwrite or another --out"
+                )
+        try:
+            device_name(saved["device"])  # the machine may have changed since
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"the checkpoint was made with --device {saved['device']}: {error}") from error
+        return cls(**saved)
+
+
+def flag(name: str) -> str:
+    """A field's option: learning_rate -> --learning-rate."""
+    return f"--{name.replace('_', '-')}"
+
+
+class Parser(argparse.ArgumentParser):
+    """Of torchrun's processes, one prints the error."""
+
+    def error(self, message: str) -> NoReturn:
+        if ranks.rank() == 0:
+            super().error(message)
+        raise SystemExit(2)
+
+
+def parser(settings: type[Settings], command: str, description: str, out: Path) -> tuple[Parser, Options]:
+    """The parser, and its group for options that are no settings.
+
+    Options of the settings are absent from the result unless given; the others need a default of their own.
+    """
+    made = Parser(
+        prog=command.partition("{options}")[0].strip(' "').removesuffix(" ARGS="),
+        usage=command.format(options="OPTION ...") + ("  (ARGS=--help lists them)" if "ARGS=" in command else ""),
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    kept = made.add_argument_group("the model and its training (kept in the checkpoint)")
+    known: dict[str, Any] = {}
+    for cls in reversed(settings.__mro__):  # a subclass that only changes a default has no metadata of its own
+        known |= {each.name: each.metadata for each in (fields(cls) if is_dataclass(cls) else ()) if each.metadata}
+    for each in fields(settings):
+        how = dict(known[each.name])
+        shown = isinstance(each.default, int | float | str) and not isinstance(each.default, bool)
+        help = how.pop("help") + (f" (default {each.default})" if shown else "")
+        kept.add_argument(flag(each.name), help=help.replace("%", "%%"), **how)
 
     job = made.add_argument_group("this command")
-    flag: dict[str, Any] = {"action": "store_true", "default": False}
-    job.add_argument("--resume", help="continue the run in --out", **flag)
-    job.add_argument("--overwrite", help="set an unfinished run in --out aside and begin anew", **flag)
-    job.add_argument("--compare", choices=["torch"], default=None, help="also train torch.nn, same weights")
-    job.add_argument("--out", type=Path, default=Path("runs/language_model"), help="default %(default)s")
+    once: dict[str, Any] = {"action": "store_true", "default": False}
+    either = job.add_mutually_exclusive_group()
+    either.add_argument("--resume", help="continue the run in --out", **once)
+    either.add_argument("--overwrite", help="set an unfinished run in --out aside and begin anew", **once)
+    job.add_argument(
+        "--compare",
+        choices=["torch", "interpreted"],
+        default=None,
+        help="also train torch.nn from the same weights; interpreted: small, our kernels in Triton's interpreter",
+    )
+    job.add_argument("--out", type=Path, default=out, help="default %(default)s")
     job.add_argument(
         "--save-seconds",
         type=number(float, 0),
@@ -151,26 +207,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="time between two checkpoints (default %(default)s)",
     )
-    job.add_argument(
-        "--sample-bytes",
-        type=number(int, 0),
-        default=1500,
-        metavar="N",
-        help="length of the text written at the end (default %(default)s)",
-    )
-    job.add_argument(
-        "--temperature",
-        type=number(float, 0, above=True),
-        default=0.7,
-        metavar="X",
-        help="of the sample: lower is more likely text (default %(default)s)",
-    )
-    return made
+    return made, job
 
 
-def split(arguments: argparse.Namespace) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """This command's options, and those of `Settings` that were given."""
-    names = {field.name for field in fields(Settings)}
+def split(settings: type[Settings], arguments: Namespace) -> tuple[Namespace, dict[str, Any]]:
+    """This command's options, and those of the settings that were given."""
+    names = {each.name for each in fields(settings)}
     values = vars(arguments)
-    job = argparse.Namespace(**{name: value for name, value in values.items() if name not in names})
+    job = Namespace(**{name: value for name, value in values.items() if name not in names})
     return job, {name: value for name, value in values.items() if name in names}

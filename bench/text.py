@@ -1,7 +1,8 @@
-"""The text that every machine has: the source of Python's own standard library, as bytes."""
+"""The text that every machine has: the source of Python's own standard library, read on and on or line by line."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import sysconfig
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor
 
 from bench import UsageError
+from bench.vocabulary import START
 
-VOCABULARY = 256  # a token is one byte
-START = 0  # a NUL opens every file: Python source never contains one, so sampling can begin there
 HELD_OUT = 26  # of 256 files, on average: one in ten
 
 # Other people's packages; tests (many systems leave them out, and the text should be the same with and
@@ -36,6 +36,13 @@ class Corpus:
 def standard_library() -> Path:
     """The folder of the running Python's standard library, also from inside a virtual environment."""
     return Path(sysconfig.get_path("stdlib"))
+
+
+def source_folder(text: str) -> str:
+    """An argparse type: a folder, made absolute."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder; allowed is any folder that holds .py files")
+    return str(Path(text).resolve())
 
 
 def source_files(folder: Path) -> list[tuple[bytes, str]]:
@@ -70,7 +77,7 @@ def load_corpus(folder: Path) -> Corpus:
 
 
 def window(text: Tensor, step: int, batch: int, sequence: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (the next byte) of one step: two int64 tensors of shape (sequence, batch).
+    """Inputs and targets (the next token) of one step: two int64 tensors of shape (sequence, batch).
 
     Column b reads the text from its b-th of `batch` equal parts onwards and step after step continues where
     the step before ended (past the end it begins anew), so the layer's state may be carried over.
@@ -79,3 +86,33 @@ def window(text: Tensor, step: int, batch: int, sequence: int) -> tuple[Tensor, 
     offsets = torch.arange(sequence + 1, device=text.device) + step * sequence
     tokens = text[(offsets[:, None] + starts) % len(text)].long()
     return tokens[:-1], tokens[1:]
+
+
+class Lines:
+    """The lines of a text, each up to and including its newline or the next file's START; empty ones are left out.
+
+    Args:
+        text: 1-D tokens
+        newline: the token that ends a line
+        longest: lines are cut to as many tokens
+    """
+
+    def __init__(self, text: Tensor, newline: int, longest: int) -> None:
+        self.text = torch.cat([text, text.new_tensor([START])])
+        ends = ((self.text == newline) | (self.text == START)).nonzero().flatten()
+        starts = torch.cat([ends.new_zeros(1), ends[:-1] + 1])
+        lengths = ends - starts + 1
+        self.starts = starts[lengths > 1]
+        self.lengths = lengths[lengths > 1].clamp(max=longest)
+
+    def padded(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (START, then the line) and targets (the line), int64 (T, B), and the lengths, int64 (B,).
+
+        T is that of the longest; past a line's end the input is START and the target -100, which no loss counts.
+        """
+        lengths = self.lengths[indices]
+        positions = torch.arange(int(lengths.max()))[:, None]
+        tokens = self.text[(self.starts[indices] + positions).clamp(max=len(self.text) - 1)].long()
+        targets = tokens.masked_fill(positions >= lengths, -100)
+        inputs = torch.cat([torch.full_like(tokens[:1], START), tokens[:-1]]).masked_fill(positions >= lengths, START)
+        return inputs, targets, lengths

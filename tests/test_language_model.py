@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from runs import ROOT, assert_same, python_source, saved
+from torch import nn
 
-from bench import UsageError, checkpoint, curves, language_model, text
-from bench.options import Settings
+from bench import UsageError, checkpoint, language_model, layers, text
+from bench.language_model import LanguageModeling, TextSettings
+from bench.training import Run
+from bench.vocabulary import Bytes
 
-ROOT = Path(__file__).parents[1]
 SMALL = ["--hidden=16", "--embedding=8", "--batch=2", "--sequence=16", "--steps=12", "--device=cpu"]
 SMALL += ["--sample-bytes=20"]
 
@@ -25,13 +28,14 @@ SMALL += ["--sample-bytes=20"]
 INTERRUPTED = """
 import os, sys
 from bench import language_model
+from bench.training import Run
 number, step, *arguments = sys.argv[1:]
-whole_step = language_model.Run.train_step
+whole_step = Run.train_step
 def train_step(run):
     if run.step == int(step):
         os.kill(os.getpid(), int(number))
     whole_step(run)
-language_model.Run.train_step = train_step
+Run.train_step = train_step
 sys.exit(language_model.main(arguments))
 """
 
@@ -48,44 +52,13 @@ def no_exec(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A small folder of Python files."""
-    folder = tmp_path / "source"
-    for index in range(40):
-        path = folder / f"package_{index % 3}" / f"module_{index}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"def function_{index}(x):\n    return x + {index}\n" * (1 + index % 5))
-    return folder
+    return python_source(tmp_path / "source")
 
 
 @pytest.fixture
 def small(source: Path, tmp_path: Path) -> list[str]:
     """Arguments of a run that takes a moment; it writes into tmp_path / "run"."""
     return [*SMALL, "--text", str(source), "--out", str(tmp_path / "run")]
-
-
-def saved(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds and must be the same however often the run was interrupted."""
-    content = checkpoint.load(folder)
-    assert content is not None
-    del content["speed"]
-    return content
-
-
-def assert_same(one: Any, other: Any, where: str = "checkpoint") -> None:
-    """Equal bit for bit, through dicts, lists and tuples."""
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}[{key!r}]")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            assert_same(*pair, f"{where}[{index}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    else:
-        assert one == other, where
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -207,18 +180,20 @@ def test_a_save_cut_short_leaves_the_checkpoint_before_it(tmp_path: Path, monkey
     assert checkpoint.load(tmp_path) == {"step": 1}
 
 
+def new_run(source: Path, **changes: Any) -> Run:
+    sizes = {"hidden": 16, "embedding": 8, "batch": 2, "sequence": 16, "steps": 40}
+    given = {"device": "cpu", "text": str(source), **sizes, **changes}
+    return Run(LanguageModeling(TextSettings.complete(given)))
+
+
 class TestRun:
     @pytest.fixture
-    def run(self, source: Path) -> language_model.Run:
-        settings = Settings(
-            device="cpu", dtype="float32", text=str(source), hidden=16, embedding=8, batch=2, sequence=16, steps=40
-        )
-        return language_model.Run(settings, text.load_corpus(source))
+    def run(self, source: Path) -> Run:
+        return new_run(source)
 
     @pytest.mark.parametrize("cell", ["lstm", "gru"])
-    def test_state_is_carried_and_detached(self, run: language_model.Run, cell: str) -> None:
-        settings = replace(run.settings, cell=cell)
-        carried, forgetful = (language_model.Run(settings, run.corpus) for _ in range(2))
+    def test_state_is_carried_and_detached(self, source: Path, cell: str) -> None:
+        carried, forgetful = (new_run(source, cell=cell) for _ in range(2))
         for each in (carried, forgetful):
             each.train_step()
         tensors = carried.state if cell == "lstm" else [carried.state]
@@ -228,10 +203,10 @@ class TestRun:
             assert tensor.grad_fn is None
             assert not tensor.requires_grad
             assert tensor.abs().sum() > 0
-        inputs, targets = text.window(run.corpus.train, 1, 2, 16)
+        inputs, targets = text.window(carried.workload.train, 1, 2, 16)
         with torch.no_grad():
             logits, _ = carried.model(inputs, carried.state)
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item() / math.log(2)
+        expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item() / math.log(2)
         forgetful.state = None
         for each in (carried, forgetful):
             each.train_step()
@@ -239,49 +214,45 @@ class TestRun:
         assert carried.losses[1] == pytest.approx(expected, rel=1e-6)
         assert abs(forgetful.losses[1] - expected) > 1e-4
 
-    def test_it_learns(self, run: language_model.Run) -> None:
+    def test_it_learns(self, run: Run) -> None:
         run.settings = replace(run.settings, steps=100, learning_rate=0.03)
-        before = run.evaluate()
+        before = run.evaluate()[0]
         for _ in range(100):
             run.train_step()
         assert before == pytest.approx(8, abs=0.5)  # of 256 bytes it knows nothing
-        assert run.evaluate() < 5
+        assert run.evaluate()[0] < 5
         assert run.losses[-1] < 5
         assert run.optimizer.param_groups[0]["lr"] < 1e-4  # decayed
 
-    def test_evaluation_carries_state_over_the_held_out_text(self, run: language_model.Run) -> None:
-        held_out = run.corpus.train[: 32 * 32]  # 32 streams of two windows
-        run.corpus = replace(run.corpus, held_out=held_out)
+    def test_evaluation_carries_state_over_the_held_out_text(self, run: Run) -> None:
+        held_out = run.workload.train[: 32 * 32]  # 32 streams of two windows
+        run.workload.held_out = held_out
         run.model.rnn.dropout = 0.5  # must not act
         inputs, targets = text.window(held_out, 0, 32, 32)
         with torch.no_grad():
             logits, _ = run.model.eval()(inputs)
         run.model.train()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        assert run.evaluate() == pytest.approx(loss.item() / math.log(2), rel=1e-6)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        assert run.evaluate() == [pytest.approx(loss.item() / math.log(2), rel=1e-6)]
         assert run.model.training
 
-    def test_gradients_are_clipped(self, run: language_model.Run) -> None:
+    def test_gradients_are_clipped(self, run: Run) -> None:
         run.settings = replace(run.settings, clip=0.01)
         run.train_step()
         norms = [parameter.grad.norm() for parameter in run.model.parameters()]
         assert torch.stack(norms).norm().item() == pytest.approx(0.01, rel=1e-3)
 
-    def test_sample(self, run: language_model.Run) -> None:
-        assert run.sample(50, 1.0) == run.sample(50, 1.0) != run.sample(50, 100.0)
-        assert run.sample(0, 1.0) == ""
-
-    def test_torch_nn_starts_from_the_same_weights(self, run: language_model.Run) -> None:
-        baseline = language_model.Run(replace(run.settings, backend="torch.nn"), run.corpus)
-        assert type(baseline.model.rnn) is torch.nn.LSTM
+    def test_torch_nn_starts_from_the_same_weights(self, run: Run, source: Path) -> None:
+        baseline = new_run(source, backend="torch.nn")
+        assert type(baseline.model.rnn) is nn.LSTM
         assert_same(run.model.state_dict(), baseline.model.state_dict())
         for each in (run, baseline):
             each.train_step()
             each.train_step()
         assert run.losses == pytest.approx(baseline.losses, rel=1e-6)
 
-    def test_bfloat16_keeps_its_parameters(self, run: language_model.Run) -> None:
-        lower = language_model.Run(replace(run.settings, dtype="bfloat16"), run.corpus)
+    def test_bfloat16_keeps_its_parameters(self, run: Run, source: Path) -> None:
+        lower = new_run(source, dtype="bfloat16")
         for each in (run, lower):
             each.train_step()
             each.train_step()
@@ -289,10 +260,135 @@ class TestRun:
         assert lower.losses != run.losses
         assert lower.losses == pytest.approx(run.losses, rel=1e-2)
 
-    def test_a_loss_that_is_not_finite_stops_it(self, run: language_model.Run) -> None:
+    def test_a_loss_that_is_not_finite_stops_it(self, run: Run) -> None:
         run.model.linear.bias.data[0] = math.nan
         with pytest.raises(UsageError, match=r"loss is nan at step 1 with --learning-rate 0.004 .* lower the rate"):
             run.train_step()
+
+    def test_tied_weights_are_one(self, source: Path) -> None:
+        run = new_run(source, tied=True, embedding=16)
+        before = run.model.embedding.weight.detach().clone()
+        run.train_step()
+        assert run.model.embedding.weight is run.model.linear.weight
+        assert not torch.equal(run.model.embedding.weight, before)
+        assert TextSettings.complete({"tied": True, "hidden": 24}).embedding == 24
+
+    def test_words_learn(self, source: Path) -> None:
+        run = new_run(source, tokens="words", vocabulary=20, learning_rate=0.03)
+        assert run.model.linear.out_features == 20
+        assert (
+            0 < int((run.workload.held_out == run.workload.vocabulary.unknown).sum()) < len(run.workload.held_out)
+        )  # some are unknown
+        before = run.evaluate()[0]
+        for _ in range(40):
+            run.train_step()
+        assert before == pytest.approx(math.log2(20), abs=0.5)
+        assert run.evaluate()[0] < 2.5
+
+
+class TestLines:
+    @pytest.mark.parametrize("tokens", ["bytes", "words"])
+    def test_each_line_is_predicted_alone(self, source: Path, tokens: str) -> None:
+        run = new_run(source, tokens=tokens, lines=True, batch=240, sequence=64)
+        (piece,) = run.workload.pieces(3, slice(0, 240))
+        inputs, targets, lengths = piece.tensors
+        assert len(lengths.unique()) > 1, "padding is not tested"
+        expected = 0.0
+        with torch.no_grad():
+            for row, length in enumerate(lengths.tolist()):
+                logits, _ = run.model(inputs[:length, row : row + 1])
+                expected += nn.functional.cross_entropy(logits[:, 0], targets[:length, row], reduction="sum").item()
+            loss, _ = run.workload.loss(run.model, piece.tensors, None)
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
+        assert piece.count == int(lengths.sum()) == int((targets != -100).sum())
+
+    def test_the_lines_are_those_of_the_text(self) -> None:
+        content = b"\0first\n\n  second\n\0no newline\0x = 1\n\nlast"
+        lines = text.Lines(Bytes().encode(content), 10, longest=8)
+        inputs, targets, lengths = lines.padded(torch.arange(5))
+        read = [bytes(targets[:length, row].tolist()) for row, length in enumerate(lengths.tolist())]
+        assert read == [b"first\n", b"  second", b"no newli", b"x = 1\n", b"last\0"]
+        for row, length in enumerate(lengths.tolist()):
+            assert inputs[:length, row].tolist() == [0, *targets[: length - 1, row].tolist()]
+            assert not inputs[length:, row].any()
+            assert (targets[length:, row] == -100).all()
+
+    def test_every_held_out_line_is_evaluated(self, source: Path) -> None:
+        run = new_run(source, lines=True)
+        run.workload.held_out_lines = lines = text.Lines(run.workload.train, 10, 16)
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for index in range(len(lines.lengths)):
+                inputs, targets, _ = lines.padded(torch.tensor([index]))
+                logits, _ = run.model(inputs)
+                total += nn.functional.cross_entropy(logits[:, 0], targets[:, 0], reduction="sum").item()
+                count += len(inputs)
+        assert run.evaluate() == [pytest.approx(total / count / math.log(2), rel=1e-5)]
+
+
+class TestGeneration:
+    @pytest.fixture
+    def strong(self, source: Path) -> Run:
+        """Its weights are so large that each token matters much to those after it."""
+        run = new_run(source)
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter *= 5
+        return run
+
+    def test_sample(self, strong: Run) -> None:
+        sample = strong.workload.sample
+        with strong.using() as model:
+            assert sample(model, [], 50, 1.0) == sample(model, [], 50, 1.0) != sample(model, [], 50, 100.0)
+            assert sample(model, [], 0, 1.0) == []
+            assert sample(model, [], 50, 1.0) != sample(model, list(b"def"), 50, 1.0)
+
+    def test_the_state_holds_the_text_before(self, strong: Run) -> None:
+        """Likeliest tokens one by one, and the same from the whole text at every step."""
+        with strong.using() as model:
+            prompt = list(b"def f")
+            made = strong.workload.sample(model, prompt, 12, 1.0, top_k=1)
+            for count, token in enumerate(made):
+                read = torch.tensor([0, *prompt, *made[:count]])[:, None]
+                assert int(model(read)[0][-1, 0].argmax()) == token
+            assert strong.workload.likeliest(model, prompt, 12, 1) == made
+
+    def test_a_beam_finds_likelier_text(self, strong: Run) -> None:
+        def score(made: list[int]) -> float:
+            inputs = torch.tensor([0, *made])[:, None]
+            return -nn.functional.cross_entropy(model(inputs)[0][:-1, 0], inputs[1:, 0], reduction="sum").item()
+
+        with strong.using() as model:
+            greedy, found = (strong.workload.likeliest(model, [], 20, width) for width in (1, 8))
+            assert len(greedy) == len(found) == 20
+            assert score(found) > score(greedy)
+
+    def test_lines_begin_anew(self, source: Path) -> None:
+        run = new_run(source, lines=True)
+        assert run.workload.context(list(b"one\ntwo")) == [0, *b"two"]
+        assert run.workload.context(list(b"one\n")) == [0]
+        assert new_run(source).workload.context(list(b"one\n")) == [0, *b"one\n"]
+        run.model.linear.bias.data[10] = 100  # a newline, always
+        with run.using() as model:
+            assert run.workload.sample(model, [], 3, 1.0) == [10] * 3
+            assert run.workload.likeliest(model, [], 3, 2) == []
+
+    def test_from_a_checkpoint(
+        self, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert language_model.main(small) == 0
+        sample = (tmp_path / "run" / "sample.txt").read_text()
+        before = saved(tmp_path / "run")
+        generate = ["--generate", "--out", str(tmp_path / "run"), "--sample-tokens", "20"]
+        capsys.readouterr()
+        assert language_model.main(generate) == 0
+        assert capsys.readouterr().out == f"{sample}\n"
+        for how in (["--top-k", "3"], ["--temperature", "2"], ["--beam", "2"]):
+            assert language_model.main([*generate, "--prompt", "def", *how]) == 0
+            shown = capsys.readouterr().out
+            assert shown.startswith("def")
+            assert shown != f"{sample}\n"
+        assert_same(saved(tmp_path / "run"), before)
 
 
 class TestCommand:
@@ -310,6 +406,27 @@ class TestCommand:
             ("--backend cudnn", r"--backend.*'cudnn'.*auto.*persistent.*torch"),
             ("--device tpu", r"--device: 'tpu' given, allowed here: cpu"),
             ("--compare jax", r"--compare.*'jax'.*torch"),
+            ("--save all", r"--save.*'all'.*gates.*state.*checkpoint"),
+            ("--save state --backend torch.nn", r"--save state given with --backend torch.nn.*leave --save out"),
+            ("--schedule linear", r"--schedule.*'linear'.*cosine.*constant"),
+            ("--warmup -1", r"--warmup: '-1' given, allowed is a whole number from 0"),
+            ("--warmup 12", r"--warmup 12 given with --steps 12.*allowed is 0 to 11"),
+            ("--weight-decay -1", r"--weight-decay: '-1' given, allowed is a number from 0"),
+            ("--truncate x", r"--truncate: 'x' given, allowed is a whole number from 0"),
+            ("--tokens letters", r"--tokens.*'letters'.*bytes.*words"),
+            ("--tied", r"--tied given with --embedding 8 and --hidden 16.*leave --embedding out"),
+            ("--vocabulary 3", r"--vocabulary: '3' given, allowed is a whole number from 4"),
+            ("--vocabulary 500", r"--vocabulary 500 given with --tokens bytes.*256.*--tokens words"),
+            ("--lines --truncate 4", r"--truncate 4 given with --lines.*allowed is --truncate 0"),
+            ("--resume --overwrite", r"--overwrite: not allowed with argument --resume"),
+            ("--backend torch.nn --compare torch", r"--backend torch.nn given with --compare.*another --backend"),
+            ("--generate", r"--generate given, but .*run holds no checkpoint: train first"),
+            ("--generate --compare torch", r"--generate given with --resume, --overwrite or --compare"),
+            ("--beam 0", r"--beam: '0' given, allowed is a whole number from 1"),
+            ("--top-k 0", r"--top-k: '0' given, allowed is a whole number from 1"),
+            ("--temperature 0", r"--temperature: '0' given, allowed is a number above 0"),
+            ("--beam 2 --top-k 3", r"--top-k 3 given with --beam 2.*leave one of them out"),
+            ("--beam 2 --temperature 1", r"--temperature 1.0 given with --beam 2.*leave one of them out"),
             ("--text /no/such/folder", r"--text: '/no/such/folder' is no folder"),
             ("--dropout 0.1 --layers 1", r"--dropout 0.1 .*--layers is 1: allowed is --dropout 0, or"),
             ("--dropout 0.1 --compare torch", r"--dropout 0.1 given with --compare.*allowed is --dropout 0"),
@@ -361,15 +478,15 @@ class TestCommand:
 
     @pytest.fixture
     def unfinished(self, small: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        whole_step = language_model.Run.train_step
+        whole_step = Run.train_step
 
-        def train_step(run: language_model.Run) -> None:
+        def train_step(run: Run) -> None:
             whole_step(run)
             if run.step == 3:
                 signal.raise_signal(signal.SIGINT)
 
         with monkeypatch.context() as patch:
-            patch.setattr(language_model.Run, "train_step", train_step)
+            patch.setattr(Run, "train_step", train_step)
             assert language_model.main(small) == 130
         return small
 
@@ -397,50 +514,53 @@ class TestCommand:
             language_model.main(["--help"])
         assert stop.value.code == 0
         shown = capsys.readouterr().out
-        for field in fields(Settings):
+        for field in fields(TextSettings):
             assert f"--{field.name.replace('_', '-')} " in shown
 
 
 class TestCompare:
-    def test_table(self) -> None:
-        lines = curves.table(("ours", "theirs"), ([8.0, 4.0, 2.0], [8.0, 4.5, 2.25]), rows=2).splitlines()
-        assert lines[0].split()[:4] == ["step", "ours", "theirs", "difference"]
-        assert lines[1].split() == ["1", "8.00000", "8.00000", "+0.0e+00"]
-        assert lines[2].split() == ["3", "2.00000", "2.25000", "-2.5e-01"]
-        assert lines[3] == "largest difference 5.0e-01 bits, at step 2; on average 2.5e-01"
-
-    def test_table_of_one_step(self) -> None:
-        assert len(curves.table(("ours", "theirs"), ([8.0], [7.0])).splitlines()) == 3
-
     def test_both_arms(
         self, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(language_model.LanguageModel, "path", "persistent")
+        monkeypatch.setattr(layers, "path", lambda model: "persistent")
         arguments = [*small, "--compare", "torch"]
         assert language_model.main(arguments) == 0
         shown = capsys.readouterr().out
         assert "largest difference" in shown
+        assert "--compare interpreted" not in shown
         ours, theirs = saved(tmp_path / "run"), saved(tmp_path / "run" / "torch.nn")
         assert ours["settings"] == {**theirs["settings"], "backend": "auto"}
         assert theirs["settings"]["backend"] == "torch.nn"
         assert len(ours["losses"]) == len(theirs["losses"]) == 12
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+        quality = [f"{content['quality'][0]:.4f}" for content in (ours, theirs)]
+        assert re.search(rf"bits per byte on held-out files \(lower is better\) +{quality[0]} +{quality[1]}\n", shown)
+        assert re.search(r"tokens/s \(CPU\) +[\d,]+ +[\d,]+\nMiB resident .*\(CPU\) +[\d,]+ +[\d,]+\n", shown)
 
         (tmp_path / "run" / "torch.nn" / "checkpoint.pt").unlink()  # as if interrupted between the arms
         assert language_model.main([*arguments, "--resume"]) == 0
         assert_same(saved(tmp_path / "run"), ours)
         assert_same(saved(tmp_path / "run" / "torch.nn"), theirs)
 
-    def test_where_both_would_take_torchs_path(self, small: list[str], tmp_path: Path) -> None:
+        assert language_model.main([*arguments, "--seed", "1"]) == 0
+        for folder, before in ((tmp_path / "run", ours), (tmp_path / "run" / "torch.nn", theirs)):
+            assert (
+                torch.load(folder / "previous-checkpoint.pt")["losses"] == before["losses"] != saved(folder)["losses"]
+            )
+
+    def test_where_both_take_torchs_path(self, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert language_model.main([*small, "--compare", "torch"]) == 0
+        assert "path torch: both curves are torch's own layers'. --compare interpreted" in capsys.readouterr().out
+
+    def test_in_the_interpreter(self, small: list[str], tmp_path: Path) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "bench.language_model", *small, "--compare=torch", "--layers=1", "--steps=4"],
+            [sys.executable, "-m", "bench.language_model", *small, "--compare=interpreted", "--layers=1", "--steps=3"],
             cwd=ROOT,
             capture_output=True,
             text=True,
             timeout=240,
         )
         assert done.returncode == 0, done.stderr
-        assert "persistrnn takes path torch: both curves would be torch's own" in done.stdout
         assert "path persistent" in done.stderr
         assert "path torch.nn" in done.stderr
         largest = re.search(r"largest difference (\S+) bits", done.stdout)

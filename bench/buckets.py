@@ -1,0 +1,44 @@
+"""Batches of sequences of similar length."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+class Buckets:
+    """Every epoch, each sequence once, in batches of similar length that come in a new order.
+
+    What `batch` returns follows from the arguments and the number of the step alone.
+
+    Args:
+        lengths: of the sequences, integers (N,)
+        batch: B, sequences in a batch; the batch of the longest is filled up by repeating the longest
+        seed: of the order
+    """
+
+    def __init__(self, lengths: Tensor, batch: int, seed: int) -> None:
+        if not len(lengths):
+            raise ValueError("no sequence given; at least one is needed to fill a batch")
+        self.lengths = lengths
+        self.size = batch
+        self.seed = seed
+        self.steps = -(-len(lengths) // batch)  # of an epoch
+        self.epoch = functools.lru_cache(maxsize=1)(self._epoch)
+
+    def _epoch(self, epoch: int) -> Tensor:
+        """The batches of one epoch in their order, int64 (steps, B)."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        # Equal lengths in random order, so that other sequences meet in every epoch.
+        shuffled = torch.randperm(len(self.lengths), generator=generator)
+        order = shuffled[torch.argsort(self.lengths[shuffled], stable=True)]
+        missing = self.steps * self.size - len(order)
+        batches = torch.cat([order, order[-1:].expand(missing)]).view(self.steps, self.size)
+        return batches[torch.randperm(self.steps, generator=generator)]
+
+    def batch(self, step: int) -> Tensor:
+        """The indices, int64 (B,), of the sequences of step 0, 1, ..."""
+        epoch, number = divmod(step, self.steps)
+        return self.epoch(epoch)[number]
