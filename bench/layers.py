@@ -38,10 +38,7 @@ def run_padded(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any = None) 
 
     Returns y (T, B, D*H), zero past each row's length, and each row's state after its last step.
     """
-    # torch.nn knows no lengths. On the CPU persistrnn would loop over the steps for them, and packed rows it hands to
-    # torch's own kernels: nobody waits for a GPU there.
-    packing = isinstance(layer, nn.RNNBase) or (x.device.type == "cpu" and layer.backend != "persistent")
-    if not packing:
+    if not isinstance(layer, nn.RNNBase):
         return layer(x, state, lengths=lengths)
     packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
     y, state = layer(packed, state)

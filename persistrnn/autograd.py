@@ -16,6 +16,7 @@ from torch.autograd import Function
 from persistrnn import ops, second
 from persistrnn.mapping import mapped
 from persistrnn.ops import HAS_C
+from persistrnn.phases import SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
 from persistrnn.second import NOTHING, Gradients, Kept
 from persistrnn.segments import BEGINS, SKIPPED
 
@@ -135,7 +136,8 @@ class _Scan(Function):
         reset_c: Tensor | None,
     ) -> tuple[Tensor, ...]:
         given = x_gates, weight_hh, bias_hh, h0, c0, marks, reset_h, reset_c
-        y, c, saved = ops.scan_forward(cell, precision, save, *given, return_c, cell_dtype)
+        with phase(SCAN_FORWARD):
+            y, c, saved = ops.scan_forward(cell, precision, save, *given, return_c, cell_dtype)
         D = x_gates.shape[2]
         # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
         h_n = torch.stack([y[1 if d else -2, :, d] for d in range(D)])
@@ -185,11 +187,12 @@ class _Scan(Function):
         if has_c:
             dr_gates = dx_gates
         d_weight = d_bias = None
-        if needs_weight:
-            h_previous = [h_before(y, marks, d) for d in range(D)]
-            d_weight = torch.stack([dr_gates[:, :, d].flatten(0, 1).mT @ h_previous[d].flatten(0, 1) for d in range(D)])
-        if needs_bias:
-            d_bias = dr_gates.sum((0, 1), dtype=torch.float32).to(dr_gates.dtype)
+        with phase(WEIGHT_GEMMS):
+            if needs_weight:
+                h_previous = [h_before(y, marks, d).flatten(0, 1) for d in range(D)]
+                d_weight = torch.stack([dr_gates[:, :, d].flatten(0, 1).mT @ h_previous[d] for d in range(D)])
+            if needs_bias:
+                d_bias = dr_gates.sum((0, 1), dtype=torch.float32).to(dr_gates.dtype)
         d_reset_h, d_reset_c = d_reset[0] if resets else None, d_reset[1] if resets and has_c else None
         d_weights = d_weight, d_bias
         return (*(None,) * 5, dx_gates, *d_weights, dh0, dc0 if has_c else None, None, d_reset_h, d_reset_c)
@@ -229,7 +232,8 @@ class _ScanBackward(Function):
         marks: Tensor | None,
     ) -> tuple[Tensor, ...]:
         given = dy, dh_n, dc_n, weight_hh, y, c, saved, dc
-        return ops.scan_backward(cell, precision, *given, marks, resets)
+        with phase(SCAN_BACKWARD):
+            return ops.scan_backward(cell, precision, *given, marks, resets)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -278,7 +282,8 @@ class _Wave(Function):
     ) -> tuple[Tensor, ...]:
         weights = weight_hh, bias_hh, weight_ih, bias_ih
         given = x_gates, *weights, h0, c0, marks, reset_h, reset_c
-        y, c, saved = ops.wave_forward(cell, precision, save, *given, return_c, cell_dtype)
+        with phase(SCAN_FORWARD):
+            y, c, saved = ops.wave_forward(cell, precision, save, *given, return_c, cell_dtype)
         # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
         c_n = (c[:, -2 if save or return_c else 1] if HAS_C[cell] else c).clone().to(x_gates.dtype)
         every = c[-1, 1:-1].clone() if return_c else c.new_empty(0)
@@ -316,10 +321,11 @@ class _Wave(Function):
             dx_gates, dr_gates, dh0, dc0, *d_reset = _WaveBackward.apply(ctx.cell, ctx.precision, resets, *given)
         if has_c:
             dr_gates = dx_gates
-        d_weight_hh = _gemm(dr_gates, _all_before(y, marks)) if needs[0] else None
-        d_bias_hh = _bias(dr_gates) if needs[1] else None
-        d_weight_ih = _gemm(dx_gates[1:], y[:-1, 1:-1]) if needs[2] else None
-        d_bias_ih = _bias(dx_gates[1:]) if needs[3] else None
+        with phase(WEIGHT_GEMMS):
+            d_weight_hh = _gemm(dr_gates, _all_before(y, marks)) if needs[0] else None
+            d_bias_hh = _bias(dr_gates) if needs[1] else None
+            d_weight_ih = _gemm(dx_gates[1:], y[:-1, 1:-1]) if needs[2] else None
+            d_bias_ih = _bias(dx_gates[1:]) if needs[3] else None
         d_weights = d_weight_hh, d_bias_hh, d_weight_ih, d_bias_ih
         d_reset_h, d_reset_c = d_reset[0] if resets else None, d_reset[1] if resets and has_c else None
         return (*(None,) * 5, dx_gates[0], *d_weights, dh0, dc0 if has_c else None, None, d_reset_h, d_reset_c)
@@ -362,7 +368,8 @@ class _WaveBackward(Function):
         marks: Tensor | None,
     ) -> tuple[Tensor, ...]:
         given = dy, dh_n, dc_n, weight_hh, weight_ih, y, c, saved, dc
-        return ops.wave_backward(cell, precision, *given, marks, resets)
+        with phase(SCAN_BACKWARD):
+            return ops.wave_backward(cell, precision, *given, marks, resets)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -56,7 +56,8 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
     if reason is not None and layer.backend != "persistent":
         with_cuts = functional.obstacle(layer.backend, cell, *sizes, dtype, device, True)
         path = "stepwise, a loop over torch's operations" if with_cuts is not None else "persistent"
-        lines.append(f"with lengths, mask, resets or cell states: {path}")
+        packs = device.type == "cpu" and with_cuts is not None  # lengths run as a PackedSequence
+        lines.append(f"with {'' if packs else 'lengths, '}mask, resets or cell states: {path}")
     if device.type == "cuda" and functional.obstacle("persistent", cell, *sizes, dtype, device) is None:
         lines.append(ops.expected(*shape))
     return "\n".join(lines)

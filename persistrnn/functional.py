@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from persistrnn import door, ops, torch_path
 from persistrnn import stack as stacks
-from persistrnn.door import Backend, Given, Options, Save, Stack
+from persistrnn.door import Backend, Batch, Given, Options, Save, Stack
 
 NOTHING = Given()
 
@@ -62,8 +62,9 @@ def lstm(
         batch_first: whether input and output are [B, T, features]; the states never are
         backend: "auto": the persistent kernels on a GPU that can run them and where they are expected to be
             faster (with gradients enabled: forward and backward together), else torch's own (cuDNN, oneDNN,
-            ATen); "persistent": the kernels or an error; "torch": torch's own. What torch's own cannot do (lengths,
-            resets, every c) is a loop over torch's operations there, step by step.
+            ATen); "persistent": the kernels or an error; "torch": torch's own. What torch's own cannot do (resets,
+            every c, and lengths but for those of CPU tensors, which it runs as a PackedSequence) is a loop over torch's
+            operations there, step by step.
             `persistrnn.explain` says what "auto" chooses, a module's `last_path` what it chose
         cell_dtype: dtype in which c is given out, and in which the kernels store it for the backward: None (that of
             the computation) or torch.float32; between the steps the kernels' c is float32 in any case
@@ -190,6 +191,8 @@ def run(
     options = options._replace(save=save_mode(stack, options, dtype, batch.rows, batch.steps))
     if reason is not None and options.backend == "persistent":
         raise RuntimeError(f'backend="persistent" cannot run this call: {reason}')
+    if reason is not None and given.lengths is not None and _packs(given, return_c, batch, options):
+        return _by_packing(cell, batch, weights, states, given.lengths, cuts.active, options)
     if reason is None or loops:
         path = "stepwise" if reason is not None else "persistent"
         x = batch.time_major(data)
@@ -226,6 +229,38 @@ def run(
         formed, states = [t.squeeze(1) for t in outputs], [s.squeeze(1) for s in states]
     output, c = (*formed, None)[:2]
     return Found(output, states, c, path)
+
+
+def _packs(given: Given, return_c: bool, batch: Batch, options: Options) -> bool:
+    """Whether rows with lengths run as a PackedSequence on torch's own kernels: where the host knows the lengths."""
+    only_lengths = given.resets is None and not return_c and batch.rows > 0
+    chunks = options.save != "gates" and options.bidirectional  # which torch's path cannot cut out of packed rows
+    traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return only_lengths and batch.data.device.type == "cpu" and not chunks and not traced
+
+
+def _by_packing(
+    cell: str,
+    batch: Batch,
+    weights: Sequence[Tensor],
+    states: list[Tensor],
+    lengths: Any,
+    active: Tensor | None,
+    options: Options,
+) -> Found:
+    """Rows with lengths on torch's own kernels."""
+    x, some = batch.time_major(batch.data), lengths > 0
+    initial = states
+    if not some.all():  # a packed row has a step at least: of one without, no NaN may reach the weights' gradient
+        x, *initial = (torch.where(some.unsqueeze(-1), t, 0.0) for t in (x, *states))
+    packed = pack_padded_sequence(x, lengths.clamp(min=1), enforce_sorted=False)
+    hx = initial[0] if cell == "gru" else tuple(initial)
+    found = run(cell, packed, weights, hx, options._replace(batch_first=False))
+    y = pad_packed_sequence(found.output, total_length=batch.steps)[0]
+    assert active is not None
+    y = torch.where(active.unsqueeze(-1), y, 0.0)
+    finals = [torch.where(some.unsqueeze(-1), new, old) for new, old in zip(found.states, states, strict=True)]
+    return Found(batch.time_major(y), finals, None, found.path)
 
 
 def save_mode(stack: Stack, options: Options, dtype: torch.dtype, batch: int, steps: int) -> str:

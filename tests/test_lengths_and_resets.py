@@ -402,6 +402,24 @@ def test_one_step_with_a_reset(cell):
     torch.testing.assert_close(y[:, :1, 6:], layer(x, hx)[0][:, :1, 6:], msg="nothing ends after the last step")
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("cell", "proj"), SHAPES)
+def test_lengths_of_cpu_tensors_run_on_torchs_kernels(cell, proj, bidirectional):
+    """What a mask, which they cannot run, gives step by step."""
+    options = {"proj_size": proj} if proj else {}
+    layer = getattr(persistrnn, cell.upper())(3, 6, 2, bidirectional=bidirectional, batch_first=True, **options)
+    x, lengths = torch.randn(4, 5, 3, requires_grad=True), torch.tensor([2, 5, 0, 4])
+    results, paths = [], []
+    for given in ({"lengths": lengths}, {"mask": torch.arange(5) < lengths.unsqueeze(1)}):
+        y, final = layer(x, **given)
+        found = [y, *(final if cell == "lstm" else [final])]
+        grads = torch.autograd.grad(sum(t.square().sum() for t in found), [x, *layer.parameters()])
+        results.append([*found, *grads])
+        paths.append(layer.last_path)
+    torch.testing.assert_close(*results)
+    assert paths == ["torch", "stepwise"]
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_lengths_of_few_bits(dtype):
     """More steps than the dtype can count."""
