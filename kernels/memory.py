@@ -89,7 +89,7 @@ def workspace(mode: str, of: Layers) -> float:
         "checkpoint": of.gates + (exact - of.c if of.has_c else 0),
     }[mode]
     # While it is used: the gradients of both halves (of one direction once more, contiguous) and of a layer between.
-    used = of.gates * (2 if of.cell.recurrent_gradient else 1) + (of.y if layers > 1 else 0)
+    used: float = of.gates * (2 if of.cell.recurrent_gradient else 1) + (of.y if layers > 1 else 0)
     if both:
         used += of.y + of.gates / 2 * (2 if of.cell.recurrent_gradient else 1) + of.y / 2
     return held + max(again, used)

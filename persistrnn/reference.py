@@ -84,6 +84,7 @@ def recurrent(
         state: State = tuple(s[d] for s in initial)
         anew: State = tuple(s[d] for s in reset) or tuple(torch.zeros_like(s) for s in state)
         states = []
+        inputs = x_gates[:, :, d].unbind()  # each x_gates[t] would have a gradient as large as all of it
         for t in range(steps) if d == 0 else reversed(range(steps)):
             if marks is not None:
                 state = _where(marks[t, :, d] == BEGINS, anew, state)
@@ -91,7 +92,7 @@ def recurrent(
             if marks is not None:  # a NaN in a row that skips the step would be 0 * NaN in the weights' gradient
                 before = _where(marks[t, :, d] == SKIPPED, tuple(torch.zeros_like(s) for s in state), state)
             r_gates = F.linear(before[0], weight_hh[d], bias_hh[d])
-            new = step(x_gates[t, :, d], r_gates, before)
+            new = step(inputs[t], r_gates, before)
             state = new if marks is None else _where(marks[t, :, d] == SKIPPED, state, new)
             states.append(state)
         every.append([torch.stack(s if d == 0 else s[::-1]) for s in zip(*states, strict=True)])

@@ -60,9 +60,17 @@ def _gru(d_state: Tiles, saved: Tiles, d_saved: Tiles, before: Tiles) -> tuple[T
 CELLS: dict[str, Callable[[Tiles, Tiles, Tiles, Tiles], tuple[Tiles, Tiles, Tiles]]] = {"lstm": _lstm, "gru": _gru}
 
 
-def _plus(d: Tiles, others: Sequence[Tensor | None], position: int, direction: int) -> Tiles:
-    """d, with what stands at one position of [*, B, D, H]."""
-    return tuple(x if o is None else x + o[position, :, direction] for x, o in zip(d, others, strict=True))
+Steps = Sequence["Sequence[Tensor] | None"]
+
+
+def _steps(tensors: Sequence[Tensor | None], direction: int) -> Steps:
+    """Each [*, B, D, ...] as a list of [B, ...]: an index per step would have a gradient as large as all of it."""
+    return [None if t is None else t[:, :, direction].unbind() for t in tensors]
+
+
+def _plus(d: Tiles, others: Steps, position: int) -> Tiles:
+    """d, with what stands at one position of the others."""
+    return tuple(x if o is None else x + o[position] for x, o in zip(d, others, strict=True))
 
 
 def backward(
@@ -101,17 +109,18 @@ def backward(
         first, last, back = (steps + 1, 0, 1) if k else (0, steps + 1, -1)
         d: Tiles = tuple(f[k].to(exact) for f in d_final)
         anew: Tiles = tuple(torch.zeros_like(x) for x in d)
+        d_states_k, given_k = _steps(d_states, k), _steps(given, k)
+        states_k = [s[:, :, k].unbind() for s in states]
+        saved_k, d_saved_k = (s[:, :, k].unbind() for s in (saved, d_saved))
         dx_of: dict[int, Tensor] = {}
         dr_of: dict[int, Tensor] = {}
         for t in range(steps) if k else reversed(range(steps)):
-            before: Tiles = tuple(s[t + 1 + back, :, k] for s in states)
+            before: Tiles = tuple(s[t + 1 + back] for s in states_k)
             mark = None if marks is None else marks[t, :, k].unsqueeze(-1)
             if mark is not None:
-                before = tuple(
-                    torch.where(mark == BEGINS, s[last, :, k], b) for s, b in zip(states, before, strict=True)
-                )
-            d = _plus(_plus(d, given, t, k), d_states, t + 1, k)
-            dx, dr, d_before = CELLS[cell](d, saved[t, :, k].unbind(1), d_saved[t, :, k].unbind(1), before)
+                before = tuple(torch.where(mark == BEGINS, s[last], b) for s, b in zip(states_k, before, strict=True))
+            d = _plus(_plus(d, given_k, t), d_states_k, t + 1)
+            dx, dr, d_before = CELLS[cell](d, saved_k[t].unbind(1), d_saved_k[t].unbind(1), before)
             if mark is not None:
                 dx, dr = (tuple(torch.where(mark == SKIPPED, 0.0, x) for x in tiles) for tiles in (dx, dr))
                 d_before = tuple(torch.where(mark == SKIPPED, x, b) for x, b in zip(d, d_before, strict=True))
@@ -120,8 +129,8 @@ def backward(
             if mark is not None:
                 anew = tuple(a + torch.where(mark == BEGINS, x, 0.0) for a, x in zip(anew, d, strict=True))
                 d = tuple(torch.where(mark == BEGINS, 0.0, x) for x in d)
-        d_initial.append(_plus(d, d_states, first, k))
-        d_reset.append(_plus(anew, d_states, last, k))
+        d_initial.append(_plus(d, d_states_k, first))
+        d_reset.append(_plus(anew, d_states_k, last))
         dx_gates.append(torch.stack([dx_of[t] for t in range(steps)]))
         dr_gates.append(torch.stack([dr_of[t] for t in range(steps)]))
     return Gradients(

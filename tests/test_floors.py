@@ -28,7 +28,7 @@ FLOORS = (
     ("persistrnn.mapping", "persistrnn.phases", "persistrnn.reference", "persistrnn.second"),
     ("persistrnn.segments",),
     ("persistrnn.kernels.audit_table", "persistrnn.kernels.plan_command"),
-    ("persistrnn.kernels.audit",),
+    ("persistrnn.kernels.audit", "persistrnn.kernels.reasons"),
     ("persistrnn.kernels.wave",),
     ("persistrnn.kernels",),
     ("persistrnn.kernels.launch",),
