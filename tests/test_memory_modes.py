@@ -342,7 +342,7 @@ def test_torch_path_keeps_its_state_now_and_then(short, cell, layers, bidirectio
     short(3)
     chunked = copies(layer, save=save)
     torch.testing.assert_close(run(chunked, x, state, **given), expected, rtol=1e-5, atol=1e-6)
-    loops = "resets" in given or bidirectional and given
+    loops = "resets" in given or (bidirectional and given)
     assert chunked.last_path == ("stepwise" if loops else "torch")
 
 

@@ -11,7 +11,7 @@ from synthetic import results as empty
 from synthetic import skipped, timing
 
 from bench import UsageError, suites
-from bench.targets import NOTHING, Target, main, markdown, newest, targets, window
+from bench.targets import NOTHING, TESTED, Target, main, markdown, newest, targets, window
 from persistrnn.results import Case, Micro, Results, Stress, Timing
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ def race(change: Change = lambda case, arm: 1.0, **provenance: Any) -> Results:
             us = factor * one.microseconds
             found.timings.append(replace(one, microseconds=us, low=0.9 * us, high=1.1 * us))
     found.micro.append(Micro("first call", 1, 0, 9.5, 9.5, 9.5, "s", 1))
-    found.stress.append(Stress("tests/x.py::test_only_a_new_class_of_batches_compiles[512-gru]", True, 1.0, ""))
+    found.stress += [Stress(f"tests/x.py::{name}[512-gru]", True, 1.0, "") for name in TESTED.values()]
     return found
 
 
@@ -212,13 +212,16 @@ def test_first_call(seconds: float, answer: str) -> None:
     assert (one.measured, one.met) == (f"{seconds:#.4g} s (1 process; r.json)", answer)
 
 
-def test_new_batch_needs_every_outcome() -> None:
+@pytest.mark.parametrize(("text", "name"), TESTED.items())
+def test_tested_target_needs_every_outcome(text: str, name: str) -> None:
+    assert any(f"def {name}(" in path.read_text() for path in Path(__file__).parent.glob("test_gpu*.py"))
     found = race()
     found.stress.append(Stress("random shapes", False, 1.0, ""))
     assert missed(found) == set()
-    found.stress.append(replace(found.stress[0], ok=False))
-    one = one_of(targets(found, "r.json"), "a new B or T")
+    found.stress.append(Stress(f"tests/x.py::{name}", False, 1.0, ""))
+    one = one_of(targets(found, "r.json"), text)
     assert (one.measured, one.met) == ("1 of 2 tests green (r.json)", "no")
+    assert missed(found) == {text}
 
 
 @pytest.mark.parametrize(
