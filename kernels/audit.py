@@ -32,9 +32,10 @@ from triton.compiler import ASTSource
 
 from . import hardware as devices
 from . import plan as planning
-from .cells import CELLS
+from .cells import CELLS, Cell
 from .exchange import Exchange
 from .launch import options, shape_of
+from .recompute import BLOCK, activate
 from .scan import scan_backward, scan_forward
 from .wave_plan import wave
 
@@ -56,7 +57,8 @@ KERNEL_FILES = ("cells", "exchange", "marks", "product", "scan", "tiles", "tuple
 @dataclass(frozen=True)
 class Case:
     """What to compile: one kernel for one shape on one architecture; layers > 1: of a stack as a wave; marks: with rows
-    that begin anew or skip a step, gradients to the reset states and from every c."""
+    that begin anew or skip a step, gradients to the reset states and from every c; chunked: for a chunk of time, with c
+    and the gradients of the states in float32."""
 
     cell: str
     backward: bool
@@ -67,6 +69,7 @@ class Case:
     directions: int = 1
     layers: int = 1
     marks: bool = False
+    chunked: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ def key(case: Case, part: planning.Pass) -> str:
         case.dtype,
         case.arch,
         case.marks,
+        case.chunked,
         part.tiling,
         part.choice.warps,
         part.choice.blocks,
@@ -157,12 +161,14 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
     if case.backward:
         kernel = scan_backward
         outputs = states if case.marks else (pointer,)
-        d_states = states * (3 if case.marks else 2)
+        d_states = (("*fp32",) * cell.states if case.chunked else states) * (3 if case.marks else 2)
         signature |= {"d_outputs": outputs, "d_gates": (pointer, pointer), "d_states": d_states}
         constants |= {"cell": cell.backward}
     else:
         kernel = scan_forward
         signature |= {"x_gates": pointer, "bias": pointer}
+        if case.chunked:
+            signature["states"] = pointer, *("*fp32",) * (cell.states - 1)
         constants |= {"cell": cell.forward, "KEEP": True}
     if not case.marks:
         constants["marks"] = None
@@ -179,8 +185,11 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
         {(kernel.arg_names.index(name),): value for name, value in constants.items()},
         aligned,
     )
-    target = GPUTarget("cuda", int(case.arch[3:]), 32) if nvidia else GPUTarget("hip", case.arch, 64)
-    return triton.compile(source, target=target, options=options(part, case.arch))
+    return triton.compile(source, target=target_of(case.arch), options=options(part, case.arch))
+
+
+def target_of(arch: str) -> GPUTarget:
+    return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
 _VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
@@ -188,6 +197,21 @@ _POINTERS = re.compile(r"tensor<([\dx]+)x!tt\.ptr<(\w+)>")
 _DOTS = re.compile(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b")
 _LOADS = re.compile(r"\b(tt\.(load|gather|descriptor_load)|ttg\.async_copy_global_to_local|amdg\.buffer_load)\b")
 _BITS = {"f16": 16, "bf16": 16, "f32": 32}
+
+
+def compile_activation(cell: Cell, dtype: str, arch: str, shape: tuple[int, ...]) -> Any:
+    """The compiled ``recompute.activate``. shape: (states, G, D, n, H)."""
+    pointer = DTYPES[dtype]
+    signature = {"x_gates": pointer, "r_gates": "*fp32", "bias": pointer, "saved": pointer, "count": "i32"}
+    constants = {"cell": cell.forward, "shape": shape, "interpreted": False, "BLOCK": BLOCK}
+    names = activate.arg_names
+    source = ASTSource(
+        activate,
+        {name: signature.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): ALIGNED for name, kind in signature.items() if kind.startswith("*")},
+    )
+    return triton.compile(source, target=target_of(arch), options={"num_warps": 4, "enable_fp_fusion": True})
 
 
 def homes(ttgir: str) -> Homes:

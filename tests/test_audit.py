@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from persistrnn.kernels import audit, hardware
 from persistrnn.kernels.audit import Case, Homes
+from persistrnn.kernels.cells import CELLS
 
 pytestmark = pytest.mark.audit
 
@@ -55,6 +56,11 @@ SAMPLE = [
     Case("gru", False, "fp16", 320, "sm_80", 16, 2, marks=True),
     Case("gru", True, "bf16", 1150, "sm_90", 80, marks=True),
     Case("gru", True, "bf16", 512, "sm_100", 64, marks=True),
+    # Chunks of time: c and the gradients of the states in float32.
+    Case("lstm", False, "bf16", 2048, "sm_90", 64, chunked=True),
+    Case("lstm", True, "bf16", 2048, "sm_90", 64, chunked=True),
+    Case("lstm", True, "fp16", 320, "sm_80", 16, 2, chunked=True),
+    Case("gru", True, "bf16", 1150, "sm_90", 80, chunked=True),
 ]
 
 SMALL = Case("gru", False, "bf16", 32, "sm_90")  # one slice, and quick to compile
@@ -63,7 +69,7 @@ SHARED = Case("gru", False, "bf16", 256, "sm_90")  # many slices
 
 def identity(case: Case) -> str:
     name = f"{case.cell}-{'backward' if case.backward else 'forward'}-{case.dtype}-{case.hidden}-B{case.batch}"
-    return f"{name}-D{case.directions}-{case.arch}{'-marks' * case.marks}"
+    return f"{name}-D{case.directions}-{case.arch}{'-marks' * case.marks}{'-chunked' * case.chunked}"
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=identity)
@@ -328,7 +334,8 @@ def test_key_follows_what_is_compiled(monkeypatch, tmp_path):
     part = audit.planned(SHARED)
     before = audit.key(SHARED, part)
     assert audit.key(dataclasses.replace(SHARED, batch=12), part) == before, "the batch is no part of a kernel"
-    for changed in ({"cell": "lstm"}, {"backward": True}, {"dtype": "fp16"}, {"arch": "sm_80"}):
+    other_kernels = {"cell": "lstm"}, {"backward": True}, {"dtype": "fp16"}, {"arch": "sm_80"}, {"chunked": True}
+    for changed in other_kernels:
         assert audit.key(dataclasses.replace(SHARED, **changed), part) != before
     other = dataclasses.replace(part, choice=dataclasses.replace(part.choice, warps=4))
     assert audit.key(SHARED, other) != before
@@ -346,6 +353,18 @@ def test_key_follows_what_is_compiled(monkeypatch, tmp_path):
         assert audit.key(SHARED, part) != before, name
         path.write_text(content)
     assert audit.key(SHARED, part) == before
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
+def test_gates_are_formed_again_without_a_spill(cell, arch):
+    shape = cell.states, cell.gates, 2, cell.saved, 1000
+    compiled = audit.compile_activation(cell, "bf16", arch, shape)
+    assert compiled.metadata.shared == 0, "elementwise"
+    if arch != "gfx942":
+        registers, sass = audit.disassemble(compiled.asm["cubin"])
+        assert registers < 128
+        assert not [name for name in sass if name.split(".")[0] in ("LDL", "STL")]
 
 
 def test_audit_needs_no_gpu():
