@@ -74,7 +74,7 @@ bench: $(NEWEST)/.dev ## what a CPU can measure: our Python around torch's path,
 # kernels/ is persistrnn.kernels once installed, which neither mypy nor an uninstalled checkout can know.
 links:
 	@rm -rf build/links && mkdir -p build/links/persistrnn
-	@cd build/links/persistrnn && ln -s ../../../persistrnn/*.py ../../../persistrnn/py.typed ../../../kernels .
+	@cd build/links/persistrnn && ln -s ../../../persistrnn/*.py ../../../persistrnn/py.typed ../../../persistrnn/profiling ../../../kernels .
 	@ln -s ../../bench build/links/bench
 	@mkdir build/links/persistrnn.egg-info
 	@sed -n 's/^name = "\(.*\)"/Name: \1/p; s/^version = "\(.*\)"/Version: \1/p' pyproject.toml >build/links/persistrnn.egg-info/PKG-INFO

@@ -32,6 +32,7 @@ import triton.language as tl
 
 from .exchange import arrive, put, wait
 from .marks import BEGINS, SKIPPED, cut, load_marks, reset_slot, rows_before, where_marked, with_begun, zero_marked
+from .metadata import launch_metadata
 from .product import add_parts, join, product_local, product_shared, resident, streamed
 from .tiles import batch_rows, job_of, layer_of, narrow, previous_slot, row_offset, time_of, unit_offsets
 from .tuples import add_first, load, load_states, load_tiles, moved, part_of, store, store_tiles, sums
@@ -80,7 +81,7 @@ def multiply(weights, ahead, stream, pointer, rows, j: tl.constexpr, place, once
     return product, ahead, patience
 
 
-@triton.jit(do_not_specialize=["first_job", "T", "B"])
+@triton.jit(do_not_specialize=["first_job", "T", "B"], launch_metadata=launch_metadata)
 def scan_forward(
     x_gates,
     weight,
@@ -289,7 +290,7 @@ def load_saved(d_outputs, heard, saved, states, marks, t, first, rows, units, ma
     return given + kept + load_states(states, before, unit_offsets(units, rows_of_states, D * H), mask) + mark
 
 
-@triton.jit(do_not_specialize=["first_job", "T", "B"])
+@triton.jit(do_not_specialize=["first_job", "T", "B"], launch_metadata=launch_metadata)
 def scan_backward(
     d_outputs,
     weight,

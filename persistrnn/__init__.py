@@ -3,7 +3,7 @@
 `LSTM` and `GRU` are torch.nn's modules on Triton kernels that keep the recurrent weights on chip for all time
 steps. `functional` has the same as functions, `explain` says which path a call would take and why, `check`
 raises if a kernel's bounded wait ran out, `replace` swaps torch.nn's layers in a finished model for these,
-`Streaming` carries a layer's state from call to call.
+`Streaming` carries a layer's state from call to call, `profile` measures where training's time and memory go.
 """
 
 from importlib.metadata import version
@@ -12,9 +12,10 @@ from persistrnn import functional
 from persistrnn.explain import explain
 from persistrnn.modules import GRU, LSTM
 from persistrnn.ops import check
+from persistrnn.profiling.run import profile
 from persistrnn.replacement import replace
 from persistrnn.streaming import Streaming
 
 __version__ = version("persistrnn")
 
-__all__ = ["GRU", "LSTM", "Streaming", "__version__", "check", "explain", "functional", "replace"]
+__all__ = ["GRU", "LSTM", "Streaming", "__version__", "check", "explain", "functional", "profile", "replace"]

@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "audit": "persistrnn.kernels.audit_table",
     "plan": "persistrnn.kernels.plan_command",
+    "profile": "persistrnn.profiling.command",
     "report": "persistrnn.report",
 }
 

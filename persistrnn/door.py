@@ -86,7 +86,6 @@ class Cuts(NamedTuple):
 def check_options(options: Options) -> None:
     check_backend(options.backend)
     check_cell_dtype(options.cell_dtype)
-    check_save(options.save, options.save_budget)
     if not 0 <= options.dropout <= 1:
         raise ValueError(f"dropout is a probability in [0, 1], got {options.dropout}")
     if options.num_layers <= 0:

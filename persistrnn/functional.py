@@ -188,7 +188,8 @@ def run(
     together = options.num_layers if several else 1
     loops = given.any or return_c
     reason = obstacle(options.backend, cell, *sizes, dtype, data.device, loops, together, batch.steps)
-    options = options._replace(save=save_mode(stack, options, dtype, batch.rows, batch.steps))
+    if options.save == "auto":
+        options = options._replace(save=save_mode(stack, options, dtype, batch.rows, batch.steps))
     if reason is not None and options.backend == "persistent":
         raise RuntimeError(f'backend="persistent" cannot run this call: {reason}')
     if reason is not None and given.lengths is not None and _packs(given, return_c, batch, options):

@@ -22,20 +22,24 @@ from .tables import NOTHING, Part, known, number, times
 PAGE = "report.html"
 TEMPLATE = Path(__file__).resolve().with_name("report.html.jinja")  # resolved: the checkout may be seen through links
 README_ROWS = 10
+EMPTY_ROWS = 3  # of a table without a number
 
 
 # The README's table.
 
 
 def markdown(results: Results) -> str:
-    """At most README_ROWS rows, chosen by the rule that stands below them; without a line break at the end."""
+    """At most README_ROWS rows (EMPTY_ROWS before anything is measured), chosen by the rule that stands below them;
+    without a line break at the end."""
     of = results.provenance
     suites: dict[str, list[Row]] = {}
     for row in rows(results):
         suites.setdefault(row.case.suite, []).append(row)
-    each = max(1, min(3, README_ROWS // max(1, len(suites))))
+    measured = not of.rehearsal and any(not timing.skipped for timing in results.timings)
+    most = README_ROWS if measured else EMPTY_ROWS
+    each = max(1, min(3, most // max(1, len(suites))))
     lines = [f"| case | {OURS} us/step | torch us/step | speed-up | floor us/step |", "|---|---|---|---|---|"]
-    for members in list(suites.values())[:README_ROWS]:
+    for members in list(suites.values())[:most]:
         for row in _chosen(members, each, of.rehearsal):
             ours, theirs = (None if of.rehearsal else row.measured(arm) for arm in (OURS, "torch"))
             cells = [f"{label(row.case)}, {row.case.dtype}, {row.case.mode}"]
@@ -43,10 +47,10 @@ def markdown(results: Results) -> str:
             cells += [times(row.speedup("torch") if ours else None), known(row.floor)]
             lines.append("| " + " | ".join(_plain(cell) for cell in cells) + " |")
     which = {1: "the median", 2: "the lowest and the highest", 3: "the lowest, the median and the highest"}[each]
-    measured = not of.rehearsal and any(not timing.skipped for timing in results.timings)
     where = f"measured on {of.device}, {of.date[:10]}, commit {of.commit[:10]}"
     origin = printable(where, 100) if measured else NOTHING
-    told = f"Of each suite, {which} by speed-up over torch (by hidden size where none is known); {origin}. "
+    suite = "each suite" if len(suites) <= most else f"the first {most} suites"
+    told = f"Of {suite}, {which} by speed-up over torch (by hidden size where none is known); {origin}. "
     told += "The floor is predicted."
     return "\n".join([*lines, "", textwrap.fill(_plain(told), 120, break_on_hyphens=False)])
 

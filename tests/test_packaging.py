@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
-DATA = ("py.typed", "report.html.jinja")
+DATA = ("py.typed", "profiling/profile.html.jinja", "report.html.jinja")
 
 
 def python(code: str, *arguments: object, cwd: Path) -> object:
@@ -33,7 +33,7 @@ def run(*command: object, cwd: Path) -> None:
 
 def modules() -> set[str]:
     """Every module of the package, as a path in the wheel."""
-    upper = {f"persistrnn/{path.name}" for path in (ROOT / "persistrnn").glob("*.py")}
+    upper = {path.relative_to(ROOT).as_posix() for path in (ROOT / "persistrnn").rglob("*.py")}
     return upper | {f"persistrnn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
 
 

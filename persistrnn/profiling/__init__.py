@@ -1,0 +1,1 @@
+"""``persistrnn profile``: where the time and the memory of training on long sequences go."""

@@ -1,0 +1,199 @@
+"""What to do about a profile, in words that follow from its numbers: each rule is a function, and silent where its
+numbers say nothing. Predicted numbers are called so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .record import Point, Profile
+from .subject import OURS, TORCH
+from .trace import IDLE, INPUT_GEMM, RECOMPUTE, WEIGHT_GEMMS
+
+FREE = 1.15  # times the step's time at which a larger batch is nearly free
+IDLE_SHARE, GEMM_SHARE, OPTIMIZER_SHARE, RECOMPUTE_SHARE, FIXED_SHARE = 0.15, 0.5, 0.15, 0.25, 0.2
+EQUAL = 0.05  # times that differ by less are equal
+GIB = 1 << 30
+
+
+def advice(profile: Profile) -> list[str]:
+    """A few sentences each, the most general first."""
+    return [words for rule in RULES if (words := rule(profile))]
+
+
+def _longest(profile: Profile) -> Point | None:
+    """The first arm's point at the longest T whose phases are known."""
+    points = [point for point in profile.of(profile.arms[0]) if point.phases]
+    return points[-1] if points else None
+
+
+def _share(point: Point, *phases: str) -> float:
+    return sum(point.phases[name].seconds for name in phases if name in point.phases) / point.seconds
+
+
+def host(profile: Profile) -> str:
+    """On a CPU the kernels do not run."""
+    machine, points = profile.machine, profile.of(profile.arms[0])
+    if machine.kind != "cpu" or not points:
+        return ""
+    if machine.interpreted:
+        return "The kernels ran in Triton's interpreter, which is for tests: no time here says anything about a GPU."
+    if any("persistent" in point.path for point in points):
+        return ""
+    return (
+        "This is a CPU: torch's own kernels ran, and the persistent ones did not. Time and memory are those of this "
+        "CPU; what a GPU would do is predicted, and stands apart."
+    )
+
+
+def compared(profile: Profile) -> str:
+    """Both arms at the longest T that both have."""
+    if len(profile.arms) < 2:
+        return ""
+    first, second = ({point.steps: point for point in profile.of(arm)} for arm in profile.arms)
+    both = first.keys() & second.keys()
+    if not both:
+        return ""
+    ours, theirs = first[max(both)], second[max(both)]
+    ratio, less = theirs.seconds / ours.seconds, 1 - ours.peak / theirs.peak if ours.peak and theirs.peak else 0.0
+    spread = max(ours.high / ours.low, theirs.high / theirs.low) - 1
+    if abs(ratio - 1) <= max(EQUAL, spread):
+        told = f"{ours.arm} and {theirs.arm} take the same time within the spread at T = {ours.steps:,}"
+    else:
+        faster, slower = (ours.arm, theirs.arm) if ratio > 1 else (theirs.arm, ours.arm)
+        told = f"{faster} is {max(ratio, 1 / ratio):.2f} times as fast as {slower} at T = {ours.steps:,}"
+    if abs(less) > EQUAL:
+        told += f"; {ours.arm} needs {abs(less):.0%} {'less' if less > 0 else 'more'} memory"
+    if OURS in (ours.arm, theirs.arm) and TORCH in (ours.arm, theirs.arm) and "torch" in ours.path.split(", "):
+        told += ". Both ran torch's own kernels: what differs is the load of the machine, or our Python around them"
+    return f"{told}."
+
+
+def batch(profile: Profile) -> str:
+    """Rows that a step has room for."""
+    found = profile.outlook
+    if found is None:
+        return ""
+    totals = {rows: sum(parts.values()) for rows, parts in found.batches.items()}
+    now = totals[found.batch]
+    parts = found.batches[found.batch]
+    exchange = (parts["synchronisation"] + parts["state"]) / now
+    free = max((rows for rows, total in totals.items() if total <= FREE * now), default=found.batch)
+    cheap = max((rows for rows, total in totals.items() if 2 * total / now <= rows / found.batch), default=found.batch)
+    begin = (
+        f"{exchange:.0%} of the step is exchange between slices (predicted for {found.device}): batch {found.batch} to "
+    )
+    if free > found.batch:
+        more, factor = totals[free] / now, free // found.batch
+        return f"{begin}{free} is nearly free, {more:.2f} times the step for {factor} times the rows."
+    if cheap > found.batch:
+        more, factor = totals[cheap] / now, cheap // found.batch
+        return f"{begin}{cheap} makes it {more:.2f} times as long, for {factor} times the rows."
+    return ""
+
+
+def dtype(profile: Profile) -> str:
+    """Half precision."""
+    found = profile.outlook
+    if found is None or "bf16" not in found.dtypes or found.dtype in ("bf16", "fp16"):
+        return ""
+    before, after = found.dtypes[found.dtype], found.dtypes["bf16"]
+    if before < FREE * after:
+        return ""
+    return (
+        f"In bf16 a step is predicted to take {after:.2f} us on {found.device}, in {found.dtype} {before:.2f}: "
+        "autocast, or bfloat16 parameters."
+    )
+
+
+def streamed(profile: Profile) -> str:
+    """What of W_hh is not resident."""
+    found = profile.outlook
+    if found is None or found.resident > 0.995:
+        return ""
+    weights = sum(one.parts["weights"] for one in found.passes.values()) / found.total
+    return (
+        f"{1 - found.resident:.0%} of W_hh does not fit on {found.device} and is read again at each step, "
+        f"{weights:.0%} of the step (predicted): a smaller hidden size, or a dtype of fewer bytes."
+    )
+
+
+def gemms(profile: Profile) -> str:
+    """Products outside of the recurrence."""
+    point = _longest(profile)
+    share = _share(point, INPUT_GEMM, WEIGHT_GEMMS) if point else 0.0
+    if share < GEMM_SHARE:
+        return ""
+    return (
+        f"{share:.0%} of the time is products over all steps at once, not the recurrence: they run at the device's "
+        "full rate, and only a dtype of fewer bytes or smaller layers make them faster."
+    )
+
+
+def recompute(profile: Profile) -> str:
+    """What a memory mode costs."""
+    point = _longest(profile)
+    share = _share(point, RECOMPUTE) if point else 0.0
+    if share < RECOMPUTE_SHARE:
+        return ""
+    return (
+        f'{share:.0%} of the time is recomputing what was not kept: save="gates", where the memory suffices, keeps it.'
+    )
+
+
+def optimizer(profile: Profile) -> str:
+    """The optimizer's step."""
+    point = _longest(profile)
+    share = _share(point, "optimizer") if point else 0.0
+    if share < OPTIMIZER_SHARE:
+        return ""
+    return f"{share:.0%} of the time is the optimizer: fused=True, or a step after several batches."
+
+
+def idle(profile: Profile) -> str:
+    """A device that waits for Python."""
+    point = _longest(profile)
+    share = _share(point, IDLE) if point else 0.0
+    if share < IDLE_SHARE:
+        return ""
+    return (
+        f"The device is idle for {share:.0%} of the iteration, while the host launches the next kernels: longer "
+        "sequences, a larger batch, torch.compile, or a CUDA graph."
+    )
+
+
+def fixed(profile: Profile) -> str:
+    """What does not grow with T."""
+    points = profile.of(profile.arms[0])
+    if len(points) < 2:
+        return ""
+    first, last = points[0], points[-1]
+    slope = (last.seconds - first.seconds) / (last.steps - first.steps)
+    constant = first.seconds - slope * first.steps
+    if slope <= 0 or constant < FIXED_SHARE * first.seconds:
+        return ""
+    return (
+        f"{constant * 1e3:.3g} ms of an iteration do not grow with T, {constant / first.seconds:.0%} of it at T = "
+        f"{first.steps:,} and {constant / last.seconds:.0%} at T = {last.steps:,}: longer sequences use them better."
+    )
+
+
+def memory(profile: Profile) -> str:
+    """How long sequences can be."""
+    arm = profile.arms[0]
+    most = profile.longest(arm)
+    if most == 0:
+        return ""
+    point = [point for point in profile.of(arm) if point.peak][-1]
+    told = (
+        f"{point.bytes_per_token / 1024:.3g} KiB per token: about T = {most:,} fits in "
+        f"{profile.machine.memory / GIB:.1f} GiB (extrapolated from what was measured)"
+    )
+    if any(call.path != TORCH and call.save == "gates" for call in point.calls):
+        told += '; save="checkpoint" keeps less'
+    failed = [other for other in profile.points if other.arm == arm and other.failed]
+    return told + (f". T = {failed[0].steps:,} did not fit." if failed else ".")
+
+
+RULES: tuple[Callable[[Profile], str], ...] = (
+    host, compared, batch, dtype, streamed, gemms, recompute, optimizer, idle, fixed, memory,
+)  # fmt: skip

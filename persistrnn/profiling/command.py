@@ -1,0 +1,223 @@
+"""``persistrnn profile``: where the time and the memory of training on long sequences go, as a report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..door import SAVES
+from ..plots import MissingMatplotlib
+from . import page as profile_page
+from . import plots as profile_plots
+from . import predicted as profile_predicted
+from . import progress as profile_progress
+from . import tables as profile_tables
+from .advice import advice
+from .measure import OPTIMIZERS
+from .run import COMPARISONS, profile
+from .subject import DTYPES, LAYERS, Sizes, SubjectError, load
+
+BACKENDS = ("auto", "persistent", "torch")
+REMEDIES = {
+    "float16": "say fp16",
+    "half": "say fp16",
+    "bfloat16": "say bf16",
+    "float32": "say fp32, or on a GPU tf32 for float32 tensors with tf32 products",
+    "float": "say fp32, or on a GPU tf32 for float32 tensors with tf32 products",
+}
+# Of a layer; a model of the user's has its own.
+OF_SIZES = ("hidden", "input", "layers", "bidirectional", "dtype", "batch", "save", "save_budget", "backend")
+
+
+def _steps(given: str) -> list[int]:
+    parts = given.split(",")
+    # isascii: int() takes digits of any script.
+    counts = [int(part) if part.isascii() and part.strip().isdigit() else 0 for part in parts]
+    if min(counts) < 1 or len(set(counts)) < len(counts):
+        raise argparse.ArgumentTypeError(
+            f"{given!r} given, allowed: integers of at least 1, none twice, such as 512,2048"
+        )
+    return counts
+
+
+def _at_least(least: int, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    def check(given: str) -> Any:
+        try:
+            number = kind(given)
+        except ValueError:
+            number = least - 1
+        if not least <= number < 2**31:
+            what = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{given!r} given, allowed: {what} of at least {least}")
+        return number
+
+    return check
+
+
+def _one_of(names: Sequence[str], what: str) -> Callable[[str], str]:
+    def check(given: str) -> str:
+        if given not in names:
+            remedy = REMEDIES.get(given.removeprefix("torch."), what)
+            raise argparse.ArgumentTypeError(f"{given!r} given, allowed: {', '.join(names)}; {remedy}")
+        return given
+
+    return check
+
+
+def _device(given: str) -> str:
+    try:
+        found = torch.device(given)
+    except RuntimeError:
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{given!r} given, allowed: cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise argparse.ArgumentTypeError(
+            f"{given!r} given, and torch sees {count} GPUs here; allowed: one of them, or cpu"
+        )
+    return given
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="persistrnn profile",
+        description="Train a recurrent layer, or a model of yours, for a few iterations at several lengths of the "
+        "sequence, and report where time and memory go: a page with plots, tables, numbers as JSON and a Chrome trace.",
+        allow_abbrev=False,
+    )
+    what = result.add_mutually_exclusive_group(required=True)
+    what.add_argument("--cell", type=_one_of(tuple(LAYERS), "or --model for a model of yours"), help="lstm or gru")
+    what.add_argument(
+        "--model",
+        metavar="MODULE:CALLABLE",
+        help="a callable of yours: make(steps) returns (module, batch) for module(batch), or (module, args, kwargs)",
+    )
+    result.add_argument("--steps", type=_steps, required=True, metavar="T,T,...", help="lengths of the sequence")
+    sizes = result.add_argument_group("with --cell")
+    sizes.add_argument("--hidden", type=_at_least(1), metavar="H", help="hidden_size")
+    sizes.add_argument("--input", type=_at_least(1), metavar="I", help="input_size (default: H)")
+    sizes.add_argument("--layers", type=_at_least(1), metavar="L", help="num_layers (default: 1)")
+    sizes.add_argument("--bidirectional", action="store_const", const=True, help="both directions")
+    sizes.add_argument("--batch", type=_at_least(1), metavar="B", help="sequences side by side (default: 16)")
+    dtype = _one_of(tuple(DTYPES), "bf16 is the default on a GPU, fp32 on a CPU")
+    sizes.add_argument("--dtype", type=dtype, help=f"{', '.join(DTYPES)} (default: bf16 on a GPU, fp32 on a CPU)")
+    save = _one_of(SAVES, "gates is the default")
+    sizes.add_argument(
+        "--save", type=save, metavar="MODE", help=f"what the layer keeps: {', '.join(SAVES)} (default: gates)"
+    )
+    sizes.add_argument(
+        "--save-budget", type=_at_least(1), metavar="BYTES", help="with --save auto: what a call may keep"
+    )
+    backend = _one_of(BACKENDS, "auto is the default")
+    sizes.add_argument("--backend", type=backend, help=f"{', '.join(BACKENDS)} (default: auto)")
+    result.add_argument(
+        "--compare",
+        type=_one_of(COMPARISONS, "leave it out to compare with nothing"),
+        metavar="WITH",
+        help="torch: the same with torch.nn's layers; persistrnn: a --model of torch.nn's with ours",
+    )
+    result.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    result.add_argument(
+        "--device-model",
+        metavar="NAME",
+        help="plan for this device, such as h200 (default: the GPU at hand, else h200)",
+    )
+    optimizer = _one_of(tuple(OPTIMIZERS), "adam is the default")
+    result.add_argument("--optimizer", type=optimizer, default="adam", help=f"{', '.join(OPTIMIZERS)} (default: adam)")
+    result.add_argument(
+        "--iterations", type=_at_least(1), metavar="N", help="timed at each T (default: 10 on a GPU, 3 on a CPU)"
+    )
+    result.add_argument(
+        "--warmup", type=_at_least(0), metavar="N", help="before them (default: 3 on a GPU, 1 on a CPU)"
+    )
+    result.add_argument(
+        "--seconds", type=_at_least(0, float), default=20.0, metavar="S",
+        help="begin no further iteration after so many at one T, but for two (default: 20)",
+    )  # fmt: skip
+    result.add_argument(
+        "--output", default="persistrnn-profile", metavar="DIR", help="the folder to write into (default: %(default)s)"
+    )
+    return result
+
+
+def _subject(options: argparse.ArgumentParser, given: argparse.Namespace) -> Any:
+    if given.model is not None:
+        told = [name for name in OF_SIZES if getattr(given, name) is not None]
+        if told:
+            name = told[0].replace("_", "-")
+            options.error(f"argument --{name}: given with --model, allowed with --cell; the model has its own")
+        try:
+            return load(given.model)
+        except SubjectError as error:
+            options.error(f"argument --model: {error}")
+    if given.hidden is None:
+        options.error("argument --hidden: not given, allowed with --cell: an integer of at least 1, such as 512")
+    cuda = torch.device(given.device).type == "cuda"
+    if given.dtype == "tf32" and not cuda:
+        options.error("argument --dtype: 'tf32' given, allowed on a CPU: fp16, bf16, fp32; a CPU has no tf32 products")
+    return Sizes(
+        given.cell,
+        given.input or given.hidden,
+        given.hidden,
+        given.layers or 1,
+        bool(given.bidirectional),
+        given.batch or 16,
+        given.dtype or ("bf16" if cuda else "fp32"),
+        given.device,
+        given.backend or "auto",
+        given.save or "gates",
+        given.save_budget,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser()
+    given = options.parse_args(arguments)
+    # What torch's profiler logs about itself would tear the progress bar.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    subject = _subject(options, given)
+    try:
+        profile_plots.check()
+        profile_progress.check()
+    except (MissingMatplotlib, profile_progress.MissingTqdm) as error:
+        options.error(str(error))
+    try:
+        profile_predicted.check_device(given.device_model)
+    except ValueError as error:
+        options.error(f"argument --device-model: {given.device_model!r} given, and {error}")
+    try:
+        profile_page.folder(given.output)
+    except OSError as error:
+        options.error(f"argument --output: {given.output!r} given, and {error}; allowed: a folder to write into")
+    try:
+        found = profile(
+            subject,
+            given.steps,
+            compare=given.compare,
+            output=given.output,
+            device=given.device,
+            device_model=given.device_model,
+            optimizer=given.optimizer,
+            iterations=given.iterations,
+            warmup=given.warmup,
+            seconds=given.seconds,
+            title=given.model or "",
+            progress=True,
+        )
+    except SubjectError as error:
+        print(f"persistrnn profile: {error}", file=sys.stderr)
+        return 1
+    print(profile_tables.report(found, advice(found)))
+    print(f"\nwrote {', '.join(map(str, profile_page.files(found, given.output)))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""``persistrnn.profile``: where the time and the memory of training on long sequences go, measured over several T.
+
+One iteration is forward, loss, backward and the optimizer's step. Its time is measured without a profiler (CUDA events,
+or the clock of a CPU); where it goes, from one more iteration under torch.profiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import itertools
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import trace as profile_trace
+from .record import GIB, Point, Profile, Settings, machine
+from .subject import TORCH, Build, Built, Call, SubjectError, calls
+from .trace import (
+    ITERATION,
+    RECOMPUTE,
+    SCAN_BACKWARD,
+    SCAN_FORWARD,
+    STAGES,
+    TORCH_BACKWARD,
+    TORCH_FORWARD,
+    Iteration,
+    Phase,
+)
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer] | None] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "none": None,
+}
+LEAST = 2  # iterations that are timed at any rate
+# Operators of a forward, of which a loop over steps has many: more of them make a trace of hundreds of megabytes.
+MOST_OPERATORS = 25_000
+
+
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """float32 products in tf32 for "tf32", in full for "fp32", else as they are set."""
+    rnn, matmul = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    before = rnn.fp32_precision, matmul.fp32_precision  # type: ignore[attr-defined]
+    if dtype in ("tf32", "fp32"):
+        rnn.fp32_precision = matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        rnn.fp32_precision, matmul.fp32_precision = before  # type: ignore[attr-defined]
+
+
+# One iteration.
+
+
+class _Training:
+    """A built subject with its optimizer. Called, it runs one iteration."""
+
+    def __init__(self, built: Built, settings: Settings, device: str) -> None:
+        self.built = built
+        self.cuda = torch.device(device).type == "cuda"
+        self.parameters = [p for p in built.module.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise SubjectError("the model has no parameter that requires a gradient; allowed: a model to train")
+        make = OPTIMIZERS[settings.optimizer]
+        self.optimizer = None if make is None else make(self.parameters, lr=1e-4)
+
+    def __call__(self) -> None:
+        stage = torch.profiler.record_function
+        with stage(STAGES["forward"]):
+            output = self.built.module(*self.built.args, **self.built.kwargs)
+        with stage(STAGES["loss"]):
+            loss = _loss(output)
+        with stage(STAGES["backward"]):
+            loss.backward()
+        with stage(STAGES["optimizer"]):
+            if self.optimizer is not None:
+                self.optimizer.step()
+            for parameter in self.parameters:
+                parameter.grad = None
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def operators(self, most: int) -> int:
+        """Of a forward; where there are more than ``most``, that number."""
+        counter = _Counter(most)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), contextlib.suppress(_TooMany), counter:
+            self.built.module(*self.built.args, **self.built.kwargs)
+        return counter.seen
+
+    def held(self) -> int:
+        """Bytes between iterations."""
+        if self.cuda:
+            return torch.cuda.memory_allocated()
+        module, state = self.built.module, self.optimizer.state if self.optimizer else {}
+        every = [*module.parameters(), *module.buffers(), *_tensors([*self.built.args, self.built.kwargs])]
+        every += _tensors([dict(own) for own in state.values()])
+        return sum(
+            storage.nbytes() for storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in every}.values()
+        )
+
+
+class _TooMany(Exception):
+    pass
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operators, up to a number."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.seen = most, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        if self.seen >= self.most:
+            raise _TooMany
+        return func(*args, **(kwargs or {}))
+
+
+def _loss(output: Any) -> Tensor:
+    """The output itself if it is a scalar, else the mean square of its first tensor that has a gradient."""
+    for tensor in _tensors([output]):
+        if tensor.requires_grad and tensor.is_floating_point():
+            return tensor if tensor.dim() == 0 else tensor.float().square().mean()
+    raise SubjectError("the model's output holds no tensor with a gradient, allowed: a scalar loss, or a tensor")
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            found += _tensors(list(value.values()))
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    told = str(error).lower()
+    told_so = isinstance(error, RuntimeError) and ("can't allocate memory" in told or "out of memory" in told)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or told_so
+
+
+# The sweep.
+
+
+def measure(
+    subject: str,
+    arms: Mapping[str, Build],
+    steps: Sequence[int],
+    device: str,
+    settings: Settings,
+    traces: Path | None = None,
+    progress: Callable[[str, int, str], None] = lambda arm, steps, what: None,
+) -> Profile:
+    """Run every arm at every T, the shortest first.
+
+    Args:
+        subject: what is run, in words
+        arms: what to build, by name
+        steps: the values of T
+        traces: a folder for the Chrome trace of each arm at its longest T
+        progress: called before each iteration with (arm, T, what comes)
+
+    Raises:
+        SubjectError: an arm cannot be built or trained. Where memory does not suffice, the point says so and the rest
+            goes on.
+    """
+    found = Profile(subject, machine(device), settings, [])
+    for count, (arm, build) in itertools.product(sorted(steps), arms.items()):
+        most = found.longest(arm)
+        if found.machine.kind == "cpu" and 0 < most < count:
+            # A process that takes too much is killed there, and says nothing.
+            gib = found.machine.memory / GIB
+            point = Point(arm, count, f"not run: it would need more than this machine's {gib:.1f} GiB (extrapolated)")
+        else:
+            point = _point(arm, build, count, device, settings, not found.of(arm), traces, progress)
+        found.points.append(point)
+    found.points.sort(key=lambda point: list(arms).index(point.arm))
+    return found
+
+
+def trace_name(arm: str) -> str:
+    return "trace-torch.json" if arm == TORCH else "trace.json"
+
+
+def _point(
+    arm: str,
+    build: Build,
+    steps: int,
+    device: str,
+    settings: Settings,
+    first: bool,
+    traces: Path | None,
+    progress: Callable[[str, int, str], None],
+) -> Point:
+    gc.collect()
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+    try:
+        with torch.cuda.device(device) if cuda else contextlib.nullcontext():
+            return _measured(
+                arm, build, steps, device, settings, first, traces, lambda what: progress(arm, steps, what)
+            )
+    except SubjectError:
+        raise
+    except Exception as error:
+        if _out_of_memory(error):
+            return Point(arm, steps, "out of memory")
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise SubjectError(f"{arm} failed at T = {steps}: {words}") from error
+
+
+def _measured(
+    arm: str,
+    build: Build,
+    steps: int,
+    device: str,
+    settings: Settings,
+    first: bool,
+    traces: Path | None,
+    progress: Callable[[str], None],
+) -> Point:
+    progress("build")
+    training = _Training(build(steps), settings, device)
+    # The profiled iteration warms up as well, but for the very first ones of an arm, which compile.
+    for _ in range(max(settings.warmup if first else settings.warmup - 1, 0)):
+        progress("warm-up")
+        training()
+    few = training.cuda or training.operators(MOST_OPERATORS) < MOST_OPERATORS
+    progress("profile" if few else "warm-up")
+    with calls(training.built.module) as called:
+        iteration = _traced(training, None if traces is None else traces / trace_name(arm)) if few else None
+        if iteration is None:
+            training()
+    if not called:
+        raise SubjectError(
+            "the model calls no recurrent layer; allowed: one with LSTM or GRU of persistrnn or torch.nn"
+        )
+    held = training.held()
+    if training.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times = _timed(training, settings, progress)
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return Point(
+        arm,
+        steps,
+        tokens=max(call.steps * call.batch for call in called),
+        seconds=middle,
+        low=low,
+        high=high,
+        iterations=len(times),
+        held=held,
+        peak=torch.cuda.max_memory_allocated() - held if training.cuda else iteration.peak if iteration else 0,
+        profiled=iteration.seconds if iteration else 0.0,
+        phases=_scaled(iteration, middle, called) if iteration else {},
+        spans=iteration.spans if iteration else [],
+        calls=called,
+    )
+
+
+def _traced(training: _Training, keep: Path | None) -> Iteration:
+    """One iteration under the profiler; keep: a file for its trace."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if training.cuda else []
+    training.synchronize()
+    # Memory's events are many; on a GPU the allocator has the statistics.
+    options: dict[str, Any] = {"record_shapes": True, "profile_memory": not training.cuda}
+    with (
+        torch.profiler.profile(activities=activities, **options) as profiler,
+        torch.profiler.record_function(ITERATION),
+    ):
+        training()
+        training.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = keep or Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return profile_trace.read(json.load(file))
+
+
+def _timed(training: _Training, settings: Settings, progress: Callable[[str], None]) -> list[float]:
+    """Seconds of each of several iterations, one behind the other."""
+    begin = time.perf_counter()
+    marks: list[Any] = []
+
+    def mark() -> None:
+        if training.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            marks.append(event)
+        else:
+            marks.append(time.perf_counter())
+
+    training.synchronize()
+    mark()
+    for n in range(max(settings.iterations, LEAST)):
+        if n >= LEAST and time.perf_counter() - begin > settings.seconds:
+            break
+        progress(f"iteration {n + 1}")
+        training()
+        mark()
+    training.synchronize()
+    pairs = itertools.pairwise(marks)
+    return [a.elapsed_time(b) / 1e3 if training.cuda else b - a for a, b in pairs]
+
+
+def _scaled(iteration: Iteration, seconds: float, called: Sequence[Call]) -> dict[str, Phase]:
+    """The phases of an iteration that takes so many seconds where nobody watches, with the work that is known from the
+    layers' sizes: that of scans, which are no matrix products, and of torch's layers."""
+    busy = math.fsum(phase.seconds for phase in iteration.phases.values())
+    scale = 1.0 if iteration.device else seconds / busy
+    result = {
+        name: dataclasses.replace(phase, seconds=phase.seconds * scale) for name, phase in iteration.phases.items()
+    }
+    ours = [call for call in called if call.path == "persistent"]
+    torchs = [call for call in called if call.path != "persistent"]
+    # In a wave the inputs of the upper layers are multiplied within the scan.
+    scans = sum(call.flops for call in ours) - iteration.of_inputs
+    work = {
+        SCAN_FORWARD: (scans, sum(call.scan_bytes(False) for call in ours)),
+        SCAN_BACKWARD: (scans, sum(call.scan_bytes(True) for call in ours)),
+        TORCH_FORWARD: (sum(call.flops for call in torchs), 0.0),
+        TORCH_BACKWARD: (2 * sum(call.flops for call in torchs), 0.0),
+    }
+    again = scans if any(call.save == "checkpoint" for call in ours) else 0.0
+    work[RECOMPUTE] = again + sum(call.flops for call in torchs if call.save != "gates"), 0.0
+    for name, (flops, moved) in work.items():
+        if name in result:
+            result[name].flops += flops
+            result[name].bytes += moved
+    if RECOMPUTE in result and any(call.save == "auto" for call in called):
+        result[RECOMPUTE].flops = 0.0  # which mode it took is not known here
+    if iteration.device and busy < seconds:
+        result[profile_trace.IDLE] = Phase(seconds - busy)
+    return result

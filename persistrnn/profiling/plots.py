@@ -1,0 +1,312 @@
+"""Plots of a profile, in the look of the benchmarks' report. matplotlib is imported when something is drawn."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+from .. import plots
+from ..plots import COLOURS, FAINT, INK, MARK, Plot, Section
+from ..rows import printable
+from ..tables import number
+from .record import Point, Profile
+from .tables import MIB, traced, where
+from .trace import (
+    IDLE,
+    INPUT_GEMM,
+    ORDER,
+    OTHER,
+    RECOMPUTE,
+    REST,
+    SCAN_BACKWARD,
+    SCAN_FORWARD,
+    STAGES,
+    TORCH_BACKWARD,
+    TORCH_FORWARD,
+    WEIGHT_GEMMS,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# After Paul Tol's schemes, as in `plots`: forward in greens and blues, backward in reds, what is neither in greys.
+PHASES = {
+    INPUT_GEMM: "#4477AA",
+    SCAN_FORWARD: "#228833",
+    TORCH_FORWARD: "#44AA99",
+    REST["forward"]: "#88CCEE",
+    "loss": "#DDCC77",
+    RECOMPUTE: "#999933",
+    SCAN_BACKWARD: "#AA3377",
+    WEIGHT_GEMMS: "#EE8866",
+    TORCH_BACKWARD: "#CC6677",
+    REST["backward"]: "#DDAABB",
+    "optimizer": "#332288",
+    OTHER: "#8C8C8C",
+    IDLE: "#D8D8D8",
+}
+PARTS = {
+    "compute": "#4477AA",
+    "weights": "#44AA99",
+    "state": "#DDCC77",
+    "synchronisation": "#CC6677",
+    "pointwise": "#8C8C8C",
+}
+STAGE = {"forward": "#44AA99", "loss": "#DDCC77", "backward": "#CC6677", "optimizer": "#332288"}
+THIN = 0.004  # of the whole; thinner pieces get no name
+
+
+def check() -> None:
+    """Raises MissingMatplotlib if there is nothing to draw with."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise plots.MissingMatplotlib(
+            f"the report of a profile needs matplotlib, which cannot be imported ({error}): "
+            "pip install 'persistrnn[draw]'"
+        ) from error
+
+
+def draw(profile: Profile) -> list[Section]:
+    """Every plot there is something for.
+
+    Raises:
+        MissingMatplotlib: it is not installed.
+    """
+    check()
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(plots._STYLE)
+        return [section for kind in (against_steps, breakdown, timeline, batches) for section in kind(profile)]
+
+
+def _finish(figure: Figure, name: str, alt: str, origin: str) -> Plot:
+    figure.suptitle(printable(origin, 110), fontsize=8, x=0.01, ha="left", color=INK)
+    png, svg = io.BytesIO(), io.StringIO()
+    figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": MARK})
+    figure.savefig(svg, format="svg", facecolor="none", metadata={"Date": None, "Creator": MARK})
+    return Plot(name, alt, png.getvalue(), plots._inline(svg.getvalue(), name, alt))
+
+
+def _origin(profile: Profile) -> str:
+    return f"{profile.machine.name}, {where(profile.machine)}; {profile.subject}"
+
+
+def _style(arm: str) -> tuple[str, str]:
+    return COLOURS.get(arm.removesuffix(".nn"), COLOURS["torchrl"])
+
+
+def against_steps(profile: Profile) -> list[Section]:
+    """Time and memory against T."""
+    if not any(profile.of(arm) for arm in profile.arms):
+        return []
+    figure = plots._figure(8, 3.1)
+    whole, step, memory = figure.subplots(1, 3)
+    for arm in profile.arms:
+        points = profile.of(arm)
+        if not points:
+            continue
+        colour, marker = _style(arm)
+        line = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.1, "label": arm}
+        steps = [point.steps for point in points]
+        for axes, factor in ((whole, lambda point: 1e3), (step, lambda point: 1e6 / point.steps)):
+            middle = [point.seconds * factor(point) for point in points]
+            low = [(point.seconds - point.low) * factor(point) for point in points]
+            high = [(point.high - point.seconds) * factor(point) for point in points]
+            axes.errorbar(steps, middle, yerr=[low, high], capsize=2, elinewidth=0.8, **line)
+        known = [point for point in points if point.peak]
+        memory.plot([point.steps for point in known], [(point.held + point.peak) / MIB for point in known], **line)
+        most = profile.longest(arm)
+        if known and most > known[-1].steps:
+            last = known[-1]
+            memory.plot(
+                [last.steps, most], [(last.held + last.peak) / MIB, profile.machine.memory / MIB], color=colour,
+                linestyle=":", linewidth=1, label="extrapolated",
+            )  # fmt: skip
+    memory.axhline(profile.machine.memory / MIB, color=FAINT, linewidth=0.8)
+    memory.annotate(
+        "all memory of this machine" if profile.machine.kind == "cpu" else "all memory of the device",
+        (0.02, profile.machine.memory / MIB), xycoords=("axes fraction", "data"), xytext=(0, -9),
+        textcoords="offset points", fontsize=7, color=FAINT,
+    )  # fmt: skip
+    for axes, title, unit in (
+        (whole, "time of an iteration", "ms"),
+        (step, "time per step", "us"),
+        (memory, "memory", "MiB"),
+    ):
+        axes.set_title(title)
+        axes.set(xlabel="time steps T", ylabel=unit)
+        plots._log(axes, "x", base=2)
+        if axes is step:
+            axes.set_ylim(bottom=0)
+        else:
+            plots._log(axes, "y")
+    _sparse(memory)
+    plots._legend(figure)
+    longest = [
+        f"{point.arm} {number(point.seconds * 1e3)} ms" for arm in profile.arms for point in profile.of(arm)[-1:]
+    ]
+    alt = f"Time and memory against T; at the longest: {', '.join(longest)}"
+    plot = _finish(figure, "profile-steps", alt, _origin(profile))
+    caption = "One iteration: forward, loss, backward, optimizer. Points are medians, whiskers quartiles. Memory is "
+    caption += (
+        "the most that is allocated at once; the dotted line goes on by the two longest T, up to all memory there is."
+    )
+    return [Section("Time and memory against T", caption, [plot])]
+
+
+def _sparse(axes: Axes) -> None:
+    """Few marks on logarithmic axes of many decades; 65536 is 64k."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    low, high = axes.get_xlim()
+    octaves = math.log2(high / low)
+    axes.xaxis.set_major_locator(LogLocator(2 ** max(1, round(octaves / 5))))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _binary(value)))
+    axes.yaxis.set_major_locator(LogLocator(10))
+
+
+def _binary(value: float) -> str:
+    for unit in ("", "k", "M"):
+        if value < 1024:
+            return f"{value:g}{unit}"
+        value /= 1024
+    return f"{value:g}G"
+
+
+def breakdown(profile: Profile) -> list[Section]:
+    """Stacked bars of the phases."""
+    points = [point for arm in profile.arms for point in traced(profile, arm)]
+    if not points:
+        return []
+    figure = plots._figure(8, 1.25 + 0.3 * len(points))
+    axes = figure.subplots()
+    names = [f"{point.arm}, T = {point.steps:,}" for point in points]
+    left = [0.0] * len(points)
+    for name in ORDER:
+        widths = [_micro(point, name) for point in points]
+        if any(widths):
+            axes.barh(names, widths, left=left, height=0.62, color=PHASES[name], label=name)
+            for row, (begin, width) in enumerate(zip(left, widths, strict=True)):
+                share = width / points[row].per_step
+                if share > 0.08:
+                    dark = PHASES[name] in ("#332288", "#228833", "#AA3377", "#4477AA")
+                    axes.text(
+                        begin + width / 2, row, f"{share:.0%}", ha="center", va="center", fontsize=7,
+                        color="white" if dark else "#1a1a1b",
+                    )  # fmt: skip
+            left = [begin + width for begin, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("us per time step")
+    plots._legend(figure)
+    last = points[-1]
+    top = max(points[-1].phases, key=lambda name: last.phases[name].seconds)
+    alt = f"Phases of an iteration in microseconds per step; of {names[-1]} the largest is {top}"
+    plot = _finish(figure, "profile-phases", alt, _origin(profile))
+    what = "the CPU's own time in each phase, scaled to the iteration without the profiler"
+    if profile.machine.kind == "cuda":
+        what = "those of the kernels; the rest of the iteration the device is idle"
+    caption = f"From one more iteration under torch.profiler. Times are {what}. Within torch's own layers the products "
+    caption += "and the scan are one kernel or one loop, and not separable."
+    return [Section("Where the time goes", caption, [plot])]
+
+
+def _micro(point: Point, name: str) -> float:
+    return point.phases[name].seconds / point.steps * 1e6 if name in point.phases else 0.0
+
+
+def timeline(profile: Profile) -> list[Section]:
+    """One iteration of each arm at its longest T."""
+    points = [known[-1] for arm in profile.arms if (known := traced(profile, arm))]
+    if not points:
+        return []
+    tracks = [
+        [track for track in ("stages", "host", "device") if any(s.track == track for s in p.spans)] for p in points
+    ]
+    figure = plots._figure(8, 1.2 + sum(0.35 + 0.27 * len(own) for own in tracks))
+    grid = figure.subplots(len(points), 1, sharex=True, squeeze=False, height_ratios=[len(own) for own in tracks])
+    for axes, point, own in zip(grid.flat, points, tracks, strict=True):
+        for row, track in enumerate(own):
+            _bars(axes, point, track, row)
+        axes.set_yticks(range(len(own)), own)
+        axes.set_title(f"{point.arm}, T = {point.steps:,}, under the profiler", loc="left")
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+    grid.flat[-1].set_xlabel("ms from the start of the iteration")
+    plots._legend(figure)
+    alt = f"Timeline of one iteration: {', '.join(f'{p.arm} {number(p.profiled * 1e3)} ms' for p in points)}"
+    plot = _finish(figure, "profile-timeline", alt, _origin(profile))
+    caption = "Stages of the training step, and within them what the recurrent layers do on the host"
+    caption += " and the kernels on the device" if profile.machine.kind == "cuda" else ""
+    return [
+        Section(
+            "Timeline of one iteration", f"{caption}. The Chrome trace beside this page has every operator.", [plot]
+        )
+    ]
+
+
+def _bars(axes: Axes, point: Point, track: str, row: int) -> None:
+    """The spans of one track, by name and so by colour."""
+    colours = STAGE if track == "stages" else PHASES
+    spans = [span for span in point.spans if span.track == track]
+    for name in dict.fromkeys(span.name for span in spans):
+        pieces = [(span.start * 1e3, span.seconds * 1e3) for span in spans if span.name == name]
+        label = f"{name} (stage)" if track == "stages" else name
+        axes.broken_barh(pieces, (row - 0.38, 0.76), facecolors=colours.get(name, FAINT), label=label, linewidth=0)
+        whole = sum(seconds for _, seconds in pieces)
+        if track == "stages" and len(pieces) == 1 and whole > 0.08 * point.profiled * 1e3:
+            axes.text(pieces[0][0] + whole / 2, row, name, ha="center", va="center", fontsize=7, color="#1a1a1b")
+
+
+def batches(profile: Profile) -> list[Section]:
+    """The predicted step at larger batches."""
+    found = profile.outlook
+    if found is None:
+        return []
+    figure = plots._figure(8, 1.25 + 0.3 * len(found.batches))
+    axes = figure.subplots()
+    names = [f"batch {rows:,}" for rows in found.batches]
+    left = [0.0] * len(names)
+    for part, colour in PARTS.items():
+        widths = [split[part] for split in found.batches.values()]
+        axes.barh(
+            names,
+            widths,
+            left=left,
+            height=0.62,
+            facecolor="none",
+            edgecolor=colour,
+            hatch="/////",
+            linewidth=1,
+            label=part,
+        )
+        left = [begin + width for begin, width in zip(left, widths, strict=True)]
+    for row, (rows, total) in enumerate(zip(found.batches, left, strict=True)):
+        told = f"{total:.3g} us, {total / rows * found.batch / left[0]:.0%} of the time per row"
+        axes.annotate(told, (total, row), (5, 0), textcoords="offset points", va="center", fontsize=7, color=INK)
+    axes.set_xlim(0, 1.3 * max(left))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(f"us per time step, forward and backward, predicted for {found.device}")
+    plots._legend(figure)
+    alt = f"Predicted step on {found.device} by its parts, {found.dtype}: " + ", ".join(
+        f"{total:.3g} us at batch {rows}" for rows, total in zip(found.batches, left, strict=True)
+    )
+    origin = f"predicted for {found.device}, nothing of it measured; {found.dtype}, the largest recurrent stack"
+    plot = _finish(figure, "profile-batches", alt, origin)
+    caption = "By the plan's cost model. Synchronisation and state are the exchange between slices."
+    return [Section("Predicted: the step at larger batches", caption, [plot])]
+
+
+assert set(PHASES) == set(ORDER)
+assert set(STAGE) == set(STAGES)

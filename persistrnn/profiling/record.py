@@ -1,0 +1,161 @@
+"""What a profile holds: where it ran, how, and what was measured at each T."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .subject import Call
+from .trace import Phase, Span
+
+UNTRACED = "not traced: too many operators"
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Settings:
+    """optimizer: of OPTIMIZERS; iterations, warmup: at each T; seconds: after which no more than LEAST are timed."""
+
+    optimizer: str = "adam"
+    iterations: int = 5
+    warmup: int = 2
+    seconds: float = 20.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it ran. kind: "cpu" or "cuda"; memory: bytes of the device (of the whole machine on a CPU)."""
+
+    kind: str
+    name: str
+    memory: int
+    threads: int
+    interpreted: bool
+    torch: str
+    triton: str
+    python: str
+    date: str
+
+
+@dataclass
+class Point:
+    """One arm at one T. failed: why there are no numbers (then all are 0), else empty.
+
+    seconds: of an iteration, median; low, high: the quartiles. held: bytes between two iterations (parameters,
+    optimizer, batch); peak: bytes above that within one. phases: seconds scaled to the iteration's, on a GPU those of
+    kernels and of the idle device. spans: of the profiled iteration, which took ``profiled`` seconds. All of them are
+    empty, and on a CPU the peak is 0, where there was no such iteration because it has too many operators.
+    """
+
+    arm: str
+    steps: int
+    failed: str = ""
+    tokens: int = 0
+    seconds: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    iterations: int = 0
+    held: int = 0
+    peak: int = 0
+    profiled: float = 0.0
+    phases: dict[str, Phase] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        return ", ".join(dict.fromkeys(call.path for call in self.calls))
+
+    @property
+    def per_step(self) -> float:
+        """Microseconds per time step."""
+        return self.seconds / self.steps * 1e6
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.peak / self.tokens
+
+
+@dataclass
+class Profile:
+    """What was measured: ``points`` by arm, then by T. subject: what was run, in words. outlook: what the plan predicts
+    for the largest recurrent stack in it (``kernels.outlook.Outlook``), None where ``no_outlook`` says why."""
+
+    subject: str
+    machine: Machine
+    settings: Settings
+    points: list[Point]
+    outlook: Any = None
+    no_outlook: str = ""
+
+    @property
+    def arms(self) -> list[str]:
+        return list(dict.fromkeys(point.arm for point in self.points))
+
+    def of(self, arm: str) -> list[Point]:
+        """The points of an arm that have numbers."""
+        return [point for point in self.points if point.arm == arm and not point.failed]
+
+    def longest(self, arm: str) -> int:
+        """The longest T that fits the memory, by a line through the two longest measured; 0 if none was."""
+        return longest(self.of(arm), self.machine.memory)
+
+
+def longest(points: Sequence[Point], memory: int) -> int:
+    """Of measured points of one arm; three digits, as no more are known."""
+    known = sorted(((p.steps, p.held + p.peak) for p in points if p.peak), reverse=True)[:2]
+    if not known:
+        return 0
+    (steps, most), (fewer, less) = known[0], known[-1] if len(known) > 1 else (0, 0)
+    slope = (most - less) / (steps - fewer)
+    found = int((memory - most) / slope) + steps if slope > 0 else 0
+    digits = max(len(str(found)) - 3, 0)
+    return found // 10**digits * 10**digits
+
+
+def machine(device: str) -> Machine:
+    cuda = torch.device(device).type == "cuda"
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    return Machine(
+        kind="cuda" if cuda else "cpu",
+        name=torch.cuda.get_device_name(device) if cuda else f"CPU: {_processor()}",
+        memory=torch.cuda.get_device_properties(device).total_memory if cuda else _host_memory(),
+        threads=torch.get_num_threads(),
+        interpreted=os.environ.get("TRITON_INTERPRET") == "1",
+        torch=torch.__version__,
+        triton=triton,
+        python=platform.python_version(),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _host_memory() -> int:
+    """Of the machine, or what a container may use of it."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):
+        whole = min(whole, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return whole

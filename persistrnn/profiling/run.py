@@ -1,0 +1,131 @@
+"""``profile``: measure, predict, and write the report."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from . import measure as profiling
+from . import predicted as profile_predicted
+from .measure import OPTIMIZERS
+from .progress import Bar
+from .record import Profile, Settings
+from .subject import OURS, TORCH, Build, Sizes, SubjectError, of_callable, on_ours, on_torch
+
+Compare = Literal["torch", "persistrnn"]
+COMPARISONS = ("torch", "persistrnn")
+
+
+def profile(
+    subject: Callable[[int], tuple[Any, ...]] | Sizes,
+    steps: Sequence[int],
+    *,
+    compare: Compare | None = None,
+    output: str | Path | None = None,
+    device: str | None = None,
+    device_model: str | None = None,
+    optimizer: str = "adam",
+    iterations: int | None = None,
+    warmup: int | None = None,
+    seconds: float = 20.0,
+    title: str = "",
+    progress: bool = True,
+) -> Profile:
+    """Measure where the time and the memory of training go, for several lengths of the sequence.
+
+    One iteration is forward, loss, backward and the optimizer's step. The loss is the model's output where that is a
+    scalar, else the mean square of its first tensor that has a gradient.
+
+    Args:
+        subject: called with the number of steps T, it returns ``(module, batch)`` for a forward of ``module(batch)``,
+            or ``(module, args, kwargs)``; some layer in it is an LSTM or GRU of persistrnn or torch.nn. Or ``Sizes``.
+        steps: the values of T, at least 1 each, none twice
+        compare: run the same with torch.nn's layers in place of ours ("torch"), or with ours in place of torch.nn's
+            ("persistrnn")
+        output: a folder for the page, the tables, the numbers and the Chrome traces; made if it is not there. It needs
+            matplotlib
+        device: "cuda", "cuda:1" or "cpu"; None: a GPU where there is one. ``Sizes`` have their own
+        device_model: plan for a device that need not be there ("h200", see `persistrnn plan`); None: for that at hand
+        optimizer: "adam", "adamw", "sgd" or "none"
+        iterations, warmup: at each T; None: 10 and 3 on a GPU, 3 and 1 on a CPU
+        seconds: after so many no further iteration is begun, but for two
+        title: of the report; "" for one that follows from the subject
+        progress: show a bar (needs tqdm)
+
+    Returns:
+        What was measured and predicted. A T that does not fit the memory has a point that says so.
+
+    Raises:
+        SubjectError (a ValueError): the subject cannot be run as asked, with the reason and the remedy
+        ValueError: an argument out of range
+        MissingMatplotlib, MissingTqdm: one of them is not installed, and needed
+        OSError: the report cannot be written; see ``page.folder``
+    """
+    check_steps(steps)
+    if compare is not None and compare not in COMPARISONS:
+        raise ValueError(f"compare is {compare!r}, allowed: {', '.join(COMPARISONS)}, or None")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer is {optimizer!r}, allowed: {', '.join(OPTIMIZERS)}")
+    profile_predicted.check_device(device_model)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(subject, Sizes):
+        where = subject.device
+        subject.check()
+    counts = counted(where, iterations, warmup)
+    for name, value, least in zip(("iterations", "warmup"), counts, (1, 0), strict=True):
+        if value < least:
+            raise ValueError(f"{name} is {value}, allowed: an int, at least {least}")
+    if output is not None:
+        from . import page, plots  # only here: they need jinja2 and matplotlib
+
+        plots.check()
+        folder = page.folder(output)
+    arms = _arms(subject, compare, where)
+    bar = Bar(len(arms), steps, 2 + sum(counts)) if progress else None
+    told = bar or (lambda arm, steps, what: None)
+    dtype = subject.dtype if isinstance(subject, Sizes) else ""
+    name = str(subject) if isinstance(subject, Sizes) else getattr(subject, "__name__", "a model")
+    # Traces go to the folder with the rest: a run that is killed leaves nothing there that the next one would not know.
+    with profiling.precision(dtype), tempfile.TemporaryDirectory() as traces, contextlib.ExitStack() as stack:
+        if bar is not None:
+            stack.callback(bar.close)
+        settings = Settings(optimizer, *counts, seconds)
+        keep = None if output is None else Path(traces)
+        found = profiling.measure(title or name, arms, steps, where, settings, keep, told)
+        profile_predicted.add(found, device_model)
+        if output is not None:
+            told(found.arms[-1], max(steps), "write the report")
+            page.write(found, folder, Path(traces))
+        if bar is not None:
+            bar.finish()
+    return found
+
+
+def counted(device: str, iterations: int | None, warmup: int | None) -> tuple[int, int]:
+    """Both, or what stands for None on that device."""
+    defaults = (10, 3) if torch.device(device).type == "cuda" else (3, 1)
+    return defaults[0] if iterations is None else iterations, defaults[1] if warmup is None else warmup
+
+
+def check_steps(steps: Sequence[int]) -> None:
+    whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 1 for count in steps)
+    if not steps or not whole or len(set(steps)) < len(steps):
+        raise ValueError(f"steps is {list(steps)!r}, allowed: ints of at least 1, one or more, none twice")
+
+
+def _arms(subject: Callable[[int], tuple[Any, ...]] | Sizes, compare: Compare | None, device: str) -> dict[str, Build]:
+    if isinstance(subject, Sizes):
+        if compare == "persistrnn":
+            raise SubjectError(
+                "compare is 'persistrnn', allowed for sizes: 'torch'; the sizes are of persistrnn's layers"
+            )
+        return {OURS: subject} | ({TORCH: on_torch(subject)} if compare else {})
+    build = of_callable(subject, device)
+    if compare is None:
+        return {"as given": build}
+    return {OURS: build, TORCH: on_torch(build)} if compare == "torch" else {OURS: on_ours(build), TORCH: build}

@@ -1,0 +1,537 @@
+"""`persistrnn profile` from end to end on a CPU: what it measures, what it writes, and what it refuses."""
+
+import dataclasses
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import torch
+from persistrnn.kernels import memory
+
+import persistrnn
+from persistrnn.plots import MissingMatplotlib
+from persistrnn.profiling import command as profile_command
+from persistrnn.profiling import measure as profiling
+from persistrnn.profiling import page as profile_page
+from persistrnn.profiling import progress as profile_progress
+from persistrnn.profiling import record as profile_record
+from persistrnn.profiling import run as profile_run
+from persistrnn.profiling import tables as profile_tables
+from persistrnn.profiling.advice import advice
+from persistrnn.profiling.measure import measure
+from persistrnn.profiling.progress import Bar, MissingTqdm
+from persistrnn.profiling.record import Point, Settings, longest
+from persistrnn.profiling.subject import OURS, TORCH, Built, Sizes, SubjectError, calls, load, on_torch
+from persistrnn.profiling.trace import ORDER
+
+SIZES = Sizes("lstm", 6, 8, 2, False, 3, "fp32", "cpu")
+COMMAND = "--cell lstm --hidden 8 --layers 2 --batch 3 --steps 16,4 --device cpu --iterations 2"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    """A folder with what the command wrote."""
+    folder = tmp_path_factory.mktemp("report")
+    assert profile_command.main([*COMMAND.split(), "--compare", "torch", "--output", str(folder)]) == 0
+    return folder
+
+
+def test_everything_is_written(report):
+    names = {"profile.html", "profile.txt", "profile.json", "trace.json", "trace-torch.json"}
+    assert {path.name for path in report.iterdir()} == names
+    data = json.loads((report / "profile.json").read_text())
+    points = data["points"]
+    assert [(point["arm"], point["steps"]) for point in points] == [(OURS, 4), (OURS, 16), (TORCH, 4), (TORCH, 16)]
+    for point in points:
+        assert not point["failed"]
+        assert point["tokens"] == 3 * point["steps"]
+        assert point["iterations"] == 2
+        assert 0 < point["low"] <= point["seconds"] <= point["high"]
+        assert list(point["phases"]) == [name for name in ORDER if name in point["phases"]]
+        assert sum(phase["seconds"] for phase in point["phases"].values()) == pytest.approx(point["seconds"])
+        assert {call["path"] for call in point["calls"]} == {"torch" if point["arm"] == OURS else "torch.nn"}
+        (call,) = point["calls"]
+        assert (call["steps"], call["batch"], call["hidden"], call["layers"]) == (point["steps"], 3, 8, 2)
+    # Parameters and Adam's two moments, its count of steps (a float32 per parameter), and the batch.
+    parameters = sum(p.numel() for p in torch.nn.LSTM(8, 8, 2).parameters())
+    assert [point["held"] for point in points[:2]] == [4 * (3 * parameters + 8 + t * 3 * 8) for t in (4, 16)]
+    assert points[1]["peak"] > points[0]["peak"] > 0
+    assert data["machine"]["kind"] == "cpu"
+    assert data["outlook"]["device"] == "h200"
+    assert data["longest"][OURS] > 16
+    for name in ("trace.json", "trace-torch.json"):
+        events = json.loads((report / name).read_text())["traceEvents"]
+        assert any(event["name"] == "profile: backward" for event in events)
+
+
+def test_text_labels_every_number(report):
+    text = (report / "profile.txt").read_text()
+    assert "measured on this CPU" in text
+    assert "predicted for h200, us per step" in text
+    assert "* This is a CPU: torch's own kernels ran" in text
+    assert "longest T: extrapolated" in text
+    assert "floor over time" not in text, "no share of a GPU's floor on a CPU"
+
+
+class Sound(html.parser.HTMLParser):
+    """Every element is closed in turn, no id is there twice, and nothing comes from elsewhere."""
+
+    VOID = ("meta", "link")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: set[str] = set()
+        self.references: set[str] = set()
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                assert value not in self.ids, f"id {value!r} twice"
+                self.ids.add(value)
+            if name in ("src", "href", "xlink:href"):
+                assert value.startswith(("#", "data:")), f"{tag} {name}={value!r} comes from elsewhere"
+            self.references |= set(re.findall(r"(?:url\(|^)#([\w-]+)", value or "")) if name != "style" else set()
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+
+def test_page_is_sound(report):
+    """Always, whether there is a browser or not."""
+    page = (report / "profile.html").read_text()
+    found = Sound()
+    found.feed(page)
+    found.close()
+    assert found.open == []
+    assert found.references - {"fff", "ffffff"} <= found.ids | {"advice"}
+    assert "script" not in found.seen
+    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.S)
+    assert len(drawings) == 4, "time and memory, phases, timeline, batches"
+    for drawing in drawings:
+        root = ET.fromstring(drawing)
+        space = "{http://www.w3.org/2000/svg}"
+        assert root.get("aria-label")
+        assert len(root.findall(f".//{space}path")) > 10
+        assert "nan" not in drawing.lower().split("aria-label")[0]
+    assert {"CPU" in text for text in re.findall(r"<text[^>]*>([^<]*measured[^<]*)</text>", page)} == {True, False}
+    # Measured and predicted stand under different heads, and cards of predictions look different.
+    assert re.search(r'<div class="predicted"><dt>a step on h200, fp32, predicted', page)
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SPY = """<script>
+window.failures = [];
+window.addEventListener("error", event => window.failures.push(event.message));
+window.addEventListener("load", () => {
+  const boxes = [...document.querySelectorAll("figure svg")].map(svg => {
+    const box = svg.getBoundingClientRect();
+    const shown = [...svg.querySelectorAll("path")].filter(path => path.getBBox().width > 1);
+    return [Math.round(box.width), Math.round(box.height), shown.length];
+  });
+  document.title = JSON.stringify({boxes, failures: window.failures});
+});
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here; test_page_is_sound checks the page without one")
+@pytest.mark.parametrize("copy", ["as written", "with a spy"])
+def test_a_browser_shows_it(report, tmp_path, copy):
+    """The page as it is logs nothing to the console; in a copy, a script finds every plot drawn and of some size."""
+    page = report / "profile.html"
+    if copy == "with a spy":
+        page = tmp_path / "profile.html"
+        page.write_text((report / "profile.html").read_text().replace("<head>", "<head>" + SPY, 1))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--enable-logging=stderr", "--window-size=1100,3000", "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
+    assert "What the numbers say" in done.stdout
+    if copy == "with a spy":
+        found = json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1])
+        assert found["failures"] == []
+        assert len(found["boxes"]) == 4
+        assert all(width > 600 and height > 100 and shown > 5 for width, height, shown in found["boxes"]), found
+
+
+# A model of the user's.
+
+MODEL = """
+import torch, persistrnn
+class Model(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.embedding, self.rnn, self.head = torch.nn.Embedding(11, 6), layer, torch.nn.Linear(10, 11)
+    def forward(self, tokens, scale=1.0):
+        return {"logits": self.head(self.rnn(self.embedding(tokens))[0]) * scale}
+def make(steps):
+    return Model(persistrnn.GRU(6, 5, bidirectional=True, batch_first=True)), torch.zeros(2, steps, dtype=torch.long)
+def of_torch(steps):
+    return Model(torch.nn.GRU(6, 5, 1, True, True, 0.0, True)), (torch.zeros(2, steps).long(),), {"scale": 2}
+def no_layer(steps):
+    return torch.nn.Linear(3, 3), torch.zeros(steps, 3)
+def frozen(steps):
+    return persistrnn.LSTM(3, 3).requires_grad_(False), torch.zeros(steps, 1, 3)
+def no_gradient(steps):
+    class Silent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = persistrnn.LSTM(3, 3)
+        def forward(self, x):
+            return self.rnn(x)[0].detach()
+    return Silent(), torch.zeros(steps, 1, 3)
+def one_thing(steps): return torch.zeros(3)
+def three_things(steps): return torch.nn.Linear(3, 3), [1], {}
+def wrong_size(steps): return persistrnn.LSTM(3, 3), torch.zeros(steps, 1, 4)
+def without(): pass
+number = 3
+"""
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A folder with mymodel.py, as the working folder."""
+    (tmp_path / "mymodel.py").write_text(MODEL)
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mymodel", "broken"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+def test_a_model_of_the_users(model, capsys):
+    arguments = (
+        "--model mymodel:make --steps 5 --compare torch --device cpu --iterations 2 --optimizer sgd --output out"
+    )
+    assert profile_command.main(arguments.split()) == 0
+    data = json.loads((model / "out" / "profile.json").read_text())
+    ours, theirs = data["points"]
+    for point, path in ((ours, "torch"), (theirs, "torch.nn")):
+        (call,) = point["calls"]
+        assert (call["cell"], call["steps"], call["batch"], call["directions"]) == ("gru", 5, 2, 2)
+        assert call["path"] == path
+        assert point["tokens"] == 10
+        assert "rest of forward" in point["phases"], "the embedding and the head"
+    assert data["subject"] == "mymodel:make"
+    assert "wrote out/profile.html" in capsys.readouterr().out
+
+
+def test_a_model_of_torchs(model):
+    make = load("mymodel:of_torch")
+    found = profile_run.profile(make, [4], compare="persistrnn", device="cpu", iterations=2, optimizer="none")
+    assert [(point.arm, point.path) for point in found.points] == [(OURS, "torch"), (TORCH, "torch.nn")]
+    alone = profile_run.profile(make, [4], device="cpu", iterations=2)
+    assert [point.arm for point in alone.points] == ["as given"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model mymodel", "--model: 'mymodel' given, allowed: module:callable"),
+        ("--model :make", "--model: ':make' given, allowed: module:callable"),
+        ("--model nowhere_at_all:make", "'nowhere_at_all' cannot be imported (ModuleNotFoundError"),
+        (
+            "--model broken:make",
+            "'broken' cannot be imported (ModuleNotFoundError: No module named 'nothing_of_",
+        ),
+        ("--model mymodel:maker", "and 'mymodel' has no 'maker'"),
+        ("--model mymodel:number", "and that is of type int"),
+        ("--model mymodel:make --hidden 3", "--hidden: given with --model, allowed with --cell"),
+        ("--model mymodel:make --save state", "--save: given with --model, allowed with --cell"),
+        ("--model mymodel:make --cell lstm", "not allowed with argument"),
+        ("", "one of the arguments --cell --model is required"),
+        ("--cell lstm", "--hidden: not given"),
+        ("--cell rnn --hidden 3", "--cell: 'rnn' given, allowed: lstm, gru"),
+        ("--cell lstm --hidden 0", "--hidden: '0' given, allowed: an integer of at least 1"),
+        ("--cell lstm --hidden 3 --dtype float64", "--dtype: 'float64' given, allowed: fp16, bf16, tf32, fp32"),
+        ("--cell lstm --hidden 3 --dtype bfloat16", "say bf16"),
+        ("--cell lstm --hidden 3 --dtype tf32", "a CPU has no tf32"),
+        ("--cell lstm --hidden 3 --device tpu", "--device: 'tpu' given, allowed: cpu, cuda or cuda:N"),
+        ("--cell lstm --hidden 3 --save all", "--save: 'all' given, allowed: gates, state, checkpoint, auto"),
+        ("--cell lstm --hidden 3 --backend cudnn", "--backend: 'cudnn' given, allowed: auto, persistent, torch"),
+        ("--cell lstm --hidden 3 --optimizer lion", "--optimizer: 'lion' given, allowed: adam, adamw, sgd, none"),
+        ("--cell lstm --hidden 3 --compare cudnn", "--compare: 'cudnn' given, allowed: torch, persistrnn"),
+        ("--cell lstm --hidden 3 --iterations 0", "--iterations: '0' given, allowed: an integer of at least 1"),
+        ("--cell lstm --hidden 3 --seconds soon", "--seconds: 'soon' given, allowed: a number of at least 0"),
+        ("--cell lstm --hidden 3 --output mymodel.py", "--output: 'mymodel.py' given, and"),
+        ("--cell lstm --hidden 3 --device-model h300", "--device-model: 'h300' given, "),
+    ],
+)
+def test_bad_arguments(model, arguments, message, capsys):
+    given = arguments.split()
+    given += [] if "--device " in arguments else ["--device", "cpu"]
+    with pytest.raises(SystemExit) as stopped:
+        profile_command.main([*given, "--steps", "4"])
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (model / "persistrnn-profile").exists()
+
+
+@pytest.mark.parametrize("steps", ["0", "-4", "4,", "", "4,x", "4,4", "1.5", "4;8", "²"])
+def test_bad_steps(steps, capsys):
+    with pytest.raises(SystemExit):
+        profile_command.main(["--cell", "lstm", "--hidden", "3", f"--steps={steps}"])
+    expected = f"--steps: {steps!r} given, allowed: integers of at least 1, none twice"
+    assert expected in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model mymodel:no_layer", "the model calls no recurrent layer"),
+        ("--model mymodel:frozen", "the model has no parameter that requires a gradient"),
+        ("--model mymodel:no_gradient", "the model's output holds no tensor with a gradient"),
+        ("--model mymodel:one_thing", "the callable returned Tensor; allowed: (module, batch)"),
+        ("--model mymodel:three_things", "the callable returned ['Linear', 'list', 'dict']; allowed: (module, batch)"),
+        ("--model mymodel:without", "the callable failed when called with steps=4: TypeError"),
+        ("--model mymodel:wrong_size", "as given failed at T = 4: "),
+        ("--model mymodel:of_torch --compare torch", "the model has no layer of persistrnn to replace"),
+        ("--model mymodel:make --compare persistrnn", "the model has no torch.nn.LSTM or GRU to replace"),
+        ("--cell lstm --hidden 3 --compare persistrnn", "allowed for sizes: 'torch'"),
+        ("--cell lstm --hidden 3 --save auto", "save='auto' goes with save_budget"),
+        ("--cell lstm --hidden 3 --save auto --save-budget 9", "need at least"),
+        ("--cell lstm --hidden 3 --backend persistent", "failed at T = 4: "),
+    ],
+)
+def test_what_cannot_be_profiled(model, arguments, message, capsys):
+    assert profile_command.main([*arguments.split(), "--steps", "4", "--device", "cpu", "--output", "out"]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_other_peoples_files_stay(tmp_path, capsys):
+    theirs = tmp_path / "trace.json"
+    theirs.write_text("{}")
+    with pytest.raises(SystemExit):
+        profile_command.main([*COMMAND.split(), "--output", str(tmp_path)])
+    assert "is there, and no profile wrote it: move it, or name another folder" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert theirs.read_text() == "{}"
+
+
+def test_without_matplotlib(monkeypatch, capsys, tmp_path):
+    """Said at the door, not after minutes of measuring."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        profile_command.main([*COMMAND.split(), "--output", str(tmp_path / "out")])
+    assert "needs matplotlib" in capsys.readouterr().err
+    with pytest.raises(MissingMatplotlib, match="pip install 'persistrnn"):
+        profile_run.profile(SIZES, [4], device="cpu", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_tqdm(monkeypatch, capsys):
+    monkeypatch.setattr(profile_progress.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        profile_command.main([*COMMAND.split()])
+    assert "needs tqdm, which is not installed: pip install" in capsys.readouterr().err
+    with pytest.raises(MissingTqdm):
+        profile_run.profile(SIZES, [4])
+    assert profile_run.profile(SIZES, [4], progress=False, iterations=2).points
+
+
+def test_the_bar_reaches_its_end(capsys):
+    """Whatever was left out, or came on top."""
+    bar = Bar(2, [10, 30], 3)
+    for arm, steps, count in (("a", 10, 2), ("b", 10, 5), ("a", 30, 1)):
+        for _ in range(count):
+            bar(arm, steps, "what")
+            assert bar.bar.n <= bar.bar.total == 240
+    assert bar.bar.n == 60
+    bar.finish()
+    bar.close()
+    assert bar.bar.n == 240
+    assert "100%" in capsys.readouterr().err
+
+
+def test_a_second_profile_replaces_the_first(tmp_path, capsys):
+    for arguments, traces in (("--compare torch", 2), ("", 1)):
+        assert profile_command.main([*COMMAND.split(), *arguments.split(), "--output", str(tmp_path)]) == 0
+        assert len(list(tmp_path.glob("trace*.json"))) == traces
+        assert capsys.readouterr().out.count(".json") == 1 + traces
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": []}, "steps is [], allowed"),
+        ({"steps": [True]}, "steps is [True], allowed"),
+        ({"steps": [4, 4]}, "steps is [4, 4], allowed"),
+        ({"compare": "cudnn"}, "compare is 'cudnn', allowed: torch, persistrnn"),
+        ({"optimizer": "lion"}, "optimizer is 'lion', allowed: adam"),
+        ({"iterations": 0}, "iterations is 0, allowed: an int, at least 1"),
+        ({"warmup": -1}, "warmup is -1, allowed: an int, at least 0"),
+        ({"device_model": "h300"}, "the device is 'h300'"),
+    ],
+)
+def test_bad_calls(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        profile_run.profile(SIZES, **{"steps": [4], "device": "cpu"} | given)
+
+
+# What is measured.
+
+
+def failing(at: int, error: BaseException):
+    def build(steps: int) -> Built:
+        if steps == at:
+            raise error
+        return SIZES(steps)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
+    ],
+)
+def test_one_t_without_memory_leaves_the_others(error):
+    found = measure(
+        "lstm", {OURS: failing(8, error), TORCH: on_torch(SIZES)}, [4, 8, 16], "cpu", Settings(iterations=2)
+    )
+    assert [(point.arm, point.steps, point.failed) for point in found.points] == [
+        (OURS, 4, ""), (OURS, 8, "out of memory"), (OURS, 16, ""), (TORCH, 4, ""), (TORCH, 8, ""), (TORCH, 16, ""),
+    ]  # fmt: skip
+    assert ("persistrnn at T = 8: out of memory", True) in profile_page.banners(found)
+    line = profile_tables.summary(found).rows[1]
+    assert line.bad
+    assert line.cells[:3] == [OURS, "8", "out of memory"]
+
+
+def test_other_errors_are_errors():
+    with pytest.raises(SubjectError, match=r"persistrnn failed at T = 8: RuntimeError: something else"):
+        measure("lstm", {OURS: failing(8, RuntimeError("something else"))}, [4, 8], "cpu", Settings(iterations=2))
+
+
+def test_what_cannot_fit_a_cpu_is_not_run(monkeypatch):
+    monkeypatch.setattr(profile_record, "_host_memory", lambda: 2_000_000)
+    found = measure("lstm", {OURS: failing(4096, AssertionError("run"))}, [4, 16, 4096], "cpu", Settings(iterations=2))
+    assert [bool(point.failed) for point in found.points] == [False, False, True]
+    assert "not run: it would need more than this machine's 0.0 GiB (extrapolated)" in found.points[-1].failed
+
+
+def test_longest():
+    def point(steps, size):
+        return Point(OURS, steps, held=size // 4, peak=size - size // 4)
+
+    assert longest([], 100) == 0
+    assert longest([point(10, 100)], 1000) == 100
+    assert longest([point(1, 999), point(10, 150), point(20, 250)], 1000) == 95, "by the two longest"
+    assert longest([point(20, 250), point(10, 150)], 240) == 19, "what was measured needs more than there is"
+    assert longest([point(10, 100), point(20, 100)], 1000) == 0, "no slope"
+    assert longest([point(10, 10)], 123_999) == 123_000
+
+
+def test_peak_is_what_torch_allocates():
+    """Of the same layer on the same kernels, whoever calls them; and it grows with T as the saved tensors do."""
+    arms = {OURS: SIZES, TORCH: on_torch(SIZES)}
+    found = measure("lstm", arms, [16, 32, 64], "cpu", Settings("none", iterations=2))
+    ours, theirs = ([point.peak for point in found.of(arm)] for arm in (OURS, TORCH))
+    assert ours == theirs
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    layer, (x,), _ = SIZES(64)
+    fixed = sum(p.nbytes for p in layer.parameters()) + x.nbytes
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = layer(x)[0].square().mean()
+    assert output.requires_grad
+    assert sum(saved.values()) - fixed <= ours[2] <= 3 * sum(saved.values())
+    assert ours[0] < ours[1] < ours[2]
+
+
+@pytest.mark.parametrize(("cell", "steps"), [("lstm", 520), ("gru", 129)])  # nodes have a name, and have not
+def test_recompute_on_torchs_path(cell, steps, monkeypatch):
+    """A memory mode: the forward of each chunk again within the backward, and less memory."""
+    monkeypatch.setitem(memory.CHUNK_BYTES, "checkpoint", 1)
+    sizes = [dataclasses.replace(SIZES, cell=cell, save=save) for save in ("gates", "checkpoint")]
+    gates, checkpoint = (measure("", {OURS: one}, [steps], "cpu", Settings(iterations=2)).points[0] for one in sizes)
+    assert gates.phases["torch's layers, forward"].flops == gates.calls[0].flops
+    assert "recompute" not in gates.phases
+    assert checkpoint.phases["recompute"].seconds > 0
+    assert checkpoint.phases["recompute"].flops == checkpoint.calls[0].flops
+    assert (checkpoint.peak < gates.peak) or cell == "gru"
+
+
+def test_loops_of_many_operators_are_not_traced(monkeypatch, tmp_path):
+    """A trace of them is huge: time is measured all the same, and what is missing is said."""
+    monkeypatch.setattr(profiling, "MOST_OPERATORS", 400)
+    found = measure("gru", {OURS: dataclasses.replace(SIZES, cell="gru")}, [4, 64], "cpu", Settings(iterations=2))
+    short, long = found.points
+    assert short.phases
+    assert short.peak > 0
+    assert (long.phases, long.spans, long.peak, long.failed) == ({}, [], 0, "")
+    assert long.seconds > short.seconds
+    assert long.calls[0].steps == 64
+    assert found.longest(OURS) > 64, "by the short one"
+    text = profile_tables.report(found, advice(found))
+    assert "not traced: too many operators" in text
+    assert "persistrnn at T = 4: time of this CPU by phase" in text
+    assert "persistrnn at T = 4: time of this CPU by phase" in profile_page.page(found)
+
+
+def test_few_iterations_where_they_are_long():
+    seen = []
+    found = measure(
+        "lstm", {OURS: SIZES}, [4, 8], "cpu", Settings(iterations=50, warmup=3, seconds=0.0),
+        progress=lambda *what: seen.append(what),
+    )  # fmt: skip
+    assert [point.iterations for point in found.points] == [2, 2]
+    warmups = [sum(what == (OURS, steps, "warm-up") for what in seen) for steps in (4, 8)]
+    assert warmups == [3, 2], "the profiled iteration warms up too"
+
+
+def test_precision_is_put_back():
+    before = torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    with profiling.precision("fp32"):
+        assert torch.backends.cudnn.rnn.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
+        layer = persistrnn.LSTM(3, 4)
+        with calls(layer) as called:
+            layer(torch.zeros(2, 5, 3))
+    assert (torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+    (call,) = called
+    assert call.dtype == "fp32"
+    assert call.flops == 2 * 2 * 5 * 4 * 4 * (3 + 4)
+
+
+@pytest.mark.interpreter
+def test_phases_of_the_kernels(tmp_path):
+    """Interpreted: the times say nothing, the phases and the work in them are those of a GPU."""
+    sizes = Sizes("gru", 12, 16, 2, False, 2, "fp32", "cpu", "persistent")
+    found = profile_run.profile(sizes, [3], compare="torch", device="cpu", iterations=2, warmup=0, output=tmp_path)
+    ours, theirs = found.points
+    assert ours.path == "persistent"
+    assert {"input GEMM", "scan forward", "scan backward", "weight GEMMs"} <= ours.phases.keys()
+    tokens, gates = 3 * 2, 3 * 16
+    assert ours.phases["input GEMM"].flops == 2 * tokens * gates * (12 + 16)
+    # Of both weights of both layers, and of the upper layer's input.
+    assert ours.phases["weight GEMMs"].flops == 2 * tokens * gates * (12 + 16 + 2 * 16 + 16)
+    assert ours.phases["scan forward"].flops == ours.phases["scan backward"].flops == 2 * tokens * gates * 16 * 2
+    assert "scan forward" not in theirs.phases
+    assert "torch's layers, forward" in theirs.phases
+    text = (tmp_path / "profile.txt").read_text()
+    assert "measured in Triton's interpreter, CPU" in text
+    assert "no time here says anything about a GPU" in text
