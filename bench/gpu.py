@@ -30,7 +30,7 @@ from persistrnn import results
 from persistrnn.results import ARMS, DTYPES, Micro, Results, Stress
 
 ROOT = Path(__file__).resolve().parent.parent  # bench may be a link
-TESTS = ("tests/test_gpu.py", "tests/test_gpu_wave.py", "tests/test_gpu_cuts.py")
+TESTS = tuple(f"tests/test_gpu{name}.py" for name in ("", "_wave", "_cuts", "_memory"))
 PARTS = ("correctness", "stress", "micro", "race", "tune")
 # A part is stopped so many minutes after it should have ended.
 GRACE = 1.0
