@@ -88,10 +88,10 @@ def workspace(mode: str, of: Layers) -> float:
         "state": of.gates + of.y + of.cell.gates * exact,
         "checkpoint": of.gates + (exact - of.c if of.has_c else 0),
     }[mode]
-    # While it is used: the gradients of both halves (of one direction once more, contiguous) and of a layer between.
+    # While it is used: the gradients of both halves, of a layer between, and with two directions of y, cut out.
     used: float = of.gates * (2 if of.cell.recurrent_gradient else 1) + (of.y if layers > 1 else 0)
     if both:
-        used += of.y + of.gates / 2 * (2 if of.cell.recurrent_gradient else 1) + of.y / 2
+        used += of.y
     return held + max(again, used)
 
 

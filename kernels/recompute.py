@@ -33,7 +33,7 @@ def activate(
     r = ()
     for g in tl.static_range(G):
         x = x + (tl.load(x_gates + (both * G + g) * H + unit, mask=mask, other=0.0).to(tl.float32),)
-        at = direction * count * G + (row * G + g) * H + unit
+        at = direction.to(tl.int64) * count * G + (row * G + g) * H + unit
         b = tl.load(bias + (direction * G + g) * H + unit, mask=mask, other=0.0).to(tl.float32)
         r = r + (tl.load(r_gates + at, mask=mask, other=0.0) + b,)
     state = ()

@@ -79,7 +79,9 @@ def again_in_chunks(recurrence: Callable[..., Any], chunk: int) -> Callable[...,
         marks: Tensor | None,
         reset: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # compiled, it does so as a whole
+        # Compiled, it does so as a whole; torch.func has no hooks for what is saved.
+        at_once = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        if at_once or not torch.is_grad_enabled():
             found: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
             found = recurrence(cell, x_gates, weight_hh, bias_hh, h0, c0, marks, reset)
             return found

@@ -154,6 +154,7 @@ def forward(
             part.put(scan.c[1:-1], c.unflatten(2, (directions, -1)))
         if saves and into is None:
             part.put(scan.saved, saved)
+        del scan, inputs  # else they live on while the next chunk's are made
     for final, of_layers in zip((h_n, c_n), zip(*states, strict=True), strict=False):
         final.copy_(torch.cat(of_layers))
     return found
@@ -212,7 +213,8 @@ def _new(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32, as products of 16-bit matrices are before they are rounded."""
+    """a @ b in float32, as products of 16-bit matrices are before they are rounded; of float32 as torch's products are,
+    whatever the recurrence's precision."""
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda:

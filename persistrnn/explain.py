@@ -3,7 +3,7 @@
 import torch
 
 from persistrnn import functional, ops, stack
-from persistrnn.door import Stack
+from persistrnn.door import Options, Stack
 from persistrnn.modules import GRU, LSTM
 
 
@@ -24,6 +24,7 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
     Raises:
         TypeError: a layer, batch or steps of another type
         ValueError: a batch or steps below 1
+        RuntimeError: a save_budget that does not hold what such a call keeps
     """
     if not isinstance(layer, (LSTM, GRU)):
         raise TypeError(f"layer is a persistrnn.LSTM or persistrnn.GRU, got {type(layer).__name__}")
@@ -38,7 +39,8 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
     directions = 2 if layer.bidirectional else 1
     cell, precision = layer.mode.lower(), functional.precision()
     sizes = (layer.hidden_size, batch, directions)
-    together = layer.num_layers if stack.may_wave(layer.options, dtype, layer.proj_size, precision) else 1
+    options = _resolved(layer, batch, steps, dtype)
+    together = layer.num_layers if stack.may_wave(options, dtype, layer.proj_size, precision) else 1
     reason = functional.obstacle(layer.backend, cell, *sizes, dtype, device, False, together, steps)
     shape_of_stack, where = (cell, layer.hidden_size, layer.num_layers, batch), (dtype, device, precision)
     grad = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
@@ -52,7 +54,7 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
         lines += ['path: none, the call would raise, because backend="persistent"', f"why: {reason}"]
     else:
         lines += ["path: torch (cuDNN, oneDNN or ATen, as torch.nn would run it)", f"why: {reason}"]
-    lines.append(_kept(layer, batch, steps, dtype, on_kernels=reason is None))
+    lines.append(_kept(layer, options.save, batch, steps, dtype, on_kernels=reason is None))
     if reason is not None and layer.backend != "persistent":
         with_cuts = functional.obstacle(layer.backend, cell, *sizes, dtype, device, True)
         path = "stepwise, a loop over torch's operations" if with_cuts is not None else "persistent"
@@ -63,12 +65,17 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
     return "\n".join(lines)
 
 
-def _kept(layer: LSTM | GRU, batch: int, steps: int, dtype: torch.dtype, on_kernels: bool) -> str:
+def _resolved(layer: LSTM | GRU, batch: int, steps: int, dtype: torch.dtype) -> Options:
+    """How a training call runs, save="auto" decided."""
+    options = layer.options._replace(training=True)
+    sizes = layer.input_size, layer.hidden_size, layer.proj_size
+    of = Stack(layer.mode.lower(), layer.num_layers, options.directions, layer.bias, *sizes)
+    return layer.options._replace(save=functional.save_mode(of, options, dtype, batch, steps))
+
+
+def _kept(layer: LSTM | GRU, save: str, batch: int, steps: int, dtype: torch.dtype, on_kernels: bool) -> str:
     """What a training call keeps for its backward."""
     cell, directions = layer.mode.lower(), 2 if layer.bidirectional else 1
-    options = layer.options._replace(training=True)
-    stack = Stack(cell, layer.num_layers, directions, layer.bias, layer.input_size, layer.hidden_size, layer.proj_size)
-    save = functional.save_mode(stack, options, dtype, batch, steps)
     sizes = layer.input_size, layer.hidden_size, layer.num_layers, directions
     of = ops.layers(cell, *sizes, dtype, layer.cell_dtype, layer.dropout > 0)
     if on_kernels:

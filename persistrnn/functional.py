@@ -182,14 +182,16 @@ def run(
         states = [s.index_select(1, packed.sorted_indices) for s in states]
 
     dtype = compute_dtype(data, weights[0])
+    if options.save == "auto":
+        keeps = torch_path.asks_for_gradients([data, *weights, *states, *cuts.reset])
+        save = save_mode(stack, options, dtype, batch.rows or 1, batch.steps, keeps)
+        options = options._replace(save=save, save_budget=None)
     # an empty batch takes the path of a batch of one
     sizes = (stack.hidden_size, batch.rows or 1, stack.directions)
     several = options.num_layers > 1 and stacks.may_wave(options, dtype, stack.proj_size, precision())
     together = options.num_layers if several else 1
     loops = given.any or return_c
     reason = obstacle(options.backend, cell, *sizes, dtype, data.device, loops, together, batch.steps)
-    if options.save == "auto":
-        options = options._replace(save=save_mode(stack, options, dtype, batch.rows, batch.steps))
     if reason is not None and options.backend == "persistent":
         raise RuntimeError(f'backend="persistent" cannot run this call: {reason}')
     if reason is not None and given.lengths is not None and _packs(given, return_c, batch, options):
@@ -264,7 +266,7 @@ def _by_packing(
     return Found(batch.time_major(y), finals, None, found.path)
 
 
-def save_mode(stack: Stack, options: Options, dtype: torch.dtype, batch: int, steps: int) -> str:
+def save_mode(stack: Stack, options: Options, dtype: torch.dtype, batch: int, steps: int, keeps: bool = True) -> str:
     """What of a call is kept for its backward: "gates", "state" or "checkpoint"."""
     if options.save != "auto":
         return options.save
@@ -276,6 +278,8 @@ def save_mode(stack: Stack, options: Options, dtype: torch.dtype, batch: int, st
         if need <= options.save_budget:
             return mode
     least, smallest = min((need, mode) for mode, need in needs.items())
+    if not keeps:
+        return smallest
     raise RuntimeError(
         f"save_budget={options.save_budget} bytes do not hold what {steps} steps of {batch} rows need at least, "
         f"{math.ceil(least)} bytes with save='{smallest}'; raise the budget, or cut the sequence and carry the state"

@@ -45,8 +45,8 @@ class _Recurrent(nn.Module):
     proj_size: int
     backend: Backend
     cell_dtype: torch.dtype | None
-    save: Save
-    save_budget: int | None
+    save: Save = "gates"  # here too, for layers pickled before it was
+    save_budget: int | None = None
     last_path: str | None
 
     def __init__(

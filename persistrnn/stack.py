@@ -73,11 +73,10 @@ def run(
     if cuts.active is not None:
         active = cuts.active.unsqueeze(-1)
         x = torch.where(active, x, 0.0)  # a NaN there would reach the weights' gradient, as 0 * NaN
-    chunk = 0 if precision is None else _chunk(stack, x, options)
-    if chunk and precision is not None:
-        result = _in_chunks(stack, x, weights, states, cuts, marks, options, precision, return_c, chunk)
-    elif precision is not None and _waves(stack, x, [*weights, *states, *cuts.reset], options, precision):
+    if precision is not None and _waves(stack, x, [*weights, *states, *cuts.reset], options, precision):
         result = _wave(stack, x, weights, states, cuts, marks, options, precision, return_c)
+    elif precision is not None and (chunk := _chunk(stack, x, options)):
+        result = _in_chunks(stack, x, weights, states, cuts, marks, options, precision, return_c, chunk)
     else:
         recurrence: Recurrence = stepwise.recurrent
         if precision is not None:
@@ -110,7 +109,7 @@ def may_wave(options: Options, dtype: torch.dtype, proj_size: int, precision: st
     """Whether a stack may run in one launch: nothing happens between its layers, and the products of the upper layers'
     inputs, which are then inside, have the precision that they have outside."""
     single = options.num_layers > 1 and not options.bidirectional and options.active_dropout == 0 and proj_size == 0
-    return single and (dtype != torch.float32 or precision == _matmul_precision())
+    return single and options.save == "gates" and (dtype != torch.float32 or precision == _matmul_precision())
 
 
 @torch.compiler.assume_constant_result  # dynamo cannot read the setting

@@ -76,7 +76,9 @@ def stack_in_chunks(
         RuntimeError: a PackedSequence in two directions, of which the second begins at every row's own end
     """
     everything = cell, input, batch_sizes, states, weights, bias, num_layers, dropout, training, bidirectional
-    if torch.compiler.is_compiling() or not asks_for_gradients([input, *states, *weights]):
+    # Nor inside torch.func, which has no hooks for what is saved.
+    whole = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if whole or not asks_for_gradients([input, *states, *weights]):
         return stack(*everything, batch_first)
     if batch_sizes is not None and bidirectional:
         raise RuntimeError(

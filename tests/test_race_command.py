@@ -32,7 +32,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def race(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "bench/test_layers.py", "-m", "gpu", "--benchmark-only", "-rs"]
+    command = [sys.executable, "-m", "pytest", "bench/test_race.py", "-m", "gpu", "--benchmark-only", "-rs"]
     command += [*arguments, "-p", "no:cacheprovider"]
     return subprocess.run(
         command, cwd=ROOT, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=240
@@ -46,7 +46,7 @@ def test_a_rehearsal(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = load(path)
     assert found.provenance.rehearsal
-    assert found.provenance.command.startswith("pytest bench/test_layers.py -m gpu")
+    assert found.provenance.command.startswith("pytest bench/test_race.py -m gpu")
     assert [(c.case.mode, c.arm) for c in found.checks] == [(m, arm) for m in MODES for arm in ("persistrnn", "torch")]
     assert len(found.timings) == 4
     assert all(check.ok for check in found.checks)
@@ -82,7 +82,7 @@ def linked(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """linked(code, *arguments): a program where, as on a GPU machine, links stand in for an installed package."""
     package = tmp_path / "persistrnn"
     package.mkdir()
-    for path in (*(ROOT / "persistrnn").glob("*.py"), ROOT / "kernels"):
+    for path in (*(ROOT / "persistrnn").glob("*.py"), ROOT / "persistrnn" / "profiling", ROOT / "kernels"):
         (package / path.name).symlink_to(path)
     (tmp_path / "bench").symlink_to(ROOT / "bench")
     # -S leaves out what puts an editable installation on the path.

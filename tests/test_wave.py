@@ -291,6 +291,7 @@ def test_stacks_that_are_no_waves(monkeypatch):
     assert not stack.may_wave(two._replace(bidirectional=True), half, 0, "tf32")
     assert not stack.may_wave(two._replace(dropout=0.1, training=True), half, 0, "tf32")
     assert not stack.may_wave(two, half, 4, "tf32"), "projections"
+    assert not stack.may_wave(two._replace(save="state"), half, 0, "tf32"), "a wave keeps all gates"
     assert not stack.may_wave(two, full, 0, "tf32")
     monkeypatch.setattr(stack, "_matmul_precision", lambda: "tf32")
     assert stack.may_wave(two, full, 0, "tf32")
