@@ -175,7 +175,7 @@ def test_transforms(short, cell, save):
     """Per-sample gradients, second derivatives, torch.func: those of one launch over all steps."""
     layer = getattr(persistrnn, cell.upper())(3, 4, bidirectional=save == "state", backend="persistent")
     chunked = copies(layer, save=save)
-    x = torch.randn(2, 3, 2, 3)
+    x = torch.randn(2, 2, 2, 3)
 
     def gradients(layer):
         parameters = dict(layer.named_parameters())
@@ -193,7 +193,7 @@ def test_transforms(short, cell, save):
         return twice, per_sample, torch.func.grad(penalty)(x[0])
 
     expected = gradients(layer)
-    short(2)
+    short(1)
     torch.testing.assert_close(gradients(chunked), expected, rtol=2e-5, atol=1e-6)
 
 
@@ -202,17 +202,17 @@ def test_transforms(short, cell, save):
 def test_compiles_and_keeps_the_contract(short, save):
     short(2)
     torch._dynamo.reset()
-    layer = persistrnn.LSTM(3, 4, backend="persistent", save=save)
+    layer = persistrnn.LSTM(7, 9, backend="persistent", save=save)  # sizes that no T or B has
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
-    for steps, batch in ((3, 2), (4, 3), (5, 2)):
-        x = torch.randn(steps, batch, 3, requires_grad=True)
+    for steps, batch in ((3, 2), (4, 3)):
+        x = torch.randn(steps, batch, 7, requires_grad=True)
         found = []
         for call in (compiled, layer):
             y, (h, c) = call(x)
             found.append([y, h, c, *torch.autograd.grad(y.sum() + c.sum(), [x, *layer.parameters()])])
         torch.testing.assert_close(*found)
-    assert counter.frame_count <= 4
+    assert counter.frame_count <= 2, "one for all sizes, counted once more for its backward"
     weights = [torch.randn(1, 16, n) for n in (3, 1, 4, 1)]
     weights = [w.squeeze(2) if w.size(2) == 1 else w for w in weights]
     state = torch.randn(1, 2, 4)
@@ -223,7 +223,7 @@ def test_compiles_and_keeps_the_contract(short, save):
     y, h_n, c_n, *kept = operators.chunked_forward(*given, True, False, *tensors, weights)
     grads = torch.randn_like(y), None, torch.randn_like(h_n), torch.randn_like(c_n)
     every = (*given, True, False, *grads, *tensors, y, *kept, weights)
-    torch.library.opcheck(operators.chunked_backward.default, every)
+    torch.library.opcheck(operators.chunked_backward.default, every, test_utils=("test_schema", "test_faketensor"))
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------
