@@ -7,7 +7,7 @@ import pytest
 
 from persistrnn.profiling import advice as profile_advice
 from persistrnn.profiling.advice import RULES, advice
-from persistrnn.profiling.record import Machine, Point, Profile, Settings
+from persistrnn.profiling.record import NO_KERNELS, UNTRACED, Machine, Point, Profile, Settings
 from persistrnn.profiling.subject import Call
 from persistrnn.profiling.trace import Phase
 
@@ -38,7 +38,7 @@ def outlook(batches, dtype="bf16", dtypes=None, resident=1.0):
 
 
 def profile(*points, machine=GPU, **more):
-    return Profile("lstm", machine, Settings(), list(points), **more)
+    return Profile("lstm", machine, Settings("adam", 5, 2, 20.0), list(points), **more)
 
 
 def said(rule, *args, **more):
@@ -48,8 +48,8 @@ def said(rule, *args, **more):
 def test_batch_that_is_nearly_free():
     found = outlook({16: (2.0, 0.81), 32: (2.2, 0.75), 64: (3.5, 0.4)})
     expected = (
-        "81% of the step is exchange between slices (predicted for h200): batch 16 to 32 is nearly free, 1.10 times "
-        "the step for 2 times the rows."
+        "81% of the step is synchronisation and reading the state (barriers, and exchange between slices; predicted "
+        "for h200): batch 16 to 32 is nearly free, 1.10 times the step for 2 times the rows."
     )
     assert said("batch", point(512, 1), outlook=found) == expected
     # A larger batch that is still within 15%.
@@ -129,6 +129,15 @@ def test_host():
     assert "Triton's interpreter" in said("host", point(64, 1), machine=interpreted)
 
 
+def test_untraced():
+    """A GPU whose kernels were not seen; nothing else speaks of where the time goes."""
+    blind = dataclasses.replace(point(512, 1), untraced=NO_KERNELS)
+    found = said("untraced", point(64, 1, optimizer=0.5), blind)
+    assert found.startswith("The profiler saw no kernels at T = 512: where the time goes is not known")
+    assert "CUPTI is held by another profiler (nsys, ncu, DCGM: end it), or not allowed" in found
+    assert said("untraced", point(64, 1), dataclasses.replace(point(512, 1), untraced=UNTRACED)) == ""
+
+
 def test_compared():
     theirs = {"arm": "torch.nn", "path": "torch.nn"}
     found = said(
@@ -156,4 +165,4 @@ def test_all_rules_together():
     assert len(found) == 4
     assert advice(profile(Point("persistrnn", 512, "out of memory"))) == []
     names = {name for name, value in vars(profile_advice).items() if value in RULES}
-    assert len(names) == len(RULES) == 11, "each has a test here"
+    assert len(names) == len(RULES) == 12, "each has a test here"

@@ -31,7 +31,7 @@ def synthetic(*calls: Call, machine: Machine = GPU) -> Profile:
     spans = [Span("stages", "forward", 0, 1e-2), Span("device", "scan forward", 1e-3, 9e-3)]
     point = Point("persistrnn", 2048, "", 2048 * 32, 30e-3, 29e-3, 31e-3, 5, 1 << 28, 1 << 30, 40e-3, phases, spans)
     point.calls = list(calls)
-    return Profile("gru", machine, Settings(), [point])
+    return Profile("gru", machine, Settings("adam", 5, 2, 20.0), [point])
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_float32_has_bf16_beside_it():
     assert found.dtypes["fp32"] == pytest.approx(found.total) != found.dtypes["bf16"]
 
 
-def test_what_does_not_fit_is_said():
+def test_what_does_not_fit_is_said(monkeypatch):
     profile = synthetic(dataclasses.replace(CALL, hidden=200_000))
     profile_predicted.add(profile, "h200")
     assert profile.outlook is None
@@ -84,6 +84,7 @@ def test_what_does_not_fit_is_said():
     double = synthetic(dataclasses.replace(CALL, dtype="float64"))
     profile_predicted.add(double, "h200")
     assert "dtype must be one of" in double.no_outlook
+    monkeypatch.setattr(profile_page.profile_plots, "draw", lambda profile: [])
     assert "There is no plan: dtype must be one of" in profile_page.page(double)
 
 
@@ -137,7 +138,7 @@ def test_no_floors_for_another_device():
 
 
 def test_nothing_measured():
-    profile = Profile("lstm", GPU, Settings(), [Point("persistrnn", 8, "out of memory")])
+    profile = Profile("lstm", GPU, Settings("adam", 5, 2, 20.0), [Point("persistrnn", 8, "out of memory")])
     profile_predicted.add(profile, None)
     assert profile.no_outlook == "nothing was measured"
     page = profile_page.page(profile)

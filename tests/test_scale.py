@@ -345,9 +345,7 @@ def test_all_paths_draw_the_dropout_masks_of_torch_nn(compiled, options, shape, 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own
 def test_inductor_draws_the_dropout_masks_of_torch_nn_if_told_to(monkeypatch, tmp_path):
     """Inductor has a generator of its own for the dropout that it sees, in any model, unless fallback_random is set."""
-    monkeypatch.setenv(
-        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
-    )  # a killed run leaves half a library
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # a killed run leaves half a library
     ours, theirs = make_pair("gru", num_layers=2, dropout=0.5)
     torch._dynamo.reset()
     with torch._inductor.config.patch(fallback_random=True):

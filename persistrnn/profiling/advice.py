@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .record import Point, Profile
+from .record import GIB, NO_KERNELS, Point, Profile
 from .subject import OURS, TORCH
 from .trace import IDLE, INPUT_GEMM, RECOMPUTE, WEIGHT_GEMMS
 
 FREE = 1.15  # times the step's time at which a larger batch is nearly free
 IDLE_SHARE, GEMM_SHARE, OPTIMIZER_SHARE, RECOMPUTE_SHARE, FIXED_SHARE = 0.15, 0.5, 0.15, 0.25, 0.2
 EQUAL = 0.05  # times that differ by less are equal
-GIB = 1 << 30
 
 
 def advice(profile: Profile) -> list[str]:
@@ -42,6 +41,19 @@ def host(profile: Profile) -> str:
     return (
         "This is a CPU: torch's own kernels ran, and the persistent ones did not. Time and memory are those of this "
         "CPU; what a GPU would do is predicted, and stands apart."
+    )
+
+
+def untraced(profile: Profile) -> str:
+    """A GPU whose kernels torch's profiler could not see."""
+    points = [point for point in profile.points if point.untraced == NO_KERNELS]
+    if not points:
+        return ""
+    steps = ", ".join(dict.fromkeys(f"{point.steps:,}" for point in points))
+    return (
+        f"The profiler saw no kernels at T = {steps}: where the time goes is not known, and host time does not stand "
+        "for it. CUPTI is held by another profiler (nsys, ncu, DCGM: end it), or not allowed to this user (ask for "
+        "NVreg_RestrictProfilingToAdminUsers=0); then profile again."
     )
 
 
@@ -76,11 +88,12 @@ def batch(profile: Profile) -> str:
     totals = {rows: sum(parts.values()) for rows, parts in found.batches.items()}
     now = totals[found.batch]
     parts = found.batches[found.batch]
-    exchange = (parts["synchronisation"] + parts["state"]) / now
+    waits = (parts["synchronisation"] + parts["state"]) / now
     free = max((rows for rows, total in totals.items() if total <= FREE * now), default=found.batch)
     cheap = max((rows for rows, total in totals.items() if 2 * total / now <= rows / found.batch), default=found.batch)
     begin = (
-        f"{exchange:.0%} of the step is exchange between slices (predicted for {found.device}): batch {found.batch} to "
+        f"{waits:.0%} of the step is synchronisation and reading the state (barriers, and exchange between slices; "
+        f"predicted for {found.device}): batch {found.batch} to "
     )
     if free > found.batch:
         more, factor = totals[free] / now, free // found.batch
@@ -195,5 +208,5 @@ def memory(profile: Profile) -> str:
 
 
 RULES: tuple[Callable[[Profile], str], ...] = (
-    host, compared, batch, dtype, streamed, gemms, recompute, optimizer, idle, fixed, memory,
+    host, untraced, compared, batch, dtype, streamed, gemms, recompute, optimizer, idle, fixed, memory,
 )  # fmt: skip

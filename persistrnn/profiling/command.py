@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,15 +11,11 @@ import torch
 
 from ..door import SAVES
 from ..plots import MissingMatplotlib
-from . import page as profile_page
-from . import plots as profile_plots
-from . import predicted as profile_predicted
-from . import progress as profile_progress
-from . import tables as profile_tables
+from . import page, plots, predicted, progress, tables
 from .advice import advice
 from .measure import OPTIMIZERS
-from .run import COMPARISONS, profile
-from .subject import DTYPES, LAYERS, Sizes, SubjectError, load
+from .run import COMPARISONS, device_problem, profile
+from .subject import DTYPES, LAYERS, Sizes, SubjectError, load, working_folder
 
 BACKENDS = ("auto", "persistent", "torch")
 REMEDIES = {
@@ -70,17 +65,8 @@ def _one_of(names: Sequence[str], what: str) -> Callable[[str], str]:
 
 
 def _device(given: str) -> str:
-    try:
-        found = torch.device(given)
-    except RuntimeError:
-        found = torch.device("meta")
-    if found.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{given!r} given, allowed: cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found.type == "cuda" and (found.index or 0) >= count:
-        raise argparse.ArgumentTypeError(
-            f"{given!r} given, and torch sees {count} GPUs here; allowed: one of them, or cpu"
-        )
+    if problem := device_problem(given):
+        raise argparse.ArgumentTypeError(f"{given!r} given, {problem}")
     return given
 
 
@@ -134,7 +120,11 @@ def parser() -> argparse.ArgumentParser:
         "--iterations", type=_at_least(1), metavar="N", help="timed at each T (default: 10 on a GPU, 3 on a CPU)"
     )
     result.add_argument(
-        "--warmup", type=_at_least(0), metavar="N", help="before them (default: 3 on a GPU, 1 on a CPU)"
+        "--warmup",
+        type=_at_least(1),
+        metavar="N",
+        help="before them; from the second T on one of them is the profiled one, unless N is 1 (default: 3 on a GPU, "
+        "1 on a CPU)",
     )
     result.add_argument(
         "--seconds", type=_at_least(0, float), default=20.0, metavar="S",
@@ -161,6 +151,13 @@ def _subject(options: argparse.ArgumentParser, given: argparse.Namespace) -> Any
     cuda = torch.device(given.device).type == "cuda"
     if given.dtype == "tf32" and not cuda:
         options.error("argument --dtype: 'tf32' given, allowed on a CPU: fp16, bf16, fp32; a CPU has no tf32 products")
+    if given.save == "auto" and given.save_budget is None:
+        options.error(
+            "argument --save-budget: not given, needed with --save auto: the bytes that a call may keep for its "
+            "backward, an integer of at least 1"
+        )
+    if given.save != "auto" and given.save_budget is not None:
+        options.error(f"argument --save-budget: {given.save_budget} given, allowed with --save auto")
     return Sizes(
         given.cell,
         given.input or given.hidden,
@@ -179,43 +176,42 @@ def _subject(options: argparse.ArgumentParser, given: argparse.Namespace) -> Any
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser()
     given = options.parse_args(arguments)
-    # What torch's profiler logs about itself would tear the progress bar.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     subject = _subject(options, given)
     try:
-        profile_plots.check()
-        profile_progress.check()
-    except (MissingMatplotlib, profile_progress.MissingTqdm) as error:
+        plots.check()
+        progress.check()
+    except (MissingMatplotlib, progress.MissingTqdm) as error:
         options.error(str(error))
     try:
-        profile_predicted.check_device(given.device_model)
+        predicted.check_device(given.device_model)
     except ValueError as error:
         options.error(f"argument --device-model: {given.device_model!r} given, and {error}")
     try:
-        profile_page.folder(given.output)
+        page.folder(given.output)
     except OSError as error:
         options.error(f"argument --output: {given.output!r} given, and {error}; allowed: a folder to write into")
     try:
-        found = profile(
-            subject,
-            given.steps,
-            compare=given.compare,
-            output=given.output,
-            device=given.device,
-            device_model=given.device_model,
-            optimizer=given.optimizer,
-            iterations=given.iterations,
-            warmup=given.warmup,
-            seconds=given.seconds,
-            title=given.model or "",
-            progress=True,
-        )
+        with working_folder():  # a model may import its neighbours when it is made, or called
+            found = profile(
+                subject,
+                given.steps,
+                compare=given.compare,
+                output=given.output,
+                device=given.device,
+                device_model=given.device_model,
+                optimizer=given.optimizer,
+                iterations=given.iterations,
+                warmup=given.warmup,
+                seconds=given.seconds,
+                title=given.model or "",
+                progress=True,
+            )
     except SubjectError as error:
         print(f"persistrnn profile: {error}", file=sys.stderr)
         return 1
-    print(profile_tables.report(found, advice(found)))
-    print(f"\nwrote {', '.join(map(str, profile_page.files(found, given.output)))}")
+    print(tables.report(found, advice(found)))
+    print(f"\nwrote {', '.join(map(str, page.files(found, given.output)))}")
     return 0
 
 

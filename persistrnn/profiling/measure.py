@@ -12,6 +12,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -23,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import trace as profile_trace
-from .record import GIB, Point, Profile, Settings, machine
+from . import trace
+from .record import GIB, NO_KERNELS, UNTRACED, Point, Profile, Settings, machine
 from .subject import TORCH, Build, Built, Call, SubjectError, calls
 from .trace import (
+    IDLE,
     ITERATION,
     RECOMPUTE,
     SCAN_BACKWARD,
@@ -60,6 +62,11 @@ def precision(dtype: str) -> Iterator[None]:
         yield
     finally:
         rnn.fp32_precision, matmul.fp32_precision = before  # type: ignore[attr-defined]
+
+
+def on(device: str) -> contextlib.AbstractContextManager[Any]:
+    """With that GPU as the current one; of a CPU there is only one."""
+    return torch.cuda.device(device) if torch.device(device).type == "cuda" else contextlib.nullcontext()
 
 
 # One iteration.
@@ -212,11 +219,10 @@ def _point(
     progress: Callable[[str, int, str], None],
 ) -> Point:
     gc.collect()
-    cuda = torch.device(device).type == "cuda"
-    if cuda:
+    if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
     try:
-        with torch.cuda.device(device) if cuda else contextlib.nullcontext():
+        with on(device):
             return _measured(
                 arm, build, steps, device, settings, first, traces, lambda what: progress(arm, steps, what)
             )
@@ -241,8 +247,9 @@ def _measured(
 ) -> Point:
     progress("build")
     training = _Training(build(steps), settings, device)
-    # The profiled iteration warms up as well, but for the very first ones of an arm, which compile.
-    for _ in range(max(settings.warmup if first else settings.warmup - 1, 0)):
+    # The profiled iteration warms up as well, but for the very first ones of an arm, which compile. One is before it at
+    # any T: where the optimizer's state and oneDNN's primitives are made is no iteration as the others are.
+    for _ in range(max(settings.warmup - (not first), 1)):
         progress("warm-up")
         training()
     few = training.cuda or training.operators(MOST_OPERATORS) < MOST_OPERATORS
@@ -255,6 +262,9 @@ def _measured(
         raise SubjectError(
             "the model calls no recurrent layer; allowed: one with LSTM or GRU of persistrnn or torch.nn"
         )
+    untraced = _untraced(iteration, training.cuda)
+    if untraced:
+        iteration = None
     held = training.held()
     if training.cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -274,7 +284,16 @@ def _measured(
         phases=_scaled(iteration, middle, called) if iteration else {},
         spans=iteration.spans if iteration else [],
         calls=called,
+        untraced=untraced,
     )
+
+
+def _untraced(iteration: Iteration | None, cuda: bool) -> str:
+    """Why there are no phases; empty if there are."""
+    if iteration is None:
+        return UNTRACED
+    # Without kernels its times are those of the host, which launches them.
+    return NO_KERNELS if cuda and not iteration.device else ""
 
 
 def _traced(training: _Training, keep: Path | None) -> Iteration:
@@ -282,6 +301,8 @@ def _traced(training: _Training, keep: Path | None) -> Iteration:
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if training.cuda else []
     training.synchronize()
+    # What the profiler logs about itself would tear the progress bar; it reads this when it is first used.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # Memory's events are many; on a GPU the allocator has the statistics.
     options: dict[str, Any] = {"record_shapes": True, "profile_memory": not training.cuda}
     with (
@@ -294,7 +315,7 @@ def _traced(training: _Training, keep: Path | None) -> Iteration:
         path = keep or Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         with open(path, encoding="utf-8", errors="replace") as file:
-            return profile_trace.read(json.load(file))
+            return trace.read(json.load(file))
 
 
 def _timed(training: _Training, settings: Settings, progress: Callable[[str], None]) -> list[float]:
@@ -350,5 +371,5 @@ def _scaled(iteration: Iteration, seconds: float, called: Sequence[Call]) -> dic
     if RECOMPUTE in result and any(call.save == "auto" for call in called):
         result[RECOMPUTE].flops = 0.0  # which mode it took is not known here
     if iteration.device and busy < seconds:
-        result[profile_trace.IDLE] = Phase(seconds - busy)
+        result[IDLE] = Phase(seconds - busy)
     return result

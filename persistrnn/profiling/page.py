@@ -15,7 +15,7 @@ import jinja2
 from .. import plots
 from ..tables import number
 from . import plots as profile_plots
-from . import tables as profile_tables
+from . import tables
 from .advice import advice
 from .measure import trace_name
 from .record import Point, Profile
@@ -45,7 +45,7 @@ def cards(profile: Profile) -> list[Card]:
         Card("throughput", number(last.tokens_per_second), "tokens/s"),
     ]
     for peak in [point for point in points if point.peak][-1:]:
-        size = number((peak.held + peak.peak) / profile_tables.MIB)
+        size = number((peak.held + peak.peak) / tables.MIB)
         found.append(Card(f"peak memory at T = {peak.steps:,}", size, "MiB"))
         found.append(Card("longest T that fits, extrapolated", f"{profile.longest(last.arm):,}", "steps"))
     if profile.outlook:
@@ -69,7 +69,7 @@ def page(profile: Profile) -> str:
     """Raises MissingMatplotlib if that is not installed."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    traced = [profile_tables.traced(profile, arm) for arm in profile.arms]
+    traced = [tables.traced(profile, arm) for arm in profile.arms]
     return template.render(
         mark=plots.MARK,
         subject=profile.subject,
@@ -78,9 +78,9 @@ def page(profile: Profile) -> str:
         cards=cards(profile),
         advice=advice(profile),
         plots=profile_plots.draw(profile),
-        summary=profile_tables.summary(profile),
-        phases=[profile_tables.phases(profile, p, p is not own[-1]) for own in traced for p in reversed(own)],
-        predicted=profile_tables.predicted(profile),
+        summary=tables.summary(profile),
+        phases=[tables.phases(profile, p, p is not own[-1]) for own in traced for p in reversed(own)],
+        predicted=tables.predicted(profile),
         plan=profile.outlook.text if profile.outlook else "",
         device=profile.outlook.device if profile.outlook else "",
         no_plan=profile.no_outlook,
@@ -122,16 +122,26 @@ def files(profile: Profile, given: str | Path) -> list[Path]:
 
 
 def write(profile: Profile, path: Path, traces: Path) -> None:
-    """Write the page, the text and the data into a folder that exists, and move the traces there.
+    """Write the page, the text and the data into a folder that exists, and move the traces there. All is made before
+    anything is written, and the page comes first and whole: it bears the mark by which the next run knows the folder.
 
     Raises:
         MissingMatplotlib: it is not installed.
         OSError: the folder cannot be written.
     """
-    (path / TEXT).write_text(profile_tables.report(profile, advice(profile)) + "\n", encoding="utf-8")
-    (path / DATA).write_text(data(profile) + "\n", encoding="utf-8")
+    made = {
+        PAGE: page(profile),
+        TEXT: tables.report(profile, advice(profile)) + "\n",
+        DATA: data(profile) + "\n",
+    }
+    for name, content in made.items():
+        part = path / f"{name}.part"
+        try:
+            part.write_text(content, encoding="utf-8")
+            part.replace(path / name)
+        finally:
+            part.unlink(missing_ok=True)
     for arm in (OURS, TORCH):
         (path / trace_name(arm)).unlink(missing_ok=True)
     for trace in traces.iterdir():
         shutil.move(trace, path / trace.name)
-    (path / PAGE).write_text(page(profile), encoding="utf-8")

@@ -66,7 +66,7 @@ def check() -> None:
     except ImportError as error:
         raise plots.MissingMatplotlib(
             f"the report of a profile needs matplotlib, which cannot be imported ({error}): "
-            "pip install 'persistrnn[draw]'"
+            "pip install 'persistrnn[profile]'"
         ) from error
 
 
@@ -304,7 +304,7 @@ def batches(profile: Profile) -> list[Section]:
     )
     origin = f"predicted for {found.device}, nothing of it measured; {found.dtype}, the largest recurrent stack"
     plot = _finish(figure, "profile-batches", alt, origin)
-    caption = "By the plan's cost model. Synchronisation and state are the exchange between slices."
+    caption = "By the plan's cost model. State is reading it; synchronisation, barriers and exchange between slices."
     return [Section("Predicted: the step at larger batches", caption, [plot])]
 
 

@@ -15,7 +15,7 @@ def check() -> None:
     """Raises MissingTqdm if it is not installed."""
     if importlib.util.find_spec("tqdm") is None:
         raise MissingTqdm(
-            "the progress of a profile needs tqdm, which is not installed: pip install 'persistrnn[train]'"
+            "the progress of a profile needs tqdm, which is not installed: pip install 'persistrnn[profile]'"
         )
 
 

@@ -18,6 +18,7 @@ from .subject import Call
 from .trace import Phase, Span
 
 UNTRACED = "not traced: too many operators"
+NO_KERNELS = "not traced: the profiler saw no kernels"
 GIB = 1 << 30
 
 
@@ -25,10 +26,10 @@ GIB = 1 << 30
 class Settings:
     """optimizer: of OPTIMIZERS; iterations, warmup: at each T; seconds: after which no more than LEAST are timed."""
 
-    optimizer: str = "adam"
-    iterations: int = 5
-    warmup: int = 2
-    seconds: float = 20.0
+    optimizer: str
+    iterations: int
+    warmup: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Point:
 
     seconds: of an iteration, median; low, high: the quartiles. held: bytes between two iterations (parameters,
     optimizer, batch); peak: bytes above that within one. phases: seconds scaled to the iteration's, on a GPU those of
-    kernels and of the idle device. spans: of the profiled iteration, which took ``profiled`` seconds. All of them are
-    empty, and on a CPU the peak is 0, where there was no such iteration because it has too many operators.
+    kernels and of the idle device. spans: of the profiled iteration, which took ``profiled`` seconds. Where nothing is
+    known of such an iteration ``untraced`` says why: then all of them are empty, and on a CPU the peak is 0.
     """
 
     arm: str
@@ -70,6 +71,7 @@ class Point:
     phases: dict[str, Phase] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    untraced: str = ""
 
     @property
     def path(self) -> str:

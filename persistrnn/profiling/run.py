@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from . import measure as profiling
-from . import predicted as profile_predicted
-from .measure import OPTIMIZERS
+from . import predicted
+from .measure import OPTIMIZERS, measure, on, precision
 from .progress import Bar
 from .record import Profile, Settings
 from .subject import OURS, TORCH, Build, Sizes, SubjectError, of_callable, on_ours, on_torch
@@ -49,10 +49,10 @@ def profile(
             ("persistrnn")
         output: a folder for the page, the tables, the numbers and the Chrome traces; made if it is not there. It needs
             matplotlib
-        device: "cuda", "cuda:1" or "cpu"; None: a GPU where there is one. ``Sizes`` have their own
+        device: "cuda", "cuda:1" or "cpu"; None: that of ``Sizes``, else a GPU where there is one
         device_model: plan for a device that need not be there ("h200", see `persistrnn plan`); None: for that at hand
         optimizer: "adam", "adamw", "sgd" or "none"
-        iterations, warmup: at each T; None: 10 and 3 on a GPU, 3 and 1 on a CPU
+        iterations, warmup: at each T, 1 at the least; None: 10 and 3 on a GPU, 3 and 1 on a CPU
         seconds: after so many no further iteration is begun, but for two
         title: of the report; "" for one that follows from the subject
         progress: show a bar (needs tqdm)
@@ -71,39 +71,66 @@ def profile(
         raise ValueError(f"compare is {compare!r}, allowed: {', '.join(COMPARISONS)}, or None")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer is {optimizer!r}, allowed: {', '.join(OPTIMIZERS)}")
-    profile_predicted.check_device(device_model)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    predicted.check_device(device_model)
+    where = _where(subject, device)
     if isinstance(subject, Sizes):
-        where = subject.device
         subject.check()
     counts = counted(where, iterations, warmup)
-    for name, value, least in zip(("iterations", "warmup"), counts, (1, 0), strict=True):
-        if value < least:
-            raise ValueError(f"{name} is {value}, allowed: an int, at least {least}")
+    for name, value in zip(("iterations", "warmup"), counts, strict=True):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}, allowed: an int, at least 1")
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds is {seconds!r}, allowed: a finite number, at least 0")
     if output is not None:
         from . import page, plots  # only here: they need jinja2 and matplotlib
 
         plots.check()
         folder = page.folder(output)
     arms = _arms(subject, compare, where)
-    bar = Bar(len(arms), steps, 2 + sum(counts)) if progress else None
+    bar = Bar(len(arms), steps, 2 + sum(counts)) if progress else None  # 2: built, and profiled
     told = bar or (lambda arm, steps, what: None)
     dtype = subject.dtype if isinstance(subject, Sizes) else ""
     name = str(subject) if isinstance(subject, Sizes) else getattr(subject, "__name__", "a model")
     # Traces go to the folder with the rest: a run that is killed leaves nothing there that the next one would not know.
-    with profiling.precision(dtype), tempfile.TemporaryDirectory() as traces, contextlib.ExitStack() as stack:
+    with precision(dtype), tempfile.TemporaryDirectory() as traces, contextlib.ExitStack() as stack:
         if bar is not None:
             stack.callback(bar.close)
         settings = Settings(optimizer, *counts, seconds)
         keep = None if output is None else Path(traces)
-        found = profiling.measure(title or name, arms, steps, where, settings, keep, told)
-        profile_predicted.add(found, device_model)
+        found = measure(title or name, arms, steps, where, settings, keep, told)
+        with on(where):  # the plan is for the current GPU
+            predicted.add(found, device_model)
         if output is not None:
             told(found.arms[-1], max(steps), "write the report")
             page.write(found, folder, Path(traces))
         if bar is not None:
             bar.finish()
     return found
+
+
+def device_problem(device: str) -> str:
+    """What is wrong with the name of a device, and what is allowed; empty for one that is here."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        return "allowed: cpu, cuda or cuda:N"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found.type == "cuda" and (found.index or 0) >= count:
+        return f"and torch sees {count} GPUs here; allowed: one of them, or cpu"
+    return ""
+
+
+def _where(subject: Callable[[int], tuple[Any, ...]] | Sizes, device: str | None) -> str:
+    """The device to run on. Raises ValueError for one that cannot be, or that differs from the sizes' own."""
+    own = subject.device if isinstance(subject, Sizes) else None
+    if own is not None and device not in (None, own):
+        raise ValueError(f"device is {device!r}, and that of the sizes {own!r}; allowed: the same, or None")
+    where = own or device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if problem := device_problem(where):
+        raise ValueError(f"device is {where!r}, {problem}")
+    return where
 
 
 def counted(device: str, iterations: int | None, warmup: int | None) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,8 +86,21 @@ class Sizes:
         return Built(layer.to(**where), (x,), {})
 
 
+@contextlib.contextmanager
+def working_folder() -> Iterator[None]:
+    """With the working folder first among those where modules are looked for."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the user's code may change the list too
+            sys.path.remove(here)
+
+
 def load(given: str) -> Callable[..., Any]:
-    """The callable that "module:callable" names; modules are looked for in the working folder first.
+    """The callable that "module:callable" names; modules are looked for in the working folder first. To call it, and
+    what it returns, stay within ``working_folder``: it may import more.
 
     Raises:
         SubjectError: it is not of that form, cannot be imported, or is no callable.
@@ -95,15 +109,13 @@ def load(given: str) -> Callable[..., Any]:
     form = "module:callable, such as mymodel:make for `def make(steps)` in mymodel.py"
     if not (name and colon and attribute):
         raise SubjectError(f"{given!r} given, allowed: {form}")
-    sys.path.insert(0, "")
     try:
-        found: Any = importlib.import_module(name)
+        with working_folder():
+            found: Any = importlib.import_module(name)
     except Exception as error:  # whatever the user's file raises
         raise SubjectError(
             f"{given!r} given, and {name!r} cannot be imported ({_words(error)}); allowed: {form}"
         ) from error
-    finally:
-        sys.path.remove("")
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise SubjectError(f"{given!r} given, and {name!r} has no {attribute!r}; allowed: {form}")

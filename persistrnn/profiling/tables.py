@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..tables import Line, Table, known, number, numbers, table, words
 from .measure import LEAST
-from .record import GIB, UNTRACED, Machine, Point, Profile
+from .record import GIB, Machine, Point, Profile
 from .trace import Phase
 
 MIB = 1 << 20
@@ -32,7 +32,7 @@ def summary(profile: Profile) -> Table:
             continue
         cells = [point.path, number(point.seconds * 1e3), f"{number(point.low * 1e3)} to {number(point.high * 1e3)}"]
         cells += [number(point.per_step), number(point.tokens_per_second)]
-        peak = [number(point.peak / MIB), number(point.bytes_per_token / 1024)] if point.peak else [UNTRACED, ""]
+        peak = [number(point.peak / MIB), number(point.bytes_per_token / 1024)] if point.peak else [point.untraced, ""]
         cells += [peak[0], number(point.held / MIB), peak[1]]
         lines.append(Line([*start, *cells, f"{profile.longest(point.arm):,}"]))
     caption = "Iterations (forward, loss, backward, optimizer); median and quartiles"
