@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench.layers import map_state
 from bench.progress import bar
 
 
@@ -86,6 +87,11 @@ def beam_search(
         ordered(row, row_scores, stop, length_penalty)
         for row, row_scores in zip(history.tolist(), scores.tolist(), strict=True)
     ]
+
+
+def select_rows(state: Any, rows: Tensor) -> Any:
+    """The `select` of states whose tensors have the rows in dimension 1, as those of recurrent layers."""
+    return map_state(state, lambda tensor: tensor.index_select(1, rows))
 
 
 def ordered(rows: list[list[int]], scores: list[float], stop: int | None, penalty: float) -> list[Hypothesis]:

@@ -35,7 +35,7 @@ PARTS = ("correctness", "stress", "micro", "race", "tune")
 # A part is stopped so many minutes after it should have ended.
 GRACE = 1.0
 # Appended to the path: the checkout's persistrnn lacks the kernels, the one that runs this has them.
-RACE = ("bench/test_layers.py", "--import-mode=append", "--benchmark-only")
+RACE = ("bench/test_race.py", "--import-mode=append", "--benchmark-only")
 FIRST_CALL = """
 import time, torch, persistrnn
 layer = persistrnn.LSTM(1024, 1024, device="cuda", dtype=torch.bfloat16, backend="persistent")

@@ -20,14 +20,13 @@ from torch.nn.functional import cross_entropy
 
 from bench import UsageError, runner
 from bench.buckets import Buckets
-from bench.decoding import beam_search, draw
+from bench.decoding import beam_search, draw, select_rows
 from bench.layers import recurrent, run_padded
 from bench.options import Options, Settings, number, option
 from bench.progress import bar
 from bench.text import Lines, load_corpus, source_folder, standard_library, window
-from bench.training import map_state
 from bench.vocabulary import START, Bytes, Vocabulary, Words
-from bench.workload import Metric, Piece, Workload
+from bench.workload import NO_TARGET, Metric, Piece, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +117,7 @@ class LanguageModeling(Workload):
         else:
             self.vocabulary = Bytes()
             self.train, self.held_out = self.corpus.train, self.corpus.held_out
-        self.loss_unit = "bits/char" if settings.tokens == "bytes" else "bits/word"
+        self.loss_unit, self.unit = f"bits/{self.vocabulary.name}", settings.tokens
         self.metrics = (Metric(f"bits per {self.vocabulary.name} on held-out files", "lower"),)
         if settings.lines:
             sides = (self.train, self.held_out)
@@ -175,10 +174,6 @@ class LanguageModeling(Workload):
                 raise UsageError(
                     f"{name} {value} given with --beam {job.beam}, which draws nothing: leave one of them out"
                 )
-        if job.generate and (job.resume or job.overwrite or job.compare):
-            raise UsageError(
-                "--generate given with --resume, --overwrite or --compare: it trains nothing; leave one of them out"
-            )
 
     @classmethod
     def model_option(cls, job: Namespace) -> str | None:
@@ -226,7 +221,7 @@ class LanguageModeling(Workload):
             loss, state = self.loss(model, tuple(tensor.to(device) for tensor in tensors), state)
             state = state if self.continues else None
             total += loss.item()
-            count += int((tensors[1] >= 0).sum())
+            count += int((tensors[1] != NO_TARGET).sum())
         return [total / count / math.log(2)]
 
     def held_out_batches(self) -> Sequence[tuple[Tensor, ...]]:
@@ -288,11 +283,8 @@ class LanguageModeling(Workload):
             logits, state = model(tokens[None], state)
             return logits[0].float(), state
 
-        def select(state: Any, rows: Tensor) -> Any:
-            return map_state(state, lambda tensor: tensor.index_select(1, rows))
-
         stop = self.vocabulary.newline if self.settings.lines else None
-        found = beam_search(step, select, state, read[-1], width=width, length=length, stop=stop)
+        found = beam_search(step, select_rows, state, read[-1], width=width, length=length, stop=stop)
         return found[0][0].tokens
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +44,13 @@ def run_padded(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any = None) 
     packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
     y, state = layer(packed, state)
     return pad_packed_sequence(y, total_length=len(x))[0], state
+
+
+def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`change` applied to every tensor of a carried state: None, a tensor, or nested tuples of them."""
+    if state is None or isinstance(state, Tensor):
+        return None if state is None else change(state)
+    return tuple(map_state(part, change) for part in state)
 
 
 def path(model: nn.Module) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from bench import UsageError
+from bench.held_out import held_out
 from bench.progress import bar
 
-HELD_OUT = 26  # of 256 numbers, on average: one in ten
 EXTRA = "num2words makes the words and is not installed: pip install 'persistrnn[translation]'"
 
 
@@ -43,7 +43,7 @@ def load_pairs(languages: str, digits: int, count: int) -> Pairs:
     sides: tuple[list[Pair], list[Pair]] = ([], [])
     digest = hashlib.sha256()
     for number in bar(draw(digits, max(1, count // len(names))), "words of numbers"):
-        side = hashlib.sha256(str(number).encode()).digest()[0] < HELD_OUT
+        side = held_out(str(number))
         for name in names:
             pair = Pair(name, number, say(number, name))
             sides[side].append(pair)

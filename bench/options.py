@@ -14,6 +14,8 @@ import torch
 
 from bench import UsageError, ranks
 
+SHARED = {"resume", "overwrite", "compare", "out", "save_seconds"}  # what every program has beside its settings
+SAVE_SECONDS = 20.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Options: TypeAlias = "argparse._ArgumentGroup"
@@ -47,6 +49,16 @@ def device_name(text: str) -> str:
         remedy += " (each of torchrun's processes takes a GPU of its own)" if count and one_each else ""
         raise argparse.ArgumentTypeError(f"{text!r} given, allowed here: {', '.join(allowed)}{remedy}")
     return text
+
+
+def check_gpus(device: str) -> None:
+    """Raises UsageError where torchrun has started more processes than there are GPUs for them."""
+    there = torch.cuda.device_count()
+    if device == "cuda" and ranks.world() > 1 and ranks.neighbours() > there:
+        raise UsageError(
+            f"--device cuda given to {ranks.neighbours()} processes on this machine, each of which takes a GPU of its "
+            f"own, and it has {there}: allowed is torchrun --nproc-per-node {there} or less, or --device cpu"
+        )
 
 
 def option(default: Any, help: str, **how: Any) -> Any:
@@ -111,6 +123,7 @@ class Settings:
                 f"--save {self.save} given with --backend torch.nn, whose layers have no such choice: "
                 "leave --save out, or take another --backend"
             )
+        check_gpus(self.device)
         if self.batch < ranks.world():
             raise UsageError(
                 f"--batch {self.batch} given to {ranks.world()} processes: each needs a row; allowed is "
@@ -149,6 +162,7 @@ class Settings:
             device_name(saved["device"])  # the machine may have changed since
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"the checkpoint was made with --device {saved['device']}: {error}") from error
+        check_gpus(saved["device"])
         return cls(**saved)
 
 
@@ -203,11 +217,17 @@ def parser(settings: type[Settings], command: str, description: str, out: Path) 
     job.add_argument(
         "--save-seconds",
         type=number(float, 0),
-        default=20.0,
+        default=SAVE_SECONDS,
         metavar="S",
         help="time between two checkpoints (default %(default)s)",
     )
     return made, job
+
+
+def given_own(made: Parser, job: Namespace) -> dict[str, Any]:
+    """The options of this one program that are no settings and were given other than their defaults."""
+    own = {name: value for name, value in vars(job).items() if name not in SHARED}
+    return {name: value for name, value in own.items() if value != made.get_default(name)}
 
 
 def split(settings: type[Settings], arguments: Namespace) -> tuple[Namespace, dict[str, Any]]:

@@ -27,9 +27,14 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def neighbours() -> int:
+    """The processes on this machine, this one among them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
 @contextmanager
 def connected() -> Iterator[None]:
-    """Inside, the processes that torchrun started can reach each other."""
+    """Inside, the processes that torchrun started can reach each other. Once in a process."""
     if world() == 1:
         yield
         return
@@ -38,13 +43,15 @@ def connected() -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        # gloo alone is left to the end of the process: destroying it joins its threads (a process hung there, 1 in 50).
+        if gpu:
+            dist.destroy_process_group()
 
 
 def device(name: str) -> torch.device:
-    """This process's device: "cuda" is the GPU of its own."""
-    if name == "cuda" and world() > 1:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    """This process's device: "cuda" is the GPU of its own, or torch's current one; with its number in either case."""
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if world() > 1 else torch.cuda.current_device())
     return torch.device(name)
 
 

@@ -64,7 +64,7 @@ def load_recordings(file: Path) -> Recordings:
     Such a file is a pickle: reading it runs what its maker put in.
 
     Raises:
-        UsageError: a file of another form
+        UsageError: a file of another form; NumPy is missing
     """
     try:
         content = read(file)
@@ -93,7 +93,11 @@ def load_recordings(file: Path) -> Recordings:
 
 
 def read(file: Path) -> dict[str, Any]:
-    import numpy  # only here: torch alone does not need it
-
+    try:
+        import numpy  # only here: torch alone does not need it
+    except ImportError as error:
+        raise UsageError(
+            f"--recordings {file}: NumPy reads it and is not installed: pip install 'persistrnn[signals]'"
+        ) from error
     content: dict[str, Any] = numpy.load(file, allow_pickle=True).item()
     return content

@@ -34,12 +34,13 @@ from typing import Any, NamedTuple, NoReturn
 
 from bench import UsageError, checkpoint, curves, layers, ranks
 from bench.memory import PeakMemory
-from bench.options import Settings, flag, parser, split
+from bench.options import SAVE_SECONDS, Settings, flag, given_own, parser, split
 from bench.progress import bar
 from bench.ranks import say
 from bench.training import Run
 from bench.workload import Workload
 
+BASELINE = "torch.nn"  # the folder, within --out, of what a comparison trains beside persistrnn
 INTERPRETED = {"hidden": 32, "batch": 4, "steps": 15}  # at most, of a comparison in the interpreter
 
 
@@ -63,7 +64,8 @@ def train(run: Run, folder: Path, save_seconds: float) -> None:
     with checkpoint.Signals() as signals, progress:
         received = 0.0
         while not run.finished and not received:
-            run.train_step()
+            with run.within_memory():
+                run.train_step()
             now = time.monotonic()
             run.speed = (run.count - counted) / (now - begin)
             if run.step == first + 1:  # this step compiled the kernels: the speed is that of the others
@@ -112,10 +114,14 @@ def look(folder: Path, job: Namespace, program: type[Workload]) -> dict[str, Any
     return None
 
 
-def start(program: type[Workload], content: dict[str, Any] | None, given: dict[str, Any], folder: Path) -> Run:
-    """The run of a checkpoint continued, or a new one."""
+def chosen(program: type[Workload], content: dict[str, Any] | None, given: dict[str, Any]) -> Settings:
+    """The settings of a checkpoint, with which the given ones must agree, or those of a new run."""
     kind = program.settings_type
-    settings = kind.resumed(content["settings"], given) if content else kind.complete(given)
+    return kind.resumed(content["settings"], given) if content else kind.complete(given)
+
+
+def start(program: type[Workload], content: dict[str, Any] | None, settings: Settings, folder: Path) -> Run:
+    """The run of a checkpoint continued, or a new one."""
     run = Run(program(settings))
     run.probe()
     if content:
@@ -125,9 +131,11 @@ def start(program: type[Workload], content: dict[str, Any] | None, given: dict[s
 
 
 def make_room(folder: Path) -> None:
-    """Sets the checkpoint of an earlier run aside."""
-    if ranks.rank() == 0 and (kept := checkpoint.set_aside(folder)):
-        say(f"The run that was in {folder} is kept as {kept}.")
+    """Sets the checkpoint of an earlier run aside, and that of torch.nn which it was compared with: first, so that no
+    later comparison takes it for its own, even if this process ends in between."""
+    for each in (folder / BASELINE, folder):
+        if ranks.rank() == 0 and (kept := checkpoint.set_aside(each)):
+            say(f"The run that was in {each} is kept as {kept}.")
 
 
 def results(run: Run) -> str:
@@ -141,7 +149,7 @@ def results(run: Run) -> str:
 def single(program: type[Workload], job: Namespace, given: dict[str, Any]) -> None:
     """Trains, gives the finishing touches, measures on held-out data."""
     content = look(job.out, job, program)
-    run = start(program, content, given, job.out)
+    run = start(program, content, chosen(program, content, given), job.out)
     if run.quality is not None:
         say(f"This run is finished: {results(run)}.")
         say("Leave --resume out to begin a new one.")
@@ -189,18 +197,19 @@ class Arm(NamedTuple):
 def compare(program: type[Workload], job: Namespace, given: dict[str, Any]) -> None:
     """Trains persistrnn, then torch.nn from the same weights; prints both curves, the quality and the cost."""
     interpreted = job.compare == "interpreted"
-    folders = {"persistrnn": job.out, "torch.nn": job.out / "torch.nn"}
+    folders = {"persistrnn": job.out, "torch.nn": job.out / BASELINE}
     # Interrupted before the second began, there is none of it to resume.
     there = ranks.from_first(checkpoint.exists(folders["torch.nn"]))
     second = Namespace(**{**vars(job), "resume": job.resume and there})
     contents = {name: look(folders[name], how, program) for name, how in zip(folders, (job, second), strict=True)}
     arms: list[Arm] = []
     for name, folder in folders.items():
-        run = start(program, contents.pop(name), given, folder)
-        settings = run.settings
+        content = contents.pop(name)
+        settings = chosen(program, content, given)
         if not arms:
             check_comparable(settings)
-        if not run.losses:
+        run = start(program, content, settings, folder)
+        if not arms and content is None:
             make_room(folder)
         say(run.explanation())
         train(run, folder, job.save_seconds)
@@ -210,7 +219,7 @@ def compare(program: type[Workload], job: Namespace, given: dict[str, Any]) -> N
         arms.append(Arm(name, layers.path(run.model), run.losses, run.quality, run.speed, run.memory))
         given = asdict(replace(settings, backend="torch.nn", save="gates"))
         workload = run.workload
-        del run  # its memory shall not count as the other's
+        del run, content  # its memory shall not count as the other's
     ours, theirs = arms
     say(curves.table((ours.name, theirs.name), (ours.losses, theirs.losses), workload.loss_unit))
     if not interpreted:  # whose time and memory say nothing
@@ -253,11 +262,22 @@ def compare_interpreted(program: type[Workload], job: Namespace, given: dict[str
     """Becomes a process that compares a small model, its kernels run by Triton's interpreter on the CPU."""
     if ranks.world() > 1:
         raise UsageError(f"--compare interpreted given to {ranks.world()} processes: allowed is one, without torchrun")
+    for name, allowed in (("device", ["cpu"]), ("backend", ["persistent", "auto"])):
+        if given.get(name, allowed[0]) not in allowed:
+            raise UsageError(
+                f"{flag(name)} {given[name]} given with --compare interpreted, which runs our kernels on the CPU: "
+                f"allowed is {flag(name)} {allowed[0]}, or leave it out"
+            )
     settings = program.settings_type.complete({"device": "cpu", **given})
+    check_comparable(settings)
     limits = INTERPRETED | program.small
     small = {name: min(getattr(settings, name), limit) for name, limit in limits.items()}
     small = asdict(replace(settings, **small, warmup=0, device="cpu", backend="persistent"))
-    print("A small model on the interpreted kernels, beside torch.nn from the same weights (slow: no speed is meant).")
+    sizes = " ".join(f"{flag(name)} {small[name]}" for name in (*limits, "warmup"))
+    print(
+        f"A small model ({sizes}) on the interpreted kernels, beside torch.nn from the same weights (slow: no speed is "
+        "meant)."
+    )
     command = [sys.executable, "-m", f"bench.{program.name}", "--compare", "interpreted", "--overwrite"]
     command += ["--out", str(job.out / "interpreted")]
     for field in fields(settings):
@@ -269,6 +289,37 @@ def compare_interpreted(program: type[Workload], job: Namespace, given: dict[str
     sys.stdout.flush()
     # Triton reads the variable when it is imported, so this process is too late for it.
     os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
+
+
+def check_used(program: type[Workload], job: Namespace, own: dict[str, Any]) -> None:
+    """Raises UsageError where an option would be without effect; `own` are the given ones that the program adds."""
+    using = program.model_option(job)
+    if using and (job.resume or job.overwrite or job.compare):
+        raise UsageError(
+            f"{using} given with --resume, --overwrite or --compare: it trains nothing; leave one of them out"
+        )
+    if job.compare and own:
+        names = ", ".join(map(flag, own))
+        raise UsageError(
+            f"{names} given with --compare, which shows curves, quality and cost, and nothing that these act on: leave "
+            "one of them out"
+        )
+    if job.compare == "interpreted" and (job.resume or job.save_seconds != SAVE_SECONDS):
+        raise UsageError(
+            f"{'--resume' if job.resume else '--save-seconds'} given with --compare interpreted, which always begins "
+            "anew: leave it out"
+        )
+
+
+def unfinished(program: type[Workload], job: Namespace) -> bool:
+    """Whether --resume would go on with what is in --out."""
+    if program.model_option(job) or job.compare == "interpreted":
+        return False
+    folders = [job.out, *([job.out / BASELINE] if job.compare else [])]
+    contents = [checkpoint.load(folder) for folder in folders]
+    if contents[0] is None or contents[0].get("workload") != program.name:
+        return False
+    return any(content is None or content["quality"] is None for content in contents)
 
 
 def command_line(program: type[Workload], options: str) -> str:
@@ -288,6 +339,7 @@ def main(program: type[Workload], arguments: Sequence[str] | None = None) -> int
     job, given = split(program.settings_type, options.parse_args(arguments))
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     try:
+        check_used(program, job, given_own(options, job))
         program.check_options(job)
         with ranks.connected():
             if program.model_option(job):
@@ -302,7 +354,7 @@ def main(program: type[Workload], arguments: Sequence[str] | None = None) -> int
         options.error(str(error))
     except (checkpoint.Stopped, KeyboardInterrupt) as stop:  # outside the training loop Ctrl-C stops at once
         say(str(stop) or "SIGINT; nothing is lost.")
-        if checkpoint.exists(job.out) and job.compare != "interpreted":  # that small comparison starts anew
+        if ranks.rank() == 0 and unfinished(program, job):
             compared = f" --compare {job.compare}" if job.compare else ""
             say(f"Continue with: {command_line(program, f'--resume --out {shlex.quote(str(job.out))}{compared}')}")
         return 128 + getattr(stop, "number", signal.SIGINT)

@@ -20,14 +20,12 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from bench import UsageError, runner
-from bench.layers import recurrent, run_padded
+from bench.layers import map_state, recurrent, run_padded
 from bench.options import Settings, number, option
 from bench.progress import bar
 from bench.recordings import Recording, Recordings, load_recordings, shipped
-from bench.training import map_state
-from bench.workload import Metric, Piece, Workload
+from bench.workload import NO_TARGET, Metric, Piece, Workload
 
-NO_TAG = -100  # past a session's end; cross_entropy leaves it out
 SESSIONS = 4  # of each held-out person
 
 
@@ -156,14 +154,14 @@ class Tagging(Workload):
         """Sessions side by side, in pieces of time: signals (T, B, channels), lengths (B,) and tags (T, B). A session
         that has ended goes on as one step without a tag."""
         signals = pad_sequence([signal for signal, _ in sessions])
-        tags = pad_sequence([tags for _, tags in sessions], padding_value=NO_TAG)
+        tags = pad_sequence([tags for _, tags in sessions], padding_value=NO_TARGET)
         ends = torch.tensor([len(signal) for signal, _ in sessions])
         size = self.settings.truncate or len(signals)
         pieces = []
         for first in range(0, len(signals), size):
             part = slice(first, first + size)
             lengths = (ends - first).clamp(1, len(signals[part]))
-            pieces.append(Piece((signals[part], lengths, tags[part]), int((tags[part] != NO_TAG).sum())))
+            pieces.append(Piece((signals[part], lengths, tags[part]), int((tags[part] != NO_TARGET).sum())))
         return pieces
 
     def pieces(self, step: int, rows: slice) -> list[Piece]:
@@ -176,7 +174,7 @@ class Tagging(Workload):
     def loss(self, model: nn.Module, tensors: tuple[Tensor, ...], state: Any) -> tuple[Tensor, Any]:
         signals, lengths, tags = tensors
         logits, state = model(signals, lengths, state)
-        total = cross_entropy(logits.float().flatten(0, 1), tags.flatten(), ignore_index=NO_TAG, reduction="sum")
+        total = cross_entropy(logits.float().flatten(0, 1), tags.flatten(), ignore_index=NO_TARGET, reduction="sum")
         return total, map_state(state, forward_only)
 
     def tagged(self, model: nn.Module, session: tuple[Tensor, Tensor]) -> Tensor:

@@ -7,15 +7,17 @@ import hashlib
 import os
 import sysconfig
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from bench import UsageError
+from bench.held_out import held_out
 from bench.vocabulary import START
-
-HELD_OUT = 26  # of 256 files, on average: one in ten
+from bench.workload import NO_TARGET
 
 # Other people's packages; tests (many systems leave them out, and the text should be the same with and
 # without); generated files (tables so alike that a held-out one is known from its neighbours, and the manual).
@@ -45,35 +47,46 @@ def source_folder(text: str) -> str:
     return str(Path(text).resolve())
 
 
-def source_files(folder: Path) -> list[tuple[bytes, str]]:
-    """(sha256 of the name, name relative to `folder`) of every .py file below, in the order of the hashes.
+def source_files(folder: Path) -> list[str]:
+    """The name, relative to `folder`, of every .py file below, in the order of the names' hashes.
 
     The order is arbitrary but the same everywhere, so every stretch of the text is a fair mix of it.
     """
     names = []
-    for root, folders, files in os.walk(folder):
+    for root, folders, files in os.walk(folder, onerror=partial(unreadable, folder)):
         folders[:] = [name for name in folders if name not in SKIPPED]
-        names += [(Path(root) / name).relative_to(folder).as_posix() for name in files if name.endswith(".py")]
-    return sorted((hashlib.sha256(name.encode()).digest(), name) for name in names)
+        paths = [Path(root) / name for name in files if name.endswith(".py")]
+        names += [path.relative_to(folder).as_posix() for path in paths if path.is_file()]  # no pipe, no broken link
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+
+
+def unreadable(folder: Path, error: OSError) -> NoReturn:
+    raise UsageError(
+        f"--text {folder}: {error.filename} cannot be read ({error.strerror}); allowed is a folder of which every .py "
+        "file can be read: change its permissions, or name another"
+    ) from error
 
 
 def load_corpus(folder: Path) -> Corpus:
     """Reads every source file below `folder`; a hash of its name alone decides on which side a file falls."""
     texts = (bytearray(), bytearray())
     names: tuple[list[str], list[str]] = ([], [])
-    for digest, name in source_files(folder):
-        side = int(digest[0] < HELD_OUT)
+    for name in source_files(folder):
+        side = held_out(name)
         names[side].append(name)
         texts[side].append(START)
-        texts[side].extend((folder / name).read_bytes())
+        try:
+            texts[side].extend((folder / name).read_bytes())
+        except OSError as error:
+            unreadable(folder, error)
     if not all(texts):
         raise UsageError(
             f"--text {folder}: {len(names[0])} training and {len(names[1])} held-out .py files found, at least one of "
             "each is needed; name a folder that holds more Python source"
         )
     fingerprint = hashlib.sha256(texts[0] + texts[1]).hexdigest()
-    train, held_out = (torch.frombuffer(text, dtype=torch.uint8) for text in texts)
-    return Corpus(train, held_out, tuple(names[0]), tuple(names[1]), fingerprint)
+    train, kept = (torch.frombuffer(text, dtype=torch.uint8) for text in texts)
+    return Corpus(train, kept, tuple(names[0]), tuple(names[1]), fingerprint)
 
 
 def window(text: Tensor, step: int, batch: int, sequence: int) -> tuple[Tensor, Tensor]:
@@ -108,11 +121,11 @@ class Lines:
     def padded(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs (START, then the line) and targets (the line), int64 (T, B), and the lengths, int64 (B,).
 
-        T is that of the longest; past a line's end the input is START and the target -100, which no loss counts.
+        T is that of the longest; past a line's end the input is START and the target NO_TARGET.
         """
         lengths = self.lengths[indices]
         positions = torch.arange(int(lengths.max()))[:, None]
         tokens = self.text[(self.starts[indices] + positions).clamp(max=len(self.text) - 1)].long()
-        targets = tokens.masked_fill(positions >= lengths, -100)
+        targets = tokens.masked_fill(positions >= lengths, NO_TARGET)
         inputs = torch.cat([torch.full_like(tokens[:1], START), tokens[:-1]]).masked_fill(positions >= lengths, START)
         return inputs, targets, lengths

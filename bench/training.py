@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import UsageError, checkpoint, layers, ranks
+from bench.layers import map_state
 from bench.options import DTYPES, flag
 from bench.schedule import learning_rate
 from bench.workload import Workload
@@ -27,13 +28,6 @@ def new_model(workload: Workload, backend: str) -> nn.Module:
         model = workload.model("torch.nn")
         model.load_state_dict(weights)  # persistrnn's parameters have torch.nn's names and shapes
     return model
-
-
-def map_state(state: Any, change: Any) -> Any:
-    """`change` applied to every tensor of a carried state."""
-    if state is None or isinstance(state, Tensor):
-        return None if state is None else change(state)
-    return tuple(map_state(part, change) for part in state)
 
 
 class Run:
@@ -188,6 +182,22 @@ class Run:
         finally:
             self.model.train()
 
+    @contextmanager
+    def within_memory(self) -> Iterator[None]:
+        """Inside, a GPU whose memory is full is a UsageError that says what takes less."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            settings = self.settings
+            sizes = [name for name in ("batch", "sequence") if hasattr(settings, name)]
+            given = " ".join(f"{flag(name)} {getattr(settings, name)}" for name in sizes)
+            saves = settings.backend != "torch.nn" and settings.save != "checkpoint"
+            remedies = [f"a smaller {flag(name)}" for name in sizes] + ["--save checkpoint"] * saves
+            raise UsageError(
+                f"{given} --save {settings.save} takes more memory than --device {settings.device} has ({error}): "
+                f"allowed is what fits; take {' or '.join(remedies)}"
+            ) from error
+
     def evaluate(self) -> list[float]:
         """The workload's metrics on its held-out data."""
         with self.using() as model:
@@ -203,7 +213,7 @@ class Run:
         """One call as in training, to find out at the door whether this machine can run it."""
         piece = self.workload.pieces(0, self.rows)[0]
         try:
-            with self.autocast():
+            with self.within_memory(), self.autocast():
                 self.workload.loss(self.model, tuple(tensor.to(self.device) for tensor in piece.tensors), None)
         except RuntimeError as error:
             names = ["cell", "dtype", "device", "backend", *(["save"] if self.settings.save != "gates" else [])]

@@ -20,16 +20,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bench import UsageError, runner
 from bench.buckets import Buckets
-from bench.decoding import Hypothesis, beam_search
+from bench.decoding import Hypothesis, beam_search, select_rows
 from bench.layers import recurrent, run_padded
 from bench.number_words import Pair, load_pairs
 from bench.options import Options, Settings, number, option
 from bench.progress import bar
-from bench.training import map_state
-from bench.workload import Metric, Piece, Workload
+from bench.workload import NO_TARGET, Metric, Piece, Workload
 
 END = 0  # the target's first input and its last token
-NO_TARGET = -100  # past a row's END; cross_entropy leaves it out
+BEAM = 4  # hypotheses kept, of the measurement and by default
 EVALUATED = 1000  # held-out pairs, at most
 
 
@@ -39,14 +38,22 @@ class TranslationSettings(Settings):
     batch: int = 64
     steps: int = 3000
     learning_rate: float = 6e-3
-    warmup: int = 100
+    warmup: int = option(
+        None,
+        "steps over which the learning rate rises (default 100, or a tenth of --steps if that is less)",
+        type=number(int, 0),
+        metavar="N",
+    )
     embedding: int = option(32, "width of a token's embedding", type=number(int, 1), metavar="N")
     languages: str = option("de,en,es,fr", "of the words, by num2words' names", metavar="NAME,NAME,...")
     digits: int = option(6, "the most of a number", type=number(int, 1, 12), metavar="N")
     pairs: int = option(
         32_000, "numbers with their words, of which one in ten is held out", type=number(int, 2), metavar="N"
     )
-    beam: int = option(4, "hypotheses kept in decoding", type=number(int, 1), metavar="W")
+
+    @classmethod
+    def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return super().defaults(given) | {"warmup": min(100, given.get("steps", cls.steps) // 10)}
 
     def check(self) -> None:
         super().check()
@@ -121,7 +128,7 @@ class Translation(Workload):
         lengths = torch.tensor([len(pair.words) for pair in self.pairs.train])
         self.buckets = Buckets(lengths, settings.batch, settings.seed)
         self.metrics = (
-            Metric(f"of the held-out numbers exactly right, beam of {settings.beam}", "higher"),
+            Metric(f"of the held-out numbers exactly right, beam of {BEAM}", "higher"),
             Metric("of them exactly right without a beam", "higher"),
             Metric("nats per held-out character", "lower"),
         )
@@ -134,13 +141,13 @@ class Translation(Workload):
             metavar="'LANGUAGE NUMBER'",
             help="do not train: say this number, by the model in --out",
         )
-
-    @classmethod
-    def check_options(cls, job: Namespace) -> None:
-        if job.translate is not None and (job.resume or job.overwrite or job.compare):
-            raise UsageError(
-                "--translate given with --resume, --overwrite or --compare: it trains nothing; leave one of them out"
-            )
+        job.add_argument(
+            "--beam",
+            type=number(int, 1),
+            default=BEAM,
+            metavar="W",
+            help="hypotheses kept in translating; the quality is always that of the default (%(default)s)",
+        )
 
     @classmethod
     def model_option(cls, job: Namespace) -> str | None:
@@ -185,7 +192,7 @@ class Translation(Workload):
             tensors = tuple(tensor.to(device) for tensor in self.padded(part))
             loss += self.loss(model, tensors, None)[0].item()
             count += int((tensors[-1] != NO_TARGET).sum())
-            for index, width in enumerate((self.settings.beam, 1)):
+            for index, width in enumerate((BEAM, 1)):
                 found = self.translations(model, part, width)
                 right[index] += sum(pair.words == self.text(best[0]) for pair, best in zip(part, found, strict=True))
         return [right[0] / len(pairs), right[1] / len(pairs), loss / count]
@@ -201,11 +208,8 @@ class Translation(Workload):
             logits, after = model.decode(tokens[None], *state)
             return logits[0].float(), (after, state[1])
 
-        def select(state: Any, rows: Tensor) -> Any:
-            return map_state(state, lambda tensor: tensor.index_select(1, rows))
-
         start = torch.full((len(pairs),), END, device=device)
-        return beam_search(step, select, begun, start, width=width, length=self.longest, stop=END)
+        return beam_search(step, select_rows, begun, start, width=width, length=self.longest, stop=END)
 
     def text(self, hypothesis: Hypothesis) -> str:
         return "".join(self.characters[token] for token in hypothesis.tokens)
@@ -213,7 +217,7 @@ class Translation(Workload):
     def finish(self, model: nn.Module, job: Namespace, folder: Path) -> None:
         pairs = self.pairs.held_out[-12:]
         lines = []
-        for pair, found in zip(pairs, self.translations(model, pairs, self.settings.beam), strict=True):
+        for pair, found in zip(pairs, self.translations(model, pairs, job.beam), strict=True):
             said = self.text(found[0])
             lines.append(f"{pair.language} {pair.number}: {said}{f'   (right: {pair.words})' * (said != pair.words)}")
         (folder / "translations.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -227,7 +231,7 @@ class Translation(Workload):
                 f"--translate {job.translate!r} given: allowed is a language of {','.join(names)}, a space and a "
                 f"number of up to {digits} digits, which is what the model in --out has learnt; 'de 42', say"
             )
-        for hypothesis in self.translations(model, [Pair(language, int(figures), "")], self.settings.beam)[0]:
+        for hypothesis in self.translations(model, [Pair(language, int(figures), "")], job.beam)[0]:
             print(f"{self.text(hypothesis)}   (log-probability {hypothesis.score:.2f})")
 
 

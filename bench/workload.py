@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from bench.options import Options, Settings
 
+NO_TARGET = -100  # what pads targets: cross_entropy leaves it out, and so does Piece.count
+
 
 class Metric(NamedTuple):
     """A measure of quality on held-out data. The first of a workload's metrics is the one that counts."""

@@ -264,7 +264,7 @@ def test_race(process: Callable[..., Process], path: Path) -> None:
     run, made = run_of(path, suite=["short", "models"], arm=["torch", "xma"]), process(lambda command: 0)
     assert gpu.race_part(run)
     (command,) = made.commands
-    assert "bench/test_layers.py" in command
+    assert "bench/test_race.py" in command
     assert following(command, "--results") == str(path)
     assert following(command, "--minutes") == "8.0"
     for option, given in (("--suite", ["short", "models"]), ("--dtype", ["fp16"]), ("--arm", ["torch", "xma"])):

@@ -5,15 +5,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import ROOT, assert_same, python_source, saved
+from runs import assert_same, compare_interpreted, python_source, saved
 from torch import nn
 
 from bench import UsageError, checkpoint, language_model, layers, text
@@ -22,22 +20,6 @@ from bench.training import Run
 from bench.vocabulary import Bytes
 
 SMALL = ["--hidden=16", "--embedding=8", "--batch=2", "--sequence=16", "--steps=12", "--device=cpu"]
-SMALL += ["--sample-bytes=20"]
-
-# Runs the main job; a signal arrives while step STEP is under way.
-INTERRUPTED = """
-import os, sys
-from bench import language_model
-from bench.training import Run
-number, step, *arguments = sys.argv[1:]
-whole_step = Run.train_step
-def train_step(run):
-    if run.step == int(step):
-        os.kill(os.getpid(), int(number))
-    whole_step(run)
-Run.train_step = train_step
-sys.exit(language_model.main(arguments))
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +38,29 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def small(source: Path, tmp_path: Path) -> list[str]:
+def compared(source: Path, tmp_path: Path) -> list[str]:
     """Arguments of a run that takes a moment; it writes into tmp_path / "run"."""
     return [*SMALL, "--text", str(source), "--out", str(tmp_path / "run")]
+
+
+@pytest.fixture
+def small(compared: list[str]) -> list[str]:
+    """The same with a short sample, which no comparison writes."""
+    return [*compared, "--sample-bytes=20"]
+
+
+def interrupted(arguments: list[str], monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> int:
+    """The exit status of a command to which a signal is sent while it takes this step."""
+    whole_step = Run.train_step
+
+    def train_step(run: Run) -> None:
+        if run.step == step:
+            signal.raise_signal(number)
+        whole_step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", train_step)
+        return language_model.main(arguments)
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -78,7 +80,7 @@ class TestText:
         shutil.copytree(source, copy)
         one = text.load_corpus(source)
         walk = os.walk
-        monkeypatch.setattr(os, "walk", lambda folder: reversed(list(walk(folder))))  # another file system
+        monkeypatch.setattr(os, "walk", lambda folder, **_: reversed(list(walk(folder))))  # another file system
         other = text.load_corpus(copy)
         assert one.train_files == other.train_files
         assert one.fingerprint == other.fingerprint
@@ -130,37 +132,33 @@ class TestText:
         assert beyond[:, 3].tolist() == list(range(65, 75))
 
 
-# A bare --resume takes all settings from the checkpoint: the second command repeats none of `extra`.
+# SIGKILL is sent in test_runner.py. A bare --resume takes all settings from the checkpoint: it repeats none of `extra`.
 @pytest.mark.parametrize(
     ("number", "status", "extra"),
     [
         (signal.SIGINT, 130, "--cell lstm --dropout 0.2"),
-        (signal.SIGTERM, 143, "--cell gru"),
-        (signal.SIGKILL, -signal.SIGKILL, "--cell lstm --dropout 0.2"),
+        (signal.SIGTERM, 143, "--cell gru --tokens words --vocabulary 20 --lines"),
         pytest.param(signal.SIGINT, 130, "--device cuda --dropout 0.2", marks=pytest.mark.gpu),
     ],
-    ids=lambda value: value.name if isinstance(value, signal.Signals) else "",
+    ids=["SIGINT", "SIGTERM", "gpu"],
 )
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
-    small: list[str], tmp_path: Path, number: int, status: int, extra: str
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    status: int,
+    extra: str,
 ) -> None:
-    every_step = ["--save-seconds", "0"] if number == signal.SIGKILL else []
-    victim = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(int(number)), "5", *small, *extra.split(), *every_step],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert victim.returncode == status, victim.stderr
-    done = 5 if number == signal.SIGKILL else 6  # the running step is finished, unless that was impossible
-    assert len(saved(tmp_path / "run")["losses"]) == done
-    if number != signal.SIGKILL:
-        assert f'make train ARGS="--resume --out {tmp_path / "run"}"' in victim.stdout
+    arguments = [*small, *extra.split()]
+    assert interrupted(arguments, monkeypatch, step=5, number=number) == status
+    assert f'make train ARGS="--resume --out {tmp_path / "run"}"' in capsys.readouterr().out
+    assert len(saved(tmp_path / "run")["losses"]) == 6  # the running step is finished
+    torch.manual_seed(12345)  # as another process would begin
 
     assert language_model.main(["--resume", "--out", str(tmp_path / "run"), "--sample-bytes", "20"]) == 0
-    assert language_model.main([*small, *extra.split(), "--out", str(tmp_path / "whole")]) == 0
+    assert language_model.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     assert_same(saved(tmp_path / "run"), saved(tmp_path / "whole"))
     assert len(saved(tmp_path / "run")["losses"]) == 12
     samples = [(tmp_path / name / "sample.txt").read_text() for name in ("run", "whole")]
@@ -430,14 +428,59 @@ class TestCommand:
             ("--text /no/such/folder", r"--text: '/no/such/folder' is no folder"),
             ("--dropout 0.1 --layers 1", r"--dropout 0.1 .*--layers is 1: allowed is --dropout 0, or"),
             ("--dropout 0.1 --compare torch", r"--dropout 0.1 given with --compare.*allowed is --dropout 0"),
+            ("--compare torch --beam 2", r"--beam given with --compare.*leave one of them out"),
+            ("--compare torch --prompt x --top-k 3", r"--prompt, --top-k given with --compare"),
+            ("--compare torch --temperature 1 --sample-tokens 9", r"--sample-tokens, --temperature given with --comp"),
+            ("--compare interpreted --prompt x", r"--prompt given with --compare"),
+            ("--compare interpreted --resume", r"--resume given with --compare interpreted.*leave it out"),
+            ("--compare interpreted --save-seconds 1", r"--save-seconds given with --compare interpreted"),
+            ("--compare interpreted --backend torch", r"--backend torch given with --compare interpreted.*persistent"),
             ("--hid 32", r"unrecognized arguments: --hid"),
             ("--resume", r"--resume given, but .*run holds no checkpoint: leave --resume out"),
         ],
     )
     def test_errors_at_the_door(
-        self, small: list[str], capsys: pytest.CaptureFixture[str], arguments: str, message: str
+        self, compared: list[str], capsys: pytest.CaptureFixture[str], arguments: str, message: str
     ) -> None:
-        assert re.search(message, refused([*small, *arguments.split()], capsys), re.DOTALL)
+        assert re.search(message, refused([*compared, *arguments.split()], capsys), re.DOTALL)
+
+    @pytest.mark.parametrize("calls", [0, 3], ids=["at the door", "in training"])
+    def test_memory_that_is_full(
+        self, small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, calls: int
+    ) -> None:
+        forward, done = language_model.LanguageModel.forward, []
+
+        def limited(model: nn.Module, *given: Any) -> Any:
+            if len(done) == calls:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            done.append(None)
+            return forward(model, *given)
+
+        monkeypatch.setattr(language_model.LanguageModel, "forward", limited)
+        error = " ".join(refused(small, capsys).split())
+        assert "--batch 2 --sequence 16 --save gates takes more memory than --device cpu has (CUDA out of" in error
+        assert "take a smaller --batch or a smaller --sequence or --save checkpoint" in error
+        assert "--save checkpoint" not in refused([*small, "--save=checkpoint"], capsys).partition("take a")[2]
+
+    def test_a_comparison_is_refused_before_data_is_loaded(
+        self, compared: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delattr(language_model, "load_corpus")
+        assert "--dropout 0.1 given with --compare" in refused([*compared, "--dropout=0.1", "--compare=torch"], capsys)
+
+    def test_text_that_cannot_be_read(
+        self, small: list[str], source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = text.load_corpus(source).fingerprint
+        (source / "gone.py").symlink_to(source / "nowhere.py")
+        os.mkfifo(source / "pipe.py")
+        assert text.load_corpus(source).fingerprint == before
+
+        def read_bytes(path: Path) -> bytes:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+        assert re.search(r"--text \S+: \S+\.py cannot be read \(Permission denied\)", refused(small, capsys))
 
     def test_a_dtype_or_backend_that_cannot_run_here(
         self, small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -456,9 +499,9 @@ class TestCommand:
         assert "0 training and 0 held-out .py files found" in error
 
     def test_it_reports(self, small: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-        assert language_model.main([*small, "--steps", "300"]) == 0
+        assert language_model.main([*small, "--steps", "80"]) == 0
         output, errors = capsys.readouterr()
-        assert re.search(r"300/300 .*\d\.\d+ bits/char, [\d,]+ tokens/s, \d+\.\d\d GiB, path torch", errors)
+        assert re.search(r"80/80 .*\d\.\d+ bits/byte, [\d,]+ bytes/s, \d+\.\d\d GiB, path torch", errors)
         assert len(re.split(r"[\r\n]", errors)) < 6  # a log is not flooded
         assert re.search(r"path torch: \d\.\d+ bits per byte on held-out files", output)
         assert (tmp_path / "run" / "sample.txt").read_text() in output
@@ -476,18 +519,21 @@ class TestCommand:
         assert f"is kept as {kept}" in capsys.readouterr().out
         assert torch.load(kept)["losses"] == first["losses"] != saved(tmp_path / "run")["losses"]
 
+    def test_a_finished_run_is_not_to_be_continued(
+        self, small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load_corpus(folder: Path) -> None:
+            raise KeyboardInterrupt
+
+        assert language_model.main(small) == 0
+        monkeypatch.setattr(language_model, "load_corpus", load_corpus)
+        capsys.readouterr()
+        assert language_model.main(small) == 130
+        assert capsys.readouterr().out == "SIGINT; nothing is lost.\n"
+
     @pytest.fixture
     def unfinished(self, small: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        whole_step = Run.train_step
-
-        def train_step(run: Run) -> None:
-            whole_step(run)
-            if run.step == 3:
-                signal.raise_signal(signal.SIGINT)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Run, "train_step", train_step)
-            assert language_model.main(small) == 130
+        assert interrupted(small, monkeypatch, step=2) == 130
         return small
 
     def test_an_unfinished_run_is_not_replaced(
@@ -520,10 +566,10 @@ class TestCommand:
 
 class TestCompare:
     def test_both_arms(
-        self, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, compared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(layers, "path", lambda model: "persistent")
-        arguments = [*small, "--compare", "torch"]
+        arguments = [*compared, "--compare", "torch"]
         assert language_model.main(arguments) == 0
         shown = capsys.readouterr().out
         assert "largest difference" in shown
@@ -535,7 +581,7 @@ class TestCompare:
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
         quality = [f"{content['quality'][0]:.4f}" for content in (ours, theirs)]
         assert re.search(rf"bits per byte on held-out files \(lower is better\) +{quality[0]} +{quality[1]}\n", shown)
-        assert re.search(r"tokens/s \(CPU\) +[\d,]+ +[\d,]+\nMiB resident .*\(CPU\) +[\d,]+ +[\d,]+\n", shown)
+        assert re.search(r"bytes/s \(CPU\) +[\d,]+ +[\d,]+\nMiB resident .*\(CPU\) +[\d,]+ +[\d,]+\n", shown)
 
         (tmp_path / "run" / "torch.nn" / "checkpoint.pt").unlink()  # as if interrupted between the arms
         assert language_model.main([*arguments, "--resume"]) == 0
@@ -548,22 +594,36 @@ class TestCompare:
                 torch.load(folder / "previous-checkpoint.pt")["losses"] == before["losses"] != saved(folder)["losses"]
             )
 
-    def test_where_both_take_torchs_path(self, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-        assert language_model.main([*small, "--compare", "torch"]) == 0
+    def test_where_both_take_torchs_path(self, compared: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert language_model.main([*compared, "--compare", "torch"]) == 0
         assert "path torch: both curves are torch's own layers'. --compare interpreted" in capsys.readouterr().out
 
-    def test_in_the_interpreter(self, small: list[str], tmp_path: Path) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.language_model", *small, "--compare=interpreted", "--layers=1", "--steps=3"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "path persistent" in done.stderr
-        assert "path torch.nn" in done.stderr
-        largest = re.search(r"largest difference (\S+) bits", done.stdout)
+    def test_an_earlier_comparison_is_not_taken_up(
+        self, compared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Stopped in its first half, a new comparison has no second half, though there was one of another run."""
+        arguments = [*compared, "--steps=5", "--compare=torch"]
+        assert language_model.main(arguments) == 0
+        first = saved(tmp_path / "run" / "torch.nn")
+        assert interrupted([*arguments, "--seed=1"], monkeypatch, step=2) == 130
+        assert f"--resume --out {tmp_path / 'run'} --compare torch" in capsys.readouterr().out
+        assert not checkpoint.exists(tmp_path / "run" / "torch.nn")
+        assert torch.load(tmp_path / "run" / "torch.nn" / "previous-checkpoint.pt")["losses"] == first["losses"]
+        assert language_model.main(["--resume", "--compare=torch", "--out", str(tmp_path / "run")]) == 0
+        ours, theirs = saved(tmp_path / "run"), saved(tmp_path / "run" / "torch.nn")
+        assert theirs["settings"]["seed"] == 1
+        assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-5)
+
+    @pytest.mark.interpreter
+    def test_in_the_interpreter(
+        self, compared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tiny = ["--layers=1", "--steps=3", "--sequence=6", "--hidden=8"]
+        assert compare_interpreted(language_model.main, [*compared, *tiny], monkeypatch) == 0
+        output, errors = capsys.readouterr()
+        assert "path persistent" in errors
+        assert "path torch.nn" in errors
+        largest = re.search(r"largest difference (\S+) bits", output)
         assert largest is not None
         assert float(largest[1]) < 1e-4
         assert not (tmp_path / "run" / "checkpoint.pt").exists()

@@ -2,9 +2,7 @@
 
 import importlib.util
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, assert_same, kill_at_random, saved
+from runs import assert_same, compare_interpreted, kill_at_random, saved
 from torch import Tensor, nn
 
 import persistrnn
 from bench import UsageError, layers, recordings, signals
 from bench.recordings import load_recordings
-from bench.signals import NO_TAG, SignalSettings, Tagging, run_rows
+from bench.signals import SignalSettings, Tagging, run_rows
 from bench.training import Run
+from bench.workload import NO_TARGET
 
 EXERCISES = ["slow", "medium", "quick"]
 SMALL = ["--hidden=6", "--batch=2", "--sequence=50", "--stretch=45", "--held-out=1", "--steps=10", "--device=cpu"]
@@ -119,6 +118,11 @@ class TestRecordings:
             with pytest.raises(UsageError, match=f"{name} cannot be read"):
                 load_recordings(tmp_path / name)
 
+    def test_without_numpy(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "numpy", None)
+        with pytest.raises(UsageError, match=r"NumPy .* not installed: pip install 'persistrnn\[signals\]'"):
+            load_recordings(file)
+
     def test_without_seglearn(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(UsageError, match=r"not installed: pip install 'persistrnn\[signals\]', or name a file"):
@@ -178,7 +182,7 @@ class TestSessions:
         (whole,) = workload.pieces(5, slice(0, 3))
         x, lengths, tags = whole.tensors
         assert x.shape == (lengths.max(), 3, 2)
-        assert whole.count == lengths.sum() == (tags != NO_TAG).sum()
+        assert whole.count == lengths.sum() == (tags != NO_TARGET).sum()
         assert len(set(lengths.tolist())) > 1
         assert_same(tagging(file).pieces(5, slice(0, 3))[0].tensors, whole.tensors)
         (part,) = workload.pieces(5, slice(1, 3))  # as another process of two takes them
@@ -197,7 +201,7 @@ class TestSessions:
         for piece in pieces:
             signal, lengths, tags = piece.tensors
             assert lengths.max() == len(signal) <= 16
-            assert torch.equal(lengths, (tags != NO_TAG).sum(0).clamp(min=1))
+            assert torch.equal(lengths, (tags != NO_TARGET).sum(0).clamp(min=1))
 
     def test_channels_are_normalised_by_what_is_trained_on(self, file: Path) -> None:
         workload = tagging(file, held_out=2)
@@ -387,17 +391,13 @@ class TestCommand:
         written(file, content(people=5))
         assert f"--recordings {file} has changed since the checkpoint" in refused([*small, "--resume"], capsys)
 
-    def test_on_the_kernels_in_the_interpreter(self, small: list[str]) -> None:
+    @pytest.mark.interpreter
+    def test_on_the_kernels_in_the_interpreter(
+        self, small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         """Both directions, rows of several lengths, pieces of time: as on a GPU."""
         tiny = ["--hidden=4", "--sequence=12", "--stretch=7", "--truncate=8", "--steps=1"]
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.signals", *small, *tiny, "--compare=interpreted"],
-            cwd=ROOT,
-            env=os.environ,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "path persistent" in done.stderr
-        assert float(re.search(r"largest difference (\S+) nats", done.stdout)[1]) < 1e-4  # type: ignore[index]
+        assert compare_interpreted(signals.main, [*small, *tiny], monkeypatch) == 0
+        output, errors = capsys.readouterr()
+        assert "path persistent" in errors
+        assert float(re.search(r"largest difference (\S+) nats", output)[1]) < 1e-4  # type: ignore[index]

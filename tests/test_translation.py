@@ -14,10 +14,11 @@ from torch import nn
 from bench import UsageError, number_words, translation
 from bench.number_words import Pair, draw, load_pairs
 from bench.training import Run
-from bench.translation import END, NO_TARGET, Translation, TranslationSettings
+from bench.translation import END, Translation, TranslationSettings
+from bench.workload import NO_TARGET
 
 SMALL = ["--hidden=12", "--embedding=6", "--batch=4", "--pairs=120", "--digits=2", "--languages=en,de", "--steps=10"]
-SMALL += ["--warmup=2", "--device=cpu"]
+SMALL += ["--device=cpu"]
 
 
 def settings(**given: Any) -> TranslationSettings:
@@ -226,6 +227,12 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path: Path) -> N
     assert texts[0] == texts[1]
 
 
+def test_few_steps_have_a_short_warm_up() -> None:
+    found = [TranslationSettings.complete({"device": "cpu", **given}).warmup for given in ({}, {"steps": 50})]
+    assert found == [100, 5]
+    assert TranslationSettings.complete({"device": "cpu", "steps": 50, "warmup": 0}).warmup == 0
+
+
 class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -236,6 +243,7 @@ class TestCommand:
             ("--pairs 1", r"--pairs: '1' given, allowed is a whole number from 2"),
             ("--pairs 2", r"--pairs 2 of --digits 2.*allowed is more --pairs"),
             ("--beam 0", r"--beam: '0' given, allowed is a whole number from 1"),
+            ("--beam 2 --compare torch", r"--beam given with --compare.*leave one of them out"),
             ("--embedding -3", r"--embedding: '-3' given, allowed is a whole number from 1"),
             ("--truncate 8", r"--truncate 8 given: .*allowed is --truncate 0"),
             ("--cell rnn", r"--cell.*'rnn'.*lstm.*gru"),
@@ -267,6 +275,8 @@ class TestCommand:
         assert len(lines) == 4  # the beam's
         scores = [float(re.search(r"\(log-probability (-[\d.]+)\)$", line)[1]) for line in lines]  # type: ignore[index]
         assert scores == sorted(scores, reverse=True)
+        assert translation.main([*out, "--translate", "de 42", "--beam", "2"]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 2
         for wrong in ("fr 42", "de", "de 123", "de -1", "42", "de ٣"):
             message = " ".join(refused([*out, "--translate", wrong], capsys).split())
             assert f"--translate {wrong!r} given: allowed is a language of en,de, a space and a number of" in message
