@@ -190,7 +190,7 @@ class _Scan(Function):
         with phase(WEIGHT_GEMMS):
             if needs_weight:
                 h_previous = [h_before(y, marks, d).flatten(0, 1) for d in range(D)]
-                d_weight = torch.stack([dr_gates[:, :, d].flatten(0, 1).mT @ h_previous[d] for d in range(D)])
+                d_weight = torch.stack([_gemm(dr_gates[:, :, d].flatten(0, 1), h_previous[d]) for d in range(D)])
             if needs_bias:
                 d_bias = dr_gates.sum((0, 1), dtype=torch.float32).to(dr_gates.dtype)
         d_reset_h, d_reset_c = d_reset[0] if resets else None, d_reset[1] if resets and has_c else None
@@ -322,9 +322,9 @@ class _Wave(Function):
         if has_c:
             dr_gates = dx_gates
         with phase(WEIGHT_GEMMS):
-            d_weight_hh = _gemm(dr_gates, _all_before(y, marks)) if needs[0] else None
+            d_weight_hh = _gemm(dr_gates.flatten(1, 2), _all_before(y, marks).flatten(1, 2)) if needs[0] else None
             d_bias_hh = _bias(dr_gates) if needs[1] else None
-            d_weight_ih = _gemm(dx_gates[1:], y[:-1, 1:-1]) if needs[2] else None
+            d_weight_ih = _gemm(dx_gates[1:].flatten(1, 2), y[:-1, 1:-1].flatten(1, 2)) if needs[2] else None
             d_bias_ih = _bias(dx_gates[1:]) if needs[3] else None
         d_weights = d_weight_hh, d_bias_hh, d_weight_ih, d_bias_ih
         d_reset_h, d_reset_c = d_reset[0] if resets else None, d_reset[1] if resets and has_c else None
@@ -450,8 +450,8 @@ def _again(cell: str, tensors: Sequence[Tensor | None], grads: Sequence[Tensor])
 
 
 def _gemm(d_gates: Tensor, operand: Tensor) -> Tensor:
-    """Weight gradients [L, G*H, H] of d_gates [L, T, B, G*H] and operand [L, T, B, H]."""
-    return d_gates.flatten(1, 2).mT @ operand.flatten(1, 2)
+    """A weight's gradient [..., G*H, H] of d_gates [..., T*B, G*H] and what it is multiplied by, [..., T*B, H]."""
+    return d_gates.mT @ operand
 
 
 def _bias(d_gates: Tensor) -> Tensor:

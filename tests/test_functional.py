@@ -333,6 +333,7 @@ def test_public_names():
         "check",
         "explain",
         "functional",
+        "profile",
         "replace",
     }
     assert all(hasattr(persistrnn, name) for name in persistrnn.__all__)
