@@ -23,6 +23,7 @@ from . import plan as planning
 from .cells import Cell
 from .exchange import Exchange
 from .forecast import Forecast, forecast
+from .memory import c_slots
 from .recompute import BLOCK, activate
 from .scan import scan_backward, scan_forward
 from .tiling import Shape
@@ -193,11 +194,6 @@ def edges(states: Tensor, initial: Tensor, reset: Tensor | None) -> None:
             states[last, :, direction].copy_(reset[direction])
 
 
-def c_slots(steps: int, every: bool, marks: Tensor | None) -> int:
-    """Slots of c's buffer (see ``scan_forward``)."""
-    return steps + 2 if every else 2 if marks is None else 3
-
-
 def unreserved(h: Tensor, exchange: Exchange) -> Tensor:
     """h with other NaN: one of the caller's may be the reserved one."""
     return torch.where(h.isnan(), torch.nan, h) if exchange.protocol == "flags" else h
@@ -251,7 +247,7 @@ def forward(
     c = x_gates.new_empty(0)
     if c0 is not None:
         every = save or keep
-        c = x_gates.new_empty(c_slots(T, every, marks), B, D, H, dtype=cell_dtype or x_gates.dtype)
+        c = x_gates.new_empty(c_slots(T, every, marks is not None), B, D, H, dtype=cell_dtype or x_gates.dtype)
         reset_c = reset[1] if reset else None
         if every:
             edges(c, c0, reset_c)

@@ -54,6 +54,11 @@ class Layers:
         return self.directions * self.hidden * self.c_itemsize if self.has_c else 0
 
 
+def c_slots(steps: int, every: bool, marked: bool) -> int:
+    """Slots of the buffer of c: all steps and both edges, or initial and final, and with marks the reset state."""
+    return steps + 2 if every else 3 if marked else 2
+
+
 def chunk_steps(mode: str, gates: int, hidden: int, batch: int, directions: int, itemsize: int) -> int:
     """Steps of one chunk of time."""
     return max(SHORTEST_CHUNK, CHUNK_BYTES[mode] // (batch * directions * gates * hidden * itemsize))

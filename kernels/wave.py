@@ -14,6 +14,7 @@ from torch import Tensor
 from . import hardware as devices
 from . import launch, wave_plan
 from .cells import Cell
+from .memory import c_slots
 from .scan import scan_backward, scan_forward
 
 
@@ -81,7 +82,7 @@ def forward(
     h0, *reset = (launch.unreserved(h, exchange) for h in (h0, *reset))
     c = x_gates.new_empty(0)
     if c0 is not None:
-        slots = launch.c_slots(T, save or keep, marks)
+        slots = c_slots(T, save or keep, marks is not None)
         c = x_gates.new_empty(L, slots, B, H, dtype=cell_dtype or x_gates.dtype)
     for i, (states, initial) in enumerate(((y, h0), (c, c0))):
         if initial is not None:

@@ -18,24 +18,19 @@ from .kernels import memory
 from .kernels.tiling import Shape
 
 try:
-    from .kernels import launch, reasons, wave
+    from .kernels import launch, outlook, reasons, wave
     from .kernels.cells import CELLS
 
-    _MISSING = None
+    MISSING = None
 except ImportError as error:
     if error.name is None or error.name.split(".")[0] != "triton":
         raise
-    _MISSING = "Triton cannot be imported here; install triton >= 3.6 (Linux)"
+    MISSING = "Triton cannot be imported here; install triton >= 3.6 (Linux)"
 
 # The cells' numbers, known without Triton too (operators are defined either way).
 GATES = {"lstm": 4, "gru": 3}
 SAVED = {"lstm": 4, "gru": 4}
 HAS_C = {"lstm": True, "gru": False}
-
-
-def c_slots(steps: int, every: bool, marked: bool) -> int:
-    """Slots of the buffer of c: all steps and both edges, or initial and final, and with marks the reset state."""
-    return steps + 2 if every else 3 if marked else 2
 
 
 MODES = memory.MODES
@@ -140,8 +135,8 @@ def unsupported(
 def _unsupported(
     cell: str, hidden_size: int, directions: int, dtype: torch.dtype, device: torch.device, precision: str
 ) -> str | None:
-    if _MISSING is not None:
-        return f"{_MISSING}, or use backend='torch'."
+    if MISSING is not None:
+        return f"{MISSING}, or use backend='torch'."
     return reasons.unsupported(CELLS[cell], hidden_size, directions, dtype, device, precision)
 
 
@@ -210,6 +205,16 @@ def describe(
     return str(launch.choose(CELLS[cell], hidden_size, batch, directions, dtype, precision, device))
 
 
+def planned(cell: str, sizes: tuple[int, int, int, int, int], dtype: str, device: str | None) -> outlook.Outlook:
+    """The plan in numbers, for (H, L, B, D, T): see ``kernels.outlook``."""
+    return outlook.outlook(cell, *sizes, dtype, device)
+
+
+def check_planned_device(name: str) -> None:
+    """Raise ValueError for a device that the plan does not know."""
+    outlook.device_of(name)
+
+
 def check() -> None:
     """Raise RuntimeError if a wait in a finished launch ran out, or if lengths on a device were found out of range
     there. Does not synchronise with any device.
@@ -218,7 +223,7 @@ def check() -> None:
     launch, or set PERSISTRNN_DEBUG=1 to check after every launch.
     """
     segments.check()
-    if _MISSING is None:
+    if MISSING is None:
         launch.check()
 
 
@@ -268,7 +273,7 @@ def _(
     y = x_gates.new_empty(T + 2, B, D, H)
     c = x_gates.new_empty(0)
     if c0 is not None:
-        slots = c_slots(T, save or keep, marks is not None)
+        slots = memory.c_slots(T, save or keep, marks is not None)
         c = x_gates.new_empty(slots, B, D, H, dtype=cell_dtype or x_gates.dtype)
     return y, c, x_gates.new_empty((T, B, D, SAVED[cell], H) if save else 0)
 
@@ -431,7 +436,7 @@ def _(
     y = x_gates.new_empty(L, T + 2, B, H)
     c = x_gates.new_empty(0)
     if c0 is not None:
-        slots = c_slots(T, save or keep, marks is not None)
+        slots = memory.c_slots(T, save or keep, marks is not None)
         c = x_gates.new_empty(L, slots, B, H, dtype=cell_dtype or x_gates.dtype)
     return y, c, x_gates.new_empty((L, T, B, SAVED[cell], H) if save else 0)
 

@@ -21,8 +21,21 @@ def layer_of(cell, *sizes, **options):
     return accuracy.MODULES[cell][0](*sizes, device=DEVICE, dtype=torch.bfloat16, backend="persistent", **options)
 
 
+class Loss(torch.autograd.Function):
+    """It allocates nothing but the gradient, in y's dtype: at these sizes another would be most of what is measured."""
+
+    @staticmethod
+    def forward(ctx, y):
+        ctx.save_for_backward(y)
+        return y.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return torch.full_like(ctx.saved_tensors[0], 1e-3)
+
+
 def train(layer, x):
-    layer(x)[0].float().square().mean().backward()
+    Loss.apply(layer(x)[0]).backward()
 
 
 @pytest.mark.parametrize(("layers", "bidirectional"), [(1, False), (2, True), (3, False)])
@@ -63,9 +76,7 @@ def test_predicted_bytes_are_those_that_are_allocated(cell, layers, save):
     of = ops.layers(cell, hidden, hidden, layers, 1, torch.bfloat16, None, False)
     chunk = memory.chunk_steps(save, ops.GATES[cell], hidden, batch, 1, 2)
     peak = memory.peak(save, of, batch, steps, chunk, False)
-    # Beside the layer, the loss holds y in float32 and its gradient in both dtypes when the backward begins.
-    loss = steps * batch * hidden * (4 + 4)
-    assert peak_of(layer, x) == pytest.approx(peak, abs=0.1 * peak + loss)
+    assert peak_of(layer, x) == pytest.approx(peak, rel=0.1)
 
 
 def test_long_training_takes_a_quarter_of_cudnns_memory():

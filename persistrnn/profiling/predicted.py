@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
+from .. import ops
 from .record import Profile
 from .subject import Call
 from .trace import INPUT_GEMM, SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, Phase
-
-# Reached by name, as the commands are: `ops` alone imports the kernels, and needs nothing of this.
-KERNELS = "persistrnn.kernels.outlook"
 
 
 def check_device(name: str | None) -> None:
     """Raises ValueError for a name that the plan does not know."""
     if name is not None:
-        _kernels().device_of(name)
+        _with_triton()
+        ops.check_planned_device(name)
 
 
-def _kernels() -> Any:
-    try:
-        return importlib.import_module(KERNELS)
-    except ImportError as error:
-        raise ValueError(f"the plan needs Triton, which cannot be imported here ({error})") from error
+def _with_triton() -> None:
+    if ops.MISSING is not None:
+        raise ValueError(f"the plan needs Triton: {ops.MISSING}")
 
 
 def outlook(call: Call, device: str | None) -> Any:
@@ -32,8 +28,9 @@ def outlook(call: Call, device: str | None) -> Any:
     Raises:
         ValueError: no plan for it; the message says why.
     """
+    _with_triton()
     sizes = call.hidden, call.layers, call.batch, call.directions, call.steps
-    return _kernels().outlook(call.cell, *sizes, call.dtype, device)
+    return ops.planned(call.cell, sizes, call.dtype, device)
 
 
 def add(profile: Profile, device: str | None) -> None:
