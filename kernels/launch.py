@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from . import hardware as devices
+from . import occupancy
 from . import plan as planning
 from .cells import Cell
 from .exchange import Exchange
@@ -51,7 +52,7 @@ def options(part: planning.Pass, arch: str) -> dict[str, object]:
     }
     if arch.startswith("sm_"):
         # Left alone, ptxas stops at 128 and spills (seen: GRU forward, H=1024, Triton 3.9.0).
-        chosen["maxnreg"] = planning.register_limit(part.choice)
+        chosen["maxnreg"] = occupancy.register_limit(part.choice)
     return chosen
 
 

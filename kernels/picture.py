@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import occupancy
 from . import plan as planning
 from .hardware import Hardware
 from .plan import Pass, Plan
@@ -80,7 +81,7 @@ def budgets(part: Pass, hardware: Hardware) -> tuple[Budget, Budget]:
     }
     threads = 32 * part.choice.warps * programs
     used = 4 * threads * part.registers
-    usable = 4 * threads * planning.register_limit(part.choice)
+    usable = 4 * threads * occupancy.register_limit(part.choice)
     registers = {
         "weights": programs * part.in_registers,
         "working": used - programs * part.in_registers,

@@ -2,8 +2,8 @@
 
 ``plan(cell, batch, hidden, ...)`` searches, for the forward and for the backward scan, the slices, the split, the batch
 tiles, the warps and the homes of W_hh that the cost model (``cost``) predicts to be fastest, among those that fit the
-registers and the shared memory. What fits is known by audit: the constants below are such that none of the kernels in
-``bench/results`` spills.
+registers and the shared memory. What fits (``occupancy``) is known by audit: the constants are such that none of the
+kernels in ``bench/results`` spills.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import product
 from . import cost as model
 from .cost import BYTES, Cost
 from .hardware import INTERPRETER, Hardware
+from .occupancy import SIGNALS, masked, register_estimate, register_limit, registers_needed, shared_bound
 from .tiling import Choice, Shape, Tiling, next_power_of_2, smallest_chunk, tiling
 
 DTYPES = BYTES
@@ -23,16 +24,6 @@ DTYPES = BYTES
 # A batch is planned for as the next of these, so that a new batch size seldom is a new kernel: at most one per class.
 BATCH_CLASSES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
-# Registers per thread that a kernel needs besides weights, accumulators, the operand in flight and the streamed tile.
-# Fitted to audits on Triton 3.9.0 and 3.6.0, on the safe side: up to 30 more than kernels turn out to need.
-BASE_REGISTERS = 79
-STREAM_REGISTERS = 46  # more where a tile is streamed, besides two of those tiles
-TILE_REGISTERS = 28  # more for each further batch tile of a program
-SHARED_PART_REGISTERS = {2: 44, 4: 26}  # more where warps share a part of a streamed tile, by bytes per element
-WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
-PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
-ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
-MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 # Full float32 has no tensor cores: a thread holds both operands of its outputs for all of a tile's part of K. So many
 # numbers, the outputs among them, are the most that never spilled (272; 320 did).
 MULTIPLY_ADD_REGISTERS = 280
@@ -43,8 +34,6 @@ PASSED_OVER = {("gru", "tf32", 2048, 32, 1, "sm_80"), ("lstm", "fp32", 768, 128,
 
 # Offsets into W_hh are 32-bit.
 LARGEST = 1 << 31
-# Bytes of shared memory with which a fifth-generation product says that it is done (8 seen on sm_100).
-SIGNALS = 64
 # Of a grid's second dimension.
 LARGEST_GRID = 65_535
 
@@ -142,68 +131,6 @@ def _count(n: int, what: str) -> str:
 
 class PlanError(ValueError):
     """The shape does not fit the device; the message has the given value, the limits and the remedy."""
-
-
-def register_limit(choice: Choice) -> int:
-    """Registers per thread, all of the multiprocessor's shared by its programs."""
-    return min(255, 65536 // (32 * choice.warps * choice.blocks) // 8 * 8)
-
-
-def register_estimate(t: Tiling, choice: Choice, size: int) -> int:
-    """Registers per thread that the compiled kernel is expected to need. See ``BASE_REGISTERS``."""
-    resident = sum(c.size for c in t.chunks[: t.in_registers])
-    exchanged = t.slices > 1
-    needs_mask = exchanged and masked(t.hidden, t.depth, t.ragged, t.splits, size)
-    return registers_needed(t.m, len(t.packs), choice, size, resident, t.streamed > 0, exchanged, needs_mask)
-
-
-def masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> bool:
-    """Whether some load of the operand needs a mask or narrow pieces."""
-    return ragged or depth % smallest_chunk(splits) != 0 or hidden * size % 16 != 0
-
-
-def registers_needed(
-    m: int, packs: int, choice: Choice, size: int, resident: int, streamed: bool, exchanged: bool, masked: bool
-) -> int:
-    threads = 32 * choice.warps
-    words = 4 * threads
-    elements = max(1, choice.units * choice.batch_tile // threads)
-    need = BASE_REGISTERS + (TILE_REGISTERS + size) * (choice.subtiles - 1) * (1 + elements) // 2
-    need += m * resident * size // words
-    need += choice.splits * m * choice.batch_tile // threads
-    # The sum over the parts, before it becomes gates.
-    need += m * choice.batch_tile // threads
-    if exchanged:
-        need += choice.burst * choice.batch_tile * size // words
-    if streamed:
-        need += STREAM_REGISTERS + 2 * m * choice.stream_chunk * size // words
-        if choice.splits > 1:
-            need += SHARED_PART_REGISTERS[size] if choice.splits < choice.warps else 0
-            # Operands of 4 bytes are read from shared memory one by one, each from an address of its own.
-            need += WORD_REGISTERS if size == 4 else 0
-        need += PACK_REGISTERS * size // 2 * (packs - 1)
-    if masked:
-        need += MASK_REGISTERS * (1 + choice.subtiles) // 2
-    return need + ELEMENT_REGISTERS * (elements - 1)
-
-
-def shared_bound(t: Tiling, size: int) -> tuple[int, int, int]:
-    """(in registers, in shared memory, total of shared memory) per program, in bytes, the last an upper bound."""
-    registers = t.m * sum(c.size for c in t.chunks[: t.in_registers]) * size
-    shared = t.m * sum(c.size for c in t.chunks[t.in_registers :]) * size
-    ends = (*t.bursts, len(t.chunks))[1:]
-    burst = max((sum(c.size for c in t.chunks[a:b]) for a, b in zip(t.bursts, ends, strict=True)), default=0)
-    if t.slices == 1:
-        # Every operand tile and the result of one.
-        burst = sum(c.size for c in t.chunks) + t.units
-    operand = burst * t.batch_tile * size
-    stream = (t.m + t.batch_tile) * t.stream_chunk * size if t.streamed else 0
-    reduction = t.splits * max(t.packs) * t.wide * t.batch_tile * 4
-    # On their way to registers the weights pass through shared memory, before those that stay there arrive.
-    # Beside them, the first state changes its layout.
-    state = t.units * t.batch_tile * 4
-    working = max(operand, stream, reduction) + (state if t.slices == 1 else 0) + SIGNALS
-    return registers, shared, max(registers + state, shared + working)
 
 
 def _power_of_2_at_most(n: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from . import cost as model
+from . import occupancy
 from . import plan as planning
 from .cost import BYTES, Cost
 from .hardware import Hardware
@@ -106,18 +107,18 @@ def _filled(cell: Shape, hidden: int, hardware: Hardware, size: int, dtype: str,
     burst = max(chunk, (16 if backward else 32) * words // (size * columns))
     choice = Choice(units, 1, columns, subtiles, warps, 1, splits, chunk, burst, 0, 0, smallest)
     k = -(-depth // smallest) * smallest
-    masked = planning.masked(hidden, depth, False, splits, size)
+    masked = occupancy.masked(hidden, depth, False, splits, size)
     elements = max(1, units * columns * subtiles // (32 * warps))
     if backward and elements > 1 and depth * size > DEEPEST_OF_SEVERAL:
         return None
-    need = planning.registers_needed(m, packs, choice, size, 0, False, True, masked)
+    need = occupancy.registers_needed(m, packs, choice, size, 0, False, True, masked)
     need += more_registers(backward, depth, size, elements)
-    spare = planning.register_limit(choice) - need
+    spare = occupancy.register_limit(choice) - need
     if spare < 0:
         return None
     kept = 0 if dtype == "fp32" or splits < warps else spare * words // (2 * m * size) // smallest * smallest
     reduction = splits * (1 if backward else 2 if packs == 2 else cell.gates) * units * columns * 4
-    working = max(burst * columns * size, reduction) + planning.SIGNALS
+    working = max(burst * columns * size, reduction) + occupancy.SIGNALS
     room = (hardware.shared - working) // (2 * m * size) // smallest * smallest
     # Weights pass through shared memory on their way to registers.
     most = (hardware.shared - units * columns * 4) // (2 * m * size) // smallest * smallest
@@ -132,15 +133,15 @@ def _finish(cell: Shape, hidden: int, layers: int, batch: int, dtype: str, hardw
     size = BYTES[dtype]
     one = tiling(cell, hidden, 1, choice, backward=backward, size=size, precision="tf32" if dtype == "tf32" else "ieee")
     t = replace(one, layers=layers)
-    registers, shared, total = planning.shared_bound(t, size)
+    registers, shared, total = occupancy.shared_bound(t, size)
     # The second matrix: once more what the first has, in both homes.
     total = max(total + shared, total + registers)
     if total > hardware.shared or t.streamed:
         return None
     elements = max(1, choice.units * choice.batch_tile * choice.subtiles // (32 * choice.warps))
     second = registers // (32 * choice.warps * 4) + more_registers(backward, t.depth, size, elements)
-    estimate = planning.register_estimate(t, choice, size) + second
-    if estimate > planning.register_limit(choice) + ROUNDING:
+    estimate = occupancy.register_estimate(t, choice, size) + second
+    if estimate > occupancy.register_limit(choice) + ROUNDING:
         return None
     jobs = t.jobs(batch)
     groups = min(jobs, hardware.multiprocessors // (t.slices * layers))

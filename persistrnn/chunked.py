@@ -61,7 +61,7 @@ def recurrent(
     if keeps or not torch.compiler.is_compiling():
         y, h_n, c_n, c, *_ = _Chunked.apply(*how, *tensors, *weights)
     else:  # without gradients dynamo calls no forward with a variable number of arguments
-        y, h_n, c_n, c, *_ = chunks.forward(*how, *tensors, list(weights))
+        y, h_n, c_n, c, *_ = chunks.forward(*how, list(tensors), list(weights))
     return y, h_n, c_n if HAS_C[cell] else None, c if return_c else None
 
 
@@ -117,8 +117,8 @@ class _Chunked(Function):
         return_c: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        given, weights = tensors[:6], list(tensors[6:])
-        return tuple(chunks.forward(cell, save, precision, chunk, cell_dtype, keeps, return_c, *given, weights))
+        how = cell, save, precision, chunk, cell_dtype, keeps, return_c
+        return tuple(chunks.forward(*how, list(tensors[:6]), list(tensors[6:])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -151,7 +151,7 @@ class _Chunked(Function):
         how = ctx.cell, ctx.save, ctx.precision, ctx.chunk, ctx.cell_dtype, needs[0], resets
         given = dy, dc if ctx.return_c else None, dh_n, dc_n if has_c else None, x, h0, c0, *others
         if torch.compiler.is_compiling():  # as in ``recurrent``; AOTAutograd refuses a second derivative
-            found = chunks.backward(*how, *given[:15], list(given[15:]))
+            found = chunks.backward(*how, *_in_four(given))
         else:
             found = _ChunkedBackward.apply(*how, *given)
         asked = [d if need and d.numel() else None for d, need in zip(found[:3], needs[:3], strict=True)]
@@ -164,6 +164,11 @@ class _Chunked(Function):
         # where B is in x, h0, c0, marks, reset_h, reset_c, and in the results
         axes = (1, 1, 1, 1, 1, 1, *(None,) * (len(tensors) - 6))
         return mapped(_Chunked, info, in_dims, fixed, tensors, axes, (1, 1, 1, 1, 1, 2, 2))
+
+
+def _in_four(tensors: Sequence[Tensor | None]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """The tensors of ``_ChunkedBackward`` as ``chunks.backward`` takes them: grads, inputs, kept, weights."""
+    return list(tensors[:4]), list(tensors[4:10]), list(tensors[10:15]), list(tensors[15:])
 
 
 class _ChunkedBackward(Function):
@@ -180,8 +185,8 @@ class _ChunkedBackward(Function):
         resets: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        given, weights = tensors[:15], list(tensors[15:])
-        return tuple(chunks.backward(cell, save, precision, chunk, cell_dtype, needs_x, resets, *given, weights))
+        how = cell, save, precision, chunk, cell_dtype, needs_x, resets
+        return tuple(chunks.backward(*how, *_in_four(tensors)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

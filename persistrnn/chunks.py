@@ -14,7 +14,7 @@ An operator holds the loop, for torch.compile: one graph for every T.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,16 @@ def by_layer(states: Sequence[Tensor], layers: int) -> list[list[Tensor]]:
     return [[s.unflatten(0, (layers, -1))[i] for s in states] for i in range(layers)]
 
 
+def _named(
+    inputs: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """x, contiguous, h0, c0, marks, reset_h, reset_c."""
+    x, h0, c0, marks, reset_h, reset_c = inputs
+    assert x is not None
+    assert h0 is not None
+    return x.contiguous(), h0, c0, marks, reset_h, reset_c
+
+
 @torch.library.custom_op("persistrnn::chunked_forward", mutates_args=())
 def forward(
     cell: str,
@@ -117,67 +127,49 @@ def forward(
     cell_dtype: torch.dtype | None,
     keeps: bool,
     return_c: bool,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    marks: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
+    inputs: list[Tensor | None],
     weights: list[Tensor],
 ) -> list[Tensor]:
     """[y, h_n, c_n, c, saved, h and c before each chunk], empty where there is none; without autograd.
 
-    keeps: a backward follows. y, c: [T, B, D*H]; saved: [T, B, D, n, H]; h before: [chunks, L*D, B, H], c in float32.
+    keeps: a backward follows. inputs: x, h0, c0, marks, reset_h, reset_c, shaped as for ``chunked.recurrent``.
+    y, c: [T, B, D*H]; saved: [T, B, D, n, H]; h before: [chunks, L*D, B, H], c in float32.
     """
     segments.check()
-    x, layers, directions = x.contiguous(), layers_of(weights), weights[0].size(0)
-    found = _new(cell, save, chunk, cell_dtype, keeps, return_c, x, h0, c0, directions)
+    x, h0, c0, marks, *resets = _named(inputs)
+    layers, directions = layers_of(weights), weights[0].size(0)
+    found = _new(cell, save, chunk, cell_dtype, keeps, return_c, inputs, weights)
     y, h_n, c_n, c, saved, *before = found
     saves = saved.numel() > 0
     states = by_layer([h0] if c0 is None else [h0, c0.float()], len(layers))
-    reset = by_layer([r for r in (reset_h, reset_c) if r is not None], len(layers))
+    reset = by_layer([r for r in resets if r is not None], len(layers))
     for k, part in enumerate(cut(x.size(0), chunk)):
         marked = None if marks is None else part.of(marks).contiguous()
         into = part.of(saved) if saves and directions == 1 else None
-        inputs = [x[s] for s in part.slices(directions)]
+        xs = [x[s] for s in part.slices(directions)]
         for i, layer in enumerate(layers):
             for whole, state in zip(before, states[i], strict=False):
                 if whole.numel():
                     whole[k].unflatten(0, (len(layers), -1))[i].copy_(state)
             every_c = c.numel() > 0 and i == len(layers) - 1
             given = states[i], marked, reset[i], every_c, saves, into
-            scan = _scan(cell, precision, gates_of(inputs, layer), layer, *given)
+            scan = _scan(cell, precision, gates_of(xs, layer), layer, *given)
             states[i] = [_after(scan.y), *([] if c0 is None else [_after(scan.c, every_c or saves)])]
-            inputs = [scan.y[1:-1].flatten(2)]  # a stack has one direction
+            xs = [scan.y[1:-1].flatten(2)]  # a stack has one direction
         part.put(scan.y[1:-1], y.unflatten(2, (directions, -1)))
         if c.numel():
             part.put(scan.c[1:-1], c.unflatten(2, (directions, -1)))
         if saves and into is None:
             part.put(scan.saved, saved)
-        del scan, inputs  # else they live on while the next chunk's are made
+        del scan, xs  # else they live on while the next chunk's are made
     for final, of_layers in zip((h_n, c_n), zip(*states, strict=True), strict=False):
         final.copy_(torch.cat(of_layers))
     return found
 
 
 @forward.register_fake
-def _(
-    cell: str,
-    save: str,
-    precision: str,
-    chunk: int,
-    cell_dtype: torch.dtype | None,
-    keeps: bool,
-    return_c: bool,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    marks: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    weights: list[Tensor],
-) -> list[Tensor]:
-    return _new(cell, save, chunk, cell_dtype, keeps, return_c, x, h0, c0, weights[0].size(0))
+def _(cell: str, save: str, precision: str, chunk: int, *others: Any) -> list[Tensor]:
+    return _new(cell, save, chunk, *others)
 
 
 def _new(
@@ -187,12 +179,12 @@ def _new(
     cell_dtype: torch.dtype | None,
     keeps: bool,
     return_c: bool,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    directions: int,
+    inputs: list[Tensor | None],
+    weights: list[Tensor],
 ) -> list[Tensor]:
     """The memory of the forward's results."""
+    x, h0, c0, *_ = _named(inputs)
+    directions = weights[0].size(0)
     (steps, batch, _), (rows, _, H) = x.shape, h0.shape
     has_c = c0 is not None
     every_c = has_c and (return_c or (keeps and save != "checkpoint"))
@@ -272,32 +264,23 @@ def backward(
     cell_dtype: torch.dtype | None,
     needs_x: bool,
     resets: bool,
-    dy: Tensor,
-    dc: Tensor | None,
-    dh_n: Tensor,
-    dc_n: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    marks: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    y: Tensor,
-    c: Tensor,
-    saved: Tensor,
-    h_before: Tensor,
-    c_before: Tensor,
+    grads: list[Tensor | None],
+    inputs: list[Tensor | None],
+    kept: list[Tensor],
     weights: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of [x, h0, c0, reset_h, reset_c, *weights], empty where there is none or nobody asked; ``y`` to
-    ``c_before`` are the forward's results."""
+    """Gradients of [x, h0, c0, reset_h, reset_c, *weights], empty where there is none or nobody asked.
+
+    grads: of y, c, h_n and c_n. kept: of the forward's results y, c, saved, and h and c before each chunk.
+    """
     segments.check()
-    x, saved, layers, directions = x.contiguous(), saved.contiguous(), layers_of(weights), weights[0].size(0)
+    x, h0, c0, marks, *reset_states = _named(inputs)
+    (y, c, saved, *before), (dy, dc, *d_finals) = kept, grads
+    saved, layers, directions = saved.contiguous(), layers_of(weights), weights[0].size(0)
     initial = [h0] if c0 is None else [h0, c0]
     n = len(initial)
-    before = [h_before, c_before][:n]
-    reset = by_layer([r for r in (reset_h, reset_c) if r is not None], len(layers))
-    d_states = by_layer([d.float() for d in (dh_n, dc_n) if d is not None], len(layers))
+    reset = by_layer([r for r in reset_states if r is not None], len(layers))
+    d_states = by_layer([d.float() for d in d_finals if d is not None], len(layers))
     d_reset = [[torch.zeros_like(d) for d in of_layer] for of_layer in d_states]
     totals = [_Totals(layer) for layer in layers]
     dx = x.new_empty(x.shape if needs_x else 0)
@@ -307,17 +290,17 @@ def backward(
     d_whole = [d.unflatten(2, (directions, -1)) for d in (dy, dc) if d is not None]
     for k, part in reversed(list(enumerate(cut(x.size(0), chunk)))):
         marked = None if marks is None else part.of(marks).contiguous()
-        inputs = [[x[s] for s in part.slices(directions)]]
+        xs = [[x[s] for s in part.slices(directions)]]
         scans = []
         with phase(SCAN_BACKWARD if save == "gates" else RECOMPUTE):
             for i, layer in enumerate(layers):
                 if save == "checkpoint":
-                    states = [s[k].unflatten(0, (len(layers), -1))[i] for s in before]
-                    x_gates = gates_of(inputs[i], layer)
+                    states = [s[k].unflatten(0, (len(layers), -1))[i] for s in before[:n]]
+                    x_gates = gates_of(xs[i], layer)
                     scan = _scan(cell, precision, x_gates, layer, states, marked, reset[i], True, True)
                     del x_gates  # it need not outlive the scan
                     scan = scan._replace(c=scan.c.to(cell_dtype or x.dtype))
-                    inputs.append([scan.y[1:-1].flatten(2)])
+                    xs.append([scan.y[1:-1].flatten(2)])
                 else:
                     anew: Sequence[Tensor | None] = reset[i] or [None] * n
                     edges = zip(whole, initial, anew, strict=True)
@@ -325,7 +308,7 @@ def backward(
                     saved_part = (
                         part.of(saved)
                         if save == "gates"
-                        else _saved(cell, gates_of(inputs[i], layer), layer, states[0], marked)
+                        else _saved(cell, gates_of(xs[i], layer), layer, states[0], marked)
                     )
                     scan = _Scan(states[0], states[1] if n > 1 else c, saved_part)
                     del states, saved_part
@@ -341,7 +324,7 @@ def backward(
             d_states[i] = d_edges[:n]
             for total, new in zip(d_reset[i], d_edges[n:], strict=False):
                 total += new
-            totals[i].add(dx_gates, dr_gates, inputs[i], scan.y, marked)
+            totals[i].add(dx_gates, dr_gates, xs[i], scan.y, marked)
             with phase(INPUT_GEMM):
                 if i > 0:
                     outside = [(dx_gates.squeeze(2) @ layer.weight_ih[0]).unsqueeze(2)]
@@ -368,23 +351,12 @@ def _(
     cell_dtype: torch.dtype | None,
     needs_x: bool,
     resets: bool,
-    dy: Tensor,
-    dc: Tensor | None,
-    dh_n: Tensor,
-    dc_n: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    marks: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    y: Tensor,
-    c: Tensor,
-    saved: Tensor,
-    h_before: Tensor,
-    c_before: Tensor,
+    grads: list[Tensor | None],
+    inputs: list[Tensor | None],
+    kept: list[Tensor],
     weights: list[Tensor],
 ) -> list[Tensor]:
+    x, h0, c0, *_ = _named(inputs)
     has_c = c0 is not None
     four = [x.new_empty(h0.shape if there else (0,)) for there in (True, has_c, resets, resets and has_c)]
-    return [torch.empty_like(x) if needs_x else x.new_empty(0), *four, *(torch.empty_like(w) for w in weights)]
+    return [x.new_empty(x.shape if needs_x else (0,)), *four, *(torch.empty_like(w) for w in weights)]

@@ -45,6 +45,7 @@ FLOORS = (
         "persistrnn.kernels.marks",
         "persistrnn.kernels.memory",
         "persistrnn.kernels.metadata",
+        "persistrnn.kernels.occupancy",
         "persistrnn.kernels.product",
         "persistrnn.kernels.tuples",
     ),

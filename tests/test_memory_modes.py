@@ -217,12 +217,12 @@ def test_compiles_and_keeps_the_contract(short, save):
     weights = [w.squeeze(2) if w.size(2) == 1 else w for w in weights]
     state = torch.randn(1, 2, 4)
     given = "lstm", save, "ieee", 2, None
-    tensors = torch.randn(3, 2, 3), state, state.clone(), None, None, None
+    inputs = [torch.randn(3, 2, 3), state, state.clone(), None, None, None]
     operators = torch.ops.persistrnn
-    torch.library.opcheck(operators.chunked_forward.default, (*given, True, False, *tensors, weights))
-    y, h_n, c_n, *kept = operators.chunked_forward(*given, True, False, *tensors, weights)
-    grads = torch.randn_like(y), None, torch.randn_like(h_n), torch.randn_like(c_n)
-    every = (*given, True, False, *grads, *tensors, y, *kept, weights)
+    torch.library.opcheck(operators.chunked_forward.default, (*given, True, False, inputs, weights))
+    y, h_n, c_n, *kept = operators.chunked_forward(*given, True, False, inputs, weights)
+    grads = [torch.randn_like(y), None, torch.randn_like(h_n), torch.randn_like(c_n)]
+    every = (*given, True, False, grads, inputs, [y, *kept], weights)
     torch.library.opcheck(operators.chunked_backward.default, every, test_utils=("test_schema", "test_faketensor"))
 
 

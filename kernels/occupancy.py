@@ -1,0 +1,81 @@
+"""What a choice needs of a multiprocessor: registers per thread and shared memory per program. Pure Python."""
+
+from __future__ import annotations
+
+from .tiling import Choice, Tiling, smallest_chunk
+
+# Registers per thread that a kernel needs besides weights, accumulators, the operand in flight and the streamed tile.
+# Fitted to audits on Triton 3.9.0 and 3.6.0, on the safe side: up to 30 more than kernels turn out to need.
+BASE_REGISTERS = 79
+STREAM_REGISTERS = 46  # more where a tile is streamed, besides two of those tiles
+TILE_REGISTERS = 28  # more for each further batch tile of a program
+SHARED_PART_REGISTERS = {2: 44, 4: 26}  # more where warps share a part of a streamed tile, by bytes per element
+WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
+PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
+ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
+MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
+
+# Bytes of shared memory with which a fifth-generation product says that it is done (8 seen on sm_100).
+SIGNALS = 64
+
+
+def register_limit(choice: Choice) -> int:
+    """Registers per thread, all of the multiprocessor's shared by its programs."""
+    return min(255, 65536 // (32 * choice.warps * choice.blocks) // 8 * 8)
+
+
+def register_estimate(t: Tiling, choice: Choice, size: int) -> int:
+    """Registers per thread that the compiled kernel is expected to need. See ``BASE_REGISTERS``."""
+    resident = sum(c.size for c in t.chunks[: t.in_registers])
+    exchanged = t.slices > 1
+    needs_mask = exchanged and masked(t.hidden, t.depth, t.ragged, t.splits, size)
+    return registers_needed(t.m, len(t.packs), choice, size, resident, t.streamed > 0, exchanged, needs_mask)
+
+
+def masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> bool:
+    """Whether some load of the operand needs a mask or narrow pieces."""
+    return ragged or depth % smallest_chunk(splits) != 0 or hidden * size % 16 != 0
+
+
+def registers_needed(
+    m: int, packs: int, choice: Choice, size: int, resident: int, streamed: bool, exchanged: bool, masked: bool
+) -> int:
+    threads = 32 * choice.warps
+    words = 4 * threads
+    elements = max(1, choice.units * choice.batch_tile // threads)
+    need = BASE_REGISTERS + (TILE_REGISTERS + size) * (choice.subtiles - 1) * (1 + elements) // 2
+    need += m * resident * size // words
+    need += choice.splits * m * choice.batch_tile // threads
+    # The sum over the parts, before it becomes gates.
+    need += m * choice.batch_tile // threads
+    if exchanged:
+        need += choice.burst * choice.batch_tile * size // words
+    if streamed:
+        need += STREAM_REGISTERS + 2 * m * choice.stream_chunk * size // words
+        if choice.splits > 1:
+            need += SHARED_PART_REGISTERS[size] if choice.splits < choice.warps else 0
+            # Operands of 4 bytes are read from shared memory one by one, each from an address of its own.
+            need += WORD_REGISTERS if size == 4 else 0
+        need += PACK_REGISTERS * size // 2 * (packs - 1)
+    if masked:
+        need += MASK_REGISTERS * (1 + choice.subtiles) // 2
+    return need + ELEMENT_REGISTERS * (elements - 1)
+
+
+def shared_bound(t: Tiling, size: int) -> tuple[int, int, int]:
+    """(in registers, in shared memory, total of shared memory) per program, in bytes, the last an upper bound."""
+    registers = t.m * sum(c.size for c in t.chunks[: t.in_registers]) * size
+    shared = t.m * sum(c.size for c in t.chunks[t.in_registers :]) * size
+    ends = (*t.bursts, len(t.chunks))[1:]
+    burst = max((sum(c.size for c in t.chunks[a:b]) for a, b in zip(t.bursts, ends, strict=True)), default=0)
+    if t.slices == 1:
+        # Every operand tile and the result of one.
+        burst = sum(c.size for c in t.chunks) + t.units
+    operand = burst * t.batch_tile * size
+    stream = (t.m + t.batch_tile) * t.stream_chunk * size if t.streamed else 0
+    reduction = t.splits * max(t.packs) * t.wide * t.batch_tile * 4
+    # On their way to registers the weights pass through shared memory, before those that stay there arrive.
+    # Beside them, the first state changes its layout.
+    state = t.units * t.batch_tile * 4
+    working = max(operand, stream, reduction) + (state if t.slices == 1 else 0) + SIGNALS
+    return registers, shared, max(registers + state, shared + working)
