@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same, compare_interpreted, python_source, saved
+from killed_runs import assert_same, compare_interpreted, python_source, saved
 from torch import nn
 
 from bench import UsageError, checkpoint, language_model, layers, text

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ROOT, assert_same, kill_at_random, python_source, saved, two_processes
+from killed_runs import ROOT, assert_same, kill_at_random, python_source, saved, two_processes
 from torch import nn
 
 from bench import UsageError, checkpoint, curves, language_model, layers, ranks, schedule

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import assert_same, compare_interpreted, kill_at_random, saved
+from killed_runs import assert_same, compare_interpreted, kill_at_random, saved
 from torch import Tensor, nn
 
 import persistrnn

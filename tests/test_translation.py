@@ -8,7 +8,7 @@ from typing import Any
 import num2words
 import pytest
 import torch
-from runs import assert_same, kill_at_random, saved
+from killed_runs import assert_same, kill_at_random, saved
 from torch import nn
 
 from bench import UsageError, number_words, translation
