@@ -17,7 +17,7 @@ PYTEST := -m pytest -n $(JOBS)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test lint types test-newest test-oldest train audit gpu rehearse bench format links clean
+.PHONY: help test lint types test-newest test-oldest train audit gpu rehearse bench format clean
 
 # Tests say themselves whether they want the interpreter.
 unexport TRITON_INTERPRET
@@ -47,8 +47,8 @@ format: $(NEWEST)/.dev ## let ruff rewrite the files
 	$(NEWEST)/bin/ruff check --fix .
 	$(NEWEST)/bin/ruff format .
 
-types: $(NEWEST)/.dev links ## mypy over persistrnn and persistrnn.kernels
-	cd build/links && ../../$(NEWEST)/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p persistrnn
+types: $(NEWEST)/.dev ## mypy over persistrnn and persistrnn.kernels
+	$(NEWEST)/bin/mypy -p persistrnn
 
 train: $(NEWEST)/.train ## the main job: train the language model
 	$(NEWEST)/bin/python -m bench.language_model $(ARGS)
@@ -59,25 +59,15 @@ audit: $(NEWEST)/.dev $(OLDEST)/.dev ## compile and inspect the kernels of every
 	$(NEWEST)/bin/python $(AUDIT) --jobs $(JOBS) --resume runs/audit.jsonl --output bench/results/audit-newest.csv $(ARGS)
 	$(OLDEST)/bin/python $(AUDIT) --jobs $(JOBS) --resume runs/audit.jsonl --output bench/results/audit-oldest.csv $(ARGS)
 
-# The GPU machine may have no package index: its own Python brings torch, Triton and pytest, and the links stand in
-# for an installed package (safe path: else the checkout, which has no persistrnn.kernels, would come first).
-ON_LINKS := PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONPATH="$(CURDIR)/build/links"
-gpu: links ## correctness, stress, micro, race and tune on a GPU, with the machine's own Python (PYTHON_GPU)
-	$(ON_LINKS) $(PYTHON_GPU) -m bench.gpu $(ARGS)
+# The GPU machine may have no package index: its own Python brings torch, Triton and pytest.
+gpu: ## correctness, stress, micro, race and tune on a GPU, with the machine's own Python (PYTHON_GPU)
+	PYTHONUNBUFFERED=1 $(PYTHON_GPU) -m bench.gpu $(ARGS)
 
-rehearse: $(NEWEST)/.dev links ## the same without a GPU: every path but the launch, predictions for an H200, no speeds
-	$(ON_LINKS) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(CURDIR)/$(NEWEST)/bin/python -m bench.gpu --rehearse h200 $(ARGS)
+rehearse: $(NEWEST)/.dev ## the same without a GPU: every path but the launch, predictions for an H200, no speeds
+	PYTHONUNBUFFERED=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m bench.gpu --rehearse h200 $(ARGS)
 
 bench: $(NEWEST)/.dev ## what a CPU can measure: our Python around torch's path, plan time, compile time
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest bench --benchmark-only $(ARGS)
-
-# kernels/ is persistrnn.kernels once installed, which neither mypy nor an uninstalled checkout can know.
-links:
-	@rm -rf build/links && mkdir -p build/links/persistrnn
-	@cd build/links/persistrnn && ln -s ../../../persistrnn/*.py ../../../persistrnn/py.typed ../../../persistrnn/profiling ../../../kernels .
-	@ln -s ../../bench build/links/bench
-	@mkdir build/links/persistrnn.egg-info
-	@sed -n 's/^name = "\(.*\)"/Name: \1/p; s/^version = "\(.*\)"/Version: \1/p' pyproject.toml >build/links/persistrnn.egg-info/PKG-INFO
 
 clean: ## remove environments, caches and builds (not runs/)
 	rm -rf $(NEWEST) $(OLDEST) build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache

@@ -20,13 +20,12 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
+from bench import UsageError, micro
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.forecast import Error, predict
 from persistrnn.kernels.hardware import DEVICES, Hardware, live
 from persistrnn.kernels.launch import shape_of
 from persistrnn.kernels.measurements import MEASURABLE, MEASURED, PROVENANCE, Measurements, Step, measurements
-
-from bench import UsageError, micro
 from persistrnn.results import Provenance, Results, Timing, load
 
 PATHS = {"persistrnn": "persistent", "torch": "torch"}  # arm -> path of a step

@@ -22,11 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from persistrnn.kernels import hardware as devices
-from persistrnn.kernels import launch
 
 from bench import UsageError, micro, provenance, race, recorder, stress, suites, tune
 from persistrnn import results
+from persistrnn.kernels import hardware as devices
+from persistrnn.kernels import launch
 from persistrnn.results import ARMS, DTYPES, Micro, Results, Stress
 
 ROOT = Path(__file__).resolve().parent.parent  # bench may be a link
@@ -76,7 +76,7 @@ class Run:
     def pytest(self, name: str, *arguments: str) -> bool:
         """A suite in a process of its own, stopped if it hangs; whether all of it passed."""
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "-m", "pytest", "-o", "pythonpath=build/links", "-m", "gpu", *arguments]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", *arguments]
         self.save()
         recorder.running(self.path).unlink(missing_ok=True)
         limit = 60 * (self.arguments.minutes + GRACE)

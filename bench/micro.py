@@ -17,11 +17,11 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from persistrnn.kernels import launch, plan
-from persistrnn.kernels.exchange import PATIENCE, Exchange
 from torch import Tensor
 
 from bench import micro_kernels as kernels
+from persistrnn.kernels import launch, plan
+from persistrnn.kernels.exchange import PATIENCE, Exchange
 from persistrnn.results import Micro
 
 KIB = 1024

@@ -9,6 +9,8 @@ All run in Triton's interpreter too. PTX=False stands in for the clock there, ``
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.exchange import arrive, get, put, read, wait
 from persistrnn.kernels.launch import shape_of
@@ -16,7 +18,6 @@ from persistrnn.kernels.product import accumulators, add, gather, resident
 from persistrnn.kernels.tiles import k_index, operand_offsets
 from persistrnn.kernels.tiling import Choice, Tiling
 from persistrnn.kernels.tiling import tiling as tiling_of
-from torch import Tensor
 
 LINE = 16  # bytes
 WARPS = 8  # as most of the planned kernels

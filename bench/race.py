@@ -6,16 +6,16 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from persistrnn.kernels import launch
-from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.hardware import INTERPRETER, Hardware
-from persistrnn.kernels.plan import Pass, PlanError, plan
-from persistrnn.kernels.wave_plan import Wave, wave
 from torch import Tensor
 
 from bench import arithmetic, arms, timing
 from bench.arms import DTYPES, Runner
 from bench.correctness import Truth
+from persistrnn.kernels import launch
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.hardware import INTERPRETER, Hardware
+from persistrnn.kernels.plan import Pass, PlanError, plan
+from persistrnn.kernels.wave_plan import Wave, wave
 from persistrnn.results import Case, Check, Timing
 
 ROUNDS = 15

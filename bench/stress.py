@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from persistrnn.kernels import launch
 
 import persistrnn
 from bench.race import Race
+from persistrnn.kernels import launch
 from persistrnn.results import Case
 
 SECONDS = 90.0

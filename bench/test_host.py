@@ -9,13 +9,13 @@ import time
 
 import pytest
 import torch
+
+import persistrnn
 from persistrnn.kernels import plan as planning
 from persistrnn.kernels.audit import Case, compile_pass, planned
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.hardware import named
 from persistrnn.kernels.launch import shape_of
-
-import persistrnn
 
 HIDDEN, STEPS, BATCH = 128, 64, 16
 CALLS = 50

@@ -13,14 +13,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+
+from bench import arms, timing
+from bench.race import Race
 from persistrnn.kernels import launch
 from persistrnn.kernels import plan as planning
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.hardware import Hardware
 from persistrnn.kernels.tiling import Choice
-
-from bench import arms, timing
-from bench.race import Race
 from persistrnn.results import Case, Tuning
 
 STEPS = 256

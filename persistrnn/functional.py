@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from persistrnn import door, ops, torch_path
 from persistrnn import stack as stacks
 from persistrnn.door import Backend, Batch, Given, Options, Save, Stack
+from persistrnn.tracing import outside_of_graphs
 
 NOTHING = Given()
 
@@ -200,7 +201,7 @@ def run(
         path = "stepwise" if reason is not None else "persistent"
         x = batch.time_major(data)
         if packed is not None:
-            x, row_lengths = _pad(data, packed.batch_sizes, batch.steps)
+            x, row_lengths = outside_of_graphs(_pad, data, packed.batch_sizes, batch.steps)
             cuts = cuts._replace(active=_active_rows(packed, data.device))
         cuts = cuts._replace(reset=[r.to(dtype).contiguous() for r in cuts.reset])
         tensors = [w.to(dtype) for w in weights], [s.to(dtype).contiguous() for s in states]
@@ -208,7 +209,7 @@ def run(
         found = stacks.run(stack, x.to(dtype).contiguous(), *tensors, cuts, options, products, return_c)
         outputs, states = [found.y] if found.c is None else [found.y, found.c], found.finals
         if packed is not None:
-            outputs = [_pack(t, row_lengths) for t in outputs]
+            outputs = [outside_of_graphs(_pack, t, row_lengths) for t in outputs]
         outputs = [batch.time_major(t) for t in outputs]
     else:
         path = "torch"
@@ -286,15 +287,13 @@ def save_mode(stack: Stack, options: Options, dtype: torch.dtype, batch: int, st
     )
 
 
-# Compiled, the graph breaks here, as it does in torch.nn; on fake tensors both would fail instead.
-@torch.compiler.disable
+# Compiled, the graph breaks at both, as it does in torch.nn; on fake tensors they would fail.
 def _pad(data: Tensor, batch_sizes: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """[T, B, I] and the lengths, on the CPU, of a PackedSequence."""
     padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, steps)
     return padded, lengths
 
 
-@torch.compiler.disable
 def _pack(padded: Tensor, lengths: Tensor) -> Tensor:
     packed: Tensor = torch._VF._pack_padded_sequence(padded, lengths, False)[0]
     return packed

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from persistrnn import segments
+from persistrnn import segments, tracing
 
 from .kernels import memory
 from .kernels.tiling import Shape
@@ -131,7 +131,7 @@ def unsupported(
 
 
 # torch.compile asks once, while it traces: the answer holds for all T and B.
-@torch.compiler.assume_constant_result
+@tracing.constant
 def _unsupported(
     cell: str, hidden_size: int, directions: int, dtype: torch.dtype, device: torch.device, precision: str
 ) -> str | None:
@@ -161,7 +161,7 @@ def slower(
     return _slower(cell, hidden_size, rows, directions, dtype, device, precision, backward, layers, steps)
 
 
-@torch.compiler.assume_constant_result
+@tracing.constant
 def _slower(
     cell: str,
     hidden_size: int,
@@ -356,7 +356,7 @@ def waves(
     return all(_waves(cell, hidden_size, layers, b, t, dtype, device, precision, backward) for b, t in sizes)
 
 
-@torch.compiler.assume_constant_result
+@tracing.constant
 def _waves(
     cell: str,
     hidden_size: int,

@@ -20,7 +20,7 @@ from .rows import OURS, Row, label, printable, rows
 from .tables import NOTHING, Part, known, number, times
 
 PAGE = "report.html"
-TEMPLATE = Path(__file__).resolve().with_name("report.html.jinja")  # resolved: the checkout may be seen through links
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 README_ROWS = 10
 EMPTY_ROWS = 3  # of a table without a number
 

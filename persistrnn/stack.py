@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persistrnn import autograd, chunked, ops, reference, segments, stepwise
+from persistrnn import autograd, chunked, ops, reference, segments, stepwise, tracing
 from persistrnn.door import Cuts, Options, Stack
 from persistrnn.phases import INPUT_GEMM, phase
 
@@ -112,7 +112,7 @@ def may_wave(options: Options, dtype: torch.dtype, proj_size: int, precision: st
     return single and options.save == "gates" and (dtype != torch.float32 or precision == _matmul_precision())
 
 
-@torch.compiler.assume_constant_result  # dynamo cannot read the setting
+@tracing.constant  # dynamo cannot read the setting
 def _matmul_precision() -> str:
     """How float32 is multiplied outside of RNNs, "tf32" or "ieee"."""
     setting: str = torch.backends.cuda.matmul.fp32_precision

@@ -3,13 +3,13 @@
 import dataclasses
 
 import pytest
+
+from persistrnn import functional, stack
 from persistrnn.kernels import launch, plan, wave, wave_plan
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.exchange import PATIENCE, Exchange
 from persistrnn.kernels.hardware import INTERPRETER
 from persistrnn.kernels.tiling import Choice, Tiling, smallest_chunk, tiling
-
-from persistrnn import functional, stack
 
 ALL = 1 << 20
 

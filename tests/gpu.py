@@ -6,12 +6,12 @@ import accuracy
 import pytest
 import torch
 from accuracy import Bound, Case
-from persistrnn.kernels import launch, wave
-from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.scan import scan_backward, scan_forward
 
 import persistrnn
 from persistrnn import autograd, ops
+from persistrnn.kernels import launch, wave
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.scan import scan_backward, scan_forward
 
 DEVICE = "cuda"
 SEEDS = 3

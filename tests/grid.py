@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import triton.runtime.interpreter as interpreter
+
 from persistrnn.kernels import product, scan
 
 # Operation -> the module that calls it. The last three are the second exchange, of the two-dimensional split.

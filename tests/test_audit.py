@@ -12,6 +12,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+
 from persistrnn.kernels import audit, hardware
 from persistrnn.kernels.audit import Case, Homes
 from persistrnn.kernels.cells import CELLS

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from persistrnn.kernels import audit_table
 from persistrnn.kernels.audit import Case, Row
 

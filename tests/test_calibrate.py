@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic import add, case, skipped, timing
+from synthetic import results as empty
+
+from bench import calibrate, micro
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.forecast import predict
 from persistrnn.kernels.hardware import DEVICES, corrected
 from persistrnn.kernels.launch import shape_of
 from persistrnn.kernels.measurements import MEASURABLE, Step, measurements
-from synthetic import add, case, skipped, timing
-from synthetic import results as empty
-
-from bench import calibrate, micro
 from persistrnn.results import Case, Check, Micro, Results, Timing
 
 RECORD = DEVICES["h200"]

@@ -4,12 +4,13 @@ import dataclasses
 import math
 
 import pytest
+from soundness import DTYPES, PASSES, SHAPES, keeps_its_registers, workloads
+
 from persistrnn.kernels import cost as model
 from persistrnn.kernels import plan as planning
 from persistrnn.kernels.cost import BYTES, Work, floor, torch_step
 from persistrnn.kernels.hardware import DEVICES, Hardware
 from persistrnn.kernels.plan import BATCH_CLASSES, PlanError, plan
-from soundness import DTYPES, PASSES, SHAPES, keeps_its_registers, workloads
 
 H200 = DEVICES["h200"]
 PARTS = ("compute", "weights", "state", "synchronisation", "pointwise")

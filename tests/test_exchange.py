@@ -7,9 +7,9 @@ import pytest
 import torch
 from forced import HOMES, tilings
 from grid import EXCHANGE, Delays, concurrent_grid
-from persistrnn.kernels import launch, product, scan
 
 import persistrnn
+from persistrnn.kernels import launch, product, scan
 
 pytestmark = pytest.mark.interpreter
 

@@ -32,7 +32,7 @@ FLOORS = (
     ("persistrnn.autograd", "persistrnn.door", "persistrnn.stepwise"),
     ("persistrnn.ops", "persistrnn.torch_path"),
     ("persistrnn.mapping", "persistrnn.phases", "persistrnn.reference", "persistrnn.second"),
-    ("persistrnn.segments",),
+    ("persistrnn.segments", "persistrnn.tracing"),
     ("persistrnn.kernels.audit_table", "persistrnn.kernels.outlook", "persistrnn.kernels.plan_command"),
     ("persistrnn.kernels.audit", "persistrnn.kernels.reasons"),
     ("persistrnn.kernels.wave",),

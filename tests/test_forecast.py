@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+
+import persistrnn
+from persistrnn import functional, ops
 from persistrnn.kernels import forecast as forecasting
 from persistrnn.kernels import measurements as files
 from persistrnn.kernels.cost import torch_step
@@ -11,9 +14,6 @@ from persistrnn.kernels.forecast import Forecast, forecast
 from persistrnn.kernels.hardware import DEVICES
 from persistrnn.kernels.plan import plan
 from persistrnn.kernels.tiling import Shape
-
-import persistrnn
-from persistrnn import functional, ops
 
 LSTM = Shape("lstm", 4, 2, 4, False)
 H200 = DEVICES["h200"]

@@ -24,13 +24,13 @@ from gpu import (
     synchronize,
     two_dimensions,
 )
+
+import persistrnn
+from persistrnn import autograd
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.exchange import Exchange
 from persistrnn.kernels.plan import BATCH_CLASSES
-
-import persistrnn
-from persistrnn import autograd
 
 pytestmark = pytest.mark.gpu
 

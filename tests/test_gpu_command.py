@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from persistrnn.kernels import launch
-from persistrnn.kernels.hardware import named
 from synthetic import CASE, PROVENANCE, add, everything, results, timing
 
 from bench import gpu, micro, provenance, recorder, stress, suites, tune
+from persistrnn.kernels import launch
+from persistrnn.kernels.hardware import named
 from persistrnn.results import Check, Micro, Results, Stress, Tuning, load
 
 CPU = torch.device("cpu")

@@ -6,12 +6,12 @@ import pytest
 import torch
 from cuts import Case
 from gpu import DEVICE, synchronize
-from persistrnn.kernels import launch
-from persistrnn.kernels.cells import CELLS
 from test_gpu import PROTOCOLS, REPEATS, a_gpu, exchange, precision
 from torch import nn
 
 import persistrnn
+from persistrnn.kernels import launch
+from persistrnn.kernels.cells import CELLS
 
 pytestmark = pytest.mark.gpu
 

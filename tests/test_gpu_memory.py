@@ -4,12 +4,12 @@ import accuracy
 import pytest
 import torch
 from gpu import DEVICE, synchronize
-from persistrnn.kernels import memory
-from persistrnn.kernels.cells import CELLS
 from test_gpu import a_gpu
 from torch import nn
 
 from persistrnn import ops
+from persistrnn.kernels import memory
+from persistrnn.kernels.cells import CELLS
 
 pytestmark = pytest.mark.gpu
 

@@ -4,11 +4,11 @@ import accuracy
 import pytest
 import torch
 from gpu import check_bound, planned_wave
-from persistrnn.kernels import launch
-from persistrnn.kernels.cells import CELLS
 from test_gpu import PRECISION, PROTOCOLS, REPEATS, a_gpu, exchange, precision
 
 import persistrnn
+from persistrnn.kernels import launch
+from persistrnn.kernels.cells import CELLS
 
 pytestmark = pytest.mark.gpu
 

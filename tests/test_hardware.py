@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_measurements import GOOD, changed, write
+
 from persistrnn.kernels import hardware, measurements
 from persistrnn.kernels.hardware import DEVICES, INTERPRETER, NUMBERS, Hardware, corrected, live, named
 from persistrnn.kernels.measurements import MEASURABLE
-from test_measurements import GOOD, changed, write
 
 RECORDS = [*DEVICES.values(), INTERPRETER]
 

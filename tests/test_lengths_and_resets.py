@@ -6,11 +6,11 @@ import pytest
 import torch
 from cuts import Case
 from grid import Delays, concurrent_grid
-from persistrnn.kernels import launch, marks
 from torch import nn
 
 import persistrnn
 from persistrnn import segments
+from persistrnn.kernels import launch, marks
 
 CELLS = ("lstm", "gru")
 WAYS = [  # (lengths, resets, state, reset_state)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from persistrnn.kernels.hardware import DEVICES, corrected
 from persistrnn.kernels.measurements import MEASURABLE, MEASURED, PROVENANCE, Step, measurements
 

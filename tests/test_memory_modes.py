@@ -8,12 +8,12 @@ import accuracy
 import pytest
 import torch
 from grid import Delays, concurrent_grid
-from persistrnn.kernels import launch, memory
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import persistrnn
 from persistrnn import chunks, ops
+from persistrnn.kernels import launch, memory
 
 CELLS = ("lstm", "gru")
 MODES = memory.MODES

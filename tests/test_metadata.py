@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+
 from persistrnn.kernels import audit, hardware, launch, metadata, wave, wave_plan
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.scan import scan_backward, scan_forward

@@ -15,13 +15,13 @@ import pytest
 import torch
 import triton
 from grid import Delays, concurrent_grid
-from persistrnn.kernels import audit, hardware, measurements
-from persistrnn.kernels.audit import Homes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import micro, micro_kernels
 from bench.micro import REHEARSAL, Item, Machine, Scale
+from persistrnn.kernels import audit, hardware, measurements
+from persistrnn.kernels.audit import Homes
 from persistrnn.results import Micro
 
 CPU = torch.device("cpu")

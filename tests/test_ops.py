@@ -12,9 +12,6 @@ import textwrap
 
 import pytest
 import torch
-from persistrnn.kernels import launch
-from persistrnn.kernels import plan as planning
-from persistrnn.kernels.hardware import DEVICES
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 import persistrnn
 from persistrnn import autograd, ops, reference
+from persistrnn.kernels import launch
+from persistrnn.kernels import plan as planning
+from persistrnn.kernels.hardware import DEVICES
 
 pytestmark = pytest.mark.interpreter
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
 from persistrnn.kernels import picture
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.hardware import DEVICES, live, named

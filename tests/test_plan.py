@@ -9,10 +9,11 @@ import sys
 import time
 
 import pytest
+from soundness import DTYPES, GRID_LIMIT, PASSES, SHAPES, check_plan, keeps_its_registers, workloads
+
 from persistrnn.kernels import plan as planning
 from persistrnn.kernels.hardware import DEVICES, INTERPRETER
 from persistrnn.kernels.plan import BATCH_CLASSES, PlanError, plan
-from soundness import DTYPES, GRID_LIMIT, PASSES, SHAPES, check_plan, keeps_its_registers, workloads
 
 H200 = DEVICES["h200"]
 

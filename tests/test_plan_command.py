@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from persistrnn.kernels import launch, picture, plan_command
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.forecast import Error

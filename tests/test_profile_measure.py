@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from persistrnn.kernels import memory
 
 import persistrnn
+from persistrnn.kernels import memory
 from persistrnn.profiling import measure as profiling
 from persistrnn.profiling import page as profile_page
 from persistrnn.profiling import record as profile_record

@@ -3,11 +3,11 @@
 import dataclasses
 
 import pytest
+
 from persistrnn.kernels import hardware, launch, outlook
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.plan import plan
 from persistrnn.kernels.wave_plan import wave
-
 from persistrnn.profiling import page as profile_page
 from persistrnn.profiling import predicted as profile_predicted
 from persistrnn.profiling import tables as profile_tables

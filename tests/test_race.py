@@ -8,10 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from persistrnn.kernels import launch
-from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.hardware import INTERPRETER, named
-from persistrnn.kernels.wave_plan import wave
 from torch import Tensor
 
 import persistrnn
@@ -19,6 +15,10 @@ from bench import arithmetic, arms, correctness, race, timing
 from bench.arms import ARMS, DTYPES, Runner, Skip
 from bench.correctness import Truth
 from bench.race import Race
+from persistrnn.kernels import launch
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.hardware import INTERPRETER, named
+from persistrnn.kernels.wave_plan import wave
 from persistrnn.results import MODES, Case
 
 CPU = torch.device("cpu")

@@ -77,40 +77,28 @@ def test_a_wrong_name() -> None:
     assert "got 'deepbensh'" in done.stderr
 
 
-@pytest.fixture
-def linked(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """linked(code, *arguments): a program where, as on a GPU machine, links stand in for an installed package."""
-    package = tmp_path / "persistrnn"
-    package.mkdir()
-    for path in (*(ROOT / "persistrnn").glob("*.py"), ROOT / "persistrnn" / "profiling", ROOT / "kernels"):
-        (package / path.name).symlink_to(path)
-    (tmp_path / "bench").symlink_to(ROOT / "bench")
+def uninstalled(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A program in the checkout's root where, as on a GPU machine, persistrnn is not installed."""
     # -S leaves out what puts an editable installation on the path.
     site = Path(pytest.__file__).parents[1]
-    prepare = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; sys.path.append({str(site)!r}); "
-
-    def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-S", "-c", prepare + code, *arguments]
-        variables = environment(PYTHONSAFEPATH="1", PYTHONPATH=f"{tmp_path}:{site}", TRITON_INTERPRET="1")
-        return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
-
-    return run
+    prepare = f"import sys; sys.path.append({str(site)!r}); "
+    command = [sys.executable, "-S", "-c", prepare + code, *arguments]
+    variables = environment(PYTHONPATH=str(site), TRITON_INTERPRET="1")
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
 
 
-def test_the_suites_without_an_installation(linked: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_the_suites_without_an_installation() -> None:
     """They come from the checkout."""
     arguments = [*gpu.RACE, "-m", "gpu", "--rehearse", "--suite", "short", "--collect-only", "-q"]
-    done = linked("import pytest; sys.exit(pytest.main(sys.argv[1:]))", *arguments, "-p", "no:cacheprovider")
+    done = uninstalled("import pytest; sys.exit(pytest.main(sys.argv[1:]))", *arguments, "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test_layer[short-" in done.stdout
 
 
-def test_the_command_without_an_installation(
-    linked: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    """It finds the tests of the checkout, though it is itself behind a link."""
+def test_the_command_without_an_installation(tmp_path: Path) -> None:
+    """It finds the tests of the checkout."""
     arguments = ["correctness", "--rehearse", "h200", "--results", str(tmp_path / "results.json")]
-    done = linked("from bench import gpu; sys.exit(gpu.main(sys.argv[1:]))", *arguments)
+    done = uninstalled("from bench import gpu; sys.exit(gpu.main(sys.argv[1:]))", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tests/test_gpu_wave.py::" in done.stdout
 

@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from forced import tilings
-from persistrnn.kernels import launch
-from persistrnn.kernels.tiles import row_offset
 
 import persistrnn
+from persistrnn.kernels import launch
+from persistrnn.kernels.tiles import row_offset
 
 pytestmark = pytest.mark.interpreter
 

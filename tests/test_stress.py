@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from persistrnn.kernels import launch
 from torch import Tensor
 
 from bench import gpu, stress
 from bench.race import Race
+from persistrnn.kernels import launch
 from persistrnn.results import Check
 
 CPU = torch.device("cpu")

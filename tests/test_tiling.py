@@ -5,8 +5,9 @@ import random
 from collections import Counter
 
 import pytest
-from persistrnn.kernels.tiling import Choice, Chunk, Shape, Tiling, bursts, chunks, smallest_chunk, tiling
 from soundness import SHAPES, check_tiling, is_power_of_two, read_indices
+
+from persistrnn.kernels.tiling import Choice, Chunk, Shape, Tiling, bursts, chunks, smallest_chunk, tiling
 
 SIZES = (1, 2, 7, 8, 9, 16, 17, 100, 127, 128, 129, 320, 640, 1000, 1024, 1150, 1840, 2048, 2049, 3000, 4096)
 

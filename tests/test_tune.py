@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from forced import tilings
-from persistrnn.kernels import launch, plan
-from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.hardware import INTERPRETER, named
-from persistrnn.kernels.plan import Pass
 from torch import Tensor
 
 from bench import tune
 from bench.race import Race
+from persistrnn.kernels import launch, plan
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.hardware import INTERPRETER, named
+from persistrnn.kernels.plan import Pass
 from persistrnn.results import Case, Tuning
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from .record import Point, Profile
 from .subject import OURS, TORCH
 
 PAGE, TEXT, DATA = "profile.html", "profile.txt", "profile.json"
-TEMPLATE = Path(__file__).resolve().with_name("profile.html.jinja")  # resolved: the checkout may be seen through links
+TEMPLATE = Path(__file__).with_name("profile.html.jinja")
 
 
 class Card(NamedTuple):
