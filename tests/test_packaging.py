@@ -27,7 +27,8 @@ def python(code: str, *arguments: object, cwd: Path) -> object:
 
 
 def run(*command: object, cwd: Path) -> None:
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=240)
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=variables, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
 
 
@@ -85,6 +86,65 @@ print(json.dumps({name: module.__file__ for name, module in sys.modules.items() 
     assert isinstance(files, dict)
     assert files["persistrnn.kernels"] == str(target / "persistrnn" / "kernels" / "__init__.py")
     assert [name for name, file in files.items() if not Path(file).is_relative_to(target)] == []
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the checkout, its link as a link."""
+    tree = tmp_path / "checkout"
+    shutil.copytree(ROOT, tree, ignore=NOT_SOURCE, symlinks=True)
+    return tree
+
+
+@pytest.fixture
+def fresh_python(tmp_path: Path) -> Path:
+    """The Python of a new environment that sees torch, Triton and pip, and no persistrnn."""
+    environment = tmp_path / "environment"
+    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
+    (site,) = environment.glob("lib/python*/site-packages")
+    # What an editable install put into this folder works in the environment it belongs to only.
+    (site / "around.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
+    return environment / "bin" / "python"
+
+
+PIP_INSTALL = "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--no-build-isolation"
+USE = "import persistrnn, torch; print(persistrnn.__version__); persistrnn.LSTM(2, 3)(torch.ones(4, 1, 2))"
+
+
+def runs_in(checkout: Path, fresh_python: Path) -> None:
+    """Everything that a person types in a checkout's root."""
+    for arguments in (
+        ("-c", USE),
+        ("-m", "persistrnn", "plan", "--cell", "gru", "--hidden", "64", "--batch", "1", "--device", "h200"),
+        ("-m", "bench.language_model", "--help"),
+    ):
+        run(fresh_python, *arguments, cwd=checkout)
+
+
+def test_a_checkout_runs_without_an_installation(checkout: Path, fresh_python: Path) -> None:
+    runs_in(checkout, fresh_python)
+
+
+def test_a_checkout_runs_beside_its_own_installation(checkout: Path, fresh_python: Path) -> None:
+    """In its root Python finds the folder persistrnn before the installed package."""
+    run(fresh_python, *PIP_INSTALL, ".", cwd=checkout)
+    runs_in(checkout, fresh_python)
+    shutil.rmtree(checkout)
+    run(fresh_python, "-c", USE, cwd=checkout.parent)
+
+
+def test_a_checkout_runs_after_an_installation_over_an_editable_one(checkout: Path, fresh_python: Path) -> None:
+    """As `make train`, `pip install '.[profile]'` into its environment, `make train` again."""
+    run(fresh_python, *PIP_INSTALL, "-e", ".[train]", cwd=checkout)
+    runs_in(checkout, fresh_python)
+    run(fresh_python, *PIP_INSTALL, ".[profile]", cwd=checkout)
+    runs_in(checkout, fresh_python)
+
+
+def test_the_package_does_not_bring_in_the_compiler(tmp_path: Path) -> None:
+    """torch._dynamo takes longer to import than torch, and most programs never compile."""
+    code = "import json, sys, persistrnn; print(json.dumps('torch._dynamo' in sys.modules))"
+    assert python(code, cwd=tmp_path) is False
 
 
 def origin(module: str, cwd: Path) -> Path | None:
