@@ -34,9 +34,10 @@ def held(folder: Path) -> Iterator[None]:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """`held`, of one process."""
-    made, path = not folder.exists(), folder / LOCK
+    path = folder / LOCK
     with ExitStack() as stack:
         with written(folder):
+            made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(path.open("a+"))
             if not (take(file) and os.fstat(file.fileno()).st_nlink):  # without a name: that run removes the folder
@@ -54,7 +55,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if made and os.listdir(folder) == [LOCK]:  # the run did not come to its first checkpoint
+            if made and folder.exists() and os.listdir(folder) == [LOCK]:  # it did not come to its first checkpoint
                 path.unlink()
                 folder.rmdir()
 

@@ -41,8 +41,9 @@ def check(found: Any, like: Any, where: str = "") -> None:
         given, wanted = (f"a tensor of {tuple(tensor.shape)}" for tensor in (found, like))
     elif same and isinstance(like, dict):
         same = found.keys() == like.keys()
-        fewer, more = (", ".join(map(str, one.keys() - other.keys())) for one, other in ((like, found), (found, like)))
-        given, wanted = f"without {fewer or 'a key'} and with {more or 'no other'}", "what this program writes"
+        sides = (("without", like.keys() - found.keys()), ("with", found.keys() - like.keys()))
+        given = " and ".join(f"{word} {', '.join(sorted(map(str, keys)))}" for word, keys in sides if keys)
+        wanted = "what this program writes"
     elif same and isinstance(like, (list, tuple)):
         same = len(found) == len(like)
         given, wanted = f"of length {len(found)}", str(len(like))

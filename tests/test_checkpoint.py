@@ -119,9 +119,9 @@ class TestForm:
     @pytest.mark.parametrize(
         ("where", "value", "message"),
         [
-            (["losses"], None, r"content is without losses and with no other, allowed is what"),
+            (["losses"], None, r"content is without losses, allowed is what this program"),
             (["model"], None, r"content is without model"),
-            (["more"], 1, r"without a key and with more"),
+            (["more"], 1, r"content is with more, allowed"),
             (["settings"], [1], r"settings is list, allowed is dict"),
             (["losses", 1], "low", r"losses\[1\] is str, allowed is float"),
             (["count"], 2.5, r"count is float, allowed is int"),
@@ -138,9 +138,9 @@ class TestForm:
             (["settings", "text"], "/nowhere", r"with --text /nowhere: '/nowhere' is no folder"),
             (["settings", "tied"], True, r"--tied given with --embedding 4 and --hidden 8"),
             (["settings", "hidden"], 9, r"model\['rnn.weight_ih_l0'\] is a tensor of \(32, 4\), allowed .*\(36, 4\)"),
-            (["settings", "layers"], 2, r"model is without rnn.weight_ih_l1.* and with no other"),
+            (["settings", "layers"], 2, r"model is without rnn.bias_hh_l1, .*rnn.weight_ih_l1, allowed"),
             (["settings", "cell"], "gru", r"model\['rnn.weight_ih_l0'\] is a tensor of \(32, 4\), allowed .*\(24, 4\)"),
-            (["scaler"], {"scale": 1.0}, r"scaler is without a key and with scale"),
+            (["scaler"], {"scale": 1.0}, r"scaler is with scale, allowed"),
             (["optimizer", "state", 0], None, r"optimizer\['state'\] is without 0"),
             (["optimizer", "state", 0, "exp_avg"], torch.ones(3), r"\[0\]\['exp_avg'\] is a tensor of \(3,\), allowed"),
             (["optimizer", "param_groups"], [], r"optimizer\['param_groups'\] is of length 0, allowed is 1"),
@@ -270,8 +270,8 @@ class TestFolder:
         full(room)
         sentence = refused(unfinished, "--resume", "--save-seconds=0")
         assert re.search(
-            r"run cannot be written \(No space left on device\): make room there, go on from the checkpoint before with "
-            "--resume; or choose a folder",
+            r"run cannot be written \(No space left on device\): make room there, go on from the checkpoint before "
+            "with --resume; or choose a folder",
             sentence,
         )
         assert (unfinished / "checkpoint.pt").read_bytes() == before

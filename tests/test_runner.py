@@ -255,7 +255,6 @@ class TestProcesses:
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
                 *(str(tmp_path / "program.py"), "3:SIGTERM:parent", *arguments, *run),
             ],
-            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
