@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Folders of the checkout -> whether a changed file counts as well as a new one. Not where a log of the very tests may
-# be written, or a training may go on.
-WATCHED = {"": False, "bench": True, "bench/results": True, "build": False, "dist": False, "runs": False}
+# Folders of the checkout -> whether a changed file counts as well as a new one: not where someone may edit the sources,
+# write a log of these very tests, or train.
+WATCHED = {"": False, "bench": False, "bench/results": True, "build": False, "dist": False, "runs": False}
 # What Python, pytest and tools that check code leave themselves, and half-written checkpoints of a training beside.
 IGNORED = ("__pycache__", ".git", ".venv", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".benchmarks")
 IGNORED_ENDINGS = (".egg-info", ".tmp", ".pyc")

@@ -1,6 +1,7 @@
 """Checkpoints and folders of training runs: damage, contents of another form, a full disk, two runs in one folder."""
 
 import errno
+import fcntl
 import os
 import random
 import re
@@ -310,6 +311,17 @@ with held(Path(sys.argv[1])):
 """
 
 
+# The program with a real limit on what it may write.
+FULL = """
+import resource
+from bench import language_model
+
+def main(arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    return language_model.main(arguments)
+"""
+
+
 class TestLock:
     def test_one_run_at_a_time(self, source: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
         where = tmp_path / "run"
@@ -335,6 +347,17 @@ class TestLock:
             holder.wait()
             assert language_model.main(["--out", str(where), "--sample-tokens=5", *new(source)]) == 0
 
+    def test_a_folder_that_the_other_run_is_removing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        flock = fcntl.flock
+
+        def late(file: Any, how: int) -> None:
+            (tmp_path / "lock").unlink()
+            flock(file, how)
+
+        monkeypatch.setattr("fcntl.flock", late)
+        with pytest.raises(UsageError, match="in use by another run"), folder.held(tmp_path):
+            pass
+
     def test_to_generate_none_is_needed(self, unfinished: Path) -> None:
         with folder.held(unfinished):
             assert language_model.main(["--generate", "--out", str(unfinished), "--sample-tokens=5"]) == 0
@@ -359,3 +382,10 @@ class TestLock:
             jobs = [[*taken[2:], "--out", str(tmp_path / name)] for name in ("file", "torn")]
             shown = two_processes("bench.language_model", taken, *jobs)
         assert re.findall(r"(.*) are the statuses", shown) == ["[2, 2]"] * 3
+
+    def test_every_rank_hears_of_a_full_disk(self, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "program.py").write_text(FULL)
+        arguments = ["--out", str(tmp_path / "run"), *new(source)]
+        shown = two_processes("program", arguments, path=tmp_path)
+        assert re.findall(r"(.*) are the statuses", shown) == ["[2, 2]"]
+        assert not (tmp_path / "run").exists()
