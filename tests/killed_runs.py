@@ -58,8 +58,7 @@ def kill_at_random(module: str, arguments: list[str], whole: Path, killed: Path,
     seed = random.randrange(2**32)
     done = subprocess.run(
         [sys.executable, "-c", KILLER, module, str(seed), str(least), str(whole), str(killed), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=240,
@@ -118,8 +117,7 @@ def two_processes(module: str, *jobs: list[str], path: Path = ROOT) -> str:
     as two processes that share it. Returns what they and, after each job, their statuses print."""
     done = subprocess.run(
         [sys.executable, "-c", TWO, module, json.dumps(jobs)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         timeout=240,

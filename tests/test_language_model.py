@@ -165,19 +165,6 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert samples[0] == samples[1]
 
 
-def test_a_save_cut_short_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, {"step": 1})
-
-    def disk_full(content: object, file: Any) -> None:
-        file.write(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match="no space"):
-        checkpoint.save(tmp_path, {"step": 2})
-    assert checkpoint.load(tmp_path) == {"step": 1}
-
-
 def new_run(source: Path, **changes: Any) -> Run:
     sizes = {"hidden": 16, "embedding": 8, "batch": 2, "sequence": 16, "steps": 40}
     given = {"device": "cpu", "text": str(source), **sizes, **changes}

@@ -15,7 +15,7 @@ import torch
 from killed_runs import ROOT, assert_same, kill_at_random, python_source, saved, two_processes
 from torch import nn
 
-from bench import UsageError, checkpoint, curves, language_model, layers, ranks, schedule
+from bench import UsageError, curves, language_model, layers, ranks, schedule
 from bench.language_model import LanguageModeling, TextSettings
 from bench.memory import PeakMemory
 from bench.options import Settings, number, option, parser, split
@@ -162,37 +162,6 @@ class TestOptions:
             self.Own.resumed({**settings, "old": 1}, {})
 
 
-class TestCheckpoints:
-    def refused(self, folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-        with pytest.raises(SystemExit) as stop:
-            language_model.main(["--out", str(folder), *arguments])
-        assert stop.value.code == 2
-        return capsys.readouterr().err
-
-    @pytest.mark.parametrize("arguments", [[], ["--resume"], ["--generate"]])
-    def test_those_of_other_programs(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
-    ) -> None:
-        checkpoint.save(tmp_path, {"workload": "signals", "losses": [], "settings": {"steps": 1}})
-        assert "holds a run of signals, this is language_model: name" in self.refused(tmp_path, capsys, *arguments)
-        checkpoint.save(tmp_path, {"losses": [], "settings": {"steps": 1}})
-        assert "of an earlier version of this program" in self.refused(tmp_path, capsys, *arguments)
-
-    def test_a_broken_one(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        (tmp_path / "checkpoint.pt").write_bytes(b"torn")
-        assert re.search(r"no checkpoint that torch can read \(.+\): remove it", self.refused(tmp_path, capsys))
-
-    def test_that_of_more_processes(self, source: Path, tmp_path: Path) -> None:
-        run = new_run(source)
-        run.train_step()
-        run.save(tmp_path)
-        content = checkpoint.load(tmp_path)
-        content["ranks"] *= 2
-        with pytest.raises(UsageError, match="made by 2 processes, 1 given: allowed is the same number"):
-            run.load(content)
-        run.load(content, to_train=False)  # to generate, one does
-
-
 def test_killed_at_random_moments(source: Path, tmp_path: Path) -> None:
     arguments = [*SMALL, SAMPLE, "--text", str(source), "--batch=4", "--steps=20", "--dropout=0.2", "--truncate=7"]
     arguments.append("--layers=2")
@@ -286,7 +255,6 @@ class TestProcesses:
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
                 *(str(tmp_path / "program.py"), "3:SIGTERM:parent", *arguments, *run),
             ],
-            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
