@@ -203,8 +203,15 @@ def run(
         if packed is not None:
             x, row_lengths = outside_of_graphs(_pad, data, packed.batch_sizes, batch.steps)
             cuts = cuts._replace(active=_active_rows(packed, data.device))
-        cuts = cuts._replace(reset=[r.to(dtype).contiguous() for r in cuts.reset])
-        tensors = [w.to(dtype) for w in weights], [s.to(dtype).contiguous() for s in states]
+        dtypes = [dtype] * len(states)
+        if path == "stepwise":  # which has torch.nn's; the kernels have autocast's, as torch.nn on a GPU
+            dtypes = torch_path.output_dtypes(cell, data, states, torch_path.autocast_dtype(data), packed is not None)[1:]
+        initial, anew = (
+            [s.to(d).contiguous() for s, d in zip(given_states, dtypes, strict=False)]
+            for given_states in (states, cuts.reset)
+        )
+        cuts = cuts._replace(reset=anew)
+        tensors = [w.to(dtype) for w in weights], initial
         products = precision() if reason is None else None
         found = stacks.run(stack, x.to(dtype).contiguous(), *tensors, cuts, options, products, return_c)
         outputs, states = [found.y] if found.c is None else [found.y, found.c], found.finals
@@ -262,8 +269,12 @@ def _by_packing(
     found = run(cell, packed, weights, hx, options._replace(batch_first=False))
     y = pad_packed_sequence(found.output, total_length=batch.steps)[0]
     assert active is not None
-    y = torch.where(active.unsqueeze(-1), y, 0.0)
-    finals = [torch.where(some.unsqueeze(-1), new, old) for new, old in zip(found.states, states, strict=True)]
+    dtypes = torch_path.output_dtypes(cell, batch.data, states, torch_path.autocast_dtype(batch.data))
+    y = torch.where(active.unsqueeze(-1), y, 0.0).to(dtypes[0])
+    finals = [
+        torch.where(some.unsqueeze(-1), new.to(dtype), old.to(dtype))
+        for new, old, dtype in zip(found.states, states, dtypes[1:], strict=True)
+    ]
     return Found(batch.time_major(y), finals, None, found.path)
 
 
