@@ -153,8 +153,6 @@ def forward(
         into = part.of(saved) if saves and directions == 1 else None
         xs = [x[s] for s in part.slices(directions)]
         for i, layer in enumerate(layers):
-            if i > 0:
-                xs = [_to_next(scan, marked)]
             for whole, state in zip(before, states[i], strict=False):
                 if whole.numel():
                     whole[k].unflatten(0, (len(layers), -1))[i].copy_(state)
@@ -162,6 +160,8 @@ def forward(
             given = states[i], marked, reset[i], every_c, saves, into
             scan = _scan(cell, precision, gates_of(xs, layer), layer, *given)
             states[i] = [_after(scan.y), *([] if c0 is None else [_after(scan.c, every_c or saves)])]
+            if i + 1 < len(layers):
+                xs = [_to_next(scan, marked)]
         part.put(scan.y[1:-1], y.unflatten(2, (directions, -1)))
         if c.numel():
             part.put(scan.c[1:-1], c.unflatten(2, (directions, -1)))
@@ -300,14 +300,14 @@ def backward(
         scans = []
         with phase(SCAN_BACKWARD if save == "gates" else RECOMPUTE):
             for i, layer in enumerate(layers):
-                if i > 0:
-                    xs.append([_to_next(scans[-1], marked)])
                 if save == "checkpoint":
                     states = [s[k].unflatten(0, (len(layers), -1))[i] for s in before[:n]]
                     x_gates = gates_of(xs[i], layer)
                     scan = _scan(cell, precision, x_gates, layer, states, marked, reset[i], True, True)
                     del x_gates  # it need not outlive the scan
                     scan = scan._replace(c=scan.c.to(cell_dtype or x.dtype))
+                    if i + 1 < len(layers):
+                        xs.append([_to_next(scan, marked)])
                 else:
                     anew: Sequence[Tensor | None] = reset[i] or [None] * n
                     edges = zip(whole, initial, anew, strict=True)

@@ -90,7 +90,10 @@ def lstm(
 
     The persistent kernels take float16, bfloat16 and float32 (float32 products as
     `torch.backends.cudnn.rnn.fp32_precision` says, the input GEMM as for any matrix product of torch);
-    torch's path takes what torch.nn.LSTM takes. Under autocast all of it runs in autocast's dtype.
+    torch's path takes what torch.nn.LSTM takes. Under autocast all of it runs in autocast's dtype, and so is what it
+    gives, but for torch's own exception: on a CPU a GRU's results, and the c of an LSTM with projections, keep the
+    wider of their state's dtype and autocast's. A CPU without oneDNN's LSTM in that dtype (bfloat16 wants avx512) runs
+    ATen's loop, which is slower.
 
     Raises:
         ValueError: an input that is not 2-D or 3-D; a dtype that is not the weights'; a wrong number of
@@ -205,7 +208,7 @@ def run(
             cuts = cuts._replace(active=_active_rows(packed, data.device))
         dtypes = [dtype] * len(states)
         if path == "stepwise":  # which has torch.nn's; the kernels have autocast's, as torch.nn on a GPU
-            dtypes = torch_path.output_dtypes(cell, data, states, torch_path.autocast_dtype(data), packed is not None)[1:]
+            dtypes = torch_path.output_dtypes(cell, data, states, torch_path.autocast_dtype(data))[1:]
         initial, anew = (
             [s.to(d).contiguous() for s, d in zip(given_states, dtypes, strict=False)]
             for given_states in (states, cuts.reset)
@@ -269,11 +272,9 @@ def _by_packing(
     found = run(cell, packed, weights, hx, options._replace(batch_first=False))
     y = pad_packed_sequence(found.output, total_length=batch.steps)[0]
     assert active is not None
-    dtypes = torch_path.output_dtypes(cell, batch.data, states, torch_path.autocast_dtype(batch.data))
-    y = torch.where(active.unsqueeze(-1), y, 0.0).to(dtypes[0])
+    y = torch.where(active.unsqueeze(-1), y, 0.0)
     finals = [
-        torch.where(some.unsqueeze(-1), new.to(dtype), old.to(dtype))
-        for new, old, dtype in zip(found.states, states, dtypes[1:], strict=True)
+        torch.where(some.unsqueeze(-1), new, old.to(new.dtype)) for new, old in zip(found.states, states, strict=True)
     ]
     return Found(batch.time_major(y), finals, None, found.path)
 

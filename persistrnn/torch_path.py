@@ -136,7 +136,7 @@ def _in_chunks(
         y, *after = checkpoint(
             call, x, sizes_of_part, *going_on, *weights, use_reentrant=False, preserve_rng_state=draws
         )
-        states = [torch.cat([new, s[:, rows:]], 1) for new, s in zip(after, states, strict=True)]
+        states = [torch.cat([new, s[:, rows:].to(new.dtype)], 1) for new, s in zip(after, states, strict=True)]
         outputs.append(y)
     return [torch.cat(outputs), *states]
 
@@ -153,15 +153,15 @@ def _eager(
     hx = tuple(states) if cell == "lstm" else states[0]
     # Only on a GPU can the warning come, and catching it costs time and changes a setting of the whole process.
     with _no_flat_weight_warning() if input.is_cuda else _NOTHING:
-        if batch_sizes is not None:  # never oneDNN
-            return list(FUNCTIONS[cell](input, batch_sizes, hx, list(weights), *options))
+        given = [input, hx] if batch_sizes is None else [input, batch_sizes, hx]
+        how = (*options, batch_first) if batch_sizes is None else options
         autocast = autocast_dtype(input)
         if autocast is None or input.device.type != "cpu":
-            return list(FUNCTIONS[cell](input, hx, list(weights), *options, batch_first))
+            return list(FUNCTIONS[cell](*given, list(weights), *how))
         dtypes = output_dtypes(cell, input, states, autocast)
         if cell == "lstm" and input.dtype != torch.float64:
-            input = input.to(autocast)
-        outputs = FUNCTIONS[cell](input, hx, list(weights), *options, batch_first)
+            given[0] = input.to(autocast)
+        outputs = FUNCTIONS[cell](*given, list(weights), *how)
         return [t.to(dtype) for t, dtype in zip(outputs, dtypes, strict=True)]
 
 
@@ -251,24 +251,24 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
 
 
 def output_dtypes(
-    cell: str, input: Tensor, states: Sequence[Tensor], autocast: torch.dtype | None, packed: bool = False
+    cell: str, input: Tensor, states: Sequence[Tensor], autocast: torch.dtype | None
 ) -> list[torch.dtype]:
-    """Dtypes of the output, of h_n and of an LSTM's c_n: torch.nn's, on whichever CPU.
+    """Dtypes of the output, of h_n and of an LSTM's c_n: torch.nn's for a batch of equally long rows, on a CPU that has
+    what it asks oneDNN for.
 
     Args:
         input: as it came, of which the dtype and the device are read
         states: as in ``stack``
         autocast: its dtype, None where it is off
-        packed: whether the input is a PackedSequence
     """
     n = 1 + len(states)
     if autocast is None or input.dtype == torch.float64:  # autocast leaves float64 alone
         return [input.dtype] * n
     projects = cell == "lstm" and states[0].size(-1) != states[1].size(-1)
-    if input.device.type != "cpu" or (cell == "lstm" and not projects and not packed):
+    if input.device.type != "cpu" or (cell == "lstm" and not projects):
         return [autocast] * n
     # ATen's CPU loop autocasts its matrix products and keeps the states in their own dtype: all but the h that comes
-    # out of a product, the projection. A h of an LSTM is made of its c.
+    # out of a product, the projection.
     kept = torch.promote_types(autocast, states[-1].dtype)
     return [autocast, autocast, kept] if projects else [kept] * n
 

@@ -1,7 +1,8 @@
-"""What nobody reads may be anything: with NaN or Inf in it, each output and each gradient has the bits that it has with
-zeros there."""
+"""What nobody reads may be anything: with NaN or Inf in it, each output and each gradient is what it is with zeros
+there."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,15 @@ from torch.utils._pytree import tree_leaves
 import persistrnn
 from persistrnn.kernels import memory
 
-STEPS, INPUT, HIDDEN = 5, 3, 4
+STEPS, INPUT, HIDDEN = 4, 3, 4
 FULL, NO_STEP, SHORT, ANEW = range(4)  # rows: every step; none; some; every step, the first of which is a reset
 ROWS = 4
-LENGTHS = torch.tensor([STEPS, 0, 3, STEPS])
+LENGTHS = torch.tensor([STEPS, 0, 2, STEPS])
 MASK = torch.arange(STEPS).unsqueeze(1) < LENGTHS
 MASK[1, FULL] = MASK[0, SHORT] = False
 RESETS = torch.zeros(STEPS, ROWS, dtype=torch.bool)
 RESETS[2, FULL] = RESETS[0, ANEW] = True
-RESETS[4, SHORT] = True  # past its length
+RESETS[3, SHORT] = True  # past its length
 JUNK = {"nan": float("nan"), "inf": float("inf")}
 CUTS = {
     "lengths": {"lengths": LENGTHS},
@@ -40,6 +41,7 @@ class Case:
     dropout: float = 0.0
     save: str = "gates"
     every_c: bool = False
+    hidden: int = HIDDEN
 
     @property
     def directions(self) -> int:
@@ -48,7 +50,7 @@ class Case:
     def layer(self, backend: str) -> torch.nn.Module:
         torch.manual_seed(0)
         options = {"proj_size": self.proj} if self.proj else {}
-        sizes = INPUT, HIDDEN, self.layers
+        sizes = INPUT, self.hidden, self.layers
         module = getattr(persistrnn, self.cell.upper())
         return module(
             *sizes, bidirectional=self.bidirectional, dropout=self.dropout, backend=backend, save=self.save, **options
@@ -69,7 +71,7 @@ def unread(case: Case) -> dict[str, Tensor]:
         anew[:, FULL] = False
         anew[0, ANEW] = False
         if lengths is None:
-            anew[:, SHORT] = False  # its reset at step 4 is read
+            anew[:, SHORT] = False  # its reset is read
     return {
         "x": ~active,
         "initial": initial.repeat(case.layers, 1),
@@ -78,8 +80,8 @@ def unread(case: Case) -> dict[str, Tensor]:
     }
 
 
-def run(case: Case, backend: str, junk: float, second: bool = False, compiled: bool = False) -> dict[str, Tensor]:
-    """Outputs and gradients by name, with ``junk`` where nobody reads."""
+def run(case: Case, backend: str, junk: float, second: bool = False, compiled: bool = False) -> dict[str, Any]:
+    """Outputs and gradients by name, and the path that ran, with ``junk`` where nobody reads."""
     layer, where = case.layer(backend), unread(case)
     generator = torch.Generator().manual_seed(1)
 
@@ -87,8 +89,8 @@ def run(case: Case, backend: str, junk: float, second: bool = False, compiled: b
         found = torch.randn(*shape, generator=generator)
         return torch.where(spoilt.unsqueeze(-1), junk, found).requires_grad_()
 
-    rows, features = case.layers * case.directions, case.proj or HIDDEN
-    names = {"h": features, "c": HIDDEN} if case.cell == "lstm" else {"h": features}
+    rows, features = case.layers * case.directions, case.proj or case.hidden
+    names = {"h": features, "c": case.hidden} if case.cell == "lstm" else {"h": features}
     leaves = {"x": numbers(STEPS, ROWS, INPUT, spoilt=where["x"])}
     for kind in ("initial", "reset") if "resets" in case.cut else ("initial",):
         leaves |= {f"{kind} {n}": numbers(rows, ROWS, size, spoilt=where[kind]) for n, size in names.items()}
@@ -100,7 +102,7 @@ def run(case: Case, backend: str, junk: float, second: bool = False, compiled: b
     torch.manual_seed(2)
     output, final, *c = call(leaves["x"], states["initial"] if case.cell == "lstm" else states["initial"][0], **options)
     outputs = {"output": output} | {f"final {n}": t for n, t in zip(names, tree_leaves(final), strict=True)}
-    outputs |= {"every c": t for t in c}
+    outputs |= {"every c": c[0]} if c else {}
     spoilt = {"output": where["d"], "every c": where["d"]}
     nowhere = torch.zeros(rows, ROWS, dtype=torch.bool)
     cotangents = {n: numbers(*t.shape, spoilt=spoilt.get(n, nowhere)).detach() for n, t in outputs.items()}
@@ -113,16 +115,15 @@ def run(case: Case, backend: str, junk: float, second: bool = False, compiled: b
         total = sum(found[f"d {n}"].square().sum() for n, _ in layer.named_parameters())
         again = torch.autograd.grad(total, list(inputs.values()), allow_unused=True, materialize_grads=True)
         found |= {f"d2 {n}": g for n, g in zip(inputs, again, strict=True)}
-    if not compiled:
-        found["path"] = layer.last_path
-    return found
+    return found | {"path": layer.last_path}
 
 
-def check(case: Case, backend: str, path: str, junk: str, **options: bool) -> None:
-    expected = run(case, backend, 0.0, **options)
+def check(case: Case, backend: str, path: str | None, junk: str, **options: bool) -> None:
+    """Against torch's operations; where the path is theirs, each bit, since not one of what is not read may count."""
+    expected = run(case, "torch", 0.0, **options)
     found = run(case, backend, JUNK[junk], **options)
-    if not options.get("compiled"):
-        assert found.pop("path") == expected.pop("path") == path
+    assert found.pop("path") == path
+    tolerance = 2e-5 if expected.pop("path") != path else 0.0
     where = unread(case)
     stays = where["initial"][:, NO_STEP].all()
     for name, t in found.items():
@@ -130,8 +131,8 @@ def check(case: Case, backend: str, path: str, junk: str, **options: bool) -> No
             assert (t[:, NO_STEP] == JUNK[junk]).all() or t[:, NO_STEP].isnan().all(), name
             t = torch.where(torch.arange(ROWS).unsqueeze(1) == NO_STEP, 0.0, t)
         assert t.isfinite().all(), name
-        # No tolerance: not a bit of it is read.
-        torch.testing.assert_close(t, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        how = {"rtol": tolerance, "atol": tolerance, "msg": lambda m, n=name: f"{n}: {m}"}
+        torch.testing.assert_close(t, expected[name], **how)
     assert not found["d x"][where["x"]].any()
     kinds = [n for n in found if n.startswith(("d initial", "d reset"))]
     for name in kinds:
@@ -171,7 +172,8 @@ def short_chunks(monkeypatch):
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize(
-    ("cell", "shape"), [(cell, shape) for cell in ("lstm", "gru") for shape in SHAPES if cell == "lstm" or shape not in OF_LSTM]
+    ("cell", "shape"),
+    [(cell, shape) for cell in ("lstm", "gru") for shape in SHAPES if cell == "lstm" or shape not in OF_LSTM],
 )
 def test_on_torch_s_operations(short_chunks, cell, shape, cut, junk):
     case = Case(cell, cut, **SHAPES[shape])
@@ -190,58 +192,52 @@ def test_in_a_second_derivative(cell, cut):
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_compiled(cell, cut):
     torch._dynamo.reset()
-    check(Case(cell, cut), "torch", "stepwise", "nan", compiled=True)
+    check(Case(cell, cut), "torch", None, "nan", compiled=True)
 
 
 # ---- on the kernels ------------------------------------------------------------------------------------------------
 
+warns_of_inf = pytest.mark.filterwarnings(
+    "ignore:invalid value encountered:RuntimeWarning"
+)  # the interpreter's, of Inf
 
 KERNELS = [
     ("nan", Case("lstm", "lengths")),
-    ("inf", Case("gru", "lengths and resets")),
+    ("inf", Case("gru")),
     ("nan", Case("gru", "mask", bidirectional=True)),
-    ("inf", Case("lstm", "lengths and resets", bidirectional=True, every_c=True)),
-    ("nan", Case("lstm", "lengths and resets", dropout=0.5)),
-    ("nan", Case("lstm", "lengths and resets", proj=2)),
-    ("inf", Case("lstm", "mask", proj=2, bidirectional=True)),
-    ("nan", Case("gru", "lengths and resets", save="state")),
-    ("inf", Case("lstm", "mask", save="state", bidirectional=True)),
-    ("nan", Case("lstm", "lengths and resets", layers=3, save="checkpoint", every_c=True)),
-    ("inf", Case("gru", "mask", save="checkpoint")),
-    ("nan", Case("gru", "lengths and resets", save="checkpoint", bidirectional=True)),
-    ("nan", Case("lstm", "resets", save="checkpoint")),
+    ("inf", Case("lstm", bidirectional=True, every_c=True)),
+    ("nan", Case("lstm", dropout=0.5)),
+    ("nan", Case("lstm", proj=2)),
+    ("nan", Case("gru", save="state")),
+    ("nan", Case("lstm", "mask", save="state", bidirectional=True)),
+    ("nan", Case("lstm", save="checkpoint", every_c=True)),
+    ("nan", Case("gru", "mask", save="checkpoint")),
 ]
 
 
+@warns_of_inf
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("junk", "case"), KERNELS, ids=str)
+@pytest.mark.parametrize(("junk", "case"), KERNELS)
 def test_on_the_kernels(short_chunks, junk, case):
     check(case, "persistent", "persistent", junk)
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("save", ["gates", "checkpoint"])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize(("cell", "save"), [("lstm", "gates"), ("gru", "checkpoint")])
 def test_in_a_second_derivative_of_the_kernels(short_chunks, cell, save):
     check(Case(cell, "mask", save=save), "persistent", "persistent", "nan", second=True)
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("protocol", ["counter", "flags"])
 @pytest.mark.parametrize(
-    "case",
-    [Case("lstm", layers=3), Case("gru"), Case("lstm", "mask", every_c=True), Case("gru", "resets")],
-    ids=str,
+    ("protocol", "case", "second"),
+    [  # of a hidden size that several slices share
+        ("counter", Case("lstm", hidden=13), False),
+        ("flags", Case("gru", hidden=13), False),
+        ("flags", Case("lstm", "mask", hidden=13), True),
+    ],
 )
-def test_in_a_wave(waves, protocol, case):
+def test_in_a_wave(waves, protocol, case, second):
     waves(protocol, homes="shared")
     with concurrent_grid():
-        check(case, "persistent", "persistent", "nan")
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_in_a_second_derivative_of_a_wave(waves, cell):
-    waves()
-    with concurrent_grid():
-        check(Case(cell, "mask"), "persistent", "persistent", "nan", second=True)
+        check(case, "persistent", "persistent", "nan", second=second)
