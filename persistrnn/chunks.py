@@ -103,6 +103,11 @@ def _after(states: Tensor, every: bool = True) -> Tensor:
     return torch.stack([states[-2 if every and d == 0 else 1, :, d] for d in range(states.size(2))])
 
 
+def _to_next(scan: _Scan, marks: Tensor | None) -> Tensor:
+    """What the next layer of a stack, which has one direction, reads: [T', B, H]."""
+    return segments.without_skipped(scan.y[1:-1].flatten(2), marks)
+
+
 def by_layer(states: Sequence[Tensor], layers: int) -> list[list[Tensor]]:
     """Of each layer its states, each [D, B, H], of states [L*D, B, H]."""
     return [[s.unflatten(0, (layers, -1))[i] for s in states] for i in range(layers)]
@@ -155,7 +160,8 @@ def forward(
             given = states[i], marked, reset[i], every_c, saves, into
             scan = _scan(cell, precision, gates_of(xs, layer), layer, *given)
             states[i] = [_after(scan.y), *([] if c0 is None else [_after(scan.c, every_c or saves)])]
-            xs = [scan.y[1:-1].flatten(2)]  # a stack has one direction
+            if i + 1 < len(layers):
+                xs = [_to_next(scan, marked)]
         part.put(scan.y[1:-1], y.unflatten(2, (directions, -1)))
         if c.numel():
             part.put(scan.c[1:-1], c.unflatten(2, (directions, -1)))
@@ -300,7 +306,8 @@ def backward(
                     scan = _scan(cell, precision, x_gates, layer, states, marked, reset[i], True, True)
                     del x_gates  # it need not outlive the scan
                     scan = scan._replace(c=scan.c.to(cell_dtype or x.dtype))
-                    xs.append([scan.y[1:-1].flatten(2)])
+                    if i + 1 < len(layers):
+                        xs.append([_to_next(scan, marked)])
                 else:
                     anew: Sequence[Tensor | None] = reset[i] or [None] * n
                     edges = zip(whole, initial, anew, strict=True)

@@ -90,7 +90,10 @@ def lstm(
 
     The persistent kernels take float16, bfloat16 and float32 (float32 products as
     `torch.backends.cudnn.rnn.fp32_precision` says, the input GEMM as for any matrix product of torch);
-    torch's path takes what torch.nn.LSTM takes. Under autocast all of it runs in autocast's dtype.
+    torch's path takes what torch.nn.LSTM takes. Under autocast all of it runs in autocast's dtype, and so is what it
+    gives, but for torch's own exception: on a CPU a GRU's results, and the c of an LSTM with projections, keep the
+    wider of their state's dtype and autocast's. A CPU without oneDNN's LSTM in that dtype (bfloat16 wants avx512) runs
+    ATen's loop, which is slower.
 
     Raises:
         ValueError: an input that is not 2-D or 3-D; a dtype that is not the weights'; a wrong number of
@@ -203,8 +206,15 @@ def run(
         if packed is not None:
             x, row_lengths = outside_of_graphs(_pad, data, packed.batch_sizes, batch.steps)
             cuts = cuts._replace(active=_active_rows(packed, data.device))
-        cuts = cuts._replace(reset=[r.to(dtype).contiguous() for r in cuts.reset])
-        tensors = [w.to(dtype) for w in weights], [s.to(dtype).contiguous() for s in states]
+        dtypes = [dtype] * len(states)
+        if path == "stepwise":  # which has torch.nn's; the kernels have autocast's, as torch.nn on a GPU
+            dtypes = torch_path.output_dtypes(cell, data, states, torch_path.autocast_dtype(data))[1:]
+        initial, anew = (
+            [s.to(d).contiguous() for s, d in zip(given_states, dtypes, strict=False)]
+            for given_states in (states, cuts.reset)
+        )
+        cuts = cuts._replace(reset=anew)
+        tensors = [w.to(dtype) for w in weights], initial
         products = precision() if reason is None else None
         found = stacks.run(stack, x.to(dtype).contiguous(), *tensors, cuts, options, products, return_c)
         outputs, states = [found.y] if found.c is None else [found.y, found.c], found.finals
@@ -263,7 +273,9 @@ def _by_packing(
     y = pad_packed_sequence(found.output, total_length=batch.steps)[0]
     assert active is not None
     y = torch.where(active.unsqueeze(-1), y, 0.0)
-    finals = [torch.where(some.unsqueeze(-1), new, old) for new, old in zip(found.states, states, strict=True)]
+    finals = [
+        torch.where(some.unsqueeze(-1), new, old.to(new.dtype)) for new, old in zip(found.states, states, strict=True)
+    ]
     return Found(batch.time_major(y), finals, None, found.path)
 
 

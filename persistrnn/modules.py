@@ -297,7 +297,8 @@ class LSTM(_Recurrent):
             is: ask `persistrnn.explain`
 
     Dtypes: float16, bfloat16 and float32 on the kernels, also what torch.nn.LSTM takes on torch's path. Under
-    autocast the layer computes in autocast's dtype, as torch.nn.LSTM does.
+    autocast the layer computes in autocast's dtype, as torch.nn.LSTM does, and so on every CPU: one without oneDNN's
+    LSTM in that dtype (bfloat16 wants avx512) runs ATen's loop, which is slower.
 
     A second derivative (a gradient penalty, say) is right and slow: it runs step by step. The kernels refuse
     forward-mode AD.

@@ -167,6 +167,8 @@ def _layers(
     directions = stack.directions
     y, c, finals = x, None, []
     for layer in range(stack.num_layers):
+        if layer > 0 and cuts.active is not None:
+            y = segments.without_skipped(y, marks)
         if layer > 0 and options.active_dropout > 0:
             y = F.dropout(y, options.active_dropout)
         rows = slice(layer * directions, (layer + 1) * directions)
@@ -203,6 +205,8 @@ def _in_chunks(
     together = 1 if between or options.save != "checkpoint" else stack.num_layers
     y, c, finals = x, None, []
     for layer in range(0, stack.num_layers, together):
+        if layer > 0 and cuts.active is not None:
+            y = segments.without_skipped(y, marks)
         if layer > 0 and options.active_dropout > 0:
             y = F.dropout(y, options.active_dropout)
         rows = slice(layer * stack.directions, (layer + together) * stack.directions)

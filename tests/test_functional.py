@@ -13,6 +13,8 @@ import persistrnn
 from persistrnn import autograd, functional, ops, reference
 from persistrnn.door import Options
 
+pytestmark = pytest.mark.torch_path
+
 PAIRS = {"lstm": (functional.lstm, nn.LSTM), "gru": (functional.gru, nn.GRU)}
 STEPS, BATCH, INPUT, HIDDEN = 4, 3, 5, 6
 

@@ -236,6 +236,7 @@ class TestRun:
             each.train_step()
         assert run.losses == pytest.approx(baseline.losses, rel=1e-6)
 
+    @pytest.mark.torch_path
     def test_bfloat16_keeps_its_parameters(self, run: Run, source: Path) -> None:
         lower = new_run(source, dtype="bfloat16")
         for each in (run, lower):
