@@ -3,8 +3,9 @@
 import torch
 
 from persistrnn import functional, ops, stack
-from persistrnn.door import Options, Stack
+from persistrnn.door import Stack
 from persistrnn.modules import GRU, LSTM
+from persistrnn.options import Options, check_options
 
 
 def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
@@ -34,6 +35,7 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
         if value < 1:
             raise ValueError(f"{name} is at least 1, got {value}")
 
+    check_options(layer.options)
     weight = layer.all_weights[0][0]
     dtype, device = functional.compute_dtype(weight, weight), weight.device
     directions = 2 if layer.bidirectional else 1

@@ -10,7 +10,8 @@ from grid import Delays, concurrent_grid
 
 import persistrnn
 from persistrnn import autograd, stack
-from persistrnn.door import Options, Stack
+from persistrnn.door import Stack
+from persistrnn.options import Options
 from persistrnn.kernels import audit, launch, scan, wave, wave_plan
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.cost import BYTES

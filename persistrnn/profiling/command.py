@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..door import SAVES
+from ..options import BACKENDS, SAVES
 from ..plots import MissingMatplotlib
 from . import page, plots, predicted, progress, tables
 from .advice import advice
@@ -17,7 +17,6 @@ from .measure import OPTIMIZERS
 from .run import COMPARISONS, device_problem, profile
 from .subject import DTYPES, LAYERS, Sizes, SubjectError, load, working_folder
 
-BACKENDS = ("auto", "persistent", "torch")
 REMEDIES = {
     "float16": "say fp16",
     "half": "say fp16",

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional, ops, replacement
-from ..door import Backend, Save
 from ..modules import GRU, LSTM
+from ..options import Backend, Save
 
 OURS, TORCH = "persistrnn", "torch.nn"
 LAYERS: dict[str, type[LSTM] | type[GRU]] = {"lstm": LSTM, "gru": GRU}
