@@ -180,7 +180,7 @@ def read_input(input: object, stack: Stack, weights: Sequence[Tensor], batch_fir
     if data.dim() not in (2, 3):
         raise ValueError(f"{stack.cell.upper()}: Expected input to be 2D or 3D, got {data.dim()}D instead")
     dtype = weights[0].dtype
-    if data.dtype != dtype and (data.dtype not in FLOATS or torch_path.autocast_dtype(data) is None):
+    if data.dtype != dtype and not _autocast_together(data, dtype):
         raise ValueError(
             f"RNN input dtype ({data.dtype}) does not match weight dtype ({dtype}). "
             f"Convert input: input.to({dtype}), or convert model: model.to({data.dtype})"
@@ -207,6 +207,12 @@ def read_input(input: object, stack: Stack, weights: Sequence[Tensor], batch_fir
     return Batch(data, None, steps, rows, batch_first, unbatched)
 
 
+def _autocast_together(data: Tensor, other: torch.dtype) -> bool:
+    """Whether autocast makes one dtype of the data's and another; it leaves float64 alone."""
+    both = (data.dtype, other)
+    return all(d in FLOATS and d != torch.float64 for d in both) and torch_path.autocast_dtype(data) is not None
+
+
 def _check_packed(packed: PackedSequence) -> None:
     data, sizes = packed.data, packed.batch_sizes
     if data.dim() != 2:
@@ -230,7 +236,10 @@ def _check_packed(packed: PackedSequence) -> None:
         )
     for name in ("sorted_indices", "unsorted_indices"):
         indices = getattr(packed, name)
-        if indices is not None and (tuple(indices.shape) != (int(sizes[0]),) or indices.dtype not in INTEGERS):
+        if indices is None:
+            continue
+        of_rows = isinstance(indices, Tensor) and indices.dim() == 1 and indices.numel() == int(sizes[0])
+        if not of_rows or indices.dtype not in INTEGERS:
             raise RuntimeError(
                 f"{name} of a PackedSequence is None or has an integer for each of its {int(sizes[0])} rows, got "
                 f"{_tensor_described(indices)}; make the sequence with pack_padded_sequence or pack_sequence"
@@ -272,7 +281,7 @@ def read_states(stack: Stack, hx: object, batch: Batch, name: str = "hidden") ->
                 "Input and hidden tensors are not at the same device, "
                 f"found input tensor at {data.device} and {name} tensor at {state.device}"
             )
-        if state.dtype != data.dtype and (state.dtype not in FLOATS or torch_path.autocast_dtype(data) is None):
+        if state.dtype != data.dtype and not _autocast_together(data, state.dtype):
             raise RuntimeError(
                 f"{which} dtype ({state.dtype}) does not match input dtype ({data.dtype}). "
                 f"Convert it: .to({data.dtype})"
@@ -400,7 +409,7 @@ def read_rows(rows: object, states: Sequence[Tensor]) -> Tensor:
     if not isinstance(rows, Tensor):
         raise TypeError(f"rows is a bool tensor [B], got {type(rows).__name__}; use torch.tensor(rows)")
     _check_dense("rows", rows)
-    batch = states[0].shape[1:-1] if states else rows.shape
+    batch = states[0].shape[1:-1] if states else rows.shape[:1]
     if rows.dtype != torch.bool or rows.shape != batch:
         raise ValueError(
             f"rows is a bool tensor of size {tuple(batch)}, one for each row of the batch, got {rows.dtype} of "

@@ -244,10 +244,10 @@ class _Recurrent(nn.Module):
         given: Given,
         return_c: bool = False,
     ) -> functional.Found:
-        options = self.options
+        options, sizes = self.options, (self.input_size, self.hidden_size, self.proj_size)
         check_options(options)
+        check_sizes(*sizes)
         weights = [weight for weights in self.all_weights for weight in weights]
-        sizes = self.input_size, self.hidden_size, self.proj_size
         found = functional.run(self.mode.lower(), input, weights, hx, options, given, return_c, sizes)
         if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
             self.last_path = found.path

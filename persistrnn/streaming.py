@@ -84,6 +84,11 @@ class Streaming(nn.Module):
         if self.state is None:
             return []
         states = door.state_tensors(self.layer.mode.lower(), self.state, "state")
+        if any(s.dtype not in door.FLOATS for s in states):
+            raise RuntimeError(
+                f"state is of torch.float16, torch.bfloat16, torch.float32 or torch.float64, got {states[-1].dtype}; "
+                "convert it to the layer's dtype"
+            )
         if any(s.dim() not in (2, 3) or s.shape[:-1] != states[0].shape[:-1] for s in states):
             sizes = ", ".join(str(tuple(s.shape)) for s in states)
             raise RuntimeError(
@@ -101,9 +106,10 @@ class Streaming(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Streaming":
         """The state goes where the parameters go: .to(), .cuda(), .double()."""
-        self._states()
+        states = self._states()
         super()._apply(fn, recurse)
-        self.state = tree_map(fn, self.state)
+        if states:
+            self.state = tree_map(fn, self.state)
         return self
 
     def _keep(self, state: Any) -> None:

@@ -55,10 +55,10 @@ def _at_least(least: int, kind: Callable[[str], Any] = int) -> Callable[[str], A
 
 def _one_of(names: Sequence[str], what: str) -> Callable[[str], str]:
     def check(given: str) -> str:
-        if given not in names:
-            remedy = REMEDIES.get(given.removeprefix("torch."), what)
+        if given.lower() not in names:
+            remedy = REMEDIES.get(given.lower().removeprefix("torch."), what)
             raise argparse.ArgumentTypeError(f"{given!r} given, allowed: {', '.join(names)}; {remedy}")
-        return given
+        return given.lower()
 
     return check
 
