@@ -68,7 +68,7 @@ def load(folder: Path) -> dict[str, Any] | None:
         said = next(iter(str(error).splitlines()), "")
         raise UsageError(
             f"{folder / CHECKPOINT} is no checkpoint that torch can read ({type(error).__name__}: {said}): remove "
-            "it, or name another folder with --out"
+            "it, or name another folder with --output"
         ) from error
 
 

@@ -136,7 +136,7 @@ class LanguageModeling(Workload):
             "--generate",
             action="store_true",
             default=False,
-            help="do not train: continue --prompt, by the model in --out",
+            help="do not train: continue --prompt, by the model in --output",
         )
         job.add_argument(
             "--prompt", default="", metavar="TEXT", help="what the sample continues (default: a file begins)"

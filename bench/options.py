@@ -149,14 +149,14 @@ class Settings:
         if saved.keys() != (known := {each.name for each in fields(cls)}):
             raise UsageError(
                 f"the checkpoint was made by another version of this program, which had other options "
-                f"({', '.join(sorted(saved.keys() ^ known))}): start anew with --overwrite or another --out"
+                f"({', '.join(sorted(saved.keys() ^ known))}): start anew with --overwrite or another --output"
             )
         for name, value in given.items():
             if value != saved[name]:
                 option = flag(name)
                 raise UsageError(
                     f"{option} {value} given, but the checkpoint was made with {option} {saved[name]}: "
-                    f"leave {option} out to resume it, or start a new run with --overwrite or another --out"
+                    f"leave {option} out to resume it, or start a new run with --overwrite or another --output"
                 )
         try:
             device_name(saved["device"])  # the machine may have changed since
@@ -205,15 +205,15 @@ def parser(settings: type[Settings], command: str, description: str, out: Path) 
     job = made.add_argument_group("this command")
     once: dict[str, Any] = {"action": "store_true", "default": False}
     either = job.add_mutually_exclusive_group()
-    either.add_argument("--resume", help="continue the run in --out", **once)
-    either.add_argument("--overwrite", help="set an unfinished run in --out aside and begin anew", **once)
+    either.add_argument("--resume", help="continue the run in --output", **once)
+    either.add_argument("--overwrite", help="set an unfinished run in --output aside and begin anew", **once)
     job.add_argument(
         "--compare",
         choices=["torch", "interpreted"],
         default=None,
         help="also train torch.nn from the same weights; interpreted: small, our kernels in Triton's interpreter",
     )
-    job.add_argument("--out", type=Path, default=out, help="default %(default)s")
+    job.add_argument("--output", dest="out", type=Path, default=out, metavar="DIR", help="default %(default)s")
     job.add_argument(
         "--save-seconds",
         type=number(float, 0),

@@ -40,7 +40,7 @@ from bench.ranks import say
 from bench.training import Run
 from bench.workload import Workload
 
-BASELINE = "torch.nn"  # the folder, within --out, of what a comparison trains beside persistrnn
+BASELINE = "torch.nn"  # the folder, within --output, of what a comparison trains beside persistrnn
 INTERPRETED = {"hidden": 32, "batch": 4, "steps": 15}  # at most, of a comparison in the interpreter
 
 
@@ -94,13 +94,13 @@ def look(folder: Path, job: Namespace, program: type[Workload]) -> dict[str, Any
     content: dict[str, Any] | None = ranks.from_first(checkpoint.load(folder) if ranks.rank() == 0 else None)
     wanted = program.model_option(job) or ("--resume" if job.resume else None)
     if wanted and content is None:
-        remedy = "leave --resume out, or name --out" if wanted == "--resume" else "train first, or name --out"
+        remedy = "leave --resume out, or name --output" if wanted == "--resume" else "train first, or name --output"
         raise UsageError(f"{wanted} given, but {folder} holds no checkpoint: {remedy}")
     if content is not None and content.get("workload") != program.name and not job.overwrite:
         made = content.get("workload", "an earlier version of this program")
         raise UsageError(
-            f"{folder} holds a run of {made}, this is {program.name}: name another folder with --out, or set it aside "
-            "with --overwrite"
+            f"{folder} holds a run of {made}, this is {program.name}: name another folder with --output, or set it "
+            "aside with --overwrite"
         )
     if wanted:
         return content
@@ -109,7 +109,7 @@ def look(folder: Path, job: Namespace, program: type[Workload]) -> dict[str, Any
         if done < steps:
             raise UsageError(
                 f"{folder} holds an unfinished run ({done:,} of {steps:,} steps): continue it with --resume, set it "
-                "aside with --overwrite, or choose another folder with --out"
+                "aside with --overwrite, or choose another folder with --output"
             )
     return None
 
@@ -279,7 +279,7 @@ def compare_interpreted(program: type[Workload], job: Namespace, given: dict[str
         "meant)."
     )
     command = [sys.executable, "-m", f"bench.{program.name}", "--compare", "interpreted", "--overwrite"]
-    command += ["--out", str(job.out / "interpreted")]
+    command += ["--output", str(job.out / "interpreted")]
     for field in fields(settings):
         value = small[field.name]
         if field.type in ("bool", bool):
@@ -312,7 +312,7 @@ def check_used(program: type[Workload], job: Namespace, own: dict[str, Any]) -> 
 
 
 def unfinished(program: type[Workload], job: Namespace) -> bool:
-    """Whether --resume would go on with what is in --out."""
+    """Whether --resume would go on with what is in --output."""
     if program.model_option(job) or job.compare == "interpreted":
         return False
     folders = [job.out, *([job.out / BASELINE] if job.compare else [])]
@@ -356,6 +356,6 @@ def main(program: type[Workload], arguments: Sequence[str] | None = None) -> int
         say(str(stop) or "SIGINT; nothing is lost.")
         if ranks.rank() == 0 and unfinished(program, job):
             compared = f" --compare {job.compare}" if job.compare else ""
-            say(f"Continue with: {command_line(program, f'--resume --out {shlex.quote(str(job.out))}{compared}')}")
+            say(f"Continue with: {command_line(program, f'--resume --output {shlex.quote(str(job.out))}{compared}')}")
         return 128 + getattr(stop, "number", signal.SIGINT)
     return 0

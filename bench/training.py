@@ -164,7 +164,7 @@ class Run:
         if len(self.of_ranks) != ranks.world():
             raise UsageError(
                 f"the checkpoint was made by {len(self.of_ranks)} processes, {ranks.world()} given: allowed is the "
-                "same number (torchrun --nproc-per-node), or a new run with --overwrite or another --out"
+                "same number (torchrun --nproc-per-node), or a new run with --overwrite or another --output"
             )
         own = self.of_ranks[ranks.rank()]
         self.state = map_state(own["state"], lambda tensor: tensor.to(self.device))

@@ -139,7 +139,7 @@ class Translation(Workload):
             "--translate",
             default=None,
             metavar="'LANGUAGE NUMBER'",
-            help="do not train: say this number, by the model in --out",
+            help="do not train: say this number, by the model in --output",
         )
         job.add_argument(
             "--beam",
@@ -229,7 +229,7 @@ class Translation(Workload):
         if language not in names or not (figures.isascii() and figures.isdigit() and len(figures) <= digits):
             raise UsageError(
                 f"--translate {job.translate!r} given: allowed is a language of {','.join(names)}, a space and a "
-                f"number of up to {digits} digits, which is what the model in --out has learnt; 'de 42', say"
+                f"number of up to {digits} digits, which is what the model in --output has learnt; 'de 42', say"
             )
         for hypothesis in self.translations(model, [Pair(language, int(figures), "")], job.beam)[0]:
             print(f"{self.text(hypothesis)}   (log-probability {hypothesis.score:.2f})")

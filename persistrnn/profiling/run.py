@@ -76,7 +76,7 @@ def profile(
     for name, given in texts.items():
         if not isinstance(given, str) and (given is not None or name in ("optimizer", "title")):
             raise ValueError(
-                f"{name} is {value!r}, allowed: a str{'' if name in ('optimizer', 'title') else ' or None'}"
+                f"{name} is {given!r}, allowed: a str{'' if name in ('optimizer', 'title') else ' or None'}"
             )
     if not isinstance(output, (str, Path, type(None))):
         raise ValueError(f"output is {output!r}, allowed: a folder's name, a str or a Path, or None")
