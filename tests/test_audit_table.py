@@ -207,6 +207,7 @@ def test_files_that_cannot_be_written_are_refused(option, tmp_path, capsys):
         tmp_path: "Is a directory",
         tmp_path / "file" / "below": "Not a directory",
         tmp_path / ("a" * 300): "File name too long",
+        Path("/proc/new/audit"): "No such file or directory",  # where not even root makes a file
     }.items():
         message = refused(capsys, option, given)
         assert f"argument {option}: {str(given)!r} given, and it cannot be written ({why}); allowed: a file" in message
