@@ -208,7 +208,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench.calibrate", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     p.add_argument("results", type=Path, metavar="RESULTS.json", help="what `make gpu` wrote")
-    p.add_argument("--device", choices=sorted(DEVICES), help="the record (default: the one of the measured device)")
+    p.add_argument(
+        "--device", type=str.lower, choices=sorted(DEVICES), help="the record (default: the one of the measured device)"
+    )
     p.add_argument("--output", type=Path, metavar="FILE.json", help="default: kernels/measured/<record>.json")
     p.add_argument("--allow-dirty", action="store_true", help="take results of a checkout with uncommitted changes")
     p.add_argument("--force", action="store_true", help="replace the file that is there")

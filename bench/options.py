@@ -15,7 +15,7 @@ import torch
 from bench import UsageError, ranks
 
 SHARED = {"resume", "overwrite", "compare", "out", "save_seconds"}  # what every program has beside its settings
-OUT = "--out"  # of the folder of a run
+OUT = "--output"  # of the folder of a run
 ANEW = f"start anew with --overwrite or another {OUT}"
 SAVE_SECONDS = 20.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -236,7 +236,7 @@ def parser(settings: type[Settings], command: str, description: str, out: Path) 
         default=None,
         help="also train torch.nn from the same weights; interpreted: small, our kernels in Triton's interpreter",
     )
-    job.add_argument(OUT, dest="out", type=Path, default=out, help="default %(default)s")
+    job.add_argument(OUT, dest="out", type=Path, default=out, metavar="DIR", help="default %(default)s")
     job.add_argument(
         "--save-seconds",
         type=number(float, 0),

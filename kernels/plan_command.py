@@ -36,10 +36,12 @@ REMEDIES = {
 
 
 def _one_of(names: Sequence[str], remedy: Callable[[str], str]) -> Callable[[str], str]:
+    """Names are in small letters, and understood in capitals."""
+
     def check(given: str) -> str:
-        if given not in names:
-            raise argparse.ArgumentTypeError(f"{given!r} given, allowed: {', '.join(names)}; {remedy(given)}")
-        return given
+        if given.lower() not in names:
+            raise argparse.ArgumentTypeError(f"{given!r} given, allowed: {', '.join(names)}; {remedy(given.lower())}")
+        return given.lower()
 
     return check
 

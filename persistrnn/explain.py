@@ -2,9 +2,10 @@
 
 import torch
 
-from persistrnn import functional, ops, stack
-from persistrnn.door import Options, Stack
+from persistrnn import door, functional, ops, stack
+from persistrnn.door import Stack
 from persistrnn.modules import GRU, LSTM
+from persistrnn.options import Options, check_options, check_save, check_sizes
 
 
 def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
@@ -34,7 +35,14 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
         if value < 1:
             raise ValueError(f"{name} is at least 1, got {value}")
 
-    weight = layer.all_weights[0][0]
+    options, own = layer.options, (layer.input_size, layer.hidden_size, layer.proj_size)
+    check_options(options)
+    check_sizes(*own)
+    weights = [weight for weights in layer.all_weights for weight in weights]
+    door.check_attributes(door.read_weights(layer.mode.lower(), weights, options), *own)
+    check_save(options.save, options.save_budget, layer.proj_size)
+
+    weight = weights[0]
     dtype, device = functional.compute_dtype(weight, weight), weight.device
     directions = 2 if layer.bidirectional else 1
     cell, precision = layer.mode.lower(), functional.precision()

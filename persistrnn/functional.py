@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from persistrnn import door, ops, torch_path
 from persistrnn import stack as stacks
-from persistrnn.door import Backend, Batch, Given, Options, Save, Stack
+from persistrnn.door import Batch, Given, Stack
+from persistrnn.options import Backend, Options, Save, check_flag, check_options, check_save
 from persistrnn.tracing import outside_of_graphs
 
 NOTHING = Given()
@@ -106,6 +107,7 @@ def lstm(
     options = Options(
         num_layers, bias, dropout, training, bidirectional, batch_first, backend, cell_dtype, save, save_budget
     )
+    check_options(options)
     found = run("lstm", input, weights, hx, options, Given(lengths, mask, resets, reset_state), return_cell_states)
     h_n, c_n = found.states
     return (found.output, (h_n, c_n), found.c) if return_cell_states else (found.output, (h_n, c_n))
@@ -152,6 +154,7 @@ def gru(
     options = Options(
         num_layers, bias, dropout, training, bidirectional, batch_first, backend, save=save, save_budget=save_budget
     )
+    check_options(options)
     found = run("gru", input, weights, hx, options, Given(lengths, mask, resets, reset_state))
     return found.output, found.states[0]
 
@@ -173,13 +176,19 @@ def run(
     options: Options,
     given: Given = NOTHING,
     return_c: bool = False,
+    sizes: tuple[int, int, int] | None = None,
 ) -> Found:
-    """Validate, choose a path and run it: "persistent", "torch", or "stepwise", a loop over torch's operations."""
-    door.check_options(options)
+    """Validate, choose a path and run it: "persistent", "torch", or "stepwise", a loop over torch's operations.
+
+    options: checked before. sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be.
+    """
+    check_flag("return_cell_states", return_c)
     stack = door.read_weights(cell, weights, options)
+    if sizes is not None:
+        door.check_attributes(stack, *sizes)
     batch = door.read_input(input, stack, weights, options.batch_first)
     data, packed = batch.data, batch.packed
-    door.check_save(options.save, options.save_budget, stack.proj_size)
+    check_save(options.save, options.save_budget, stack.proj_size)
     states = door.read_states(stack, hx, batch)
     cuts = door.read_cuts(stack, batch, hx is None, given)
     if packed is not None and packed.sorted_indices is not None and hx is not None:
@@ -191,11 +200,11 @@ def run(
         save = save_mode(stack, options, dtype, batch.rows or 1, batch.steps, keeps)
         options = options._replace(save=save, save_budget=None)
     # an empty batch takes the path of a batch of one
-    sizes = (stack.hidden_size, batch.rows or 1, stack.directions)
+    of_layer = (stack.hidden_size, batch.rows or 1, stack.directions)
     several = options.num_layers > 1 and stacks.may_wave(options, dtype, stack.proj_size, precision())
     together = options.num_layers if several else 1
     loops = given.any or return_c
-    reason = obstacle(options.backend, cell, *sizes, dtype, data.device, loops, together, batch.steps)
+    reason = obstacle(options.backend, cell, *of_layer, dtype, data.device, loops, together, batch.steps)
     if reason is not None and options.backend == "persistent":
         raise RuntimeError(f'backend="persistent" cannot run this call: {reason}')
     if reason is not None and given.lengths is not None and _packs(given, return_c, batch, options):
@@ -229,7 +238,7 @@ def run(
         if options.save == "gates":
             output, *states = torch_path.stack(*given_to)
         else:
-            chunk = ops.chunk_steps(options.save, cell, *sizes, dtype.itemsize)
+            chunk = ops.chunk_steps(options.save, cell, *of_layer, dtype.itemsize)
             output, *states = torch_path.stack_in_chunks(*given_to, chunk)
         outputs = [output]
 

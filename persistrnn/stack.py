@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persistrnn import autograd, chunked, ops, reference, segments, stepwise, tracing
-from persistrnn.door import Cuts, Options, Stack
+from persistrnn.door import Cuts, Stack
+from persistrnn.options import Options
 from persistrnn.phases import INPUT_GEMM, phase
 
 

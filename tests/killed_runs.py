@@ -28,7 +28,7 @@ def begin(out):
     child = os.fork()
     if not child:
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-            os._exit(program.main([*arguments, *resume, "--out", out, "--save-seconds", "0"]))
+            os._exit(program.main([*arguments, *resume, "--output", out, "--save-seconds", "0"]))
     return child
 
 started = time.monotonic()

@@ -246,7 +246,7 @@ def test_functional_refuses_weights():
         (
             [weights[0], weights[1][:0], *weights[2:]],
             RuntimeError,
-            r"weight_hh_l0 must have shape \(3\*H, H\) with H > 0",
+            r"weight_hh_l0 must have shape \(18, 6\), got \(0, 6\)",
         ),
     ]:
         with pytest.raises(exception, match=message):

@@ -50,7 +50,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
     def ended(where: Path, *arguments: str) -> str:
         with pytest.raises(SystemExit) as stop:
-            language_model.main(["--out", str(where), *arguments])
+            language_model.main(["--output", str(where), *arguments])
         assert stop.value.code == 2
         before, _, sentence = capsys.readouterr().err.partition("make train: error: ")
         assert "usage: make train" in before
@@ -98,7 +98,7 @@ class TestDamage:
     def test_is_set_aside(self, source: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
         (tmp_path / "checkpoint.pt").write_bytes(b"torn")
         assert "cut short" in refused(tmp_path)
-        assert language_model.main(["--out", str(tmp_path), "--overwrite", "--sample-tokens=5", *new(source)]) == 0
+        assert language_model.main(["--output", str(tmp_path), "--overwrite", "--sample-tokens=5", *new(source)]) == 0
         assert (tmp_path / "previous-checkpoint.pt").read_bytes() == b"torn"
         assert len(saved(tmp_path)["losses"]) == STEPS
 
@@ -170,7 +170,7 @@ class TestForm:
         before = (unfinished / "checkpoint.pt").read_bytes()
         sentence = refused(unfinished, "--resume")
         assert re.search(message, sentence)
-        assert "anew with --overwrite or another --out" in sentence or "--tied" in message
+        assert "anew with --overwrite or another --output" in sentence or "--tied" in message
         assert (unfinished / "checkpoint.pt").read_bytes() == before
 
     def test_what_was_written_fits(self, unfinished: Path, run: Run) -> None:
@@ -248,7 +248,7 @@ class TestFolder:
         (tmp_path / where.partition("/")[0]).touch()
         found = refused(tmp_path / where, *compared, *new(source))
         assert re.match(
-            rf".*{where}.* cannot be written \(.+\): choose a folder that can be written to with --out", found
+            rf".*{where}.* cannot be written \(.+\): choose a folder that can be written to with --output", found
         )
 
     def test_that_is_read_only(self, source: Path, unfinished: Path, refused: Callable[..., str], monkeypatch) -> None:
@@ -339,13 +339,13 @@ class TestLock:
                 sentence = refused(where, *arguments, *new(source))
                 assert re.search(
                     rf"run is in use by another run \(process {holder.pid}\): wait until it has ended, or choose "
-                    "another folder with --out",
+                    "another folder with --output",
                     sentence,
                 )
             assert [path.name for path in where.iterdir()] == ["lock"]
             holder.send_signal(signal.SIGKILL)
             holder.wait()
-            assert language_model.main(["--out", str(where), "--sample-tokens=5", *new(source)]) == 0
+            assert language_model.main(["--output", str(where), "--sample-tokens=5", *new(source)]) == 0
 
     def test_a_folder_that_the_other_run_is_removing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         flock = fcntl.flock
@@ -360,7 +360,7 @@ class TestLock:
 
     def test_to_generate_none_is_needed(self, unfinished: Path) -> None:
         with folder.held(unfinished):
-            assert language_model.main(["--generate", "--out", str(unfinished), "--sample-tokens=5"]) == 0
+            assert language_model.main(["--generate", "--output", str(unfinished), "--sample-tokens=5"]) == 0
 
     def test_a_file_system_without_locks(
         self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -369,7 +369,7 @@ class TestLock:
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
         monkeypatch.setattr("fcntl.flock", flock)
-        assert language_model.main(["--out", str(tmp_path), "--sample-tokens=5", *new(source)]) == 0
+        assert language_model.main(["--output", str(tmp_path), "--sample-tokens=5", *new(source)]) == 0
         assert "on a file system without locks: begin no other run there" in capsys.readouterr().out
 
     def test_every_rank_is_told(self, source: Path, tmp_path: Path) -> None:
@@ -377,15 +377,15 @@ class TestLock:
         (tmp_path / "file").touch()
         (tmp_path / "torn").mkdir()
         (tmp_path / "torn" / "checkpoint.pt").write_bytes(b"torn")
-        taken = ["--out", str(tmp_path / "taken"), "--sample-tokens=5", *new(source)]
+        taken = ["--output", str(tmp_path / "taken"), "--sample-tokens=5", *new(source)]
         with folder.held(tmp_path / "taken"):
-            jobs = [[*taken[2:], "--out", str(tmp_path / name)] for name in ("file", "torn")]
+            jobs = [[*taken[2:], "--output", str(tmp_path / name)] for name in ("file", "torn")]
             shown = two_processes("bench.language_model", taken, *jobs)
         assert re.findall(r"(.*) are the statuses", shown) == ["[2, 2]"] * 3
 
     def test_every_rank_hears_of_a_full_disk(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "program.py").write_text(FULL)
-        arguments = ["--out", str(tmp_path / "run"), *new(source)]
+        arguments = ["--output", str(tmp_path / "run"), *new(source)]
         shown = two_processes("program", arguments, path=tmp_path)
         assert re.findall(r"(.*) are the statuses", shown) == ["[2, 2]"]
         assert not (tmp_path / "run").exists()

@@ -31,7 +31,7 @@ FLOORS = (
     ("persistrnn.chunks",),
     ("persistrnn.autograd", "persistrnn.door", "persistrnn.stepwise"),
     ("persistrnn.ops", "persistrnn.torch_path"),
-    ("persistrnn.mapping", "persistrnn.phases", "persistrnn.reference", "persistrnn.second"),
+    ("persistrnn.mapping", "persistrnn.options", "persistrnn.phases", "persistrnn.reference", "persistrnn.second"),
     ("persistrnn.segments", "persistrnn.tracing"),
     ("persistrnn.kernels.audit_table", "persistrnn.kernels.outlook", "persistrnn.kernels.plan_command"),
     ("persistrnn.kernels.audit", "persistrnn.kernels.reasons"),

@@ -143,9 +143,13 @@ def test_compared():
     found = said(
         "compared", point(64, 1), point(512, 2.0, peak=3), point(64, 9, **theirs), point(512, 5.0, peak=4, **theirs)
     )
-    assert found == "persistrnn is 2.50 times as fast as torch.nn at T = 512; persistrnn needs 25% less memory."
+    assert (
+        found == "persistrnn is 2.50 times as fast as torch.nn at T = 512; persistrnn needs 25% less memory per token."
+    )
     found = said("compared", point(512, 2.0, peak=5), point(512, 1.0, peak=4, **theirs))
-    assert found == "torch.nn is 2.00 times as fast as persistrnn at T = 512; persistrnn needs 25% more memory."
+    assert (
+        found == "torch.nn is 2.00 times as fast as persistrnn at T = 512; persistrnn needs 25% more memory per token."
+    )
     found = said("compared", point(512, 2.0, path="torch", spread=0.1), point(512, 2.3, **theirs))
     assert found == (
         "persistrnn and torch.nn take the same time within the spread at T = 512. Both ran torch's own kernels: what "

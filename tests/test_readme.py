@@ -1,7 +1,10 @@
 """The README's numbers are those of the tables that are kept beside it."""
 
 import csv
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from persistrnn import report, results
@@ -16,6 +19,22 @@ SHOWN = ("kernel", "H", "B", "slices", "registers", "spills", "in_registers", "i
 def audited(name: str) -> list[dict[str, str]]:
     with (RESULTS / name).open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_first_lines_run_on_a_cpu(tmp_path):
+    """The very block, with no GPU to be seen."""
+    block = re.search(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[1]
+    assert len([line for line in block.splitlines() if line]) <= 7
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    path, first, *others = done.stdout.splitlines()
+    assert path == "torch"
+    assert "steps 256, float32 on cpu" in first
+    assert any(line.startswith("path: torch") for line in others)
 
 
 def test_audit_table_is_made_from_the_results():

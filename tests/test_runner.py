@@ -231,13 +231,13 @@ class TestProcesses:
         jobs["compared"] = ["--compare=torch", "--steps=2"]
         shown = two_processes(
             "bench.language_model",
-            *([*arguments, *extra, "--out", str(tmp_path / name)] for name, extra in jobs.items()),
+            *([*arguments, *extra, "--output", str(tmp_path / name)] for name, extra in jobs.items()),
         )
         assert shown.count("[0, 0] are the statuses") == 3
         assert shown.count("bits per byte on held-out files. The checkpoint is in") == 2  # said once
         assert shown.count("bytes/s (CPU)") == 1
         for name in ("lines", "streams"):
-            assert language_model.main([*arguments, *jobs[name], "--out", str(tmp_path / "one" / name)]) == 0
+            assert language_model.main([*arguments, *jobs[name], "--output", str(tmp_path / "one" / name)]) == 0
             two, one = saved(tmp_path / name), saved(tmp_path / "one" / name)
             assert len(two["ranks"]) == 2
             assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
@@ -249,7 +249,7 @@ class TestProcesses:
         """And one to torchrun; what is resumed ends as if it had not been stopped."""
         arguments = [*SMALL, SAMPLE, "--text", str(source), "--batch=4", "--steps=12", "--dropout=0.2", "--truncate=6"]
         (tmp_path / "program.py").write_text(STOPPED)
-        run, resumed = ["--out", str(tmp_path / "run")], ["--resume", SAMPLE]
+        run, resumed = ["--output", str(tmp_path / "run")], ["--resume", SAMPLE]
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
@@ -263,12 +263,12 @@ class TestProcesses:
         assert len(saved(tmp_path / "run")["losses"]) == 4, done.stderr
         assert "SIGTERM after step 4; everything is saved" in done.stdout
 
-        whole = ["--out", str(tmp_path / "whole")]
+        whole = ["--output", str(tmp_path / "whole")]
         jobs = [["6:SIGINT:self", *resumed, *run], ["99:SIGINT:self", *resumed, *run]]
         shown = two_processes("program", *jobs, ["99:SIGINT:self", *arguments, *whole], path=tmp_path)
         assert re.findall(r"(.*) are the statuses", shown) == ["[130, 130]", "[0, 0]", "[0, 0]"]
         assert shown.count("SIGINT after step 7; everything is saved") == 1
-        assert "torchrun --nproc-per-node 2 -m bench.language_model --resume --out" in shown
+        assert "torchrun --nproc-per-node 2 -m bench.language_model --resume --output" in shown
         assert_same(saved(tmp_path / "run"), saved(tmp_path / "whole"))
         own = saved(tmp_path / "run")["ranks"]
         assert not torch.equal(own[0]["random"], own[1]["random"]), "ranks drop units of their own"

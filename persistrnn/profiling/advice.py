@@ -74,7 +74,7 @@ def compared(profile: Profile) -> str:
         faster, slower = (ours.arm, theirs.arm) if ratio > 1 else (theirs.arm, ours.arm)
         told = f"{faster} is {max(ratio, 1 / ratio):.2f} times as fast as {slower} at T = {ours.steps:,}"
     if abs(less) > EQUAL:
-        told += f"; {ours.arm} needs {abs(less):.0%} {'less' if less > 0 else 'more'} memory"
+        told += f"; {ours.arm} needs {abs(less):.0%} {'less' if less > 0 else 'more'} memory per token"
     if OURS in (ours.arm, theirs.arm) and TORCH in (ours.arm, theirs.arm) and "torch" in ours.path.split(", "):
         told += ". Both ran torch's own kernels: what differs is the load of the machine, or our Python around them"
     return f"{told}."
