@@ -80,8 +80,8 @@ def budgets(part: Pass, hardware: Hardware) -> tuple[Budget, Budget]:
         "reserved": 1024 * programs if part.choice.blocks > 1 else 0,
     }
     threads = 32 * part.choice.warps * programs
-    used = 4 * threads * part.registers
     usable = 4 * threads * occupancy.register_limit(part.choice)
+    used = min(4 * threads * part.registers, usable)  # a thread that needs more spills
     registers = {
         "weights": programs * part.in_registers,
         "working": used - programs * part.in_registers,

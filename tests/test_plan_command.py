@@ -100,7 +100,7 @@ def test_text_of_every_workload_adds_up(table: str) -> None:
     assert len(shapes) >= {"deepbench": 60, "flashrnn": 8, "models": 15}[table]
     for cell, hidden, batch, directions in shapes:
         found = plan(shape(cell), hidden, batch, directions, "bf16", named("h200"))
-        check_text(as_text(found, shape(cell), "for a test"), found)
+        check_text(as_text(found, shape(cell), 1024, "for a test"), found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
