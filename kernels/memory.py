@@ -144,15 +144,13 @@ def peak(mode: str, of: Layers, batch: int, steps: int, chunk: int, input_gradie
 
 # ---- torch's own path on a CPU --------------------------------------------------------------------------------------
 
-# Bytes of oneDNN's LSTM per step and row, as torch 2.13 allocates them, by bytes of an element: its workspace and y, per
-# unit of H and per feature of the wider of input and H; and what its backward takes beside, per unit and per feature.
+# Bytes of oneDNN's LSTM per step and row, as torch 2.13 allocates them, by bytes of an element: its workspace and y,
+# per unit of H and per feature of the wider of input and H; and what its backward takes beside, per unit and feature.
 ONEDNN = {4: ((40.0, 25.0), (16.0, 6.0)), 2: ((24.3, 20.9), (5.4, 5.3))}
 LOOP = 8  # elements per step, row and unit that ATen's loop over steps keeps, of either cell
 
 
-def torch_peak(
-    mode: str, of: Layers, batch: int, steps: int, chunk: int, onednn: bool, input_gradient: bool
-) -> float:
+def torch_peak(mode: str, of: Layers, batch: int, steps: int, chunk: int, onednn: bool, input_gradient: bool) -> float:
     """``peak`` of torch's own path on a CPU, without dropout. onednn: an LSTM that oneDNN runs, else ATen's loop."""
     both, own = of.directions > 1, of.hidden * of.itemsize
     features = [of.input, *[of.y // of.itemsize] * (of.layers - 1)]

@@ -96,5 +96,6 @@ def _kept(layer: LSTM | GRU, options: Options, batch: int, steps: int, dtype: to
     if save == "gates":
         told = 'save="gates": torch\'s path keeps what it needs'
     else:
-        told = f'save="{save}": torch\'s path keeps its state every {chunk:,} steps, and runs the forward again between them'
+        told = f'save="{save}": torch\'s path keeps its state every {chunk:,} steps'
+        told += ", and runs the forward again between them"
     return f"{told}; {most}" if device.type == "cpu" else told

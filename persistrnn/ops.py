@@ -65,7 +65,7 @@ def needed_bytes(save: str, of: memory.Layers, batch: int, steps: int, dtype: to
     chunk = chunk_steps(save, of.cell.name, *sizes, on_kernels)
     if on_kernels:
         return memory.needed(save, of, batch, steps, chunk)
-    mkldnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    mkldnn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     onednn = of.cell.name == "lstm" and mkldnn and dtype in (torch.float32, torch.bfloat16)
     return memory.torch_peak(save, of, batch, steps, chunk, onednn, False) - steps * batch * of.y
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .. import ops
+from ..tables import number
 from .record import GIB, NO_KERNELS, Point, Profile
 from .subject import OURS, TORCH
 from .trace import IDLE, INPUT_GEMM, RECOMPUTE, WEIGHT_GEMMS
@@ -214,14 +215,14 @@ def _smaller_mode(point: Point, kind: str) -> str:
     calls = [call for call in point.calls if call.save == "gates" and call.path in ("persistent", "torch")]
     # What cuDNN keeps is not known.
     calls = [call for call in calls if call.path == "persistent" or kind == "cpu"]
-    needs = {mode: sum(call.needed(mode) for call in calls) for mode in ops.MODES}
+    needs = {mode: sum(call.needed(mode) for call in calls) for mode in reversed(ops.MODES)}  # of equals the last
     least = min(needs, key=lambda mode: needs[mode])
     if needs[least] > (1 - CLEARLY_LESS) * needs["gates"] or not calls:
         return ""
     now, then = (needs[mode] / MIB for mode in ("gates", least))
     return (
-        f'; at T = {point.steps:,} save="{least}" is predicted to need {then:,.3g} MiB in the recurrent layers, where '
-        f'save="gates" needs {now:,.3g}'
+        f'; at T = {point.steps:,} save="{least}" is predicted to need {number(then)} MiB in the recurrent layers, where '
+        f'save="gates" needs {number(now)}'
     )
 
 

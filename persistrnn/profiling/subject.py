@@ -247,7 +247,6 @@ class Call:
         rows = self.steps * self.batch * kept + gates * self.hidden
         return float(self.layers * self.directions * self.hidden * rows * BYTES[self.dtype])
 
-
     def needed(self, save: str) -> float:
         """Predicted bytes of its training with another ``save``: ``ops.needed_bytes``, on its path, without dropout."""
         dtype = DTYPES.get(self.dtype, torch.float64)
