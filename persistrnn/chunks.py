@@ -138,7 +138,7 @@ def forward(
     """[y, h_n, c_n, c, saved, h and c before each chunk], empty where there is none; without autograd.
 
     keeps: a backward follows. inputs: x, h0, c0, marks, reset_h, reset_c, shaped as for ``chunked.recurrent``.
-    y, c: [T, B, D*H]; saved: [T, B, D, n, H]; h before: [chunks, L*D, B, H], c in float32.
+    y, c: [T, B, D*H]; saved: [T, B, D, n, H]; h before: [T // chunk + 2, L*D, B, H], c in float32.
     """
     segments.check()
     x, h0, c0, marks, *resets = _named(inputs)
@@ -194,7 +194,7 @@ def _new(
     (steps, batch, _), (rows, _, H) = x.shape, h0.shape
     has_c = c0 is not None
     every_c = has_c and (return_c or (keeps and save != "checkpoint"))
-    before = (steps + chunk - 1) // chunk, rows, batch, H
+    before = steps // chunk + 2, rows, batch, H  # never one: a graph would hold a condition on T
     sizes: list[tuple[tuple[int, ...], bool, torch.dtype]] = [
         ((steps, batch, directions * H), True, x.dtype),
         ((rows, batch, H), True, x.dtype),

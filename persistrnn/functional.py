@@ -71,7 +71,7 @@ def lstm(
         cell_dtype: dtype in which c is given out, and in which the kernels store it for the backward: None (that of
             the computation) or torch.float32; between the steps the kernels' c is float32 in any case
         save: what the call keeps for its backward: "gates", "state" or "checkpoint", or "auto", the first of them that
-            keeps at most save_budget bytes (`LSTM` has the details)
+            is predicted to need at most save_budget bytes (`LSTM` has the details)
         save_budget: bytes, with save="auto"
         lengths: integers [B] on the input's device, each in [0, T]. Past its length a row's output is zero and takes
             no gradient; the final state is that after its last step; the second direction begins there. Nothing is
@@ -197,7 +197,7 @@ def run(
     dtype = compute_dtype(data, weights[0])
     if options.save == "auto":
         keeps = torch_path.asks_for_gradients([data, *weights, *states, *cuts.reset])
-        save = save_mode(stack, options, dtype, batch.rows or 1, batch.steps, keeps)
+        save = save_mode(stack, options, dtype, data.device, batch.rows or 1, batch.steps, keeps)
         options = options._replace(save=save, save_budget=None)
     # an empty batch takes the path of a batch of one
     of_layer = (stack.hidden_size, batch.rows or 1, stack.directions)
@@ -238,7 +238,8 @@ def run(
         if options.save == "gates":
             output, *states = torch_path.stack(*given_to)
         else:
-            chunk = ops.chunk_steps(options.save, cell, *of_layer, dtype.itemsize)
+            launches = data.device.type != "cpu"
+            chunk = ops.chunk_steps(options.save, cell, *of_layer, dtype.itemsize, batch.steps, launches)
             output, *states = torch_path.stack_in_chunks(*given_to, chunk)
         outputs = [output]
 
@@ -288,14 +289,20 @@ def _by_packing(
     return Found(batch.time_major(y), finals, None, found.path)
 
 
-def save_mode(stack: Stack, options: Options, dtype: torch.dtype, batch: int, steps: int, keeps: bool = True) -> str:
+def save_mode(
+    stack: Stack,
+    options: Options,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int,
+    steps: int,
+    keeps: bool = True,
+) -> str:
     """What of a call is kept for its backward: "gates", "state" or "checkpoint"."""
     if options.save != "auto":
         return options.save
     assert options.save_budget is not None
-    sizes = stack.input_size, stack.hidden_size, stack.num_layers, stack.directions
-    of = ops.layers(stack.cell, *sizes, dtype, options.cell_dtype, options.active_dropout > 0)
-    needs = {mode: ops.kept_bytes(mode, of, batch, steps) for mode in ops.MODES}
+    needs = {mode: needed_bytes(stack, mode, options, dtype, device, batch, steps) for mode in ops.MODES}
     for mode, need in needs.items():
         if need <= options.save_budget:
             return mode
@@ -306,6 +313,16 @@ def save_mode(stack: Stack, options: Options, dtype: torch.dtype, batch: int, st
         f"save_budget={options.save_budget} bytes do not hold what {steps} steps of {batch} rows need at least, "
         f"{math.ceil(least)} bytes with save='{smallest}'; raise the budget, or cut the sequence and carry the state"
     )
+
+
+def needed_bytes(
+    stack: Stack, save: str, options: Options, dtype: torch.dtype, device: torch.device, batch: int, steps: int
+) -> float:
+    """``ops.needed_bytes`` of a call; of torch's path on a GPU, which nobody knows, that of the kernels."""
+    sizes = stack.input_size, stack.hidden_size, stack.num_layers, stack.directions
+    of = ops.layers(stack.cell, *sizes, dtype, options.cell_dtype, options.active_dropout > 0)
+    on_kernels = options.backend == "persistent" or device.type != "cpu"
+    return ops.needed_bytes(save, of, batch, steps, dtype, on_kernels)
 
 
 # Compiled, the graph breaks at both, as it does in torch.nn; on fake tensors they would fail.

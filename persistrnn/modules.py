@@ -282,10 +282,11 @@ class LSTM(_Recurrent):
             step), "state" (y and c; the backward forms the gates again, with two GEMMs), "checkpoint" (the state every
             so many steps; the backward runs the forward again between them; with one direction and without dropout the
             whole stack keeps only the last layer's output). Time is processed in chunks, so that all else takes the
-            memory of a chunk. "auto" takes the first of them that keeps at most save_budget bytes. torch's own path
-            keeps what it keeps with "gates", and runs the forward again in chunks with both others. Not with
-            projections
-        save_budget: bytes, with save="auto"
+            memory of a chunk. "auto" takes the first of them that is predicted to need at most save_budget bytes.
+            torch's own path keeps what it keeps with "gates", and runs the forward again in chunks with both others.
+            Of few steps one chunk holds all, and "gates" needs the least. Not with projections
+        save_budget: with save="auto", bytes at the highest point of a training step, without the input, the weights,
+            and the gradients of the input and the output
 
     Inputs: input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence), T >= 1; and
     optionally (h0, c0), each [L*D, B, H] ([L*D, H] unbatched; h0 has P features with projections). By keyword, what

@@ -85,8 +85,9 @@ def run(
                 autograd.recurrent, precision=precision, return_c=return_c, cell_dtype=options.cell_dtype
             )
         elif options.save != "gates":
-            sizes = stack.hidden_size, x.size(1) or 1, stack.directions, x.element_size()
-            recurrence = chunked.again_in_chunks(recurrence, ops.chunk_steps(options.save, stack.cell, *sizes))
+            sizes = stack.hidden_size, x.size(1) or 1, stack.directions, x.element_size(), x.size(0)
+            chunk = ops.chunk_steps(options.save, stack.cell, *sizes, False)
+            recurrence = chunked.again_in_chunks(recurrence, chunk)
         result = _layers(stack, x, weights, states, cuts, marks, options, recurrence)
     y, c, finals = result
     if active is not None:
@@ -101,9 +102,12 @@ def _chunk(stack: Stack, x: Tensor, options: Options) -> int:
     """Steps of the chunks of time that a call runs in; 0: it runs as a whole."""
     if x.size(1) == 0 or stack.proj_size:
         return 0
-    sizes = stack.hidden_size, x.size(1), stack.directions, x.element_size()
-    chunk = ops.chunk_steps(options.save, stack.cell, *sizes)
-    return chunk if options.save != "gates" or x.size(0) > chunk else 0
+    sizes = stack.hidden_size, x.size(1), stack.directions, x.element_size(), x.size(0)
+    chunk = ops.chunk_steps(options.save, stack.cell, *sizes, True)
+    if options.save != "gates":
+        return chunk
+    # An exported program may hold no condition on T: there it is one launch.
+    return chunk if not torch.compiler.is_exporting() and x.size(0) > chunk else 0
 
 
 def may_wave(options: Options, dtype: torch.dtype, proj_size: int, precision: str) -> bool:

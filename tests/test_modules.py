@@ -340,7 +340,9 @@ def test_explain_prints_the_plan(planned):
     lines = persistrnn.explain(layer, batch=3, steps=70).splitlines()
     assert lines[0] == f"{layer!r}, batch 3, steps 70, bfloat16 on cpu"
     kept = 2 * 2 * HIDDEN * 5 * 2  # in each layer and direction y and four more, in two bytes
-    kept_line = f'save="gates": {kept} bytes per step and row are kept (predicted), {kept * 3 * 70:,}'
+    most = kept + 2 * 2 * HIDDEN * 2 * 3  # with the gradients of both halves of the gates
+    kept_line = f'save="gates": {kept} bytes per step and row are kept; {most * 3 * 70:,} bytes at most in training, '
+    kept_line += "without the input and the gradients of input and output (predicted)"
     assert lines[1:] == ["path: persistent", "8 slices", "16 rows", kept_line]
     assert planned[0][:5] == ("gru", HIDDEN, 3, 2, torch.bfloat16)
     assert layer.last_path is None

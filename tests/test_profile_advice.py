@@ -4,12 +4,15 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from persistrnn import ops
 from persistrnn.profiling import advice as profile_advice
 from persistrnn.profiling.advice import RULES, advice
 from persistrnn.profiling.record import NO_KERNELS, UNTRACED, Machine, Point, Profile, Settings
 from persistrnn.profiling.subject import Call
 from persistrnn.profiling.trace import Phase
+from persistrnn.tables import number
 
 GPU = Machine("cuda", "NVIDIA H200", 140 << 30, 8, False, "2.13", "3.9.0", "3.11", "2026-01-31")
 CPU = Machine("cpu", "CPU: some", 16 << 30, 2, False, "2.13", "3.9.0", "3.11", "2026-01-31")
@@ -113,7 +116,15 @@ def test_memory():
     assert found.startswith(
         "64 KiB per token: about T = 143,000 fits in 140.0 GiB (extrapolated from what was measured)"
     )
-    assert found.endswith('; save="checkpoint" keeps less.')
+    of = ops.layers("lstm", 512, 512, 1, 1, torch.bfloat16, None, False)
+    gates, checkpoint = (
+        ops.needed_bytes(save, of, 16, 2048, torch.bfloat16, on_kernels=True) for save in ("gates", "checkpoint")
+    )
+    assert found.endswith(
+        f'; at T = 2,048 save="checkpoint" is predicted to need {number(checkpoint / 2**20)} MiB in the recurrent '
+        f'layers, where save="gates" needs {number(gates / 2**20)}.'
+    )
+    assert "save=" not in said("memory", point(100, 1, peak=1 << 30)), "where one chunk holds all steps"
     points[-1].calls[0] = dataclasses.replace(points[-1].calls[0], save="checkpoint")
     assert "save=" not in said("memory", *points)
     failed = Point("persistrnn", 1 << 20, "out of memory")

@@ -106,7 +106,7 @@ def test_peak_is_what_torch_allocates():
 def test_recompute_on_torchs_path(cell, steps, monkeypatch):
     """A memory mode: the forward of each chunk again within the backward, and less memory."""
     monkeypatch.setitem(memory.CHUNK_BYTES, "checkpoint", 1)
-    monkeypatch.setattr(memory, "SHORTEST_CHUNK", 8)
+    monkeypatch.setattr(memory, "SHORTEST_OF_TORCH", 8)
     sizes = [dataclasses.replace(SIZES, cell=cell, save=save) for save in ("gates", "checkpoint")]
     gates, checkpoint = (measure("", {OURS: one}, [steps], "cpu", TWICE).points[0] for one in sizes)
     assert gates.phases["torch's layers, forward"].flops == gates.calls[0].flops

@@ -254,6 +254,13 @@ class Call:
         rows = self.steps * self.batch * kept + gates * self.hidden
         return float(self.layers * self.directions * self.hidden * rows * BYTES[self.dtype])
 
+    def needed(self, save: str) -> float:
+        """Predicted bytes of its training with another ``save``: ``ops.needed_bytes``, on its path, without dropout."""
+        dtype = DTYPES.get(self.dtype, torch.float64)
+        sizes = self.input, self.hidden, self.layers, self.directions
+        of = ops.layers(self.cell, *sizes, dtype, None, False)
+        return ops.needed_bytes(save, of, self.batch, self.steps, dtype, self.path == "persistent")
+
 
 @contextlib.contextmanager
 def calls(module: nn.Module) -> Iterator[list[Call]]:
