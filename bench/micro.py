@@ -397,13 +397,14 @@ def measure(
             elif deadline is not None and time.monotonic() >= deadline:
                 left.append(str(item))
             else:
-                result = _measured(machine, item)
+                result = measured(machine, item)
                 add(result)
                 progress(f"{item}: {result.value:.4g} {item.unit} ({result.low:.4g} to {result.high:.4g})")
     return left
 
 
-def _measured(machine: Machine, item: Item) -> Micro:
+def measured(machine: Machine, item: Item) -> Micro:
+    """Median and quartiles of one measurement, after those that do not count."""
     scale = machine.scale
     machine.lead = LEAD
     once = item.start()

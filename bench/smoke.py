@@ -104,7 +104,7 @@ def changed(
         return found
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(launch, "exchange_for", lambda _: how))
+        stack.enter_context(mock.patch.object(launch, "exchange_for", return_value=how))
         stack.enter_context(mock.patch.object(launch, "options", chosen))
         if word_on_device:
             word = torch.zeros(1, dtype=torch.int32, device=device)
@@ -172,9 +172,7 @@ def observe(case: Case, device: torch.device) -> list[str]:
             seen = _wrong("y", y[1:-1, :, 0], truth.true["y"], truth.witness["y"])
         if training and not seen:
             d_final = tuple(h0[0].unsqueeze(1) for _ in range(cell.states))
-            _, dr_gates, _ = launch.backward(
-                cell, (truth.dy.unsqueeze(2),), d_final, weight, y, c, saved, asked
-            )
+            _, dr_gates, _ = launch.backward(cell, (truth.dy.unsqueeze(2),), d_final, weight, y, c, saved, asked)
             gates = dr_gates[:, :, 0].unflatten(-1, (cell.gates, case.hidden)).flip(0)
             seen = _said(device, "backward")
             seen += _missing("backward, steps from the end,", gates.flatten(1, 2), plan.backward, case.hidden)
@@ -208,7 +206,9 @@ def _missing(which: str, found: Tensor, part: Pass, hidden: int) -> list[str]:
     t = part.tiling
     columns = sorted({int(unit) // t.units for unit in absent[step].nonzero().flatten()})
     programs = f"columns {columns} of {-(-hidden // t.units)} ({t.slices} programs, R={t.rows})"
-    return [f"{which}: step {step} was not put by {programs}; {int(absent.any(1).sum())} steps of {len(bits)} lack some"]
+    return [
+        f"{which}: step {step} was not put by {programs}; {int(absent.any(1).sum())} steps of {len(bits)} lack some"
+    ]
 
 
 def _wrong(name: str, found: Tensor, true: Tensor, witness: Tensor) -> list[str]:

@@ -490,10 +490,10 @@ def test_summary_is_median_and_quartiles():
 def test_warmups_do_not_count():
     values = iter(range(1, 100))
     item = Item("clock", 4, 0, "GHz", lambda: lambda: float(next(values)))
-    assert micro._measured(Machine(CPU, Scale(rounds=5, warmups=3, settle=0.0)), item).value == 6.0  # of 4 to 8
+    assert micro.measured(Machine(CPU, Scale(rounds=5, warmups=3, settle=0.0)), item).value == 6.0  # of 4 to 8
     begun = time.monotonic()
     item = Item("clock", 4, 0, "GHz", lambda: lambda: time.sleep(0.01) or 1.0)
-    micro._measured(Machine(CPU, Scale(rounds=2, warmups=0, settle=0.1)), item)
+    micro.measured(Machine(CPU, Scale(rounds=2, warmups=0, settle=0.1)), item)
     assert time.monotonic() - begun >= 0.1
 
 
