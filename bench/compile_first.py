@@ -71,13 +71,13 @@ class Task:
         return " ".join(word for word in (what, self.kernel, self.protocol * bool(self.kernel)) if word)
 
 
-def tasks() -> list[Task]:
+def tasks(hardware: Hardware) -> list[Task]:
     """In the order in which the first run needs them, equal ones once."""
     found: list[Task] = []
     for case, protocol in [*((s.case, s.protocol) for s in smoke.SMOKE), *((c, "counter") for c in suites.first())]:
         kernels = ("scan_forward", "scan_backward")[: 2 if case.mode == "training" else 1]
         found += [Task(case, kernel, protocol) for kernel in kernels]
-    machine = Compiler(devices.DEVICES["h200"])
+    machine = Compiler(hardware)
     found += [Task(item.key) for item in micro.items(machine) if item.name not in ("clock", "memory")]
     return list(dict.fromkeys(found))
 
@@ -168,7 +168,7 @@ def fill(
     Returns:
         The seconds of each kernel that was compiled, and what went wrong.
     """
-    chosen = tasks() if chosen is None else chosen
+    chosen = tasks(hardware) if chosen is None else chosen
     seconds: list[float] = []
     wrong = []
     # Fresh processes: a fork of one that has threads, or a GPU, may hang.

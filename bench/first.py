@@ -58,9 +58,9 @@ STEPS = (
     Step("smoke", 60, 20, f"{len(smoke.SMOKE)} cases against float64, from the simplest up"),
     Step("exchange", 40, 10, "both protocols among 4, 16, 64 and 128 programs"),
     Step("constants", 20, 10, "clock, L2, shared memory, barrier, launch, memory"),
-    Step("race 1", 60, 25, "persistrnn and torch, checked, then timed: fp16 and bf16"),
-    Step("race 2", 60, 25, "layers, directions, small batches"),
-    Step("race 3", 60, 25, "one step, fp32, resets, lengths"),
+    Step("race-1", 60, 25, "persistrnn and torch, checked, then timed: fp16 and bf16"),
+    Step("race-2", 60, 25, "layers, directions, small batches"),
+    Step("race-3", 60, 25, "one step, fp32, resets, lengths"),
     Step("tests", 60, 60, "the GPU tests, the most telling first; again and again until the time is over"),
 )
 CAUSES = Step("causes", 60, 15, "only where smoke is red: what the first red case depends on")
@@ -135,15 +135,16 @@ class Child:
             self.how += "; not even a kill ends it"
 
     def said(self) -> str:
-        """The end of what it wrote to stderr, which is shown here as well."""
-        self.errors.seek(0)
-        text = self.errors.read().decode(errors="replace")
+        """Once, after its end: the end of what it wrote to stderr, which is shown here as well."""
+        with self.errors as file:
+            file.seek(0)
+            text = file.read().decode(errors="replace")
         sys.stderr.write(text)
         return text.strip()[-1000:]
 
 
 def journal_of(results_file: Path, step: str) -> Path:
-    return results_file.with_name(f"{results_file.stem}-{step.replace(' ', '-')}.journal")
+    return results_file.with_name(f"{results_file.stem}-{step}.journal")
 
 
 def set_aside(path: Path) -> str:
@@ -204,23 +205,25 @@ class First:
     def done(self) -> set[str]:
         """What is not run: all that was tried in this run, and what was green, or raced, in an earlier one."""
         before = recorder.outcomes(self.run.results)
-        return self.tried | {name for name, ok in before.items() if ok or name.startswith("race ")}
+        return self.tried | {name for name, ok in before.items() if ok or name.startswith("race-")}
 
     # -- processes
 
-    def begin(self, step: Step, until: float, red: str = "") -> Child:
+    def command(self, step: Step, until: float, red: str) -> list[str]:
         path, options = self.run.path, self.run.arguments
         names = path.with_name(f"{path.stem}.done")
         names.write_text("\n".join(sorted(self.done())))
+        command = [sys.executable, "-m", "bench.first_steps", step.name, "--journal", str(journal_of(path, step.name))]
+        command += ["--until", str(until - 2), "--done", str(names), "--red", red]
+        command += ["--rehearse", options.rehearse] if options.rehearse else []
+        return command + (["--inject", *options.inject] if options.inject else [])
+
+    def begin(self, step: Step, until: float, red: str = "") -> Child:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         environment.setdefault("TRITON_CACHE_DIR", str(provenance.ROOT / CACHE))
         if step.name == "compile":
             environment.pop("TRITON_INTERPRET", None)  # which compiles nothing
-        command = [sys.executable, "-m", "bench.first_steps", step.name, "--journal", str(journal_of(path, step.name))]
-        command += ["--until", str(until - 2), "--done", str(names), "--red", red]
-        command += ["--rehearse", options.rehearse] if options.rehearse else []
-        command += ["--inject", *options.inject] if options.inject else []
-        return Child(step, command, environment, until, path)
+        return Child(step, self.command(step, until, red), environment, until, self.run.path)
 
     def watch(self, steps: list[tuple[Step, float]], red: str = "") -> None:
         """Run steps beside each other, each again without the item that ended it, until they are through."""
@@ -238,8 +241,9 @@ class First:
                     if self.ended(child) and child.until - time.monotonic() >= LEAST:
                         children.append(self.begin(child.step, child.until, red))
         finally:
-            for child in children:
+            for child in children:  # on the way out by an exception
                 child.kill()
+                child.said()
 
     def ended(self, child: Child) -> bool:
         """Note how a process ended; whether there are items left for another one."""
@@ -271,6 +275,7 @@ class First:
         child = Child(step, command, os.environ | {"PYTHONUNBUFFERED": "1"}, time.monotonic() + seconds, path)
         while not child.over():
             time.sleep(0.05)
+        said = child.said()
         broken = set_aside(path)
         if broken:
             run.save()  # what was known before
@@ -281,7 +286,7 @@ class First:
         at.unlink(missing_ok=True)
         # 1: some are red, which stands in the file; 5: none are left.
         if child.how and child.process.returncode not in (1, 5):
-            self.note(hung or "tests", False, time.monotonic() - child.started, f"{child.how}. {child.said()}")
+            self.note(hung or "tests", False, time.monotonic() - child.started, f"{child.how}. {said}")
         names = collected.read_text().splitlines() if collected.exists() else []
         self.left = [name for name in names if name not in recorder.outcomes(run.results)]
         return bool(self.left) and child.process.returncode != 5
@@ -349,7 +354,7 @@ class First:
         found, lines = self.outcomes(), []
         messages = {entry.name: entry.message for entry in self.stress if not entry.ok}
         for step in (*STEPS, CAUSES):
-            some = [ok for name, ok in found.items() if name.startswith((f"{step.name}:", f"{step.name} "))]
+            some = [ok for name, ok in found.items() if name.startswith(f"{step.name}:")]
             if some:
                 lines.append(f"{step.name}: {sum(some)} of {len(some)} ok")
         tests = [ok for name, ok in found.items() if "::" in name]

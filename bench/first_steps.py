@@ -104,7 +104,7 @@ def compile_step(job: Job) -> Iterator[Item]:
 
     def compiled() -> str:
         start = time.monotonic()
-        chosen = compile_first.tasks()[: 1 if job.hardware else None]
+        chosen = compile_first.tasks(hardware)[: 1 if job.hardware else None]
         seconds, wrong = compile_first.fill(hardware, jobs, say, chosen)
         if wrong:
             raise RuntimeError("; ".join(wrong))
@@ -202,9 +202,9 @@ STEPS: dict[str, Callable[[Job], Iterator[Item]]] = {
     "causes": causes,
     "exchange": exchange,
     "constants": constants,
-    "race 1": lambda job: raced(job, 0),
-    "race 2": lambda job: raced(job, 1),
-    "race 3": lambda job: raced(job, 2),
+    "race-1": lambda job: raced(job, 0),
+    "race-2": lambda job: raced(job, 1),
+    "race-3": lambda job: raced(job, 2),
 }
 
 
