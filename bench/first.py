@@ -138,8 +138,10 @@ class Child:
         """Once, after its end: the end of what it wrote to stderr, which is shown here as well."""
         with self.errors as file:
             file.seek(0)
-            text = file.read().decode(errors="replace")
-        sys.stderr.write(text)
+            lines = file.read().decode(errors="replace").splitlines()
+        text = "\n".join(line for line in lines if not line.startswith("Extension modules:"))
+        if text:
+            print(text, file=sys.stderr)
         return text.strip()[-1000:]
 
 

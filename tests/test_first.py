@@ -342,7 +342,9 @@ def test_tests_that_hang_and_tests_that_are_left(path: Path, monkeypatch: pytest
 def kept(*steps_and_items: str) -> Results:
     """A rehearsal's file in which all items of smoke, causes and race-1 are green but these."""
     job = first_steps.Job(Path("none"), torch.device("cpu"), named("h200"), smoke.SMOKE[3].name, {})
-    found = empty(rehearsal=True, device="unknown", driver="unknown", torch="unknown", triton="unknown")
+    found = empty(
+        rehearsal=True, device="unknown", driver="unknown", torch="unknown", triton="unknown", commit="unknown"
+    )
     for step in ("smoke", "causes", "race-1", "machine"):
         for name, _ in first_steps.STEPS[step](job):
             if f"{step}: {name}" not in steps_and_items:
@@ -357,25 +359,27 @@ def test_a_rehearsal_in_which_all_goes_wrong(path: Path, monkeypatch: pytest.Mon
     one, two, three = (f"smoke: {smoke.SMOKE[i].name}" for i in (3, 4, 5))
     cause = f"causes: {smoke.SMOKE[3].name}: T=2"
     row = f"race-1: {suites.miniatures(suites.first())[0].key}, persistrnn"
-    before = kept("machine: facts", "machine: pinned memory", one, two, three, cause, row)
-    before.save(path)
-    quick = tuple(replace(step, item=12) for step in STEPS)
-    monkeypatch.setattr(first, "STEPS", quick)
-    inject = ["machine: facts=cut", f"{one}=wrong", f"{two}=die", f"{row}=wrong"]
+    facts, plain, pinned = (f"machine: {name}" for name in ("facts", "plain launch", "pinned memory"))
+    kept(facts, plain, pinned, one, two, three, cause, row).save(path)
+    inject = [f"{facts}=cut", f"{plain}=hang", f"{one}=wrong", f"{two}=die", f"{row}=wrong"]
     steps = ["machine", "smoke", "race-1"]
-    monkeypatch.setattr(first, "STEPS", tuple(replace(s, beside=False) for s in quick))
-    command = ["--rehearse", "h200", "first", "--results", str(path), "--steps", *steps, "--inject", *inject]
+    # Short only where something hangs: the others may share their cores.
+    alone = (replace(s, beside=False, seconds=150, item=5 if s.name == "machine" else 60) for s in STEPS)
+    monkeypatch.setattr(first, "STEPS", tuple(alone))
+    command = ["--rehearse", "h200", "first", "--results", str(path), "--steps", *steps]
+    command += ["--minutes", "20", "--inject", *inject]
     assert gpu.main(command) == 1
     found = outcomes(path)
     assert found["results-machine: journal"][1].startswith("cut short by a kill")
-    assert found["machine: facts"][1].startswith("died by SIGKILL")
-    assert found["machine: pinned memory"][0]
+    assert found[facts][1].startswith("died by SIGKILL")
+    assert found[plain][1].startswith("was killed after 5 s")
+    assert found[pinned][0]
     assert found[one][1].startswith("AssertionError: y has error ")
     assert found[two][1].startswith("died by SIGSEGV")
     assert found[three][0]
     assert found[cause][0], "the variants of the red case have run"
     assert found[row][1].startswith("AssertionError: y has error ")
-    assert sum(ok is False for ok, _ in found.values()) == 5
+    assert sum(ok is False for ok, _ in found.values()) == 6
     (red,) = (check for check in load(path).checks if not check.ok)
     assert red.case == suites.miniatures(suites.first())[0]
     (skipped,) = load(path).timings
