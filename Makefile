@@ -61,7 +61,7 @@ audit: $(NEWEST)/.dev $(OLDEST)/.dev ## compile and inspect the kernels of every
 	$(OLDEST)/bin/python $(AUDIT) --jobs $(JOBS) --resume runs/audit.jsonl --output bench/results/audit-oldest.csv $(ARGS)
 
 # The GPU machine may have no package index: its own Python brings torch, Triton and pytest.
-gpu: ## correctness, stress, micro, race and tune on a GPU, with the machine's own Python (PYTHON_GPU)
+gpu: ## correctness, stress, micro, race and tune on a GPU, with its own Python (PYTHON_GPU); ARGS=first before all else
 	PYTHONUNBUFFERED=1 $(PYTHON_GPU) -m bench.gpu $(ARGS)
 
 rehearse: $(NEWEST)/.dev ## the same without a GPU: every path but the launch, predictions for an H200, no speeds

@@ -61,10 +61,10 @@ def record_of(where: Provenance, named: str | None = None) -> Hardware:
 
 
 def counted(timing: Timing) -> bool:
-    """One layer with the input's product inside, measured in the case's own dtype by an arm that is a path."""
+    """One layer with the input's product inside and no marks, in the case's own dtype, by an arm that is a path."""
     case = timing.case
     ours = timing.arm in PATHS and not timing.skipped and timing.dtype == case.dtype
-    return ours and case.layers == 1 and case.input > 0 and case.cell in CELLS
+    return ours and case.layers == 1 and case.input > 0 and not case.marks and case.cell in CELLS
 
 
 def steps(results: Results) -> list[Step]:

@@ -125,8 +125,8 @@ def _matmul_precision() -> str:
 
 
 def _waves(stack: Stack, x: Tensor, others: Sequence[Tensor], options: Options, precision: str) -> bool:
-    """Whether it does: where that is predicted to win. The interpreter's programs cannot wait for each other."""
-    if not may_wave(options, x.dtype, stack.proj_size, precision) or x.size(1) == 0 or x.device.type == "cpu":
+    """Whether it does: where that is predicted to win."""
+    if not may_wave(options, x.dtype, stack.proj_size, precision) or x.size(1) == 0:
         return False
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
     sizes = stack.hidden_size, stack.num_layers, x.size(1), x.size(0)

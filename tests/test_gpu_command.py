@@ -74,7 +74,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rase"], "PART must be of correctness, stress, micro, race, tune, got 'rase'"),
+        (["rase"], "PART must be of correctness, stress, micro, race, tune, or first alone, got 'rase'"),
         (["race", "--minutes", "0"], "--minutes must be above 0 and at most 60, got 0.0"),
         (["--minutes", "61"], "--minutes must be above 0 and at most 60, got 61.0"),
         (["--minutes", "nan"], "--minutes must be above 0 and at most 60, got nan"),

@@ -491,7 +491,7 @@ def test_summary_is_median_and_quartiles():
 def test_warmups_do_not_count():
     values = iter(range(1, 100))
     item = Item("clock", 4, 0, "GHz", lambda: lambda: float(next(values)))
-    assert micro._measured(Machine(CPU, Scale(rounds=5, warmups=3, settle=0.0)), item).value == 6.0  # of 4 to 8
+    assert micro.measured(Machine(CPU, Scale(rounds=5, warmups=3, settle=0.0)), item).value == 6.0  # of 4 to 8
 
 
 def test_warmups_last_until_it_has_settled(monkeypatch):
@@ -503,7 +503,7 @@ def test_warmups_last_until_it_has_settled(monkeypatch):
         return clock.now
 
     item = Item("clock", 4, 0, "GHz", lambda: work)
-    found = micro._measured(Machine(CPU, Scale(rounds=3, warmups=1, settle=1.0)), item)
+    found = micro.measured(Machine(CPU, Scale(rounds=3, warmups=1, settle=1.0)), item)
     assert (found.low, found.value, found.high) == (1.25, 1.5, 1.75)
 
 

@@ -125,6 +125,20 @@ def test_a_hang_has_a_name(run: Callable[..., tuple[int, str]], path: Path) -> N
     assert [entry.name.split("::test_")[1] for entry in load(path).stress[2:]] == ["last", "hangs"]
 
 
+def test_the_most_telling_come_first(run: Callable[..., tuple[int, str]], path: Path) -> None:
+    """In the order of the option, what was red after what was not seen; and all names are in a file."""
+    names = path.with_name("collected")
+    options = ("--telling", "afterwards", "setup", "--collected", str(names))
+    status, output = run(TESTS, *options)
+    assert status == 1, output
+    order = [entry.name.removeprefix("test_it.py::test_") for entry in load(path).stress]
+    assert order == ["wrong_afterwards", "wrong_afterwards", "without_setup", "right", "wrong"]
+    assert len(names.read_text().splitlines()) == 5
+    run(TESTS + "def test_new(): pass\n", *options)
+    order = [entry.name.removeprefix("test_it.py::test_") for entry in load(path).stress[5:]]
+    assert order == ["new", "wrong_afterwards", "wrong_afterwards", "without_setup", "wrong"]
+
+
 def test_no_time(run: Callable[..., tuple[int, str]], path: Path) -> None:
     status, output = run(TESTS, "--within", "0")
     assert status == 0, output
