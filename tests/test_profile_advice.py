@@ -144,7 +144,7 @@ def test_a_peak_is_one_number_in_the_table_and_on_the_page():
     card = next(card for card in page.cards(found) if card.what.startswith("peak memory"))
     table = tables.summary(found)
     row = dict(zip((column.name for column in table.columns), table.rows[-1].cells, strict=True))
-    assert (card.value, row["peak MiB"], row["of it held MiB"]) == ("7", "7", "1")
+    assert (card.value, row["peak MiB"], row["of it held MiB"]) == ("7.000", "7.000", "1.000")
 
 
 def test_compared():
