@@ -70,11 +70,12 @@ class Streaming(nn.Module):
             TypeError: rows that are no tensor
             ValueError: rows of another dtype or size
         """
-        states = self._states()
-        if rows is not None:
-            rows = door.read_rows(rows, states)
-        if rows is None or self.state is None:
+        if rows is None:
             self.state = None
+            return
+        states = self._states()
+        rows = door.read_rows(rows, states)
+        if not states:
             return
         kept = tuple(torch.where(rows.unsqueeze(-1), 0.0, s) for s in states)
         self.state = kept if len(kept) > 1 else kept[0]

@@ -252,7 +252,7 @@ def test_functional_refuses_weights():
         with pytest.raises(exception, match=message):
             persistrnn.functional.gru(X, given)
     for options, exception, message in [
-        ({"dropout": 2.0}, ValueError, r"probability in \[0, 1\], got 2.0"),
+        ({"dropout": 2.0}, ValueError, r"in range \[0, 1\] .* got 2.0"),
         ({"num_layers": 0}, ValueError, r"num_layers must be greater than zero, got 0"),
         ({"backend": "gpu"}, ValueError, r"'auto', 'persistent', 'torch', got 'gpu'"),
     ]:

@@ -231,7 +231,6 @@ USES = {
     "call": lambda s: s(X),
     "step": lambda s: s.step(X[0]),
     "reset": lambda s: s.reset(ROWS),
-    "reset of all": lambda s: s.reset(),
     "double": lambda s: s.double(),
 }
 STATES = {
@@ -264,7 +263,7 @@ def test_a_stream_refuses_what_is_no_state(cell, state, exception, message, use)
     stream.state = state
     with pytest.raises(exception, match=message):
         USES[use](stream)
-    stream.state = None
+    stream.reset()
     USES[use](stream)
 
 

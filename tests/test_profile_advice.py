@@ -8,6 +8,7 @@ import torch
 
 from persistrnn import ops
 from persistrnn.profiling import advice as profile_advice
+from persistrnn.profiling import page, tables
 from persistrnn.profiling.advice import RULES, advice
 from persistrnn.profiling.record import NO_KERNELS, UNTRACED, Machine, Point, Profile, Settings
 from persistrnn.profiling.subject import Call
@@ -147,6 +148,14 @@ def test_untraced():
     assert found.startswith("The profiler saw no kernels at T = 512: where the time goes is not known")
     assert "CUPTI is held by another profiler (nsys, ncu, DCGM: end it), or not allowed" in found
     assert said("untraced", point(64, 1), dataclasses.replace(point(512, 1), untraced=UNTRACED)) == ""
+
+
+def test_a_peak_is_one_number_in_the_table_and_on_the_page():
+    found = profile(point(512, 1.0, peak=3 << 20), point(1024, 2.0, peak=6 << 20))
+    card = next(card for card in page.cards(found) if card.what.startswith("peak memory"))
+    table = tables.summary(found)
+    row = dict(zip((column.name for column in table.columns), table.rows[-1].cells, strict=True))
+    assert (card.value, row["peak MiB"], row["of it held MiB"]) == ("7.000", "7.000", "1.000")
 
 
 def test_compared():
