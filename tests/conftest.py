@@ -48,11 +48,12 @@ def outside_the_checkout(
     os.chdir(working_folders[-1])
     yield
     os.chdir(before)
-    earlier, checkout_before[:] = checkout_before[0], [listing()]
-    if earlier != checkout_before[0]:
+    earlier, now = checkout_before[0], listing()
+    checkout_before[:] = [now]
+    if earlier != now:
         pytest.fail(
-            f"left in the checkout, by this test (with -n perhaps by one that another worker runs: -n 0 tells) or by "
-            f"something else meanwhile: {', '.join(changes(earlier, checkout_before[0]))}; a test writes to its tmp_path",
+            "left in the checkout, by this test (with -n perhaps by one that another worker runs: -n 0 tells) or by "
+            f"something else meanwhile: {', '.join(changes(earlier, now))}; a test writes to its tmp_path",
             pytrace=False,
         )
 
