@@ -19,7 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def known() -> list[dict[str, int]]:
+def checkout_before() -> list[dict[str, int]]:
     """What lay in the checkout when the test before ended, and before the first one."""
     return [listing()]
 
@@ -33,7 +33,7 @@ def working_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(autouse=True)
 def outside_the_checkout(
     request: pytest.FixtureRequest,
-    known: list[dict[str, int]],
+    checkout_before: list[dict[str, int]],
     working_folders: list[Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[None]:
@@ -48,11 +48,12 @@ def outside_the_checkout(
     os.chdir(working_folders[-1])
     yield
     os.chdir(before)
-    earlier, known[:] = known[0], [listing()]
-    if earlier != known[0]:
+    earlier, now = checkout_before[0], listing()
+    checkout_before[:] = [now]
+    if earlier != now:
         pytest.fail(
-            f"left in the checkout, by this test (with -n perhaps by one that another worker runs: -n 0 tells) or by "
-            f"something else meanwhile: {', '.join(changes(earlier, known[0]))}; a test writes to its tmp_path",
+            "left in the checkout, by this test (with -n perhaps by one that another worker runs: -n 0 tells) or by "
+            f"something else meanwhile: {', '.join(changes(earlier, now))}; a test writes to its tmp_path",
             pytrace=False,
         )
 

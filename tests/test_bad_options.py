@@ -88,7 +88,9 @@ def test_an_lstm_checks_return_cell_states():
 
 
 @cells
-@pytest.mark.parametrize("weights", [None, 3, "weights", torch.zeros(4, 6), {}, (w for w in ())], ids=lambda w: type(w).__name__)
+@pytest.mark.parametrize(
+    "weights", [None, 3, "weights", torch.zeros(4, 6), {}, iter(())], ids=lambda w: type(w).__name__
+)
 def test_weights_are_a_list_or_tuple(cell, weights):
     message = rf"weights is a list or tuple .* got {type(weights).__name__}.*give list\(layer.parameters\(\)\)"
     with pytest.raises(TypeError, match=message):
