@@ -221,8 +221,8 @@ def _smaller_mode(point: Point, kind: str) -> str:
         return ""
     now, then = (needs[mode] / MIB for mode in ("gates", least))
     return (
-        f'; at T = {point.steps:,} save="{least}" is predicted to need {number(then)} MiB in the recurrent layers, where '
-        f'save="gates" needs {number(now)}'
+        f'; at T = {point.steps:,} save="{least}" is predicted to need {number(then)} MiB in the recurrent layers, '
+        f'where save="gates" needs {number(now)}'
     )
 
 
