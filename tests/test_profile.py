@@ -132,7 +132,7 @@ def test_page_is_sound(report):
         assert "nan" not in drawing.lower().split("aria-label")[0]
     assert {"CPU" in text for text in re.findall(r"<text[^>]*>([^<]*measured[^<]*)</text>", page)} == {True, False}
     # Measured and predicted stand under different heads, and cards of predictions look different.
-    assert '<div class="predicted"><dt><b>h200, fp32, predicted</b><br>per time step' in page
+    assert '<div class="predicted"><dt><b>h200, fp32, predicted</b> per time step' in page
     # Each card says whose its number is.
     cards = re.findall(r"<dt><b>(.*?)</b>", page)
     assert len(cards) == 6
