@@ -148,6 +148,8 @@ def forward(
     saves = saved.numel() > 0
     states = by_layer([h0] if c0 is None else [h0, c0.float()], len(layers))
     reset = by_layer([r for r in resets if r is not None], len(layers))
+    for whole in before:
+        whole[-(-x.size(0) // chunk) :].zero_()  # what no chunk has is the same in every run
     for k, part in enumerate(cut(x.size(0), chunk)):
         marked = None if marks is None else part.of(marks).contiguous()
         into = part.of(saved) if saves and directions == 1 else None

@@ -335,3 +335,28 @@ def test_reader_may_leave_early() -> None:
     command = f"{sys.executable} -m persistrnn plan {' '.join(SMALL)} | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, cwd=WORKLOADS)
     assert done.stderr == ""
+
+
+def test_a_plan_that_is_expected_to_spill_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    for hidden in ("2460", "26750"):
+        status, out, err = call(capsys, "--cell", "gru", "--hidden", hidden, "--device", "h200")
+        assert (status, err) == (0, "")
+        assert re.search(r"spills: about \d+ registers per thread are needed, and there are \d+", out)
+    assert "spills" not in call(capsys, *SMALL)[1]
+
+
+@pytest.mark.parametrize(("hidden", "path"), [("1024", "the kernels"), ("2048", "torch's own path")])
+def test_what_auto_takes(capsys: pytest.CaptureFixture[str], hidden: str, path: str) -> None:
+    arguments = ("--cell", "lstm", "--hidden", hidden, "--batch", "64", "--device", "h200", "--steps", "64")
+    _, out, _ = call(capsys, *arguments)
+    told = json.loads(call(capsys, *arguments, "--json")[1])
+    for name, one in told["auto"].items():
+        assert one["path"] == path
+        assert (one["persistent"] < one["torch"]) == (path == "the kernels")
+        assert (
+            f'backend="auto" takes {path} in {name}: {one["persistent"]:.2f} us per step on the kernels, '
+            f"{one['torch']:.2f} on torch's own path (predicted)"
+        ) in out
+    needs = {mode: told["memory_bytes"][mode]["needed"] for mode in ("gates", "state", "checkpoint")}
+    assert needs["gates"] < needs["state"], "of 64 steps, one chunk"
+    assert f"at T = {told['memory_bytes']['steps']}, by what is kept" in out

@@ -35,13 +35,17 @@ class Card(NamedTuple):
     predicted: bool = False
 
 
+def _at(point: Point) -> str:
+    return f"{point.arm}, T\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{point.steps:,}"
+
+
 def cards(profile: Profile) -> list[Card]:
     """The numbers that one looks for first: those of the first arm at its longest T."""
     points = profile.of(profile.arms[0])
     if not points:
         return []
     last: Point = points[-1]
-    whose = f"{last.arm}, T = {last.steps:,}"
+    whose = _at(last)
     found = [
         Card(whose, "iteration", number(last.seconds * 1e3), "ms"),
         Card(whose, "per time step", number(last.per_step), "us"),
@@ -49,7 +53,7 @@ def cards(profile: Profile) -> list[Card]:
     ]
     for peak in [point for point in points if point.peak][-1:]:
         size = number((peak.held + peak.peak) / tables.MIB)
-        found.append(Card(f"{peak.arm}, T = {peak.steps:,}", "peak memory", size, "MiB"))
+        found.append(Card(_at(peak), "peak memory", size, "MiB"))
         found.append(
             Card(f"{peak.arm}, extrapolated", "longest T that fits", f"{profile.longest(last.arm):,}", "steps")
         )
