@@ -61,7 +61,7 @@ STEPS = (
     Step("race-1", 60, 25, "persistrnn and torch, checked, then timed: fp16 and bf16"),
     Step("race-2", 60, 25, "layers, directions, small batches"),
     Step("race-3", 60, 25, "one step, fp32, resets, lengths"),
-    Step("tests", 60, 60, "the GPU tests, the most telling first; again and again until the time is over"),
+    Step("tests", 60, 60, "the GPU tests, the most telling first, until the time is over"),
 )
 CAUSES = Step("causes", 60, 15, "only where smoke is red: what the first red case depends on")
 
@@ -91,12 +91,15 @@ def printed(minutes: float) -> str:
 class Child:
     """A step's process, with the journal that it writes."""
 
-    def __init__(self, step: Step, command: list[str], environment: dict[str, str], until: float, stem: Path) -> None:
-        self.step, self.until = step, until
-        self.journal = journal_of(stem, step.name)
+    def __init__(self, step: Step, command: list[str], until: float, journal: Path, running: Path) -> None:
+        self.step, self.until, self.journal, self.running = step, until, journal, running
         self.read, self.started = 0, time.monotonic()
         self.item, self.since = "", self.started
         self.how = ""  # how it was ended, or ended badly
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        environment.setdefault("TRITON_CACHE_DIR", str(provenance.ROOT / CACHE))
+        if step.name == "compile":
+            environment.pop("TRITON_INTERPRET", None)  # which compiles nothing
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
         self.process = subprocess.Popen(
             command, cwd=provenance.ROOT, env=environment, start_new_session=True, stderr=self.errors
@@ -105,7 +108,7 @@ class Child:
     def state(self) -> list[str]:
         """The item that is running ("": none), and those that are left."""
         try:
-            return first_steps.running(self.journal).read_text().split("\n")
+            return self.running.read_text().split("\n")
         except FileNotFoundError:
             return []
 
@@ -168,9 +171,10 @@ class First:
     def __init__(self, run: Run, tests: tuple[str, ...]) -> None:
         self.run, self.tests = run, tests
         self.end = time.monotonic() + 60 * run.arguments.minutes - START
-        self.stress = run.results.stress
-        self.stress[:] = [entry for entry in self.stress if not entry.name.startswith(NOT_RUN)]
+        stress = run.results.stress
+        stress[:] = [entry for entry in stress if not entry.name.startswith(NOT_RUN)]
         self.tried: set[str] = set()
+        self.left: list[str] = []  # tests without an outcome
 
     # -- what is found
 
@@ -205,9 +209,11 @@ class First:
         return start + len(content) - len(rest)
 
     def done(self) -> set[str]:
-        """What is not run: all that was tried in this run, and what was green, or raced, in an earlier one."""
+        """What is not run: all that was tried in this run, and what was green, or raced, in an earlier one. Kernels are
+        compiled again: this machine may be another one."""
         before = recorder.outcomes(self.run.results)
-        return self.tried | {name for name, ok in before.items() if ok or name.startswith("race-")}
+        kept = {name for name, ok in before.items() if ok or name.startswith("race-")}
+        return self.tried | {name for name in kept if not name.startswith("compile:")}
 
     # -- processes
 
@@ -221,11 +227,8 @@ class First:
         return command + (["--inject", *options.inject] if options.inject else [])
 
     def begin(self, step: Step, until: float, red: str = "") -> Child:
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        environment.setdefault("TRITON_CACHE_DIR", str(provenance.ROOT / CACHE))
-        if step.name == "compile":
-            environment.pop("TRITON_INTERPRET", None)  # which compiles nothing
-        return Child(step, self.command(step, until, red), environment, until, self.run.path)
+        journal = journal_of(self.run.path, step.name)
+        return Child(step, self.command(step, until, red), until, journal, first_steps.running(journal))
 
     def watch(self, steps: list[tuple[Step, float]], red: str = "") -> None:
         """Run steps beside each other, each again without the item that ended it, until they are through."""
@@ -251,7 +254,7 @@ class First:
         """Note how a process ended; whether there are items left for another one."""
         said = child.said()
         item, *left = child.state() or [""]
-        first_steps.running(child.journal).unlink(missing_ok=True)
+        child.running.unlink(missing_ok=True)
         if child.how:
             name = f"{child.step.name}: {item}" if item else child.step.name
             self.note(name, False, time.monotonic() - child.since, f"{child.how}. {said}".strip())
@@ -260,38 +263,38 @@ class First:
             self.note(NOT_RUN + child.step.name, False, 0.0, f"its time was over: {'; '.join(left)}"[:2000])
         return again
 
-    def pytest(self, seconds: float) -> bool:
-        """The GPU tests for so long; whether some are left."""
+    def pytest(self, until: float) -> bool:
+        """The GPU tests until then, or until one hangs or dies; whether some are left."""
         run, path = self.run, self.run.path
-        step = Step("tests", 60, 60, "")
         command = [sys.executable, "-m", "pytest", "-m", "gpu", *self.tests]
         collected = path.with_name(f"{path.stem}.collected")
         if run.hardware is not None:
-            command += ["--collect-only", "-q"]
+            command += ["--collect-only", "-qq"]
         else:
-            minutes = str(max(seconds - 10, 1) / 60)
+            minutes = str(max(until - time.monotonic() - 10, 1) / 60)
             command += ["-p", "bench.recorder", "--outcomes", str(path.resolve()), "--within", minutes, "--tb=line"]
             command += ["-q", "--collected", str(collected), "--telling", *TELLING]
         run.save()
         recorder.running(path).unlink(missing_ok=True)
-        child = Child(step, command, os.environ | {"PYTHONUNBUFFERED": "1"}, time.monotonic() + seconds, path)
+        child = Child(STEPS[-1], command, until, path, recorder.running(path))
         while not child.over():
             time.sleep(0.05)
-        said = child.said()
+        said, (item, *_) = child.said(), child.state() or [""]
+        child.running.unlink(missing_ok=True)
         broken = set_aside(path)
         if broken:
             run.save()  # what was known before
             self.note("tests: results", False, 0.0, broken)
         run.reload()
-        at = recorder.running(path)
-        hung = at.read_text() if at.exists() else ""
-        at.unlink(missing_ok=True)
         # 1: some are red, which stands in the file; 5: none are left.
         if child.how and child.process.returncode not in (1, 5):
-            self.note(hung or "tests", False, time.monotonic() - child.started, f"{child.how}. {said}")
+            seconds = time.monotonic() - child.since
+            cut = time.monotonic() >= until and item and seconds < child.step.item / 2
+            if not cut:  # no fault of a test that was begun late
+                self.note(item or "tests", False, seconds, f"{child.how}. {said}".strip())
         names = collected.read_text().splitlines() if collected.exists() else []
         self.left = [name for name in names if name not in recorder.outcomes(run.results)]
-        return bool(self.left) and child.process.returncode != 5
+        return bool(self.left and item)
 
     # -- all of it
 
@@ -304,7 +307,6 @@ class First:
             self.fold(journal, 0, True)
         say(f"the plan:\n{printed(options.minutes)}")
         stopped, waiting = "", []
-        self.left: list[str] = []
         for step in STEPS:
             if options.steps and step.name not in options.steps:
                 continue
@@ -317,9 +319,8 @@ class First:
                 continue
             start = time.monotonic()
             if step.name == "tests":
-                while self.pytest(min(step.seconds, self.end - time.monotonic())):
-                    if self.end - time.monotonic() < LEAST:
-                        break
+                while self.pytest(self.end) and self.end - time.monotonic() >= LEAST:
+                    pass
             else:
                 self.watch([*waiting, (step, seconds)])
                 waiting = []
@@ -354,7 +355,7 @@ class First:
     def summary(self) -> str:
         """What whoever has the GPU must know at once."""
         found, lines = self.outcomes(), []
-        messages = {entry.name: entry.message for entry in self.stress if not entry.ok}
+        messages = {entry.name: entry.message for entry in self.run.results.stress if not entry.ok}
         for step in (*STEPS, CAUSES):
             some = [ok for name, ok in found.items() if name.startswith(f"{step.name}:")]
             if some:

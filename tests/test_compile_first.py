@@ -53,13 +53,10 @@ def test_the_exchange_is_that_of_a_launch_on_a_gpu() -> None:
     cuda = torch.device("cuda", 0)
     assert launch.exchange_for(cuda) == Exchange(protocol="counter", poll="ptx")
     for protocol in ("counter", "flags"):
-        with (
-            smoke.changed(cuda, protocol=protocol),
-            compile_first.compiling(H200, "", protocol, 1),
-        ):
-            pass
         with smoke.changed(cuda, protocol=protocol):
-            assert launch.exchange_for(cuda) == Exchange(protocol=protocol, poll="ptx")
+            launched = launch.exchange_for(cuda)
+        with compile_first.compiling(H200, "", protocol, 1):
+            assert launch.exchange_for(torch.device("cpu")) == launched == Exchange(protocol=protocol, poll="ptx")
 
 
 def test_a_second_time_all_is_in_the_cache() -> None:

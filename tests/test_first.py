@@ -263,7 +263,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, path: Path) -> Callable[..., tuple[li
                     self.note(f"smoke: {one.name}", one.name not in red, 0.0, "seen")
 
         monkeypatch.setattr(First, "watch", watch)
-        monkeypatch.setattr(First, "pytest", lambda self, seconds: begun.append("tests") or False)
+        monkeypatch.setattr(First, "pytest", lambda self, until: begun.append("tests") or False)
         return begun, made.all()
 
     return run
@@ -327,13 +327,21 @@ def test_tests_that_hang_and_tests_that_are_left(path: Path, monkeypatch: pytest
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
     run = First(run_of(path), (str(folder / "test_it.py"),))
     run.run.save()
-    assert run.pytest(8), "two tests are left"
+    monkeypatch.setattr(first, "STEPS", (replace(STEPS[-1], item=3),))
+    assert run.pytest(time.monotonic() + 60), "two tests are left"
     found = outcomes(path)
     ((name, (ok, message)),) = found.items()
     assert name == "test_it.py::test_nan_and_inf_flow", "the more telling one comes first"
     assert not ok
     assert message.startswith("was killed after ")
     assert run.left == ["test_it.py::test_plain", "test_it.py::test_two_streams"]
+
+    # Without it the others go on; none is left.
+    assert not run.pytest(time.monotonic() + 60) or run.left == []
+    assert {name for name, (ok, _) in outcomes(path).items() if ok} == {
+        "test_it.py::test_plain",
+        "test_it.py::test_two_streams",
+    }
 
 
 # The rehearsal, for real: every step's own process, on the CPU

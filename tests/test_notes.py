@@ -95,6 +95,7 @@ def test_the_rest_takes_a_first_run_as_it_is(tmp_path: Path, capsys: pytest.Capt
     assert sum(met != targets.NOTHING for met in shown.values()) >= 8
     assert "lstm H=768 B=16 T=1024" in report.markdown(first_run())
     wrong = first_run()
+    wrong.timings = [one for one in wrong.timings if one.case != suites.first()[0]]
     wrong.add(Check(suites.first()[0], "persistrnn", False, 9.0, "y is wrong"))
     wrong.save(path)
     with pytest.raises(SystemExit):
