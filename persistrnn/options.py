@@ -101,7 +101,7 @@ def check_save(save: object, budget: object, proj_size: int = 0) -> None:
         raise ValueError(f"save_budget is a positive number of bytes, got {budget}")
     if (save == "auto") != (budget is not None):
         raise ValueError(
-            "save='auto' goes with save_budget, the bytes that a call may keep for its backward; got "
+            "save='auto' goes with save_budget, the bytes that a training step may need at most; got "
             f"save={save!r} and save_budget={budget}"
         )
     if proj_size and save != "gates":
