@@ -32,6 +32,7 @@ test-newest: $(NEWEST)/.dev ## every test that needs no GPU, newest Triton
 	@echo "== $(NEWEST): $$(tr '\n' ' ' <$(NEWEST)/versions.txt)"
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(NEWEST)/bin/python $(PYTEST) -m "interpreter and not gpu" tests $(ARGS)
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "not interpreter and not gpu" tests $(ARGS)
+	OMP_NUM_THREADS=1 ONEDNN_MAX_CPU_ISA=AVX2 $(NEWEST)/bin/python $(PYTEST) -m "torch_path and not interpreter" tests $(ARGS)
 
 test-oldest: $(OLDEST)/.dev ## the kernels' tests, oldest Triton; not those of torch around them
 	@echo "== $(OLDEST): $$(tr '\n' ' ' <$(OLDEST)/versions.txt)"
@@ -60,7 +61,7 @@ audit: $(NEWEST)/.dev $(OLDEST)/.dev ## compile and inspect the kernels of every
 	$(OLDEST)/bin/python $(AUDIT) --jobs $(JOBS) --resume runs/audit.jsonl --output bench/results/audit-oldest.csv $(ARGS)
 
 # The GPU machine may have no package index: its own Python brings torch, Triton and pytest.
-gpu: ## correctness, stress, micro, race and tune on a GPU, with the machine's own Python (PYTHON_GPU)
+gpu: ## correctness, stress, micro, race and tune on a GPU, with its own Python (PYTHON_GPU); ARGS=first before all else
 	PYTHONUNBUFFERED=1 $(PYTHON_GPU) -m bench.gpu $(ARGS)
 
 rehearse: $(NEWEST)/.dev ## the same without a GPU: every path but the launch, predictions for an H200, no speeds

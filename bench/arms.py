@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import persistrnn
 from bench.arithmetic import GATES
@@ -66,9 +67,29 @@ def input_shape(case: Case) -> tuple[int, ...]:
     return case.steps, case.batch, case.input or GATES[case.cell] * case.hidden
 
 
-def _module(module: torch.nn.Module, parameters: dict[str, Tensor], dtype: str, path: Callable[[], str]) -> Runner:
+def lengths(case: Case) -> Tensor:
+    """int64 [B] on the CPU: from T of the first row down to half of it."""
+    return case.steps - torch.arange(case.batch) * case.steps // (2 * case.batch)
+
+
+def resets(case: Case) -> Tensor:
+    """bool [T, B] on the CPU: in the middle of even rows, a quarter into odd ones."""
+    found = torch.zeros(case.steps, case.batch, dtype=torch.bool)
+    found[case.steps // 2, ::2] = True
+    found[case.steps // 4, 1::2] = True
+    return found
+
+
+def packed(module: torch.nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
+    """y of rows of several lengths, in descending order, by torch.nn; zeros past their ends."""
+    y, _ = module(pack_padded_sequence(x, lengths))
+    return pad_packed_sequence(y, total_length=len(x))[0]
+
+
+def _module(module: torch.nn.Module, parameters: dict[str, Tensor], dtype: str, path: Callable[[], str],
+            forward: Callable[[Tensor], Tensor] | None = None) -> Runner:  # fmt: skip
     module.load_state_dict(parameters)
-    return Runner(lambda x: module(x)[0], dict(module.named_parameters()), dtype, path)
+    return Runner(forward or (lambda x: module(x)[0]), dict(module.named_parameters()), dtype, path)
 
 
 def recurrent(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +107,8 @@ def persistent(case: Case, parameters: dict[str, Tensor], device: torch.device) 
     if case.input:
         options = {"bidirectional": case.bidirectional, "device": device, "dtype": dtype, "backend": "persistent"}
         module = OURS[case.cell](case.input, case.hidden, case.layers, **options)
-        return _module(module, parameters, case.dtype, lambda: module.last_path)
+        marks = {case.marks: MARKS[case.marks](case).to(device)} if case.marks else {}
+        return _module(module, parameters, case.dtype, lambda: module.last_path, lambda x: module(x, **marks)[0])
     if case.layers > 1 or case.bidirectional:
         raise Skip("leaving the input's product out is for one layer of one direction")
     leaves = _leaves(recurrent(parameters), device, dtype)
@@ -106,22 +128,31 @@ def torch_nn(case: Case, parameters: dict[str, Tensor], device: torch.device, dt
     dtype = dtype or case.dtype
     if not case.input:
         raise Skip("torch.nn cannot leave the input's product out")
+    if case.marks == "resets":
+        raise Skip("torch.nn has no resets")
     module = TORCH[case.cell](
         case.input, case.hidden, case.layers, bidirectional=case.bidirectional, device=device, dtype=DTYPES[dtype]
     )
-    runner = _module(module, parameters, dtype, lambda: "torch")
+    rows = lengths(case)
+    forward = (lambda x: packed(module, x, rows)) if case.marks == "lengths" else None
+    runner = _module(module, parameters, dtype, lambda: "torch", forward)
     module.flatten_parameters()
     return runner
 
 
-def _needs(name: str, what: str) -> None:
+MARKS = {"lengths": lengths, "resets": resets}
+
+
+def _needs(name: str, what: str, case: Case) -> None:
+    if case.marks:
+        raise Skip(f"{case.marks} are raced against torch.nn only")
     if importlib.util.find_spec(name) is None:
         raise Skip(f"{what} is not installed")
 
 
 def torchrl(case: Case, parameters: dict[str, Tensor], device: torch.device) -> Runner:
     """TorchRL's Triton recurrence, layer after layer, without resets; batch-first, so x and y are transposed views."""
-    _needs("torchrl", "TorchRL")
+    _needs("torchrl", "TorchRL", case)
     if case.bidirectional:
         raise Skip("TorchRL's Triton recurrence has one direction")
     if not case.input:
@@ -149,7 +180,7 @@ def torchrl(case: Case, parameters: dict[str, Tensor], device: torch.device) -> 
 
 def flashrnn(case: Case, parameters: dict[str, Tensor], device: torch.device) -> Runner:
     """FlashRNN's fused CUDA LSTM with one head; the input's product by torch."""
-    _needs("flashrnn", "FlashRNN")
+    _needs("flashrnn", "FlashRNN", case)
     if case.cell != "lstm":
         raise Skip("FlashRNN's fused kernels have no GRU")
     if case.bidirectional:
@@ -184,7 +215,7 @@ def flashrnn(case: Case, parameters: dict[str, Tensor], device: torch.device) ->
 
 def xma(case: Case, parameters: dict[str, Tensor], device: torch.device) -> Runner:
     """XMA has no function of ours: its GRU multiplies r with h before the product, and there is no LSTM."""
-    _needs("xma", "XMA")
+    _needs("xma", "XMA", case)
     raise Skip("XMA has no LSTM" if case.cell == "lstm" else "XMA's GRU resets h before the product: another function")
 
 

@@ -61,10 +61,10 @@ def record_of(where: Provenance, named: str | None = None) -> Hardware:
 
 
 def counted(timing: Timing) -> bool:
-    """One layer with the input's product inside, measured in the case's own dtype by an arm that is a path."""
+    """One layer with the input's product inside and no marks, in the case's own dtype, by an arm that is a path."""
     case = timing.case
     ours = timing.arm in PATHS and not timing.skipped and timing.dtype == case.dtype
-    return ours and case.layers == 1 and case.input > 0 and case.cell in CELLS
+    return ours and case.layers == 1 and case.input > 0 and not case.marks and case.cell in CELLS
 
 
 def steps(results: Results) -> list[Step]:
@@ -208,7 +208,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench.calibrate", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     p.add_argument("results", type=Path, metavar="RESULTS.json", help="what `make gpu` wrote")
-    p.add_argument("--device", choices=sorted(DEVICES), help="the record (default: the one of the measured device)")
+    p.add_argument(
+        "--device", type=str.lower, choices=sorted(DEVICES), help="the record (default: the one of the measured device)"
+    )
     p.add_argument("--output", type=Path, metavar="FILE.json", help="default: kernels/measured/<record>.json")
     p.add_argument("--allow-dirty", action="store_true", help="take results of a checkout with uncommitted changes")
     p.add_argument("--force", action="store_true", help="replace the file that is there")

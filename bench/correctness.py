@@ -67,8 +67,22 @@ class Truth:
         module.load_state_dict(parameters)
         named = dict(module.named_parameters())
         leaves = named if case.input else arms.recurrent(named)
-        runner = Runner(lambda x: module(x)[0], leaves, label, lambda: "torch")
+        runner = Runner(lambda x: self._forward(module, x), leaves, label, lambda: "torch")
         return {name: tensor.double() for name, tensor in run(runner, case, self.x, self.dy).items()}
+
+    def _forward(self, module: torch.nn.Module, x: Tensor) -> Tensor:
+        """torch.nn; rows that are reset alike go through it together, episode by episode."""
+        if self.case.marks == "lengths":
+            return arms.packed(module, x, arms.lengths(self.case))
+        if self.case.marks != "resets":
+            return module(x)[0]
+        patterns, which = arms.resets(self.case).T.unique(dim=0, return_inverse=True)
+        rows = [(which == i).nonzero().flatten() for i in range(len(patterns))]
+        found = []
+        for pattern, own in zip(patterns, rows, strict=True):
+            episodes = x[:, own].tensor_split(pattern.nonzero().flatten())
+            found.append(torch.cat([module(part)[0] for part in episodes if len(part)]))
+        return torch.cat(found, dim=1)[:, torch.cat(rows).argsort()]
 
     def check(self, arm: str, runner: Runner) -> Check:
         """Compare an arm's outputs and gradients, each alone; one that is missing, or of another shape, is wrong."""

@@ -2,6 +2,7 @@
 
     make gpu                                     every part, each within nine minutes
     make gpu ARGS="race --dtype bf16"            one part; what the file already has is not repeated
+    make gpu ARGS=first                          before all else: what eight minutes can tell (`bench.first`)
     make rehearse                                no GPU: every path but the launch, predictions, no speeds
 
 A part that ends early, or is killed, goes on where it stopped when it is called again with the same file. The exit
@@ -23,14 +24,14 @@ from pathlib import Path
 
 import torch
 
-from bench import UsageError, micro, provenance, race, recorder, stress, suites, tune
+from bench import UsageError, first, micro, provenance, race, recorder, stress, suites, tune
 from persistrnn import results
 from persistrnn.kernels import hardware as devices
 from persistrnn.kernels import launch
 from persistrnn.results import ARMS, DTYPES, Micro, Results, Stress
 
 ROOT = Path(__file__).resolve().parent.parent  # bench may be a link
-TESTS = tuple(f"tests/test_gpu{name}.py" for name in ("", "_wave", "_cuts", "_memory"))
+TESTS = tuple(f"tests/test_gpu{name}.py" for name in ("", "_wave", "_cuts", "_memory", "_gsan"))
 PARTS = ("correctness", "stress", "micro", "race", "tune")
 # A part is stopped so many minutes after it should have ended.
 GRACE = 1.0
@@ -199,13 +200,15 @@ DO: dict[str, Callable[[Run], bool]] = dict(
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
-    p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all); or first")
     p.add_argument("--results", type=Path, help="the file (default: bench/results/DEVICE-COMMIT.json)")
-    p.add_argument("--minutes", type=float, default=8.0, help="per part (default: 8)")
+    p.add_argument("--minutes", type=float, default=8.0, help="per part, of first in all (default: 8)")
     p.add_argument("--suite", nargs="+", choices=list(suites.SUITES), default=list(suites.SUITES))
     p.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16", "fp16", "tf32", "fp32"])
     p.add_argument("--arm", nargs="+", choices=list(ARMS), default=list(ARMS))
     p.add_argument("--commit", default="", help="what is checked out, where git cannot say")
+    p.add_argument("--steps", nargs="+", choices=[step.name for step in first.STEPS], help="of first, only these")
+    p.add_argument("--inject", nargs="+", default=[], help=argparse.SUPPRESS)  # "step: item=hang", die, wrong or cut
     p.add_argument("--rehearse", choices=sorted(devices.DEVICES), help="no GPU: predict for this one")
     return p
 
@@ -214,9 +217,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     argv = sys.argv[1:] if argv is None else argv
     arguments = p.parse_args(argv)
-    for part in arguments.parts:
+    alone = arguments.parts == ["first"]
+    for part in () if alone else arguments.parts:
         if part not in PARTS:
-            p.error(f"PART must be of {', '.join(PARTS)}, got {part!r}")
+            p.error(f"PART must be of {', '.join(PARTS)}, or first alone, got {part!r}")
+    if (arguments.steps or arguments.inject) and not alone:
+        p.error("--steps is of first alone")
     if not 0 < arguments.minutes <= 60:
         p.error(f"--minutes must be above 0 and at most 60, got {arguments.minutes}")
     if arguments.rehearse is None and not torch.cuda.is_available():
@@ -229,11 +235,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = provenance.provenance(device, [], arguments.commit)
         what = f"rehearsal-{arguments.rehearse}" if arguments.rehearse else name.device
         path = ROOT / "bench" / "results" / f"{'-'.join(what.lower().split())}-{name.commit[:8]}.json"
+    broken = first.set_aside(path) if alone else ""
     try:
         run = Run(path, device, arguments, argv)
     except (UsageError, ValueError, OSError) as error:
         p.error(str(error))
     say(f"{run.results.provenance.device}, results in {path}")
+    if alone:
+        return 0 if first.First(run, TESTS).all(broken) else 1
     green = True
     for part in arguments.parts or PARTS:
         start = time.monotonic()

@@ -21,8 +21,9 @@ from torch.nn.functional import cross_entropy
 from bench import UsageError, runner
 from bench.buckets import Buckets
 from bench.decoding import beam_search, draw, select_rows
+from bench.folder import write_text
 from bench.layers import recurrent, run_padded
-from bench.options import Options, Settings, number, option
+from bench.options import OUT, Options, Settings, number, option
 from bench.progress import bar
 from bench.text import Lines, load_corpus, source_folder, standard_library, window
 from bench.vocabulary import START, Bytes, Vocabulary, Words
@@ -136,7 +137,7 @@ class LanguageModeling(Workload):
             "--generate",
             action="store_true",
             default=False,
-            help="do not train: continue --prompt, by the model in --out",
+            help=f"do not train: continue --prompt, by the model in {OUT}",
         )
         job.add_argument(
             "--prompt", default="", metavar="TEXT", help="what the sample continues (default: a file begins)"
@@ -234,9 +235,9 @@ class LanguageModeling(Workload):
 
     def finish(self, model: nn.Module, job: Namespace, folder: Path) -> None:
         text = self.generated(model, job)
-        (folder / "sample.txt").write_text(text, encoding="utf-8")
+        path = write_text(folder, "sample.txt", text)
         how = f"of a beam of {job.beam}" if job.beam else f"at temperature {job.temperature or 0.7}"
-        print(f"A sample, {how} (in {folder / 'sample.txt'}):\n\n{text}\n")
+        print(f"A sample, {how} (in {path}):\n\n{text}\n")
 
     def use(self, model: nn.Module, job: Namespace) -> None:
         print(self.generated(model, job))

@@ -107,6 +107,10 @@ class Machine:
         """int32 [1] in host memory, which a wait that runs out writes."""
         return torch.zeros(1, dtype=torch.int32, pin_memory=self.cuda)
 
+    def free(self) -> int:
+        """Bytes of device memory."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.cuda else 1 << 40
+
     def options(self, warps: int, cooperative: bool = False) -> dict[str, object]:
         """Compile options as the scan's: all registers that so many warps can have."""
         chosen: dict[str, object] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
@@ -336,7 +340,7 @@ def items(machine: Machine) -> list[Item]:
     found.append(Item("barrier", here, 0, "us", lambda: _barrier(machine)))
     found.append(Item("launch", here, 0, "us", lambda: _launches(machine, False)))
     found.append(Item("launch cooperative", here, 0, "us", lambda: _launches(machine, True)))
-    free = torch.cuda.mem_get_info(machine.device)[0] if machine.cuda else 1 << 40
+    free = machine.free()
     skip = f"{free:,} bytes of memory are free" if free < 3 * scale.copied else ""
     found.append(Item("memory", here, scale.copied, "GB/s", lambda: _memory(machine), skip))
     return found
@@ -393,13 +397,14 @@ def measure(
             elif deadline is not None and time.monotonic() >= deadline:
                 left.append(str(item))
             else:
-                result = _measured(machine, item)
+                result = measured(machine, item)
                 add(result)
                 progress(f"{item}: {result.value:.4g} {item.unit} ({result.low:.4g} to {result.high:.4g})")
     return left
 
 
-def _measured(machine: Machine, item: Item) -> Micro:
+def measured(machine: Machine, item: Item) -> Micro:
+    """Median and quartiles of one measurement, after those that do not count."""
     scale = machine.scale
     machine.lead = LEAD
     once = item.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar
@@ -15,6 +15,8 @@ import torch
 from bench import UsageError, ranks
 
 SHARED = {"resume", "overwrite", "compare", "out", "save_seconds"}  # what every program has beside its settings
+OUT = "--output"  # of the folder of a run
+ANEW = f"start anew with --overwrite or another {OUT}"
 SAVE_SECONDS = 20.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -149,21 +151,44 @@ class Settings:
         if saved.keys() != (known := {each.name for each in fields(cls)}):
             raise UsageError(
                 f"the checkpoint was made by another version of this program, which had other options "
-                f"({', '.join(sorted(saved.keys() ^ known))}): start anew with --overwrite or another --out"
+                f"({', '.join(sorted(map(str, saved.keys() ^ known)))}): {ANEW}"
             )
         for name, value in given.items():
             if value != saved[name]:
                 option = flag(name)
                 raise UsageError(
                     f"{option} {value} given, but the checkpoint was made with {option} {saved[name]}: "
-                    f"leave {option} out to resume it, or start a new run with --overwrite or another --out"
+                    f"leave {option} out to resume it, or {ANEW}"
                 )
-        try:
-            device_name(saved["device"])  # the machine may have changed since
-        except argparse.ArgumentTypeError as error:
-            raise UsageError(f"the checkpoint was made with --device {saved['device']}: {error}") from error
-        check_gpus(saved["device"])
-        return cls(**saved)
+        for name, how in declared(cls).items():
+            if (wrong := refusal(saved[name], how)) is not None:  # device: the machine may have changed since
+                raise UsageError(f"the checkpoint was made with {flag(name)} {saved[name]}: {wrong}; {ANEW}")
+        settings = cls(**saved)
+        settings.check()
+        return settings
+
+
+def declared(settings: type[Settings]) -> dict[str, Any]:
+    """Name of a field -> how its option is declared; a subclass that only changes a default does not declare it."""
+    found: dict[str, Any] = {}
+    for cls in reversed(settings.__mro__):
+        found |= {each.name: each.metadata for each in (fields(cls) if is_dataclass(cls) else ()) if each.metadata}
+    return found
+
+
+def refusal(value: Any, how: Mapping[str, Any]) -> str | None:
+    """Why no command line could have given this value to an option; None if one could."""
+    if "action" in how:
+        return None if isinstance(value, bool) else f"{value!r} given, allowed is True or False"
+    if "choices" in how:
+        return None if value in how["choices"] else f"{value!r} given, allowed: {', '.join(how['choices'])}"
+    try:
+        same = how.get("type", str)(str(value))
+    except argparse.ArgumentTypeError as error:
+        return str(error)
+    if isinstance(value, str) is not isinstance(same, str):
+        return f"{value!r} given, allowed is a {type(same).__name__}"
+    return None
 
 
 def flag(name: str) -> str:
@@ -193,9 +218,7 @@ def parser(settings: type[Settings], command: str, description: str, out: Path) 
         allow_abbrev=False,
     )
     kept = made.add_argument_group("the model and its training (kept in the checkpoint)")
-    known: dict[str, Any] = {}
-    for cls in reversed(settings.__mro__):  # a subclass that only changes a default has no metadata of its own
-        known |= {each.name: each.metadata for each in (fields(cls) if is_dataclass(cls) else ()) if each.metadata}
+    known = declared(settings)
     for each in fields(settings):
         how = dict(known[each.name])
         shown = isinstance(each.default, int | float | str) and not isinstance(each.default, bool)
@@ -205,15 +228,15 @@ def parser(settings: type[Settings], command: str, description: str, out: Path) 
     job = made.add_argument_group("this command")
     once: dict[str, Any] = {"action": "store_true", "default": False}
     either = job.add_mutually_exclusive_group()
-    either.add_argument("--resume", help="continue the run in --out", **once)
-    either.add_argument("--overwrite", help="set an unfinished run in --out aside and begin anew", **once)
+    either.add_argument("--resume", help=f"continue the run in {OUT}", **once)
+    either.add_argument("--overwrite", help=f"set the run in {OUT} aside and begin anew", **once)
     job.add_argument(
         "--compare",
         choices=["torch", "interpreted"],
         default=None,
         help="also train torch.nn from the same weights; interpreted: small, our kernels in Triton's interpreter",
     )
-    job.add_argument("--out", type=Path, default=out, help="default %(default)s")
+    job.add_argument(OUT, dest="out", type=Path, default=out, metavar="DIR", help="default %(default)s")
     job.add_argument(
         "--save-seconds",
         type=number(float, 0),

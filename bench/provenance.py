@@ -42,6 +42,12 @@ def clock() -> int:
     return int(found) if found.isdigit() else 0
 
 
+def state() -> str:
+    """What the first GPU is doing before it is measured, as nvidia-smi tells it."""
+    names = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu,compute_mode,mig.mode.current"
+    return f"{names}: {_query(names) or UNKNOWN}"
+
+
 def _command() -> list[str]:
     """As it was typed, as far as Python knows: ``python -m pytest`` is called .../pytest/__main__.py."""
     program = Path(sys.argv[0])

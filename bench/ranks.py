@@ -6,16 +6,19 @@ Numbers that all must agree on pass through the host (gloo), gradients through D
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bench import UsageError
+
+T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # a process that waits longer for another raises; for a dead one it does at once
 
 
@@ -91,6 +94,22 @@ def from_first(thing: Any) -> Any:
     things = [thing]
     dist.broadcast_object_list(things)
     return things[0]
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, which alone does it, or the UsageError that it raises there: on every rank."""
+    result, refusal = None, None
+    if rank() == 0:
+        try:
+            result = work()
+        except UsageError as error:
+            if world() == 1:
+                raise
+            refusal = str(error)
+    result, refusal = from_first((result, refusal))
+    if refusal is not None:
+        raise UsageError(refusal)
+    return result
 
 
 def wrap(model: nn.Module) -> nn.Module:

@@ -31,6 +31,8 @@ def outcomes(found: Results) -> dict[str, bool]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, required=True, help="a results file, which must exist")
     parser.addoption("--within", type=float, help="begin no test after so many minutes")
+    parser.addoption("--telling", nargs="+", default=[], help="tests whose names contain one of these come first")
+    parser.addoption("--collected", type=Path, help="a file for the names of all tests that there are")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,11 +52,17 @@ class Outcomes:
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        if (collected := config.getoption("--collected")) is not None:
+            collected.write_text("\n".join(item.nodeid for item in items))
+        telling = config.getoption("--telling")
+
+        def turn(item: pytest.Item) -> tuple[bool, int]:
+            rank = next((i for i, name in enumerate(telling) if name in item.nodeid), len(telling))
+            return item.nodeid in self.before, rank
+
         self.green = [item for item in items if self.before.get(item.nodeid)]
         config.hook.pytest_deselected(items=self.green)
-        items[:] = sorted(
-            (item for item in items if not self.before.get(item.nodeid)), key=lambda item: item.nodeid in self.before
-        )
+        items[:] = sorted((item for item in items if not self.before.get(item.nodeid)), key=turn)
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.green:

@@ -32,15 +32,16 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from bench import UsageError, checkpoint, curves, layers, ranks
+from bench import UsageError, checkpoint, curves, form, layers, ranks
+from bench.folder import held
 from bench.memory import PeakMemory
-from bench.options import SAVE_SECONDS, Settings, flag, given_own, parser, split
+from bench.options import OUT, SAVE_SECONDS, Settings, flag, given_own, parser, split
 from bench.progress import bar
 from bench.ranks import say
 from bench.training import Run
 from bench.workload import Workload
 
-BASELINE = "torch.nn"  # the folder, within --out, of what a comparison trains beside persistrnn
+BASELINE = "torch.nn"  # the folder, within that of the run, of what a comparison trains beside persistrnn
 INTERPRETED = {"hidden": 32, "batch": 4, "steps": 15}  # at most, of a comparison in the interpreter
 
 
@@ -89,28 +90,41 @@ def train(run: Run, folder: Path, save_seconds: float) -> None:
         raise checkpoint.Stopped(int(received), run.step, folder)
 
 
+def wanted(program: type[Workload], job: Namespace) -> str | None:
+    """The option that needs a checkpoint, if one is given."""
+    return program.model_option(job) or ("--resume" if job.resume else None)
+
+
+def missing(option: str, folder: Path) -> UsageError:
+    remedy = f"leave --resume out, or name {OUT}" if option == "--resume" else f"train first, or name {OUT}"
+    return UsageError(f"{option} given, but {folder} holds no checkpoint: {remedy}")
+
+
 def look(folder: Path, job: Namespace, program: type[Workload]) -> dict[str, Any] | None:
     """The checkpoint to resume, or None for a new run that nothing unfinished stands in the way of."""
-    content: dict[str, Any] | None = ranks.from_first(checkpoint.load(folder) if ranks.rank() == 0 else None)
-    wanted = program.model_option(job) or ("--resume" if job.resume else None)
-    if wanted and content is None:
-        remedy = "leave --resume out, or name --out" if wanted == "--resume" else "train first, or name --out"
-        raise UsageError(f"{wanted} given, but {folder} holds no checkpoint: {remedy}")
-    if content is not None and content.get("workload") != program.name and not job.overwrite:
+    if job.overwrite:  # whatever it is
+        return None
+    content: dict[str, Any] | None = ranks.by_first(lambda: checkpoint.load(folder))
+    needed = wanted(program, job)
+    if content is None:
+        if needed:
+            raise missing(needed, folder)
+        return None
+    if content.get("workload") != program.name:
         made = content.get("workload", "an earlier version of this program")
         raise UsageError(
-            f"{folder} holds a run of {made}, this is {program.name}: name another folder with --out, or set it aside "
+            f"{folder} holds a run of {made}, this is {program.name}: name another folder with {OUT}, or set it aside "
             "with --overwrite"
         )
-    if wanted:
+    form.check(content, form.RUN)
+    if needed:
         return content
-    if content is not None and not job.overwrite:
-        done, steps = len(content["losses"]), content["settings"]["steps"]
-        if done < steps:
-            raise UsageError(
-                f"{folder} holds an unfinished run ({done:,} of {steps:,} steps): continue it with --resume, set it "
-                "aside with --overwrite, or choose another folder with --out"
-            )
+    done, steps = len(content["losses"]), content["settings"].get("steps")
+    if not isinstance(steps, int) or done < steps:
+        raise UsageError(
+            f"{folder} holds an unfinished run ({done:,} of {steps} steps): continue it with --resume, set it "
+            f"aside with --overwrite, or choose another folder with {OUT}"
+        )
     return None
 
 
@@ -163,8 +177,7 @@ def single(program: type[Workload], job: Namespace, given: dict[str, Any]) -> No
         return
     with run.using() as model:
         run.workload.finish(model, job, job.out)
-    run.quality = run.evaluate()
-    run.write(job.out)
+    run.measure(job.out)
     say(
         f"{run.step:,} steps, {run.speed:,.0f} {run.workload.unit}/s, {run.memory * 1024:,.0f} MiB, "
         f"path {layers.path(run.model)}: {results(run)}. The checkpoint is in {job.out}."
@@ -199,7 +212,7 @@ def compare(program: type[Workload], job: Namespace, given: dict[str, Any]) -> N
     interpreted = job.compare == "interpreted"
     folders = {"persistrnn": job.out, "torch.nn": job.out / BASELINE}
     # Interrupted before the second began, there is none of it to resume.
-    there = ranks.from_first(checkpoint.exists(folders["torch.nn"]))
+    there = ranks.by_first(lambda: checkpoint.exists(folders["torch.nn"]))
     second = Namespace(**{**vars(job), "resume": job.resume and there})
     contents = {name: look(folders[name], how, program) for name, how in zip(folders, (job, second), strict=True)}
     arms: list[Arm] = []
@@ -213,9 +226,8 @@ def compare(program: type[Workload], job: Namespace, given: dict[str, Any]) -> N
             make_room(folder)
         say(run.explanation())
         train(run, folder, job.save_seconds)
-        if ranks.rank() == 0 and run.quality is None and not interpreted:
-            run.quality = run.evaluate()
-            run.write(folder)
+        if run.quality is None and not interpreted:
+            ranks.by_first(lambda run=run, folder=folder: run.measure(folder))
         arms.append(Arm(name, layers.path(run.model), run.losses, run.quality, run.speed, run.memory))
         given = asdict(replace(settings, backend="torch.nn", save="gates"))
         workload = run.workload
@@ -279,7 +291,7 @@ def compare_interpreted(program: type[Workload], job: Namespace, given: dict[str
         "meant)."
     )
     command = [sys.executable, "-m", f"bench.{program.name}", "--compare", "interpreted", "--overwrite"]
-    command += ["--out", str(job.out / "interpreted")]
+    command += [OUT, str(job.out / "interpreted")]
     for field in fields(settings):
         value = small[field.name]
         if field.type in ("bool", bool):
@@ -312,14 +324,28 @@ def check_used(program: type[Workload], job: Namespace, own: dict[str, Any]) -> 
 
 
 def unfinished(program: type[Workload], job: Namespace) -> bool:
-    """Whether --resume would go on with what is in --out."""
+    """Whether --resume would go on with what is in the run's folder."""
     if program.model_option(job) or job.compare == "interpreted":
         return False
     folders = [job.out, *([job.out / BASELINE] if job.compare else [])]
-    contents = [checkpoint.load(folder) for folder in folders]
+    try:
+        contents = [checkpoint.load(folder) for folder in folders]
+    except UsageError:  # it would say so itself
+        return False
     if contents[0] is None or contents[0].get("workload") != program.name:
         return False
-    return any(content is None or content["quality"] is None for content in contents)
+    return any(content is None or content.get("quality") is None for content in contents)
+
+
+def check_before(program: type[Workload], job: Namespace, given: dict[str, Any]) -> None:
+    """Raises UsageError for what can be known before the run's folder is made and held."""
+    if job.resume:
+        if not ranks.by_first(lambda: checkpoint.exists(job.out)):
+            raise missing("--resume", job.out)
+        return
+    settings = program.settings_type.complete(given)
+    if job.compare:
+        check_comparable(settings)
 
 
 def command_line(program: type[Workload], options: str) -> str:
@@ -346,16 +372,16 @@ def main(program: type[Workload], arguments: Sequence[str] | None = None) -> int
                 use(program, job, given)
             elif job.compare == "interpreted" and not interpreting:
                 compare_interpreted(program, job, given)
-            elif job.compare:
-                compare(program, job, given)
             else:
-                single(program, job, given)
+                check_before(program, job, given)
+                with held(job.out):
+                    (compare if job.compare else single)(program, job, given)
     except UsageError as error:
         options.error(str(error))
     except (checkpoint.Stopped, KeyboardInterrupt) as stop:  # outside the training loop Ctrl-C stops at once
         say(str(stop) or "SIGINT; nothing is lost.")
         if ranks.rank() == 0 and unfinished(program, job):
             compared = f" --compare {job.compare}" if job.compare else ""
-            say(f"Continue with: {command_line(program, f'--resume --out {shlex.quote(str(job.out))}{compared}')}")
+            say(f"Continue with: {command_line(program, f'--resume {OUT} {shlex.quote(str(job.out))}{compared}')}")
         return 128 + getattr(stop, "number", signal.SIGINT)
     return 0

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from bench import UsageError, runner
+from bench.folder import write_text
 from bench.layers import map_state, recurrent, run_padded
 from bench.options import Settings, number, option
 from bench.progress import bar
@@ -214,8 +215,8 @@ class Tagging(Workload):
             tag, most = int(tags[first]), int(found[first:end].mode().values)
             share = (found[first:end] == tag).float().mean().item()
             lines.append(f"{first:>7,} to {end:>7,}  {names[tag]:<6}  {share:>6.1%} right, mostly tagged {names[most]}")
-        (folder / "session.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"The steps of a held-out session (in {folder / 'session.txt'}):\n\n" + "\n".join(lines) + "\n")
+        path = write_text(folder, "session.txt", "\n".join(lines) + "\n")
+        print(f"The steps of a held-out session (in {path}):\n\n" + "\n".join(lines) + "\n")
 
 
 def forward_only(state: Tensor) -> Tensor:

@@ -91,6 +91,38 @@ def stacked(dtype: str) -> Iterator[Case]:
                 yield _case("stacked", f"L={layers}", cell, hidden, 16, 256, dtype, "training", hidden, layers)
 
 
+def first() -> list[Case]:
+    """What the first minutes on a GPU measure: rows of the other suites, and two that have marks; most telling first.
+
+    One layer of H=512 is there for what a second direction and three more layers cost, H=1024 with B=64 for what
+    lengths and resets do.
+    """
+
+    def row(cell: str, dtype: str, mode: str, hidden: int, batch: int, steps: int, layers: int = 1,
+            bidirectional: bool = False, marks: str = "") -> Case:  # fmt: skip
+        name = marks or f"H={hidden}"
+        case = _case("first", name, cell, hidden, batch, steps, dtype, mode, hidden, layers, bidirectional)
+        return replace(case, marks=marks)
+
+    return [
+        row("lstm", "fp16", "forward", 768, 16, 1024),
+        row("lstm", "fp16", "training", 768, 16, 1024),
+        row("lstm", "bf16", "training", 1024, 64, 256),
+        row("lstm", "bf16", "forward", 1024, 1, 256),
+        row("lstm", "bf16", "forward", 768, 16, 1024),
+        row("lstm", "bf16", "training", 768, 16, 1024),
+        row("lstm", "bf16", "training", 512, 16, 256),
+        row("lstm", "bf16", "training", 512, 16, 256, layers=4),
+        row("lstm", "bf16", "training", 512, 16, 256, bidirectional=True),
+        row("gru", "bf16", "forward", 512, 2, 256),
+        row("lstm", "bf16", "forward", 256, 1, 256),
+        row("lstm", "bf16", "forward", 256, 16, 1),
+        row("lstm", "fp32", "training", 512, 16, 256),
+        row("lstm", "bf16", "training", 1024, 64, 256, marks="resets"),
+        row("lstm", "bf16", "training", 1024, 64, 256, marks="lengths"),
+    ]
+
+
 SUITES = {
     "flashrnn": flashrnn,
     "models": models,

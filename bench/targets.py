@@ -121,15 +121,21 @@ def raced(case: Case) -> bool:
     return case.input > 0
 
 
-def window(case: Case) -> bool:
+def persistent_dtypes(results: Results | None) -> tuple[str, ...]:
+    """Those that cuDNN's persistent kernels take: fp16, and bf16 from cuDNN 9.13 on (assumed without results)."""
+    version = "91300" if results is None else results.provenance.cudnn
+    return ("fp16", "bf16") if version.isdigit() and int(version) >= 91300 else ("fp16",)
+
+
+def window(case: Case, dtypes: Sequence[str]) -> bool:
     """cuDNN has a persistent kernel for it."""
-    plain = case.cell == "lstm" and case.dtype == "fp16" and case.layers == 1 and not case.bidirectional
+    plain = case.cell == "lstm" and case.dtype in dtypes and case.layers == 1 and not case.bidirectional
     sizes = case.hidden <= 1024 and case.hidden % 128 == 0 and case.input % 128 == 0
     return raced(case) and plain and sizes and case.batch <= 128 and case.batch % 8 == 0
 
 
-def outside(case: Case) -> bool:
-    return raced(case) and not window(case) and case.mode == "training"
+def outside(case: Case, dtypes: Sequence[str]) -> bool:
+    return raced(case) and not window(case, dtypes) and case.mode == "training"
 
 
 def published(mode: str) -> Callable[[Case], bool]:
@@ -144,30 +150,40 @@ def latency(hidden: int) -> Callable[[Case], bool]:
 
 FLOOR = "per step at most 1.5 times the plan's floor, worst row (T >= 64, no product of the input where measured)"
 
-# Of goals with the same text the first that is measured counts.
-GOALS = (
-    Goal("outside cuDNN's persistent window, training: geometric mean of torch / persistrnn at least 4",
-         outside, Race.speedup, geometric_mean, least=4),
-    Goal("the same rows: none below 1.5", outside, Race.speedup, min, least=1.5),
-    Goal("inside that window (fp16 LSTM, one layer, one direction, H <= 1024): no row below 1.0",
-         window, Race.speedup, min, least=1),
-    Goal("inside that window: geometric mean at least 1.15", window, Race.speedup, geometric_mean, least=1.15),
-    Goal("LSTM fp16 H=768 B=16 T=1024, forward: under 2.0 us per step",
-         published("forward"), Race.per_step, max, below=2, unit=" us"),
-    Goal("LSTM fp16 H=768 B=16 T=1024, forward and backward: under 5.0 us per step",
-         published("training"), Race.per_step, max, below=5, unit=" us"),
-    Goal(FLOOR, lambda c: c.input == 0 and c.steps >= 64, Race.over_floor, max, most=1.5),
-    Goal(FLOOR, lambda c: raced(c) and c.steps >= 64, Race.over_floor, max, most=1.5),
-    *(Goal(f"B = 1 inference, H = {hidden}: at most 1.3 us per step, worst row",
-           latency(hidden), Race.per_step, max, most=1.3, unit=" us") for hidden in (256, 512, 1024)),
-    Goal("T = 1: not slower than torch.nn", lambda c: raced(c) and c.steps == 1, Race.speedup, min, least=1),
-    Goal("two directions at most 1.15 times one, worst row",
-         lambda c: c.suite == "directions" and c.bidirectional, Race.over_one_direction, max, most=1.15),
-    Goal("DeepBench's largest rows (LSTM, H = 4096): not slower than torch.nn",
-         lambda c: raced(c) and c.cell == "lstm" and c.hidden == 4096, Race.speedup, min, least=1),
-    Goal("a stack of 4 layers of H = 512 at most 1.4 times one layer, worst row",
-         lambda c: c.suite == "stacked" and (c.layers, c.hidden) == (4, 512), Race.over_one_layer, max, most=1.4),
-)  # fmt: skip
+
+def goals(dtypes: Sequence[str]) -> tuple[Goal, ...]:
+    """Of those with the same text the first that is measured counts. dtypes: of cuDNN's persistent kernels."""
+
+    def inside(case: Case) -> bool:
+        return window(case, dtypes)
+
+    def others(case: Case) -> bool:
+        return outside(case, dtypes)
+
+    return (
+        Goal("outside cuDNN's persistent window, training: geometric mean of torch / persistrnn at least 4",
+             others, Race.speedup, geometric_mean, least=4),
+        Goal("the same rows: none below 1.5", others, Race.speedup, min, least=1.5),
+        Goal("inside that window (LSTM in fp16, from cuDNN 9.13 on in bf16; one layer and direction, H <= 1024): "
+             "no row below 1.0",
+             inside, Race.speedup, min, least=1),
+        Goal("inside that window: geometric mean at least 1.15", inside, Race.speedup, geometric_mean, least=1.15),
+        Goal("LSTM fp16 H=768 B=16 T=1024, forward: under 2.0 us per step",
+             published("forward"), Race.per_step, max, below=2, unit=" us"),
+        Goal("LSTM fp16 H=768 B=16 T=1024, forward and backward: under 5.0 us per step",
+             published("training"), Race.per_step, max, below=5, unit=" us"),
+        Goal(FLOOR, lambda c: c.input == 0 and c.steps >= 64, Race.over_floor, max, most=1.5),
+        Goal(FLOOR, lambda c: raced(c) and c.steps >= 64, Race.over_floor, max, most=1.5),
+        *(Goal(f"B = 1 inference, H = {hidden}: at most 1.3 us per step, worst row",
+               latency(hidden), Race.per_step, max, most=1.3, unit=" us") for hidden in (256, 512, 1024)),
+        Goal("T = 1: not slower than torch.nn", lambda c: raced(c) and c.steps == 1, Race.speedup, min, least=1),
+        Goal("two directions at most 1.15 times one, worst row",
+             lambda c: c.suite == "directions" and c.bidirectional, Race.over_one_direction, max, most=1.15),
+        Goal("DeepBench's largest rows (LSTM, H = 4096): not slower than torch.nn",
+             lambda c: raced(c) and c.cell == "lstm" and c.hidden == 4096, Race.speedup, min, least=1),
+        Goal("a stack of 4 layers of H = 512 at most 1.4 times one layer, worst row",
+             lambda c: c.suite == "stacked" and (c.layers, c.hidden) == (4, 512), Race.over_one_layer, max, most=1.4),
+    )  # fmt: skip
 
 
 def targets(results: Results | None, origin: str = "") -> list[Target]:
@@ -185,7 +201,7 @@ def targets(results: Results | None, origin: str = "") -> list[Target]:
         )
     race, cases = Race(results), suites.cases()
     found: dict[str, Target] = {}
-    for goal in GOALS:
+    for goal in goals(persistent_dtypes(results)):
         if found.get(goal.text, Target("")).met == NOTHING:
             found[goal.text] = goal.target(race, cases, origin)
     tested = (_tested(text, name, results, origin) for text, name in TESTED.items())

@@ -19,8 +19,11 @@ from persistrnn.kernels.launch import shape_of
 
 HIDDEN, STEPS, BATCH = 128, 64, 16
 CALLS = 50
-OVERHEAD_SHARE, OVERHEAD_MICROSECONDS = 0.05, 50.0
-PLAN_MILLISECONDS = 5.0
+# The most that our Python may add to a call, in calls of torch.nn's own layer timed beside it: as much as torch's own
+# Python and dispatch, which is nearly all of one step of one row, and little of a call that computes.
+OF_A_STEP, OF_A_SEQUENCE = 1.0, 0.05
+# The most that a plan may take, in compilations of one kernel timed beside it: it comes before two of them.
+OF_A_COMPILATION = 0.02
 
 MODULES = {"lstm": (persistrnn.LSTM, torch.nn.LSTM), "gru": (persistrnn.GRU, torch.nn.GRU)}
 
@@ -58,7 +61,7 @@ def test_layer_on_torchs_own_path(benchmark, cell: str, whose: str, training: bo
 @pytest.mark.parametrize("cell", MODULES)
 def test_overhead_of_our_python(benchmark, cell: str) -> None:
     """The difference itself. It does not depend on the input's size, so that it is read where little hides it: one step
-    of one row; it is judged against torch.nn's own call at H=128, T=64."""
+    of one row."""
     ours, theirs = (cls(HIDDEN, HIDDEN) for cls in MODULES[cell])
     x, step = torch.randn(STEPS, BATCH, HIDDEN), torch.randn(1, 1, HIDDEN)
 
@@ -75,14 +78,29 @@ def test_overhead_of_our_python(benchmark, cell: str) -> None:
     quickest = [min(times) * 1e6 for times in zip(*found[3:], strict=True)]
     difference = quickest[0] - quickest[1]
     whole = min(seconds(theirs, x) for _ in range(3)) * 1e6
-    benchmark.extra_info |= {"overhead_us": difference, "overhead_share": difference / whole}
-    assert difference < OVERHEAD_MICROSECONDS, f"{difference:.1f} us"
-    assert difference < OVERHEAD_SHARE * whole, f"{difference:.1f} us of {whole:.1f}"
+    shares = {"of_a_step": difference / quickest[1], "of_a_sequence": difference / whole}
+    benchmark.extra_info |= {"overhead_us": difference, **shares}
+    assert shares["of_a_step"] < OF_A_STEP, f"{difference:.1f} us against {quickest[1]:.1f}"
+    assert shares["of_a_sequence"] < OF_A_SEQUENCE, f"{difference:.1f} us against {whole:.1f}"
+
+
+@pytest.fixture(scope="module")
+def compilation(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Seconds that the compiler takes for a small kernel; the quickest of three."""
+    case = Case("lstm", False, "bf16", 128, "sm_90")
+    part, times = planned(case), []
+    for _ in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+            start = time.perf_counter()
+            compile_pass(case, part)
+            times.append(time.perf_counter() - start)
+    return min(times)
 
 
 @pytest.mark.parametrize("hidden", [64, 256, 1024, 1840, 4096])
 @pytest.mark.parametrize("cell", CELLS)
-def test_plan(benchmark, cell: str, hidden: int) -> None:
+def test_plan(benchmark, compilation: float, cell: str, hidden: int) -> None:
     """Pure Python, both passes, nothing cached."""
 
     def forget() -> None:
@@ -92,7 +110,9 @@ def test_plan(benchmark, cell: str, hidden: int) -> None:
     arguments = shape_of(CELLS[cell]), hidden, 64, 1, "bf16", named("h200")
     benchmark.group = "CPU: plan"
     benchmark.pedantic(planning.plan, arguments, setup=forget, rounds=15)
-    assert min(benchmark.stats.stats.data) * 1e3 < PLAN_MILLISECONDS
+    share = min(benchmark.stats.stats.data) / compilation
+    benchmark.extra_info["of_a_compilation"] = share
+    assert share < OF_A_COMPILATION, f"{share:.2%} of {compilation:.2f} s"
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

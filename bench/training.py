@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import UsageError, checkpoint, layers, ranks
+from bench import UsageError, checkpoint, form, layers, ranks
 from bench.layers import map_state
-from bench.options import DTYPES, flag
+from bench.options import ANEW, DTYPES, flag
 from bench.schedule import learning_rate
 from bench.workload import Workload
 
@@ -54,6 +54,7 @@ class Run:
         self.rows = ranks.rows(settings.batch)
         self.of_ranks: list[dict[str, Any]] = []  # what each rank has of its own, as of the last checkpoint
         self.state: Any = None
+        self.probed: Any = None  # a state of the form that steps carry on; known after `probe`
         self.losses: list[float] = []  # of every step so far, in the workload's unit
         self.count = 0  # of the loss's terms so far: tokens, say
         self.quality: list[float] | None = None  # the workload's metrics, once measured
@@ -119,8 +120,7 @@ class Run:
             "random_gpu": torch.cuda.get_rng_state(self.device) if on_gpu else None,
         }
         self.of_ranks = ranks.gather(own)
-        if ranks.rank() == 0:
-            self.write(folder)
+        ranks.by_first(lambda: self.write(folder))
 
     def write(self, folder: Path) -> None:
         """Rank 0 alone, after the last `save` or `load` of all."""
@@ -143,14 +143,15 @@ class Run:
         """What `save` has written, for `train_step` or, not `to_train`, for `using` alone.
 
         Raises:
-            UsageError: other data than the checkpoint's, or another number of processes
+            UsageError: not what a run of these settings writes, other data, or another number of processes
         """
+        form.check(content, form.RUN)
         if content["data"] != self.workload.fingerprint:
             raise UsageError(
                 f"{self.workload.data} has changed since the checkpoint (sha256 {self.workload.fingerprint[:12]} "
-                f"now, {content['data'][:12]} then): resume with the same data and the same Python, or start anew "
-                "with --overwrite"
+                f"now, {content['data'][:12]} then): resume with the same data and the same Python, or {ANEW}"
             )
+        form.check(content, self.form(content))
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
@@ -164,13 +165,46 @@ class Run:
         if len(self.of_ranks) != ranks.world():
             raise UsageError(
                 f"the checkpoint was made by {len(self.of_ranks)} processes, {ranks.world()} given: allowed is the "
-                "same number (torchrun --nproc-per-node), or a new run with --overwrite or another --out"
+                f"same number (torchrun --nproc-per-node), or {ANEW}"
             )
         own = self.of_ranks[ranks.rank()]
+        form.check(own, self.form_of_rank(own), f"ranks[{ranks.rank()}]")
         self.state = map_state(own["state"], lambda tensor: tensor.to(self.device))
         torch.set_rng_state(own["random"])
         if own["random_gpu"] is not None:
             torch.cuda.set_rng_state(own["random_gpu"], self.device)
+
+    def form(self, content: dict[str, Any]) -> dict[str, Any]:
+        """What `write` would write now, for `form.check`; lengths that may differ are those of the content."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        saved = content["optimizer"]["param_groups"]
+        form.check(saved, [dict] * len(groups), "optimizer['param_groups']")
+        moments = {
+            index: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            for index, parameter in enumerate(self.model.parameters())
+        }
+        optimizer = {
+            "state": moments if content["optimizer"]["state"] else {},  # none before the first change of the weights
+            # Another version of torch has other options beside the parameters.
+            "param_groups": [old | {"params": new["params"]} for old, new in zip(saved, groups, strict=True)],
+        }
+        return form.RUN | {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "ranks": [dict] * len(content["ranks"]),
+            "losses": [float] * len(content["losses"]),
+            "quality": None if content["quality"] is None else [float] * len(self.workload.metrics),
+        }
+
+    def form_of_rank(self, own: dict[str, Any]) -> dict[str, Any]:
+        """The same, of what this rank has of its own; the state's form is known after `probe`."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "state": self.probed if self.step and self.probed is not None else own.get("state"),
+            "random": torch.get_rng_state(),
+            "random_gpu": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+        }
 
     @contextmanager
     def using(self) -> Iterator[nn.Module]:
@@ -203,6 +237,11 @@ class Run:
         with self.using() as model:
             return self.workload.evaluate(model)
 
+    def measure(self, folder: Path) -> None:
+        """Takes the metrics into the checkpoint; rank 0 alone."""
+        self.quality = self.evaluate()
+        self.write(folder)
+
     def explanation(self) -> str:
         """Which path each recurrent layer will take, with which plan, and why."""
         with self.autocast():
@@ -214,7 +253,9 @@ class Run:
         piece = self.workload.pieces(0, self.rows)[0]
         try:
             with self.within_memory(), self.autocast():
-                self.workload.loss(self.model, tuple(tensor.to(self.device) for tensor in piece.tensors), None)
+                tensors = tuple(tensor.to(self.device) for tensor in piece.tensors)
+                _, state = self.workload.loss(self.model, tensors, None)
+            self.probed = map_state(state, Tensor.detach) if self.workload.continues else None
         except RuntimeError as error:
             names = ["cell", "dtype", "device", "backend", *(["save"] if self.settings.save != "gates" else [])]
             asked = " ".join(f"{flag(name)} {getattr(self.settings, name)}" for name in names)

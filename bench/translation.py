@@ -21,9 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from bench import UsageError, runner
 from bench.buckets import Buckets
 from bench.decoding import Hypothesis, beam_search, select_rows
+from bench.folder import write_text
 from bench.layers import recurrent, run_padded
 from bench.number_words import Pair, load_pairs
-from bench.options import Options, Settings, number, option
+from bench.options import OUT, Options, Settings, number, option
 from bench.progress import bar
 from bench.workload import NO_TARGET, Metric, Piece, Workload
 
@@ -139,7 +140,7 @@ class Translation(Workload):
             "--translate",
             default=None,
             metavar="'LANGUAGE NUMBER'",
-            help="do not train: say this number, by the model in --out",
+            help=f"do not train: say this number, by the model in {OUT}",
         )
         job.add_argument(
             "--beam",
@@ -220,8 +221,8 @@ class Translation(Workload):
         for pair, found in zip(pairs, self.translations(model, pairs, job.beam), strict=True):
             said = self.text(found[0])
             lines.append(f"{pair.language} {pair.number}: {said}{f'   (right: {pair.words})' * (said != pair.words)}")
-        (folder / "translations.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"Held-out numbers (in {folder / 'translations.txt'}):\n\n" + "\n".join(lines) + "\n")
+        path = write_text(folder, "translations.txt", "\n".join(lines) + "\n")
+        print(f"Held-out numbers (in {path}):\n\n" + "\n".join(lines) + "\n")
 
     def use(self, model: nn.Module, job: Namespace) -> None:
         names, digits = self.settings.languages.split(","), self.settings.digits
@@ -229,7 +230,7 @@ class Translation(Workload):
         if language not in names or not (figures.isascii() and figures.isdigit() and len(figures) <= digits):
             raise UsageError(
                 f"--translate {job.translate!r} given: allowed is a language of {','.join(names)}, a space and a "
-                f"number of up to {digits} digits, which is what the model in --out has learnt; 'de 42', say"
+                f"number of up to {digits} digits, which is what the model in {OUT} has learnt; 'de 42', say"
             )
         for hypothesis in self.translations(model, [Pair(language, int(figures), "")], job.beam)[0]:
             print(f"{self.text(hypothesis)}   (log-probability {hypothesis.score:.2f})")

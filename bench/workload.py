@@ -74,8 +74,8 @@ class Workload(ABC):
 
     @classmethod
     def model_option(cls, job: Namespace) -> str | None:
-        """The option, if given, by which a command does not train but uses the model in --out: "--generate". None: it
-        trains. See `use`."""
+        """The option, if given, by which a command does not train but uses the model in --output: "--generate". None:
+        it trains. See `use`."""
         return None
 
     def use(self, model: nn.Module, job: Namespace) -> None:

@@ -15,6 +15,8 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, fields, replace
 from pathlib import Path
 
@@ -22,8 +24,10 @@ from . import plan as planning
 from .audit import DEVICE_OF_ARCH, DTYPES, Case, Row, audit, key, planned
 from .cells import CELLS
 
+FIELDS = [f.name for f in fields(Row)]
+SHOWN = [name for name in FIELDS if name not in ("failures", "refused")]
+BEGIN = '{"key": '  # of a line of finished rows
 HIDDEN = (64, 128, 256, 320, 512, 768, 1024, 2048, 4096)
-SHOWN = [f.name for f in fields(Row) if f.name not in ("failures", "refused")]
 
 
 def cases(
@@ -50,11 +54,18 @@ def shapes_of(path: Path) -> list[tuple[str, int, int, int]]:
     missing = {"cell", "hidden", "batch"} - set(rows[0] if rows else ())
     if missing:
         raise ValueError(f"{path} has no column {', '.join(sorted(missing))}: a workload table has cell, hidden, batch")
-    return [
-        (row["cell"], int(row["hidden"]), int(row["batch"]), 2 if row.get("bidirectional") == "1" else 1)
-        for row in rows
-        if row["cell"] in CELLS
-    ]
+    found = []
+    for row in rows:
+        if row["cell"] not in CELLS:
+            continue
+        try:
+            sizes = int(row["hidden"]), int(row["batch"])
+        except (TypeError, ValueError):
+            sizes = 0, 0
+        if min(sizes) < 1:
+            raise ValueError(f"{path} has the row {row}, allowed for hidden and batch: integers of at least 1")
+        found.append((row["cell"], *sizes, 2 if row.get("bidirectional") == "1" else 1))
+    return found
 
 
 def attempt(case: Case) -> Row:
@@ -77,16 +88,63 @@ def key_version() -> str:
 
 
 def kept(path: Path) -> dict[str, Row]:
-    """Green rows by key. What failed is tried again, as is what an interrupted run left half written."""
+    """Green rows by key. What failed is tried again, as is what an interrupted run left half written, or another
+    version wrote.
+
+    Raises:
+        ValueError: a line that no audit wrote.
+    """
     rows = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+        if not line.startswith(BEGIN):
+            raise ValueError(f"its line {number} is no row of an audit")
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if not entry["row"]["failures"]:
+        if isinstance(entry.get("row"), dict) and list(entry["row"]) == FIELDS and not entry["row"]["failures"]:
             rows[entry["key"]] = Row(**entry["row"])
     return rows
+
+
+def _file(given: str) -> Path:
+    """A file that can be written, there or not, in folders that are there or can be made."""
+    path = Path(given)
+    try:
+        try:
+            path.open("r+b").close()
+        except FileNotFoundError:
+            above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+            with tempfile.TemporaryFile(dir=above):
+                pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{given!r} given, and it cannot be written ({error.strerror}); allowed: a file that you may write"
+        ) from error
+    return path
+
+
+def _resume(given: str) -> Path:
+    path = _file(given)
+    try:
+        kept(path)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{given!r} given, and {error}; allowed: a new file, or one that --resume wrote"
+        ) from error
+    return path
+
+
+def _output(given: str) -> Path:
+    path = _file(given)
+    if path.is_file():
+        with path.open("rb") as file:
+            begin = file.read(200)
+        if begin and not begin.startswith(",".join(FIELDS[:7]).encode()):
+            raise argparse.ArgumentTypeError(
+                f"{given!r} given, and it is no table of an audit; allowed: a new file, or a table to replace"
+            )
+    return path
 
 
 def run(wanted: dict[str, Case], jobs: int, resume: Path | None = None) -> list[Row]:
@@ -102,8 +160,11 @@ def run(wanted: dict[str, Case], jobs: int, resume: Path | None = None) -> list[
             done[k] = row
             if resume is not None:
                 resume.parent.mkdir(parents=True, exist_ok=True)
-                with resume.open("a") as file:
-                    file.write(json.dumps({"key": k, "row": asdict(row)}) + "\n")
+                with resume.open("a+b") as file:
+                    file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+                    if file.read(1) not in (b"", b"\n"):
+                        file.write(b"\n")  # below what an interrupted run left half written
+                    file.write(json.dumps({"key": k, "row": asdict(row)}).encode() + b"\n")
             if sys.stderr.isatty():
                 print(f"\r{n}/{len(missing)} kernels compiled", end="", file=sys.stderr, flush=True)
     if missing and sys.stderr.isatty():
@@ -134,36 +195,65 @@ def write(rows: list[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([f.name for f in fields(Row)])
+        writer.writerow(FIELDS)
         writer.writerows(sorted(map(astuple, rows)))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="persistrnn audit", description="Prove from compiled code where the kernels keep W_hh. Needs no GPU."
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="persistrnn audit",
+        description="Compile the kernels for GPUs that need not be there, and prove from the compiled code where they "
+        "keep W_hh, that nothing spills, and that tensor cores are used. One row for each kernel; the exit status is 1 "
+        "where one fails.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--cells", nargs="+", choices=sorted(CELLS), default=sorted(CELLS, reverse=True))
-    parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=list(DTYPES))
-    parser.add_argument("--hidden", nargs="+", type=int, help=f"hidden sizes (default: {' '.join(map(str, HIDDEN))})")
-    parser.add_argument("--batch", nargs="+", type=int, default=[16], help="batch sizes (default: 16)")
-    parser.add_argument("--directions", nargs="+", type=int, choices=(1, 2), default=[1])
-    parser.add_argument("--workloads", nargs="+", type=Path, help="tables of shapes, in place of --hidden and --batch")
-    parser.add_argument("--arch", nargs="+", choices=list(DEVICE_OF_ARCH), default=["sm_80", "sm_90", "sm_100"])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--resume", type=Path, help="JSON lines file that keeps finished rows")
-    parser.add_argument("--output", type=Path, help="write the table here, as CSV")
-    parser.add_argument("--failures", action="store_true", help="print only rows that are not ok")
-    arguments = parser.parse_args()
+    cells, dtypes, archs = sorted(CELLS, reverse=True), list(DTYPES), ["sm_80", "sm_90", "sm_100"]
+
+    def several(name: str, choices: Sequence[str], default: Sequence[str], what: str) -> None:
+        shown = f"{what} (default: {' '.join(default)})"
+        result.add_argument(name, nargs="+", choices=choices, default=default, metavar="NAME", help=shown)
+
+    several("--cells", sorted(CELLS), cells, "lstm, gru")
+    several("--dtypes", sorted(DTYPES), dtypes, ", ".join(dtypes))
+    several("--arch", list(DEVICE_OF_ARCH), archs, f"architectures: {', '.join(DEVICE_OF_ARCH)}")
+    sizes = f"hidden sizes (default: {' '.join(map(str, HIDDEN))})"
+    result.add_argument("--hidden", nargs="+", type=int, metavar="H", help=sizes)
+    result.add_argument("--batch", nargs="+", type=int, default=[16], metavar="B", help="batch sizes (default: 16)")
+    result.add_argument(
+        "--directions", nargs="+", type=int, choices=(1, 2), default=[1], metavar="D", help="1 and 2 (default: 1)"
+    )
+    result.add_argument(
+        "--workloads", nargs="+", type=Path, metavar="FILE.csv",
+        help="tables of shapes, in place of --hidden, --batch and --directions: columns cell, hidden, batch, and if "
+        "need be bidirectional (1)",
+    )  # fmt: skip
+    result.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
+    )
+    result.add_argument(
+        "--resume", type=_resume, metavar="FILE.jsonl",
+        help="keep finished rows here; those of the same kernel, plan and Triton are not compiled again",
+    )  # fmt: skip
+    result.add_argument("--output", type=_output, metavar="FILE.csv", help="also write the table here")
+    result.add_argument("--failures", action="store_true", help="print only rows that are not ok")
+    return result
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    options = parser()
+    arguments = options.parse_args(given)
     for name in ("hidden", "batch", "jobs"):
         values = getattr(arguments, name)
         if values is not None and min([values] if isinstance(values, int) else values) < 1:
-            parser.error(f"--{name} must be at least 1, got {values}")
+            options.error(f"--{name} must be at least 1, got {values}")
     if arguments.workloads and arguments.hidden:
-        parser.error("--workloads and --hidden are two ways to say which shapes: give one of them")
+        options.error("--workloads and --hidden are two ways to say which shapes: give one of them")
+    if arguments.output and arguments.resume and os.path.abspath(arguments.output) == os.path.abspath(arguments.resume):
+        options.error(f"--output and --resume are two files, got {str(arguments.output)!r} for both")
     try:
         shapes = [shape for path in arguments.workloads or () for shape in shapes_of(path)]
     except (OSError, ValueError) as error:
-        parser.error(f"--workloads: {error}")
+        options.error(f"--workloads: {error}")
     shapes = [shape for shape in shapes if shape[0] in arguments.cells] or [
         (cell, hidden, batch, directions)
         for cell in arguments.cells

@@ -25,6 +25,11 @@ class Forecast:
     torch: float
     measured: bool
 
+    @property
+    def path(self) -> str:
+        """The one that ``backend="auto"`` takes."""
+        return "the kernels" if self.persistent <= self.torch else "torch's own path"
+
 
 @dataclass(frozen=True)
 class Error:

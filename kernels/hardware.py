@@ -290,10 +290,11 @@ def corrected(hardware: Hardware, folder: Path = MEASURED) -> Hardware:
 
 
 def named(name: str) -> Hardware:
-    """The record of a known device, with what was measured on it."""
-    if name not in DEVICES:
+    """The record of a known device, in capitals or small letters, with what was measured on it."""
+    key = str(name).lower()
+    if key not in DEVICES:
         raise ValueError(f"the device is {name!r}, known: {', '.join(DEVICES)}; without a name you get the live device")
-    return corrected(DEVICES[name])
+    return corrected(DEVICES[key])
 
 
 def _version(arch: str) -> tuple[str, int, int]:

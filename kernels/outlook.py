@@ -65,7 +65,7 @@ def device_of(name: str | None) -> Hardware:
     """A device by its name; without one the GPU at hand, or where there is none FALLBACK."""
     if name is None and torch.cuda.is_available():
         return launch.hardware(torch.device("cuda", torch.cuda.current_device()))
-    return devices.named(name or FALLBACK)
+    return devices.named(FALLBACK if name is None else name)
 
 
 def outlook(

@@ -8,6 +8,7 @@ kernels in ``bench/results`` spills.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -421,7 +422,7 @@ def plan(cell: Shape, hidden: int, batch: int, directions: int, dtype: str, hard
     if cell.gates * hidden * (hidden + 8) >= LARGEST:
         raise PlanError(
             f"hidden_size={hidden}: offsets into W_hh have 31 bits, and {cell.gates} gates allow hidden_size up to "
-            f"{int((LARGEST / cell.gates) ** 0.5) - 8}; use a smaller one, or backend='torch'."
+            f"{math.isqrt((LARGEST - 1) // cell.gates + 16) - 4}; use a smaller one, or backend='torch'."
         )
     forward, backward = (
         _pass(cell, hidden, batch, directions, dtype, hardware, backward) for backward in (False, True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cost, forecast, memory, picture
+from . import cost, forecast, memory, occupancy, picture
 from . import hardware as devices
 from .hardware import DEVICES, Hardware
 from .plan import DTYPES, Pass, Plan, PlanError, plan
@@ -36,10 +36,12 @@ REMEDIES = {
 
 
 def _one_of(names: Sequence[str], remedy: Callable[[str], str]) -> Callable[[str], str]:
+    """Names are in small letters, and understood in capitals."""
+
     def check(given: str) -> str:
-        if given not in names:
-            raise argparse.ArgumentTypeError(f"{given!r} given, allowed: {', '.join(names)}; {remedy(given)}")
-        return given
+        if given.lower() not in names:
+            raise argparse.ArgumentTypeError(f"{given!r} given, allowed: {', '.join(names)}; {remedy(given.lower())}")
+        return given.lower()
 
     return check
 
@@ -86,6 +88,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--hidden", type=hidden, required=True, metavar="H", help="hidden_size")
     batch = _number(LARGEST, "it is the number of sequences that run side by side")
     result.add_argument("--batch", type=batch, default=16, metavar="B", help="sequences side by side (default: 16)")
+    steps = _number(LARGEST, "it is the length of a sequence")
+    text = "time steps, on which the memory of training depends (default: 1024)"
+    result.add_argument("--steps", type=steps, default=1024, metavar="T", help=text)
     directions = _number(2, "2 is a bidirectional layer")
     result.add_argument("--directions", type=directions, default=1, metavar="D", help="1 (default) or 2")
     dtype = _one_of(tuple(DTYPES), lambda given: REMEDIES.get(given.removeprefix("torch."), "bf16 is the default"))
@@ -139,7 +144,7 @@ def sourced(hardware: Hardware, kind: str) -> list[str]:
     return [name for name, source in hardware.sources if source.startswith(f"{kind}:")]
 
 
-def as_json(found: Plan, cell: Shape, origin: str) -> dict[str, Any]:
+def as_json(found: Plan, cell: Shape, steps: int, origin: str) -> dict[str, Any]:
     """Everything: the fields of the plan, and what is worked out from them."""
     result: dict[str, Any] = dataclasses.asdict(found)
     for name in picture.PASSES:
@@ -157,29 +162,36 @@ def as_json(found: Plan, cell: Shape, origin: str) -> dict[str, Any]:
         "predicted_us": {name: getattr(found, name).predicted for name in picture.PASSES},
         "floor_us": found.floor,
         "torch_us": torch_steps(found, cell),
-        "memory_bytes": bytes_of(found, cell),
+        "auto": {name: dataclasses.asdict(one) | {"path": one.path} for name, one in expected(found, cell).items()},
+        "memory_bytes": {"steps": steps} | bytes_of(found, cell, steps),
         "assumed": sourced(found.hardware, "assumed"),
         "measured": sourced(found.hardware, "measured"),
         "times": "predicted",
     }
 
 
-def bytes_of(found: Plan, cell: Shape) -> dict[str, dict[str, float]]:
+def expected(found: Plan, cell: Shape) -> dict[str, forecast.Forecast]:
+    """What ``backend="auto"`` compares, without gradients and with them."""
+    shape = cell, found.hidden, found.batch, found.directions, found.dtype, found.hardware
+    return {name: forecast.forecast(*shape, name == "training") for name in ("inference", "training")}
+
+
+def bytes_of(found: Plan, cell: Shape, steps: int) -> dict[str, dict[str, float]]:
     """Predicted bytes of a training step by ``save`` mode, without the input and the gradients of input and output."""
     size = DTYPES[found.dtype]
     of = memory.Layers(cell, found.hidden, found.hidden, 1, found.directions, size, size, False)
     result = {}
     for mode in memory.MODES:
-        steps = memory.chunk_steps(mode, cell.gates, found.hidden, found.batch, found.directions, size)
+        chunk = memory.chunk_steps(mode, cell.gates, found.hidden, found.batch, found.directions, size, steps)
         result[mode] = {
-            "kept_per_step_and_row": memory.kept(mode, of, steps),
-            "chunk_steps": steps,
-            "chunk": memory.workspace(mode, of) * steps * found.batch,
+            "kept_per_step_and_row": memory.kept(mode, of, chunk),
+            "chunk_steps": min(steps, chunk),
+            "needed": memory.needed(mode, of, found.batch, steps, chunk),
         }
     return result
 
 
-def as_text(found: Plan, cell: Shape, origin: str) -> str:
+def as_text(found: Plan, cell: Shape, steps: int, origin: str) -> str:
     hardware = found.hardware
     torch_us = torch_steps(found, cell)
     lines = [
@@ -188,11 +200,18 @@ def as_text(found: Plan, cell: Shape, origin: str) -> str:
     ]
     for name in picture.PASSES:
         lines += ["", name, *(f"  {line}" for line in _pass(found, getattr(found, name), name, torch_us[name]))]
-    lines += ["", "memory of one layer, by what is kept for its backward"]
-    for mode, need in bytes_of(found, cell).items():
+    lines.append("")
+    for name, one in expected(found, cell).items():
+        how = "corrected by measurements" if one.measured else "predicted"
         lines.append(
-            f"  {mode}: {need['kept_per_step_and_row']:,.0f} bytes per step and row, and {need['chunk']:,.0f} for a "
-            f"chunk of {need['chunk_steps']:,} steps"
+            f'backend="auto" takes {one.path} in {name}: {one.persistent:.2f} us per step on the kernels, '
+            f"{one.torch:.2f} on torch's own path ({how})"
+        )
+    lines += ["", f"memory of one layer in training at T = {steps:,}, by what is kept for its backward"]
+    for mode, need in bytes_of(found, cell, steps).items():
+        lines.append(
+            f"  {mode}: {need['kept_per_step_and_row']:,.0f} bytes per step and row, and {need['needed']:,.0f} at most "
+            f"with the work on {need['chunk_steps']:,} steps"
         )
     assumed, measured = sourced(hardware, "assumed"), sourced(hardware, "measured")
     lines += [
@@ -238,6 +257,9 @@ def _pass(found: Plan, part: Pass, name: str, torch_us: float) -> list[str]:
         f"{picture.resident(part)} resident",
         "one multiprocessor:",
     ]
+    limit = occupancy.register_limit(part.choice)
+    if part.registers > limit:
+        lines.insert(-1, f"spills: about {part.registers} registers per thread are needed, and there are {limit}")
     for budget in picture.budgets(part, hardware):
         lines += [f"  {line}" for line in picture.bar(budget)]
     split = " + ".join(f"{field.name} {getattr(part.cost, field.name):.2f}" for field in dataclasses.fields(part.cost))
@@ -271,9 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "file that you may write, in a folder that exists"
             )
     if given.json:
-        answer = json.dumps(as_json(found, cell, origin), indent=2, allow_nan=False)
+        answer = json.dumps(as_json(found, cell, given.steps, origin), indent=2, allow_nan=False)
     else:
-        answer = as_text(found, cell, origin)
+        answer = as_text(found, cell, given.steps, origin)
     try:
         print(answer, flush=True)
     except BrokenPipeError:

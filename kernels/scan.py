@@ -35,7 +35,7 @@ from .marks import BEGINS, SKIPPED, cut, load_marks, reset_slot, rows_before, wh
 from .metadata import launch_metadata
 from .product import add_parts, join, product_local, product_shared, resident, streamed
 from .tiles import batch_rows, job_of, layer_of, narrow, previous_slot, row_offset, time_of, unit_offsets
-from .tuples import add_first, load, load_states, load_tiles, moved, part_of, store, store_tiles, sums
+from .tuples import add_first, load, load_states, load_tiles, moved, part_of, store, store_tiles, sums, zero_where
 
 
 @triton.jit
@@ -227,7 +227,8 @@ def scan_forward(
                         weights_below, ahead, stream, below, rows, j, place, once, step, (step + 1) * rises,
                         channel_below, patience, tiling, exchange,
                     )  # fmt: skip
-                    x = sums(x, risen, biases_below)
+                    # Into the lowest layer nothing rises: zero times its own h0, which may be a NaN that nobody reads.
+                    x = sums(x, zero_where(rises == 0, risen), biases_below)
                 if tiling.slices == 1:
                     product = product_local(weights, before, once, weight.dtype.element_ty, tiling)
                 else:

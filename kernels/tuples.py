@@ -49,6 +49,14 @@ def sums(a, b, c):
 
 
 @triton.jit
+def zero_where(condition, tiles):
+    chosen = ()
+    for i in tl.static_range(len(tiles)):
+        chosen = chosen + (tl.where(condition, 0.0, tiles[i]),)
+    return chosen
+
+
+@triton.jit
 def add_first(a, b, m: tl.constexpr):
     """a, with b added to its first m tiles."""
     tiles = ()

@@ -1,27 +1,42 @@
-"""``python -m persistrnn COMMAND``: each command is a module of its own, found by name."""
+"""``persistrnn COMMAND``, or ``python -m persistrnn COMMAND``: each command is a module of its own, found by name."""
 
+import argparse
 import importlib
 import sys
 
+from persistrnn import __version__
+
 COMMANDS = {
-    "audit": "persistrnn.kernels.audit_table",
-    "plan": "persistrnn.kernels.plan_command",
-    "profile": "persistrnn.profiling.command",
-    "report": "persistrnn.report",
+    "plan": ("persistrnn.kernels.plan_command", "what the kernels would do for one layer on one device, predicted"),
+    "audit": ("persistrnn.kernels.audit_table", "prove from compiled code where the kernels keep the weights; no GPU"),
+    "profile": ("persistrnn.profiling.command", "measure where time and memory of training go, as a page with advice"),
+    "report": ("persistrnn.report", "what the benchmarks measured, as a page with plots and tables"),
 }
 
 
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="persistrnn",
+        description="LSTM and GRU layers for PyTorch on persistent Triton kernels: what they would do, do and did.",
+        epilog="persistrnn COMMAND --help tells more.",
+        allow_abbrev=False,
+    )
+    result.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = result.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for name, (_, what) in COMMANDS.items():
+        commands.add_parser(name, help=what, add_help=False)
+    return result
+
+
 def main() -> int:
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        given = repr(sys.argv[1]) if len(sys.argv) > 1 else "nothing"
-        print(
-            f"usage: python -m persistrnn COMMAND ...\nCOMMAND must be one of: {', '.join(COMMANDS)}; got {given}. "
-            "COMMAND --help tells more.",
-            file=sys.stderr,
-        )
+    given = sys.argv[1:]
+    if not given:
+        parser().print_help(sys.stderr)
         return 2
-    module = COMMANDS[sys.argv.pop(1)]
-    return importlib.import_module(module).main()
+    # A command reads its own arguments; its module is imported for it alone.
+    command = parser().parse_args(given[:1]).command
+    status: int = importlib.import_module(COMMANDS[command][0]).main(given[1:])
+    return status
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from persistrnn.mapping import mapped
 from persistrnn.ops import HAS_C
 from persistrnn.phases import SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
 from persistrnn.second import NOTHING, Gradients, Kept
-from persistrnn.segments import BEGINS, SKIPPED
+from persistrnn.segments import BEGINS, SKIPPED, without_skipped
 
 
 def recurrent(
@@ -324,7 +324,8 @@ class _Wave(Function):
         with phase(WEIGHT_GEMMS):
             d_weight_hh = _gemm(dr_gates.flatten(1, 2), _all_before(y, marks).flatten(1, 2)) if needs[0] else None
             d_bias_hh = _bias(dr_gates) if needs[1] else None
-            d_weight_ih = _gemm(dx_gates[1:].flatten(1, 2), y[:-1, 1:-1].flatten(1, 2)) if needs[2] else None
+            below = without_skipped(y[:-1, 1:-1], None if marks is None else marks.unsqueeze(-1))
+            d_weight_ih = _gemm(dx_gates[1:].flatten(1, 2), below.flatten(1, 2)) if needs[2] else None
             d_bias_ih = _bias(dx_gates[1:]) if needs[3] else None
         d_weights = d_weight_hh, d_bias_hh, d_weight_ih, d_bias_ih
         d_reset_h, d_reset_c = d_reset[0] if resets else None, d_reset[1] if resets and has_c else None

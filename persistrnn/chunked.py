@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from persistrnn import autograd, chunks
+from persistrnn import autograd, chunks, segments
 from persistrnn.chunks import by_layer, cut, gates_of, layers_of
 from persistrnn.mapping import each_sample, mapped
 from persistrnn.ops import HAS_C
@@ -235,7 +235,8 @@ def _first_derivative(
         for layer, initial, anew in zip(
             layers, by_layer(states, len(layers)), by_layer(reset, len(layers)), strict=True
         ):
-            x_gates = gates_of([y] * layer.weight_ih.size(0), layer)
+            below = segments.without_skipped(y, marks)
+            x_gates = gates_of([below] * layer.weight_ih.size(0), layer)
             c_initial = initial[1] if len(initial) > 1 else None
             arguments = x_gates, layer.weight_hh, layer.bias_hh, initial[0], c_initial
             y, h_n, c_n, c = autograd.recurrent(

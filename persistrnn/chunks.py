@@ -103,6 +103,11 @@ def _after(states: Tensor, every: bool = True) -> Tensor:
     return torch.stack([states[-2 if every and d == 0 else 1, :, d] for d in range(states.size(2))])
 
 
+def _to_next(scan: _Scan, marks: Tensor | None) -> Tensor:
+    """What the next layer of a stack, which has one direction, reads: [T', B, H]."""
+    return segments.without_skipped(scan.y[1:-1].flatten(2), marks)
+
+
 def by_layer(states: Sequence[Tensor], layers: int) -> list[list[Tensor]]:
     """Of each layer its states, each [D, B, H], of states [L*D, B, H]."""
     return [[s.unflatten(0, (layers, -1))[i] for s in states] for i in range(layers)]
@@ -133,7 +138,7 @@ def forward(
     """[y, h_n, c_n, c, saved, h and c before each chunk], empty where there is none; without autograd.
 
     keeps: a backward follows. inputs: x, h0, c0, marks, reset_h, reset_c, shaped as for ``chunked.recurrent``.
-    y, c: [T, B, D*H]; saved: [T, B, D, n, H]; h before: [chunks, L*D, B, H], c in float32.
+    y, c: [T, B, D*H]; saved: [T, B, D, n, H]; h before: [T // chunk + 2, L*D, B, H], c in float32.
     """
     segments.check()
     x, h0, c0, marks, *resets = _named(inputs)
@@ -143,6 +148,8 @@ def forward(
     saves = saved.numel() > 0
     states = by_layer([h0] if c0 is None else [h0, c0.float()], len(layers))
     reset = by_layer([r for r in resets if r is not None], len(layers))
+    for whole in before:
+        whole[-(-x.size(0) // chunk) :].zero_()  # what no chunk has is the same in every run
     for k, part in enumerate(cut(x.size(0), chunk)):
         marked = None if marks is None else part.of(marks).contiguous()
         into = part.of(saved) if saves and directions == 1 else None
@@ -155,7 +162,8 @@ def forward(
             given = states[i], marked, reset[i], every_c, saves, into
             scan = _scan(cell, precision, gates_of(xs, layer), layer, *given)
             states[i] = [_after(scan.y), *([] if c0 is None else [_after(scan.c, every_c or saves)])]
-            xs = [scan.y[1:-1].flatten(2)]  # a stack has one direction
+            if i + 1 < len(layers):
+                xs = [_to_next(scan, marked)]
         part.put(scan.y[1:-1], y.unflatten(2, (directions, -1)))
         if c.numel():
             part.put(scan.c[1:-1], c.unflatten(2, (directions, -1)))
@@ -188,7 +196,7 @@ def _new(
     (steps, batch, _), (rows, _, H) = x.shape, h0.shape
     has_c = c0 is not None
     every_c = has_c and (return_c or (keeps and save != "checkpoint"))
-    before = (steps + chunk - 1) // chunk, rows, batch, H
+    before = steps // chunk + 2, rows, batch, H  # never one: a graph would hold a condition on T
     sizes: list[tuple[tuple[int, ...], bool, torch.dtype]] = [
         ((steps, batch, directions * H), True, x.dtype),
         ((rows, batch, H), True, x.dtype),
@@ -300,7 +308,8 @@ def backward(
                     scan = _scan(cell, precision, x_gates, layer, states, marked, reset[i], True, True)
                     del x_gates  # it need not outlive the scan
                     scan = scan._replace(c=scan.c.to(cell_dtype or x.dtype))
-                    xs.append([scan.y[1:-1].flatten(2)])
+                    if i + 1 < len(layers):
+                        xs.append([_to_next(scan, marked)])
                 else:
                     anew: Sequence[Tensor | None] = reset[i] or [None] * n
                     edges = zip(whole, initial, anew, strict=True)

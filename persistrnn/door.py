@@ -4,47 +4,21 @@ to mend it, and has the type that torch.nn's has.
 Letters: T steps, B batch, I input, H hidden, P projection, G gates (LSTM 4, GRU 3), D directions, L layers.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from persistrnn import segments, torch_path
-
-Backend = Literal["auto", "persistent", "torch"]
-BACKENDS = get_args(Backend)
-
-Save = Literal["gates", "state", "checkpoint", "auto"]
-SAVES = get_args(Save)
+from persistrnn.options import Options, check_sizes, described
 
 GATES = {"lstm": 4, "gru": 3}
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-class Options(NamedTuple):
-    """How a stack runs; the attributes of a module but for its sizes."""
-
-    num_layers: int = 1
-    bias: bool = True
-    dropout: float = 0.0
-    training: bool = False
-    bidirectional: bool = False
-    batch_first: bool = False
-    backend: str = "auto"
-    cell_dtype: torch.dtype | None = None
-    save: str = "gates"
-    save_budget: int | None = None
-
-    @property
-    def directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    @property
-    def active_dropout(self) -> float:
-        return self.dropout if self.training else 0.0
 
 
 class Stack(NamedTuple):
@@ -83,44 +57,6 @@ class Cuts(NamedTuple):
     fresh: bool = False
 
 
-def check_options(options: Options) -> None:
-    check_backend(options.backend)
-    check_cell_dtype(options.cell_dtype)
-    if not 0 <= options.dropout <= 1:
-        raise ValueError(f"dropout is a probability in [0, 1], got {options.dropout}")
-    if options.num_layers <= 0:
-        raise ValueError(f"num_layers must be greater than zero, got {options.num_layers}")
-
-
-def check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-
-
-def check_cell_dtype(dtype: object) -> None:
-    if dtype not in (None, torch.float32):
-        raise ValueError(f"cell_dtype is None (the dtype of the computation) or torch.float32, got {dtype!r}")
-
-
-def check_save(save: str, budget: object, proj_size: int = 0) -> None:
-    if save not in SAVES:
-        raise ValueError(f"save is one of {', '.join(map(repr, SAVES))}, got {save!r}")
-    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool)):
-        raise TypeError(f"save_budget is a number of bytes, an int, got {type(budget).__name__}")
-    if budget is not None and budget <= 0:
-        raise ValueError(f"save_budget is a positive number of bytes, got {budget}")
-    if (save == "auto") != (budget is not None):
-        raise ValueError(
-            "save='auto' goes with save_budget, the bytes that a call may keep for its backward; got "
-            f"save={save!r} and save_budget={budget}"
-        )
-    if proj_size and save != "gates":
-        raise ValueError(
-            f"a layer with projections keeps its gates, got save={save!r} and proj_size={proj_size}; use save='gates', "
-            "or torch.utils.checkpoint around the layer"
-        )
-
-
 def parameter_names(layer: int, direction: int, bias: bool, projection: bool) -> list[str]:
     """torch.nn's names of one layer's and direction's parameters, in torch.nn's order."""
     names = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * bias + ["weight_hr"] * projection
@@ -128,6 +64,11 @@ def parameter_names(layer: int, direction: int, bias: bool, projection: bool) ->
 
 
 def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stack:
+    if not isinstance(weights, (list, tuple, Sequence, nn.ParameterList)) or isinstance(weights, str):
+        raise TypeError(
+            f"weights is a list or tuple of tensors in torch.nn's order, got {described(weights)}; give "
+            "list(layer.parameters())"
+        )
     num_layers, bias, directions = options.num_layers, options.bias, options.directions
     groups = num_layers * directions
     plain = 4 if bias else 2
@@ -139,37 +80,81 @@ def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stac
         )
     if projection and cell == "gru":
         raise ValueError(f"a GRU has no projections: it takes {groups * plain} weights, got {len(weights)}")
-    for weight in weights:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weights are tensors, got {type(weight).__name__}")
-        _check_dense("a weight", weight)
     per_group = plain + projection
-    hidden = weights[1].size(0) // GATES[cell] if weights[1].dim() == 2 else 0
-    if hidden == 0:
-        raise RuntimeError(
-            f"weight_hh_l0 must have shape ({GATES[cell]}*H, H) with H > 0, got {tuple(weights[1].shape)}"
+
+    def name_of(k: int) -> str:
+        group = k // per_group
+        return parameter_names(group // directions, group % directions, bias, projection)[k % per_group]
+
+    for k, weight in enumerate(weights):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weights are tensors, got {described(weight)} as {name_of(k)}")
+        if weight.layout is not torch.strided or weight.is_nested:
+            _refuse_layout(name_of(k), weight)
+    dtype = weights[0].dtype
+    if dtype not in FLOATS:
+        raise ValueError(
+            f"weights are torch.float16, torch.bfloat16, torch.float32 or torch.float64, got {dtype}; convert them: "
+            ".to(torch.float32)"
         )
+    matrix = weights[1].dim() == 2
     stack = Stack(
         cell,
         num_layers,
         directions,
         bias,
         input_size=weights[0].size(-1) if weights[0].dim() else 0,
-        hidden_size=hidden,
-        proj_size=weights[plain].size(0) if projection else 0,
+        hidden_size=weights[1].size(0) // GATES[cell] if matrix else 0,
+        proj_size=weights[1].size(1) if matrix and projection else 0,
     )
     for k, weight in enumerate(weights):
-        layer, slot = k // (per_group * directions), k % per_group
-        if weight.shape != (expected := _weight_shape(stack, layer, slot)):
-            name = parameter_names(layer, k // per_group % directions, bias, projection)[slot]
-            raise RuntimeError(f"{name} must have shape {expected}, got {tuple(weight.shape)}")
-        if weight.dtype != weights[0].dtype:
-            name = parameter_names(layer, k // per_group % directions, bias, projection)[slot]
+        if weight.shape != _weight_shape(stack, k // (per_group * directions), k % per_group) or not stack.hidden_size:
+            _refuse_shapes(stack, weights, [name_of(k) for k in range(len(weights))])
+        if weight.dtype != dtype:
             raise ValueError(
-                f"weights must share one dtype, got {weights[0].dtype} and of {name} {weight.dtype}; "
-                f"convert it: .to({weights[0].dtype})"
+                f"weights must share one dtype, got {dtype} and of {name_of(k)} {weight.dtype}; "
+                f"convert it: .to({dtype})"
             )
+    if projection:
+        check_sizes(stack.input_size or 1, stack.hidden_size, stack.proj_size or -1)
     return stack
+
+
+def _refuse_shapes(stack: Stack, weights: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raise RuntimeError for the first weight that does not fit what most of them say of H and P."""
+    gates, per_group = GATES[stack.cell], len(weights) // (stack.num_layers * stack.directions)
+    plain = 4 if stack.bias else 2
+    hidden, features = [], []
+    for k, weight in enumerate(weights):
+        slot = k % per_group
+        if weight.dim() == (1 if 2 <= slot < plain else 2):
+            hidden.append(weight.size(1) if slot == plain else weight.size(0) // gates)
+            features += [weight.size(1)] if slot == 1 else [weight.size(0)] if slot == plain else []
+    projection = per_group > plain
+    H = Counter(hidden if projection else hidden + features).most_common(1)[0][0] if hidden else 0
+    # A projection is smaller than H: one that is not says nothing.
+    possible = [size for size in features if 0 < size < H]
+    P = Counter(possible).most_common(1)[0][0] if projection and possible else 0
+    if H == 0 or (projection and P == 0):
+        rows = f"{gates}*H, {'P) and weight_hr_l0 (P, H) with H > P > 0' if projection else 'H) with H > 0'}"
+        got = f"{tuple(weights[1].shape)}" + (f" and {tuple(weights[plain].shape)}" if projection else "")
+        raise RuntimeError(f"weight_hh_l0 must have shape ({rows}, got {got}")
+    stack = stack._replace(hidden_size=H, proj_size=P)
+    for k, (weight, name) in enumerate(zip(weights, names, strict=True)):
+        expected = _weight_shape(stack, k // (per_group * stack.directions), k % per_group)
+        if weight.shape != expected:
+            raise RuntimeError(f"{name} must have shape {expected}, got {tuple(weight.shape)}")
+
+
+def check_attributes(stack: Stack, input_size: object, hidden_size: object, proj_size: object) -> None:
+    """Raise RuntimeError where a module's sizes, changed since, are not those of its weights."""
+    given = {"input_size": input_size, "hidden_size": hidden_size, "proj_size": proj_size}
+    for name, value in given.items():
+        if value != (found := getattr(stack, name)):
+            raise RuntimeError(
+                f"{name} of the layer is {value!r}, and its weights are those of {name}={found}; set it back, or make "
+                "a layer of the other size"
+            )
 
 
 def _weight_shape(stack: Stack, layer: int, slot: int) -> tuple[int, ...]:
@@ -190,12 +175,12 @@ def read_input(input: object, stack: Stack, weights: Sequence[Tensor], batch_fir
     if not isinstance(data, Tensor):
         raise TypeError(f"input is a tensor or a PackedSequence, got {type(data).__name__}")
     _check_dense("input", data)
-    if packed is not None and data.dim() != 2:
-        raise RuntimeError(f"the data of a PackedSequence must be 2-D, got {data.dim()}-D")
+    if packed is not None:
+        _check_packed(packed)
     if data.dim() not in (2, 3):
         raise ValueError(f"{stack.cell.upper()}: Expected input to be 2D or 3D, got {data.dim()}D instead")
     dtype = weights[0].dtype
-    if data.dtype != dtype and torch_path.autocast_dtype(data) is None:
+    if data.dtype != dtype and not _autocast_together(data, dtype):
         raise ValueError(
             f"RNN input dtype ({data.dtype}) does not match weight dtype ({dtype}). "
             f"Convert input: input.to({dtype}), or convert model: model.to({data.dtype})"
@@ -222,6 +207,51 @@ def read_input(input: object, stack: Stack, weights: Sequence[Tensor], batch_fir
     return Batch(data, None, steps, rows, batch_first, unbatched)
 
 
+def _autocast_together(data: Tensor, other: torch.dtype) -> bool:
+    """Whether autocast makes one dtype of the data's and another; it leaves float64 alone."""
+    both = (data.dtype, other)
+    return all(d in FLOATS and d != torch.float64 for d in both) and torch_path.autocast_dtype(data) is not None
+
+
+def _check_packed(packed: PackedSequence) -> None:
+    data, sizes = packed.data, packed.batch_sizes
+    if data.dim() != 2:
+        raise RuntimeError(f"the data of a PackedSequence must be 2-D, got {data.dim()}-D")
+    if not isinstance(sizes, Tensor) or sizes.dtype != torch.int64 or sizes.dim() != 1 or sizes.device.type != "cpu":
+        raise RuntimeError(
+            "batch_sizes of a PackedSequence is a 1-D int64 tensor on the CPU, got "
+            f"{_tensor_described(sizes)}; make the sequence with pack_padded_sequence or pack_sequence"
+        )
+    if sizes.numel() == 0:
+        raise RuntimeError(
+            "Expected sequence length to be larger than 0 in RNN, got a PackedSequence without a step; leave the call "
+            "out for it"
+        )
+    if torch.compiler.is_compiling():
+        return  # a graph has no values to look at
+    if int(sizes[-1]) < 1 or bool((sizes.diff() > 0).any()) or int(sizes.sum()) != data.size(0):
+        raise RuntimeError(
+            "batch_sizes of a PackedSequence are at least 1, never grow and sum up to the rows of its data, "
+            f"{data.size(0)}, got {sizes.tolist()}; make the sequence with pack_padded_sequence or pack_sequence"
+        )
+    for name in ("sorted_indices", "unsorted_indices"):
+        indices = getattr(packed, name)
+        if indices is None:
+            continue
+        of_rows = isinstance(indices, Tensor) and indices.dim() == 1 and indices.numel() == int(sizes[0])
+        if not of_rows or indices.dtype not in INTEGERS:
+            raise RuntimeError(
+                f"{name} of a PackedSequence is None or has an integer for each of its {int(sizes[0])} rows, got "
+                f"{_tensor_described(indices)}; make the sequence with pack_padded_sequence or pack_sequence"
+            )
+
+
+def _tensor_described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} of size {list(value.shape)} on {value.device}"
+
+
 def read_states(stack: Stack, hx: object, batch: Batch, name: str = "hidden") -> list[Tensor]:
     """[h0] or [h0, c0], each [L*D, B, H], from what the caller gave as hx; zeros for None."""
     data = batch.data
@@ -229,7 +259,7 @@ def read_states(stack: Stack, hx: object, batch: Batch, name: str = "hidden") ->
     sizes = [stack.proj_size or stack.hidden_size, stack.hidden_size][: 2 if stack.cell == "lstm" else 1]
     if hx is None:
         return [data.new_zeros(rows, batch.rows, size) for size in sizes]
-    states = _state_tensors(stack.cell, hx, "hx" if name == "hidden" else name)
+    states = state_tensors(stack.cell, hx, "hx" if name == "hidden" else name)
     dims = 2 if batch.unbatched else 3
     if any(s.dim() != dims for s in states):
         kind = "unbatched 2-D" if batch.unbatched else "batched 3-D"
@@ -251,7 +281,7 @@ def read_states(stack: Stack, hx: object, batch: Batch, name: str = "hidden") ->
                 "Input and hidden tensors are not at the same device, "
                 f"found input tensor at {data.device} and {name} tensor at {state.device}"
             )
-        if state.dtype != data.dtype and torch_path.autocast_dtype(data) is None:
+        if state.dtype != data.dtype and not _autocast_together(data, state.dtype):
             raise RuntimeError(
                 f"{which} dtype ({state.dtype}) does not match input dtype ({data.dtype}). "
                 f"Convert it: .to({data.dtype})"
@@ -259,22 +289,27 @@ def read_states(stack: Stack, hx: object, batch: Batch, name: str = "hidden") ->
     return states
 
 
-def _state_tensors(cell: str, hx: object, name: str) -> list[Tensor]:
+def state_tensors(cell: str, hx: object, name: str) -> list[Tensor]:
+    """[h] or [h, c], dense, of what was given as hx, or under another name."""
     one, pair = ("h0", "(h0, c0)") if name == "hx" else ("h", "(h, c)")
     if cell == "gru":
         if not isinstance(hx, Tensor):
             raise TypeError(f"GRU: {name} is one tensor {one}, got {type(hx).__name__}")
-        return [hx]
-    if isinstance(hx, Tensor):
+        states = [hx]
+    elif isinstance(hx, Tensor):
         raise RuntimeError(
             f"LSTM: {name} is a pair of tensors {pair}, got one tensor of shape {tuple(hx.shape)}; "
             "give both, or None for zeros"
         )
-    if not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
+    elif not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
         raise TypeError(f"LSTM: {name} is a pair of tensors {pair}, got {type(hx).__name__}")
-    if len(hx) != 2:
+    elif len(hx) != 2:
         raise RuntimeError(f"LSTM: {name} is a pair of tensors {pair}, got {len(hx)} of them")
-    return list(hx)
+    else:
+        states = list(hx)
+    for state in states:
+        _check_dense(name, state)
+    return states
 
 
 class Given(NamedTuple):
@@ -319,6 +354,7 @@ def _read_lengths(lengths: object, batch: Batch) -> Tensor:
             f"lengths is an integer tensor [B] on the input's device, got {type(lengths).__name__}; "
             "use torch.tensor(lengths, device=input.device)"
         )
+    _check_dense("lengths", lengths)
     if batch.unbatched:
         raise ValueError("lengths goes with a batch, got an unbatched input; cut it: input[:length]")
     if lengths.dtype not in INTEGERS:
@@ -343,6 +379,7 @@ def _read_bools(name: str, value: object, batch: Batch) -> Tensor | None:
         raise ValueError(f"{name} goes with a padded tensor, got a PackedSequence; give the padded tensor and lengths")
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a bool tensor [T, B] on the input's device, got {type(value).__name__}")
+    _check_dense(name, value)
     if value.dtype != torch.bool:
         raise ValueError(f"{name} is a bool tensor, got {value.dtype}; convert it: {name}.bool()")
     shapes = {"[T]": (batch.steps,), "[B, T]": (batch.rows, batch.steps), "[T, B]": (batch.steps, batch.rows)}
@@ -354,13 +391,33 @@ def _read_bools(name: str, value: object, batch: Batch) -> Tensor | None:
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        _refuse_layout(name, tensor)
+
+
+def _refuse_layout(name: str, tensor: Tensor) -> None:
     if tensor.is_nested:
         raise RuntimeError(
-            f"{name} is a dense tensor, got a nested one; pad it, torch.nested.to_padded_tensor(input, 0.0), and give "
+            f"{name} is a dense tensor, got a nested one; pad it, torch.nested.to_padded_tensor({name}, 0.0), and give "
             "the rows' lengths as lengths=..."
         )
-    if tensor.layout != torch.strided:
-        raise RuntimeError(f"{name} is a dense tensor, got layout {tensor.layout}; convert it: .to_dense()")
+    raise RuntimeError(f"{name} is a dense tensor, got layout {tensor.layout}; convert it: .to_dense()")
+
+
+def read_rows(rows: object, states: Sequence[Tensor]) -> Tensor:
+    """The rows of a stream's states, each [L, B, features], to begin anew: bool [B]."""
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"rows is a bool tensor [B], got {type(rows).__name__}; use torch.tensor(rows)")
+    _check_dense("rows", rows)
+    batch = states[0].shape[1:-1] if states else rows.shape[:1]
+    if rows.dtype != torch.bool or rows.shape != batch:
+        raise ValueError(
+            f"rows is a bool tensor of size {tuple(batch)}, one for each row of the batch, got {rows.dtype} of "
+            f"size {tuple(rows.shape)}; reset() without rows resets all"
+        )
+    if states and rows.device != states[0].device:
+        raise RuntimeError(f"the state is on {states[0].device} and rows on {rows.device}; move it: rows.to(device)")
+    return rows
 
 
 def _same_device(name: str, tensor: Tensor, data: Tensor) -> None:

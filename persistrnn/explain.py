@@ -2,9 +2,10 @@
 
 import torch
 
-from persistrnn import functional, ops, stack
-from persistrnn.door import Options, Stack
+from persistrnn import door, functional, ops, stack
+from persistrnn.door import Stack
 from persistrnn.modules import GRU, LSTM
+from persistrnn.options import Options, check_options, check_save, check_sizes
 
 
 def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
@@ -34,7 +35,14 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
         if value < 1:
             raise ValueError(f"{name} is at least 1, got {value}")
 
-    weight = layer.all_weights[0][0]
+    options, own = layer.options, (layer.input_size, layer.hidden_size, layer.proj_size)
+    check_options(options)
+    check_sizes(*own)
+    weights = [weight for weights in layer.all_weights for weight in weights]
+    door.check_attributes(door.read_weights(layer.mode.lower(), weights, options), *own)
+    check_save(options.save, options.save_budget, layer.proj_size)
+
+    weight = weights[0]
     dtype, device = functional.compute_dtype(weight, weight), weight.device
     directions = 2 if layer.bidirectional else 1
     cell, precision = layer.mode.lower(), functional.precision()
@@ -54,7 +62,7 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
         lines += ['path: none, the call would raise, because backend="persistent"', f"why: {reason}"]
     else:
         lines += ["path: torch (cuDNN, oneDNN or ATen, as torch.nn would run it)", f"why: {reason}"]
-    lines.append(_kept(layer, options.save, batch, steps, dtype, on_kernels=reason is None))
+    lines.append(_kept(layer, options, batch, steps, dtype, on_kernels=reason is None))
     if reason is not None and layer.backend != "persistent":
         with_cuts = functional.obstacle(layer.backend, cell, *sizes, dtype, device, True)
         path = "stepwise, a loop over torch's operations" if with_cuts is not None else "persistent"
@@ -65,23 +73,37 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
     return "\n".join(lines)
 
 
+def _stack(layer: LSTM | GRU) -> Stack:
+    sizes = layer.input_size, layer.hidden_size, layer.proj_size
+    return Stack(layer.mode.lower(), layer.num_layers, layer.options.directions, layer.bias, *sizes)
+
+
 def _resolved(layer: LSTM | GRU, batch: int, steps: int, dtype: torch.dtype) -> Options:
     """How a training call runs, save="auto" decided."""
-    options = layer.options._replace(training=True)
-    sizes = layer.input_size, layer.hidden_size, layer.proj_size
-    of = Stack(layer.mode.lower(), layer.num_layers, options.directions, layer.bias, *sizes)
-    return layer.options._replace(save=functional.save_mode(of, options, dtype, batch, steps))
+    options, device = layer.options._replace(training=True), layer.all_weights[0][0].device
+    save = functional.save_mode(_stack(layer), options, dtype, device, batch, steps)
+    return layer.options._replace(save=save)
 
 
-def _kept(layer: LSTM | GRU, save: str, batch: int, steps: int, dtype: torch.dtype, on_kernels: bool) -> str:
+def _kept(layer: LSTM | GRU, options: Options, batch: int, steps: int, dtype: torch.dtype, on_kernels: bool) -> str:
     """What a training call keeps for its backward."""
-    cell, directions = layer.mode.lower(), 2 if layer.bidirectional else 1
-    sizes = layer.input_size, layer.hidden_size, layer.num_layers, directions
-    of = ops.layers(cell, *sizes, dtype, layer.cell_dtype, layer.dropout > 0)
+    cell, save, device = layer.mode.lower(), options.save, layer.all_weights[0][0].device
+    training = options._replace(training=True)
+    need = functional.needed_bytes(_stack(layer), save, training, dtype, device, batch, steps)
+    most = f"{need:,.0f} bytes at most in training, without the input and the gradients of input and output (predicted)"
+    sizes = layer.hidden_size, batch, options.directions, dtype.itemsize, steps
+    chunk = ops.chunk_steps(save, cell, *sizes, on_kernels or device.type != "cpu")
     if on_kernels:
-        kept = ops.kept_bytes(save, of, batch, steps)
-        return f'save="{save}": {kept / (steps * batch):,.0f} bytes per step and row are kept (predicted), {kept:,.0f}'
+        of = ops.layers(
+            cell, layer.input_size, layer.hidden_size, layer.num_layers, options.directions, dtype, layer.cell_dtype,
+            layer.dropout > 0,
+        )  # fmt: skip
+        kept = f"{ops.kept_bytes(save, of, chunk):,.0f} bytes per step and row are kept"
+        cut = "" if save == "gates" and steps <= chunk else f", in chunks of {min(chunk, steps):,} steps"
+        return f'save="{save}": {kept}{cut}; {most}'
     if save == "gates":
-        return 'save="gates": torch\'s path keeps what it needs'
-    chunk = ops.chunk_steps(save, cell, layer.hidden_size, batch, directions, dtype.itemsize)
-    return f'save="{save}": torch\'s path keeps its state every {chunk} steps, and runs the forward again between them'
+        told = 'save="gates": torch\'s path keeps what it needs'
+    else:
+        told = f'save="{save}": torch\'s path keeps its state every {chunk:,} steps'
+        told += ", and runs the forward again between them"
+    return f"{told}; {most}" if device.type == "cpu" else told

@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from persistrnn import door, ops, torch_path
 from persistrnn import stack as stacks
-from persistrnn.door import Backend, Batch, Given, Options, Save, Stack
+from persistrnn.door import Batch, Given, Stack
+from persistrnn.options import Backend, Options, Save, check_flag, check_options, check_save
 from persistrnn.tracing import outside_of_graphs
 
 NOTHING = Given()
@@ -70,7 +71,7 @@ def lstm(
         cell_dtype: dtype in which c is given out, and in which the kernels store it for the backward: None (that of
             the computation) or torch.float32; between the steps the kernels' c is float32 in any case
         save: what the call keeps for its backward: "gates", "state" or "checkpoint", or "auto", the first of them that
-            keeps at most save_budget bytes (`LSTM` has the details)
+            is predicted to need at most save_budget bytes (`LSTM` has the details)
         save_budget: bytes, with save="auto"
         lengths: integers [B] on the input's device, each in [0, T]. Past its length a row's output is zero and takes
             no gradient; the final state is that after its last step; the second direction begins there. Nothing is
@@ -90,7 +91,10 @@ def lstm(
 
     The persistent kernels take float16, bfloat16 and float32 (float32 products as
     `torch.backends.cudnn.rnn.fp32_precision` says, the input GEMM as for any matrix product of torch);
-    torch's path takes what torch.nn.LSTM takes. Under autocast all of it runs in autocast's dtype.
+    torch's path takes what torch.nn.LSTM takes. Under autocast all of it runs in autocast's dtype, and so is what it
+    gives, but for torch's own exception: on a CPU a GRU's results, and the c of an LSTM with projections, keep the
+    wider of their state's dtype and autocast's. A CPU without oneDNN's LSTM in that dtype (bfloat16 wants avx512) runs
+    ATen's loop, which is slower.
 
     Raises:
         ValueError: an input that is not 2-D or 3-D; a dtype that is not the weights'; a wrong number of
@@ -103,6 +107,7 @@ def lstm(
     options = Options(
         num_layers, bias, dropout, training, bidirectional, batch_first, backend, cell_dtype, save, save_budget
     )
+    check_options(options)
     found = run("lstm", input, weights, hx, options, Given(lengths, mask, resets, reset_state), return_cell_states)
     h_n, c_n = found.states
     return (found.output, (h_n, c_n), found.c) if return_cell_states else (found.output, (h_n, c_n))
@@ -149,6 +154,7 @@ def gru(
     options = Options(
         num_layers, bias, dropout, training, bidirectional, batch_first, backend, save=save, save_budget=save_budget
     )
+    check_options(options)
     found = run("gru", input, weights, hx, options, Given(lengths, mask, resets, reset_state))
     return found.output, found.states[0]
 
@@ -170,13 +176,19 @@ def run(
     options: Options,
     given: Given = NOTHING,
     return_c: bool = False,
+    sizes: tuple[int, int, int] | None = None,
 ) -> Found:
-    """Validate, choose a path and run it: "persistent", "torch", or "stepwise", a loop over torch's operations."""
-    door.check_options(options)
+    """Validate, choose a path and run it: "persistent", "torch", or "stepwise", a loop over torch's operations.
+
+    options: checked before. sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be.
+    """
+    check_flag("return_cell_states", return_c)
     stack = door.read_weights(cell, weights, options)
+    if sizes is not None:
+        door.check_attributes(stack, *sizes)
     batch = door.read_input(input, stack, weights, options.batch_first)
     data, packed = batch.data, batch.packed
-    door.check_save(options.save, options.save_budget, stack.proj_size)
+    check_save(options.save, options.save_budget, stack.proj_size)
     states = door.read_states(stack, hx, batch)
     cuts = door.read_cuts(stack, batch, hx is None, given)
     if packed is not None and packed.sorted_indices is not None and hx is not None:
@@ -185,14 +197,14 @@ def run(
     dtype = compute_dtype(data, weights[0])
     if options.save == "auto":
         keeps = torch_path.asks_for_gradients([data, *weights, *states, *cuts.reset])
-        save = save_mode(stack, options, dtype, batch.rows or 1, batch.steps, keeps)
+        save = save_mode(stack, options, dtype, data.device, batch.rows or 1, batch.steps, keeps)
         options = options._replace(save=save, save_budget=None)
     # an empty batch takes the path of a batch of one
-    sizes = (stack.hidden_size, batch.rows or 1, stack.directions)
+    of_layer = (stack.hidden_size, batch.rows or 1, stack.directions)
     several = options.num_layers > 1 and stacks.may_wave(options, dtype, stack.proj_size, precision())
     together = options.num_layers if several else 1
     loops = given.any or return_c
-    reason = obstacle(options.backend, cell, *sizes, dtype, data.device, loops, together, batch.steps)
+    reason = obstacle(options.backend, cell, *of_layer, dtype, data.device, loops, together, batch.steps)
     if reason is not None and options.backend == "persistent":
         raise RuntimeError(f'backend="persistent" cannot run this call: {reason}')
     if reason is not None and given.lengths is not None and _packs(given, return_c, batch, options):
@@ -203,8 +215,15 @@ def run(
         if packed is not None:
             x, row_lengths = outside_of_graphs(_pad, data, packed.batch_sizes, batch.steps)
             cuts = cuts._replace(active=_active_rows(packed, data.device))
-        cuts = cuts._replace(reset=[r.to(dtype).contiguous() for r in cuts.reset])
-        tensors = [w.to(dtype) for w in weights], [s.to(dtype).contiguous() for s in states]
+        dtypes = [dtype] * len(states)
+        if path == "stepwise":  # which has torch.nn's; the kernels have autocast's, as torch.nn on a GPU
+            dtypes = torch_path.output_dtypes(cell, data, states, torch_path.autocast_dtype(data))[1:]
+        initial, anew = (
+            [s.to(d).contiguous() for s, d in zip(given_states, dtypes, strict=False)]
+            for given_states in (states, cuts.reset)
+        )
+        cuts = cuts._replace(reset=anew)
+        tensors = [w.to(dtype) for w in weights], initial
         products = precision() if reason is None else None
         found = stacks.run(stack, x.to(dtype).contiguous(), *tensors, cuts, options, products, return_c)
         outputs, states = [found.y] if found.c is None else [found.y, found.c], found.finals
@@ -219,7 +238,8 @@ def run(
         if options.save == "gates":
             output, *states = torch_path.stack(*given_to)
         else:
-            chunk = ops.chunk_steps(options.save, cell, *sizes, dtype.itemsize)
+            launches = data.device.type != "cpu"
+            chunk = ops.chunk_steps(options.save, cell, *of_layer, dtype.itemsize, batch.steps, launches)
             output, *states = torch_path.stack_in_chunks(*given_to, chunk)
         outputs = [output]
 
@@ -263,18 +283,26 @@ def _by_packing(
     y = pad_packed_sequence(found.output, total_length=batch.steps)[0]
     assert active is not None
     y = torch.where(active.unsqueeze(-1), y, 0.0)
-    finals = [torch.where(some.unsqueeze(-1), new, old) for new, old in zip(found.states, states, strict=True)]
+    finals = [
+        torch.where(some.unsqueeze(-1), new, old.to(new.dtype)) for new, old in zip(found.states, states, strict=True)
+    ]
     return Found(batch.time_major(y), finals, None, found.path)
 
 
-def save_mode(stack: Stack, options: Options, dtype: torch.dtype, batch: int, steps: int, keeps: bool = True) -> str:
+def save_mode(
+    stack: Stack,
+    options: Options,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int,
+    steps: int,
+    keeps: bool = True,
+) -> str:
     """What of a call is kept for its backward: "gates", "state" or "checkpoint"."""
     if options.save != "auto":
         return options.save
     assert options.save_budget is not None
-    sizes = stack.input_size, stack.hidden_size, stack.num_layers, stack.directions
-    of = ops.layers(stack.cell, *sizes, dtype, options.cell_dtype, options.active_dropout > 0)
-    needs = {mode: ops.kept_bytes(mode, of, batch, steps) for mode in ops.MODES}
+    needs = {mode: needed_bytes(stack, mode, options, dtype, device, batch, steps) for mode in ops.MODES}
     for mode, need in needs.items():
         if need <= options.save_budget:
             return mode
@@ -285,6 +313,16 @@ def save_mode(stack: Stack, options: Options, dtype: torch.dtype, batch: int, st
         f"save_budget={options.save_budget} bytes do not hold what {steps} steps of {batch} rows need at least, "
         f"{math.ceil(least)} bytes with save='{smallest}'; raise the budget, or cut the sequence and carry the state"
     )
+
+
+def needed_bytes(
+    stack: Stack, save: str, options: Options, dtype: torch.dtype, device: torch.device, batch: int, steps: int
+) -> float:
+    """``ops.needed_bytes`` of a call; of torch's path on a GPU, which nobody knows, that of the kernels."""
+    sizes = stack.input_size, stack.hidden_size, stack.num_layers, stack.directions
+    of = ops.layers(stack.cell, *sizes, dtype, options.cell_dtype, options.active_dropout > 0)
+    on_kernels = options.backend == "persistent" or device.type != "cpu"
+    return ops.needed_bytes(save, of, batch, steps, dtype, on_kernels)
 
 
 # Compiled, the graph breaks at both, as it does in torch.nn; on fake tensors they would fail.

@@ -1,7 +1,6 @@
 """LSTM and GRU modules with torch.nn's constructor, parameters, state_dict and results."""
 
 import math
-import numbers
 import warnings
 from collections.abc import Container, Iterator
 from typing import Any
@@ -12,8 +11,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from persistrnn import door, functional
-from persistrnn.door import Backend, Given, Options, Save
+from persistrnn.door import Given
 from persistrnn.functional import Input
+from persistrnn.options import Backend, Options, Save, check_options, check_save, check_sizes
 
 
 def take_over(new: nn.Module, old: nn.Module, ignored: Container[str] = ()) -> None:
@@ -67,36 +67,18 @@ class _Recurrent(nn.Module):
         save_budget: int | None,
     ) -> None:
         super().__init__()
-        flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
-        for name, flag in flags.items():
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
-        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-        for name, size in {**sizes, "proj_size": proj_size}.items():
-            if not isinstance(size, int):
-                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
-            if size <= 0 and name in sizes:
-                raise ValueError(f"{name} must be greater than zero, got {size}")
-        if not 0 <= proj_size < hidden_size:
-            raise ValueError(
-                "proj_size should be zero (no projection) or a positive integer smaller than "
-                f"hidden_size={hidden_size}, got {proj_size}"
-            )
-        is_number = isinstance(dropout, numbers.Number) and not isinstance(dropout, bool)
-        if not is_number or not 0 <= dropout <= 1:
-            raise ValueError(
-                "dropout should be a number in range [0, 1] representing the probability of an element being "
-                f"zeroed, got {dropout!r}"
-            )
+        options = Options(
+            num_layers, bias, dropout, self.training, bidirectional, batch_first, backend, cell_dtype, save, save_budget
+        )
+        check_options(options)
+        check_sizes(input_size, hidden_size, proj_size)
+        check_save(save, save_budget, proj_size)
         if dropout > 0 and num_layers == 1:
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
                 f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=3,
             )
-        door.check_backend(backend)
-        door.check_cell_dtype(cell_dtype)
-        door.check_save(save, save_budget, proj_size)
 
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -129,13 +111,43 @@ class _Recurrent(nn.Module):
         """(layer, names of its parameters), once for each direction of each layer."""
         for layer in range(self.num_layers):
             for direction in range(self._directions):
-                yield layer, door.parameter_names(layer, direction, self.bias, self.proj_size > 0)
+                yield layer, door.parameter_names(layer, direction, self.bias, self.proj_size != 0)
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
-        """The weights in torch.nn's order, one list for each direction of each layer."""
-        # by name at every call: a parametrization, functional_call and weight_norm replace the attribute
-        return [[getattr(self, name) for name in names] for _, names in self._names()]
+        """The weights in torch.nn's order, one list for each direction of each layer.
+
+        Raises:
+            RuntimeError: one is missing, or would be left out: the sizes, changed since, are not those of the layer
+        """
+        # No AttributeError, which Module.__getattr__ would take for one of all_weights itself.
+        places = self._parameters, self.__dict__, type(self).__dict__  # hasattr takes 8 us to find nothing
+        if left := [name for name in self._names_beyond() if any(name in place for place in places)]:
+            raise RuntimeError(f"the layer has {left[0]}, and {self._shape_in_words()} leave it out; set them back")
+        try:
+            # by name at every call: a parametrization, functional_call and weight_norm replace the attribute
+            return [[getattr(self, name) for name in names] for _, names in self._names()]
+        except AttributeError as error:
+            missing = [name for _, names in self._names() for name in names if not hasattr(self, name)]
+            raise RuntimeError(
+                f"the layer has no {', '.join(missing)}, and {self._shape_in_words()} ask for it; register it "
+                "again, or set them back"
+            ) from error
+
+    def _names_beyond(self) -> list[str]:
+        """The first names that the layer would have with a layer, a direction, biases or projections more."""
+        names = [f"weight_ih_l{self.num_layers}"]
+        if not self.bidirectional:
+            names.append("weight_ih_l0_reverse")
+        if not self.bias:
+            names.append("bias_ih_l0")
+        if not self.proj_size:
+            names.append("weight_hr_l0")
+        return names
+
+    def _shape_in_words(self) -> str:
+        names = ("num_layers", "bidirectional", "bias", "proj_size")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     @property
     def _all_weights(self) -> list[list[str]]:
@@ -233,9 +245,11 @@ class _Recurrent(nn.Module):
         given: Given,
         return_c: bool = False,
     ) -> functional.Found:
+        options, sizes = self.options, (self.input_size, self.hidden_size, self.proj_size)
+        check_options(options)
+        check_sizes(*sizes)
         weights = [weight for weights in self.all_weights for weight in weights]
-        cell = self.mode.lower()
-        found = functional.run(cell, input, weights, hx, self.options, given, return_c)
+        found = functional.run(self.mode.lower(), input, weights, hx, options, given, return_c, sizes)
         if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
             self.last_path = found.path
         return found
@@ -269,10 +283,11 @@ class LSTM(_Recurrent):
             step), "state" (y and c; the backward forms the gates again, with two GEMMs), "checkpoint" (the state every
             so many steps; the backward runs the forward again between them; with one direction and without dropout the
             whole stack keeps only the last layer's output). Time is processed in chunks, so that all else takes the
-            memory of a chunk. "auto" takes the first of them that keeps at most save_budget bytes. torch's own path
-            keeps what it keeps with "gates", and runs the forward again in chunks with both others. Not with
-            projections
-        save_budget: bytes, with save="auto"
+            memory of a chunk. "auto" takes the first of them that is predicted to need at most save_budget bytes.
+            torch's own path keeps what it keeps with "gates", and runs the forward again in chunks with both others.
+            Of few steps one chunk holds all, and "gates" needs the least. Not with projections
+        save_budget: with save="auto", bytes at the highest point of a training step, without the input, the weights,
+            and the gradients of the input and the output
 
     Inputs: input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence), T >= 1; and
     optionally (h0, c0), each [L*D, B, H] ([L*D, H] unbatched; h0 has P features with projections). By keyword, what
@@ -297,7 +312,8 @@ class LSTM(_Recurrent):
             is: ask `persistrnn.explain`
 
     Dtypes: float16, bfloat16 and float32 on the kernels, also what torch.nn.LSTM takes on torch's path. Under
-    autocast the layer computes in autocast's dtype, as torch.nn.LSTM does.
+    autocast the layer computes in autocast's dtype, as torch.nn.LSTM does, and so on every CPU: one without oneDNN's
+    LSTM in that dtype (bfloat16 wants avx512) runs ATen's loop, which is slower.
 
     A second derivative (a gradient penalty, say) is right and slow: it runs step by step. The kernels refuse
     forward-mode AD.

@@ -53,15 +53,37 @@ def layers(
     return memory.Layers(shape, input_size, hidden_size, num_layers, directions, *itemsizes, between)
 
 
-def kept_bytes(save: str, of: memory.Layers, batch: int, steps: int) -> float:
-    """Bytes that a call keeps for its backward: predicted, for the kernels."""
-    chunk = memory.chunk_steps(save, of.cell.gates, of.hidden, batch, of.directions, of.itemsize)
-    return steps * batch * memory.kept(save, of, chunk)
+def kept_bytes(save: str, of: memory.Layers, chunk: int) -> float:
+    """Bytes per step and row that the kernels keep for the backward: predicted."""
+    return memory.kept(save, of, chunk)
 
 
-def chunk_steps(save: str, cell: str, hidden_size: int, batch: int, directions: int, itemsize: int) -> int:
-    """Steps of the chunks of time that a layer runs in."""
-    return memory.chunk_steps(save, GATES[cell], hidden_size, batch, directions, itemsize)
+def needed_bytes(save: str, of: memory.Layers, batch: int, steps: int, dtype: torch.dtype, on_kernels: bool) -> float:
+    """Predicted bytes of a training step at its highest point, without the input, the weights, and the gradients of the
+    input and the output: on the kernels, or on torch's own path on a CPU."""
+    sizes = of.hidden, batch, of.directions, of.itemsize, steps
+    chunk = chunk_steps(save, of.cell.name, *sizes, on_kernels)
+    if on_kernels:
+        return memory.needed(save, of, batch, steps, chunk)
+    mkldnn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    onednn = of.cell.name == "lstm" and mkldnn and dtype in (torch.float32, torch.bfloat16)
+    return memory.torch_peak(save, of, batch, steps, chunk, onednn, False) - steps * batch * of.y
+
+
+def chunk_steps(
+    save: str,
+    cell: str,
+    hidden_size: int,
+    batch: int,
+    directions: int,
+    itemsize: int,
+    steps: int,
+    launches: bool,
+) -> int:
+    """Steps of the chunks of time that a call of so many steps runs in; a rule that holds for every T and B of a graph.
+    launches: whether a chunk costs launches on a GPU."""
+    sizes = hidden_size, batch, directions, itemsize, steps
+    return memory.chunk_steps(save, GATES[cell], *sizes, launches, torch.sym_max, torch.sym_min)
 
 
 def scan_chunk(

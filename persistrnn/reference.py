@@ -69,6 +69,7 @@ def recurrent(
         c0: [D, B, H] for an LSTM, None for a GRU
         marks: uint8 [T, B, D], where a row begins anew or skips a step (`segments`); None: nowhere
         reset: the states that rows begin anew from, (h,) or (h, c), each [D, B, H]; empty: zeros
+        A state may have a wider dtype than the gates, as under autocast on a CPU: it keeps its own from step to step.
 
     Returns:
         y [T, B, D*H], h_n [D, B, H], and of an LSTM c_n [D, B, H] and every c [T, B, D*H] (None for a GRU).
@@ -91,8 +92,8 @@ def recurrent(
             before = state
             if marks is not None:  # a NaN in a row that skips the step would be 0 * NaN in the weights' gradient
                 before = _where(marks[t, :, d] == SKIPPED, tuple(torch.zeros_like(s) for s in state), state)
-            r_gates = F.linear(before[0], weight_hh[d], bias_hh[d])
-            new = step(inputs[t], r_gates, before)
+            r_gates = F.linear(before[0].to(weight_hh.dtype), weight_hh[d], bias_hh[d])
+            new = tuple(n.to(s.dtype) for n, s in zip(step(inputs[t], r_gates, before), initial, strict=True))
             state = new if marks is None else _where(marks[t, :, d] == SKIPPED, state, new)
             states.append(state)
         every.append([torch.stack(s if d == 0 else s[::-1]) for s in zip(*states, strict=True)])

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from persistrnn.door import Backend, check_backend
 from persistrnn.modules import GRU, LSTM, take_over
+from persistrnn.options import Backend, check_backend
 
 SWAPPED = {nn.LSTM: LSTM, nn.GRU: GRU}
 

@@ -13,12 +13,13 @@ import os
 import sys
 import typing
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 DTYPES = ("fp16", "bf16", "tf32", "fp32")
 MODES = ("forward", "training")
+MARKS = ("", "lengths", "resets")
 # In the report's order. "torch" is torch.nn in the case's dtype, "torch-best" in the dtype in which it is fastest.
 ARMS = ("persistrnn", "torch", "torch-best", "torchrl", "flashrnn", "xma")
 
@@ -53,7 +54,8 @@ class Case:
     """One stack of layers and one input. suite: which benchmark; name: the row's name in its workload table.
 
     input: I, 0 where the input's product is left out (DeepBench's protocol). mode: "forward" (inference), or "training"
-    (forward and backward).
+    (forward and backward). marks: rows of several lengths ("lengths"), episodes that begin within rows ("resets"), or
+    neither ("").
     """
 
     suite: str
@@ -67,6 +69,7 @@ class Case:
     steps: int
     dtype: str
     mode: str
+    marks: str = ""
 
     @property
     def key(self) -> str:
@@ -75,7 +78,7 @@ class Case:
         return (
             f"{self.mode} {self.cell} {self.dtype} I={self.input} H={self.hidden} L={self.layers} D={directions} "
             f"B={self.batch} T={self.steps}"
-        )
+        ) + (f" {self.marks}" if self.marks else "")
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,9 @@ class Tuning:
     microseconds: float
 
 
+Entry: typing.TypeAlias = Check | Timing | Micro | Stress | Tuning
+
+
 @dataclass
 class Results:
     """All that one run found; ``add`` keeps the rules."""
@@ -180,7 +186,7 @@ class Results:
         key = case.key
         return next((t for t in self.timings if t.arm == arm and t.case.key == key), None)
 
-    def add(self, entry: Check | Timing | Micro | Stress | Tuning) -> None:
+    def add(self, entry: Entry) -> None:
         """Keep an entry.
 
         Raises:
@@ -218,6 +224,28 @@ class Results:
         os.replace(unfinished, path)
 
 
+def line(entry: Entry) -> str:
+    """An entry by itself, as a line of text that `entry` reads."""
+    return json.dumps({type(entry).__name__: asdict(entry)}) + "\n"
+
+
+def entry(text: str) -> Entry:
+    """What `line` wrote.
+
+    Raises:
+        ValueError: it is anything else, such as the first half of a line.
+    """
+    given = json.loads(text)
+    if not isinstance(given, dict) or len(given) != 1:
+        raise _refuse("an entry", given, "an object with the entry under the name of its kind")
+    ((name, value),) = given.items()
+    kinds = {kind.__name__: kind for kind in typing.get_args(Entry)}
+    if name not in kinds:
+        raise _refuse("the kind of an entry", name, ", ".join(kinds))
+    found: Entry = _read(kinds[name], value, name)
+    return found
+
+
 def load(path: Path) -> Results:
     """Read a results file.
 
@@ -243,6 +271,7 @@ def load(path: Path) -> Results:
 _ALLOWED: dict[tuple[type, str], tuple[str, ...]] = {
     (Case, "dtype"): DTYPES,
     (Case, "mode"): MODES,
+    (Case, "marks"): MARKS,
     (Check, "arm"): ARMS,
     (Timing, "arm"): ARMS,
 }
@@ -260,10 +289,11 @@ def _read(kind: Any, given: Any, place: str) -> Any:
     names = [f.name for f in fields(kind)]
     if not isinstance(given, dict):
         raise _refuse(place, given, f"an object with {', '.join(names)}")
-    if set(given) != set(names):
+    later = {f.name: f.default for f in fields(kind) if f.default is not MISSING}  # older files lack them
+    if set(given) | later.keys() != set(names):
         raise _refuse(f"the list of keys of {place}", sorted(given), f"exactly {', '.join(names)}")
     hints = typing.get_type_hints(kind)
-    values = {name: _read(hints[name], given[name], f"{place}.{name}") for name in names}
+    values = {name: _read(hints[name], (later | given)[name], f"{place}.{name}") for name in names}
     for name, value in values.items():
         allowed = _ALLOWED.get((kind, name))
         if allowed is not None and value not in allowed:

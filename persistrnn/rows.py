@@ -70,7 +70,8 @@ def shape(case: Case) -> str:
     parts = [printable(case.cell, 16), f"H={case.hidden}", f"B={case.batch}", f"T={case.steps}"]
     parts += [f"I={case.input}"] if case.input else []
     parts += [f"L={case.layers}"] if case.layers != 1 else []
-    return " ".join(parts + ["D=2"] * case.bidirectional)
+    parts += ["D=2"] * case.bidirectional
+    return " ".join(parts + [case.marks] * bool(case.marks))
 
 
 def printable(text: str, length: int) -> str:

@@ -117,10 +117,14 @@ def backward(
         for t in range(steps) if k else reversed(range(steps)):
             before: Tiles = tuple(s[t + 1 + back] for s in states_k)
             mark = None if marks is None else marks[t, :, k].unsqueeze(-1)
+            saved_t = saved_k[t].unbind(1)
             if mark is not None:
                 before = tuple(torch.where(mark == BEGINS, s[last], b) for s, b in zip(states_k, before, strict=True))
+                before, saved_t = (  # a NaN in a row that skips the step would be 0 * NaN in the derivative of this
+                    tuple(torch.where(mark == SKIPPED, 0.0, x) for x in tiles) for tiles in (before, saved_t)
+                )
             d = _plus(_plus(d, given_k, t), d_states_k, t + 1)
-            dx, dr, d_before = CELLS[cell](d, saved_k[t].unbind(1), d_saved_k[t].unbind(1), before)
+            dx, dr, d_before = CELLS[cell](d, saved_t, d_saved_k[t].unbind(1), before)
             if mark is not None:
                 dx, dr = (tuple(torch.where(mark == SKIPPED, 0.0, x) for x in tiles) for tiles in (dx, dr))
                 d_before = tuple(torch.where(mark == SKIPPED, x, b) for x, b in zip(d, d_before, strict=True))

@@ -29,6 +29,12 @@ def marks(active: Tensor | None, resets: Tensor | None, directions: int) -> Tens
     return found if active is None else torch.where(active.unsqueeze(2), found, SKIPPED).to(torch.uint8)
 
 
+def without_skipped(y: Tensor, marks: Tensor | None) -> Tensor:
+    """A layer's output [..., T, B, features] as the next one reads it: zeros where a row skips the step, as marks
+    [T, B, D] say. There the state repeats, and may be a NaN that nobody read: 0 * NaN in the weights' gradient."""
+    return y if marks is None else torch.where(marks[:, :, :1] == SKIPPED, 0.0, y)
+
+
 def first_steps(active: Tensor, directions: int) -> Tensor:
     """The first step of each row in each direction: bool [T, B, D]."""
     runs = [active, active.flip(0)][:directions]

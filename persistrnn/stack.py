@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persistrnn import autograd, chunked, ops, reference, segments, stepwise, tracing
-from persistrnn.door import Cuts, Options, Stack
+from persistrnn.door import Cuts, Stack
+from persistrnn.options import Options
 from persistrnn.phases import INPUT_GEMM, phase
 
 
@@ -84,8 +85,9 @@ def run(
                 autograd.recurrent, precision=precision, return_c=return_c, cell_dtype=options.cell_dtype
             )
         elif options.save != "gates":
-            sizes = stack.hidden_size, x.size(1) or 1, stack.directions, x.element_size()
-            recurrence = chunked.again_in_chunks(recurrence, ops.chunk_steps(options.save, stack.cell, *sizes))
+            sizes = stack.hidden_size, x.size(1) or 1, stack.directions, x.element_size(), x.size(0)
+            chunk = ops.chunk_steps(options.save, stack.cell, *sizes, False)
+            recurrence = chunked.again_in_chunks(recurrence, chunk)
         result = _layers(stack, x, weights, states, cuts, marks, options, recurrence)
     y, c, finals = result
     if active is not None:
@@ -100,9 +102,12 @@ def _chunk(stack: Stack, x: Tensor, options: Options) -> int:
     """Steps of the chunks of time that a call runs in; 0: it runs as a whole."""
     if x.size(1) == 0 or stack.proj_size:
         return 0
-    sizes = stack.hidden_size, x.size(1), stack.directions, x.element_size()
-    chunk = ops.chunk_steps(options.save, stack.cell, *sizes)
-    return chunk if options.save != "gates" or x.size(0) > chunk else 0
+    sizes = stack.hidden_size, x.size(1), stack.directions, x.element_size(), x.size(0)
+    chunk = ops.chunk_steps(options.save, stack.cell, *sizes, True)
+    if options.save != "gates":
+        return chunk
+    # An exported program may hold no condition on T: there it is one launch.
+    return chunk if not torch.compiler.is_exporting() and x.size(0) > chunk else 0
 
 
 def may_wave(options: Options, dtype: torch.dtype, proj_size: int, precision: str) -> bool:
@@ -120,8 +125,8 @@ def _matmul_precision() -> str:
 
 
 def _waves(stack: Stack, x: Tensor, others: Sequence[Tensor], options: Options, precision: str) -> bool:
-    """Whether it does: where that is predicted to win. The interpreter's programs cannot wait for each other."""
-    if not may_wave(options, x.dtype, stack.proj_size, precision) or x.size(1) == 0 or x.device.type == "cpu":
+    """Whether it does: where that is predicted to win."""
+    if not may_wave(options, x.dtype, stack.proj_size, precision) or x.size(1) == 0:
         return False
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
     sizes = stack.hidden_size, stack.num_layers, x.size(1), x.size(0)
@@ -167,6 +172,8 @@ def _layers(
     directions = stack.directions
     y, c, finals = x, None, []
     for layer in range(stack.num_layers):
+        if layer > 0 and cuts.active is not None:
+            y = segments.without_skipped(y, marks)
         if layer > 0 and options.active_dropout > 0:
             y = F.dropout(y, options.active_dropout)
         rows = slice(layer * directions, (layer + 1) * directions)
@@ -203,6 +210,8 @@ def _in_chunks(
     together = 1 if between or options.save != "checkpoint" else stack.num_layers
     y, c, finals = x, None, []
     for layer in range(0, stack.num_layers, together):
+        if layer > 0 and cuts.active is not None:
+            y = segments.without_skipped(y, marks)
         if layer > 0 and options.active_dropout > 0:
             y = F.dropout(y, options.active_dropout)
         rows = slice(layer * stack.directions, (layer + together) * stack.directions)

@@ -52,7 +52,10 @@ def _(cell: str, resets: int, marks: Tensor | None, tensors: list[Tensor]) -> li
     h0 = tensors[3]
     y = h0.new_empty(steps, batch, directions * h0.shape[-1])
     found = [y, h0.new_empty(h0.shape)]
-    return found if cell == "gru" else [*found, h0.new_empty(h0.shape), torch.empty_like(y)]
+    if cell == "gru":
+        return found
+    c0 = tensors[4]
+    return [*found, c0.new_empty(c0.shape), c0.new_empty(y.shape)]
 
 
 @torch.library.custom_op("persistrnn::stepwise_backward", mutates_args=())

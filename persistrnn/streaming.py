@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from persistrnn import door
 from persistrnn.modules import GRU, LSTM
+from persistrnn.options import check_flag
 
 
 class Streaming(nn.Module):
@@ -27,7 +29,7 @@ class Streaming(nn.Module):
             belongs to the stream, not to the model
 
     Raises:
-        TypeError: a layer of another type
+        TypeError: a layer of another type, a state that is none
         ValueError: a bidirectional layer, which needs the whole sequence
     """
 
@@ -43,6 +45,7 @@ class Streaming(nn.Module):
                 "a bidirectional layer has no stream: its second direction begins at the sequence's end; "
                 "use bidirectional=False"
             )
+        check_flag("detach", detach)
         self.layer = layer
         self.detach = detach
         self.state: Any = None
@@ -67,34 +70,51 @@ class Streaming(nn.Module):
             TypeError: rows that are no tensor
             ValueError: rows of another dtype or size
         """
-        if rows is not None and not isinstance(rows, Tensor):
-            raise TypeError(f"rows is a bool tensor [B], got {type(rows).__name__}; use torch.tensor(rows)")
-        if rows is None or self.state is None:
+        if rows is None:
             self.state = None
             return
-        states = self.state if isinstance(self.state, tuple) else (self.state,)
-        batch = states[0].shape[1:-1]
-        if rows.dtype != torch.bool or rows.shape != batch:
-            raise ValueError(
-                f"rows is a bool tensor of size {tuple(batch)}, one for each row of the batch, got {rows.dtype} of "
-                f"size {tuple(rows.shape)}; reset() without rows resets all"
-            )
+        states = self._states()
+        rows = door.read_rows(rows, states)
+        if not states:
+            return
         kept = tuple(torch.where(rows.unsqueeze(-1), 0.0, s) for s in states)
-        self.state = kept if isinstance(self.state, tuple) else kept[0]
+        self.state = kept if len(kept) > 1 else kept[0]
+
+    def _states(self) -> list[Tensor]:
+        """What ``state`` holds, which anyone may set, as a list."""
+        if self.state is None:
+            return []
+        states = door.state_tensors(self.layer.mode.lower(), self.state, "state")
+        if any(s.dtype not in door.FLOATS for s in states):
+            raise RuntimeError(
+                f"state is of torch.float16, torch.bfloat16, torch.float32 or torch.float64, got {states[-1].dtype}; "
+                "convert it to the layer's dtype"
+            )
+        if any(s.dim() not in (2, 3) or s.shape[:-1] != states[0].shape[:-1] for s in states):
+            sizes = ", ".join(str(tuple(s.shape)) for s in states)
+            raise RuntimeError(
+                f"state is [L, B, features], or [L, features] unbatched, got {sizes}; set what a call of the layer "
+                "returned, or None"
+            )
+        return states
 
     def _initial(self) -> Any:
         """The state, as a copy where a gradient may be asked for of what was computed in inference mode."""
-        if self.state is None or torch.is_inference_mode_enabled():
+        states = self._states()
+        if torch.is_inference_mode_enabled() or not any(s.is_inference() for s in states):
             return self.state
         return tree_map(lambda s: s.clone() if s.is_inference() else s, self.state)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Streaming":
         """The state goes where the parameters go: .to(), .cuda(), .double()."""
+        states = self._states()
         super()._apply(fn, recurse)
-        self.state = tree_map(fn, self.state)
+        if states:
+            self.state = tree_map(fn, self.state)
         return self
 
     def _keep(self, state: Any) -> None:
+        check_flag("detach", self.detach)
         if self.detach:
             state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
         self.state = state

@@ -4,6 +4,10 @@ Eager, a call is one call of torch's function for the whole stack: torch.nn's re
 GPU every layer is a call of its own: cuDNN would draw masks that no other path of ours could draw from the same seed.
 Under `torch.compile` that function would break the graph, so there every layer is one operator, and the dropout
 between the layers is traced.
+
+Under autocast on a CPU, torch.nn.LSTM asks oneDNN for an LSTM in autocast's dtype, which not every CPU has (bfloat16
+wants avx512, float16 more), and fails where there is none. Given its input in that dtype, ATen looks for itself whether
+oneDNN can, and else runs a loop of its own. So an LSTM runs on every CPU, and has one dtype on all of them.
 """
 
 import contextlib
@@ -132,7 +136,7 @@ def _in_chunks(
         y, *after = checkpoint(
             call, x, sizes_of_part, *going_on, *weights, use_reentrant=False, preserve_rng_state=draws
         )
-        states = [torch.cat([new, s[:, rows:]], 1) for new, s in zip(after, states, strict=True)]
+        states = [torch.cat([new, s[:, rows:].to(new.dtype)], 1) for new, s in zip(after, states, strict=True)]
         outputs.append(y)
     return [torch.cat(outputs), *states]
 
@@ -149,9 +153,16 @@ def _eager(
     hx = tuple(states) if cell == "lstm" else states[0]
     # Only on a GPU can the warning come, and catching it costs time and changes a setting of the whole process.
     with _no_flat_weight_warning() if input.is_cuda else _NOTHING:
-        if batch_sizes is None:
-            return list(FUNCTIONS[cell](input, hx, list(weights), *options, batch_first))
-        return list(FUNCTIONS[cell](input, batch_sizes, hx, list(weights), *options))
+        given = [input, hx] if batch_sizes is None else [input, batch_sizes, hx]
+        how = (*options, batch_first) if batch_sizes is None else options
+        autocast = autocast_dtype(input)
+        if autocast is None or input.device.type != "cpu":
+            return list(FUNCTIONS[cell](*given, list(weights), *how))
+        dtypes = output_dtypes(cell, input, states, autocast)
+        if cell == "lstm" and input.dtype != torch.float64:
+            given[0] = input.to(autocast)
+        outputs = FUNCTIONS[cell](*given, list(weights), *how)
+        return [t.to(dtype) for t, dtype in zip(outputs, dtypes, strict=True)]
 
 
 def _layer(
@@ -212,7 +223,7 @@ def _operator(
     weights: Sequence[Tensor],
 ) -> Sequence[Tensor]:
     """One layer as an operator."""
-    fixed = cell, bias, bidirectional, autocast, _output_dtype(cell, input, states[0], autocast)
+    fixed = cell, bias, bidirectional, autocast
     tensors = _distinct([input, *states, *weights])
     found: Sequence[Tensor] = (
         _Layer.apply(*fixed, *tensors) if asks_for_gradients(tensors) else layer_forward(*fixed, tensors)
@@ -239,15 +250,27 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def _output_dtype(cell: str, input: Tensor, h0: Tensor, autocast: torch.dtype | None) -> torch.dtype:
-    """The output's dtype, which a compiler must know before the call."""
+def output_dtypes(
+    cell: str, input: Tensor, states: Sequence[Tensor], autocast: torch.dtype | None
+) -> list[torch.dtype]:
+    """Dtypes of the output, of h_n and of an LSTM's c_n: torch.nn's for a batch of equally long rows, on a CPU that has
+    what it asks oneDNN for.
+
+    Args:
+        input: as it came, of which the dtype and the device are read
+        states: as in ``stack``
+        autocast: its dtype, None where it is off
+    """
+    n = 1 + len(states)
     if autocast is None or input.dtype == torch.float64:  # autocast leaves float64 alone
-        return input.dtype
-    if input.device.type == "cpu" and not (cell == "lstm" and autocast == torch.bfloat16):
-        # ATen's CPU loop autocasts its matrix products and keeps the state in its own dtype; only oneDNN's
-        # bfloat16 LSTM, and every GPU path, cast all of it.
-        return torch.promote_types(autocast, h0.dtype)
-    return autocast
+        return [input.dtype] * n
+    projects = cell == "lstm" and states[0].size(-1) != states[1].size(-1)
+    if input.device.type != "cpu" or (cell == "lstm" and not projects):
+        return [autocast] * n
+    # ATen's CPU loop autocasts its matrix products and keeps the states in their own dtype: all but the h that comes
+    # out of a product, the projection.
+    kept = torch.promote_types(autocast, states[-1].dtype)
+    return [autocast, autocast, kept] if projects else [kept] * n
 
 
 def _run_layer(
@@ -304,12 +327,10 @@ def layer_forward(
     bias: bool,
     bidirectional: bool,
     autocast: torch.dtype | None,
-    output_dtype: torch.dtype,
     tensors: list[Tensor],
 ) -> list[Tensor]:
     """One layer on torch's kernels. tensors: input [T, B, I], the states [D, B, H], the layer's weights."""
-    outputs = _run_layer(cell, bias, bidirectional, autocast, False, tensors)
-    return unaliased([output.to(output_dtype) for output in outputs], tensors)
+    return unaliased(_run_layer(cell, bias, bidirectional, autocast, False, tensors), tensors)
 
 
 @layer_forward.register_fake
@@ -318,14 +339,14 @@ def _(
     bias: bool,
     bidirectional: bool,
     autocast: torch.dtype | None,
-    output_dtype: torch.dtype,
     tensors: list[Tensor],
 ) -> list[Tensor]:
     input, states, _ = _split(cell, tensors)
     steps, batch, _ = input.shape
     directions, _, features = states[0].shape
-    y = input.new_empty(steps, batch, directions * features, dtype=output_dtype)
-    return [y, *(s.new_empty(s.shape, dtype=output_dtype) for s in states)]
+    first, *others = output_dtypes(cell, input, states, autocast)
+    y = input.new_empty(steps, batch, directions * features, dtype=first)
+    return [y, *(s.new_empty(s.shape, dtype=dtype) for s, dtype in zip(states, others, strict=True))]
 
 
 @torch.library.custom_op("persistrnn::torch_layer_backward", mutates_args=())
@@ -369,15 +390,13 @@ class _Layer(torch.autograd.Function):
         bias: bool,
         bidirectional: bool,
         autocast: torch.dtype | None,
-        output_dtype: torch.dtype,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        outputs = layer_forward(cell, bias, bidirectional, autocast, output_dtype, list(tensors))
-        return tuple(outputs)
+        return tuple(layer_forward(cell, bias, bidirectional, autocast, list(tensors)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.cell, ctx.bias, ctx.bidirectional, ctx.autocast, _, *tensors = inputs
+        ctx.cell, ctx.bias, ctx.bidirectional, ctx.autocast, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -385,4 +404,4 @@ class _Layer(torch.autograd.Function):
         gradients = layer_backward(
             ctx.cell, ctx.bias, ctx.bidirectional, ctx.autocast, list(ctx.saved_tensors), list(grads)
         )
-        return None, None, None, None, None, *gradients
+        return None, None, None, None, *gradients

@@ -3,8 +3,10 @@
 import functools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from checkout import changes, listing
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -14,6 +16,46 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout")
+
+
+@pytest.fixture(scope="session")
+def checkout_before() -> list[dict[str, int]]:
+    """What lay in the checkout when the test before ended, and before the first one."""
+    return [listing()]
+
+
+@pytest.fixture(scope="session")
+def working_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Empty; a test that leaves something there needs the next one."""
+    return [tmp_path_factory.mktemp("working")]
+
+
+@pytest.fixture(autouse=True)
+def outside_the_checkout(
+    request: pytest.FixtureRequest,
+    checkout_before: list[dict[str, int]],
+    working_folders: list[Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[None]:
+    """A test works in an empty folder, and fails if it leaves something in the checkout. Not on a GPU, where `make gpu`
+    keeps its results while the tests run."""
+    if request.node.get_closest_marker("gpu"):
+        yield
+        return
+    if os.listdir(working_folders[-1]):
+        working_folders.append(tmp_path_factory.mktemp("working"))
+    before = os.getcwd()
+    os.chdir(working_folders[-1])
+    yield
+    os.chdir(before)
+    earlier, now = checkout_before[0], listing()
+    checkout_before[:] = [now]
+    if earlier != now:
+        pytest.fail(
+            "left in the checkout, by this test (with -n perhaps by one that another worker runs: -n 0 tells) or by "
+            f"something else meanwhile: {', '.join(changes(earlier, now))}; a test writes to its tmp_path",
+            pytrace=False,
+        )
 
 
 @pytest.fixture

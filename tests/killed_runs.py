@@ -28,7 +28,7 @@ def begin(out):
     child = os.fork()
     if not child:
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-            os._exit(program.main([*arguments, *resume, "--out", out, "--save-seconds", "0"]))
+            os._exit(program.main([*arguments, *resume, "--output", out, "--save-seconds", "0"]))
     return child
 
 started = time.monotonic()
@@ -58,8 +58,7 @@ def kill_at_random(module: str, arguments: list[str], whole: Path, killed: Path,
     seed = random.randrange(2**32)
     done = subprocess.run(
         [sys.executable, "-c", KILLER, module, str(seed), str(least), str(whole), str(killed), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=240,
@@ -118,8 +117,7 @@ def two_processes(module: str, *jobs: list[str], path: Path = ROOT) -> str:
     as two processes that share it. Returns what they and, after each job, their statuses print."""
     done = subprocess.run(
         [sys.executable, "-c", TWO, module, json.dumps(jobs)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         timeout=240,

@@ -1,5 +1,6 @@
 """The audit's command: which kernels it reads, how it resumes, what it prints and keeps."""
 
+import concurrent.futures
 import csv
 import dataclasses
 import json
@@ -164,10 +165,105 @@ def test_bad_arguments_are_refused(arguments, message, monkeypatch, capsys, tmp_
     assert "usage: persistrnn audit" in err
 
 
-@pytest.mark.parametrize(("given", "said"), [([], "got nothing"), (["train"], "got 'train'")])
-def test_an_unknown_command_is_refused(given, said, tmp_path):
-    done = command(*given, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert said in done.stderr
-    assert "COMMAND must be one of: audit" in done.stderr
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        audit_table.main(list(map(str, arguments)))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def nothing_compiles(monkeypatch):
+    monkeypatch.setattr(audit_table, "run", lambda *_: pytest.fail("the files were not checked first"))
+
+
+OTHERS = {
+    "results.json": json.dumps({"provenance": {}, "checks": []}, indent=1),
+    "one-line.json": json.dumps({"provenance": {}}),
+    "list.json": "[]",
+    "table.csv": "cell,hidden,batch\nlstm,4,4\n",
+    "notes.txt": "kernel of truth\n",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.usefixtures("nothing_compiles")
+def test_files_of_another_kind_are_refused_and_left_alone(name, tmp_path, capsys):
+    path = tmp_path / name
+    path.write_text(OTHERS[name])
+    message = f"argument --resume: {str(path)!r} given, and its line 1 is no row of an audit; allowed: a new file"
+    assert message in refused(capsys, "--resume", path)
+    message = f"argument --output: {str(path)!r} given, and it is no table of an audit; allowed: a new file"
+    assert message in refused(capsys, "--output", path)
+    assert path.read_text() == OTHERS[name]
+    assert [one.name for one in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("option", ["--resume", "--output"])
+@pytest.mark.usefixtures("nothing_compiles")
+def test_files_that_cannot_be_written_are_refused(option, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for given, why in {
+        tmp_path: "Is a directory",
+        tmp_path / "file" / "below": "Not a directory",
+        tmp_path / ("a" * 300): "File name too long",
+        Path("/proc/new/audit"): "No such file or directory",  # where not even root makes a file
+    }.items():
+        message = refused(capsys, option, given)
+        assert f"argument {option}: {str(given)!r} given, and it cannot be written ({why}); allowed: a file" in message
+
+
+@pytest.mark.usefixtures("nothing_compiles")
+def test_one_file_cannot_be_both(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "are two files" in refused(capsys, "--resume", tmp_path / "audit", "--output", "audit")
+
+
+@pytest.mark.parametrize("row", ["lstm,many,4", "lstm,4,0", "lstm,4", "gru,-1,4"])
+@pytest.mark.usefixtures("nothing_compiles")
+def test_a_row_without_sizes_is_refused(row, tmp_path, capsys):
+    path = tmp_path / "shapes.csv"
+    path.write_text(f"cell,hidden,batch\nrnn,0,0\n{row}\n")
+    assert "allowed for hidden and batch: integers of at least 1" in refused(capsys, "--workloads", path)
+
+
+def test_a_table_of_another_run_is_replaced_and_its_rows_go_on(monkeypatch, tmp_path, capsys):
+    resume, output = tmp_path / "new" / "audit.jsonl", tmp_path / "audit.csv"
+    audit_table.write([row(H=7)], output)
+    monkeypatch.setattr(audit_table, "run", lambda *_: [row()])
+    arguments = ["--hidden", "64", "--resume", str(resume), "--output", str(output)]
+    assert audit_table.main(arguments) == 0
+    assert output.read_text().splitlines()[1].startswith("gru forward,bf16,64,")
+    assert not resume.parent.exists(), "checked, and nothing made"
+
+
+def test_a_row_below_an_unfinished_line_is_found_again(monkeypatch, tmp_path):
+    class Pool:
+        def __init__(self, *_, **__):
+            self.submit = lambda function, *given: done(function(*given))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+    def done(value):
+        future = concurrent.futures.Future()
+        future.set_result(value)
+        return future
+
+    monkeypatch.setattr(audit_table.concurrent.futures, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(audit_table, "attempt", lambda case: row(H=case.hidden))
+    path, case = tmp_path / "audit.jsonl", Case("gru", False, "bf16", 64, "sm_90", 16)
+    entry = json.dumps({"key": "a", "row": dataclasses.asdict(row())})
+    path.write_text(entry[:-20])
+    assert audit_table.run({"b": case}, 1, path) == [row()]
+    assert audit_table.kept(path) == {"b": row()}
+
+
+def test_rows_of_another_version_are_not_taken(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    other = dataclasses.asdict(row()) | {"surplus": 1}
+    path.write_text(json.dumps({"key": "a", "row": other}) + "\n")
+    assert audit_table.kept(path) == {}

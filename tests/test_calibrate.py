@@ -80,6 +80,7 @@ def test_two_directions_are_kept_apart() -> None:
     [
         timing(replace(ROW, layers=2)),
         timing(replace(ROW, input=0)),
+        timing(replace(ROW, marks="lengths")),
         timing(replace(ROW, cell="other")),
         timing(ROW, "torch-best"),
         timing(ROW, "torchrl"),

@@ -31,7 +31,7 @@ FLOORS = (
     ("persistrnn.chunks",),
     ("persistrnn.autograd", "persistrnn.door", "persistrnn.stepwise"),
     ("persistrnn.ops", "persistrnn.torch_path"),
-    ("persistrnn.mapping", "persistrnn.phases", "persistrnn.reference", "persistrnn.second"),
+    ("persistrnn.mapping", "persistrnn.options", "persistrnn.phases", "persistrnn.reference", "persistrnn.second"),
     ("persistrnn.segments", "persistrnn.tracing"),
     ("persistrnn.kernels.audit_table", "persistrnn.kernels.outlook", "persistrnn.kernels.plan_command"),
     ("persistrnn.kernels.audit", "persistrnn.kernels.reasons"),
@@ -152,7 +152,10 @@ def test_kernels_import_kernels_only() -> None:
 
 
 # Benchmarks that measure the kernels themselves, and not what users call.
-NAMES = ("arms", "calibrate", "gpu", "micro", "micro_kernels", "race", "stress", "test_host", "tune")
+NAMES = (
+    "arms", "calibrate", "compile_first", "first_steps", "gpu", "micro", "micro_kernels", "race", "smoke", "stress",
+    "test_host", "tune",
+)  # fmt: skip
 MEASURE_KERNELS = {f"bench/{name}.py" for name in NAMES}
 
 

@@ -74,7 +74,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rase"], "PART must be of correctness, stress, micro, race, tune, got 'rase'"),
+        (["rase"], "PART must be of correctness, stress, micro, race, tune, or first alone, got 'rase'"),
         (["race", "--minutes", "0"], "--minutes must be above 0 and at most 60, got 0.0"),
         (["--minutes", "61"], "--minutes must be above 0 and at most 60, got 61.0"),
         (["--minutes", "nan"], "--minutes must be above 0 and at most 60, got nan"),
@@ -340,6 +340,12 @@ def test_stress_without_time(path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "out of time before one" in capsys.readouterr().out
 
 
+def test_deadline(path: Path) -> None:
+    before = time.monotonic()
+    deadline = run_of(path, minutes=2.0).deadline()
+    assert before <= deadline - 120 <= time.monotonic()
+
+
 # Micro and tune
 
 
@@ -353,15 +359,16 @@ def test_micro_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     def measure(
         keep: Callable[[Micro], None], done: set[object], device: torch.device, progress: object, deadline: float
     ) -> list[str]:
-        seen.update(done=done, device=device, left=deadline - time.monotonic())
+        seen.update(done=done, device=device, deadline=deadline)
         keep(Micro("barrier", 7, 0, 1.0, 1.0, 1.0, "us", 3))
         return ["launch", "memory"]
 
+    monkeypatch.setattr(gpu.Run, "deadline", lambda run: 17.0)
     monkeypatch.setattr(micro, "measure", measure)
     assert gpu.micro_part(run)
     assert seen["done"] == {("first call", 1, 0), ("l2", 7, 4096)}
     assert seen["device"] == CPU
-    assert seen["left"] == pytest.approx(120, abs=5)
+    assert seen["deadline"] == 17.0
     assert [entry.name for entry in load(path).micro] == ["first call", "l2", "barrier"]
     assert "micro: out of time before launch, memory" in capsys.readouterr().out
 
@@ -394,14 +401,15 @@ def test_tune_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def tuned(
         keep: Callable[[Tuning], None], done: set[object], device: torch.device, progress: object, deadline: float
     ) -> list[str]:
-        seen.update(done=done, left=deadline - time.monotonic())
+        seen.update(done=done, deadline=deadline)
         keep(Tuning(CASE, True, "U=16", False, 1.0, 2.0))
         return ["one", "two"]
 
+    monkeypatch.setattr(gpu.Run, "deadline", lambda run: 17.0)
     monkeypatch.setattr(tune, "tune", tuned)
     assert gpu.tune_part(run)
     assert seen["done"] == {(CASE.key, True, "U=8")}
-    assert seen["left"] == pytest.approx(120, abs=5)
+    assert seen["deadline"] == 17.0
     assert [entry.choice for entry in load(path).tuning] == ["U=8", "U=16"]
     assert "tune: out of time before 2 choices" in capsys.readouterr().out
 

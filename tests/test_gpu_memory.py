@@ -74,7 +74,7 @@ def test_predicted_bytes_are_those_that_are_allocated(cell, layers, save):
     layer = layer_of(cell, hidden, hidden, layers, save=save)
     x = torch.randn(steps, batch, hidden, device=DEVICE, dtype=torch.bfloat16)
     of = ops.layers(cell, hidden, hidden, layers, 1, torch.bfloat16, None, False)
-    chunk = memory.chunk_steps(save, ops.GATES[cell], hidden, batch, 1, 2)
+    chunk = memory.chunk_steps(save, ops.GATES[cell], hidden, batch, 1, 2, steps)
     peak = memory.peak(save, of, batch, steps, chunk, False)
     assert peak_of(layer, x) == pytest.approx(peak, rel=0.1)
 

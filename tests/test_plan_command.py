@@ -100,7 +100,7 @@ def test_text_of_every_workload_adds_up(table: str) -> None:
     assert len(shapes) >= {"deepbench": 60, "flashrnn": 8, "models": 15}[table]
     for cell, hidden, batch, directions in shapes:
         found = plan(shape(cell), hidden, batch, directions, "bf16", named("h200"))
-        check_text(as_text(found, shape(cell), "for a test"), found)
+        check_text(as_text(found, shape(cell), 1024, "for a test"), found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,11 +119,11 @@ def test_text_for_every_device_and_dtype(capsys: pytest.CaptureFixture[str], dev
 def test_the_models_error_is_printed_where_there_are_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = shape("lstm")
     found = plan(cell, 1024, 16, 1, "bf16", DEVICES["h200"])
-    assert "measured over predicted" not in as_text(found, cell, "a test")
+    assert "measured over predicted" not in as_text(found, cell, 1024, "a test")
     steps = [Step("lstm", 1024, 16, 1, "bf16", False, "persistent", us) for us in (2.0, 4.0, 9.0)]
     errors = tuple(Error(step, predicted=2.0) for step in steps)
     monkeypatch.setattr(plan_command.forecast, "errors", lambda cell, hardware: errors)
-    text = as_text(found, cell, "a test")
+    text = as_text(found, cell, 1024, "a test")
     assert (
         "Against 3 measured steps of the lstm on h200, measured over predicted is 1.00 to 4.50, in the middle 2.00."
         in text
@@ -136,7 +136,7 @@ def test_measured_numbers_are_named(tmp_path: Path) -> None:
         json.dumps({"provenance": provenance, "constants": {"exchange": 0.5}, "steps": []})
     )
     found = plan(shape("gru"), 64, 1, 1, "bf16", corrected(DEVICES["h200"], tmp_path))
-    text = as_text(found, shape("gru"), "for a test")
+    text = as_text(found, shape("gru"), 1024, "for a test")
     assert "Measured, in the record of h200: exchange.\n" in text + "\n"
     assert "Assumed in the record of h200: barrier, launch." in text
 
@@ -335,3 +335,28 @@ def test_reader_may_leave_early() -> None:
     command = f"{sys.executable} -m persistrnn plan {' '.join(SMALL)} | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, cwd=WORKLOADS)
     assert done.stderr == ""
+
+
+def test_a_plan_that_is_expected_to_spill_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    for hidden in ("2460", "26750"):
+        status, out, err = call(capsys, "--cell", "gru", "--hidden", hidden, "--device", "h200")
+        assert (status, err) == (0, "")
+        assert re.search(r"spills: about \d+ registers per thread are needed, and there are \d+", out)
+    assert "spills" not in call(capsys, *SMALL)[1]
+
+
+@pytest.mark.parametrize(("hidden", "path"), [("1024", "the kernels"), ("2048", "torch's own path")])
+def test_what_auto_takes(capsys: pytest.CaptureFixture[str], hidden: str, path: str) -> None:
+    arguments = ("--cell", "lstm", "--hidden", hidden, "--batch", "64", "--device", "h200", "--steps", "64")
+    _, out, _ = call(capsys, *arguments)
+    told = json.loads(call(capsys, *arguments, "--json")[1])
+    for name, one in told["auto"].items():
+        assert one["path"] == path
+        assert (one["persistent"] < one["torch"]) == (path == "the kernels")
+        assert (
+            f'backend="auto" takes {path} in {name}: {one["persistent"]:.2f} us per step on the kernels, '
+            f"{one['torch']:.2f} on torch's own path (predicted)"
+        ) in out
+    needs = {mode: told["memory_bytes"][mode]["needed"] for mode in ("gates", "state", "checkpoint")}
+    assert needs["gates"] < needs["state"], "of 64 steps, one chunk"
+    assert f"at T = {told['memory_bytes']['steps']}, by what is kept" in out

@@ -20,8 +20,8 @@ from persistrnn.profiling import progress as profile_progress
 from persistrnn.profiling import run as profile_run
 from persistrnn.profiling.measure import measure
 from persistrnn.profiling.progress import Bar, MissingTqdm
-from persistrnn.profiling.record import Settings
-from persistrnn.profiling.subject import OURS, TORCH, Sizes, load
+from persistrnn.profiling.record import Point, Profile, Settings, machine
+from persistrnn.profiling.subject import OURS, TORCH, Call, Sizes, load
 from persistrnn.profiling.trace import ORDER
 
 SIZES = Sizes("lstm", 6, 8, 2, False, 3, "fp32", "cpu")
@@ -132,7 +132,31 @@ def test_page_is_sound(report):
         assert "nan" not in drawing.lower().split("aria-label")[0]
     assert {"CPU" in text for text in re.findall(r"<text[^>]*>([^<]*measured[^<]*)</text>", page)} == {True, False}
     # Measured and predicted stand under different heads, and cards of predictions look different.
-    assert re.search(r'<div class="predicted"><dt>a step on h200, fp32, predicted', page)
+    assert '<div class="predicted"><dt><b>h200, fp32, predicted</b> per time step' in page
+    # Each card says whose its number is.
+    cards = re.findall(r"<dt><b>(.*?)</b>", page)
+    assert len(cards) == 6
+    assert all(re.match(r"persistrnn, (T\xa0=\xa0\d|extrapolated)|h200", whose) for whose in cards), cards
+
+
+def test_equal_curves_are_both_seen(monkeypatch):
+    """The first arm is drawn wider than the second, over it; a logarithmic axis says so."""
+    drawn = []
+    monkeypatch.setattr(profile_page.profile_plots, "_finish", lambda figure, *_: drawn.append(figure))
+    calls = [Call("lstm", 4, 4, 1, 1, 8, 2, "fp32", "torch")]
+    points = [
+        Point(arm, steps, "", steps, steps / 8, steps / 9, steps / 7, 2, 10, steps, calls=calls)
+        for arm in (OURS, TORCH)
+        for steps in (8, 16)
+    ]
+    profile_page.profile_plots.against_steps(Profile("a layer", machine("cpu"), Settings("none", 2, 1, 1.0), points))
+    for axes in drawn[0].axes:
+        first, second = (next(line for line in axes.lines if line.get_color() == c) for c in ("#4477AA", "#EE6677"))
+        assert first.get_linewidth() > 2 * second.get_linewidth()
+        assert (first.get_markerfacecolor(), first.get_alpha() < 1) == ("none", True)
+        assert first.get_zorder() <= second.get_zorder()
+        for axis, label in (("x", axes.get_xlabel()), ("y", axes.get_ylabel())):
+            assert (getattr(axes, f"get_{axis}scale")() == "log") == label.endswith("(log)")
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

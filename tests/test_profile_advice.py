@@ -4,12 +4,16 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from persistrnn import ops
 from persistrnn.profiling import advice as profile_advice
+from persistrnn.profiling import page, tables
 from persistrnn.profiling.advice import RULES, advice
 from persistrnn.profiling.record import NO_KERNELS, UNTRACED, Machine, Point, Profile, Settings
 from persistrnn.profiling.subject import Call
 from persistrnn.profiling.trace import Phase
+from persistrnn.tables import number
 
 GPU = Machine("cuda", "NVIDIA H200", 140 << 30, 8, False, "2.13", "3.9.0", "3.11", "2026-01-31")
 CPU = Machine("cpu", "CPU: some", 16 << 30, 2, False, "2.13", "3.9.0", "3.11", "2026-01-31")
@@ -113,7 +117,15 @@ def test_memory():
     assert found.startswith(
         "64 KiB per token: about T = 143,000 fits in 140.0 GiB (extrapolated from what was measured)"
     )
-    assert found.endswith('; save="checkpoint" keeps less.')
+    of = ops.layers("lstm", 512, 512, 1, 1, torch.bfloat16, None, False)
+    gates, checkpoint = (
+        ops.needed_bytes(save, of, 16, 2048, torch.bfloat16, on_kernels=True) for save in ("gates", "checkpoint")
+    )
+    assert found.endswith(
+        f'; at T = 2,048 save="checkpoint" is predicted to need {number(checkpoint / 2**20)} MiB in the recurrent '
+        f'layers, where save="gates" needs {number(gates / 2**20)}.'
+    )
+    assert "save=" not in said("memory", point(100, 1, peak=1 << 30)), "where one chunk holds all steps"
     points[-1].calls[0] = dataclasses.replace(points[-1].calls[0], save="checkpoint")
     assert "save=" not in said("memory", *points)
     failed = Point("persistrnn", 1 << 20, "out of memory")
@@ -138,14 +150,26 @@ def test_untraced():
     assert said("untraced", point(64, 1), dataclasses.replace(point(512, 1), untraced=UNTRACED)) == ""
 
 
+def test_a_peak_is_one_number_in_the_table_and_on_the_page():
+    found = profile(point(512, 1.0, peak=3 << 20), point(1024, 2.0, peak=6 << 20))
+    card = next(card for card in page.cards(found) if card.what.startswith("peak memory"))
+    table = tables.summary(found)
+    row = dict(zip((column.name for column in table.columns), table.rows[-1].cells, strict=True))
+    assert (card.value, row["peak MiB"], row["of it held MiB"]) == ("7.000", "7.000", "1.000")
+
+
 def test_compared():
     theirs = {"arm": "torch.nn", "path": "torch.nn"}
     found = said(
         "compared", point(64, 1), point(512, 2.0, peak=3), point(64, 9, **theirs), point(512, 5.0, peak=4, **theirs)
     )
-    assert found == "persistrnn is 2.50 times as fast as torch.nn at T = 512; persistrnn needs 25% less memory."
+    assert (
+        found == "persistrnn is 2.50 times as fast as torch.nn at T = 512; persistrnn needs 25% less memory per token."
+    )
     found = said("compared", point(512, 2.0, peak=5), point(512, 1.0, peak=4, **theirs))
-    assert found == "torch.nn is 2.00 times as fast as persistrnn at T = 512; persistrnn needs 25% more memory."
+    assert (
+        found == "torch.nn is 2.00 times as fast as persistrnn at T = 512; persistrnn needs 25% more memory per token."
+    )
     found = said("compared", point(512, 2.0, path="torch", spread=0.1), point(512, 2.3, **theirs))
     assert found == (
         "persistrnn and torch.nn take the same time within the spread at T = 512. Both ran torch's own kernels: what "

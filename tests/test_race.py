@@ -428,3 +428,38 @@ def test_skipped_keeps_the_prediction() -> None:
     found = race.skipped(CASE, "xma", "not today", hardware)
     assert (found.skipped, found.microseconds, found.rounds, found.tflops) == ("not today", 0.0, 0, 0.0)
     assert (found.predicted, found.floor, found.plan) == race.expectation(CASE, hardware)
+
+
+# Rows with marks
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("marks", ["lengths", "resets"])
+def test_rows_with_marks_are_held_to_torch_nn(cell: str, marks: str) -> None:
+    """Their truth is torch.nn's, cut by hand. With the marks persistrnn keeps the bound, without them it does not."""
+    of = replace(CASE, cell=cell, marks=marks, batch=5, steps=9)
+    found = Truth(of, CPU)
+    options = {"bidirectional": False, "backend": "torch"}
+    module = arms.OURS[cell](of.input, of.hidden, **options)
+    given = {marks: arms.MARKS[marks](of)}
+    for marked, ok in ((given, True), ({}, False)):
+        runner = arms._module(module, found.parameters, of.dtype, lambda: "", lambda x, m=marked: module(x, **m)[0])
+        assert found.check("persistrnn", runner).ok is ok
+
+
+def test_marks_are_of_several_kinds_of_rows() -> None:
+    of = replace(CASE, batch=4, steps=8)
+    assert arms.lengths(of).tolist() == [8, 7, 6, 5]
+    assert [row.nonzero().flatten().tolist() for row in arms.resets(of).T] == [[4], [2], [4], [2]]
+    assert arms.lengths(replace(of, steps=1)).tolist() == [1, 1, 1, 1]
+
+
+def test_arms_that_have_marks() -> None:
+    lengths, resets = (replace(CASE, marks=marks) for marks in ("lengths", "resets"))
+    made = Truth(lengths, CPU)
+    assert made.check("torch", arms.torch_nn(lengths, made.parameters, CPU)).ok
+    with pytest.raises(Skip, match=r"torch\.nn has no resets"):
+        arms.torch_nn(resets, made.parameters, CPU)
+    for name in ("torchrl", "flashrnn", "xma"):
+        with pytest.raises(Skip, match=r"lengths are raced against torch\.nn only"):
+            ARMS[name](lengths, made.parameters, CPU)

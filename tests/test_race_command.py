@@ -221,8 +221,9 @@ def test_an_arm_that_does_not_run_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize("minutes", [0.0, 1.0])
 def test_nothing_begins_after_the_deadline(minutes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    before = time.monotonic()
     recorder = conftest.opened(options(minutes=minutes, results=tmp_path / "results.json"))
-    assert recorder.deadline == pytest.approx(time.monotonic() + 60 * minutes, abs=5)
+    assert before <= recorder.deadline - 60 * minutes <= time.monotonic()
     recorder.deadline -= 60 * minutes
     with pytest.raises(pytest.skip.Exception, match="out of time; the next run with the same --results goes on here"):
         conftest.run(recorder, None, TINY, "torch")

@@ -1,10 +1,18 @@
 """The README's numbers are those of the tables that are kept beside it."""
 
 import csv
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 from persistrnn import report, results
+from persistrnn.kernels import plan_command
+from persistrnn.kernels.hardware import named
+from persistrnn.kernels.plan import PlanError, plan
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -16,6 +24,22 @@ SHOWN = ("kernel", "H", "B", "slices", "registers", "spills", "in_registers", "i
 def audited(name: str) -> list[dict[str, str]]:
     with (RESULTS / name).open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_first_lines_run_on_a_cpu(tmp_path):
+    """The very block, with no GPU to be seen."""
+    block = re.search(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[1]
+    assert len([line for line in block.splitlines() if line]) <= 7
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    path, first, *others = done.stdout.splitlines()
+    assert path == "torch"
+    assert "steps 256, float32 on cpu" in first
+    assert any(line.startswith("path: torch") for line in others)
 
 
 def test_audit_table_is_made_from_the_results():
@@ -41,6 +65,33 @@ def test_race_table_is_made_from_the_results():
     found = [results.load(path) for path in RESULTS.glob("*.json")]
     newest = max(found, key=lambda one: (not one.provenance.rehearsal, one.provenance.date))
     assert report.markdown(newest) in README
+
+
+def test_plan_that_is_shown_wins_and_is_what_the_command_draws():
+    """By the model, without and with gradients; the picture is small."""
+    command = re.search(r"`persistrnn plan (--cell .*?)`", README)[1].split()
+    given = plan_command.parser().parse_args(command)
+    cell, hardware = plan_command.shape(given.cell), named(given.device)
+    found = plan(cell, given.hidden, given.batch, given.directions, given.dtype, hardware)
+    expected = plan_command.expected(found, cell)
+    assert all(one.persistent < one.torch for one in expected.values())
+    training = expected["training"]
+    assert f"training: {training.persistent:.2f} us, on torch's own path {training.torch:.2f})" in README
+    drawing = RESULTS / f"plan-{given.cell}-{given.hidden}.svg"
+    assert f"(bench/results/{drawing.name})" in README
+    assert drawing.stat().st_size < 60_000
+    drawn = drawing.read_text()
+    for one in (found.forward, found.backward):
+        assert f"predicted {one.predicted:.2f} us per time step" in drawn
+    assert f"H={given.hidden}  B={given.batch}" in drawn or f"H={given.hidden} B={given.batch}" in drawn
+
+
+def test_largest_hidden_sizes_are_those_of_the_plan():
+    for cell, largest in (("lstm", 23_166), ("gru", 26_750)):
+        assert f"{largest:,} ({cell.upper()}" in README
+        with pytest.raises(PlanError, match=f"up to {largest};"):
+            plan(plan_command.shape(cell), largest + 1, 16, 1, "bf16", named("h200"))
+        assert plan(plan_command.shape(cell), largest, 16, 1, "bf16", named("h200")).hidden == largest
 
 
 def test_readme_keeps_its_size():

@@ -223,7 +223,7 @@ def test_empty_sections_say_so() -> None:
 
 def test_plan_of_many_lines_opens_in_its_cell() -> None:
     text = report.page([add(results(), timing(CASE, plan="first line\n  second < line"))], [])
-    assert "<details><summary>first line</summary><pre>  second &lt; line</pre></details>" in text
+    assert "<details><summary>show</summary><pre>first line\n  second &lt; line</pre></details>" in text
 
 
 # History
@@ -409,3 +409,10 @@ def test_matplotlib_is_imported_by_drawing_only_and_torch_never(name: str) -> No
     every = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     every |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not {module for module in every if module.split(".")[0] in ("torch", "triton", "kernels")}
+
+
+def test_tables_of_the_page_shrink_to_it() -> None:
+    """Headers wrap and long text is folded, so that all columns of the timings fit 1,300 px (seen in a browser)."""
+    text = report.page([everything()], [])
+    assert "max-content" not in text
+    assert re.search(r"\n\.number \{ text-align: right; \}\ntbody \.number \{ white-space: nowrap; \}", text)

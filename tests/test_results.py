@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from synthetic import CASE, add, case, everything, skipped, timing
 from synthetic import results as empty
 
-from persistrnn.results import ARMS, DTYPES, MODES, Check, Results, Stress, load
+from persistrnn.results import ARMS, DTYPES, MARKS, MODES, Check, Results, Stress, entry, line, load
 
 # Round trip
 
@@ -164,7 +164,8 @@ OBJECTS = [keys for keys, value in nodes(raw()) if isinstance(value, dict)]
 def test_missing_and_unknown_keys_are_refused(keys: tuple[Any, ...], tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     (now,) = (value for k, value in nodes(raw()) if k == keys)
-    for other in [now | {"colour": "red"}, *({k: v for k, v in now.items() if k != gone} for gone in now)]:
+    gone = now.keys() - {"marks"}  # older files have none
+    for other in [now | {"colour": "red"}, *({k: v for k, v in now.items() if k != name} for name in gone)]:
         path.write_text(json.dumps(changed(keys, other)))
         with pytest.raises(ValueError, match="allowed: exactly ") as caught:
             load(path)
@@ -172,9 +173,51 @@ def test_missing_and_unknown_keys_are_refused(keys: tuple[Any, ...], tmp_path: P
         assert ", ".join(now) in str(caught.value)
 
 
+def test_files_from_before_marks_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    everything().save(path)
+    path.write_text(path.read_text().replace(',\n    "marks": ""', "").replace(',\n     "marks": ""', ""))
+    assert "marks" not in path.read_text()
+    assert load(path) == everything()
+
+
+def test_marks_are_other_work() -> None:
+    keys = {replace(CASE, marks=marks).key for marks in MARKS}
+    assert len(keys) == len(MARKS)
+    assert CASE.key in keys
+
+
+@pytest.mark.parametrize("kind", ["checks", "timings", "micro", "stress", "tuning"])
+def test_an_entry_by_itself_is_a_line(kind: str) -> None:
+    for one in getattr(everything(), kind):
+        text = line(one)
+        assert text.count("\n") == 1
+        assert text.endswith("\n")
+        assert entry(text) == one
+        for cut in range(0, len(text) - 2, 7):
+            with pytest.raises(ValueError, match=r"allowed: |line 1 column"):
+                entry(text[:cut])
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("[]", "an object with the entry under the name of its kind"),
+        ('{"Stress": {}, "Micro": {}}', "an object with the entry"),
+        ('{"Provenance": {}}', "Check, Timing, Micro, Stress, Tuning"),
+        ('{"Stress": {"name": "x"}}', "exactly name, ok, seconds, message"),
+    ],
+)
+def test_other_lines_are_refused(text: str, allowed: str) -> None:
+    with pytest.raises(ValueError, match="allowed: ") as caught:
+        entry(text)
+    assert allowed in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("keys", "allowed"),
     [
+        (("timings", 1, "case", "marks"), MARKS),
         (("timings", 0, "case", "dtype"), DTYPES),
         (("checks", 1, "case", "mode"), MODES),
         (("tuning", 0, "case", "dtype"), DTYPES),

@@ -15,7 +15,7 @@ import torch
 from killed_runs import ROOT, assert_same, kill_at_random, python_source, saved, two_processes
 from torch import nn
 
-from bench import UsageError, checkpoint, curves, language_model, layers, ranks, schedule
+from bench import UsageError, curves, language_model, layers, ranks, schedule
 from bench.language_model import LanguageModeling, TextSettings
 from bench.memory import PeakMemory
 from bench.options import Settings, number, option, parser, split
@@ -162,37 +162,6 @@ class TestOptions:
             self.Own.resumed({**settings, "old": 1}, {})
 
 
-class TestCheckpoints:
-    def refused(self, folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-        with pytest.raises(SystemExit) as stop:
-            language_model.main(["--out", str(folder), *arguments])
-        assert stop.value.code == 2
-        return capsys.readouterr().err
-
-    @pytest.mark.parametrize("arguments", [[], ["--resume"], ["--generate"]])
-    def test_those_of_other_programs(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
-    ) -> None:
-        checkpoint.save(tmp_path, {"workload": "signals", "losses": [], "settings": {"steps": 1}})
-        assert "holds a run of signals, this is language_model: name" in self.refused(tmp_path, capsys, *arguments)
-        checkpoint.save(tmp_path, {"losses": [], "settings": {"steps": 1}})
-        assert "of an earlier version of this program" in self.refused(tmp_path, capsys, *arguments)
-
-    def test_a_broken_one(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        (tmp_path / "checkpoint.pt").write_bytes(b"torn")
-        assert re.search(r"no checkpoint that torch can read \(.+\): remove it", self.refused(tmp_path, capsys))
-
-    def test_that_of_more_processes(self, source: Path, tmp_path: Path) -> None:
-        run = new_run(source)
-        run.train_step()
-        run.save(tmp_path)
-        content = checkpoint.load(tmp_path)
-        content["ranks"] *= 2
-        with pytest.raises(UsageError, match="made by 2 processes, 1 given: allowed is the same number"):
-            run.load(content)
-        run.load(content, to_train=False)  # to generate, one does
-
-
 def test_killed_at_random_moments(source: Path, tmp_path: Path) -> None:
     arguments = [*SMALL, SAMPLE, "--text", str(source), "--batch=4", "--steps=20", "--dropout=0.2", "--truncate=7"]
     arguments.append("--layers=2")
@@ -262,13 +231,13 @@ class TestProcesses:
         jobs["compared"] = ["--compare=torch", "--steps=2"]
         shown = two_processes(
             "bench.language_model",
-            *([*arguments, *extra, "--out", str(tmp_path / name)] for name, extra in jobs.items()),
+            *([*arguments, *extra, "--output", str(tmp_path / name)] for name, extra in jobs.items()),
         )
         assert shown.count("[0, 0] are the statuses") == 3
         assert shown.count("bits per byte on held-out files. The checkpoint is in") == 2  # said once
         assert shown.count("bytes/s (CPU)") == 1
         for name in ("lines", "streams"):
-            assert language_model.main([*arguments, *jobs[name], "--out", str(tmp_path / "one" / name)]) == 0
+            assert language_model.main([*arguments, *jobs[name], "--output", str(tmp_path / "one" / name)]) == 0
             two, one = saved(tmp_path / name), saved(tmp_path / "one" / name)
             assert len(two["ranks"]) == 2
             assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
@@ -280,13 +249,12 @@ class TestProcesses:
         """And one to torchrun; what is resumed ends as if it had not been stopped."""
         arguments = [*SMALL, SAMPLE, "--text", str(source), "--batch=4", "--steps=12", "--dropout=0.2", "--truncate=6"]
         (tmp_path / "program.py").write_text(STOPPED)
-        run, resumed = ["--out", str(tmp_path / "run")], ["--resume", SAMPLE]
+        run, resumed = ["--output", str(tmp_path / "run")], ["--resume", SAMPLE]
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
                 *(str(tmp_path / "program.py"), "3:SIGTERM:parent", *arguments, *run),
             ],
-            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
@@ -295,12 +263,12 @@ class TestProcesses:
         assert len(saved(tmp_path / "run")["losses"]) == 4, done.stderr
         assert "SIGTERM after step 4; everything is saved" in done.stdout
 
-        whole = ["--out", str(tmp_path / "whole")]
+        whole = ["--output", str(tmp_path / "whole")]
         jobs = [["6:SIGINT:self", *resumed, *run], ["99:SIGINT:self", *resumed, *run]]
         shown = two_processes("program", *jobs, ["99:SIGINT:self", *arguments, *whole], path=tmp_path)
         assert re.findall(r"(.*) are the statuses", shown) == ["[130, 130]", "[0, 0]", "[0, 0]"]
         assert shown.count("SIGINT after step 7; everything is saved") == 1
-        assert "torchrun --nproc-per-node 2 -m bench.language_model --resume --out" in shown
+        assert "torchrun --nproc-per-node 2 -m bench.language_model --resume --output" in shown
         assert_same(saved(tmp_path / "run"), saved(tmp_path / "whole"))
         own = saved(tmp_path / "run")["ranks"]
         assert not torch.equal(own[0]["random"], own[1]["random"]), "ranks drop units of their own"

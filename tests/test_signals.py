@@ -50,7 +50,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def small(file: Path, tmp_path: Path) -> list[str]:
     """Arguments of a run that takes a moment; it writes into tmp_path / "run"."""
-    return [*SMALL, "--recordings", str(file), "--out", str(tmp_path / "run")]
+    return [*SMALL, "--recordings", str(file), "--output", str(tmp_path / "run")]
 
 
 def tagging(file: Path, **given: Any) -> Tagging:

@@ -11,12 +11,14 @@ from synthetic import results as empty
 from synthetic import skipped, timing
 
 from bench import UsageError, gpu, suites
-from bench.targets import NOTHING, TESTED, Target, main, markdown, newest, targets, window
+from bench.targets import NOTHING, TESTED, Target, main, markdown, newest, persistent_dtypes, targets, window
 from persistrnn.results import Case, Micro, Results, Stress, Timing
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "bench" / "README.md"
 CASES = suites.cases()
+
+FP16 = ("fp16",)  # cuDNN's persistent dtypes before 9.13, which the made-up results have
 
 Change = Callable[[Case, str], "float | None"]  # (case, arm) -> factor of its time, None: not measured
 
@@ -39,6 +41,26 @@ def race(change: Change = lambda case, arm: 1.0, **provenance: Any) -> Results:
     found.micro.append(Micro("first call", 1, 0, 9.5, 9.5, 9.5, "s", 1))
     found.stress += [Stress(f"tests/x.py::{name}[512-gru]", True, 1.0, "") for name in TESTED.values()]
     return found
+
+
+@pytest.mark.parametrize(
+    ("cudnn", "expected"),
+    [
+        ("91300", ["fp16", "bf16"]),
+        ("92101", ["fp16", "bf16"]),
+        ("91299", ["fp16"]),
+        ("8907", ["fp16"]),
+        ("none", ["fp16"]),
+    ],
+)
+def test_persistent_dtypes_are_those_of_the_cudnn_that_was_raced(cudnn: str, expected: list[str]) -> None:
+    """And with them the rows of a target: a bf16 row that loses to cuDNN's persistent kernel is inside the window."""
+    assert list(persistent_dtypes(empty(cudnn=cudnn))) == expected
+    bf16 = at(cell="lstm", dtype="bf16", hidden=768, batch=16, steps=1024, layers=1, mode="training")
+    lost = missed(race(only(5 / 0.99, bf16), cudnn=cudnn))
+    assert any(text.startswith("inside that window (LSTM") for text in lost) == ("bf16" in expected)
+    assert any(text.startswith("the same rows: none below") for text in lost) == ("bf16" not in expected)
+    assert persistent_dtypes(None) == ("fp16", "bf16")
 
 
 def only(ours: float, rows: Callable[[Case], bool]) -> Change:
@@ -92,10 +114,10 @@ FLOOR = "per step at most 1.5 times the plan's floor, worst row (T >= 64, no pro
     [
         (5 / 1.51, OUTSIDE, []),
         (5 / 1.49, OUTSIDE, ["the same rows: none below 1.5"]),
-        (10.0, lambda c: not window(c) and c.mode == "forward" and c.steps == 25 and c.hidden < 4096, []),
+        (10.0, lambda c: not window(c, FP16) and c.mode == "forward" and c.steps == 25 and c.hidden < 4096, []),
         (5 / 1.01, WINDOW, []),
-        (5 / 0.99, WINDOW, ["inside that window (fp16"]),
-        (5 / 0.99, at(**PUBLISHED | {"batch": 64}), ["inside that window (fp16"]),
+        (5 / 0.99, WINDOW, ["inside that window (LSTM"]),
+        (5 / 0.99, at(**PUBLISHED | {"batch": 64}), ["inside that window (LSTM"]),
         (1.99, at(**PUBLISHED, mode="forward"), []),
         (2.0, at(**PUBLISHED, mode="forward"), ["LSTM fp16 H=768 B=16 T=1024, forward: under"]),
         (4.99, at(**PUBLISHED, mode="training"), []),
@@ -138,7 +160,7 @@ def test_each_target_is_missed_alone(ours: float, rows: Callable[[Case], bool], 
 )
 def test_means_are_over_all_rows_of_a_kind(inside: bool, speedup: float, starts: list[str]) -> None:
     def near(case: Case, arm: str) -> float:
-        wanted = window(case) if inside else case.mode == "training" and not window(case)
+        wanted = window(case, FP16) if inside else case.mode == "training" and not window(case, FP16)
         return speedup / 5 if arm == "torch" and wanted else 1.0
 
     found = missed(race(near))
@@ -154,9 +176,9 @@ def test_means_are_over_all_rows_of_a_kind(inside: bool, speedup: float, starts:
 )  # fmt: skip
 def test_window_ends_everywhere(change: dict[str, Any]) -> None:
     inside = Case("s", "n", "lstm", 256, 1024, 1, False, 128, 10, "fp16", "training")
-    assert window(inside)
-    assert window(replace(inside, mode="forward", hidden=128, batch=8, input=128))
-    assert not window(replace(inside, **change))
+    assert window(inside, FP16)
+    assert window(replace(inside, mode="forward", hidden=128, batch=8, input=128), FP16)
+    assert not window(replace(inside, **change), FP16)
 
 
 def test_floor_is_compared_with_the_input_product_only_for_want_of_better() -> None:
@@ -184,13 +206,13 @@ def test_missing_rows_leave_a_target_open() -> None:
 
 def test_missing_rows_do_not_save_a_missed_target() -> None:
     wrong = only(5 / 0.9, WINDOW)
-    found = race(lambda case, arm: None if window(case) and case.batch == 128 else wrong(case, arm))
-    assert "inside that window (fp16 LSTM, one layer, one direction, H <= 1024): no row below 1.0" in missed(found)
+    found = race(lambda case, arm: None if window(case, FP16) and case.batch == 128 else wrong(case, arm))
+    assert any(text.startswith("inside that window (LSTM") for text in missed(found))
 
 
 def test_measured_cells_tell_spread_rows_and_origin() -> None:
     found = targets(race(only(5 / 2, OUTSIDE)), "r.json")
-    n = sum(1 for case in CASES if case.input and case.mode == "training" and not window(case))
+    n = sum(1 for case in CASES if case.input and case.mode == "training" and not window(case, FP16))
     low = one_of(found, "the same rows").measured
     key = next(filter(OUTSIDE, CASES)).key
     assert low == f"2.000 (2.000 to 5.000 in {n} of {n} rows; {key}; r.json)"

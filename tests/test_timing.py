@@ -57,10 +57,8 @@ def test_event_clock(device_clock: Clock, gap: float) -> None:
 
 def test_event_clock_on_a_cpu() -> None:
     clock = timing.EventClock()
-    start, before = clock(), time.perf_counter()
-    time.sleep(0.01)
-    assert clock() - start >= 0.01
-    assert clock() - start == pytest.approx(time.perf_counter() - before, abs=5e-3)
+    readings = [read() for read in (time.perf_counter, clock) * 3]
+    assert readings == sorted(readings), "one clock, in the same seconds"
 
 
 def test_seconds_of_a_call(device_clock: Clock) -> None:

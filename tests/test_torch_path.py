@@ -13,8 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import persistrnn
 from persistrnn import torch_path
 
-# dynamo's own, on any autograd.Function that it traces
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.torch_path,
+    # dynamo's own, on any autograd.Function that it traces
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 
 PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
 HAS_COMPILER = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
@@ -46,18 +49,17 @@ def tensors_for(cell: str, directions: int, bias: bool, steps: int = 4, batch: i
 @pytest.mark.parametrize("cell", PAIRS)
 def test_operators_pass_opcheck(cell, directions, bias, autocast):
     tensors = tensors_for(cell, directions, bias)
-    output_dtype = torch_path._output_dtype(cell, tensors[0], tensors[1], autocast)
     options = (cell, bias, directions == 2, autocast)
-    outputs = torch_path.layer_forward(*options, output_dtype, tensors)
+    outputs = torch_path.layer_forward(*options, tensors)
     grads = [torch.randn_like(t) for t in outputs]
-    torch.library.opcheck(torch_path.layer_forward, (*options, output_dtype, tensors))
+    torch.library.opcheck(torch_path.layer_forward, (*options, tensors))
     torch.library.opcheck(torch_path.layer_backward, (*options, tensors, grads))
 
 
 @pytest.mark.parametrize("cell", PAIRS)
 def test_operators_share_no_storage(cell):
     tensors = tensors_for(cell, 2, True)
-    outputs = torch_path.layer_forward(cell, True, True, None, torch.float32, tensors)
+    outputs = torch_path.layer_forward(cell, True, True, None, tensors)
     grads = torch_path.layer_backward(cell, True, True, None, tensors, outputs)
     storages = [t.untyped_storage().data_ptr() for t in (*tensors, *outputs, *grads)]
     assert len(set(storages)) == len(storages)
@@ -168,7 +170,7 @@ def test_compiled_autocast_equals_eager(cell, input_dtype, with_state):
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")  # of its flags
 def test_compiled_autocast_without_onednn_trains():
-    """There ATen's bfloat16 LSTM has another dtype than the operator announces."""
+    """There ATen's bfloat16 LSTM has another dtype of its own."""
     layer = persistrnn.LSTM(INPUT, HIDDEN)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(5, 4, INPUT)

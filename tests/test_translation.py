@@ -30,7 +30,7 @@ def settings(**given: Any) -> TranslationSettings:
 @pytest.fixture
 def small(tmp_path: Path) -> list[str]:
     """Arguments of a run that takes a moment; it writes into tmp_path / "run"."""
-    return [*SMALL, "--out", str(tmp_path / "run")]
+    return [*SMALL, "--output", str(tmp_path / "run")]
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -249,7 +249,7 @@ class TestCommand:
             ("--cell rnn", r"--cell.*'rnn'.*lstm.*gru"),
             ("--translate", r"--translate: expected one argument"),
             ("--translate=de --resume", r"--translate given with --resume.*leave one of them out"),
-            ("--translate=de", r"--translate given, but .*run holds no checkpoint: train first, or name --out"),
+            ("--translate=de", r"--translate given, but .*run holds no checkpoint: train first, or name --output"),
         ],
     )
     def test_errors_at_the_door(
@@ -269,7 +269,7 @@ class TestCommand:
         assert shown in output
         assert re.search(r"^de \d+: .*\(right: \w+\)$", shown, re.MULTILINE)
 
-        out = ["--out", str(tmp_path / "run")]
+        out = ["--output", str(tmp_path / "run")]
         assert translation.main([*out, "--translate", "de 42"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 4  # the beam's

@@ -10,12 +10,13 @@ from grid import Delays, concurrent_grid
 
 import persistrnn
 from persistrnn import autograd, stack
-from persistrnn.door import Options, Stack
+from persistrnn.door import Stack
 from persistrnn.kernels import audit, launch, scan, wave, wave_plan
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.cost import BYTES
 from persistrnn.kernels.hardware import DEVICES, INTERPRETER
 from persistrnn.kernels.launch import shape_of
+from persistrnn.options import Options
 
 H200 = DEVICES["h200"]
 SHAPES = {name: shape_of(cell) for name, cell in CELLS.items()}

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .. import ops
+from ..tables import number
 from .record import GIB, NO_KERNELS, Point, Profile
 from .subject import OURS, TORCH
 from .trace import IDLE, INPUT_GEMM, RECOMPUTE, WEIGHT_GEMMS
 
 FREE = 1.15  # times the step's time at which a larger batch is nearly free
 IDLE_SHARE, GEMM_SHARE, OPTIMIZER_SHARE, RECOMPUTE_SHARE, FIXED_SHARE = 0.15, 0.5, 0.15, 0.25, 0.2
+CLEARLY_LESS = 0.2  # more than the predictions may be wrong by
+MIB = 1 << 20
 EQUAL = 0.05  # times that differ by less are equal
 
 
@@ -74,7 +78,7 @@ def compared(profile: Profile) -> str:
         faster, slower = (ours.arm, theirs.arm) if ratio > 1 else (theirs.arm, ours.arm)
         told = f"{faster} is {max(ratio, 1 / ratio):.2f} times as fast as {slower} at T = {ours.steps:,}"
     if abs(less) > EQUAL:
-        told += f"; {ours.arm} needs {abs(less):.0%} {'less' if less > 0 else 'more'} memory"
+        told += f"; {ours.arm} needs {abs(less):.0%} {'less' if less > 0 else 'more'} memory per token"
     if OURS in (ours.arm, theirs.arm) and TORCH in (ours.arm, theirs.arm) and "torch" in ours.path.split(", "):
         told += ". Both ran torch's own kernels: what differs is the load of the machine, or our Python around them"
     return f"{told}."
@@ -201,10 +205,25 @@ def memory(profile: Profile) -> str:
         f"{point.bytes_per_token / 1024:.3g} KiB per token: about T = {most:,} fits in "
         f"{profile.machine.memory / GIB:.1f} GiB (extrapolated from what was measured)"
     )
-    if any(call.path != TORCH and call.save == "gates" for call in point.calls):
-        told += '; save="checkpoint" keeps less'
+    told += _smaller_mode(point, profile.machine.kind)
     failed = [other for other in profile.points if other.arm == arm and other.failed]
     return told + (f". T = {failed[0].steps:,} did not fit." if failed else ".")
+
+
+def _smaller_mode(point: Point, kind: str) -> str:
+    """The mode that is predicted to need the least memory, where that is clearly less."""
+    calls = [call for call in point.calls if call.save == "gates" and call.path in ("persistent", "torch")]
+    # What cuDNN keeps is not known.
+    calls = [call for call in calls if call.path == "persistent" or kind == "cpu"]
+    needs = {mode: sum(call.needed(mode) for call in calls) for mode in reversed(ops.MODES)}  # of equals the last
+    least = min(needs, key=lambda mode: needs[mode])
+    if needs[least] > (1 - CLEARLY_LESS) * needs["gates"] or not calls:
+        return ""
+    now, then = (needs[mode] / MIB for mode in ("gates", least))
+    return (
+        f'; at T = {point.steps:,} save="{least}" is predicted to need {number(then)} MiB in the recurrent layers, '
+        f'where save="gates" needs {number(now)}'
+    )
 
 
 RULES: tuple[Callable[[Profile], str], ...] = (

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..door import SAVES
+from ..options import BACKENDS, SAVES
 from ..plots import MissingMatplotlib
 from . import page, plots, predicted, progress, tables
 from .advice import advice
@@ -17,7 +17,6 @@ from .measure import OPTIMIZERS
 from .run import COMPARISONS, device_problem, profile
 from .subject import DTYPES, LAYERS, Sizes, SubjectError, load, working_folder
 
-BACKENDS = ("auto", "persistent", "torch")
 REMEDIES = {
     "float16": "say fp16",
     "half": "say fp16",
@@ -56,10 +55,10 @@ def _at_least(least: int, kind: Callable[[str], Any] = int) -> Callable[[str], A
 
 def _one_of(names: Sequence[str], what: str) -> Callable[[str], str]:
     def check(given: str) -> str:
-        if given not in names:
-            remedy = REMEDIES.get(given.removeprefix("torch."), what)
+        if given.lower() not in names:
+            remedy = REMEDIES.get(given.lower().removeprefix("torch."), what)
             raise argparse.ArgumentTypeError(f"{given!r} given, allowed: {', '.join(names)}; {remedy}")
-        return given
+        return given.lower()
 
     return check
 

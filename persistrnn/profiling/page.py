@@ -26,10 +26,17 @@ TEMPLATE = Path(__file__).with_name("profile.html.jinja")
 
 
 class Card(NamedTuple):
+    """whose: the arm and T that were measured, or what was predicted for which device."""
+
+    whose: str
     what: str
     value: str
     unit: str
     predicted: bool = False
+
+
+def _at(point: Point) -> str:
+    return f"{point.arm}, T\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{point.steps:,}"
 
 
 def cards(profile: Profile) -> list[Card]:
@@ -38,19 +45,21 @@ def cards(profile: Profile) -> list[Card]:
     if not points:
         return []
     last: Point = points[-1]
-    at = f"T = {last.steps:,}"
+    whose = _at(last)
     found = [
-        Card(f"iteration at {at}", number(last.seconds * 1e3), "ms"),
-        Card("per time step", number(last.per_step), "us"),
-        Card("throughput", number(last.tokens_per_second), "tokens/s"),
+        Card(whose, "iteration", number(last.seconds * 1e3), "ms"),
+        Card(whose, "per time step", number(last.per_step), "us"),
+        Card(whose, "throughput", number(last.tokens_per_second), "tokens/s"),
     ]
     for peak in [point for point in points if point.peak][-1:]:
         size = number((peak.held + peak.peak) / tables.MIB)
-        found.append(Card(f"peak memory at T = {peak.steps:,}", size, "MiB"))
-        found.append(Card("longest T that fits, extrapolated", f"{profile.longest(last.arm):,}", "steps"))
+        found.append(Card(_at(peak), "peak memory", size, "MiB"))
+        found.append(
+            Card(f"{peak.arm}, extrapolated", "longest T that fits", f"{profile.longest(last.arm):,}", "steps")
+        )
     if profile.outlook:
-        device = f"a step on {profile.outlook.device}, {profile.outlook.dtype}, predicted"
-        found.append(Card(device, number(profile.outlook.total), "us", True))
+        device = f"{profile.outlook.device}, {profile.outlook.dtype}, predicted"
+        found.append(Card(device, "per time step", number(profile.outlook.total), "us", True))
     return found
 
 

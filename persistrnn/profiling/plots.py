@@ -108,12 +108,15 @@ def against_steps(profile: Profile) -> list[Section]:
         return []
     figure = plots._figure(8, 3.1)
     whole, step, memory = figure.subplots(1, 3)
-    for arm in profile.arms:
+    for n, arm in enumerate(profile.arms):
         points = profile.of(arm)
         if not points:
             continue
         colour, marker = _style(arm)
-        line = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.1, "label": arm}
+        # The first arm is wide and hollow: a later one that runs over it does not hide it.
+        width, size, face = (3.2, 7.5, "none") if n == 0 and len(profile.arms) > 1 else (1.1, 4, colour)
+        line = {"color": colour, "marker": marker, "markersize": size, "linewidth": width, "label": arm}
+        line |= {"markerfacecolor": face, "alpha": 0.65 if n == 0 and len(profile.arms) > 1 else 1.0}
         steps = [point.steps for point in points]
         for axes, factor in ((whole, lambda point: 1e3), (step, lambda point: 1e6 / point.steps)):
             middle = [point.seconds * factor(point) for point in points]
@@ -127,7 +130,7 @@ def against_steps(profile: Profile) -> list[Section]:
             last = known[-1]
             memory.plot(
                 [last.steps, most], [(last.held + last.peak) / MIB, profile.machine.memory / MIB], color=colour,
-                linestyle=":", linewidth=1, label="extrapolated",
+                linestyle=":", linewidth=line["linewidth"], alpha=line["alpha"], label=f"{arm}, extrapolated",
             )  # fmt: skip
     memory.axhline(profile.machine.memory / MIB, color=FAINT, linewidth=0.8)
     memory.annotate(
@@ -141,7 +144,7 @@ def against_steps(profile: Profile) -> list[Section]:
         (memory, "memory", "MiB"),
     ):
         axes.set_title(title)
-        axes.set(xlabel="time steps T", ylabel=unit)
+        axes.set(xlabel="time steps T (log)", ylabel=unit if axes is step else f"{unit} (log)")
         plots._log(axes, "x", base=2)
         if axes is step:
             axes.set_ylim(bottom=0)

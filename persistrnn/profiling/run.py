@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..options import check_flag
 from . import predicted
 from .measure import OPTIMIZERS, measure, on, precision
 from .progress import Bar
@@ -66,15 +67,29 @@ def profile(
         MissingMatplotlib, MissingTqdm: one of them is not installed, and needed
         OSError: the report cannot be written; see ``page.folder``
     """
+    if not isinstance(subject, Sizes) and not callable(subject):
+        raise SubjectError(
+            f"the subject is of type {type(subject).__name__}, allowed: a callable, called with the number of steps, "
+            "or Sizes"
+        )
+    texts = {"compare": compare, "device": device, "device_model": device_model, "optimizer": optimizer, "title": title}
+    for name, given in texts.items():
+        if not isinstance(given, str) and (given is not None or name in ("optimizer", "title")):
+            raise ValueError(
+                f"{name} is {given!r}, allowed: a str{'' if name in ('optimizer', 'title') else ' or None'}"
+            )
+    if not isinstance(output, (str, Path, type(None))):
+        raise ValueError(f"output is {output!r}, allowed: a folder's name, a str or a Path, or None")
+    check_flag("progress", progress)
     check_steps(steps)
     if compare is not None and compare not in COMPARISONS:
         raise ValueError(f"compare is {compare!r}, allowed: {', '.join(COMPARISONS)}, or None")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer is {optimizer!r}, allowed: {', '.join(OPTIMIZERS)}")
     predicted.check_device(device_model)
-    where = _where(subject, device)
     if isinstance(subject, Sizes):
         subject.check()
+    where = _where(subject, device)
     counts = counted(where, iterations, warmup)
     for name, value in zip(("iterations", "warmup"), counts, strict=True):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -140,6 +155,8 @@ def counted(device: str, iterations: int | None, warmup: int | None) -> tuple[in
 
 
 def check_steps(steps: Sequence[int]) -> None:
+    if not isinstance(steps, Sequence) or isinstance(steps, (str, bytes)):
+        raise ValueError(f"steps is {steps!r}, allowed: a list of ints of at least 1, one or more, none twice")
     whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 1 for count in steps)
     if not steps or not whole or len(set(steps)) < len(steps):
         raise ValueError(f"steps is {list(steps)!r}, allowed: ints of at least 1, one or more, none twice")

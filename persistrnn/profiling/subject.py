@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional, ops, replacement
-from ..door import Backend, Save
 from ..modules import GRU, LSTM
+from ..options import Backend, Save
 
 OURS, TORCH = "persistrnn", "torch.nn"
 LAYERS: dict[str, type[LSTM] | type[GRU]] = {"lstm": LSTM, "gru": GRU}
@@ -64,6 +64,13 @@ class Sizes:
 
     def check(self) -> None:
         """Raises SubjectError for sizes that no call could run as asked."""
+        for name, allowed in (("cell", LAYERS), ("dtype", DTYPES)):
+            if not isinstance(given := getattr(self, name), str) or given not in allowed:
+                raise SubjectError(f"{name} is {given!r}, allowed: {', '.join(allowed)}")
+        if not isinstance(self.device, str):
+            raise SubjectError(f"device is {self.device!r}, allowed: 'cpu', 'cuda' or 'cuda:N'")
+        if type(self.batch) is not int or self.batch < 1:
+            raise SubjectError(f"batch is {self.batch!r}, allowed: an int of at least 1, the sequences side by side")
         try:
             self._layer("meta")
         except (TypeError, ValueError) as error:
@@ -246,6 +253,13 @@ class Call:
             kept -= {"state": ops.SAVED[self.cell], "checkpoint": ops.SAVED[self.cell]}.get(self.save, 0)
         rows = self.steps * self.batch * kept + gates * self.hidden
         return float(self.layers * self.directions * self.hidden * rows * BYTES[self.dtype])
+
+    def needed(self, save: str) -> float:
+        """Predicted bytes of its training with another ``save``: ``ops.needed_bytes``, on its path, without dropout."""
+        dtype = DTYPES.get(self.dtype, torch.float64)
+        sizes = self.input, self.hidden, self.layers, self.directions
+        of = ops.layers(self.cell, *sizes, dtype, None, False)
+        return ops.needed_bytes(save, of, self.batch, self.steps, dtype, self.path == "persistent")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ def summary(profile: Profile) -> Table:
     measured = where(profile.machine)
     columns = [*words("arm"), *numbers("T"), *words("path", band=measured)]
     columns += numbers("ms per iteration", "quartiles", "us per step", "tokens/s", band=measured)
-    columns += numbers("peak MiB", "held MiB", "KiB per token", band=measured)
+    columns += numbers("peak MiB", "of it held MiB", "KiB per token", band=measured)
     columns += numbers("longest T", band="extrapolated")
     lines = []
     for point in profile.points:
@@ -32,12 +32,15 @@ def summary(profile: Profile) -> Table:
             continue
         cells = [point.path, number(point.seconds * 1e3), f"{number(point.low * 1e3)} to {number(point.high * 1e3)}"]
         cells += [number(point.per_step), number(point.tokens_per_second)]
-        peak = [number(point.peak / MIB), number(point.bytes_per_token / 1024)] if point.peak else [point.untraced, ""]
+        peak = [point.untraced, ""]
+        if point.peak:
+            peak = [number((point.held + point.peak) / MIB), number(point.bytes_per_token / 1024)]
         cells += [peak[0], number(point.held / MIB), peak[1]]
         lines.append(Line([*start, *cells, f"{profile.longest(point.arm):,}"]))
     caption = "Iterations (forward, loss, backward, optimizer); median and quartiles"
     if any(not point.failed and point.iterations < profile.settings.iterations for point in profile.points):
         caption += f", of {LEAST} where they are long"
+    caption += ". Peak is the most allocated at once, with what is held between iterations; per token is without that"
     return table(caption, columns, lines, False)
 
 
