@@ -30,7 +30,7 @@ from persistrnn.kernels import hardware as devices
 from persistrnn.kernels import launch
 from persistrnn.results import Case, Entry, Stress
 
-INJECTED = ("hang", "die", "wrong", "cut")
+LOST = 3  # exit status of a process that can do nothing more on the device
 RACED = ("persistrnn", "torch")
 PER_STEP = 5  # rows of the race
 
@@ -181,6 +181,8 @@ def raced(job: Job, number: int) -> Iterator[Item]:
             job.add(race.skipped(case, arm, f"wrong: {check.message}", job.hardware or job.device))
             raise AssertionError(check.message)
         found = kept[0].time(arm, runner, timed)
+        smoke.synchronize(job.device)
+        launch.check()  # no wait ran out while it was timed
         job.add(race.skipped(case, arm, race.REHEARSED, job.hardware) if job.hardware else found)
         return race.REHEARSED if job.hardware else f"{found.per_step:.3f} us per step; {found.plan or found.dtype}"
 
@@ -265,7 +267,21 @@ def work(step: str, job: Job, done: set[str], until: float) -> None:
         say(f"{step}: {name}: {'ok' if ok else 'WRONG'}: {message}")
         at.with_suffix(".tmp").write_text("\n".join(["", *(name for name, _ in items[i + 1 :])]))
         os.replace(at.with_suffix(".tmp"), at)
+        if not ok and not usable(job.device):
+            raise SystemExit(LOST)
     running(job.journal).unlink(missing_ok=True)
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the next item has a chance in this process: after an illegal access, say, every call of CUDA's fails."""
+    try:
+        smoke.synchronize(device)
+    except RuntimeError as error:
+        say(f"this process has lost the device: {error}")
+        return False
+    for word in launch._errors.values():
+        word.zero_()  # not the next item's fault
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:

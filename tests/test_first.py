@@ -40,6 +40,9 @@ for i, item in enumerate(items):
         open(journal, "a").write(text[:20])
         os.kill(os.getpid(), signal.SIGKILL)
     open(journal, "a").write(text + "\\n")
+    if "lost" in item:
+        open(state, "w").write("\\n".join(["", *items[i + 1 :]]))
+        sys.exit(3)
 os.remove(state)
 """
 STEP = Step("step", 60, 1, "")
@@ -183,6 +186,53 @@ def test_an_item_that_dies_by_a_signal(fake: Callable[..., First], path: Path) -
     found = outcomes(path)
     assert found.pop("step: die") == (False, "died by SIGSEGV. it broke")
     assert found == {"step: a": (True, "seen"), "step: b": (True, "seen")}
+
+
+def test_a_process_that_has_lost_the_device(fake: Callable[..., First], path: Path) -> None:
+    """Its item is red, and the others have their turn in a new process, in which they may be right."""
+    fake("a", "red and lost", "b").watch([(STEP, 60)])
+    assert outcomes(path) == {
+        "step: a": (True, "seen"),
+        "step: red and lost": (False, "seen"),
+        "step: b": (True, "seen"),
+    }
+
+
+def test_items_after_one_that_lost_the_device(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are left to another process; after any other error they go on in this one, with a clean error word."""
+    begun: list[str] = []
+
+    def item(name: str) -> str:
+        begun.append(name)
+        if name == "b":
+            launch._error_word(job.device).fill_(1)
+            raise ValueError("something is wrong")
+        return "seen"
+
+    job = first_steps.Job(first.journal_of(path, "step"), torch.device("cpu"), None, "", {})
+    items = [(name, lambda name=name: item(name)) for name in "abc"]
+    monkeypatch.setitem(first_steps.STEPS, "step", lambda job: iter(items))
+    first_steps.work("step", job, set(), time.monotonic() + 60)
+    assert begun == ["a", "b", "c"]
+    assert not launch._error_word(job.device).any()
+
+    begun.clear()
+
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(smoke, "synchronize", lost)
+    with pytest.raises(SystemExit) as stop:
+        first_steps.work("step", job, set(), time.monotonic() + 60)
+    assert stop.value.code == first_steps.LOST
+    assert begun == ["a", "b"]
+    assert first_steps.running(job.journal).read_text() == "\nc"
+    launch._errors.clear()
+
+
+def test_a_step_beside_nothing(steps: Callable[..., tuple[list[str], bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first, "STEPS", STEPS[:1])
+    assert steps() == (["machine"], True)
 
 
 def test_a_journal_cut_short_by_a_kill(fake: Callable[..., First], path: Path) -> None:
