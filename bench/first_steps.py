@@ -22,6 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 
 from bench import arms, compile_first, micro, micro_kernels, provenance, race, smoke, suites, timing
@@ -250,6 +251,8 @@ def injected(job: Job, how: str | None) -> Iterator[None]:
 def work(step: str, job: Job, done: set[str], until: float) -> None:
     """All items that are not done, each with its outcome in the journal; none is begun when the time is over."""
     items = [item for item in STEPS[step](job) if f"{step}: {item[0]}" not in done]
+    compiled: list[bool] = []  # what was not compiled beforehand
+    triton.knobs.compilation.listener = lambda *, cache_hit, **_: compiled.append(not cache_hit)
     for i, (name, run) in enumerate(items):
         if time.monotonic() >= until:
             return  # what is left stays in the file
@@ -263,6 +266,8 @@ def work(step: str, job: Job, done: set[str], until: float) -> None:
         except Exception as error:  # whatever it is, the other items still have their turn
             where = traceback.extract_tb(error.__traceback__)[-1]
             message, ok = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"[:2000], False
+        message += f" [compiled here: {sum(compiled)}]" if any(compiled) else ""
+        compiled.clear()
         job.add(Stress(f"{step}: {name}", ok, time.monotonic() - start, message))
         say(f"{step}: {name}: {'ok' if ok else 'WRONG'}: {message}")
         at.with_suffix(".tmp").write_text("\n".join(["", *(name for name, _ in items[i + 1 :])]))

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from synthetic import results as empty
 
 from bench import first, first_steps, gpu, smoke, suites
 from bench.first import STEPS, First, Step
 from persistrnn.kernels import launch
 from persistrnn.kernels.hardware import named
-from persistrnn.results import Results, Stress, line, load
+from persistrnn.results import Results, Stress, entry, line, load
 
 # A step's process without torch: it does what its items are called, and keeps the journal as `first_steps` does.
 FAKE = """
@@ -84,7 +85,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, path: Path) -> Callable[..., First]:
 
 
 def outcomes(path: Path) -> dict[str, tuple[bool, str]]:
-    return {entry.name: (entry.ok, entry.message) for entry in load(path).stress}
+    return {one.name: (one.ok, one.message) for one in load(path).stress}
 
 
 def alive(pid: int) -> bool:
@@ -204,6 +205,9 @@ def test_items_after_one_that_lost_the_device(path: Path, monkeypatch: pytest.Mo
 
     def item(name: str) -> str:
         begun.append(name)
+        if name == "c":
+            for hit in (True, False, False):
+                triton.knobs.compilation.listener(src=None, cache_hit=hit)
         if name == "b":
             launch._error_word(job.device).fill_(1)
             raise ValueError("something is wrong")
@@ -212,9 +216,12 @@ def test_items_after_one_that_lost_the_device(path: Path, monkeypatch: pytest.Mo
     job = first_steps.Job(first.journal_of(path, "step"), torch.device("cpu"), None, "", {})
     items = [(name, lambda name=name: item(name)) for name in "abc"]
     monkeypatch.setitem(first_steps.STEPS, "step", lambda job: iter(items))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)  # which a step sets for its process
     first_steps.work("step", job, set(), time.monotonic() + 60)
     assert begun == ["a", "b", "c"]
     assert not launch._error_word(job.device).any()
+    told = [entry(text) for text in job.journal.read_text().splitlines()]
+    assert [one.message for one in told if one.ok] == ["seen", "seen [compiled here: 2]"]
 
     begun.clear()
 
@@ -282,8 +289,8 @@ def test_a_speed_without_a_check_is_red_and_not_kept(fake: Callable[..., First],
 def test_the_same_file_again(fake: Callable[..., First], path: Path) -> None:
     """Green ones are not run again, red ones are; of a run that was killed the journal is taken, and not-run is not."""
     before = empty()
-    for entry in (Stress("step: hang", True, 1.0, "before"), Stress("step: red", False, 1.0, "before")):
-        before.add(entry)
+    before.add(Stress("step: hang", True, 1.0, "before"))
+    before.add(Stress("step: red", False, 1.0, "before"))
     before.add(Stress("not run: step", False, 0.0, "before"))
     before.add(Stress("race-1: a row, torch", False, 0.0, "wrong"))
     run = fake("hang", "red", "b", before=before)
