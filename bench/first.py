@@ -11,6 +11,7 @@ begins. Within a step the item that did it is left out, and the others go on in 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -116,6 +117,8 @@ class Child:
         """Whether it has ended; one that takes too long is ended here."""
         status = self.process.poll()
         if status is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # what it had started
             if status != 0:
                 self.how = f"died by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
             return True
@@ -228,6 +231,7 @@ class First:
 
     def begin(self, step: Step, until: float, red: str = "") -> Child:
         journal = journal_of(self.run.path, step.name)
+        first_steps.running(journal).unlink(missing_ok=True)
         return Child(step, self.command(step, until, red), until, journal, first_steps.running(journal))
 
     def watch(self, steps: list[tuple[Step, float]], red: str = "") -> None:
@@ -255,7 +259,8 @@ class First:
         said = child.said()
         item, *left = child.state() or [""]
         child.running.unlink(missing_ok=True)
-        if child.how:
+        # Of a lost device the item has told already.
+        if child.how and child.process.returncode != first_steps.LOST:
             name = f"{child.step.name}: {item}" if item else child.step.name
             self.note(name, False, time.monotonic() - child.since, f"{child.how}. {said}".strip())
         again = bool(child.how and left and child.until - time.monotonic() >= LEAST)
@@ -327,6 +332,8 @@ class First:
             say(f"== {step.name}: {time.monotonic() - start:.0f} s")
             if step.name == "smoke":
                 stopped = self.after_smoke()
+        if waiting:  # beside nothing
+            self.watch(waiting)
         files = Counter(name.partition("::")[0] for name in self.left)
         for file, count in files.items():
             self.note(f"{NOT_RUN}{file}", False, 0.0, f"{count} tests: no time was left, or they were skipped")

@@ -22,6 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 
 from bench import arms, compile_first, micro, micro_kernels, provenance, race, smoke, suites, timing
@@ -30,7 +31,7 @@ from persistrnn.kernels import hardware as devices
 from persistrnn.kernels import launch
 from persistrnn.results import Case, Entry, Stress
 
-INJECTED = ("hang", "die", "wrong", "cut")
+LOST = 3  # exit status of a process that can do nothing more on the device
 RACED = ("persistrnn", "torch")
 PER_STEP = 5  # rows of the race
 
@@ -181,6 +182,8 @@ def raced(job: Job, number: int) -> Iterator[Item]:
             job.add(race.skipped(case, arm, f"wrong: {check.message}", job.hardware or job.device))
             raise AssertionError(check.message)
         found = kept[0].time(arm, runner, timed)
+        smoke.synchronize(job.device)
+        launch.check()  # no wait ran out while it was timed
         job.add(race.skipped(case, arm, race.REHEARSED, job.hardware) if job.hardware else found)
         return race.REHEARSED if job.hardware else f"{found.per_step:.3f} us per step; {found.plan or found.dtype}"
 
@@ -248,6 +251,8 @@ def injected(job: Job, how: str | None) -> Iterator[None]:
 def work(step: str, job: Job, done: set[str], until: float) -> None:
     """All items that are not done, each with its outcome in the journal; none is begun when the time is over."""
     items = [item for item in STEPS[step](job) if f"{step}: {item[0]}" not in done]
+    compiled: list[bool] = []  # what was not compiled beforehand
+    triton.knobs.compilation.listener = lambda *, cache_hit, **_: compiled.append(not cache_hit)
     for i, (name, run) in enumerate(items):
         if time.monotonic() >= until:
             return  # what is left stays in the file
@@ -261,11 +266,27 @@ def work(step: str, job: Job, done: set[str], until: float) -> None:
         except Exception as error:  # whatever it is, the other items still have their turn
             where = traceback.extract_tb(error.__traceback__)[-1]
             message, ok = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"[:2000], False
+        message += f" [compiled here: {sum(compiled)}]" if any(compiled) else ""
+        compiled.clear()
         job.add(Stress(f"{step}: {name}", ok, time.monotonic() - start, message))
         say(f"{step}: {name}: {'ok' if ok else 'WRONG'}: {message}")
         at.with_suffix(".tmp").write_text("\n".join(["", *(name for name, _ in items[i + 1 :])]))
         os.replace(at.with_suffix(".tmp"), at)
+        if not ok and not usable(job.device):
+            raise SystemExit(LOST)
     running(job.journal).unlink(missing_ok=True)
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the next item has a chance in this process: after an illegal access, say, every call of CUDA's fails."""
+    try:
+        smoke.synchronize(device)
+    except RuntimeError as error:
+        say(f"this process has lost the device: {error}")
+        return False
+    for word in launch._errors.values():
+        word.zero_()  # not the next item's fault
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:

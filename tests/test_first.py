@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from synthetic import results as empty
 
 from bench import first, first_steps, gpu, smoke, suites
 from bench.first import STEPS, First, Step
 from persistrnn.kernels import launch
 from persistrnn.kernels.hardware import named
-from persistrnn.results import Results, Stress, line, load
+from persistrnn.results import Results, Stress, entry, line, load
 
 # A step's process without torch: it does what its items are called, and keeps the journal as `first_steps` does.
 FAKE = """
@@ -40,6 +41,9 @@ for i, item in enumerate(items):
         open(journal, "a").write(text[:20])
         os.kill(os.getpid(), signal.SIGKILL)
     open(journal, "a").write(text + "\\n")
+    if "lost" in item:
+        open(state, "w").write("\\n".join(["", *items[i + 1 :]]))
+        sys.exit(3)
 os.remove(state)
 """
 STEP = Step("step", 60, 1, "")
@@ -81,7 +85,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, path: Path) -> Callable[..., First]:
 
 
 def outcomes(path: Path) -> dict[str, tuple[bool, str]]:
-    return {entry.name: (entry.ok, entry.message) for entry in load(path).stress}
+    return {one.name: (one.ok, one.message) for one in load(path).stress}
 
 
 def alive(pid: int) -> bool:
@@ -185,6 +189,59 @@ def test_an_item_that_dies_by_a_signal(fake: Callable[..., First], path: Path) -
     assert found == {"step: a": (True, "seen"), "step: b": (True, "seen")}
 
 
+def test_a_process_that_has_lost_the_device(fake: Callable[..., First], path: Path) -> None:
+    """Its item is red, and the others have their turn in a new process, in which they may be right."""
+    fake("a", "red and lost", "b").watch([(STEP, 60)])
+    assert outcomes(path) == {
+        "step: a": (True, "seen"),
+        "step: red and lost": (False, "seen"),
+        "step: b": (True, "seen"),
+    }
+
+
+def test_items_after_one_that_lost_the_device(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are left to another process; after any other error they go on in this one, with a clean error word."""
+    begun: list[str] = []
+
+    def item(name: str) -> str:
+        begun.append(name)
+        if name == "c":
+            for hit in (True, False, False):
+                triton.knobs.compilation.listener(src=None, cache_hit=hit)
+        if name == "b":
+            launch._error_word(job.device).fill_(1)
+            raise ValueError("something is wrong")
+        return "seen"
+
+    job = first_steps.Job(first.journal_of(path, "step"), torch.device("cpu"), None, "", {})
+    items = [(name, lambda name=name: item(name)) for name in "abc"]
+    monkeypatch.setitem(first_steps.STEPS, "step", lambda job: iter(items))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)  # which a step sets for its process
+    first_steps.work("step", job, set(), time.monotonic() + 60)
+    assert begun == ["a", "b", "c"]
+    assert not launch._error_word(job.device).any()
+    told = [entry(text) for text in job.journal.read_text().splitlines()]
+    assert [one.message for one in told if one.ok] == ["seen", "seen [compiled here: 2]"]
+
+    begun.clear()
+
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(smoke, "synchronize", lost)
+    with pytest.raises(SystemExit) as stop:
+        first_steps.work("step", job, set(), time.monotonic() + 60)
+    assert stop.value.code == first_steps.LOST
+    assert begun == ["a", "b"]
+    assert first_steps.running(job.journal).read_text() == "\nc"
+    launch._errors.clear()
+
+
+def test_a_step_beside_nothing(steps: Callable[..., tuple[list[str], bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first, "STEPS", STEPS[:1])
+    assert steps() == (["machine"], True)
+
+
 def test_a_journal_cut_short_by_a_kill(fake: Callable[..., First], path: Path) -> None:
     fake("a", "cut", "b").watch([(STEP, 60)])
     found = outcomes(path)
@@ -232,8 +289,8 @@ def test_a_speed_without_a_check_is_red_and_not_kept(fake: Callable[..., First],
 def test_the_same_file_again(fake: Callable[..., First], path: Path) -> None:
     """Green ones are not run again, red ones are; of a run that was killed the journal is taken, and not-run is not."""
     before = empty()
-    for entry in (Stress("step: hang", True, 1.0, "before"), Stress("step: red", False, 1.0, "before")):
-        before.add(entry)
+    before.add(Stress("step: hang", True, 1.0, "before"))
+    before.add(Stress("step: red", False, 1.0, "before"))
     before.add(Stress("not run: step", False, 0.0, "before"))
     before.add(Stress("race-1: a row, torch", False, 0.0, "wrong"))
     run = fake("hang", "red", "b", before=before)
