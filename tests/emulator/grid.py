@@ -32,7 +32,7 @@ class Schedule:
     order: str = "random"
     slow: Collection[tuple[int, int | None]] = ()
     kind: int | None = None
-    rarely: int = 200
+    rarely: int = 25
     burst: int = 6
     turn: int = field(default=0, init=False)
 
@@ -69,7 +69,7 @@ class Grid:
 
     def __init__(self, kernel: Kernel, shape: tuple[int, int, int], values: list[tuple[int, int]], memory: Memory,
                  units: str = "programs", schedule: Schedule | None = None, absent: Collection[int] = (),
-                 patience: int = 3000):  # fmt: skip
+                 patience: int = 20_000):  # fmt: skip
         self.kernel, self.shape, self.values, self.memory = kernel, shape, values, memory
         self.programs, self.warps = shape[0] * shape[1] * shape[2], kernel.threads // 32
         self.schedule, self.patience = schedule or Schedule(), patience
@@ -128,10 +128,12 @@ class Grid:
             if unit.last == BARRIER:
                 self._meet(unit)
                 return False
-            if unit.last in (ACQUIRE, ATOMIC, LOAD) and self.progress == progress:
-                if self.schedule.order == "first":  # let the next one run
-                    live.append(live.pop(live.index(unit)))
-                return True
+            if unit.last in (ACQUIRE, ATOMIC, LOAD):
+                if self.progress == progress:
+                    if self.schedule.order == "first":  # let the next one run
+                        live.append(live.pop(live.index(unit)))
+                    return True
+                progress = self.progress
         return False
 
     def _meet(self, unit: Unit) -> None:

@@ -23,7 +23,7 @@ ATOMICS = f"global gpu sys relaxed acquire release acq_rel add {BITS} s32 u32 u6
 MATRIX = "sync aligned m8n8 x1 x2 x4 trans shared cta b16"
 KNOWN = {
     "abs": "f32", "add": f"{INTEGERS} f32 f32x2 rn f16 bf16", "and": f"{BITS} pred", "atom": ATOMICS,
-    "bar": "sync warp red and pred", "bfe": "s32 u32", "bra": "uni",
+    "bar": "sync warp red and pred", "bfe": "s32 u32 s64 u64", "bra": "uni",
     "cvt": f"{INTEGERS} u8 f32 f16 bf16 tf32 f16x2 bf16x2 rn rna", "div": f"{INTEGERS} full rn f32",
     "ex2": "approx f32",
     "fence": "acq_rel sc gpu sys proxy async shared cta", "fma": "rn f32 f32x2 f16 bf16",
@@ -230,15 +230,18 @@ class Opcodes:
 
     def _bfe(self, i: Instruction, d: Any, a: Any, b: Any, c: Any) -> None:
         kind, at, length = i.modifiers[-1], int(b, 0), int(c, 0)
-        up, down = self.constant(32 - at - length, "u32"), self.constant(32 - length, kind)
-        moved = f"({self.read(a, 'u32', True)} << {up})"
+        bits = 8 * width(kind)
+        up, down = self.constant(bits - at - length, f"u{bits}"), self.constant(bits - length, kind)
+        moved = f"({self.read(a, f'u{bits}', True)} << {up})"
         self.write(d, f"{moved}.view({kind.upper()}) >> {down}", kind)
 
     def _setp(self, i: Instruction, d: Any, a: Any, b: Any, *c: Any) -> None:
         compare, kind = i.modifiers[0], i.modifiers[-1]
         x, y = self.operands(kind, a, b)
         unordered = f"({x} != {x}) | ({y} != {y})"
-        if compare in COMPARE:
+        if compare == "ne" and kind == "f32":  # ordered, unlike Python's
+            found = f"({x} != {y}) & ~({unordered})"
+        elif compare in COMPARE:
             found = f"{x} {COMPARE[compare]} {y}"
         elif compare in ("num", "nan"):
             found = unordered if compare == "nan" else f"~({unordered})"
@@ -271,7 +274,7 @@ class Opcodes:
 
     def _st(self, i: Instruction, a: Any, s: Any) -> None:
         size, values = width(i.modifiers[-1]), s if isinstance(s, list) else [s]
-        data = ", ".join(self.read(v, "b16" if size == 1 else f"b{8 * size}", True) for v in values)
+        data = ", ".join(self.read(v, self.kernel.kind(v) or f"b{8 * size}", True) for v in values)  # may be wider
         how = f"{self.condition()}, ({data},), {size}, {i.number}"
         if "shared" in i.modifiers:
             return self.say(f"store_shared({self.address(a, 'u32')}, {how})")

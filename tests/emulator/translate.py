@@ -112,7 +112,9 @@ class Translator(Opcodes):
             self.say(f"{target} = {expression}" if condition is None else
                      f"{target} = where({condition}, {expression}, {target})")  # fmt: skip
             return
-        view = VIEWS[kind[0]]
+        view, wide = VIEWS[kind[0]], int(self.kernel.kind(register)[1:])
+        if wide > int(kind[1:]):  # filled up with the sign or with zeros
+            expression = f"({expression}).astype({view.upper()}{wide})"
         if condition is not None:
             old = self.viewed(register, view)
             expression = f"where({condition}, {expression}, {old})"
