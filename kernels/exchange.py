@@ -114,8 +114,8 @@ def announce(counter, exchange: tl.constexpr):
         tl.atomic_add(counter, 1, sem="release", scope="gpu")
 
 
-# Every thread polls for itself, and a thread that gives up tells so itself: by the time thread 0 polls, the late program
-# may have come, while other threads have gone on with old data.
+# Every thread polls for itself, and one that gives up tells so itself: by the time thread 0 polls, the late program may
+# have come, while other threads have gone on with old data.
 _POLL = tl.constexpr(
     """{
     .reg .pred reached, more;

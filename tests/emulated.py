@@ -1,7 +1,7 @@
 """What the tests of compiled kernels share: precisions, cases, and defects of PTX.
 
-A mutant takes the PTX of a kernel and breaks it. Most leave the numbers right under nearly every schedule, on a CPU as on
-a GPU: it is the race detector that must see them.
+A mutant takes the PTX of a kernel and breaks it. Most leave the numbers right under nearly every schedule, on a CPU as
+on a GPU: it is the race detector that must see them.
 """
 
 import re
@@ -36,7 +36,7 @@ def rounded(x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x @ W^T of rounded operands, in the recurrence forward and backward; dW exact, for it is no part of the kernels."""
+    """x @ W^T of rounded operands, forward and backward; dW exact, for it is no part of the kernels."""
 
     @staticmethod
     def forward(ctx, x, weight):

@@ -21,7 +21,7 @@ from persistrnn.kernels.exchange import Exchange
 
 pytestmark = pytest.mark.emulator
 
-# One slice, several, both splits, every home, streams, batch tiles, directions, both protocols. What else a case changes.
+# One slice, several, both splits, every home, streams, batch tiles, directions, both protocols.
 CASES = [
     # cell, dtype, protocol, hidden, batch, layers, bidirectional, chosen
     ("lstm", "fp32", "counter", 13, 3, 1, False, {"units": 16}),  # one slice
@@ -94,7 +94,7 @@ def test_chunks_of_time(emulated, forced, monkeypatch, arch, cell, dtype):
         layer = getattr(persistrnn, cell.upper())(5, 19, backend="persistent", dtype=dtype, save=save)
         y, _ = layer(x := torch.randn(5, 3, 5, dtype=dtype, requires_grad=True))
         found.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()])])
-    assert session.reports_of("activate")
+    assert "activate" in [report.kernel.name for report in session.reports]
     for gates, state in zip(*found, strict=True):
         assert (gates - state).float().norm() <= 4 * torch.finfo(dtype).eps * gates.float().norm()
 
@@ -276,13 +276,11 @@ def test_a_wait_that_runs_out_is_told_by_the_thread_that_gave_up(emulated, force
         emulated("sm_90", tolerate=True, units="warps", schedule=late)
         forced(patience=30, rows=rows)
         try:
-            found = layer(x)[0]
+            assert torch.equal(layer(x)[0], expected), f"seed {seed}: wrong, and nothing said"
         except RuntimeError as error:
-            assert "gave up waiting" in str(error)
-            told.append(seed)
-        else:
-            assert torch.equal(found, expected), f"seed {seed}: wrong, and nothing said"
+            told.append(str(error))
     assert told
+    assert all("gave up waiting" in text for text in told)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

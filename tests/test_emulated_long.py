@@ -150,8 +150,8 @@ def test_equal_bits_under_more_schedules(emulated, forced, index):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_offsets_past_31_bits(emulated, monkeypatch, arch, cell):
-    """The last rows of a batch of 2**31 gates and more, of which nothing else is in memory, against the same rows alone:
-    equal bits."""
+    """The last rows of a batch of 2**31 gates and more, of which nothing else is in memory: the bits of these rows
+    alone."""
     emulated(arch)
     torch.use_deterministic_algorithms(False)  # which would fill what nobody touches
     H, T, rows, gates = 64, 64, 8, CELLS[cell].gates

@@ -26,12 +26,6 @@ def to_bf16(x: Array) -> Array:
     return np.where(x == x, rounded, U16(0x7FFF))
 
 
-def to_tf32(x: Array) -> Array:
-    """Bits of float32 in tf32, to nearest, ties away from zero: ``cvt.rna``."""
-    rounded = (x.view(U32) + U32(0x1000)) & U32(0xFFFFE000)
-    return np.where(x == x, rounded, U32(0x7FFFFFFF))
-
-
 def cut_to_tf32(bits: Array) -> Array:
     return (bits & U32(0xFFFFE000)).view(F32)
 

@@ -11,7 +11,7 @@ from .ptx import Instruction, Kernel
 @dataclass
 class Report:
     """races, unwritten: what was found, each pair of instructions once. blocks: executions of basic blocks, by unit.
-    bytes: (number of the instruction, tensor or "shared") -> bytes, of all programs. polls: strong loads."""
+    bytes: (number of the instruction, tensor or "shared") -> bytes, of all programs."""
 
     kernel: Kernel
     programs: int
@@ -19,7 +19,6 @@ class Report:
     unwritten: list[str] = field(default_factory=list)
     blocks: list[list[int]] = field(default_factory=list)
     bytes: Counter[tuple[int, str]] = field(default_factory=Counter)
-    polls: int = 0
 
     def executed(self, steps: int) -> list[tuple[Instruction, float]]:
         """The instructions of the loop over time in the order of the text, each with how often a program executes it in

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +19,11 @@ from persistrnn.kernels import hardware, launch, reasons
 from persistrnn.kernels.exchange import Exchange
 
 from .counts import Report
-from .errors import EmulatorError
 from .grid import Grid
 from .memory import Memory
-from .ptx import Kernel, width
+from .ptx import EmulatorError, Kernel, width
 
 DEVICES = {80: "a100", 90: "h200", 100: "b200"}
-_SIZES = {"i1": 1, "fp32": 4, "fp64": 8}
 _MADE: dict[tuple[str, int], Kernel] = {}  # each PTX is parsed and translated once
 
 
@@ -54,7 +53,7 @@ class Session:
             elif kind == "fp32":
                 values.append((int(torch.tensor(value).view(torch.int32)), 4))
             else:
-                size = _SIZES.get(kind) or width(kind)
+                size = 1 if kind == "i1" else width(kind)
                 values.append((int(value) & (2 ** (8 * size) - 1), size))
         values += [(0, 8)] * (len(kernel.parameters) - len(values))  # scratch memory, which no kernel here uses
         if [size for _, size in values] != [width(kind) for _, kind in kernel.parameters]:
@@ -64,32 +63,15 @@ class Session:
         if (found := report.races + report.unwritten) and not self.tolerate:
             raise EmulatorError("\n".join(found))
 
-    def reports_of(self, kernel: str) -> list[Report]:
-        return [report for report in self.reports if report.kernel.name == kernel]
-
-
-class _Utilities:
-    """What Triton asks of ``driver.active.utils``."""
-
-    def __init__(self, shared: int):
-        self.shared = shared
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": self.shared, "multiprocessor_count": 132, "warpSize": 32}
-
-    def load_binary(self, *_: Any) -> tuple[None, int, int, int, int]:
-        return None, 0, 0, 0, 1024  # module, function, registers, spills, most threads
-
-    def unload_module(self, module: object) -> None:
-        pass
-
 
 class _Driver(DriverBase):
     """The current device is numbered as its architecture, so that the JIT keeps the kernels of each apart."""
 
     def __init__(self, session: Session, shared: int):
-        self.session, self.utils = session, _Utilities(shared)
-        self.launcher_cls = _Launcher
+        self.session, self.launcher_cls = session, _Launcher
+        properties = {"max_shared_mem": shared, "multiprocessor_count": 132, "warpSize": 32}
+        loaded = (None, 0, 0, 0, 1024)  # module (none to unload), function, registers, spills, most threads
+        self.utils = SimpleNamespace(get_device_properties=lambda _: properties, load_binary=lambda *_: loaded)
         self.loading: _Launcher | None = None
 
     @classmethod
@@ -144,16 +126,13 @@ def _loaded(module: Any, function: Any, name: str, files: dict[str, str], key: s
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, arch: str, mutate: Callable[[str], str] | None = None,
-            tolerate: bool = False, exchange: Exchange | None = None, **options: Any) -> Session:  # fmt: skip
-    """From here on, persistrnn runs compiled kernels of ``arch`` on tensors of the CPU.
-
-    exchange: of all launches (None: as on a GPU); options: of every ``Grid``.
-    """
+            tolerate: bool = False, **options: Any) -> Session:  # fmt: skip
+    """From here on, persistrnn runs compiled kernels of ``arch`` on tensors of the CPU. options: of every ``Grid``."""
     device = hardware.named(DEVICES[int(arch[3:])])
     session = Session(GPUTarget("cuda", int(arch[3:]), 32), options, mutate, tolerate)
     monkeypatch.setattr(triton.runtime.driver, "_active", _Driver(session, device.shared))
     monkeypatch.setattr(knobs.runtime, "kernel_load_start_hook", _loaded)
     monkeypatch.setattr(launch, "hardware", lambda _: device)
-    monkeypatch.setattr(launch, "exchange_for", lambda _: exchange or Exchange(poll="ptx"))
+    monkeypatch.setattr(launch, "exchange_for", lambda _: Exchange())
     monkeypatch.setattr(reasons, "unsupported", lambda *_: None)
     return session

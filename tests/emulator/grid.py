@@ -5,16 +5,15 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from .arithmetic import U8, UNSIGNED
 from .counts import Report
-from .errors import EmulatorError
 from .memory import Memory
 from .opcodes import ACQUIRE, ATOMIC, BARRIER, LOAD
-from .ptx import Kernel
+from .ptx import EmulatorError, Kernel
 from .races import Races
 from .translate import Translator
 from .unit import Unit
@@ -34,10 +33,9 @@ class Schedule:
     kind: int | None = None
     rarely: int = 25
     burst: int = 6
-    turn: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)
+        self._random, self.turn = random.Random(self.seed), 0
 
     def pick(self, units: list[Unit]) -> tuple[Unit, int]:
         """(a unit, how many operations it may do)."""

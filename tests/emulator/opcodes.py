@@ -6,13 +6,9 @@ effect on the values (``.uni``, ``.sync``, ``.aligned``, ``.rn`` of what is roun
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .errors import EmulatorError
-from .ptx import Instruction, width
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from .ptx import EmulatorError, Instruction, width
 
 INTEGERS = "s16 u16 s32 u32 s64 u64"
 BITS = "b8 b16 b32 b64"
@@ -23,23 +19,22 @@ ATOMICS = f"global gpu sys relaxed acquire release acq_rel add {BITS} s32 u32 u6
 MATRIX = "sync aligned m8n8 x1 x2 x4 trans shared cta b16"
 KNOWN = {
     "abs": "f32", "add": f"{INTEGERS} f32 f32x2 rn f16 bf16", "and": f"{BITS} pred", "atom": ATOMICS,
-    "bar": "sync warp red and pred", "bfe": "s32 u32 s64 u64", "bra": "uni",
-    "cvt": f"{INTEGERS} u8 f32 f16 bf16 tf32 f16x2 bf16x2 rn rna", "div": f"{INTEGERS} full rn f32",
-    "ex2": "approx f32",
-    "fence": "acq_rel sc gpu sys proxy async shared cta", "fma": "rn f32 f32x2 f16 bf16",
+    "bar": "sync red and pred", "bfe": "s32 u32 s64 u64", "bra": "uni",
+    "cvt": f"{INTEGERS} u8 f32 f16 bf16 f16x2 bf16x2 rn", "div": f"{INTEGERS} full rn f32",
+    "ex2": "approx f32", "fence": "proxy async shared cta", "fma": "rn f32 f32x2 f16 bf16",
     "ld": f"param acquire cg {SCOPES} {MEMORY}", "ldmatrix": MATRIX, "mad": f"lo wide {INTEGERS}",
     "max": f"{INTEGERS} f32 NaN", "min": f"{INTEGERS} f32 NaN",
     "mma": "sync aligned m16n8k16 m16n8k8 row col f32 f16 bf16 tf32", "mov": f"{INTEGERS} {BITS} f32 pred",
     "mul": f"lo hi wide rn f32 f32x2 {INTEGERS}", "neg": "s32 f32 s64 s16", "not": f"{BITS} pred", "or": f"{BITS} pred",
-    "prmt": "b32", "red": ATOMICS, "redux": "sync max min add and or s32 u32 b32", "ret": "",
-    "selp": f"{INTEGERS} {BITS} f32", "setp": f"{COMPARISONS} and or xor {INTEGERS} {BITS} f32",
-    "shfl": "sync idx bfly b32",
+    "prmt": "b32", "red": ATOMICS, "redux": "sync max add s32", "ret": "", "selp": f"{INTEGERS} {BITS} f32",
+    "setp": f"{COMPARISONS} and or xor {INTEGERS} {BITS} f32", "shfl": "sync idx bfly b32",
     "shl": BITS, "shr": f"{INTEGERS} {BITS}", "st": f"release cg {SCOPES} {MEMORY}", "stmatrix": MATRIX,
     "sub": f"{INTEGERS} f32 f32x2 rn f16 bf16",
     "wgmma": "fence commit_group wait_group mma_async sync aligned f32 f16 bf16 tf32", "xor": f"{BITS} pred",
 }  # fmt: skip
 
 BINARY = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
+UNARY = {"abs": "absolute({})", "ex2": "exp2({})", "neg": "-{}", "not": "~{}"}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
            "hs": ">="}  # fmt: skip
 WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
@@ -52,18 +47,7 @@ WEAK, STRONG, SYNCHRONISING = range(3)
 
 
 class Opcodes:
-    """Mixed into ``Translator``, whose methods it uses."""
-
-    kernel: Any
-    at: Instruction
-    mask: str | None
-    say: Callable[[str], None]
-    constant: Callable[..., str]
-    read: Callable[..., str]
-    write: Callable[[Any, str, str], None]
-    write_loaded: Callable[[list[str], str, int], None]
-    address: Callable[[Any, str], str]
-    condition: Callable[[], str | None]
+    """Mixed into ``Translator``, whose ``kernel``, ``mask`` and methods it uses."""
 
     def check_known(self, i: Instruction) -> None:
         if i.name not in KNOWN:
@@ -100,8 +84,8 @@ class Opcodes:
             high, low = (f"to_{to[:-2]}({self.read(r, 'f32', True)})" for r in s)
             return self.write(d, f"({high}.astype(U32) << {self.constant(16, 'u32')}) | {low}", "u32")
         a = self.read(s[0], "b16" if origin == "bf16" else origin, True)
-        if to in ("f16", "bf16", "tf32") and origin == "f32":
-            self.write(d, f"to_{to}({a})", "b32" if to == "tf32" else "b16")
+        if to in ("f16", "bf16") and origin == "f32":
+            self.write(d, f"to_{to}({a})", "b16")
         elif to == "f32" and origin in ("f16", "bf16"):
             self.write(d, self.widened(a, origin), "f32")
         elif origin[0] in "us" and to[0] in "us":
@@ -183,14 +167,11 @@ class Opcodes:
         x, y = self.operands(kind, a, b)
         self.write(d, f"{x} / {y}" if kind == "f32" else f"divide({x}, {y})", kind)
 
-    def _ex2(self, i: Instruction, d: Any, a: Any) -> None:
-        self.write(d, f"exp2({self.read(a, 'f32', True)})", "f32")
+    def _unary(self, i: Instruction, d: Any, a: Any) -> None:
+        kind = i.modifiers[-1]
+        self.write(d, UNARY[i.name].format(self.read(a, kind, True)), kind)
 
-    def _neg(self, i: Instruction, d: Any, a: Any) -> None:
-        self.write(d, f"-{self.read(a, i.modifiers[-1], True)}", i.modifiers[-1])
-
-    def _abs(self, i: Instruction, d: Any, a: Any) -> None:
-        self.write(d, f"absolute({self.read(a, 'f32', True)})", "f32")
+    _abs = _ex2 = _neg = _not = _unary
 
     def _min(self, i: Instruction, d: Any, a: Any, b: Any) -> None:
         kind = i.modifiers[-1]
@@ -207,9 +188,6 @@ class Opcodes:
         self.write(d, f"{x} {BINARY[i.name]} {y}", i.modifiers[-1])
 
     _or = _xor = _and
-
-    def _not(self, i: Instruction, d: Any, a: Any) -> None:
-        self.write(d, f"~{self.read(a, i.modifiers[-1], True)}", i.modifiers[-1])
 
     def _shl(self, i: Instruction, d: Any, a: Any, b: Any) -> None:
         kind, sign = i.modifiers[-1], "<<" if i.name == "shl" else ">>"
@@ -298,7 +276,7 @@ class Opcodes:
         self._atom(i, None, a, value)
 
     def _fence(self, i: Instruction, *_: Any) -> None:
-        self.say(f"fence({self.condition()}, {'proxy' in i.modifiers})")
+        self.say(f"proxy_fence({self.condition()})")
 
     # -- what warps and programs do together
 
@@ -308,8 +286,6 @@ class Opcodes:
             self.say(f"raise EmulatorError(name({i.number}) + ': of whole warps, in divergent code')")
 
     def _bar(self, i: Instruction, *args: Any) -> None:
-        if "warp" in i.modifiers:
-            return
         reduces = "red" in i.modifiers
         if args[1:2] != ("0",) if reduces else args != ("0",):
             raise EmulatorError(f"{i}: only barrier 0, of all threads of the program, is modelled")

@@ -9,9 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .errors import EmulatorError
-
 Argument = str | list["Argument"]
+
+
+class EmulatorError(RuntimeError):
+    """An access out of bounds, a race, a hang, a barrier that not all reach, or PTX that the emulator does not know."""
+
 
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s.*?([\w$]+_param_\d+)")

@@ -3,8 +3,7 @@
 A program's clock counts its barriers: its *epoch*. Each warp knows an epoch of every program: what that program did in
 earlier epochs comes before whatever the warp does next. A barrier joins what its warps know. A release publishes, under
 its address, what its warp knows and its own program's epoch, that is all that the program did before its last barrier;
-an add publishes on top of what is there (a release sequence). An acquire takes that over, a relaxed load at the next
-fence, and a relaxed store publishes what was known at the last one.
+an add publishes on top of what is there (a release sequence), and a relaxed add leaves it. An acquire takes that over.
 
 Two accesses of one element, one a write, must be ordered, unless both are strong (``volatile``, ``relaxed``,
 ``acquire``, ``release`` or atomic) and of one width: the model calls them morally strong, and only they do not tear. A
@@ -18,6 +17,7 @@ between lanes of one warp.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +30,32 @@ if TYPE_CHECKING:
     from .unit import Unit
 
 SEVERAL = 255  # in place of a warp: several of them
-There = Callable[[], Array]  # which lanes' values are in memory already
+
+
+@dataclass
+class Access:
+    """Of one instruction: ``vector`` elements of ``size`` bytes at each of the addresses ``a`` of ``lanes``. there:
+    which lanes' values are in memory already."""
+
+    unit: Unit
+    number: int
+    a: Array
+    lanes: Array
+    size: int
+    vector: int = 1
+    strong: bool = False
+    there: Callable[[], Array] | None = None
+
+    def cells(self, start: int, grain: int) -> tuple[Array, Array]:
+        """(the cells of ``grain`` bytes from ``start`` on, the lane of each)."""
+        cell, many = (self.a - start) // grain, max(1, self.size * self.vector // grain)
+        if many == 1:
+            return cell, self.lanes
+        return (cell[:, None] + np.arange(many)).ravel(), np.repeat(self.lanes, many)
+
+    def copies(self, cells: Array) -> Array:
+        """Of its cells, those that hold what it is about to write."""
+        return np.repeat(self.there(), len(cells) // len(self.a))
 
 
 def note(table: Array, at: Array, epoch: Array, warp: Array) -> None:
@@ -50,11 +75,9 @@ class Races:
         self.grid, self.programs, self.warps = grid, grid.programs, grid.warps
         self.epoch = np.ones(self.programs, S64)
         self.known = np.zeros((self.programs * self.warps, self.programs), S64)
-        self.heard = np.zeros_like(self.known)  # by relaxed loads, until a fence
-        self.fenced = np.zeros_like(self.known)  # what a relaxed store publishes
         self.published: dict[int, Array] = {}
         grain = grid.kernel.grain
-        self.shift = grain.bit_length() - 1
+        self.grain = grain
         cells = grid.stride * self.programs // grain + 64
         # Of shared memory: epoch << 8 | warp of the last write and read, and their instructions.
         self.s_written, self.s_read = np.zeros(cells, S64), np.zeros(cells, S64)
@@ -68,30 +91,28 @@ class Races:
         for where in grid.memory.ranges:
             where.forget(self.programs)
 
-    def tell(self, unit: Unit, number: int, other: int, what: str, kind: str, who: str, lane: int) -> None:
-        if (number, int(other), kind) in self.seen:
-            return
-        self.seen.add((number, int(other), kind))
-        self.grid.report.races.append(
-            f"{what} by {unit.where(lane)} at {unit.name(number)} is not ordered after the {kind} by {who} at "
-            f"{unit.name(int(other))}"
-        )
+    def tell(self, access: Access, lane: int, what: str, kind: str, who: str, other: int) -> None:
+        """``what`` by a lane is not ordered after the ``kind`` of access by somebody at the instruction ``other``."""
+        key = access.number, int(other), kind
+        if key not in self.seen:
+            self.seen.add(key)
+            name, where = access.unit.name, access.unit.where(lane)
+            text = f"{what} by {where} at {name(access.number)} is not ordered after the {kind} by {who} at"
+            self.grid.report.races.append(f"{text} {name(int(other))}")
 
-    def tell_unwritten(self, unit: Unit, number: int, what: str, lane: int) -> None:
-        if (number, 0, "nobody") in self.seen:
-            return
-        self.seen.add((number, 0, "nobody"))
-        self.grid.report.unwritten.append(
-            f"read of {what}, which nobody wrote; {unit.where(lane)}; {unit.name(number)}"
-        )
+    def tell_unwritten(self, access: Access, lane: int, what: str) -> None:
+        key = access.number, 0, "nobody"
+        if key not in self.seen:
+            self.seen.add(key)
+            where = f"{access.unit.where(lane)}; {access.unit.name(access.number)}"
+            self.grid.report.unwritten.append(f"read of {what}, which nobody wrote; {where}")
 
     # -- order
 
     def barrier(self, programs: Iterable[int]) -> None:
         for program in programs:
             rows = slice(program * self.warps, (program + 1) * self.warps)
-            for table in (self.known, self.heard):
-                table[rows] = table[rows].max(0)
+            self.known[rows] = self.known[rows].max(0)
             self.epoch[program] += 1
 
     def _rows(self, unit: Unit, a: Array, lanes: Array) -> Iterator[tuple[int, list[int]]]:
@@ -100,152 +121,135 @@ class Races:
         for address in np.unique(a).tolist():
             yield address, np.unique(rows[a == address]).tolist()
 
-    def acquire(self, unit: Unit, a: Array, lanes: Array, acquires: bool) -> None:
-        table = self.known if acquires else self.heard
+    def acquire(self, unit: Unit, a: Array, lanes: Array) -> None:
         for address, rows in self._rows(unit, a, lanes):
             if address in self.published:
-                table[rows] = np.maximum(table[rows], self.published[address])
+                self.known[rows] = np.maximum(self.known[rows], self.published[address])
 
-    def release(self, unit: Unit, a: Array, lanes: Array, releases: bool, adds: bool) -> None:
+    def release(self, unit: Unit, a: Array, lanes: Array, adds: bool) -> None:
         for address, rows in self._rows(unit, a, lanes):
             for row in rows:
-                told = (self.known if releases else self.fenced)[row].copy()
-                if releases:
-                    told[row // self.warps] = self.epoch[row // self.warps]
+                told = self.known[row].copy()
+                told[row // self.warps] = self.epoch[row // self.warps]
                 if adds and address in self.published:
                     told = np.maximum(told, self.published[address])
                 self.published[address] = told
 
-    def fence(self, unit: Unit, lanes: Array) -> None:
-        rows = np.unique(unit.row[lanes])
-        self.known[rows] = np.maximum(self.known[rows], self.heard[rows])
-        self.fenced[rows] = self.known[rows]
-        self.fenced[rows, rows // self.warps] = self.epoch[rows // self.warps]
-
     # -- global memory
 
-    @staticmethod
-    def _cells(where: Range, a: Array, lanes: Array, size: int) -> tuple[Array, Array]:
-        """(elements, the lane of each)."""
-        cell, many = (a - where.start) // where.grain, max(1, size // where.grain)
-        if many == 1:
-            return cell, lanes
-        return (cell[:, None] + np.arange(many)).ravel(), np.repeat(lanes, many)
-
-    def _after_last_write(self, unit: Unit, where: Range, cell: Array, lanes: Array, number: int, what: str,
-                          strong: int, there: There | None = None, count: int = 1) -> None:  # fmt: skip
-        last = where.written[cell]
+    def _after_last_write(self, where: Range, access: Access, cells: Array, lanes: Array, what: str) -> None:
+        last = where.written[cells]
         if not last.any():
             return
+        unit = access.unit
         program, warp, epoch = ((last >> 8) & 0xFFFF) - 1, last & 0xFF, last >> 24
         own = program == unit.program[lanes]
         mine = (warp == unit.warp[lanes]) | (epoch < self.epoch[unit.program[lanes]])
         fine = (last == 0) | np.where(own, mine, epoch < self.known[unit.row[lanes], program])
-        if strong:
-            fine |= where.width[cell] == strong
-        if there is not None and not fine.all():
-            fine |= own & np.repeat(there(), len(cell) // count) & (where.at[2][cell] == number)
+        if access.strong:
+            fine |= where.width[cells] == access.size
+        if access.there is not None and not fine.all():
+            fine |= own & access.copies(cells) & (where.at[2][cells] == access.number)
         if not fine.all():
             i = int((~fine).argmax())
-            self.tell(unit, number, where.at[2][cell[i]], f"{what} of {where.name}[{cell[i]}]", "write",
-                      f"program {program[i]}, warp {warp[i]}", lanes[i])  # fmt: skip
+            who = f"program {program[i]}, warp {warp[i]}"
+            self.tell(access, lanes[i], f"{what} of {where.name}[{cells[i]}]", "write", who, where.at[2][cells[i]])
 
-    def read(self, unit: Unit, where: Range, a: Array, lanes: Array, size: int, vector: int, number: int,
-             strong: bool) -> None:  # fmt: skip
-        cell, lanes = self._cells(where, a, lanes, size * vector)
-        if where.fresh and (unwritten := where.written[cell] == 0).any():
+    def read(self, where: Range, access: Access) -> None:
+        cells, lanes = access.cells(where.start, where.grain)
+        if where.fresh and (unwritten := where.written[cells] == 0).any():
             i = int(unwritten.argmax())
-            self.tell_unwritten(unit, number, f"{where.name}[{cell[i]}]", lanes[i])
-        self._after_last_write(unit, where, cell, lanes, number, "read", size * strong)
-        at = cell * self.programs + unit.program[lanes]
-        note(where.reads[strong], at, self.epoch[unit.program[lanes]], unit.warp[lanes])
-        where.at[strong][cell] = number
+            self.tell_unwritten(access, lanes[i], f"{where.name}[{cells[i]}]")
+        self._after_last_write(where, access, cells, lanes, "read")
+        program = access.unit.program[lanes]
+        at = cells * self.programs + program
+        note(where.reads[access.strong], at, self.epoch[program], access.unit.warp[lanes])
+        where.at[access.strong][cells] = access.number
 
-    def write(self, unit: Unit, where: Range, a: Array, lanes: Array, size: int, vector: int, there: There | None,
-              number: int, strong: bool) -> None:  # fmt: skip
+    def write(self, where: Range, access: Access) -> None:
         """Before a write: it must come after the last one, and after the reads since."""
-        cell, many = self._cells(where, a, lanes, size * vector)
-        self._after_last_write(unit, where, cell, many, number, "write", size * strong, there, len(a))
-        for kind in (0,) if strong else (0, 1):
-            reads = where.reads[kind].reshape(-1, self.programs)[cell]
+        cells, lanes = access.cells(where.start, where.grain)
+        self._after_last_write(where, access, cells, lanes, "write")
+        unit = access.unit
+        for kind in (0,) if access.strong else (0, 1):
+            reads = where.reads[kind].reshape(-1, self.programs)[cells]
             if not reads.any():
                 continue
-            me, epoch = unit.program[many], reads >> 8
-            mine = (epoch < self.epoch[me][:, None]) | ((reads & SEVERAL) == unit.warp[many][:, None])
+            me, epoch = unit.program[lanes], reads >> 8
+            mine = (epoch < self.epoch[me][:, None]) | ((reads & SEVERAL) == unit.warp[lanes][:, None])
             own = me[:, None] == np.arange(self.programs)
-            fine = (reads == 0) | np.where(own, mine, epoch < self.known[unit.row[many]])
+            fine = (reads == 0) | np.where(own, mine, epoch < self.known[unit.row[lanes]])
             if not fine.all():
                 i, program = divmod(int((~fine).argmax()), self.programs)
-                self.tell(unit, number, where.at[kind][cell[i]], f"write of {where.name}[{cell[i]}]", "read",
-                          f"program {program}", many[i])  # fmt: skip
+                what, other = f"write of {where.name}[{cells[i]}]", where.at[kind][cells[i]]
+                self.tell(access, lanes[i], what, "read", f"program {program}", other)
 
-    def written(self, unit: Unit, where: Range, a: Array, lanes: Array, size: int, vector: int, there: There | None,
-                number: int, strong: bool) -> None:  # fmt: skip
+    def written(self, where: Range, access: Access) -> None:
         """After a write: whose it was."""
-        cell, many = self._cells(where, a, lanes, size * vector)
-        code = (self.epoch[unit.program[many]] << 24) | ((unit.program[many] + 1) << 8) | unit.warp[many]
-        where.written[cell], where.width[cell], where.at[2][cell] = code, size * strong, number
-        if strong or (where.written[cell] == code).all():
-            return
-        if not (right := there()).all():
-            i = int((~right).argmax())
-            self.tell(unit, number, number, f"write of {where.name}", "write", "another warp", lanes[i])
+        cells, lanes = access.cells(where.start, where.grain)
+        program = access.unit.program[lanes]
+        code = (self.epoch[program] << 24) | ((program + 1) << 8) | access.unit.warp[lanes]
+        where.written[cells], where.at[2][cells] = code, access.number
+        where.width[cells] = access.size * access.strong
+        if not access.strong and (where.written[cells] != code).any():
+            self._at_once(access, f"write of {where.name}")
+
+    def _at_once(self, access: Access, what: str) -> None:
+        """Several warps wrote a cell by one instruction: they must have written the same."""
+        right = access.there()
+        if not right.all():
+            self.tell(access, access.lanes[int((~right).argmax())], what, "write", "another warp", access.number)
 
     # -- shared memory
 
-    def _shared_cells(self, a: Array, lanes: Array, size: int) -> tuple[Array, Array]:
-        cell, many = a >> self.shift, size >> self.shift
-        if many == 1:
-            return cell, lanes
-        return (cell[:, None] + np.arange(many)).ravel(), np.repeat(lanes, many)
-
-    def shared_read(self, unit: Unit, a: Array, lanes: Array, size: int, number: int) -> None:
-        cell, lanes = self._shared_cells(a, lanes, size)
-        last = self.s_written[cell]
-        epoch, warp = self.epoch[unit.program[lanes]], unit.warp[lanes]
-        if (last == 0).any():
-            i = int((last == 0).argmax())
-            byte = (int(cell[i]) << self.shift) - int(unit.offset[lanes[i]])
-            self.tell_unwritten(unit, number, f"shared byte {byte}", lanes[i])
-        self._same_epoch(unit, last, epoch, warp, number, self.s_written_at[cell], "read", "write", lanes)
-        note(self.s_read, cell, epoch, warp)
-        self.s_read_at[cell] = number
-
-    def _same_epoch(self, unit: Unit, last: Array, epoch: Array, warp: Array, number: int, at: Array, what: str,
-                    kind: str, lanes: Array, fine: Callable[[], Array] | None = None) -> None:  # fmt: skip
+    def _same_epoch(self, access: Access, lanes: Array, last: Array, at: Array, what: str, kind: str,
+                    fine: Callable[[], Array] | None = None) -> None:  # fmt: skip
         """No barrier stands between this access and the last one, by another warp."""
-        bad = (last >> 8 == epoch) & ((last & SEVERAL) != warp)
+        bad = (last >> 8 == self.epoch[access.unit.program[lanes]]) & ((last & SEVERAL) != access.unit.warp[lanes])
         if bad.any() and fine is not None:
             bad &= ~fine()
         if bad.any():
             i = int(bad.argmax())
-            self.tell(unit, number, at[i], f"{what} of shared memory", kind, f"warp {last[i] & SEVERAL}", lanes[i])
+            self.tell(access, lanes[i], f"{what} of shared memory", kind, f"warp {last[i] & SEVERAL}", at[i])
 
-    def shared_write(self, unit: Unit, a: Array, lanes: Array, size: int, there: There, number: int) -> None:
-        cells, many = self._shared_cells(a, lanes, size)
-        epoch, warp = self.epoch[unit.program[many]], unit.warp[many]
+    def _note_shared_read(self, access: Access, cells: Array, lanes: Array) -> None:
+        note(self.s_read, cells, self.epoch[access.unit.program[lanes]], access.unit.warp[lanes])
+        self.s_read_at[cells] = access.number
+
+    def shared_read(self, access: Access) -> None:
+        cells, lanes = access.cells(0, self.grain)
+        last = self.s_written[cells]
+        if (last == 0).any():
+            i = int((last == 0).argmax())
+            byte = int(cells[i]) * self.grain - int(access.unit.offset[lanes[i]])
+            self.tell_unwritten(access, lanes[i], f"shared byte {byte}")
+        self._same_epoch(access, lanes, last, self.s_written_at[cells], "read", "write")
+        self._note_shared_read(access, cells, lanes)
+
+    def shared_write(self, access: Access) -> None:
+        """Before a write."""
+        cells, lanes = access.cells(0, self.grain)
+        at, read_at = self.s_written_at[cells], self.s_read_at[cells]
         if self.asynchronous:
             self.tick += 1
             self.s_tick[cells] = self.tick
             if (busy := self.reading[cells] > 0).any():
                 i = int(busy.argmax())
-                self.tell(unit, number, self.s_read_at[cells[i]], "write of shared memory", "unfinished wgmma",
-                          "its warp group", many[i])  # fmt: skip
+                self.tell(access, lanes[i], "write of shared memory", "unfinished wgmma", "its warp group", read_at[i])
 
         def copies() -> Array:
-            return np.repeat(there(), len(cells) // len(a)) & (self.s_written_at[cells] == number)
+            return access.copies(cells) & (at == access.number)
 
-        self._same_epoch(unit, self.s_written[cells], epoch, warp, number, self.s_written_at[cells], "write", "write",
-                         many, copies)  # fmt: skip
-        self._same_epoch(unit, self.s_read[cells], epoch, warp, number, self.s_read_at[cells], "write", "read", many)
+        self._same_epoch(access, lanes, self.s_written[cells], at, "write", "write", copies)
+        self._same_epoch(access, lanes, self.s_read[cells], read_at, "write", "read")
 
-    def shared_written(self, unit: Unit, a: Array, lanes: Array, size: int, there: There, number: int) -> None:
-        cells, many = self._shared_cells(a, lanes, size)
-        code = (self.epoch[unit.program[many]] << 8) | unit.warp[many]
-        self.s_written[cells], self.s_written_at[cells] = code, number
-        if (self.s_written[cells] != code).any() and not (right := there()).all():
-            i = int((~right).argmax())
-            self.tell(unit, number, number, "write of shared memory", "write", "another warp", lanes[i])
+    def shared_written(self, access: Access) -> None:
+        """After a write."""
+        cells, lanes = access.cells(0, self.grain)
+        code = (self.epoch[access.unit.program[lanes]] << 8) | access.unit.warp[lanes]
+        self.s_written[cells], self.s_written_at[cells] = code, access.number
+        if (self.s_written[cells] != code).any():
+            self._at_once(access, "write of shared memory")
 
     # -- the asynchronous proxy: wgmma reads shared memory from its start until somebody waits for its group
 
@@ -253,20 +257,18 @@ class Races:
         self.tick += 1
         self.fence_tick[np.unique(unit.row[lanes])] = self.tick
 
-    def async_read(self, unit: Unit, a: Array, lanes: Array, size: int, number: int) -> None:
-        self.shared_read(unit, a, lanes, size, number)
-        cells, many = self._shared_cells(a, lanes, size)
-        writer = unit.program[many] * self.warps + (self.s_written[cells] & SEVERAL)
+    def async_read(self, access: Access) -> None:
+        self.shared_read(access)
+        cells, lanes = access.cells(0, self.grain)
+        writer = access.unit.program[lanes] * self.warps + (self.s_written[cells] & SEVERAL)
         late = self.s_tick[cells] >= self.fence_tick[writer]
         if late.any():
             i = int(late.argmax())
-            what = "wgmma's read of shared memory, with no proxy fence between,"
-            self.tell(
-                unit, number, self.s_written_at[cells[i]], what, "write", f"warp {writer[i] % self.warps}", many[i]
-            )
+            what, who = "wgmma's read of shared memory, with no proxy fence between,", f"warp {writer[i] % self.warps}"
+            self.tell(access, lanes[i], what, "write", who, self.s_written_at[cells[i]])
         np.add.at(self.reading, cells, 1)
 
-    def async_done(self, unit: Unit, a: Array, lanes: Array, size: int) -> None:
-        cells, many = self._shared_cells(a, lanes, size)
+    def async_done(self, access: Access) -> None:
+        cells, lanes = access.cells(0, self.grain)
         np.add.at(self.reading, cells, -1)
-        note(self.s_read, cells, self.epoch[unit.program[many]], unit.warp[many])
+        self._note_shared_read(access, cells, lanes)

@@ -16,9 +16,8 @@ import numpy as np
 
 from . import arithmetic
 from .arithmetic import F16, F32, F64, S16, S32, S64, U8, U16, U32, U64, UNSIGNED
-from .errors import EmulatorError
 from .opcodes import Opcodes
-from .ptx import Instruction, Kernel
+from .ptx import EmulatorError, Instruction, Kernel
 
 END = 1 << 20  # program counter of a lane that has returned
 
@@ -27,8 +26,10 @@ DTYPES = {"u8": U8, "b8": U8, "u16": U16, "b16": U16, "s16": S16, "u32": U32, "b
 VIEWS = {"b": "u", "u": "u", "s": "s", "f": "f"}
 SPECIAL = {"%tid.x": "tid", "%ctaid.x": "cx", "%ctaid.y": "cy", "%ctaid.z": "cz", "%laneid": "lane", "%tid.y": "zero",
            "%tid.z": "zero", "%ntid.x": "ntid", "%nctaid.x": "nx", "%nctaid.y": "ny"}  # fmt: skip
-METHODS = "load_global store_global load_shared store_shared atomic fence barrier shuffle reduce ldmatrix stmatrix mma \
+METHODS = (
+    "load_global store_global load_shared store_shared atomic proxy_fence barrier shuffle reduce ldmatrix stmatrix mma \
 wgmma wgmma_order wgmma_wait name"
+)
 NUMPY = "where absolute minimum maximum fmin fmax exp2 count_nonzero"
 # What nobody has written is neither zero nor a useful number.
 POISON = {"b16": 0x7DBA, "b32": 0x7FBADBAD, "b64": 0x7FBADBADDEADBEEF}

@@ -9,15 +9,15 @@ import numpy as np
 
 from . import arithmetic
 from .arithmetic import F16, F32, S64, U16, U32, UNSIGNED, Array
-from .errors import EmulatorError
 from .opcodes import SYNCHRONISING
+from .ptx import EmulatorError
+from .races import Access
 
 if TYPE_CHECKING:
     from .grid import Grid
     from .memory import Range
 
-Found = tuple["Range | None", Array, Array]
-_FOLDS = {"max": np.maximum, "min": np.minimum, "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or}
+_FOLDS = {"max": np.maximum, "add": np.add}
 
 
 class Unit:
@@ -43,8 +43,8 @@ class Unit:
         self.parameters = [np.full(self.n, value, UNSIGNED[size]) for value, size in grid.values]
         self.offset = self.program * grid.stride  # of its program's shared memory
         self.count = [0] * len(self.kernel.blocks)
-        self.groups: list[list[tuple[Array, Array, int]]] = []  # of wgmma, committed: what they read
-        self.open: list[tuple[Array, Array, int]] = []
+        self.groups: list[list[Access]] = []  # of wgmma, committed: what they read
+        self.open: list[Access] = []
         self.waits = False
         self.last: int | None = None  # kind of the operation that comes next
         self.vote: Array | None = None
@@ -61,126 +61,124 @@ class Unit:
 
     # -- global memory
 
-    def _global(
-        self, address: Array, condition: Array | None, size: int, number: int
-    ) -> tuple[Range | None, Array, Array]:
-        """(the tensor, addresses of the active lanes, the lanes); None where no lane is active."""
-        a, lanes = address.view(S64), self.all
-        if condition is not None:
-            lanes = condition.nonzero()[0]
-            a = a[lanes]
-            if not len(lanes):
-                return None, a, lanes
-        where, bad, what = self.grid.memory.find(a, size)
+    def _active(self, address: Array, condition: Array | None) -> tuple[Array, Array]:
+        """(addresses of the active lanes, the lanes)."""
+        if condition is None:
+            return address.astype(S64), self.all
+        lanes = condition.nonzero()[0]
+        return address[lanes].astype(S64), lanes
+
+    def _global(self, access: Access) -> Range:
+        """The tensor that an access is to."""
+        size = access.size * access.vector
+        where, bad, what = self.grid.memory.find(access.a, size)
         if where is None:
-            self.fail(what, number, lanes[bad])
-        self.report.bytes[number, where.name] += len(a) * size
-        return where, a, lanes
+            self.fail(what, access.number, access.lanes[bad])
+        self.report.bytes[access.number, where.name] += len(access.a) * size
+        return where
 
     def load_global(self, address, condition, size, vector, number, strength):
-        where, a, lanes = self._global(address, condition, size * vector, number)
-        if where is None:
+        a, lanes = self._active(address, condition)
+        if not len(a):
             return None, lanes
-        if strength:
-            self.report.polls += 1
-            self.races.acquire(self, a, lanes, strength == SYNCHRONISING)
-        self.races.read(self, where, a, lanes, size, vector, number, bool(strength))
+        access = Access(self, number, a, lanes, size, vector, bool(strength))
+        where = self._global(access)
+        if strength == SYNCHRONISING:
+            self.races.acquire(self, a, lanes)
+        self.races.read(where, access)
         return self.grid.memory.read(a, size, vector), lanes
 
     def store_global(self, address, condition, data, size, number, strength):
-        where, a, lanes = self._global(address, condition, size * len(data), number)
-        if where is None:
+        a, lanes = self._active(address, condition)
+        if not len(a):
             return
-        self.grid.progress += 1
-        values = [v[lanes].astype(UNSIGNED[size]) for v in data]
-        if strength:
-            self.races.release(self, a, lanes, strength == SYNCHRONISING, adds=False)
-        memory = self.grid.memory
+        memory, values = self.grid.memory, [v[lanes].astype(UNSIGNED[size]) for v in data]
 
         def there() -> Array:
             before = memory.read(a, size, len(values))
             return np.logical_and.reduce([x == y for x, y in zip(before, values, strict=True)])
 
-        self.races.write(self, where, a, lanes, size, len(data), there, number, bool(strength))
+        access = Access(self, number, a, lanes, size, len(data), bool(strength), there)
+        where = self._global(access)
+        self.grid.progress += 1
+        if strength == SYNCHRONISING:
+            self.races.release(self, a, lanes, adds=False)
+        self.races.write(where, access)
         memory.write(a, size, values)
-        self.races.written(self, where, a, lanes, size, len(data), there, number, bool(strength))
+        self.races.written(where, access)
 
     def atomic(self, address, condition, data, number, acquires, releases):
         size = data.itemsize
         old = np.zeros(self.n, UNSIGNED[size])
-        where, a, lanes = self._global(address, condition, size, number)
-        if where is None:
+        a, lanes = self._active(address, condition)
+        if not len(a):
             return old
-        self.races.release(self, a, lanes, releases, adds=True)
-        self.races.read(self, where, a, lanes, size, 1, number, True)
-        self.races.write(self, where, a, lanes, size, 1, None, number, True)
+        access = Access(self, number, a, lanes, size, 1, True)
+        where = self._global(access)
+        if releases:
+            self.races.release(self, a, lanes, adds=True)
+        self.races.read(where, access)
+        self.races.write(where, access)
         for n, lane in enumerate(lanes.tolist()):
             (bits,) = self.grid.memory.read(a[n : n + 1], size, 1)
             old[lane] = bits[0]
             self.grid.progress += bool(data[lane] != 0)
             self.grid.memory.write(a[n : n + 1], size, [(bits.view(data.dtype) + data[lane]).view(UNSIGNED[size])])
-        self.races.written(self, where, a, lanes, size, 1, None, number, True)
-        self.races.acquire(self, a, lanes, acquires)
+        self.races.written(where, access)
+        if acquires:
+            self.races.acquire(self, a, lanes)
         return old
 
-    def fence(self, condition: Array | None, proxy: bool) -> None:
-        lanes = self.all if condition is None else condition.nonzero()[0]
-        (self.races.proxy_fence if proxy else self.races.fence)(self, lanes)
+    def proxy_fence(self, condition: Array | None) -> None:
+        self.races.proxy_fence(self, self.all if condition is None else condition.nonzero()[0])
 
     # -- shared memory
 
-    def _shared(self, address: Array, condition: Array | None, size: int, number: int) -> tuple[Array, Array]:
-        """(addresses among those of all programs, lanes) of the active lanes."""
-        a, lanes = address.astype(S64), self.all
-        if condition is not None:
-            lanes = condition.nonzero()[0]
-            a = a[lanes]
-        bad = (a + size > self.kernel.shared) | ((a & (size - 1)) != 0)
+    def _shared(self, address: Array, condition: Array | None, size: int, vector: int, number: int) -> Access:
+        """Addresses are among those of all programs."""
+        a, lanes = self._active(address, condition)
+        width = size * vector
+        bad = (a + width > self.kernel.shared) | ((a & (width - 1)) != 0)
         if bad.any():
             i = int(bad.argmax())
-            self.fail(f"shared access of {size} bytes at {a[i]} of {self.kernel.shared}", number, lanes[i])
-        self.report.bytes[number, "shared"] += len(a) * size
-        return a + self.offset[lanes], lanes
+            self.fail(f"shared access of {width} bytes at {a[i]} of {self.kernel.shared}", number, lanes[i])
+        self.report.bytes[number, "shared"] += len(a) * width
+        return Access(self, number, a + self.offset[lanes], lanes, size, vector)
+
+    def _index(self, access: Access) -> Array:
+        return (access.a >> (access.size.bit_length() - 1))[:, None] + np.arange(access.vector)
 
     def load_shared(self, address, condition, size, vector, number):
-        a, lanes = self._shared(address, condition, size * vector, number)
-        if not len(a):
-            return None, lanes
-        index = a >> (size.bit_length() - 1)
-        self.races.shared_read(self, a, lanes, size * vector, number)
-        return [self.grid.shared[size][index + n] for n in range(vector)], lanes
+        access = self._shared(address, condition, size, vector, number)
+        if not len(access.a):
+            return None, access.lanes
+        self.races.shared_read(access)
+        return self.grid.shared[size][self._index(access).T], access.lanes
 
     def store_shared(self, address, condition, data, size, number):
-        a, lanes = self._shared(address, condition, size * len(data), number)
-        if not len(a):
-            return
-        index = (a >> (size.bit_length() - 1))[:, None] + np.arange(len(data))
-        self._write_shared(a, lanes, np.stack([v[lanes].astype(UNSIGNED[size]) for v in data], 1), index, number)
+        access = self._shared(address, condition, size, len(data), number)
+        if len(access.a):
+            self._write_shared(access, np.stack([v[access.lanes].astype(UNSIGNED[size]) for v in data], 1))
 
-    def _write_shared(self, a: Array, lanes: Array, values: Array, index: Array, number: int) -> None:
-        """values, index: [lanes, elements]."""
-        memory = self.grid.shared[values.itemsize]
-        size = values.shape[1] * values.itemsize
-
-        def there() -> Array:
-            return (memory[index] == values).all(1)
-
-        self.races.shared_write(self, a, lanes, size, there, number)
+    def _write_shared(self, access: Access, values: Array) -> None:
+        """values: [lanes, vector]."""
+        memory, index = self.grid.shared[access.size], self._index(access)
+        access.there = lambda: (memory[index] == values).all(1)
+        self.races.shared_write(access)
         memory[index] = values
-        self.races.shared_written(self, a, lanes, size, there, number)
+        self.races.shared_written(access)
 
     def ldmatrix(self, address, matrices, transposed, number):
-        a, lanes = self._shared(address, self.lane < 8 * matrices, 16, number)
-        self.races.shared_read(self, a, lanes, 16, number)
-        rows = self.grid.shared[2][(a >> 1)[:, None] + np.arange(8)].reshape(-1, matrices, 8, 8)
+        access = self._shared(address, self.lane < 8 * matrices, 2, 8, number)
+        self.races.shared_read(access)
+        rows = self.grid.shared[2][self._index(access)].reshape(-1, matrices, 8, 8)
         rows = rows.swapaxes(2, 3) if transposed else rows
         return [np.ascontiguousarray(rows[:, m]).view(U32).reshape(-1) for m in range(matrices)]
 
     def stmatrix(self, address, data, transposed, number):
-        a, lanes = self._shared(address, self.lane < 8 * len(data), 16, number)
+        access = self._shared(address, self.lane < 8 * len(data), 2, 8, number)
         rows = np.stack([np.ascontiguousarray(d).reshape(-1, 8, 4).view(U16) for d in data], 1)
-        rows = (rows.swapaxes(2, 3) if transposed else rows).reshape(-1, 8)
-        self._write_shared(a, lanes, rows, (a >> 1)[:, None] + np.arange(8), number)
+        self._write_shared(access, (rows.swapaxes(2, 3) if transposed else rows).reshape(-1, 8))
 
     # -- warps and programs
 
@@ -230,8 +228,8 @@ class Unit:
         a = a + self.offset.reshape(-1, 128)[:, 0][:, None, None]
         self.report.bytes[number, "shared"] += a.size * size
         lanes = np.repeat(np.arange(0, self.n, 128), a[0].size)
-        self.races.async_read(self, a.reshape(-1), lanes, size, number)
-        self.open.append((a.reshape(-1), lanes, size))
+        self.open.append(Access(self, number, a.reshape(-1), lanes, size))
+        self.races.async_read(self.open[-1])
         raw = self.grid.shared[size][a >> (size.bit_length() - 1)]
         if kind == "tf32":
             return arithmetic.cut_to_tf32(raw)
@@ -244,6 +242,5 @@ class Unit:
 
     def wgmma_wait(self, left: int) -> None:
         done, self.groups = self.groups[: len(self.groups) - left], self.groups[len(self.groups) - left :]
-        for group in done:
-            for a, lanes, size in group:
-                self.races.async_done(self, a, lanes, size)
+        for access in (access for group in done for access in group):
+            self.races.async_done(access)
