@@ -17,7 +17,7 @@ PYTEST := -m pytest -n $(JOBS)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test lint types test-newest test-oldest train audit gpu rehearse bench format clean
+.PHONY: help test lint types test-newest test-oldest emulate train audit gpu rehearse bench format clean
 
 # Tests say themselves whether they want the interpreter.
 unexport TRITON_INTERPRET
@@ -31,14 +31,18 @@ test: lint types test-newest test-oldest ## all that needs no GPU, on both Trito
 test-newest: $(NEWEST)/.dev ## every test that needs no GPU, newest Triton
 	@echo "== $(NEWEST): $$(tr '\n' ' ' <$(NEWEST)/versions.txt)"
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(NEWEST)/bin/python $(PYTEST) -m "interpreter and not gpu" tests $(ARGS)
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "not interpreter and not gpu" tests $(ARGS)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "not interpreter and not gpu and not emulator_long" tests $(ARGS)
 	OMP_NUM_THREADS=1 ONEDNN_MAX_CPU_ISA=AVX2 $(NEWEST)/bin/python $(PYTEST) -m "torch_path and not interpreter" tests $(ARGS)
 
 test-oldest: $(OLDEST)/.dev ## the kernels' tests, oldest Triton; not those of torch around them
 	@echo "== $(OLDEST): $$(tr '\n' ' ' <$(OLDEST)/versions.txt)"
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(OLDEST)/bin/python $(PYTEST) -m "interpreter and not gpu" -k "not compile" tests \
 	  $(patsubst %,--ignore=tests/test_%.py,scale parameters mixed_precision third_party second cut_transforms profile language_model signals) $(ARGS)
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "audit and not gpu" tests $(ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "(audit or emulator) and not gpu" tests $(ARGS)
+
+emulate: $(NEWEST)/.dev $(OLDEST)/.dev ## more of the compiled kernels in the emulator, on both Triton versions (an hour on one core)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m emulator_long tests $(ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m emulator_long tests $(ARGS)
 
 lint: $(NEWEST)/.dev ## ruff: rules and format
 	$(NEWEST)/bin/ruff check .

@@ -21,8 +21,14 @@ Two protocols, chosen at compile time by ``exchange.protocol``:
     pattern rewritten to another NaN. get: load the tile until no reserved pattern is left. Each element carries its
     own flag, so no order between elements is needed and NaN in the data flows through.
 
-Every wait is bounded: ``patience`` polls. The wait that runs out writes to the error word in host memory and leaves
-patience 0, so that the program then runs to its end without waiting again, and the host raises.
+    Why it is right: a plain store beside a load that may come before it is a data race in the PTX memory model, which
+    then promises nothing, ``volatile`` or not. Store and load are therefore ``relaxed`` at gpu scope, and of one
+    element each: morally strong, they do not tear, and a load that repeats sees the store in the end. So they are not
+    vectorised. Where there is no PTX (the interpreter, and AMD, whose model is another), stores are plain and loads
+    volatile.
+
+Every wait is bounded: ``patience`` polls. Each thread whose wait runs out writes to the error word in host memory and
+has patience 0 from then on, so that the program runs to its end without waiting again, and the host raises.
 """
 
 from dataclasses import dataclass
@@ -59,15 +65,20 @@ def put(pointers, tile, mask, exchange: tl.constexpr):
         bits = tile.to(_integer(tile.dtype), bitcast=True)
         # The largest positive integer is a NaN too, and not the reserved one.
         other: tl.constexpr = 0x7FFF if tile.dtype.primitive_bitwidth == 16 else 0x7FFFFFFF
-        tile = tl.where(bits == -1, other, bits).to(bits.dtype).to(tile.dtype, bitcast=True)
-    tl.store(pointers, tile, mask=mask)
+        bits = tl.where(bits == -1, other, bits).to(bits.dtype)
+        if exchange.poll == "ptx":
+            _store_relaxed(pointers, bits, mask)
+        else:
+            tl.store(pointers, bits.to(tile.dtype, bitcast=True), mask=mask)
+    else:
+        tl.store(pointers, tile, mask=mask)
 
 
 @triton.jit
 def arrive(counter, exchange: tl.constexpr):
     """Announce that everything this program has put is there."""
     if exchange.protocol == "counter":
-        announce(counter)
+        announce(counter, exchange)
 
 
 @triton.jit
@@ -80,31 +91,61 @@ def wait(counter, target, patience, error, exchange: tl.constexpr):
 
 
 @triton.jit
-def announce(counter):
+def announce(counter, exchange: tl.constexpr):
     tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+    if exchange.poll == "ptx":
+        # By hand: in front of its own release-add Triton 3.9 puts a second barrier, Triton 3.6 none.
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .b32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.s32 first, thread, 0;
+            @first red.release.gpu.global.add.u32 [$1], 1;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l",
+            [counter],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+
+# Every thread polls for itself, and one that gives up tells so itself: by the time thread 0 polls, the late program may
+# have come, while other threads have gone on with old data.
+_POLL = tl.constexpr(
+    """{
+    .reg .pred reached, more;
+    .reg .b32 seen, polls;
+    mov.b32 polls, $3;
+    again:
+    ld.acquire.gpu.global.u32 seen, [$1];
+    setp.ge.s32 reached, seen, $2;
+    @reached bra done;
+    sub.s32 polls, polls, 1;
+    setp.gt.s32 more, polls, 0;
+    @more bra again;
+    setp.gt.s32 more, $3, 0;
+    @more st.relaxed.sys.global.u32 [$4], 1;
+    done:
+    """
+)
+# What follows in ``get`` has barriers inside a loop over the patience left, which all threads must agree on.
+_AGREE = tl.constexpr("bar.red.and.pred reached, 0, reached;\n")
+_LEFT = tl.constexpr("selp.b32 $0, $3, 0, reached;\n}")
 
 
 @triton.jit
 def await_count(counter, target, patience, error, exchange: tl.constexpr):
     if exchange.poll == "ptx":
-        left = tl.inline_asm_elementwise(
-            """{
-            .reg .pred reached, more;
-            .reg .b32 seen, polls;
-            mov.b32 polls, $3;
-            again:
-            ld.acquire.gpu.global.u32 seen, [$1];
-            setp.ge.s32 reached, seen, $2;
-            @reached bra done;
-            sub.s32 polls, polls, 1;
-            setp.gt.s32 more, polls, 0;
-            @more bra again;
-            done:
-            selp.b32 $0, $3, 0, reached;
-            }""",
-            "=r,l,r,r",
-            [counter, target, patience],
+        assembly: tl.constexpr = _POLL + (_AGREE if exchange.protocol == "flags" else "") + _LEFT
+        return tl.inline_asm_elementwise(
+            assembly,
+            "=r,l,r,r,l",
+            [counter, target, patience, error],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -116,8 +157,8 @@ def await_count(counter, target, patience, error, exchange: tl.constexpr):
             seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
             polls -= 1
         left = tl.where(seen < target, 0, patience)
-    tl.store(error, 1, mask=left < patience)
-    return left
+        tl.store(error, 1, mask=left < patience)
+        return left
 
 
 @triton.jit
@@ -126,16 +167,85 @@ def get(pointers, mask, patience, error, exchange: tl.constexpr):
     if exchange.protocol == "counter":
         return _load(pointers, mask, ".cg", False), patience
     else:
-        tile = _load(pointers, mask, "", True)
+        tile = _load_flagged(pointers, mask, exchange)
         polls = patience
         missing = _missing(tile)
         while (missing > 0) & (polls > 0):
-            tile = _load(pointers, mask, "", True)
+            tile = _load_flagged(pointers, mask, exchange)
             missing = _missing(tile)
             polls -= 1
         left = tl.where(missing > 0, 0, patience)
-        tl.store(error, 1, mask=left < patience)
+        _tell(error, left < patience, exchange)
         return tile, left
+
+
+@triton.jit
+def _tell(error, gave_up, exchange: tl.constexpr):
+    if exchange.poll == "ptx":
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred late;
+            setp.ne.s32 late, $2, 0;
+            @late st.relaxed.sys.global.u32 [$1], 1;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r",
+            [error, gave_up.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(error, 1, mask=gave_up)
+
+
+@triton.jit
+def _store_relaxed(pointers, bits, mask):
+    """Store integers, each by an access of its own width."""
+    narrow: tl.constexpr = bits.dtype.primitive_bitwidth == 16
+    tl.inline_asm_elementwise(
+        _STORE_16 if narrow else _STORE_32,
+        "=r,l,h,r" if narrow else "=r,l,r,r",
+        [pointers, bits, mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _load_flagged(pointers, mask, exchange: tl.constexpr):
+    if exchange.poll == "ptx":
+        dtype: tl.constexpr = pointers.dtype.element_ty
+        narrow: tl.constexpr = dtype.primitive_bitwidth == 16
+        there = 1 if mask is None else mask.to(tl.int32)
+        bits = tl.inline_asm_elementwise(
+            _LOAD_16 if narrow else _LOAD_32,
+            "=h,l,r" if narrow else "=r,l,r",
+            [pointers, there],
+            dtype=tl.int16 if narrow else tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        return bits.to(dtype, bitcast=True)
+    else:
+        return _load(pointers, mask, "", True)
+
+
+_STORE = """{{
+    .reg .pred there;
+    setp.ne.s32 there, $3, 0;
+    @there st.relaxed.gpu.global.b{0} [$1], $2;
+    mov.b32 $0, 0;
+    }}"""
+_LOAD = """{{
+    .reg .pred there;
+    setp.ne.s32 there, $2, 0;
+    mov.b{0} $0, 0;
+    @there ld.relaxed.gpu.global.b{0} $0, [$1];
+    }}"""
+_STORE_16, _STORE_32 = tl.constexpr(_STORE.format(16)), tl.constexpr(_STORE.format(32))
+_LOAD_16, _LOAD_32 = tl.constexpr(_LOAD.format(16)), tl.constexpr(_LOAD.format(32))
 
 
 @triton.jit

@@ -352,6 +352,7 @@ def recompute(cell: Cell, x_gates: Tensor, r_gates: Tensor, bias_hh: Tensor) -> 
     grid = (triton.cdiv(count, BLOCK), D)
     shape = (cell.states, cell.gates, D, cell.saved, H)
     with on_device(x_gates.device):
-        activate[grid](x_gates, r_gates, bias_hh, saved, count, cell.forward, shape, INTERPRETED, BLOCK)
+        given = x_gates, r_gates, bias_hh, saved, count, cell.forward, shape, INTERPRETED, BLOCK
+        activate[grid](*given, enable_fp_fusion=True)
     LAUNCHES["activate"] += 1
     return saved

@@ -20,6 +20,7 @@ from .tiles import (
     accumulator,
     k_index,
     narrow,
+    operand,
     operand_mask,
     operand_offsets,
     split_gates,
@@ -29,12 +30,12 @@ from .tiles import (
 
 
 @triton.jit
-def dot(weight, operand, acc, tiling: tl.constexpr):
+def dot(weight, moving, acc, tiling: tl.constexpr):
     if tiling.interpreted:
         # The interpreter's dot returns garbage on bfloat16 (seen on 3.6.0 and 3.9.0).
-        return acc + tl.dot(weight.to(tl.float32), operand.to(tl.float32), input_precision="ieee")
+        return acc + tl.dot(weight.to(tl.float32), moving.to(tl.float32), input_precision="ieee")
     else:
-        return tl.dot(weight, operand, acc, input_precision=tiling.precision)
+        return tl.dot(weight, moving, acc, input_precision=tiling.precision)
 
 
 @triton.jit
@@ -57,9 +58,10 @@ def load_tile(corner, m, m_mask, k, length, whole: tl.constexpr, tiling: tl.cons
     offsets = weight_offsets(m, tiling.m_stride, k, tiling.k_stride, tiling.splits)
     # Masks only where needed, offsets from zero: what the tiles of a program share costs registers once.
     if whole:
-        return tl.load(corner + offsets)
+        tile = tl.load(corner + offsets)
     else:
-        return tl.load(corner + offsets, mask=weight_mask(m_mask, k, length, tiling.splits), other=0.0)
+        tile = tl.load(corner + offsets, mask=weight_mask(m_mask, k, length, tiling.splits), other=0.0)
+    return operand(tile, tiling)
 
 
 @triton.jit
@@ -129,11 +131,11 @@ def accumulators(tiling: tl.constexpr):
 
 
 @triton.jit
-def advance(weights, operand, accs, tiling: tl.constexpr):
+def advance(weights, moving, accs, tiling: tl.constexpr):
     """Add one tile of K to the accumulator of each pack of gates."""
     result = ()
     for p in tl.static_range(len(tiling.packs)):
-        result = result + (dot(weights[p], operand, accs[p], tiling),)
+        result = result + (dot(weights[p], moving, accs[p], tiling),)
     return result
 
 
@@ -181,7 +183,7 @@ def product_local(weights, operands, once, dtype: tl.constexpr, tiling: tl.const
     """One slice: the operand never leaves the chip."""
     narrowed = ()
     for i in tl.static_range(len(tiling.chunks)):
-        narrowed = narrowed + (narrow(operands[i], dtype, tiling.interpreted),)
+        narrowed = narrowed + (operand(narrow(operands[i], dtype, tiling.interpreted), tiling),)
     accs = accumulators(tiling)
     for b in tl.static_range(len(tiling.bursts)):
         accs = add_local(weights, narrowed, b, once, accs, tiling)
@@ -201,9 +203,10 @@ def operand_tile(pointer, rows, size: tl.constexpr, length, whole: tl.constexpr,
     k = k_index(size, tiling.splits)
     offsets = operand_offsets(k, rows, tiling.row_stride, tiling.splits)
     if whole:
-        return get(pointer + offsets, None, patience, error, exchange)
+        tile, patience = get(pointer + offsets, None, patience, error, exchange)
     else:
-        return get(pointer + offsets, operand_mask(k, length, tiling.splits), patience, error, exchange)
+        tile, patience = get(pointer + offsets, operand_mask(k, length, tiling.splits), patience, error, exchange)
+    return operand(tile, tiling), patience
 
 
 @triton.jit
@@ -253,12 +256,12 @@ def product_shared(weights, ahead, stream, pointer, rows, base, once, patience, 
             current = ahead
             ahead = streamed(weight, m, m_mask, (i + 1) % n, base, tiling)
             segment, start = streamed_start(i, tiling)
-            operand, patience = operand_tile(
+            moving, patience = operand_tile(
                 pointer + position(segment, start, base, tiling), rows, tiling.stream_chunk,
                 left_of(tiling.depth - start, start, base, tiling), stream_is_whole(tiling), patience, error,
                 tiling, exchange,
             )  # fmt: skip
-            accs = advance(current, operand, accs, tiling)
+            accs = advance(current, moving, accs, tiling)
     return gather(accs, tiling), ahead, patience
 
 
@@ -277,7 +280,7 @@ def add_parts(tiles, part, row, counter, target, patience, error, tiling: tl.con
     wide = tl.arange(0, tiling.wide)[:, None] * BB + tl.arange(0, BB)[None, :]
     for g in tl.static_range(n):
         tl.store(part + (row * n + g) * size + wide, tiles[g])
-    announce(counter)
+    announce(counter, exchange)
     patience = await_count(counter, target, patience, error, exchange)
     own = (row * U + tl.arange(0, U))[:, None] * BB + tl.arange(0, BB)[None, :]
     sums = ()

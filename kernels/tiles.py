@@ -101,6 +101,18 @@ def narrow(tile, dtype: tl.constexpr, interpreted: tl.constexpr):
 
 
 @triton.jit
+def operand(tile, tiling: tl.constexpr):
+    """``tile`` as a product takes it. In tf32 tensor cores drop the lower 13 bits of float32: with half of the last bit
+    that stays added before, that rounds to nearest, for two instructions per element (CUTLASS converts its operands so
+    as well, as ``round_half_ulp_truncate``). Infinity and NaN stay."""
+    if tiling.precision == "tf32" and not tiling.interpreted:
+        bits = tile.to(tl.int32, bitcast=True)
+        return tl.where(tl.abs(tile) < float("inf"), bits + 0x1000, bits).to(tl.float32, bitcast=True)
+    else:
+        return tile
+
+
+@triton.jit
 def weight_offsets(m, m_stride: tl.constexpr, k, k_stride: tl.constexpr, splits: tl.constexpr):
     """Offsets of the weights: [M, K] or [P, M, K // P]."""
     if splits == 1:

@@ -4,9 +4,13 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from checkout import changes, listing
+
+if TYPE_CHECKING:
+    from emulator import Session
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -74,6 +78,18 @@ def waves(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     torch.use_deterministic_algorithms(True)
     yield functools.partial(force_waves, monkeypatch)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., "Session"]]:
+    """emulated("sm_90", ...): from then on compiled kernels run on tensors of the CPU, and fresh memory is NaN; see
+    emulator.emulate."""
+    import torch
+    from emulator import emulate
+
+    torch.use_deterministic_algorithms(True)
+    yield functools.partial(emulate, monkeypatch)
     torch.use_deterministic_algorithms(False)
 
 

@@ -1,8 +1,9 @@
-"""Choices that no planner makes at sizes that the interpreter can run: every split and every home, in small."""
+"""Choices that no planner makes at sizes that the interpreter and the emulator can run: every split and home."""
 
 import dataclasses
 
 import pytest
+import torch
 
 from persistrnn import functional, stack
 from persistrnn.kernels import launch, plan, wave, wave_plan
@@ -38,16 +39,26 @@ def choice(gates: int, backward: bool, homes: str = "registers", **changed: int)
 
 
 def tilings(
-    cell: str, hidden: int, directions: int = 1, size: int = 4, **chosen: str | int
+    cell: str, hidden: int, directions: int = 1, size: int = 4, precision: str = "ieee", **chosen: str | int
 ) -> tuple[tuple[Choice, Tiling], tuple[Choice, Tiling]]:
     """The choice and the tiling of the forward and of the backward."""
     shape = launch.shape_of(CELLS[cell])
     found = []
     for backward in (False, True):
         made = choice(shape.gates, backward, **chosen)
-        how = {"backward": backward, "size": size, "precision": "ieee", "interpreted": True}
+        how = {"backward": backward, "size": size, "precision": precision, "interpreted": launch.INTERPRETED}
         found.append((made, tiling(shape, hidden, directions, made, **how)))
     return found[0], found[1]
+
+
+def multiplied(dtype: torch.dtype, precision: str) -> dict[str, int | str]:
+    """How ``tilings`` is to multiply: the interpreter always in full float32."""
+    tf32 = dtype == torch.float32 and precision == "tf32" and not launch.INTERPRETED
+    return {"size": dtype.itemsize, "precision": "tf32" if tf32 else "ieee"}
+
+
+def poll() -> str:
+    return "atomic" if launch.INTERPRETED else "ptx"
 
 
 def force(
@@ -61,13 +72,13 @@ def force(
 
     def choose(cell, hidden, batch, directions, dtype, precision, device):
         passes = []
-        for made, t in tilings(cell.name, hidden, directions, dtype.itemsize, **chosen):
+        for made, t in tilings(cell.name, hidden, directions, **multiplied(dtype, precision), **chosen):
             jobs = t.jobs(batch)
             together = min(groups or jobs, jobs)
             passes.append(plan.Pass(t, made, together, -(-jobs // together), 0, 0, 0, 0, 0, None, None))
         return plan.Plan(cell.name, hidden, batch, directions, "fp32", INTERPRETER, *passes, 0.0)
 
-    exchange = Exchange(protocol=protocol, poll="atomic", patience=patience)
+    exchange = Exchange(protocol=protocol, poll=poll(), patience=patience)
     monkeypatch.setattr(launch, "choose", choose)
     monkeypatch.setattr(launch, "exchange_for", lambda device: exchange)
 
@@ -79,7 +90,7 @@ def force_waves(
 
     def choose(cell, hidden, layers, batch, dtype, precision, device):
         parts = []
-        for made, alone in tilings(cell.name, hidden, 1, dtype.itemsize, **chosen):
+        for made, alone in tilings(cell.name, hidden, 1, **multiplied(dtype, precision), **chosen):
             t = dataclasses.replace(alone, layers=layers)
             jobs = t.jobs(batch)
             together = min(groups or jobs, jobs)
@@ -92,4 +103,4 @@ def force_waves(
     monkeypatch.setattr(wave, "choose", choose)
     monkeypatch.setattr(stack, "_waves", may)
     monkeypatch.setattr(stack, "_matmul_precision", functional.precision)
-    monkeypatch.setattr(launch, "exchange_for", lambda device: Exchange(protocol=protocol, poll="atomic"))
+    monkeypatch.setattr(launch, "exchange_for", lambda device: Exchange(protocol=protocol, poll=poll()))
