@@ -44,7 +44,7 @@ UNITS = ("programs", "warps", "rows")
 def test_compiled_kernels_keep_the_bound(emulated, forced, monkeypatch, arch, index):
     cell, dtype, protocol, hidden, batch, layers, bidirectional, chosen = CASES[index]
     precise(monkeypatch, "ieee")
-    session = emulated(arch, units=UNITS[index % 3], schedule=Schedule(seed=index, slow=((index % 2, None),)))
+    session = emulated(arch, units=UNITS[index % 3], schedule=Schedule(seed=index, slow=((index % 2, None, None),)))
     forced(protocol, **chosen)
     assert failures(accuracy.Case(cell, dtype, hidden, batch, 3, layers, bidirectional, True, True)) == []
     assert {report.kernel.name for report in session.reports} == {"scan_forward", "scan_backward"}
@@ -55,7 +55,7 @@ def test_compiled_kernels_keep_the_bound(emulated, forced, monkeypatch, arch, in
 )
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_stack_in_one_launch(emulated, monkeypatch, arch, cell, protocol, chosen):
-    session = emulated(arch, schedule=Schedule(seed=1, slow=((0, None),), rarely=20))
+    session = emulated(arch, schedule=Schedule(seed=1, slow=((0, None, None),), rarely=20))
     force_waves(monkeypatch, protocol, **chosen)
     precise(monkeypatch, "ieee")
     assert failures(accuracy.Case(cell, "bf16", 13, 3, 4, 3, False, True, True)) == []
@@ -160,7 +160,7 @@ def test_tf32_rounds_its_operands(emulated, forced, monkeypatch, arch, cell, hid
 SCHEDULES = [
     Schedule(order="turns"),
     Schedule(order="first"),
-    *(Schedule(seed, slow=((seed % 3, None),), kind=kind) for seed, kind in enumerate((STORE, ACQUIRE, RELEASE, LOAD))),
+    *(Schedule(seed, slow=((seed % 3, None, kind),)) for seed, kind in enumerate((STORE, ACQUIRE, RELEASE, LOAD))),
 ]
 
 
@@ -177,7 +177,7 @@ def test_equal_bits_under_every_schedule(emulated, forced, protocol, chosen):
 
 def findings(emulated, forced, protocol, mutate):
     """(races of a forward, its output)."""
-    session = emulated("sm_80", mutate=mutate, tolerate=True, schedule=Schedule(slow=((1, None),)))
+    session = emulated("sm_80", mutate=mutate, tolerate=True, schedule=Schedule(slow=((1, None, None),)))
     forced(protocol)
     torch.manual_seed(0)
     layer = persistrnn.LSTM(4, 24, backend="persistent", dtype=torch.bfloat16)
@@ -272,7 +272,7 @@ def test_a_wait_that_runs_out_is_told_by_the_thread_that_gave_up(emulated, force
         emulated("sm_90")
         forced(rows=rows)
         expected = layer(x)[0]
-        late = Schedule(seed, slow=((1, None), (0, 0)), rarely=80, burst=1)
+        late = Schedule(seed, slow=((1, None, None), (0, 0, None)), rarely=80, burst=1)
         emulated("sm_90", tolerate=True, units="warps", schedule=late)
         forced(patience=30, rows=rows)
         try:
@@ -281,6 +281,21 @@ def test_a_wait_that_runs_out_is_told_by_the_thread_that_gave_up(emulated, force
             told.append(str(error))
     assert told
     assert all("gave up waiting" in text for text in told)
+
+
+def test_all_threads_agree_on_the_patience_left(emulated, forced):
+    """All but the first warp give up at once: what follows has barriers in a loop over what is left of it."""
+    impatient = cases.replaced("done:", "done:\nmov.u32 polls, %tid.x;\nsetp.lt.and.s32 reached, polls, 32, reached;")
+    told = []
+    for seed in range(3):
+        late = Schedule(seed, slow=((1, None, None),), burst=1)
+        emulated("sm_90", mutate=impatient, tolerate=True, units="warps", schedule=late)
+        forced("flags", patience=100, rows=2)
+        try:
+            persistrnn.LSTM(4, 32, backend="persistent")(torch.randn(3, 2, 4))
+        except RuntimeError as error:
+            told.append(str(error))
+    assert all("gave up waiting" in text for text in told), told
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -30,7 +30,7 @@ EVERY = (*ARCHITECTURES, "sm_100")
 
 
 def schedule(index):
-    return Schedule(seed=index, slow=((index % 2, None),), kind=KINDS[index % len(KINDS)])
+    return Schedule(seed=index, slow=((index % 2, None, KINDS[index % len(KINDS)]),))
 
 
 def check(bound_failures, arch):

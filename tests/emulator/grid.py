@@ -24,13 +24,13 @@ class Schedule:
     """Who runs next.
 
     order: "random", for up to ``burst`` operations each; "turns"; "first": the first that can, until it polls.
-    slow: (program, warp or None) that take a ``rarely``-th of their turns: all, or those before operations of ``kind``.
+    slow: (program, warp or None, kind or None): what takes a ``rarely``-th of its turns, all of them or those before
+    operations of a kind.
     """
 
     seed: int = 0
     order: str = "random"
-    slow: Collection[tuple[int, int | None]] = ()
-    kind: int | None = None
+    slow: Collection[tuple[int, int | None, int | None]] = ()
     rarely: int = 25
     burst: int = 6
 
@@ -46,15 +46,16 @@ class Schedule:
             return units[0], 1 << 30
         for _ in range(8):
             unit = self._random.choice(units)
-            if not self.is_slow(unit):
+            kinds = self.slow_kinds(unit)
+            if not kinds:
                 return unit, self._random.randint(1, self.burst)
-            if (self.kind is not None and unit.last != self.kind) or self._random.random() < 1 / self.rarely:
+            if not {None, unit.last} & kinds or self._random.random() < 1 / self.rarely:
                 return unit, 1
         return unit, 1
 
-    def is_slow(self, unit: Unit) -> bool:
-        warp = int(unit.warp[0]) if unit.parts else None
-        return any(program in unit.programs and slow in (None, warp) for program, slow in self.slow)
+    def slow_kinds(self, unit: Unit) -> set[int | None]:
+        mine = (None, int(unit.warp[0])) if unit.parts else (None,)
+        return {kind for program, warp, kind in self.slow if program in unit.programs and warp in mine}
 
 
 class Grid:
