@@ -15,8 +15,8 @@ ARCHITECTURES = ("sm_80", "sm_90")
 
 @dataclass(frozen=True)
 class Cost:
-    """cycles: until a dependent instruction can issue, after the pipe has begun; pipe: "" if it takes none; busy: cycles
-    that it keeps its pipe; slots: how many instructions the scheduler issues for it. Pipes are a scheduler's own but
+    """cycles: until a dependent instruction can issue, after the pipe has begun; pipe: "" if it takes none; busy: how
+    long it keeps its pipe; slots: how many instructions the scheduler issues for it. Pipes are a scheduler's own but
     "shared" and "l2", which the multiprocessor has once, with a queue: an instruction issues and waits there."""
 
     cycles: float
@@ -58,12 +58,14 @@ _both("shuffle", 23, "shared", 1, 1, "assumed: as a shared load, whose crossbar 
 _both("reduce", 23, "integer", 2, 1, "assumed: as a shuffle")
 _both("branch", 0, "", 0, 1, "assumed: one slot; where it goes to is known in time")
 _both("mma of 16 bits", (24.7, 24.1), "tensor", (8, 6.6), 1,
-      "A100: Sun et al., table 3, and 1024 multiply-adds a clock; H800: Luo et al., table VII, whose 494 TFLOP/s are 6.6 "
-      "cycles per scheduler")  # fmt: skip
+      "A100: Sun et al., table 3, and 1024 multiply-adds a clock; H800: Luo et al., table VII (as a review quotes it), "
+      "whose 494.4 TFLOP/s are 6.6 cycles per scheduler")  # fmt: skip
 _both("mma of tf32", 25.0, "tensor", (8, 6.6), 1, "A100: Sun et al., table 3; sm_90 assumed: as at 16 bits")
 _both("shared load", 23, "shared", 1, 1, _SHARED)
 _both("shared store", 0, "shared", 1, 1, _SHARED)
-_both("load from L2", (261.5, 263.0), "l2", 0, 1, "Luo et al., table IV; busy: 32 bytes per sector at the record's rate")
+_both(
+    "load from L2", (261.5, 263.0), "l2", 0, 1, "Luo et al., table IV; busy: 32 bytes per sector at the record's rate"
+)
 _both("load from memory", (466.3, 478.8), "l2", 0, 1, "Luo et al., table IV; busy: as from L2")
 _both("global store", 0, "l2", 0, 1, "assumed: nobody waits for it; busy: as a load")
 _both("barrier", 0, "", 0, 1, "the device's record: hardware.barrier")
@@ -71,7 +73,24 @@ _both("barrier", 0, "", 0, 1, "the device's record: hardware.barrier")
 SHARED_CONFLICT = 2  # cycles more per further transaction of a shared load: the same tables
 
 _FLOATS = ("f32", "f16", "bf16", "f32x2")
-_PLAIN = "add sub and or xor not shl shr bfe min max neg abs selp setp prmt".split()
+_PLAIN = (
+    "add",
+    "sub",
+    "and",
+    "or",
+    "xor",
+    "not",
+    "shl",
+    "shr",
+    "bfe",
+    "min",
+    "max",
+    "neg",
+    "abs",
+    "selp",
+    "setp",
+    "prmt",
+)
 
 
 def kind(i: Instruction) -> str:
@@ -101,7 +120,15 @@ def kind(i: Instruction) -> str:
         return "shared load" if i.name == "ldmatrix" or "shared" in i.modifiers else "load"
     if i.name in ("st", "stmatrix"):
         return "shared store" if i.name == "stmatrix" or "shared" in i.modifiers else "global store"
-    others = {"ex2": "exp2", "shfl": "shuffle", "redux": "reduce", "bra": "branch", "ret": "branch", "bar": "barrier", "red": "global store"}
+    others = {
+        "ex2": "exp2",
+        "shfl": "shuffle",
+        "redux": "reduce",
+        "bra": "branch",
+        "ret": "branch",
+        "bar": "barrier",
+        "red": "global store",
+    }
     if i.name not in others:
         raise EmulatorError(f"{i}: an instruction that the clock does not know")
     return others[i.name]
