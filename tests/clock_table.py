@@ -107,7 +107,7 @@ def write(found: list[dict[str, str]], file: Path) -> None:
 def table(found: list[dict[str, str]]) -> str:
     """As it stands in the notebook."""
     lines = [
-        "| layer, bf16 | pass | clock: cycles | us | model: us | ratio | barriers | five largest shares, by the clock |",
+        "| layer, bf16 | pass | clock: cycles | us | model: us | ratio | barriers | five largest shares, by clock |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for one in found:
