@@ -70,6 +70,9 @@ def test_two_warps_of_one_scheduler_share_it():
     both = kernel(f"{APART}\nadd.s32 %r18, %r0, %r0;")  # of two pipes
     some = events(both)
     assert times(both, [some[:4], [], [], [], some[4:]]) == [[0, 1, 2, 3], [], [], [], [4]]
+    wide = kernel(f"{CHAIN}\nadd.s64 %rd1, %rd0, %rd0;\nadd.s64 %rd2, %rd1, %rd1;")  # two slots each
+    some = events(wide)
+    assert times(wide, [some[:3], [], [], [], some[4:]]) == [[0, 4, 9], [], [], [], [1, 7]]
 
 
 def test_a_pipe_of_a_scheduler_is_kept():
@@ -136,6 +139,16 @@ setp.ge.s32 %p1, %r1, 5;"""
     (issued,) = clock.Scoreboard(made, [warp], "sm_90", HARDWARE).run()
     assert [one.time for one in issued] == [0, 1, 1000 - 263]
     assert clock.critical(issued[-1], 0.0) == {clock.EXCHANGE: 737}
+
+
+def test_a_poll_comes_after_the_announcement_that_it_sees():
+    made = kernel(
+        "add.f32 %r1, %r0, %r0;\nred.release.gpu.global.add.u32 [%rd0], 1;\nld.acquire.gpu.global.u32 %r2, [%rd0];"
+    )
+    add, announce, poll = events(made)
+    announce.amount = poll.amount = 1
+    poll.release = announce
+    assert times(made, [[add, announce], [poll]]) == [[0, 1], [1]]
 
 
 def test_the_critical_path_says_who_made_whom_wait():
