@@ -15,6 +15,7 @@ from .memory import Memory
 from .opcodes import ACQUIRE, ATOMIC, BARRIER, LOAD
 from .ptx import EmulatorError, Kernel
 from .races import Races
+from .trace import Trace
 from .translate import Translator
 from .unit import Unit
 
@@ -63,15 +64,16 @@ class Grid:
 
     values: (value, bytes) of each parameter. units: what runs in lockstep, "warps" (warp groups where they multiply
     together), "programs", or "rows" (the programs of one row of the grid, which is fastest). absent: programs that
-    never run. patience: polls in a row of all units, with nothing stored between, that are taken for a hang.
+    never run. patience: polls in a row of all units, with nothing stored between, that are taken for a hang. trace:
+    what one program executes.
     """
 
     def __init__(self, kernel: Kernel, shape: tuple[int, int, int], values: list[tuple[int, int]], memory: Memory,
                  units: str = "programs", schedule: Schedule | None = None, absent: Collection[int] = (),
-                 patience: int = 20_000):  # fmt: skip
+                 patience: int = 20_000, trace: Trace | None = None):  # fmt: skip
         self.kernel, self.shape, self.values, self.memory = kernel, shape, values, memory
         self.programs, self.warps = shape[0] * shape[1] * shape[2], kernel.threads // 32
-        self.schedule, self.patience = schedule or Schedule(), patience
+        self.schedule, self.patience, self.trace = schedule or Schedule(), patience, trace
         self.report = Report(kernel, self.programs)
         self.progress = 0  # stores that changed something
         self.stride = (kernel.shared + 255) // 128 * 128

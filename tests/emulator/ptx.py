@@ -24,6 +24,7 @@ _NAME = re.compile(r"[%$\w.]+")
 _BITS = {"f16": "b16", "s16": "b16", "u16": "b16", "f32": "b32", "s32": "b32", "u32": "b32", "f64": "b64", "s64": "b64",
          "u64": "b64"}  # fmt: skip
 _BRANCHES = ("bra", "ret", "exit")
+_LIBRARY = ("core.py", "math.py", "standard.py")
 _ONLY_READ = ("st", "red", "bar", "barrier", "stmatrix", "fence", "membar", *_BRANCHES)
 
 
@@ -85,11 +86,14 @@ class Parser:
 
     def read(self, lines: list[str], first: int) -> None:
         """From the line behind the entry's opening brace to its closing one."""
+        written_by_hand = False
         for number in range(first, len(lines)):
-            text = lines[number].split("//")[0].strip()
+            text, _, comment = (part.strip() for part in lines[number].partition("//"))
+            if "inline asm" in comment:  # LLVM counts its lines on from that of the call: not ours
+                written_by_hand = "begin" in comment
             if text.startswith(".loc"):
-                _, file, row, *_ = text.split()
-                self.source = f"{self.files.get(file, '?')}:{row}"
+                if not written_by_hand:
+                    self.source = self._place(text)
                 continue
             while text:
                 if not self._statement:
@@ -106,6 +110,14 @@ class Parser:
                 if ended:
                     self._finish(self._statement)
                     self._statement = ""
+
+    def _place(self, text: str) -> str:
+        """Of ``.loc``: in Triton's own files, of our call."""
+        words = text.split()
+        file, row = words[1:3]
+        if "inlined_at" in text and self.files.get(file) in _LIBRARY:
+            file, row = words[words.index("inlined_at") + 1 :][:2]
+        return f"{self.files.get(file, '?')}:{row}"
 
     def _structure(self, text: str) -> str | None:
         """A brace or a label: what follows it; None if there is neither."""

@@ -155,6 +155,7 @@ class Translator(Opcodes):
         body = self.kernel.blocks[index]
         last = body[-1]
         self.say(f"count[{index}] += 1")
+        self.say(f"if trace: trace.enter(unit, {index}, {self.mask})")
         for i in body[:-1] if last.branches else body:
             self.instruction(i)
         for register in sorted(self.views):
@@ -193,7 +194,7 @@ class Translator(Opcodes):
         self.depth = 1
         for method in METHODS.split():
             self.say(f"{method} = unit.{method}")
-        self.say("P, count, parts = unit.parameters, unit.count, unit.parts")
+        self.say("P, count, parts, trace = unit.parameters, unit.count, unit.parts, unit.trace")
         self.say(f"{', '.join(dict.fromkeys(SPECIAL.values()))} = unit.special")
         for register in sorted({r for i in kernel.code for some in kernel.read_and_written(i) for r in some}):
             kind = kernel.kind(register)

@@ -26,6 +26,7 @@ class Unit:
     def __init__(self, grid: Grid, warps: Sequence[tuple[int, int]]):
         """warps: (program, warp) of each."""
         self.grid, self.kernel, self.races, self.report = grid, grid.kernel, grid.races, grid.report
+        self.trace = grid.trace
         self.programs = sorted({program for program, _ in warps})
         # A part of a program meets the others at barriers.
         self.parts = len(warps) < grid.warps * len(self.programs)
@@ -75,6 +76,8 @@ class Unit:
         if where is None:
             self.fail(what, access.number, access.lanes[bad])
         self.report.bytes[access.number, where.name] += len(access.a) * size
+        if self.trace:
+            self.trace.global_(access)
         return where
 
     def load_global(self, address, condition, size, vector, number, strength):
@@ -143,7 +146,10 @@ class Unit:
             i = int(bad.argmax())
             self.fail(f"shared access of {width} bytes at {a[i]} of {self.kernel.shared}", number, lanes[i])
         self.report.bytes[number, "shared"] += len(a) * width
-        return Access(self, number, a + self.offset[lanes], lanes, size, vector)
+        access = Access(self, number, a + self.offset[lanes], lanes, size, vector)
+        if self.trace:
+            self.trace.shared(access)
+        return access
 
     def _index(self, access: Access) -> Array:
         return (access.a >> (access.size.bit_length() - 1))[:, None] + np.arange(access.vector)
