@@ -84,20 +84,18 @@ class Grid:
         self._expected = Counter(unit.programs[0] for unit in self.units)
 
     def translation(self, lanes: int) -> Callable:
-        made = self.kernel.__dict__.setdefault("translations", {})
-        if lanes not in made:
-            made[lanes] = Translator(self.kernel, lanes).function()
-        return made[lanes]
+        if lanes not in self.kernel.translations:
+            self.kernel.translations[lanes] = Translator(self.kernel, lanes).function()
+        return self.kernel.translations[lanes]
 
     def _lockstep(self, units: str, programs: set[int]) -> list[list[tuple[int, int]]]:
-        size = {"warps": 4 if self.kernel.uses("wgmma") else 1}.get(units, self.warps)
-        made = [[(p, w + k) for k in range(size)] for p in sorted(programs) for w in range(0, self.warps, size)]
-        if units != "rows":
-            return made
-        rows: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for warps in made:
-            rows[warps[0][0] // self.shape[0]] += warps
-        return list(rows.values())
+        size = 4 if self.kernel.uses("wgmma") else 1
+        made: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        for p in sorted(programs):
+            for w in range(self.warps):
+                key = {"warps": (p, w // size), "programs": (p, 0), "rows": (p // self.shape[0], 0)}[units]
+                made[key].append((p, w))
+        return list(made.values())
 
     def run(self) -> Report:
         live, quiet = list(self.units), 0

@@ -12,7 +12,7 @@ from .ptx import EmulatorError, Instruction, width
 
 INTEGERS = "s16 u16 s32 u32 s64 u64"
 BITS = "b8 b16 b32 b64"
-COMPARISONS = "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan"
+COMPARISONS = "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu nan"
 MEMORY = f"global shared cta v2 v4 u8 s32 u32 u64 f32 {BITS}"
 SCOPES = "volatile relaxed gpu sys"
 ATOMICS = f"global gpu sys relaxed acquire release acq_rel add {BITS} s32 u32 u64 f32"
@@ -60,8 +60,6 @@ class Opcodes:
     def is_constant(self, argument: Any) -> bool:
         return self.kernel.kind(argument) is None and not argument.startswith("%")
 
-    # -- moves and conversions
-
     def _mov(self, i: Instruction, d: Any, s: Any) -> None:
         kind = i.modifiers[-1]
         if isinstance(d, list):
@@ -104,8 +102,6 @@ class Opcodes:
     def _prmt(self, i: Instruction, d: Any, a: Any, b: Any, c: Any) -> None:
         selector = str(int(c, 0)) if self.is_constant(c) else self.read(c, "u32")
         self.write(d, f"permute({self.read(a, 'u32', True)}, {self.read(b, 'u32', True)}, {selector})", "u32")
-
-    # -- arithmetic
 
     def operands(self, kind: str, *sources: Any) -> list[str]:
         """A vector at least in the first place, so that NumPy works on vectors."""
@@ -181,8 +177,6 @@ class Opcodes:
 
     _max = _min
 
-    # -- bits
-
     def _and(self, i: Instruction, d: Any, a: Any, b: Any) -> None:
         x, y = self.operands(i.modifiers[-1], a, b)
         self.write(d, f"{x} {BINARY[i.name]} {y}", i.modifiers[-1])
@@ -221,15 +215,11 @@ class Opcodes:
             found = f"({x} != {y}) & ~({unordered})"
         elif compare in COMPARE:
             found = f"{x} {COMPARE[compare]} {y}"
-        elif compare in ("num", "nan"):
-            found = unordered if compare == "nan" else f"~({unordered})"
         else:
-            found = f"({x} {COMPARE[compare[:-1]]} {y}) | {unordered}"
+            found = unordered if compare == "nan" else f"({x} {COMPARE[compare[:-1]]} {y}) | {unordered}"
         if c:
             found = f"({found}) {BINARY[i.modifiers[1]]} {self.read(c[0], 'pred')}"
         self.write(d, found, "pred")
-
-    # -- memory
 
     def strength(self, i: Instruction) -> int:
         if {"acquire", "release", "acq_rel"} & set(i.modifiers):
@@ -239,7 +229,7 @@ class Opcodes:
     def _ld(self, i: Instruction, d: Any, a: Any) -> None:
         kind = i.modifiers[-1]
         if "param" in i.modifiers:
-            names = [name for name, _ in self.kernel.parameters]
+            names = [name for _, name in self.kernel.parameters]
             return self.write(d, f"P[{names.index(a.strip('[] '))}]", f"b{kind[1:]}")
         registers, size = d if isinstance(d, list) else [d], width(kind)
         how = f"{self.condition()}, {size}, {len(registers)}, {i.number}"
@@ -277,8 +267,6 @@ class Opcodes:
 
     def _fence(self, i: Instruction, *_: Any) -> None:
         self.say(f"proxy_fence({self.condition()})")
-
-    # -- what warps and programs do together
 
     def together(self, i: Instruction) -> None:
         """An instruction of whole warps: an error in divergent code."""

@@ -27,7 +27,7 @@ VIEWS = {"b": "u", "u": "u", "s": "s", "f": "f"}
 SPECIAL = {"%tid.x": "tid", "%ctaid.x": "cx", "%ctaid.y": "cy", "%ctaid.z": "cz", "%laneid": "lane", "%tid.y": "zero",
            "%tid.z": "zero", "%ntid.x": "ntid", "%nctaid.x": "nx", "%nctaid.y": "ny"}  # fmt: skip
 METHODS = (
-    "load_global store_global load_shared store_shared atomic proxy_fence barrier shuffle reduce ldmatrix stmatrix mma \
+    "load_global store_global load_shared store_shared atomic proxy_fence barrier shuffle reduce ldmatrix stmatrix \
 wgmma wgmma_order wgmma_wait name"
 )
 NUMPY = "where absolute minimum maximum fmin fmax exp2 count_nonzero"
@@ -49,8 +49,6 @@ class Translator(Opcodes):
 
     def say(self, text: str) -> None:
         self.lines.append("    " * self.depth + text)
-
-    # -- operands
 
     def constant(self, value: int, kind: str, full: bool = False) -> str:
         """The name of a constant of a type of PTX: a scalar, or (``full``) a vector."""
@@ -82,11 +80,10 @@ class Translator(Opcodes):
             if argument not in SPECIAL:
                 raise EmulatorError(f"{self.at}: a register that the emulator does not know: {argument}")
             return SPECIAL[argument]
-        if argument == "global_smem":  # shared memory begins at 0
-            return self.constant(0, kind, full)
         if argument[:2] in ("0f", "0F"):
             return self.constant(int(argument[2:], 16), kind, full)
-        return self.constant(int(argument.rstrip("U"), 0), kind, full)
+        # Shared memory begins at 0.
+        return self.constant(0 if argument == "global_smem" else int(argument.rstrip("U"), 0), kind, full)
 
     def viewed(self, register: str, view: str) -> str:
         known = self.views.setdefault(register, {"u"})
@@ -142,8 +139,6 @@ class Translator(Opcodes):
             raise EmulatorError(f"{self.at}: an address that the emulator does not know: {argument}")
         base, offset = self.read(found.group(1), kind, True), int(found.group(2) or "0", 0)
         return f"{base} + {self.constant(offset, kind)}" if offset else base
-
-    # -- blocks
 
     def instruction(self, i: Instruction) -> None:
         self.at = i
@@ -204,9 +199,8 @@ class Translator(Opcodes):
         self.depth = 2
         self.say("if pc < 0:")
         self.depth = 3
-        self.say("q = int(pcs.min())")
+        self.say("q = int(pcs.min()); mask = pcs == q")
         self.say(f"if q >= {len(kernel.blocks)}: return")
-        self.say("mask = pcs == q")
         self.say("if mask.all(): pc = q")
         self._chain("elif q == {}:", "mask")
         self.depth = 2

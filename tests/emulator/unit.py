@@ -202,8 +202,6 @@ class Unit:
     def reduce(self, a: Array, operation: str) -> Array:
         return np.repeat(_FOLDS[operation].reduce(a.reshape(-1, 32), axis=1, dtype=a.dtype), 32)
 
-    mma = staticmethod(arithmetic.mma)
-
     # -- warp groups
 
     def wgmma(self, a: Any, b: Array, c: list[Array], scale: Array, kind: str, columns: int, transposed: list[int],
