@@ -107,8 +107,8 @@ class Grid:
                 unit, turns = self.schedule.pick(ready)
                 progress = self.progress
                 polled = self._go_on(unit, turns, live)
-                quiet = quiet + 1 if polled and self.progress == progress else 0 if self.progress > progress else quiet
-                if quiet > self.patience * len(live):
+                quiet = 0 if self.progress > progress else quiet + polled
+                if polled and quiet > self.patience * len(live):
                     raise EmulatorError(f"a hang: programs {sorted({u.programs[0] for u in live})} poll, nobody stores")
         self.report.blocks = [unit.count for unit in self.units]
         return self.report
