@@ -3,7 +3,7 @@
 Run as ``python -m persistrnn audit``; the exit status is 1 if any row fails. With ``--workloads`` the shapes are those
 of tables with the columns cell, hidden, batch (and bidirectional); two shapes with the same kernel are one row.
 Green rows are kept in ``--resume`` (JSON lines) and not compiled again while the kernel, its plan and Triton are the
-same.
+same. ``--run`` executes kernels instead, in the emulator of a checkout.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import csv
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 from dataclasses import asdict, astuple, fields, replace
 from pathlib import Path
@@ -21,6 +22,9 @@ from pathlib import Path
 from . import plan as planning
 from .audit import DEVICE_OF_ARCH, DTYPES, Case, Row, audit, key, planned
 from .cells import CELLS
+
+# What executes the kernels: of the tests, which an installation does not have.
+COUNTS = Path(__file__).resolve().parent.parent / "tests" / "counted.py"
 
 HIDDEN = (64, 128, 256, 320, 512, 768, 1024, 2048, 4096)
 SHOWN = [f.name for f in fields(Row) if f.name not in ("failures", "refused")]
@@ -153,7 +157,16 @@ def main() -> int:
     parser.add_argument("--resume", type=Path, help="JSON lines file that keeps finished rows")
     parser.add_argument("--output", type=Path, help="write the table here, as CSV")
     parser.add_argument("--failures", action="store_true", help="print only rows that are not ok")
+    parser.add_argument(
+        "--run", action="store_true",
+        help="count what the compiled kernels do per step, in the emulator of a checkout's tests, and write its table",
+    )  # fmt: skip
     arguments = parser.parse_args()
+    if arguments.run:
+        if not COUNTS.exists():
+            parser.error(f"--run needs a checkout, whose tests hold the emulator: there is no {COUNTS}")
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        return subprocess.run([sys.executable, str(COUNTS)], env=environment).returncode
     for name in ("hidden", "batch", "jobs"):
         values = getattr(arguments, name)
         if values is not None and min([values] if isinstance(values, int) else values) < 1:

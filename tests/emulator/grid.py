@@ -38,7 +38,6 @@ class Schedule:
         self._random, self.turn = random.Random(self.seed), 0
 
     def pick(self, units: list[Unit]) -> tuple[Unit, int]:
-        """(a unit, how many operations it may do)."""
         if self.order == "turns":
             self.turn += 1
             return units[self.turn % len(units)], 1
@@ -72,7 +71,7 @@ class Grid:
         self.kernel, self.shape, self.values, self.memory = kernel, shape, values, memory
         self.programs, self.warps = shape[0] * shape[1] * shape[2], kernel.threads // 32
         self.schedule, self.patience = schedule or Schedule(), patience
-        self.report = Report(kernel, self.programs)
+        self.report = Report(kernel, self.programs, shape[0])
         self.progress = 0  # stores that changed something
         self.stride = (kernel.shared + 255) // 128 * 128
         store = np.full(self.stride * self.programs + 256, 0xA5, U8)  # what nobody has written is not zero

@@ -20,7 +20,7 @@ MATRIX = "sync aligned m8n8 x1 x2 x4 trans shared cta b16"
 KNOWN = {
     "abs": "f32", "add": f"{INTEGERS} f32 f32x2 rn f16 bf16", "and": f"{BITS} pred", "atom": ATOMICS,
     "bar": "sync red and pred", "bfe": "s32 u32 s64 u64", "bra": "uni",
-    "cvt": f"{INTEGERS} u8 f32 f16 bf16 f16x2 bf16x2 rn", "div": f"{INTEGERS} full rn f32",
+    "cvt": f"{INTEGERS} u8 f32 f16 bf16 tf32 f16x2 bf16x2 rn rna", "div": f"{INTEGERS} full rn f32",
     "ex2": "approx f32", "fence": "proxy async shared cta", "fma": "rn f32 f32x2 f16 bf16",
     "ld": f"param acquire cg {SCOPES} {MEMORY}", "ldmatrix": MATRIX, "mad": f"lo wide {INTEGERS}",
     "max": f"{INTEGERS} f32 NaN", "min": f"{INTEGERS} f32 NaN",
@@ -82,8 +82,8 @@ class Opcodes:
             high, low = (f"to_{to[:-2]}({self.read(r, 'f32', True)})" for r in s)
             return self.write(d, f"({high}.astype(U32) << {self.constant(16, 'u32')}) | {low}", "u32")
         a = self.read(s[0], "b16" if origin == "bf16" else origin, True)
-        if to in ("f16", "bf16") and origin == "f32":
-            self.write(d, f"to_{to}({a})", "b16")
+        if to in ("f16", "bf16", "tf32") and origin == "f32":
+            self.write(d, f"to_{to}({a})", "b32" if to == "tf32" else "b16")
         elif to == "f32" and origin in ("f16", "bf16"):
             self.write(d, self.widened(a, origin), "f32")
         elif origin[0] in "us" and to[0] in "us":

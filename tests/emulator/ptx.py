@@ -166,11 +166,9 @@ class Parser:
 class Kernel:
     """A parsed entry.
 
-    Attributes:
-        code: all instructions; blocks: the same in basic blocks; after: blocks that may follow each.
-        parameters: (type, name); threads: of a program; shared: bytes of shared memory.
-        loops: (first, last block) of each backward branch.
-        live_after: registers of each block that a later one may read.
+    code: all instructions; blocks: the same in basic blocks; after: blocks that may follow each; parameters: (type,
+    name); threads: of a program; shared: bytes of shared memory; loops: (first, last block) of each backward branch;
+    live_after: registers of each block that a later one may read.
     """
 
     def __init__(self, ptx: str, shared: int):

@@ -24,8 +24,7 @@ END = 1 << 20  # program counter of a lane that has returned
 DTYPES = {"u8": U8, "b8": U8, "u16": U16, "b16": U16, "s16": S16, "u32": U32, "b32": U32, "s32": S32, "u64": U64,
           "b64": U64, "s64": S64, "f32": F32, "f16": F16, "f64": F64}  # fmt: skip
 VIEWS = {"b": "u", "u": "u", "s": "s", "f": "f"}
-SPECIAL = {"%tid.x": "tid", "%ctaid.x": "cx", "%ctaid.y": "cy", "%ctaid.z": "cz", "%laneid": "lane", "%tid.y": "zero",
-           "%tid.z": "zero", "%ntid.x": "ntid", "%nctaid.x": "nx", "%nctaid.y": "ny"}  # fmt: skip
+SPECIAL = {"%tid.x": "tid", "%ctaid.x": "cx", "%ctaid.y": "cy", "%ctaid.z": "cz"}
 METHODS = (
     "load_global store_global load_shared store_shared atomic proxy_fence barrier shuffle reduce ldmatrix stmatrix \
 wgmma wgmma_order wgmma_wait name"
@@ -189,7 +188,7 @@ class Translator(Opcodes):
         for method in METHODS.split():
             self.say(f"{method} = unit.{method}")
         self.say("P, count, parts = unit.parameters, unit.count, unit.parts")
-        self.say(f"{', '.join(dict.fromkeys(SPECIAL.values()))} = unit.special")
+        self.say(f"{', '.join(SPECIAL.values())} = unit.special")
         for register in sorted({r for i in kernel.code for some in kernel.read_and_written(i) for r in some}):
             kind = kernel.kind(register)
             name = self.variable(register, "p" if kind == "pred" else "u")
