@@ -3,7 +3,7 @@
 Run as ``python -m persistrnn audit``; the exit status is 1 if any row fails. With ``--workloads`` the shapes are those
 of tables with the columns cell, hidden, batch (and bidirectional); two shapes with the same kernel are one row.
 Green rows are kept in ``--resume`` (JSON lines) and not compiled again while the kernel, its plan and Triton are the
-same.
+same. ``--run`` executes kernels instead, in the emulator of a checkout.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import csv
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ from .cells import CELLS
 FIELDS = [f.name for f in fields(Row)]
 SHOWN = [name for name in FIELDS if name not in ("failures", "refused")]
 BEGIN = '{"key": '  # of a line of finished rows
+# What executes the kernels: of the tests, which an installation does not have.
+COUNTS = Path(__file__).resolve().parent.parent / "tests" / "counted.py"
+
 HIDDEN = (64, 128, 256, 320, 512, 768, 1024, 2048, 4096)
 
 
@@ -236,12 +240,21 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     result.add_argument("--output", type=_output, metavar="FILE.csv", help="also write the table here")
     result.add_argument("--failures", action="store_true", help="print only rows that are not ok")
+    result.add_argument(
+        "--run", action="store_true",
+        help="count what the compiled kernels do per step, in the emulator of a checkout's tests, and write its table",
+    )  # fmt: skip
     return result
 
 
 def main(given: Sequence[str] | None = None) -> int:
     options = parser()
     arguments = options.parse_args(given)
+    if arguments.run:
+        if not COUNTS.exists():
+            options.error(f"--run needs a checkout, whose tests hold the emulator: there is no {COUNTS}")
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        return subprocess.run([sys.executable, str(COUNTS)], env=environment).returncode
     for name in ("hidden", "batch", "jobs"):
         values = getattr(arguments, name)
         if values is not None and min([values] if isinstance(values, int) else values) < 1:

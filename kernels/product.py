@@ -23,6 +23,7 @@ from .tiles import (
     operand,
     operand_mask,
     operand_offsets,
+    resident_operand,
     split_gates,
     weight_mask,
     weight_offsets,
@@ -58,29 +59,31 @@ def load_tile(corner, m, m_mask, k, length, whole: tl.constexpr, tiling: tl.cons
     offsets = weight_offsets(m, tiling.m_stride, k, tiling.k_stride, tiling.splits)
     # Masks only where needed, offsets from zero: what the tiles of a program share costs registers once.
     if whole:
-        tile = tl.load(corner + offsets)
+        return tl.load(corner + offsets)
     else:
-        tile = tl.load(corner + offsets, mask=weight_mask(m_mask, k, length, tiling.splits), other=0.0)
-    return operand(tile, tiling)
+        return tl.load(corner + offsets, mask=weight_mask(m_mask, k, length, tiling.splits), other=0.0)
 
 
 @triton.jit
-def resident(weight, m, m_mask, base, first: tl.constexpr, last: tl.constexpr, tiling: tl.constexpr):
+def resident(weight, m, m_mask, base, first: tl.constexpr, last: tl.constexpr, tiling: tl.constexpr,
+             exchange: tl.constexpr):  # fmt: skip
     """This program's rows, resident chunks ``first`` to ``last`` of K: a tuple per pack, of one tile per chunk."""
     weights = ()
     for p in tl.static_range(len(tiling.packs)):
-        weights = weights + (resident_pack(weight, m[p], m_mask[p], base, first, last, tiling),)
+        weights = weights + (resident_pack(weight, m[p], m_mask[p], base, first, last, tiling, exchange),)
     return weights
 
 
 @triton.jit
-def resident_pack(weight, m, m_mask, base, first: tl.constexpr, last: tl.constexpr, tiling: tl.constexpr):
+def resident_pack(weight, m, m_mask, base, first: tl.constexpr, last: tl.constexpr, tiling: tl.constexpr,
+                  exchange: tl.constexpr):  # fmt: skip
     tiles = ()
     for i in tl.static_range(first, last):
         k = k_index(tiling.chunks[i].size, tiling.splits)
         corner = weight + position(tiling.chunks[i].segment, tiling.chunks[i].start, base, tiling) * tiling.k_stride
         length = left_of(tiling.chunks[i].length, tiling.chunks[i].start, base, tiling)
-        tiles = tiles + (load_tile(corner, m, m_mask, k, length, False, tiling),)
+        tile = load_tile(corner, m, m_mask, k, length, False, tiling)
+        tiles = tiles + (resident_operand(tile, tiling, exchange),)
         # Else all tiles are loaded into registers at once on their way to shared memory, and spill there.
         tl.debug_barrier()
     return tiles
@@ -96,7 +99,7 @@ def streamed(weight, m, m_mask, i, base, tiling: tl.constexpr):
     whole: tl.constexpr = stream_is_whole(tiling) and not units_are_ragged(tiling)
     tiles = ()
     for p in tl.static_range(len(tiling.packs)):
-        tiles = tiles + (load_tile(corner, m[p], m_mask[p], k, length, whole, tiling),)
+        tiles = tiles + (operand(load_tile(corner, m[p], m_mask[p], k, length, whole, tiling), tiling),)
     return tiles
 
 

@@ -159,9 +159,10 @@ def scan_forward(
         unit = column * W + m % W
         m_rows = m_rows + ((tiling.first_gates[p] + m // W) * H + unit,)
         m_masks = m_masks + (unit < H,)
-    held = resident(corner, m_rows, m_masks, base, 0, in_registers, tiling)
+    held = resident(corner, m_rows, m_masks, base, 0, in_registers, tiling, exchange)
     if L > 1:
-        held_below = resident(corner + G * H * tiling.stride, m_rows, m_masks, base, 0, in_registers, tiling)
+        second = corner + G * H * tiling.stride
+        held_below = resident(second, m_rows, m_masks, base, 0, in_registers, tiling, exchange)
     t = time_of(0, direction, T)
     state = ()
     for j in tl.static_range(N):
@@ -177,10 +178,10 @@ def scan_forward(
     once = tl.minimum(T, 1)
     turn = 0
     while turn < once:
-        shared = resident(corner, m_rows, m_masks, base, in_registers, chunks, tiling)
+        shared = resident(corner, m_rows, m_masks, base, in_registers, chunks, tiling, exchange)
         weights = join(held, shared)
         if L > 1:
-            shared_below = resident(corner + G * H * tiling.stride, m_rows, m_masks, base, in_registers, chunks, tiling)
+            shared_below = resident(second, m_rows, m_masks, base, in_registers, chunks, tiling, exchange)
             weights_below = join(held_below, shared_below)
             biases_below = ()
             for g in tl.static_range(G):
@@ -365,9 +366,10 @@ def scan_backward(
         d_states = moved(d_states, slot_size)
     outputs = (column * W + tl.arange(0, W),)
     m_mask = (outputs[0] < H,)
-    held = resident(corner, outputs, m_mask, base, 0, in_registers, tiling)
+    held = resident(corner, outputs, m_mask, base, 0, in_registers, tiling, exchange)
     if L > 1:
-        held_above = resident(corner + G * H * tiling.stride, outputs, m_mask, base, 0, in_registers, tiling)
+        second = corner + G * H * tiling.stride
+        held_above = resident(second, outputs, m_mask, base, 0, in_registers, tiling, exchange)
     d_state = ()
     for j in tl.static_range(N):
         first, rows, own = batch_rows(b0 + j * BB, B, tiling)
@@ -382,10 +384,10 @@ def scan_backward(
     once = tl.minimum(T, 1)
     turn = 0
     while turn < once:
-        shared = resident(corner, outputs, m_mask, base, in_registers, chunks, tiling)
+        shared = resident(corner, outputs, m_mask, base, in_registers, chunks, tiling, exchange)
         weights = join(held, shared)
         if L > 1:
-            shared_above = resident(corner + G * H * tiling.stride, outputs, m_mask, base, in_registers, chunks, tiling)
+            shared_above = resident(second, outputs, m_mask, base, in_registers, chunks, tiling, exchange)
             weights_above = join(held_above, shared_above)
         stream = (corner, outputs, m_mask)
         ahead = ()

@@ -113,6 +113,18 @@ def operand(tile, tiling: tl.constexpr):
 
 
 @triton.jit
+def resident_operand(tile, tiling: tl.constexpr, exchange: tl.constexpr):
+    """The same of a tile that stays on the chip, by an instruction that Triton moves no change of layout past: else it
+    moves it out of the loop over time, and all tiles stay in registers (seen: GRU backward as a wave, tf32, sm_80)."""
+    if tiling.precision == "tf32" and exchange.poll == "ptx":
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [tile], dtype=tl.float32, is_pure=False, pack=1
+        )
+    else:
+        return operand(tile, tiling)
+
+
+@triton.jit
 def weight_offsets(m, m_stride: tl.constexpr, k, k_stride: tl.constexpr, splits: tl.constexpr):
     """Offsets of the weights: [M, K] or [P, M, K // P]."""
     if splits == 1:

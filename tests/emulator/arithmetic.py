@@ -26,6 +26,10 @@ def to_bf16(x: Array) -> Array:
     return np.where(x == x, rounded, U16(0x7FFF))
 
 
+def to_tf32(x: Array) -> Array:
+    return np.where(np.isfinite(x), (x.view(U32) + U32(0x1000)) & U32(0xFFFFE000), x.view(U32))
+
+
 def cut_to_tf32(bits: Array) -> Array:
     return (bits & U32(0xFFFFE000)).view(F32)
 

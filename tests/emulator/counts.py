@@ -15,6 +15,7 @@ class Report:
 
     kernel: Kernel
     programs: int
+    slices: int
     races: list[str] = field(default_factory=list)
     unwritten: list[str] = field(default_factory=list)
     blocks: list[list[int]] = field(default_factory=list)

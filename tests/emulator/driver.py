@@ -39,7 +39,7 @@ class Session:
     reports: list[Report] = field(default_factory=list)
 
     def launch(self, ptx: str, shared: int, shape: tuple[int, int, int], arguments: list[tuple[str, Any, str]]) -> None:
-        """arguments: (type as Triton writes it, value, name), without compile-time ones."""
+        """arguments: (type, value, name)."""
         ptx = self.mutate(ptx) if self.mutate else ptx
         if (ptx, shared) not in _MADE:
             _MADE[ptx, shared] = Kernel(ptx, shared)
@@ -56,7 +56,7 @@ class Session:
                 size = 1 if kind == "i1" else width(kind)
                 values.append((int(value) & (2 ** (8 * size) - 1), size))
         values += [(0, 8)] * (len(kernel.parameters) - len(values))  # scratch memory, which no kernel here uses
-        if [size for _, size in values] != [width(kind) for _, kind in kernel.parameters]:
+        if [size for _, size in values] != [width(kind) for kind, _ in kernel.parameters]:
             raise EmulatorError(f"arguments of {[s for _, s in values]} bytes for parameters {kernel.parameters}")
         report = Grid(kernel, shape, values, memory, **self.options).run()
         self.reports.append(report)

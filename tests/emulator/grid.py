@@ -39,7 +39,6 @@ class Schedule:
         self._random, self.turn = random.Random(self.seed), 0
 
     def pick(self, units: list[Unit]) -> tuple[Unit, int]:
-        """(a unit, how many operations it may do)."""
         if self.order == "turns":
             self.turn += 1
             return units[self.turn % len(units)], 1
@@ -74,7 +73,7 @@ class Grid:
         self.kernel, self.shape, self.values, self.memory = kernel, shape, values, memory
         self.programs, self.warps = shape[0] * shape[1] * shape[2], kernel.threads // 32
         self.schedule, self.patience, self.trace = schedule or Schedule(), patience, trace
-        self.report = Report(kernel, self.programs)
+        self.report = Report(kernel, self.programs, shape[0])
         self.progress = 0  # stores that changed something
         self.stride = (kernel.shared + 255) // 128 * 128
         store = np.full(self.stride * self.programs + 256, 0xA5, U8)  # what nobody has written is not zero
@@ -86,20 +85,18 @@ class Grid:
         self._expected = Counter(unit.programs[0] for unit in self.units)
 
     def translation(self, lanes: int) -> Callable:
-        made = self.kernel.__dict__.setdefault("translations", {})
-        if lanes not in made:
-            made[lanes] = Translator(self.kernel, lanes).function()
-        return made[lanes]
+        if lanes not in self.kernel.translations:
+            self.kernel.translations[lanes] = Translator(self.kernel, lanes).function()
+        return self.kernel.translations[lanes]
 
     def _lockstep(self, units: str, programs: set[int]) -> list[list[tuple[int, int]]]:
-        size = {"warps": 4 if self.kernel.uses("wgmma") else 1}.get(units, self.warps)
-        made = [[(p, w + k) for k in range(size)] for p in sorted(programs) for w in range(0, self.warps, size)]
-        if units != "rows":
-            return made
-        rows: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for warps in made:
-            rows[warps[0][0] // self.shape[0]] += warps
-        return list(rows.values())
+        size = 4 if self.kernel.uses("wgmma") else 1
+        made: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        for p in sorted(programs):
+            for w in range(self.warps):
+                key = {"warps": (p, w // size), "programs": (p, 0), "rows": (p // self.shape[0], 0)}[units]
+                made[key].append((p, w))
+        return list(made.values())
 
     def run(self) -> Report:
         live, quiet = list(self.units), 0
@@ -111,8 +108,8 @@ class Grid:
                 unit, turns = self.schedule.pick(ready)
                 progress = self.progress
                 polled = self._go_on(unit, turns, live)
-                quiet = quiet + 1 if polled and self.progress == progress else 0 if self.progress > progress else quiet
-                if quiet > self.patience * len(live):
+                quiet = 0 if self.progress > progress else quiet + polled
+                if polled and quiet > self.patience * len(live):
                     raise EmulatorError(f"a hang: programs {sorted({u.programs[0] for u in live})} poll, nobody stores")
         self.report.blocks = [unit.count for unit in self.units]
         return self.report

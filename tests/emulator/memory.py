@@ -18,12 +18,9 @@ _VIEWS = {size: _BYTES.view(dtype) for size, dtype in UNSIGNED.items()}
 
 @dataclass(eq=False)
 class Range:
-    """One tensor. grain: bytes of an element; fresh: what this launch has not written holds nothing.
-
-    The race detector's, per element: written (epoch << 24 | (program + 1) << 8 | warp of the last write), and for the
-    reads of each program (epoch << 8 | warp; warp 255: several), weak and strong ones apart; width: of the last strong
-    write, else 0; at: the instruction of the last one of each kind.
-    """
+    """One tensor. grain: bytes of an element; fresh: what this launch has not written holds nothing. Of each element
+    the race detector keeps the last write (epoch << 24 | (program + 1) << 8 | warp), the last read of each program
+    (epoch << 8 | warp; 255: several), weak and strong, the width of a strong write, the instruction of each kind."""
 
     name: str
     start: int

@@ -12,7 +12,7 @@ from .ptx import EmulatorError, Instruction, width
 
 INTEGERS = "s16 u16 s32 u32 s64 u64"
 BITS = "b8 b16 b32 b64"
-COMPARISONS = "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan"
+COMPARISONS = "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu nan"
 MEMORY = f"global shared cta v2 v4 u8 s32 u32 u64 f32 {BITS}"
 SCOPES = "volatile relaxed gpu sys"
 ATOMICS = f"global gpu sys relaxed acquire release acq_rel add {BITS} s32 u32 u64 f32"
@@ -20,7 +20,7 @@ MATRIX = "sync aligned m8n8 x1 x2 x4 trans shared cta b16"
 KNOWN = {
     "abs": "f32", "add": f"{INTEGERS} f32 f32x2 rn f16 bf16", "and": f"{BITS} pred", "atom": ATOMICS,
     "bar": "sync red and pred", "bfe": "s32 u32 s64 u64", "bra": "uni",
-    "cvt": f"{INTEGERS} u8 f32 f16 bf16 f16x2 bf16x2 rn", "div": f"{INTEGERS} full rn f32",
+    "cvt": f"{INTEGERS} u8 f32 f16 bf16 tf32 f16x2 bf16x2 rn rna", "div": f"{INTEGERS} full rn f32",
     "ex2": "approx f32", "fence": "proxy async shared cta", "fma": "rn f32 f32x2 f16 bf16",
     "ld": f"param acquire cg {SCOPES} {MEMORY}", "ldmatrix": MATRIX, "mad": f"lo wide {INTEGERS}",
     "max": f"{INTEGERS} f32 NaN", "min": f"{INTEGERS} f32 NaN",
@@ -60,8 +60,6 @@ class Opcodes:
     def is_constant(self, argument: Any) -> bool:
         return self.kernel.kind(argument) is None and not argument.startswith("%")
 
-    # -- moves and conversions
-
     def _mov(self, i: Instruction, d: Any, s: Any) -> None:
         kind = i.modifiers[-1]
         if isinstance(d, list):
@@ -84,8 +82,8 @@ class Opcodes:
             high, low = (f"to_{to[:-2]}({self.read(r, 'f32', True)})" for r in s)
             return self.write(d, f"({high}.astype(U32) << {self.constant(16, 'u32')}) | {low}", "u32")
         a = self.read(s[0], "b16" if origin == "bf16" else origin, True)
-        if to in ("f16", "bf16") and origin == "f32":
-            self.write(d, f"to_{to}({a})", "b16")
+        if to in ("f16", "bf16", "tf32") and origin == "f32":
+            self.write(d, f"to_{to}({a})", "b32" if to == "tf32" else "b16")
         elif to == "f32" and origin in ("f16", "bf16"):
             self.write(d, self.widened(a, origin), "f32")
         elif origin[0] in "us" and to[0] in "us":
@@ -104,8 +102,6 @@ class Opcodes:
     def _prmt(self, i: Instruction, d: Any, a: Any, b: Any, c: Any) -> None:
         selector = str(int(c, 0)) if self.is_constant(c) else self.read(c, "u32")
         self.write(d, f"permute({self.read(a, 'u32', True)}, {self.read(b, 'u32', True)}, {selector})", "u32")
-
-    # -- arithmetic
 
     def operands(self, kind: str, *sources: Any) -> list[str]:
         """A vector at least in the first place, so that NumPy works on vectors."""
@@ -181,8 +177,6 @@ class Opcodes:
 
     _max = _min
 
-    # -- bits
-
     def _and(self, i: Instruction, d: Any, a: Any, b: Any) -> None:
         x, y = self.operands(i.modifiers[-1], a, b)
         self.write(d, f"{x} {BINARY[i.name]} {y}", i.modifiers[-1])
@@ -221,15 +215,11 @@ class Opcodes:
             found = f"({x} != {y}) & ~({unordered})"
         elif compare in COMPARE:
             found = f"{x} {COMPARE[compare]} {y}"
-        elif compare in ("num", "nan"):
-            found = unordered if compare == "nan" else f"~({unordered})"
         else:
-            found = f"({x} {COMPARE[compare[:-1]]} {y}) | {unordered}"
+            found = unordered if compare == "nan" else f"({x} {COMPARE[compare[:-1]]} {y}) | {unordered}"
         if c:
             found = f"({found}) {BINARY[i.modifiers[1]]} {self.read(c[0], 'pred')}"
         self.write(d, found, "pred")
-
-    # -- memory
 
     def strength(self, i: Instruction) -> int:
         if {"acquire", "release", "acq_rel"} & set(i.modifiers):
@@ -239,7 +229,7 @@ class Opcodes:
     def _ld(self, i: Instruction, d: Any, a: Any) -> None:
         kind = i.modifiers[-1]
         if "param" in i.modifiers:
-            names = [name for name, _ in self.kernel.parameters]
+            names = [name for _, name in self.kernel.parameters]
             return self.write(d, f"P[{names.index(a.strip('[] '))}]", f"b{kind[1:]}")
         registers, size = d if isinstance(d, list) else [d], width(kind)
         how = f"{self.condition()}, {size}, {len(registers)}, {i.number}"
@@ -277,8 +267,6 @@ class Opcodes:
 
     def _fence(self, i: Instruction, *_: Any) -> None:
         self.say(f"proxy_fence({self.condition()})")
-
-    # -- what warps and programs do together
 
     def together(self, i: Instruction) -> None:
         """An instruction of whole warps: an error in divergent code."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 Argument = str | list["Argument"]
 
@@ -41,13 +42,10 @@ class Instruction:
 
     def __post_init__(self) -> None:
         self.name, *self.modifiers = self.op.replace("::", ".").split(".")
+        self.branches = self.name in _BRANCHES
 
     def __str__(self) -> str:
         return f"PTX line {self.line} ({self.source}): {self.op}"
-
-    @property
-    def branches(self) -> bool:
-        return self.name in _BRANCHES
 
 
 def width(kind: str) -> int:
@@ -180,11 +178,9 @@ class Parser:
 class Kernel:
     """A parsed entry.
 
-    Attributes:
-        code: all instructions; blocks: the same in basic blocks; after: blocks that may follow each.
-        parameters: types; threads: of a program; shared: bytes of shared memory.
-        loops: (first, last block) of each backward branch.
-        live_after: registers of each block that a later one may read.
+    code: all instructions; blocks: the same in basic blocks; after: blocks that may follow each; parameters: (type,
+    name); threads: of a program; shared: bytes of shared memory; loops: (first, last block) of each backward branch;
+    live_after: registers of each block that a later one may read.
     """
 
     def __init__(self, ptx: str, shared: int):
@@ -197,7 +193,7 @@ class Kernel:
         self.name = lines[start].split(".entry")[1].split("(")[0].strip()
         self.threads, self.shared = int(threads.group(1)), shared
         self.parameters = [found.groups() for line in lines[start:body] if (found := _PARAMETER.search(line))]
-        self.parameters = [(name, kind) for kind, name in self.parameters]
+        self.translations: dict[int, Any] = {}  # lanes of a unit -> generator
         parser = Parser(dict(re.findall(r'\.file\s+(\d+)\s+"[^"]*?([^"/]+)"', ptx)))
         parser.read(lines, body + 1)
         self.code, self._labels = parser.code, parser.labels

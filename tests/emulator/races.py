@@ -76,9 +76,8 @@ class Races:
         self.epoch = np.ones(self.programs, S64)
         self.known = np.zeros((self.programs * self.warps, self.programs), S64)
         self.published: dict[int, Array] = {}
-        grain = grid.kernel.grain
-        self.grain = grain
-        cells = grid.stride * self.programs // grain + 64
+        self.grain = grid.kernel.grain
+        cells = grid.stride * self.programs // self.grain + 64
         # Of shared memory: epoch << 8 | warp of the last write and read, and their instructions.
         self.s_written, self.s_read = np.zeros(cells, S64), np.zeros(cells, S64)
         self.s_written_at, self.s_read_at = np.zeros(cells, np.int32), np.zeros(cells, np.int32)

@@ -24,10 +24,9 @@ END = 1 << 20  # program counter of a lane that has returned
 DTYPES = {"u8": U8, "b8": U8, "u16": U16, "b16": U16, "s16": S16, "u32": U32, "b32": U32, "s32": S32, "u64": U64,
           "b64": U64, "s64": S64, "f32": F32, "f16": F16, "f64": F64}  # fmt: skip
 VIEWS = {"b": "u", "u": "u", "s": "s", "f": "f"}
-SPECIAL = {"%tid.x": "tid", "%ctaid.x": "cx", "%ctaid.y": "cy", "%ctaid.z": "cz", "%laneid": "lane", "%tid.y": "zero",
-           "%tid.z": "zero", "%ntid.x": "ntid", "%nctaid.x": "nx", "%nctaid.y": "ny"}  # fmt: skip
+SPECIAL = {"%tid.x": "tid", "%ctaid.x": "cx", "%ctaid.y": "cy", "%ctaid.z": "cz"}
 METHODS = (
-    "load_global store_global load_shared store_shared atomic proxy_fence barrier shuffle reduce ldmatrix stmatrix mma \
+    "load_global store_global load_shared store_shared atomic proxy_fence barrier shuffle reduce ldmatrix stmatrix \
 wgmma wgmma_order wgmma_wait name"
 )
 NUMPY = "where absolute minimum maximum fmin fmax exp2 count_nonzero"
@@ -49,8 +48,6 @@ class Translator(Opcodes):
 
     def say(self, text: str) -> None:
         self.lines.append("    " * self.depth + text)
-
-    # -- operands
 
     def constant(self, value: int, kind: str, full: bool = False) -> str:
         """The name of a constant of a type of PTX: a scalar, or (``full``) a vector."""
@@ -82,11 +79,10 @@ class Translator(Opcodes):
             if argument not in SPECIAL:
                 raise EmulatorError(f"{self.at}: a register that the emulator does not know: {argument}")
             return SPECIAL[argument]
-        if argument == "global_smem":  # shared memory begins at 0
-            return self.constant(0, kind, full)
         if argument[:2] in ("0f", "0F"):
             return self.constant(int(argument[2:], 16), kind, full)
-        return self.constant(int(argument.rstrip("U"), 0), kind, full)
+        # Shared memory begins at 0.
+        return self.constant(0 if argument == "global_smem" else int(argument.rstrip("U"), 0), kind, full)
 
     def viewed(self, register: str, view: str) -> str:
         known = self.views.setdefault(register, {"u"})
@@ -143,8 +139,6 @@ class Translator(Opcodes):
         base, offset = self.read(found.group(1), kind, True), int(found.group(2) or "0", 0)
         return f"{base} + {self.constant(offset, kind)}" if offset else base
 
-    # -- blocks
-
     def instruction(self, i: Instruction) -> None:
         self.at = i
         self.check_known(i)
@@ -195,7 +189,7 @@ class Translator(Opcodes):
         for method in METHODS.split():
             self.say(f"{method} = unit.{method}")
         self.say("P, count, parts, trace = unit.parameters, unit.count, unit.parts, unit.trace")
-        self.say(f"{', '.join(dict.fromkeys(SPECIAL.values()))} = unit.special")
+        self.say(f"{', '.join(SPECIAL.values())} = unit.special")
         for register in sorted({r for i in kernel.code for some in kernel.read_and_written(i) for r in some}):
             kind = kernel.kind(register)
             name = self.variable(register, "p" if kind == "pred" else "u")
@@ -205,9 +199,8 @@ class Translator(Opcodes):
         self.depth = 2
         self.say("if pc < 0:")
         self.depth = 3
-        self.say("q = int(pcs.min())")
+        self.say("q = int(pcs.min()); mask = pcs == q")
         self.say(f"if q >= {len(kernel.blocks)}: return")
-        self.say("mask = pcs == q")
         self.say("if mask.all(): pc = q")
         self._chain("elif q == {}:", "mask")
         self.depth = 2

@@ -38,9 +38,8 @@ class Unit:
         self.lane = np.tile(np.arange(32), len(warps))
         self.thread = self.warp * 32 + self.lane
         x, y, _ = grid.shape
-        numbers = (self.thread, self.program % x, self.program // x % y, self.program // (x * y), self.lane, 0,
-                   grid.warps * 32, x, y)  # fmt: skip
-        self.special = tuple(np.broadcast_to(np.asarray(v, U32), self.n).copy() for v in numbers)
+        numbers = self.thread, self.program % x, self.program // x % y, self.program // (x * y)
+        self.special = tuple(v.astype(U32) for v in numbers)
         self.parameters = [np.full(self.n, value, UNSIGNED[size]) for value, size in grid.values]
         self.offset = self.program * grid.stride  # of its program's shared memory
         self.count = [0] * len(self.kernel.blocks)
@@ -207,8 +206,6 @@ class Unit:
 
     def reduce(self, a: Array, operation: str) -> Array:
         return np.repeat(_FOLDS[operation].reduce(a.reshape(-1, 32), axis=1, dtype=a.dtype), 32)
-
-    mma = staticmethod(arithmetic.mma)
 
     # -- warp groups
 
