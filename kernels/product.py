@@ -23,7 +23,7 @@ from .tiles import (
     operand,
     operand_mask,
     operand_offsets,
-    resident_operand,
+    operands,
     split_gates,
     weight_mask,
     weight_offsets,
@@ -83,7 +83,7 @@ def resident_pack(weight, m, m_mask, base, first: tl.constexpr, last: tl.constex
         corner = weight + position(tiling.chunks[i].segment, tiling.chunks[i].start, base, tiling) * tiling.k_stride
         length = left_of(tiling.chunks[i].length, tiling.chunks[i].start, base, tiling)
         tile = load_tile(corner, m, m_mask, k, length, False, tiling)
-        tiles = tiles + (resident_operand(tile, tiling, exchange),)
+        tiles = tiles + (operand(tile, tiling, exchange),)
         # Else all tiles are loaded into registers at once on their way to shared memory, and spill there.
         tl.debug_barrier()
     return tiles
@@ -99,7 +99,7 @@ def streamed(weight, m, m_mask, i, base, tiling: tl.constexpr):
     whole: tl.constexpr = stream_is_whole(tiling) and not units_are_ragged(tiling)
     tiles = ()
     for p in tl.static_range(len(tiling.packs)):
-        tiles = tiles + (operand(load_tile(corner, m[p], m_mask[p], k, length, whole, tiling), tiling),)
+        tiles = tiles + (load_tile(corner, m[p], m_mask[p], k, length, whole, tiling),)
     return tiles
 
 
@@ -169,24 +169,24 @@ def gather(accs, tiling: tl.constexpr):
 
 
 @triton.jit
-def add(weights, operands, first: tl.constexpr, last: tl.constexpr, once, accs, tiling: tl.constexpr):
+def add(weights, moving, first: tl.constexpr, last: tl.constexpr, once, accs, tiling: tl.constexpr):
     """Add the resident tiles ``first`` to ``last`` to the product, wherever they live."""
     if last <= tiling.in_registers:
         for i in tl.static_range(first, last):
-            accs = advance(of_chunk(weights, i, tiling), operands[i - first], accs, tiling)
+            accs = advance(of_chunk(weights, i, tiling), moving[i - first], accs, tiling)
     else:
         for _ in range(once):
             for i in tl.static_range(first, last):
-                accs = advance(of_chunk(weights, i, tiling), operands[i - first], accs, tiling)
+                accs = advance(of_chunk(weights, i, tiling), moving[i - first], accs, tiling)
     return accs
 
 
 @triton.jit
-def product_local(weights, operands, once, dtype: tl.constexpr, tiling: tl.constexpr):
+def product_local(weights, tiles, once, dtype: tl.constexpr, tiling: tl.constexpr, exchange: tl.constexpr):
     """One slice: the operand never leaves the chip."""
     narrowed = ()
     for i in tl.static_range(len(tiling.chunks)):
-        narrowed = narrowed + (operand(narrow(operands[i], dtype, tiling.interpreted), tiling),)
+        narrowed = narrowed + (operand(narrow(tiles[i], dtype, tiling.interpreted), tiling, exchange),)
     accs = accumulators(tiling)
     for b in tl.static_range(len(tiling.bursts)):
         accs = add_local(weights, narrowed, b, once, accs, tiling)
@@ -194,10 +194,10 @@ def product_local(weights, operands, once, dtype: tl.constexpr, tiling: tl.const
 
 
 @triton.jit
-def add_local(weights, operands, b: tl.constexpr, once, accs, tiling: tl.constexpr):
+def add_local(weights, tiles, b: tl.constexpr, once, accs, tiling: tl.constexpr):
     first: tl.constexpr = burst_start(tiling, b)
     last: tl.constexpr = burst_start(tiling, b + 1)
-    return add(weights, operands[first:last], first, last, once, accs, tiling)
+    return add(weights, tiles[first:last], first, last, once, accs, tiling)
 
 
 @triton.jit
@@ -206,10 +206,9 @@ def operand_tile(pointer, rows, size: tl.constexpr, length, whole: tl.constexpr,
     k = k_index(size, tiling.splits)
     offsets = operand_offsets(k, rows, tiling.row_stride, tiling.splits)
     if whole:
-        tile, patience = get(pointer + offsets, None, patience, error, exchange)
+        return get(pointer + offsets, None, patience, error, exchange)
     else:
-        tile, patience = get(pointer + offsets, operand_mask(k, length, tiling.splits), patience, error, exchange)
-    return operand(tile, tiling), patience
+        return get(pointer + offsets, operand_mask(k, length, tiling.splits), patience, error, exchange)
 
 
 @triton.jit
@@ -237,8 +236,9 @@ def add_burst(weights, b: tl.constexpr, accs, pointer, rows, base, once, patienc
               exchange: tl.constexpr):  # fmt: skip
     first: tl.constexpr = burst_start(tiling, b)
     last: tl.constexpr = burst_start(tiling, b + 1)
-    operands, patience = operand_tiles(pointer, rows, base, first, last, patience, error, tiling, exchange)
-    return add(weights, operands, first, last, once, accs, tiling), patience
+    tiles, patience = operand_tiles(pointer, rows, base, first, last, patience, error, tiling, exchange)
+    # Only when all are on their way: each is waited for before it is rounded.
+    return add(weights, operands(tiles, tiling, exchange), first, last, once, accs, tiling), patience
 
 
 @triton.jit
@@ -264,7 +264,7 @@ def product_shared(weights, ahead, stream, pointer, rows, base, once, patience, 
                 left_of(tiling.depth - start, start, base, tiling), stream_is_whole(tiling), patience, error,
                 tiling, exchange,
             )  # fmt: skip
-            accs = advance(current, moving, accs, tiling)
+            accs = advance(operands(current, tiling, exchange), operand(moving, tiling, exchange), accs, tiling)
     return gather(accs, tiling), ahead, patience
 
 

@@ -231,7 +231,7 @@ def scan_forward(
                     # Into the lowest layer nothing rises: zero times its own h0, which may be a NaN that nobody reads.
                     x = sums(x, zero_where(rises == 0, risen), biases_below)
                 if tiling.slices == 1:
-                    product = product_local(weights, before, once, weight.dtype.element_ty, tiling)
+                    product = product_local(weights, before, once, weight.dtype.element_ty, tiling, exchange)
                 else:
                     h = states[0] + row_offset(previous_slot(t, direction), first, direction, B, D, H)
                     product, ahead, patience = multiply(
@@ -450,7 +450,7 @@ def scan_backward(
                     d_outputs, heard, saved, states, marks, t_next, first, rows, units, mask, direction, T, B, tiling
                 )
                 if tiling.slices == 1:
-                    product = product_local(weights, dr, once, weight.dtype.element_ty, tiling)
+                    product = product_local(weights, dr, once, weight.dtype.element_ty, tiling, exchange)
                     after = after + (d_previous[0] + product[0],) + d_previous[1:]
                 else:
                     after = after + d_previous

@@ -101,27 +101,26 @@ def narrow(tile, dtype: tl.constexpr, interpreted: tl.constexpr):
 
 
 @triton.jit
-def operand(tile, tiling: tl.constexpr):
-    """``tile`` as a product takes it. In tf32 tensor cores drop the lower 13 bits of float32: with half of the last bit
-    that stays added before, that rounds to nearest, for two instructions per element (CUTLASS converts its operands so
-    as well, as ``round_half_ulp_truncate``). Infinity and NaN stay."""
-    if tiling.precision == "tf32" and not tiling.interpreted:
-        bits = tile.to(tl.int32, bitcast=True)
-        return tl.where(tl.abs(tile) < float("inf"), bits + 0x1000, bits).to(tl.float32, bitcast=True)
+def operand(tile, tiling: tl.constexpr, exchange: tl.constexpr):
+    """``tile`` as a product takes it: tensor cores drop the lower 13 bits of float32, so for tf32 it is rounded before.
+
+    By an instruction that Triton takes no change of layout past. With plain arithmetic it rounded in the product's
+    layout, whose threads hold copies (seen: 7 PTX instructions per element of h; all weights in registers in the GRU's
+    backward as a wave, sm_80).
+    """
+    if tiling.precision == "tf32" and exchange.poll == "ptx":
+        assembly: tl.constexpr = "cvt.rna.tf32.f32 $0, $1;"
+        return tl.inline_asm_elementwise(assembly, "=r,r", [tile], dtype=tl.float32, is_pure=False, pack=1)
     else:
         return tile
 
 
 @triton.jit
-def resident_operand(tile, tiling: tl.constexpr, exchange: tl.constexpr):
-    """The same of a tile that stays on the chip, by an instruction that Triton moves no change of layout past: else it
-    moves it out of the loop over time, and all tiles stay in registers (seen: GRU backward as a wave, tf32, sm_80)."""
-    if tiling.precision == "tf32" and exchange.poll == "ptx":
-        return tl.inline_asm_elementwise(
-            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [tile], dtype=tl.float32, is_pure=False, pack=1
-        )
-    else:
-        return operand(tile, tiling)
+def operands(tiles, tiling: tl.constexpr, exchange: tl.constexpr):
+    rounded = ()
+    for i in tl.static_range(len(tiles)):
+        rounded = rounded + (operand(tiles[i], tiling, exchange),)
+    return rounded
 
 
 @triton.jit
