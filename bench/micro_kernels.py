@@ -68,14 +68,17 @@ def exchange_rounds(
         arrive(counter, exchange)
         patience = wait(counter, (step + 1) * programs, patience, error, exchange)
         tiles = ()
+        total = tl.zeros((LINES,), tl.float32)
         for i in tl.static_range(GETS):
             index = i * LINES + line
             tile, patience = get(
                 slot + (index * 8)[:, None] + element, (index < lines)[:, None], patience, error, exchange
             )
-            tiles = tiles + (tile,)
-        total = tl.zeros((LINES,), tl.float32)
-        for i in tl.static_range(GETS):
+            if exchange.protocol == "flags":  # which waits for each tile: held together they would spill
+                total += tl.sum(tile.to(tl.float32), axis=1)
+            else:  # all are on their way before the first is needed
+                tiles = tiles + (tile,)
+        for i in tl.static_range(len(tiles)):
             total += tl.sum(tiles[i].to(tl.float32), axis=1)
         # A store that depends on the data: the next step cannot begin before all of it has arrived.
         tl.store(stale + line * 0, 1, mask=total != total)

@@ -640,7 +640,7 @@ def test_the_memory_modes_example_saves_memory(
 
     monkeypatch.setattr(Run, "train_step", train_step)
     for save in ("gates", "checkpoint"):
-        more = ["--steps=3", "--hidden=64", f"--sequence={steps}", f"--save={save}", f"--out={tmp_path / save}"]
+        more = ["--steps=3", "--hidden=64", f"--sequence={steps}", f"--save={save}", f"--output={tmp_path / save}"]
         assert language_model.main([*small, *more]) == 0
     gates, checkpoint = peaks
     assert checkpoint < 0.75 * gates, peaks

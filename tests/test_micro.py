@@ -371,9 +371,13 @@ def test_exchange_is_the_librarys_and_all_of_it_is_in_the_loop(gpu, launch_of, p
     body = max(loops(disassembly(compiled)), key=len)
     tiles = -(-132 * share // 256)
     assert tiles == made.arguments["GETS"] == 17
-    # Past L1, 16 bytes per thread and tile; flags are loaded once and then again until they are there.
-    assert count(body, r"LDG\.E\.128\.STRONG\.") == tiles * (1 if protocol == "counter" else 2)
-    assert count(body, r"STG\.E\.128 ") == made.arguments["PUTS"] == 1
+    # Past L1, 16 bytes per thread and tile; flags are one element each, loaded once and again until they are there.
+    if protocol == "counter":
+        assert count(body, r"LDG\.E\.128\.STRONG\.") == tiles
+        assert count(body, r"STG\.E\.128 ") == made.arguments["PUTS"] == 1
+    else:
+        assert count(body, r"LDG\.E\.U16\.STRONG\.GPU") == tiles * 8 * 2
+        assert count(body, r"STG\.E\.U16\.STRONG\.GPU") == made.arguments["PUTS"] * 8 == 8
     assert count(body, r"RED[GS]?\.E\.ADD\.STRONG\.GPU") == (protocol == "counter")
     assert count(body, r"LDG\.E\.STRONG\.GPU") == (protocol == "counter")
     # Before the announcement of the next step, what was got decides about a store; each must have arrived by then.
