@@ -40,7 +40,7 @@ test-oldest: $(OLDEST)/.dev ## the kernels' tests, oldest Triton; not those of t
 	  $(patsubst %,--ignore=tests/test_%.py,scale parameters mixed_precision third_party second cut_transforms profile language_model signals) $(ARGS)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "(audit or emulator) and not gpu" tests $(ARGS)
 
-emulate: $(NEWEST)/.dev $(OLDEST)/.dev ## more of the compiled kernels in the emulator, on both Triton versions (an hour on one core)
+emulate: $(NEWEST)/.dev $(OLDEST)/.dev ## more of the compiled kernels in the emulator, on both Triton versions (about half an hour)
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m emulator_long tests $(ARGS)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m emulator_long tests $(ARGS)
 
