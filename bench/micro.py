@@ -246,8 +246,9 @@ def _sweep(machine: Machine, depth: int) -> Callable[[], float]:
     def once() -> float:
         sums.fill_(-0.5)
         kernels.sweep_shared[(programs,)](
-            weight, operand, sums, cycles, steps, tiling=t, PTX=machine.cuda, **machine.options(kernels.WARPS)
-        )
+            weight, operand, sums, cycles, steps, tiling=t, exchange=Exchange(), PTX=machine.cuda,
+            **machine.options(kernels.WARPS),
+        )  # fmt: skip
         _verify(f"sweeping K={depth} {steps} times: products", sums, expected)
         return steps * kernels.bytes_swept(t) / statistics.median(cycles.tolist())
 

@@ -38,6 +38,26 @@ def told(step, line):
     return (step * 5 + line * 3) & 63
 
 
+@triton.jit
+def lines_at(slot, index):
+    """Pointers to the 8 elements of each line."""
+    return slot + (index * 8)[:, None] + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def put_lines(slot, i, first, share, step, LINES: tl.constexpr, exchange: tl.constexpr):
+    """Put tile ``i`` of the ``share`` lines that begin at ``first``."""
+    own = i * LINES + tl.arange(0, LINES)
+    value = told(step, first + own).to(tl.float16)[:, None] + tl.zeros((LINES, 8), tl.float16)
+    put(lines_at(slot, first + own), value, (own < share)[:, None], exchange)
+
+
+@triton.jit
+def get_lines(slot, i, lines, patience, error, LINES: tl.constexpr, exchange: tl.constexpr):
+    index = i * LINES + tl.arange(0, LINES)
+    return get(lines_at(slot, index), (index < lines)[:, None], patience, error, exchange)
+
+
 @triton.jit(do_not_specialize=["steps", "share"])
 def exchange_rounds(
     buffer, counter, error, stale, sums, steps, share,
@@ -53,36 +73,33 @@ def exchange_rounds(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     line = tl.arange(0, LINES)
-    element = tl.arange(0, 8)[None, :]
     lines = programs * share
     patience = tl.full((), exchange.patience, tl.int32)
     collected = tl.zeros((LINES,), tl.float32)
     step = program * 0
     while step < steps:
         slot = buffer + step.to(tl.int64) * (lines * 8)
-        for i in tl.static_range(PUTS):
-            own = i * LINES + line
-            target = program * share + own
-            value = told(step, target).to(tl.float16)[:, None] + tl.zeros((LINES, 8), tl.float16)
-            put(slot + (target * 8)[:, None] + element, value, (own < share)[:, None], exchange)
-        arrive(counter, exchange)
-        patience = wait(counter, (step + 1) * programs, patience, error, exchange)
-        tiles = ()
-        total = tl.zeros((LINES,), tl.float32)
-        for i in tl.static_range(GETS):
-            index = i * LINES + line
-            tile, patience = get(
-                slot + (index * 8)[:, None] + element, (index < lines)[:, None], patience, error, exchange
-            )
-            if exchange.protocol == "flags":  # which waits for each tile: held together they would spill
-                total += tl.sum(tile.to(tl.float32), axis=1)
-            else:  # all are on their way before the first is needed
+        arrived = tl.zeros((LINES,), tl.float32)
+        if exchange.protocol == "flags":  # each tile is waited for: unrolled, the offsets of all of them would spill
+            for i in range(PUTS):
+                put_lines(slot, i, program * share, share, step, LINES, exchange)
+            for i in range(GETS):
+                tile, patience = get_lines(slot, i, lines, patience, error, LINES, exchange)
+                arrived += tl.sum(tile.to(tl.float32), axis=1)
+        else:
+            for i in tl.static_range(PUTS):
+                put_lines(slot, i, program * share, share, step, LINES, exchange)
+            arrive(counter, exchange)
+            patience = wait(counter, (step + 1) * programs, patience, error, exchange)
+            tiles = ()
+            for i in tl.static_range(GETS):  # all are on their way before the first is needed
+                tile, patience = get_lines(slot, i, lines, patience, error, LINES, exchange)
                 tiles = tiles + (tile,)
-        for i in tl.static_range(len(tiles)):
-            total += tl.sum(tiles[i].to(tl.float32), axis=1)
+            for i in tl.static_range(GETS):
+                arrived += tl.sum(tiles[i].to(tl.float32), axis=1)
         # A store that depends on the data: the next step cannot begin before all of it has arrived.
-        tl.store(stale + line * 0, 1, mask=total != total)
-        collected += total
+        tl.store(stale + line * 0, 1, mask=arrived != arrived)
+        collected += arrived
         step += 1
     tl.store(sums + program * LINES + line, collected)
 
@@ -138,7 +155,8 @@ def bytes_swept(t: Tiling) -> int:
 
 
 @triton.jit(do_not_specialize=["steps"])
-def sweep_shared(weight, operand, sums, cycles, steps, tiling: tl.constexpr, PTX: tl.constexpr):
+def sweep_shared(weight, operand, sums, cycles, steps, tiling: tl.constexpr,
+                 exchange: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     """Each program multiplies the weights of slice 0, all resident in shared memory, by one operand in each step.
 
     weight: [G*H, stride]. operand: [BB, H]. sums: float32 [programs, G, U, BB], ``steps`` times the product.
@@ -162,7 +180,7 @@ def sweep_shared(weight, operand, sums, cycles, steps, tiling: tl.constexpr, PTX
     once = tl.minimum(steps, 1)
     turn = program * 0
     while turn < once:
-        weights = resident(weight, m_rows, m_masks, base, 0, n, tiling)
+        weights = resident(weight, m_rows, m_masks, base, 0, n, tiling, exchange)
         operands = ()
         for i in tl.static_range(n):
             k = k_index(tiling.chunks[i].size, tiling.splits)
