@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 from . import hardware as devices
 from . import plan as planning
 from .cells import CELLS, Cell
-from .exchange import Exchange
+from .exchange import exchange_on
 from .launch import options, shape_of
 from .recompute import BLOCK, activate
 from .scan import scan_backward, scan_forward
@@ -156,8 +156,7 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
     }
     if case.marks:
         signature["marks"] = "*u8"
-    nvidia = case.arch.startswith("sm_")
-    constants = {"tiling": part.tiling, "exchange": Exchange(poll="ptx" if nvidia else "atomic")}
+    constants = {"tiling": part.tiling, "exchange": exchange_on(case.arch)}
     if case.backward:
         kernel = scan_backward
         outputs = states if case.marks else (pointer,)

@@ -22,7 +22,7 @@ from . import hardware as devices
 from . import occupancy
 from . import plan as planning
 from .cells import Cell
-from .exchange import Exchange
+from .exchange import Exchange, exchange_on
 from .forecast import Forecast, forecast
 from .memory import c_slots
 from .recompute import BLOCK, activate
@@ -95,7 +95,7 @@ def compare(
 
 
 def exchange_for(device: torch.device) -> Exchange:
-    return Exchange(poll="ptx" if device.type == "cuda" else "atomic")
+    return exchange_on(hardware(device).arch if device.type == "cuda" else "")
 
 
 _errors: dict[torch.device, Tensor] = {}

@@ -48,9 +48,10 @@ def test_tasks_are_all_that_the_first_run_launches() -> None:
     assert {"l2", "shared", "barrier", "launch", "launch cooperative"} <= {name for name, _, _ in measured}
 
 
-def test_the_exchange_is_that_of_a_launch_on_a_gpu() -> None:
+def test_the_exchange_is_that_of_a_launch_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel's key has it: with another one nothing would be found."""
     cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(launch, "hardware", lambda _: H200)
     assert launch.exchange_for(cuda) == Exchange(protocol="counter", poll="ptx")
     for protocol in ("counter", "flags"):
         with smoke.changed(cuda, protocol=protocol):

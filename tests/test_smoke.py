@@ -49,8 +49,9 @@ def test_names_are_of_one_case_each_and_the_simplest_come_first() -> None:
 # What launches differ in
 
 
-def test_changes_reach_the_launch_and_end() -> None:
+def test_changes_reach_the_launch_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
+    monkeypatch.setattr(launch, "hardware", lambda _: DEVICES["h200"])
     part = plan(launch.shape_of(CELLS["lstm"]), 256, 16, 1, "fp16", DEVICES["h200"]).forward
     usual = launch.options(part, "sm_90")
     assert usual["launch_cooperative_grid"]
