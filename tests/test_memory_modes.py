@@ -281,7 +281,7 @@ def no_kernels(monkeypatch):
 
     class Nothing(dict):
         def __missing__(self, grid):
-            return lambda *_: None
+            return lambda *_, **options: None
 
     monkeypatch.setattr(launch, "activate", Nothing())
 
