@@ -56,7 +56,7 @@ types: $(NEWEST)/.dev ## mypy over persistrnn and persistrnn.kernels
 	$(NEWEST)/bin/mypy -p persistrnn
 
 train: $(NEWEST)/.train ## the main job: train the language model
-	$(NEWEST)/bin/python -m bench.language_model $(ARGS)
+	$(NEWEST)/bin/python -m bench.train.language_model $(ARGS)
 
 # Resumable: finished kernels are kept in runs/. The tables are committed, the README's is made from them.
 AUDIT := -m persistrnn audit --workloads bench/workloads/*.csv --arch sm_80 sm_90 sm_100 gfx942 --failures
@@ -72,7 +72,7 @@ rehearse: $(NEWEST)/.dev ## the same without a GPU: every path but the launch, p
 	PYTHONUNBUFFERED=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m bench.gpu --rehearse h200 $(ARGS)
 
 bench: $(NEWEST)/.dev ## what a CPU can measure: our Python around torch's path, plan time, compile time
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest bench --benchmark-only $(ARGS)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest bench/race --benchmark-only $(ARGS)
 
 clean: ## remove environments, caches and builds (not runs/)
 	rm -rf $(NEWEST) $(OLDEST) build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache

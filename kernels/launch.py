@@ -18,27 +18,22 @@ import torch
 import triton
 from torch import Tensor
 
-from . import hardware as devices
-from . import occupancy
-from . import plan as planning
 from .cells import Cell
-from .exchange import Exchange, exchange_on
-from .forecast import Forecast, forecast
-from .memory import c_slots
-from .recompute import BLOCK, activate
-from .scan import scan_backward, scan_forward
-from .tiling import Shape
+from .device.exchange import Exchange, exchange_on
+from .device.pointwise import BACKWARD, FORWARD
+from .device.recompute import BLOCK, activate
+from .device.scan import scan_backward, scan_forward
+from .planner import hardware as devices
+from .planner import occupancy
+from .planner import plan as planning
+from .planner.forecast import Forecast, forecast
+from .planner.memory import c_slots
 
 # Number of launches per kernel name in this process: tests use it to prove which path made their numbers.
 LAUNCHES: Counter[str] = Counter()
 
 # TRITON_INTERPRET=1 at import time turns the kernels into plain Python over NumPy.
 INTERPRETED = not isinstance(scan_forward, triton.JITFunction)
-
-
-@cache
-def shape_of(cell: Cell) -> Shape:
-    return Shape(cell.name, cell.gates, cell.states, cell.saved, cell.recurrent_gradient)
 
 
 def options(part: planning.Pass, arch: str) -> dict[str, object]:
@@ -83,7 +78,7 @@ def hardware(device: torch.device) -> devices.Hardware:
 def choose(
     cell: Cell, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, device: torch.device
 ) -> planning.Plan:
-    return planning.plan(shape_of(cell), hidden, batch, directions, label(dtype, precision), hardware(device))
+    return planning.plan(cell, hidden, batch, directions, label(dtype, precision), hardware(device))
 
 
 def compare(
@@ -91,7 +86,7 @@ def compare(
     backward: bool,
 ) -> Forecast:  # fmt: skip
     """What the kernels and torch's own path are expected to need per time step."""
-    return forecast(shape_of(cell), hidden, batch, directions, label(dtype, precision), hardware(device), backward)
+    return forecast(cell, hidden, batch, directions, label(dtype, precision), hardware(device), backward)
 
 
 def exchange_for(device: torch.device) -> Exchange:
@@ -272,7 +267,7 @@ def forward(
         marks=marks,
         T=T,
         B=B,
-        cell=cell.forward,
+        cell=FORWARD[cell.name],
         KEEP=save or keep,
     )
     return y, c, saved
@@ -327,7 +322,7 @@ def backward(
         d_gates=(dx_gates, dr_gates),
         T=T,
         B=B,
-        cell=cell.backward,
+        cell=BACKWARD[cell.name],
     )
     return dx_gates, dr_gates, d_edges
 
@@ -352,7 +347,7 @@ def recompute(cell: Cell, x_gates: Tensor, r_gates: Tensor, bias_hh: Tensor) -> 
     grid = (triton.cdiv(count, BLOCK), D)
     shape = (cell.states, cell.gates, D, cell.saved, H)
     with on_device(x_gates.device):
-        given = x_gates, r_gates, bias_hh, saved, count, cell.forward, shape, INTERPRETED, BLOCK
+        given = x_gates, r_gates, bias_hh, saved, count, FORWARD[cell.name], shape, INTERPRETED, BLOCK
         activate[grid](*given, enable_fp_fusion=True)
     LAUNCHES["activate"] += 1
     return saved

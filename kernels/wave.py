@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import hardware as devices
-from . import launch, wave_plan
+from . import launch
 from .cells import Cell
-from .memory import c_slots
-from .scan import scan_backward, scan_forward
+from .device.pointwise import BACKWARD, FORWARD
+from .device.scan import scan_backward, scan_forward
+from .planner import hardware as devices
+from .planner import pipeline as wave_plan
+from .planner.memory import c_slots
 
 
 def choose(
@@ -25,7 +27,7 @@ def choose(
     hardware = launch.hardware(device)
     if hardware is devices.INTERPRETER:
         return None  # programs that run one after the other cannot wait for each other
-    return wave_plan.wave(launch.shape_of(cell), hidden, layers, batch, launch.label(dtype, precision), hardware)
+    return wave_plan.wave(cell, hidden, layers, batch, launch.label(dtype, precision), hardware)
 
 
 def _packed(first: Tensor, second: Tensor, above: bool) -> Tensor:
@@ -103,7 +105,7 @@ def forward(
         marks=marks,
         T=T,
         B=B,
-        cell=cell.forward,
+        cell=FORWARD[cell.name],
         KEEP=save or keep,
     )
     return y, c, saved
@@ -162,7 +164,7 @@ def backward(
         d_gates=(gates[-1], gates[0]),
         T=T,
         B=B,
-        cell=cell.backward,
+        cell=BACKWARD[cell.name],
     )
     dx_gates, dr_gates = (buffer[:-1].unflatten(0, (L, T)) for buffer in (gates[-1], gates[0]))
     return dx_gates, dx_gates if len(gates) == 1 else dr_gates, d_edges

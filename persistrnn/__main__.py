@@ -7,8 +7,14 @@ import sys
 from persistrnn import __version__
 
 COMMANDS = {
-    "plan": ("persistrnn.kernels.plan_command", "what the kernels would do for one layer on one device, predicted"),
-    "audit": ("persistrnn.kernels.audit_table", "prove from compiled code where the kernels keep the weights; no GPU"),
+    "plan": (
+        "persistrnn.kernels.inspect.plan_command",
+        "what the kernels would do for one layer on one device, predicted",
+    ),
+    "audit": (
+        "persistrnn.kernels.inspect.audit_command",
+        "prove from compiled code where the kernels keep the weights; no GPU",
+    ),
     "profile": ("persistrnn.profiling.command", "measure where time and memory of training go, as a page with advice"),
     "report": ("persistrnn.report", "what the benchmarks measured, as a page with plots and tables"),
 }

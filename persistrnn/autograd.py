@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from persistrnn import ops, second
+from persistrnn import double_backward, ops
+from persistrnn.double_backward import NOTHING, Gradients, Kept
+from persistrnn.kernels.cells import CELLS
 from persistrnn.mapping import mapped
-from persistrnn.ops import HAS_C
 from persistrnn.phases import SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
-from persistrnn.second import NOTHING, Gradients, Kept
 from persistrnn.segments import BEGINS, SKIPPED, without_skipped
 
 
@@ -63,7 +63,7 @@ def recurrent(
     reset_h, reset_c = (*reset, None, None)[:2]
     tensors = (x_gates, weight_hh, bias_hh, h0, c0, marks, reset_h, reset_c)
     y, h_n, c_n, c, *_ = _Scan.apply(cell, precision, saves(tensors), return_c, cell_dtype, *tensors)
-    return y, h_n, c_n if HAS_C[cell] else None, c if return_c else None
+    return y, h_n, c_n if CELLS[cell].states > 1 else None, c if return_c else None
 
 
 def wave(
@@ -103,7 +103,7 @@ def wave(
     reset_h, reset_c = (*reset, None, None)[:2]
     tensors = (x_gates, weight_hh, bias_hh, weight_ih, bias_ih, h0, c0, marks, reset_h, reset_c)
     y, h_n, c_n, c, *_ = _Wave.apply(cell, precision, saves(tensors), return_c, cell_dtype, *tensors)
-    return y, h_n, c_n if HAS_C[cell] else None, c if return_c else None
+    return y, h_n, c_n if CELLS[cell].states > 1 else None, c if return_c else None
 
 
 def saves(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -141,7 +141,7 @@ class _Scan(Function):
         D = x_gates.shape[2]
         # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
         h_n = torch.stack([y[1 if d else -2, :, d] for d in range(D)])
-        if HAS_C[cell]:
+        if CELLS[cell].states > 1:
             last = -2 if save or return_c else 1
             c_n = torch.stack([c[1 if d else last, :, d] for d in range(D)]).to(x_gates.dtype)
         else:
@@ -160,7 +160,7 @@ class _Scan(Function):
         if torch.compiler.is_compiling():
             # Dynamo hands a gradient of every differentiable output to the backward; AOTAutograd itself refuses a
             # second derivative.
-            others = (() if HAS_C[cell] else (c_n,)) + (() if return_c else (every,))
+            others = (() if CELLS[cell].states > 1 else (c_n,)) + (() if return_c else (every,))
             ctx.mark_non_differentiable(y, c, saved, *others)
 
     @staticmethod
@@ -168,7 +168,7 @@ class _Scan(Function):
         weight_hh, y, c, saved, marks = ctx.saved_tensors
         T = y.shape[0] - 2
         _, B, D, H = y.shape
-        has_c = HAS_C[ctx.cell]
+        has_c = CELLS[ctx.cell].states > 1
         dy = y.new_zeros(T, B, D, H) if grads[0] is None else grads[0].unflatten(2, (D, H))
         # Dynamo hands a gradient to an output that has none, too.
         dc = grads[3].unflatten(2, (D, H)) if ctx.return_c and grads[3] is not None else None
@@ -285,7 +285,7 @@ class _Wave(Function):
         with phase(SCAN_FORWARD):
             y, c, saved = ops.wave_forward(cell, precision, save, *given, return_c, cell_dtype)
         # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
-        c_n = (c[:, -2 if save or return_c else 1] if HAS_C[cell] else c).clone().to(x_gates.dtype)
+        c_n = (c[:, -2 if save or return_c else 1] if CELLS[cell].states > 1 else c).clone().to(x_gates.dtype)
         every = c[-1, 1:-1].clone() if return_c else c.new_empty(0)
         return y[-1, 1:-1].clone(), y[:, -2].clone(), c_n, every, y, c, saved
 
@@ -298,14 +298,14 @@ class _Wave(Function):
             ctx.save_for_backward(weight_hh, weight_ih, y, c, saved, marks)
         ctx.set_materialize_grads(False)
         if torch.compiler.is_compiling():  # as in _Scan
-            others = (() if HAS_C[cell] else (c_n,)) + (() if return_c else (every,))
+            others = (() if CELLS[cell].states > 1 else (c_n,)) + (() if return_c else (every,))
             ctx.mark_non_differentiable(y, c, saved, *others)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         weight_hh, weight_ih, y, c, saved, marks = ctx.saved_tensors
         L, _, B, H = y.shape
-        has_c = HAS_C[ctx.cell]
+        has_c = CELLS[ctx.cell].states > 1
         dy = y.new_zeros(y.shape[1] - 2, B, H) if grads[0] is None else grads[0]
         dh_n = y.new_zeros(L, B, H) if grads[1] is None else grads[1]
         dc_n = None
@@ -410,7 +410,9 @@ def _formula(
 ) -> Gradients:
     """What the two backwards compute, differentiable: from their arguments, of which a stack's have two weights."""
     *weights, y, c, saved, marks = others
-    formula: Callable[..., Gradients] = second.backward if len(weights) == 1 else second.backward_of_stack
+    formula: Callable[..., Gradients] = (
+        double_backward.backward if len(weights) == 1 else double_backward.backward_of_stack
+    )
     finals = [dh_n] if dc_n is None else [dh_n, dc_n]
     return formula(cell, *weights, marks, Kept(y, c, saved), (dy, dc), finals, d_kept)
 
@@ -431,10 +433,10 @@ def _again(cell: str, tensors: Sequence[Tensor | None], grads: Sequence[Tensor])
     # Cells with c do not read y, and torch.func.vjp cannot make the zeros of an argument that is not read where it is
     # nested.
     y = len(tensors) - 4
-    read = (i for i in range(len(tensors)) if not (i == y and HAS_C[cell]))
+    read = (i for i in range(len(tensors)) if not (i == y and CELLS[cell].states > 1))
     inputs = [i for i in read if (t := tensors[i]) is not None and t.is_floating_point() and t.numel()]
     # dr_gates is dx_gates in cells with c, and empty.
-    outputs = [i for i, g in enumerate(grads) if g.numel() and not (i == 1 and HAS_C[cell])]
+    outputs = [i for i, g in enumerate(grads) if g.numel() and not (i == 1 and CELLS[cell].states > 1)]
 
     def function(*given: Tensor) -> tuple[Tensor, ...]:
         arguments: list[Any] = list(tensors)

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from persistrnn import autograd, chunks, segments
 from persistrnn.chunks import by_layer, cut, gates_of, layers_of
+from persistrnn.kernels.cells import CELLS
 from persistrnn.mapping import each_sample, mapped
-from persistrnn.ops import HAS_C
 
 
 def recurrent(
@@ -62,7 +62,7 @@ def recurrent(
         y, h_n, c_n, c, *_ = _Chunked.apply(*how, *tensors, *weights)
     else:  # without gradients dynamo calls no forward with a variable number of arguments
         y, h_n, c_n, c, *_ = chunks.forward(*how, list(tensors), list(weights))
-    return y, h_n, c_n if HAS_C[cell] else None, c if return_c else None
+    return y, h_n, c_n if CELLS[cell].states > 1 else None, c if return_c else None
 
 
 def again_in_chunks(recurrence: Callable[..., Any], chunk: int) -> Callable[..., Any]:
@@ -131,7 +131,7 @@ class _Chunked(Function):
         ctx.set_materialize_grads(False)
         others: list[Tensor] = []
         if torch.compiler.is_compiling():  # dynamo hands a gradient of every differentiable output to the backward
-            others = ([] if HAS_C[ctx.cell] else [c_n]) + ([] if ctx.return_c else [c])
+            others = ([] if CELLS[ctx.cell].states > 1 else [c_n]) + ([] if ctx.return_c else [c])
         ctx.mark_non_differentiable(saved, h_before, c_before, *others)
 
     @staticmethod

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persistrnn import autograd, ops, segments
-from persistrnn.ops import SAVED
+from persistrnn.kernels.cells import CELLS
 from persistrnn.phases import INPUT_GEMM, RECOMPUTE, SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
 
 
@@ -202,7 +202,7 @@ def _new(
         ((rows, batch, H), True, x.dtype),
         ((rows, batch, H), has_c, x.dtype),
         ((steps, batch, directions * H), every_c, cell_dtype or x.dtype),
-        ((steps, batch, directions, SAVED[cell], H), keeps and save == "gates", x.dtype),
+        ((steps, batch, directions, CELLS[cell].saved, H), keeps and save == "gates", x.dtype),
         (before, keeps and save == "checkpoint", x.dtype),
         (before, keeps and save == "checkpoint" and has_c, torch.float32),
     ]

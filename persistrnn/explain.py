@@ -2,10 +2,10 @@
 
 import torch
 
-from persistrnn import door, functional, ops, stack
-from persistrnn.door import Stack
+from persistrnn import functional, ops, stack, validate
 from persistrnn.modules import GRU, LSTM
 from persistrnn.options import Options, check_options, check_save, check_sizes
+from persistrnn.validate import Stack
 
 
 def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
@@ -39,7 +39,7 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
     check_options(options)
     check_sizes(*own)
     weights = [weight for weights in layer.all_weights for weight in weights]
-    door.check_attributes(door.read_weights(layer.mode.lower(), weights, options), *own)
+    validate.check_attributes(validate.read_weights(layer.mode.lower(), weights, options), *own)
     check_save(options.save, options.save_budget, layer.proj_size)
 
     weight = weights[0]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from persistrnn import door, ops, torch_path
+from persistrnn import ops, torch_path, validate
 from persistrnn import stack as stacks
-from persistrnn.door import Batch, Given, Stack
 from persistrnn.options import Backend, Options, Save, check_flag, check_options, check_save
 from persistrnn.tracing import outside_of_graphs
+from persistrnn.validate import Batch, Given, Stack
 
 NOTHING = Given()
 
@@ -183,14 +183,14 @@ def run(
     options: checked before. sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be.
     """
     check_flag("return_cell_states", return_c)
-    stack = door.read_weights(cell, weights, options)
+    stack = validate.read_weights(cell, weights, options)
     if sizes is not None:
-        door.check_attributes(stack, *sizes)
-    batch = door.read_input(input, stack, weights, options.batch_first)
+        validate.check_attributes(stack, *sizes)
+    batch = validate.read_input(input, stack, weights, options.batch_first)
     data, packed = batch.data, batch.packed
     check_save(options.save, options.save_budget, stack.proj_size)
-    states = door.read_states(stack, hx, batch)
-    cuts = door.read_cuts(stack, batch, hx is None, given)
+    states = validate.read_states(stack, hx, batch)
+    cuts = validate.read_cuts(stack, batch, hx is None, given)
     if packed is not None and packed.sorted_indices is not None and hx is not None:
         states = [s.index_select(1, packed.sorted_indices) for s in states]
 

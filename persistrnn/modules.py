@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from persistrnn import door, functional
-from persistrnn.door import Given
+from persistrnn import functional, validate
 from persistrnn.functional import Input
+from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Backend, Options, Save, check_options, check_save, check_sizes
+from persistrnn.validate import Given
 
 
 def take_over(new: nn.Module, old: nn.Module, ignored: Container[str] = ()) -> None:
@@ -94,7 +95,7 @@ class _Recurrent(nn.Module):
         self.save_budget = save_budget
         self.last_path = None
 
-        rows = door.GATES[self.mode.lower()] * hidden_size
+        rows = CELLS[self.mode.lower()].gates * hidden_size
         features = proj_size or hidden_size
         for layer, names in self._names():
             width = input_size if layer == 0 else self._directions * features
@@ -111,7 +112,7 @@ class _Recurrent(nn.Module):
         """(layer, names of its parameters), once for each direction of each layer."""
         for layer in range(self.num_layers):
             for direction in range(self._directions):
-                yield layer, door.parameter_names(layer, direction, self.bias, self.proj_size != 0)
+                yield layer, validate.parameter_names(layer, direction, self.bias, self.proj_size != 0)
 
     @property
     def all_weights(self) -> list[list[Tensor]]:

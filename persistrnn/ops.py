@@ -12,26 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from persistrnn import segments, tracing
-
-from .kernels import memory
-from .kernels.tiling import Shape
+from . import segments, tracing
+from .kernels.cells import CELLS
+from .kernels.planner import memory
 
 try:
-    from .kernels import launch, outlook, reasons, wave
-    from .kernels.cells import CELLS
+    from .kernels import launch, wave
+    from .kernels.inspect import outlook, reasons
 
     MISSING = None
 except ImportError as error:
     if error.name is None or error.name.split(".")[0] != "triton":
         raise
     MISSING = "Triton cannot be imported here; install triton >= 3.6 (Linux)"
-
-# The cells' numbers, known without Triton too (operators are defined either way).
-GATES = {"lstm": 4, "gru": 3}
-SAVED = {"lstm": 4, "gru": 4}
-HAS_C = {"lstm": True, "gru": False}
-
 
 MODES = memory.MODES
 
@@ -47,10 +40,9 @@ def layers(
     dropout: bool,
 ) -> memory.Layers:
     """A stack as ``memory`` asks for it."""
-    shape = Shape(cell, GATES[cell], 2 if HAS_C[cell] else 1, SAVED[cell], not HAS_C[cell])
     itemsizes = dtype.itemsize, (cell_dtype or dtype).itemsize
     between = num_layers > 1 and (directions > 1 or dropout)
-    return memory.Layers(shape, input_size, hidden_size, num_layers, directions, *itemsizes, between)
+    return memory.Layers(CELLS[cell], input_size, hidden_size, num_layers, directions, *itemsizes, between)
 
 
 def kept_bytes(save: str, of: memory.Layers, chunk: int) -> float:
@@ -83,7 +75,7 @@ def chunk_steps(
     """Steps of the chunks of time that a call of so many steps runs in; a rule that holds for every T and B of a graph.
     launches: whether a chunk costs launches on a GPU."""
     sizes = hidden_size, batch, directions, itemsize, steps
-    return memory.chunk_steps(save, GATES[cell], *sizes, launches, torch.sym_max, torch.sym_min)
+    return memory.chunk_steps(save, CELLS[cell].gates, *sizes, launches, torch.sym_max, torch.sym_min)
 
 
 def scan_chunk(
@@ -297,7 +289,7 @@ def _(
     if c0 is not None:
         slots = memory.c_slots(T, save or keep, marks is not None)
         c = x_gates.new_empty(slots, B, D, H, dtype=cell_dtype or x_gates.dtype)
-    return y, c, x_gates.new_empty((T, B, D, SAVED[cell], H) if save else 0)
+    return y, c, x_gates.new_empty((T, B, D, CELLS[cell].saved, H) if save else 0)
 
 
 @torch.library.custom_op("persistrnn::scan_backward", mutates_args=())
@@ -353,8 +345,8 @@ def _(
     resets: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, B, D, H = dy.shape
-    dx_gates = dy.new_empty(T, B, D, GATES[cell] * H)
-    dr_gates = dy.new_empty(0) if HAS_C[cell] else torch.empty_like(dx_gates)
+    dx_gates = dy.new_empty(T, B, D, CELLS[cell].gates * H)
+    dr_gates = torch.empty_like(dx_gates) if CELLS[cell].recurrent_gradient else dy.new_empty(0)
     has_c = dc_n is not None
     edges = [dy.new_empty((D, B, H) if there else 0) for there in (True, has_c, resets, resets and has_c)]
     return dx_gates, dr_gates, edges[0], edges[1], edges[2], edges[3]
@@ -460,7 +452,7 @@ def _(
     if c0 is not None:
         slots = memory.c_slots(T, save or keep, marks is not None)
         c = x_gates.new_empty(L, slots, B, H, dtype=cell_dtype or x_gates.dtype)
-    return y, c, x_gates.new_empty((L, T, B, SAVED[cell], H) if save else 0)
+    return y, c, x_gates.new_empty((L, T, B, CELLS[cell].saved, H) if save else 0)
 
 
 @torch.library.custom_op("persistrnn::wave_backward", mutates_args=())
@@ -511,8 +503,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, B, H = dy.shape
     L = y.shape[0]
-    dx_gates = dy.new_empty(L, T, B, GATES[cell] * H)
-    dr_gates = dy.new_empty(0) if HAS_C[cell] else torch.empty_like(dx_gates)
+    dx_gates = dy.new_empty(L, T, B, CELLS[cell].gates * H)
+    dr_gates = torch.empty_like(dx_gates) if CELLS[cell].recurrent_gradient else dy.new_empty(0)
     has_c = dc_n is not None
     edges = [dy.new_empty((L, B, H) if there else 0) for there in (True, has_c, resets, resets and has_c)]
     return dx_gates, dr_gates, edges[0], edges[1], edges[2], edges[3]

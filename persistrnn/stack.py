@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persistrnn import autograd, chunked, ops, reference, segments, stepwise, tracing
-from persistrnn.door import Cuts, Stack
 from persistrnn.options import Options
 from persistrnn.phases import INPUT_GEMM, phase
+from persistrnn.validate import Cuts, Stack
 
 
 class Result(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from persistrnn import door
+from persistrnn import validate
 from persistrnn.modules import GRU, LSTM
 from persistrnn.options import check_flag
 
@@ -74,7 +74,7 @@ class Streaming(nn.Module):
             self.state = None
             return
         states = self._states()
-        rows = door.read_rows(rows, states)
+        rows = validate.read_rows(rows, states)
         if not states:
             return
         kept = tuple(torch.where(rows.unsqueeze(-1), 0.0, s) for s in states)
@@ -84,8 +84,8 @@ class Streaming(nn.Module):
         """What ``state`` holds, which anyone may set, as a list."""
         if self.state is None:
             return []
-        states = door.state_tensors(self.layer.mode.lower(), self.state, "state")
-        if any(s.dtype not in door.FLOATS for s in states):
+        states = validate.state_tensors(self.layer.mode.lower(), self.state, "state")
+        if any(s.dtype not in validate.FLOATS for s in states):
             raise RuntimeError(
                 f"state is of torch.float16, torch.bfloat16, torch.float32 or torch.float64, got {states[-1].dtype}; "
                 "convert it to the layer's dtype"

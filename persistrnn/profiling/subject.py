@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional, ops, replacement
+from ..kernels.cells import CELLS
 from ..modules import GRU, LSTM
 from ..options import Backend, Save
 
@@ -241,16 +242,17 @@ class Call:
         """Floating-point operations of a forward's products, those of the inputs included; a backward has about twice
         as many."""
         widths = self.input + (self.layers - 1) * self.directions * self.hidden + self.layers * self.hidden
-        return 2.0 * self.steps * self.batch * self.directions * ops.GATES[self.cell] * self.hidden * widths
+        return 2.0 * self.steps * self.batch * self.directions * CELLS[self.cell].gates * self.hidden * widths
 
     def scan_bytes(self, backward: bool) -> float:
         """Bytes that the scans of one pass must move, in training: their inputs and results, and W_hh, once each."""
-        gates, kept = ops.GATES[self.cell], ops.SAVED[self.cell] + ops.HAS_C[self.cell] + 1  # with c and y
+        cell = CELLS[self.cell]
+        gates, kept = cell.gates, cell.saved + cell.states  # with c and y
         if backward:
-            kept += 1 + gates * (1 if ops.HAS_C[self.cell] else 2)  # dy, and dx; dr too where it differs
+            kept += 1 + gates * (2 if cell.recurrent_gradient else 1)  # dy, and dx; dr too where it differs
         else:
             kept += gates
-            kept -= {"state": ops.SAVED[self.cell], "checkpoint": ops.SAVED[self.cell]}.get(self.save, 0)
+            kept -= {"state": cell.saved, "checkpoint": cell.saved}.get(self.save, 0)
         rows = self.steps * self.batch * kept + gates * self.hidden
         return float(self.layers * self.directions * self.hidden * rows * BYTES[self.dtype])
 

@@ -15,8 +15,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from persistrnn.kernels import hardware, launch, reasons
-from persistrnn.kernels.exchange import Exchange
+from persistrnn.kernels import launch
+from persistrnn.kernels.device.exchange import Exchange
+from persistrnn.kernels.inspect import reasons
+from persistrnn.kernels.planner import hardware
 
 from .counts import Report
 from .grid import Grid

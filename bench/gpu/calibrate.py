@@ -1,0 +1,252 @@
+"""What a GPU run measured, as the data file that corrects the plan's record of that device.
+
+    python -m bench.gpu.calibrate RESULTS.json       writes kernels/measured/<record>.json and says what changes
+
+Constants come from the microbenchmarks, steps of one layer from the race. The input's product is inside such a step,
+and a backward is a training step less a forward, so what training saves in its forward counts there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any
+
+from bench import UsageError
+from bench.gpu import micro
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.planner.forecast import Error, predict
+from persistrnn.kernels.planner.hardware import DEVICES, Hardware, live
+from persistrnn.kernels.planner.measurements import MEASURABLE, MEASURED, PROVENANCE, Measurements, Step, measurements
+from persistrnn.results import Provenance, Results, Timing, load
+
+PATHS = {"persistrnn": "persistent", "torch": "torch"}  # arm -> path of a step
+NOWHERE = Path(os.devnull)  # a folder without measurements
+
+
+def record_of(where: Provenance, named: str | None = None) -> Hardware:
+    """The record of the device that was measured, without what was measured before.
+
+    Raises:
+        UsageError: it has none, or is not the one that is named.
+    """
+    given = f"{where.device!r} ({where.arch}, {where.multiprocessors} multiprocessors)"
+    known = None
+    for record in DEVICES.values():
+        counts = record.shared, record.registers, record.l2
+        if live(where.device, where.arch, where.multiprocessors, *counts, NOWHERE).name == record.name:
+            known = record
+    if named is None and known is None:
+        raise UsageError(
+            f"the results are of {given}, which is no known record; allowed: {', '.join(DEVICES)}; name one of the "
+            "same chip with --device, or add a record to kernels/planner/hardware.py"
+        )
+    found = known if named is None else DEVICES[named]
+    assert found is not None
+    alike = (found.arch, found.multiprocessors) == (where.arch, where.multiprocessors)
+    if known not in (None, found) or not alike:
+        raise UsageError(
+            f"--device {named} given, and the results are of {given}; allowed: a record of the same chip with as many "
+            "multiprocessors; leave --device out for a device that has its own"
+        )
+    return found
+
+
+def counted(timing: Timing) -> bool:
+    """One layer with the input's product inside and no marks, in the case's own dtype, by an arm that is a path."""
+    case = timing.case
+    ours = timing.arm in PATHS and not timing.skipped and timing.dtype == case.dtype
+    return ours and case.layers == 1 and case.input > 0 and not case.marks and case.cell in CELLS
+
+
+def steps(results: Results) -> list[Step]:
+    """One per cell, shape, dtype, pass and path: of the longest T, then of the narrowest input."""
+    calls = {(timing.arm, timing.case.key): timing for timing in results.timings if counted(timing)}
+    best: dict[Step, tuple[tuple[int, int], float]] = {}
+    for (arm, _), timing in calls.items():
+        case, microseconds = timing.case, timing.per_step
+        if case.mode == "training":
+            forward = calls.get((arm, replace(case, mode="forward").key))
+            microseconds -= forward.per_step if forward else math.inf
+        if microseconds <= 0:
+            continue
+        directions, backward = 2 if case.bidirectional else 1, case.mode == "training"
+        step = Step(case.cell, case.hidden, case.batch, directions, case.dtype, backward, PATHS[arm], 0.0)
+        rank = case.steps, -case.input
+        if step not in best or rank > best[step][0]:
+            best[step] = rank, microseconds
+    return sorted((replace(step, microseconds=found) for step, (_, found) in best.items()), key=astuple)
+
+
+def check(results: Results, allow_dirty: bool) -> None:
+    """Raises UsageError where numbers of these results are no measurements of a known state of the code."""
+    where = results.provenance
+    if where.rehearsal:
+        raise UsageError(
+            f"the results are a rehearsal on {where.device!r}; allowed: a run on a GPU; make one with `make gpu`"
+        )
+    if where.dirty and not allow_dirty:
+        raise UsageError(
+            f"the results were measured with uncommitted changes on top of {where.commit!r}; allowed: a clean "
+            "checkout; commit and run `make gpu` again, or say --allow-dirty"
+        )
+    used = {timing.arm for timing in results.timings if counted(timing)}
+    red = [one for one in results.checks if one.arm in used and not one.ok]
+    if red:
+        raise UsageError(
+            f"{len(red)} checks of {', '.join(sorted({one.arm for one in red}))} are red, the first is "
+            f"{red[0].case.key!r}: {red[0].message}; allowed: none; mend that and run `make gpu` into a new file"
+        )
+
+
+def document(results: Results) -> dict[str, Any]:
+    """The content of the data file.
+
+    Raises:
+        UsageError: there would be nothing in it.
+    """
+    constants = {name: value for name, value in micro.constants(results.micro).items() if name in MEASURABLE}
+    found = steps(results)
+    if not constants and not found:
+        raise UsageError(
+            f"the results have {len(results.micro)} microbenchmarks and {len(results.timings)} timings, none of them "
+            "of a constant or of one layer; allowed: one at least; run `make gpu ARGS='micro race'`"
+        )
+    return {
+        "provenance": {name: getattr(results.provenance, name) for name in PROVENANCE},
+        "constants": constants,
+        "steps": [
+            {
+                "cell": step.cell,
+                "hidden": step.hidden,
+                "batch": step.batch,
+                "directions": step.directions,
+                "dtype": step.dtype,
+                "pass": "backward" if step.backward else "forward",
+                "path": step.path,
+                "microseconds": step.microseconds,
+            }
+            for step in found
+        ],
+    }
+
+
+def write(content: dict[str, Any], output: Path) -> Measurements:
+    """Write the file, whole and readable or not at all; what reading it gives.
+
+    Raises:
+        ValueError: a reader would refuse it.
+        OSError: it cannot be written.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        unfinished = Path(folder) / output.name
+        unfinished.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        found = measurements(output.stem, unfinished.parent)
+        assert found is not None
+        os.replace(unfinished, output)
+    measurements.cache_clear()
+    return found
+
+
+def errors(found: Iterable[Step], hardware: Hardware) -> list[Error]:
+    """Each step beside what the model says; the plan is the one that this record leads to now."""
+
+    def predicted(s: Step) -> float:
+        return predict(CELLS[s.cell], s.hidden, s.batch, s.directions, s.dtype, hardware, s.backward, s.path)
+
+    return [Error(step, predicted(step)) for step in found]
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell."""
+    rows = [header, *lines]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def changes(record: Hardware, found: Measurements) -> str:
+    """Each measured constant against the record's own."""
+    pairs = [(name, getattr(record, name), new) for name, new in found.constants]
+    lines = [(name, f"{old:.4g}", "->", f"{new:.4g}", f"{new / old:.2f}") for name, old, new in pairs]
+    return table(("constant", "old", "", "new", "new/old"), lines)
+
+
+def accuracy(record: Hardware, found: Measurements) -> str:
+    """Measured over predicted for each pass and path, by the record's own constants and by the measured ones."""
+    lines = []
+    corrected = replace(record, **dict[str, Any](found.constants))
+    for name, hardware in (("old", record), ("new", corrected)):
+        all_of_them = errors(found.steps, hardware)
+        for path in PATHS.values():
+            for backward in (False, True):
+                some = [e for e in all_of_them if (e.step.path, e.step.backward) == (path, backward)]
+                if not some:
+                    continue
+                worst = max(some, key=lambda e: abs(math.log(e.ratio)))
+                s = worst.step
+                where = f"{s.cell} {s.dtype} H={s.hidden} B={s.batch} D={s.directions}"
+                lines.append((
+                    name, path, "backward" if backward else "forward", str(len(some)),
+                    f"{statistics.median(e.ratio for e in some):.2f}", f"{worst.ratio:.2f}", where,
+                    f"{worst.predicted:.2f}", f"{s.microseconds:.2f}",
+                ))  # fmt: skip
+    header = ("constants", "path", "pass", "steps", "median", "worst", "the worst", "predicted us", "measured us")
+    return table(header, lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m bench.gpu.calibrate", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    p.add_argument("results", type=Path, metavar="RESULTS.json", help="what `make gpu` wrote")
+    p.add_argument(
+        "--device", type=str.lower, choices=sorted(DEVICES), help="the record (default: the one of the measured device)"
+    )
+    p.add_argument("--output", type=Path, metavar="FILE.json", help="default: kernels/measured/<record>.json")
+    p.add_argument("--allow-dirty", action="store_true", help="take results of a checkout with uncommitted changes")
+    p.add_argument("--force", action="store_true", help="replace the file that is there")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = parser()
+    arguments = p.parse_args(argv)
+    try:
+        results = load(arguments.results)
+    except OSError as error:
+        p.error(
+            f"argument RESULTS.json: {str(arguments.results)!r} given, and it cannot be read ({error.strerror}); "
+            "allowed: a file that `make gpu` wrote"
+        )
+    except ValueError as error:
+        p.error(f"argument RESULTS.json: {error}")
+    try:
+        check(results, arguments.allow_dirty)
+        record = record_of(results.provenance, arguments.device)
+        output = arguments.output or MEASURED / f"{record.name}.json"
+        if output.suffix != ".json":
+            raise UsageError(f"--output {str(output)!r} given, allowed: a name that ends in .json, as its reader wants")
+        if output.exists() and not arguments.force:
+            raise UsageError(f"{str(output)!r} is there; allowed: a new file; name another --output, or say --force")
+        found = write(document(results), output)
+    except (UsageError, ValueError, OSError) as error:
+        p.error(str(error))
+    if found.constants:
+        print(f"{record.name}: the record's own constants, and the measured ones\n\n{changes(record, found)}\n")
+    if found.steps:
+        print(f"measured over predicted, microseconds per step\n\n{accuracy(record, found)}\n")
+    print(f"wrote {output}: {len(found.constants)} constants, {len(found.steps)} steps")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

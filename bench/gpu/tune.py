@@ -1,0 +1,126 @@
+"""The planner against the device: for some shapes, the choices that it ranks highest are run, and timed per step.
+
+What comes out says whether the cost model ranks rightly, and where it does not.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from bench.race import arms, timing
+from bench.race.engine import Race
+from persistrnn.kernels import launch
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.planner import plan as planning
+from persistrnn.kernels.planner.hardware import Hardware
+from persistrnn.kernels.planner.tiling import Choice
+from persistrnn.results import Case, Tuning
+
+STEPS = 256
+MOST = 6  # choices per shape and pass
+ROUNDS = 9
+SHAPES = [
+    ("lstm", 256, 16), ("lstm", 512, 16), ("lstm", 768, 16), ("lstm", 1024, 1), ("lstm", 1024, 16), ("lstm", 1024, 64),
+    ("lstm", 1024, 128), ("lstm", 2048, 32), ("lstm", 128, 256), ("lstm", 4096, 16), ("gru", 1024, 16),
+    ("gru", 1024, 64), ("gru", 2048, 32),
+]  # fmt: skip
+
+
+def cases(dtype: str = "bf16") -> Iterator[Case]:
+    for cell, hidden, batch in SHAPES:
+        yield Case("tune", f"H={hidden}", cell, 0, hidden, 1, False, batch, STEPS, dtype, "training")
+
+
+def ranked(case: Case, backward: bool, hardware: Hardware) -> list[planning.Pass]:
+    """The best passes by prediction, of different slices, splits or batch tiles: the planner's first."""
+    shape = CELLS[case.cell]
+    arguments = shape, case.hidden, case.batch, 1, case.dtype, hardware
+    found = planning.plan(*arguments)
+    first = found.backward if backward else found.forward
+    choices = planning._choices(shape, case.hidden, case.batch, hardware, case.dtype, backward)
+    passes = [
+        part for part in (planning._finish(*arguments, backward, choice) for choice in choices) if part is not None
+    ]
+    kinds = {_kind(first.choice): first}
+    for part in sorted(passes, key=lambda part: part.predicted):
+        kinds.setdefault(_kind(part.choice), part)
+    return list(kinds.values())[:MOST]
+
+
+def _kind(choice: Choice) -> tuple[int, ...]:
+    return choice.units, choice.rows, choice.batch_tile, choice.subtiles, choice.splits
+
+
+def words(choice: Choice) -> str:
+    return (
+        f"U={choice.units} R={choice.rows} BB={choice.batch_tile}x{choice.subtiles} P={choice.splits} "
+        f"warps={choice.warps} burst={choice.burst} registers={choice.in_registers} shared={choice.in_shared}"
+    )
+
+
+def tune(add: Callable[[Tuning], None], done: set[tuple[str, bool, str]], device: torch.device,
+         progress: Callable[[str], None], deadline: float | None) -> list[str]:  # fmt: skip
+    """Run what is not in ``done`` (case key, backward, words) until the deadline; names what was not reached.
+
+    Raises:
+        AssertionError: a choice computes something wrong.
+    """
+    left = []
+    for case in cases():
+        race: Race | None = None
+        for backward in (False, True):
+            parts = ranked(case, backward, launch.hardware(device))
+            for part in parts:
+                name = words(part.choice)
+                if (case.key, backward, name) in done:
+                    continue
+                if deadline is not None and time.monotonic() >= deadline:
+                    left.append(f"{case.key} {'backward' if backward else 'forward'} {name}")
+                    continue
+                race = race or Race(case, device)
+                microseconds = run(race, part, backward, device)
+                add(Tuning(case, backward, name, part is parts[0], part.predicted, microseconds))
+                progress(f"{case.key} {'backward' if backward else 'forward'} {name}: {microseconds:.2f} us per step")
+    return left
+
+
+def run(race: Race, part: planning.Pass, backward: bool, device: torch.device) -> float:
+    """Microseconds per step of one pass with a forced choice, checked first."""
+    planned, case = launch.choose, race.case
+
+    def choose(*arguments: Any) -> planning.Plan:
+        found = planned(*arguments)
+        return replace(found, backward=part) if backward else replace(found, forward=part)
+
+    with mock.patch.object(launch, "choose", choose), arms.precision(case.dtype):
+        check = race.check("persistrnn", race.runner("persistrnn"))
+        if not check.ok:
+            raise AssertionError(f"{case.key} with {words(part.choice)}: {check.message}")
+        clock, call = timing.EventClock(), scan(race, backward)
+        call()
+        calls = timing.per_round(timing.seconds_of(call, clock))
+        seconds = statistics.median(timing.seconds_of(call, clock, calls) for _ in range(ROUNDS))
+    return seconds * 1e6 / case.steps
+
+
+def scan(race: Race, backward: bool) -> Callable[[], object]:
+    """One pass over time and nothing around it."""
+    case, cell = race.case, CELLS[race.case.cell]
+    x = race.truth.x.unsqueeze(2)
+    weight, bias = (race.truth.parameters[f"{name}_l0"][None].to(x) for name in ("weight_hh", "bias_hh"))
+    h0 = x.new_zeros(1, case.batch, case.hidden)
+    c0 = h0 if cell.states > 1 else None
+    asked = "tf32" if case.dtype == "tf32" else "ieee"
+    y, c, saved = launch.forward(cell, x, weight, bias, h0, c0, asked, save=True)
+    if not backward:
+        return lambda: launch.forward(cell, x, weight, bias, h0, c0, asked, save=True)
+    dy = race.truth.dy.unsqueeze(2)
+    d_final = tuple(x.new_zeros(case.batch, 1, case.hidden) for _ in range(cell.states))
+    return lambda: launch.backward(cell, (dy,), d_final, weight, y, c, saved, asked)

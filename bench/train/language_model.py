@@ -1,0 +1,298 @@
+"""The main job, `make train`: a language model learns the source of Python's own standard library.
+
+It is also the example to read: `LanguageModel` is all it takes to use persistrnn, `LanguageModeling` what it takes to
+train it on the runner. T is the sequence length, B the number of streams, or of lines, in a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from bench import UsageError
+from bench.train import runner
+from bench.train.buckets import Buckets
+from bench.train.decoding import beam_search, draw, select_rows
+from bench.train.folder import write_text
+from bench.train.layers import recurrent, run_padded
+from bench.train.options import OUT, Options, Settings, number, option
+from bench.train.progress import bar
+from bench.train.text import Lines, load_corpus, source_folder, standard_library, window
+from bench.train.vocabulary import START, Bytes, Vocabulary, Words
+from bench.train.workload import NO_TARGET, Metric, Piece, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(Settings):
+    layers: int = 2
+    steps: int = 1500
+    embedding: int = option(64, "width of a token's embedding", type=number(int, 1), metavar="N")
+    tied: bool = option(
+        False, "embedding and output share one matrix (--embedding is then --hidden)", action="store_true"
+    )
+    tokens: str = option("bytes", "what the model reads and predicts", choices=["bytes", "words"])
+    vocabulary: int = option(
+        None, "with words: this many tokens, the most frequent words (default 10000)", type=number(int, 4), metavar="N"
+    )
+    lines: bool = option(
+        False, "learn line by line, in batches of similar length, instead of on and on", action="store_true"
+    )
+    sequence: int = option(512, "tokens of a step; with --lines, the most of a line", type=number(int, 1), metavar="N")
+    text: str = option(None, "folder of .py files to learn (default: the standard library)", type=source_folder)
+
+    @classmethod
+    def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        words = given.get("tokens") == "words"
+        own = {"text": str(standard_library()), "vocabulary": 10_000 if words else len(Bytes())}
+        if given.get("tied"):
+            own["embedding"] = given.get("hidden", cls.hidden)
+        return super().defaults(given) | own
+
+    def check(self) -> None:
+        super().check()
+        if self.tied and self.embedding != self.hidden:
+            raise UsageError(
+                f"--tied given with --embedding {self.embedding} and --hidden {self.hidden}: one matrix cannot have "
+                "both widths; leave --embedding out"
+            )
+        if self.tokens == "bytes" and self.vocabulary != len(Bytes()):
+            raise UsageError(
+                f"--vocabulary {self.vocabulary} given with --tokens bytes, of which there are {len(Bytes())}: leave "
+                "it out, or take --tokens words"
+            )
+        if self.lines and self.truncate:
+            raise UsageError(
+                f"--truncate {self.truncate} given with --lines: a line's gradient flows through all of it; allowed is "
+                "--truncate 0, and --sequence to cut long lines"
+            )
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next token: embedding, recurrent layers, linear."""
+
+    def __init__(self, settings: TextSettings, backend: str, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, settings.embedding)
+        self.rnn = recurrent(settings, backend, settings.embedding)
+        self.linear = nn.Linear(settings.hidden, vocabulary)
+        if settings.tied:
+            self.embedding.weight = self.linear.weight
+
+    def forward(self, tokens: Tensor, state: Any = None, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
+        """(T, B) tokens and the state before them -> (T, B, V) logits and the state after them."""
+        x = self.embedding(tokens)
+        y, state = self.rnn(x, state) if lengths is None else run_padded(self.rnn, x, lengths, state)
+        return self.linear(y), state
+
+
+class LanguageModeling(Workload):
+    name = "language_model"
+    command = 'make train ARGS="{options}"'
+    description = "Trains a language model, of bytes or words, on the source of Python's own standard library."
+    settings_type = TextSettings
+    small = {"sequence": 32}  # noqa: RUF012
+    loss_scale = 1 / math.log(2)  # bits
+
+    settings: TextSettings
+    vocabulary: Vocabulary
+
+    def __init__(self, settings: TextSettings) -> None:
+        self.settings = settings
+        self.sequence = settings.sequence
+        self.continues = not settings.lines
+        self.data = f"--text {settings.text}"
+        self.corpus = load_corpus(Path(settings.text))
+        self.fingerprint = self.corpus.fingerprint
+        if settings.tokens == "words":
+            texts = self.corpus.train.numpy().tobytes(), self.corpus.held_out.numpy().tobytes()
+            self.vocabulary = Words(texts[0], settings.vocabulary)
+            self.train, self.held_out = map(self.vocabulary.encode, texts)
+        else:
+            self.vocabulary = Bytes()
+            self.train, self.held_out = self.corpus.train, self.corpus.held_out
+        self.loss_unit, self.unit = f"bits/{self.vocabulary.name}", settings.tokens
+        self.metrics = (Metric(f"bits per {self.vocabulary.name} on held-out files", "lower"),)
+        if settings.lines:
+            sides = (self.train, self.held_out)
+            self.lines, self.held_out_lines = (Lines(s, self.vocabulary.newline, settings.sequence) for s in sides)
+            if not len(self.lines.lengths) or not len(self.held_out_lines.lengths):
+                raise UsageError(
+                    f"--lines given, but {self.data} has {len(self.lines.lengths)} lines to train on and "
+                    f"{len(self.held_out_lines.lengths)} held out that are not empty: at least one of each is needed; "
+                    "name a folder that holds more Python source"
+                )
+            self.buckets = Buckets(self.lines.lengths, settings.batch, settings.seed)
+
+    @classmethod
+    def add_options(cls, job: Options) -> None:
+        job.add_argument(
+            "--generate",
+            action="store_true",
+            default=False,
+            help=f"do not train: continue --prompt, by the model in {OUT}",
+        )
+        job.add_argument(
+            "--prompt", default="", metavar="TEXT", help="what the sample continues (default: a file begins)"
+        )
+        job.add_argument(
+            "--sample-tokens",
+            "--sample-bytes",
+            type=number(int, 0),
+            default=1500,
+            metavar="N",
+            help="length of the text written at the end, in bytes or words as --tokens says (default %(default)s)",
+        )
+        job.add_argument(
+            "--temperature",
+            type=number(float, 0, above=True),
+            default=None,
+            metavar="X",
+            help="of the sample: lower is more likely text (default 0.7)",
+        )
+        job.add_argument(
+            "--top-k", type=number(int, 1), default=None, metavar="K", help="of the sample: only the K likeliest tokens"
+        )
+        job.add_argument(
+            "--beam",
+            type=number(int, 1),
+            default=None,
+            metavar="W",
+            help="not a sample: the likeliest text a beam finds",
+        )
+
+    @classmethod
+    def check_options(cls, job: Namespace) -> None:
+        for name, value in (("--temperature", job.temperature), ("--top-k", job.top_k)):
+            if job.beam is not None and value is not None:
+                raise UsageError(
+                    f"{name} {value} given with --beam {job.beam}, which draws nothing: leave one of them out"
+                )
+
+    @classmethod
+    def model_option(cls, job: Namespace) -> str | None:
+        return "--generate" if job.generate else None
+
+    def describe(self) -> str:
+        corpus = self.corpus
+        sides = (
+            (corpus.train_files, corpus.train, "to train on"),
+            (corpus.held_out_files, corpus.held_out, "held out"),
+        )
+        text = [
+            f"{len(names)} files, {len(part) / 1e6:.1f} MB {use}, from {self.settings.text}"
+            for names, part, use in sides
+        ]
+        if isinstance(self.vocabulary, Words):
+            unknown = (self.held_out == self.vocabulary.unknown).float().mean().item()
+            text.append(f"{len(self.vocabulary):,} words; {unknown:.1%} of the held-out text is none of them")
+        if self.settings.lines:
+            text.append(f"{len(self.lines.lengths):,} lines to train on, {len(self.held_out_lines.lengths):,} held out")
+        return "\n".join(text)
+
+    def model(self, backend: str) -> LanguageModel:
+        return LanguageModel(self.settings, backend, len(self.vocabulary))
+
+    def pieces(self, step: int, rows: slice) -> list[Piece]:
+        settings = self.settings
+        if settings.lines:
+            padded = self.lines.padded(self.buckets.batch(step)[rows])
+            return [Piece(padded, int(padded[-1].sum()))]
+        inputs, targets = (part[:, rows] for part in window(self.train, step, settings.batch, settings.sequence))
+        length = settings.truncate or settings.sequence
+        cut = zip(inputs.split(length), targets.split(length), strict=True)
+        return [Piece(pair, pair[0].numel()) for pair in cut]
+
+    def loss(self, model: nn.Module, tensors: tuple[Tensor, ...], state: Any) -> tuple[Tensor, Any]:
+        inputs, targets, *lengths = tensors
+        logits, state = model(inputs, state, *lengths)
+        return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum"), state
+
+    def evaluate(self, model: nn.Module) -> list[float]:
+        """Bits per token on the held-out files: read once in 32 streams with carried state, or every line."""
+        device, total, count, state = next(model.parameters()).device, 0.0, 0, None
+        for tensors in bar(self.held_out_batches(), "held-out files"):
+            loss, state = self.loss(model, tuple(tensor.to(device) for tensor in tensors), state)
+            state = state if self.continues else None
+            total += loss.item()
+            count += int((tensors[1] != NO_TARGET).sum())
+        return [total / count / math.log(2)]
+
+    def held_out_batches(self) -> Sequence[tuple[Tensor, ...]]:
+        batch, length = 32, self.settings.sequence
+        if self.settings.lines:
+            order = torch.argsort(self.held_out_lines.lengths, stable=True)
+            return [self.held_out_lines.padded(indices) for indices in order.split(batch)]
+        steps = max(1, len(self.held_out) // (batch * length))
+        return [window(self.held_out, step, batch, length) for step in range(steps)]
+
+    def finish(self, model: nn.Module, job: Namespace, folder: Path) -> None:
+        text = self.generated(model, job)
+        path = write_text(folder, "sample.txt", text)
+        how = f"of a beam of {job.beam}" if job.beam else f"at temperature {job.temperature or 0.7}"
+        print(f"A sample, {how} (in {path}):\n\n{text}\n")
+
+    def use(self, model: nn.Module, job: Namespace) -> None:
+        print(self.generated(model, job))
+
+    def generated(self, model: nn.Module, job: Namespace) -> str:
+        """The prompt and what the model makes up after it, as the options say."""
+        prompt = self.vocabulary.encode(job.prompt.encode(errors="surrogateescape")).tolist()
+        if job.beam:
+            tokens = self.likeliest(model, prompt, job.sample_tokens, job.beam)
+        else:
+            tokens = self.sample(model, prompt, job.sample_tokens, job.temperature or 0.7, job.top_k)
+        return job.prompt + self.vocabulary.decode(tokens).replace("\0", "\n\n# ---- next file ----\n")
+
+    def ends(self, token: int) -> bool:
+        """Whether the state ends with this token: with --lines, each line begins anew."""
+        return self.settings.lines and token in (START, self.vocabulary.newline)
+
+    def context(self, prompt: list[int]) -> list[int]:
+        """What the model reads before the first token that it predicts."""
+        ended = [index for index, token in enumerate(prompt, 1) if self.ends(token)]
+        return [START, *prompt[max(ended, default=0) :]]
+
+    def sample(
+        self, model: nn.Module, prompt: list[int], length: int, temperature: float, top_k: int | None = None
+    ) -> list[int]:
+        """`length` tokens drawn after the prompt, always the same."""
+        device = next(model.parameters()).device
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        read, state, made = self.context(prompt), None, []
+        for _ in bar(range(length), "sample"):
+            logits, state = model(torch.tensor(read, device=device)[:, None], state)
+            token = int(draw(logits[-1].float(), generator, temperature, top_k))
+            made.append(token)
+            read, state = ([START], None) if self.ends(token) else ([token], state)
+        return made
+
+    def likeliest(self, model: nn.Module, prompt: list[int], length: int, width: int) -> list[int]:
+        """The likeliest continuation that a beam finds: `length` tokens, with --lines no further than the line."""
+        read, state = torch.tensor(self.context(prompt), device=next(model.parameters()).device)[:, None], None
+        if len(read) > 1:
+            _, state = model(read[:-1])
+
+        def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+            logits, state = model(tokens[None], state)
+            return logits[0].float(), state
+
+        stop = self.vocabulary.newline if self.settings.lines else None
+        found = beam_search(step, select_rows, state, read[-1], width=width, length=length, stop=stop)
+        return found[0][0].tokens
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return runner.main(LanguageModeling, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""The recurrent layers of the training programs: persistrnn's or torch.nn's, by the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import persistrnn
+from bench.train.options import Settings
+
+OURS = {"lstm": persistrnn.LSTM, "gru": persistrnn.GRU}
+THEIRS = {"lstm": nn.LSTM, "gru": nn.GRU}
+
+
+def recurrent(settings: Settings, backend: str, input_size: int, **sizes: Any) -> nn.Module:
+    """A layer of settings.cell. `backend` is persistrnn's, or "torch.nn" for torch's own layer.
+
+    Args:
+        input_size: I
+        sizes: as for torch.nn.LSTM (hidden_size, num_layers, dropout, bidirectional), by default those of the settings
+    """
+    sizes = {
+        "hidden_size": settings.hidden,
+        "num_layers": settings.layers,
+        "dropout": settings.dropout if sizes.get("num_layers", settings.layers) > 1 else 0.0,
+        **sizes,
+    }
+    if backend == "torch.nn":
+        return THEIRS[settings.cell](input_size, **sizes)
+    save = {} if settings.save == "gates" else {"save": settings.save}
+    return OURS[settings.cell](input_size, **sizes, backend=backend, **save)
+
+
+def run_padded(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    """`layer` on padded rows: x (T, B, I), lengths (B,) int64 on its device, each at least 1.
+
+    Returns y (T, B, D*H), zero past each row's length, and each row's state after its last step.
+    """
+    if not isinstance(layer, nn.RNNBase):
+        return layer(x, state, lengths=lengths)
+    packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
+    y, state = layer(packed, state)
+    return pad_packed_sequence(y, total_length=len(x))[0], state
+
+
+def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`change` applied to every tensor of a carried state: None, a tensor, or nested tuples of them."""
+    if state is None or isinstance(state, Tensor):
+        return None if state is None else change(state)
+    return tuple(map_state(part, change) for part in state)
+
+
+def path(model: nn.Module) -> str:
+    """The paths that the model's layers took at their last call: "persistent", "torch", ..., or "torch.nn"."""
+    ours = [module for module in model.modules() if isinstance(module, persistrnn.LSTM | persistrnn.GRU)]
+    return ", ".join(sorted({str(layer.last_path) for layer in ours})) or "torch.nn"
+
+
+def explanation(model: nn.Module, batch: int, steps: int) -> str:
+    """Which path each recurrent layer will take at this batch and T, with which plan, and why."""
+    text = []
+    for module in model.modules():
+        if isinstance(module, persistrnn.LSTM | persistrnn.GRU):
+            text.append(persistrnn.explain(module, batch, steps))
+        elif isinstance(module, nn.RNNBase):
+            text.append(str(module))
+    return "\n".join(text)

@@ -1,0 +1,131 @@
+"""The text that every machine has: the source of Python's own standard library, read on and on or line by line."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sysconfig
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from bench import UsageError
+from bench.train.held_out import held_out
+from bench.train.vocabulary import START
+from bench.train.workload import NO_TARGET
+
+# Other people's packages; tests (many systems leave them out, and the text should be the same with and
+# without); generated files (tables so alike that a held-out one is known from its neighbours, and the manual).
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training and held-out text: 1-D uint8 tensors, whole files one after the other, each opened by START."""
+
+    train: Tensor
+    held_out: Tensor
+    train_files: tuple[str, ...]
+    held_out_files: tuple[str, ...]
+    fingerprint: str  # sha256 of both parts; a resumed run must read the very same bytes
+
+
+def standard_library() -> Path:
+    """The folder of the running Python's standard library, also from inside a virtual environment."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def source_folder(text: str) -> str:
+    """An argparse type: a folder, made absolute."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder; allowed is any folder that holds .py files")
+    return str(Path(text).resolve())
+
+
+def source_files(folder: Path) -> list[str]:
+    """The name, relative to `folder`, of every .py file below, in the order of the names' hashes.
+
+    The order is arbitrary but the same everywhere, so every stretch of the text is a fair mix of it.
+    """
+    names = []
+    for root, folders, files in os.walk(folder, onerror=partial(unreadable, folder)):
+        folders[:] = [name for name in folders if name not in SKIPPED]
+        paths = [Path(root) / name for name in files if name.endswith(".py")]
+        names += [path.relative_to(folder).as_posix() for path in paths if path.is_file()]  # no pipe, no broken link
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+
+
+def unreadable(folder: Path, error: OSError) -> NoReturn:
+    raise UsageError(
+        f"--text {folder}: {error.filename} cannot be read ({error.strerror}); allowed is a folder of which every .py "
+        "file can be read: change its permissions, or name another"
+    ) from error
+
+
+def load_corpus(folder: Path) -> Corpus:
+    """Reads every source file below `folder`; a hash of its name alone decides on which side a file falls."""
+    texts = (bytearray(), bytearray())
+    names: tuple[list[str], list[str]] = ([], [])
+    for name in source_files(folder):
+        side = held_out(name)
+        names[side].append(name)
+        texts[side].append(START)
+        try:
+            texts[side].extend((folder / name).read_bytes())
+        except OSError as error:
+            unreadable(folder, error)
+    if not all(texts):
+        raise UsageError(
+            f"--text {folder}: {len(names[0])} training and {len(names[1])} held-out .py files found, at least one of "
+            "each is needed; name a folder that holds more Python source"
+        )
+    fingerprint = hashlib.sha256(texts[0] + texts[1]).hexdigest()
+    train, kept = (torch.frombuffer(text, dtype=torch.uint8) for text in texts)
+    return Corpus(train, kept, tuple(names[0]), tuple(names[1]), fingerprint)
+
+
+def window(text: Tensor, step: int, batch: int, sequence: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (the next token) of one step: two int64 tensors of shape (sequence, batch).
+
+    Column b reads the text from its b-th of `batch` equal parts onwards and step after step continues where
+    the step before ended (past the end it begins anew), so the layer's state may be carried over.
+    """
+    starts = torch.arange(batch, device=text.device) * (len(text) // batch)
+    offsets = torch.arange(sequence + 1, device=text.device) + step * sequence
+    tokens = text[(offsets[:, None] + starts) % len(text)].long()
+    return tokens[:-1], tokens[1:]
+
+
+class Lines:
+    """The lines of a text, each up to and including its newline or the next file's START; empty ones are left out.
+
+    Args:
+        text: 1-D tokens
+        newline: the token that ends a line
+        longest: lines are cut to as many tokens
+    """
+
+    def __init__(self, text: Tensor, newline: int, longest: int) -> None:
+        self.text = torch.cat([text, text.new_tensor([START])])
+        ends = ((self.text == newline) | (self.text == START)).nonzero().flatten()
+        starts = torch.cat([ends.new_zeros(1), ends[:-1] + 1])
+        lengths = ends - starts + 1
+        self.starts = starts[lengths > 1]
+        self.lengths = lengths[lengths > 1].clamp(max=longest)
+
+    def padded(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (START, then the line) and targets (the line), int64 (T, B), and the lengths, int64 (B,).
+
+        T is that of the longest; past a line's end the input is START and the target NO_TARGET.
+        """
+        lengths = self.lengths[indices]
+        positions = torch.arange(int(lengths.max()))[:, None]
+        tokens = self.text[(self.starts[indices] + positions).clamp(max=len(self.text) - 1)].long()
+        targets = tokens.masked_fill(positions >= lengths, NO_TARGET)
+        inputs = torch.cat([torch.full_like(tokens[:1], START), tokens[:-1]]).masked_fill(positions >= lengths, START)
+        return inputs, targets, lengths

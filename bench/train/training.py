@@ -1,0 +1,265 @@
+"""A training run: all that a checkpoint holds, and the step that moves it forward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import UsageError
+from bench.train import checkpoint, form, layers, ranks
+from bench.train.layers import map_state
+from bench.train.options import ANEW, DTYPES, flag
+from bench.train.schedule import learning_rate
+from bench.train.workload import Workload
+
+
+def new_model(workload: Workload, backend: str) -> nn.Module:
+    """A model whose initial weights follow from the seed alone, whichever backend runs it."""
+    torch.manual_seed(workload.settings.seed)
+    model = workload.model("torch" if backend == "torch.nn" else backend)
+    if backend == "torch.nn":
+        weights = model.state_dict()
+        model = workload.model("torch.nn")
+        model.load_state_dict(weights)  # persistrnn's parameters have torch.nn's names and shapes
+    return model
+
+
+class Run:
+    """The same on every rank, but for the carried state and the random numbers of its rows."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self.settings = settings = workload.settings
+        self.device = ranks.device(settings.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.model = new_model(workload, settings.backend).to(self.device)
+        if ranks.rank():
+            torch.manual_seed(settings.seed + ranks.rank())  # every rank drops units of its own
+        # Threads that share a process's first square root may get inexact ones from MKL, and runs would not repeat
+        # (github.com/pytorch/pytorch/issues/188792). A first one on a single thread prevents it.
+        torch.ones(1).sqrt()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        # Scales the loss so that float16 gradients do not underflow; does nothing for other dtypes.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == "float16")
+        self.network = self.model  # what `loss` calls; see `connect`
+        self.rows = ranks.rows(settings.batch)
+        self.of_ranks: list[dict[str, Any]] = []  # what each rank has of its own, as of the last checkpoint
+        self.state: Any = None
+        self.probed: Any = None  # a state of the form that steps carry on; known after `probe`
+        self.losses: list[float] = []  # of every step so far, in the workload's unit
+        self.count = 0  # of the loss's terms so far: tokens, say
+        self.quality: list[float] | None = None  # the workload's metrics, once measured
+        self.speed = math.nan  # tokens per second
+        self.memory = math.nan  # GiB at most
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.settings.steps
+
+    def connect(self) -> None:
+        """From here on the gradients are averaged over the ranks."""
+        self.network = ranks.wrap(self.model)
+
+    def autocast(self) -> torch.autocast:
+        dtype = DTYPES[self.settings.dtype]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32)
+
+    def train_step(self) -> None:
+        """One optimizer step on the next batch: the gradient of the mean loss over all its terms, on all ranks."""
+        settings, workload = self.settings, self.workload
+        pieces = workload.pieces(self.step, self.rows)
+        count = ranks.total(sum(piece.count for piece in pieces))
+        state = self.state if workload.continues else None
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.optimizer.zero_grad()
+        for number, piece in enumerate(pieces, 1):
+            tensors = tuple(tensor.to(self.device, non_blocking=True) for tensor in piece.tensors)
+            with ranks.averaged(self.network, now=number == len(pieces)):
+                with self.autocast():
+                    loss, state = workload.loss(self.network, tensors, state)
+                # DistributedDataParallel takes the mean over the ranks, where the sum is due.
+                self.scaler.scale(loss / count * ranks.world()).backward()
+            state = map_state(state, Tensor.detach)  # no gradient flows back into the next piece's first state
+            total += loss.detach()
+        self.state = state if workload.continues else None
+
+        self.optimizer.param_groups[0]["lr"] = learning_rate(settings, self.step)
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+        mean = ranks.total(total.item()) / count * workload.loss_scale
+        if not math.isfinite(mean):
+            raise UsageError(
+                f"the loss is {mean} at step {self.step + 1:,} with --learning-rate {settings.learning_rate} and "
+                f"--dtype {settings.dtype}: it must stay finite; lower the rate or take --dtype float32"
+            )
+        self.losses.append(mean)
+        self.count += int(count)
+
+    def save(self, folder: Path) -> None:
+        """Every rank calls it, rank 0 writes."""
+        on_gpu = self.device.type == "cuda"
+        own = {
+            "state": map_state(self.state, Tensor.cpu),
+            "random": torch.get_rng_state(),
+            "random_gpu": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+        }
+        self.of_ranks = ranks.gather(own)
+        ranks.by_first(lambda: self.write(folder))
+
+    def write(self, folder: Path) -> None:
+        """Rank 0 alone, after the last `save` or `load` of all."""
+        content = {
+            "workload": self.workload.name,
+            "settings": asdict(self.settings),
+            "data": self.workload.fingerprint,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ranks": self.of_ranks,
+            "losses": self.losses,
+            "count": self.count,
+            "quality": self.quality,
+            "cost": {"speed": self.speed, "memory": self.memory},
+        }
+        checkpoint.save(folder, content)
+
+    def load(self, content: dict[str, Any], to_train: bool = True) -> None:
+        """What `save` has written, for `train_step` or, not `to_train`, for `using` alone.
+
+        Raises:
+            UsageError: not what a run of these settings writes, other data, or another number of processes
+        """
+        form.check(content, form.RUN)
+        if content["data"] != self.workload.fingerprint:
+            raise UsageError(
+                f"{self.workload.data} has changed since the checkpoint (sha256 {self.workload.fingerprint[:12]} "
+                f"now, {content['data'][:12]} then): resume with the same data and the same Python, or {ANEW}"
+            )
+        form.check(content, self.form(content))
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.losses = content["losses"]
+        self.count = content["count"]
+        self.quality = content["quality"]
+        self.speed, self.memory = content["cost"]["speed"], content["cost"]["memory"]
+        self.of_ranks = content["ranks"]
+        if self.finished or not to_train:
+            return
+        if len(self.of_ranks) != ranks.world():
+            raise UsageError(
+                f"the checkpoint was made by {len(self.of_ranks)} processes, {ranks.world()} given: allowed is the "
+                f"same number (torchrun --nproc-per-node), or {ANEW}"
+            )
+        own = self.of_ranks[ranks.rank()]
+        form.check(own, self.form_of_rank(own), f"ranks[{ranks.rank()}]")
+        self.state = map_state(own["state"], lambda tensor: tensor.to(self.device))
+        torch.set_rng_state(own["random"])
+        if own["random_gpu"] is not None:
+            torch.cuda.set_rng_state(own["random_gpu"], self.device)
+
+    def form(self, content: dict[str, Any]) -> dict[str, Any]:
+        """What `write` would write now, for `form.check`; lengths that may differ are those of the content."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        saved = content["optimizer"]["param_groups"]
+        form.check(saved, [dict] * len(groups), "optimizer['param_groups']")
+        moments = {
+            index: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            for index, parameter in enumerate(self.model.parameters())
+        }
+        optimizer = {
+            "state": moments if content["optimizer"]["state"] else {},  # none before the first change of the weights
+            # Another version of torch has other options beside the parameters.
+            "param_groups": [old | {"params": new["params"]} for old, new in zip(saved, groups, strict=True)],
+        }
+        return form.RUN | {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "ranks": [dict] * len(content["ranks"]),
+            "losses": [float] * len(content["losses"]),
+            "quality": None if content["quality"] is None else [float] * len(self.workload.metrics),
+        }
+
+    def form_of_rank(self, own: dict[str, Any]) -> dict[str, Any]:
+        """The same, of what this rank has of its own; the state's form is known after `probe`."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "state": self.probed if self.step and self.probed is not None else own.get("state"),
+            "random": torch.get_rng_state(),
+            "random_gpu": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+        }
+
+    @contextmanager
+    def using(self) -> Iterator[nn.Module]:
+        """The model to be used and not trained: in eval mode, within no_grad and autocast."""
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                yield self.model
+        finally:
+            self.model.train()
+
+    @contextmanager
+    def within_memory(self) -> Iterator[None]:
+        """Inside, a GPU whose memory is full is a UsageError that says what takes less."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            settings = self.settings
+            sizes = [name for name in ("batch", "sequence") if hasattr(settings, name)]
+            given = " ".join(f"{flag(name)} {getattr(settings, name)}" for name in sizes)
+            saves = settings.backend != "torch.nn" and settings.save != "checkpoint"
+            remedies = [f"a smaller {flag(name)}" for name in sizes] + ["--save checkpoint"] * saves
+            raise UsageError(
+                f"{given} --save {settings.save} takes more memory than --device {settings.device} has ({error}): "
+                f"allowed is what fits; take {' or '.join(remedies)}"
+            ) from error
+
+    def evaluate(self) -> list[float]:
+        """The workload's metrics on its held-out data."""
+        with self.using() as model:
+            return self.workload.evaluate(model)
+
+    def measure(self, folder: Path) -> None:
+        """Takes the metrics into the checkpoint; rank 0 alone."""
+        self.quality = self.evaluate()
+        self.write(folder)
+
+    def explanation(self) -> str:
+        """Which path each recurrent layer will take, with which plan, and why."""
+        with self.autocast():
+            rows = self.rows.stop - self.rows.start
+            return layers.explanation(self.model, rows, self.settings.truncate or self.workload.sequence)
+
+    def probe(self) -> None:
+        """One call as in training, to find out at the door whether this machine can run it."""
+        piece = self.workload.pieces(0, self.rows)[0]
+        try:
+            with self.within_memory(), self.autocast():
+                tensors = tuple(tensor.to(self.device) for tensor in piece.tensors)
+                _, state = self.workload.loss(self.model, tensors, None)
+            self.probed = map_state(state, Tensor.detach) if self.workload.continues else None
+        except RuntimeError as error:
+            names = ["cell", "dtype", "device", "backend", *(["save"] if self.settings.save != "gates" else [])]
+            asked = " ".join(f"{flag(name)} {getattr(self.settings, name)}" for name in names)
+            raise UsageError(
+                f"{asked} cannot run here: {error}\n--dtype float32 --backend torch runs everywhere"
+            ) from error

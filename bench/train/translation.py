@@ -1,0 +1,245 @@
+"""Sequence to sequence: numbers in digits become words, in several languages, character by character.
+
+An encoder reads the digits both ways, a decoder writes the words and attends to it (Luong et al. 2015, the score that
+they call general). `Translator` is the model; S source steps, T target steps, B rows, H hidden units.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from bench import UsageError
+from bench.train import runner
+from bench.train.buckets import Buckets
+from bench.train.decoding import Hypothesis, beam_search, select_rows
+from bench.train.folder import write_text
+from bench.train.layers import recurrent, run_padded
+from bench.train.number_words import Pair, load_pairs
+from bench.train.options import OUT, Options, Settings, number, option
+from bench.train.progress import bar
+from bench.train.workload import NO_TARGET, Metric, Piece, Workload
+
+END = 0  # the target's first input and its last token
+BEAM = 4  # hypotheses kept, of the measurement and by default
+EVALUATED = 1000  # held-out pairs, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationSettings(Settings):
+    hidden: int = 128
+    batch: int = 64
+    steps: int = 3000
+    learning_rate: float = 6e-3
+    warmup: int = option(
+        None,
+        "steps over which the learning rate rises (default 100, or a tenth of --steps if that is less)",
+        type=number(int, 0),
+        metavar="N",
+    )
+    embedding: int = option(32, "width of a token's embedding", type=number(int, 1), metavar="N")
+    languages: str = option("de,en,es,fr", "of the words, by num2words' names", metavar="NAME,NAME,...")
+    digits: int = option(6, "the most of a number", type=number(int, 1, 12), metavar="N")
+    pairs: int = option(
+        32_000, "numbers with their words, of which one in ten is held out", type=number(int, 2), metavar="N"
+    )
+
+    @classmethod
+    def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return super().defaults(given) | {"warmup": min(100, given.get("steps", cls.steps) // 10)}
+
+    def check(self) -> None:
+        super().check()
+        if self.truncate:
+            raise UsageError(
+                f"--truncate {self.truncate} given: the gradient flows through all of a pair; allowed is --truncate 0"
+            )
+
+
+class Translator(nn.Module):
+    """Encoder, decoder and attention; the decoder begins with what the encoder has in the end."""
+
+    def __init__(self, settings: TranslationSettings, backend: str, sources: int, targets: int) -> None:
+        super().__init__()
+        hidden = settings.hidden
+        self.source = nn.Embedding(sources, settings.embedding)
+        self.encoder = recurrent(settings, backend, settings.embedding, bidirectional=True)
+        self.bridges = nn.ModuleList(nn.Linear(2 * hidden, hidden) for _ in range(2 if settings.cell == "lstm" else 1))
+        self.target = nn.Embedding(targets, settings.embedding)
+        self.decoder = recurrent(settings, backend, settings.embedding)
+        self.score = nn.Linear(2 * hidden, hidden, bias=False)
+        self.mix = nn.Linear(3 * hidden, hidden)
+        self.linear = nn.Linear(hidden, targets)
+
+    def encode(self, source: Tensor, lengths: Tensor) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
+        """(S, B) tokens and (B,) lengths -> the decoder's first state, and what `decode` attends to."""
+        memory, states = run_padded(self.encoder, self.source(source), lengths)
+        states = states if isinstance(states, tuple) else (states,)
+        first = []
+        for bridge, state in zip(self.bridges, states, strict=True):
+            both = state.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)  # (layers, B, 2H)
+            first.append(torch.tanh(bridge(both)).to(state.dtype))
+        present = torch.arange(len(source), device=source.device)[:, None] < lengths
+        return (tuple(first) if len(first) > 1 else first[0]), (memory, self.score(memory), present)
+
+    def decode(self, tokens: Tensor, state: Any, attended: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Any]:
+        """(T, B) tokens after the state -> (T, B, targets) logits of those that follow, and the state after them."""
+        memory, keys, present = attended  # (S, B, 2H), (S, B, H), (S, B)
+        y, state = self.decoder(self.target(tokens), state)
+        scores = torch.einsum("tbh,sbh->bts", y, keys).masked_fill(~present.T[:, None], -torch.inf)
+        context = torch.einsum("bts,sbh->tbh", scores.softmax(-1).to(memory.dtype), memory)
+        return self.linear(torch.tanh(self.mix(torch.cat([context, y], -1)))), state
+
+    def forward(self, source: Tensor, lengths: Tensor, inputs: Tensor) -> Tensor:
+        """Teacher forcing: the logits after each of the right tokens."""
+        logits, _ = self.decode(inputs, *self.encode(source, lengths))
+        return logits
+
+
+class Translation(Workload):
+    name = "translation"
+    description = "Trains a translator of numbers into words, with encoder, decoder and attention."
+    settings_type = TranslationSettings
+    small = {"pairs": 200, "digits": 3, "hidden": 16}  # noqa: RUF012
+    loss_unit = "nats/char"
+    unit = "characters"
+
+    settings: TranslationSettings
+
+    def __init__(self, settings: TranslationSettings) -> None:
+        self.settings = settings
+        self.data = f"the words of --languages {settings.languages}"
+        self.pairs = load_pairs(settings.languages, settings.digits, settings.pairs)
+        self.fingerprint = self.pairs.fingerprint
+        every = [*self.pairs.train, *self.pairs.held_out]
+        names = [*"0123456789", *settings.languages.split(",")]
+        self.source_numbers = {name: index for index, name in enumerate(names)}
+        self.characters = ["", *sorted(set().union(*(pair.words for pair in every)))]
+        self.target_numbers = {name: index for index, name in enumerate(self.characters)}
+        self.longest = max(len(pair.words) for pair in every) + 1
+        self.sequence = self.longest
+        lengths = torch.tensor([len(pair.words) for pair in self.pairs.train])
+        self.buckets = Buckets(lengths, settings.batch, settings.seed)
+        self.metrics = (
+            Metric(f"of the held-out numbers exactly right, beam of {BEAM}", "higher"),
+            Metric("of them exactly right without a beam", "higher"),
+            Metric("nats per held-out character", "lower"),
+        )
+
+    @classmethod
+    def add_options(cls, job: Options) -> None:
+        job.add_argument(
+            "--translate",
+            default=None,
+            metavar="'LANGUAGE NUMBER'",
+            help=f"do not train: say this number, by the model in {OUT}",
+        )
+        job.add_argument(
+            "--beam",
+            type=number(int, 1),
+            default=BEAM,
+            metavar="W",
+            help="hypotheses kept in translating; the quality is always that of the default (%(default)s)",
+        )
+
+    @classmethod
+    def model_option(cls, job: Namespace) -> str | None:
+        return None if job.translate is None else "--translate"
+
+    def describe(self) -> str:
+        return (
+            f"{len(self.pairs.train):,} numbers to train on, {len(self.pairs.held_out):,} held out, of up to "
+            f"{self.settings.digits} digits, with their words of up to {self.longest - 1} characters in "
+            f"{self.settings.languages}"
+        )
+
+    def model(self, backend: str) -> Translator:
+        return Translator(self.settings, backend, len(self.source_numbers), len(self.characters))
+
+    def pieces(self, step: int, rows: slice) -> list[Piece]:
+        pairs = [self.pairs.train[index] for index in self.buckets.batch(step)[rows].tolist()]
+        tensors = self.padded(pairs)
+        return [Piece(tensors, int((tensors[-1] != NO_TARGET).sum()))]
+
+    def padded(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sources (S, B), their lengths (B,), the decoder's inputs and its targets (T, B): int64."""
+        sources = [torch.tensor([self.source_numbers[n] for n in (pair.language, *str(pair.number))]) for pair in pairs]
+        words = [torch.tensor([self.target_numbers[c] for c in pair.words] + [END]) for pair in pairs]
+        targets = pad_sequence(words, padding_value=NO_TARGET)
+        inputs = targets.roll(1, 0).clamp(min=END)  # each last row is END, or no target
+        return pad_sequence(sources), torch.tensor([len(source) for source in sources]), inputs, targets
+
+    def loss(self, model: nn.Module, tensors: tuple[Tensor, ...], state: Any) -> tuple[Tensor, Any]:
+        source, lengths, inputs, targets = tensors
+        logits = model(source, lengths, inputs)
+        total = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
+        return total, None
+
+    def evaluate(self, model: nn.Module) -> list[float]:
+        """Exact matches of whole words, with a beam and without, and the loss, on the first held-out pairs."""
+        device = next(model.parameters()).device
+        pairs = self.pairs.held_out[:EVALUATED]
+        right, loss, count = [0, 0], 0.0, 0
+        for first in bar(range(0, len(pairs), 100), "held-out numbers"):
+            part = pairs[first : first + 100]
+            tensors = tuple(tensor.to(device) for tensor in self.padded(part))
+            loss += self.loss(model, tensors, None)[0].item()
+            count += int((tensors[-1] != NO_TARGET).sum())
+            for index, width in enumerate((BEAM, 1)):
+                found = self.translations(model, part, width)
+                right[index] += sum(pair.words == self.text(best[0]) for pair, best in zip(part, found, strict=True))
+        return [right[0] / len(pairs), right[1] / len(pairs), loss / count]
+
+    def translations(self, model: nn.Module, pairs: Sequence[Pair], width: int) -> list[list[Hypothesis]]:
+        """What a beam of `width` finds for each pair's number, the best first; the pair's words are not looked at."""
+        assert isinstance(model, Translator)
+        device = model.linear.weight.device
+        source, lengths, *_ = self.padded(pairs)
+        begun = model.encode(source.to(device), lengths.to(device))
+
+        def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+            logits, after = model.decode(tokens[None], *state)
+            return logits[0].float(), (after, state[1])
+
+        start = torch.full((len(pairs),), END, device=device)
+        return beam_search(step, select_rows, begun, start, width=width, length=self.longest, stop=END)
+
+    def text(self, hypothesis: Hypothesis) -> str:
+        return "".join(self.characters[token] for token in hypothesis.tokens)
+
+    def finish(self, model: nn.Module, job: Namespace, folder: Path) -> None:
+        pairs = self.pairs.held_out[-12:]
+        lines = []
+        for pair, found in zip(pairs, self.translations(model, pairs, job.beam), strict=True):
+            said = self.text(found[0])
+            lines.append(f"{pair.language} {pair.number}: {said}{f'   (right: {pair.words})' * (said != pair.words)}")
+        path = write_text(folder, "translations.txt", "\n".join(lines) + "\n")
+        print(f"Held-out numbers (in {path}):\n\n" + "\n".join(lines) + "\n")
+
+    def use(self, model: nn.Module, job: Namespace) -> None:
+        names, digits = self.settings.languages.split(","), self.settings.digits
+        language, _, figures = job.translate.partition(" ")
+        if language not in names or not (figures.isascii() and figures.isdigit() and len(figures) <= digits):
+            raise UsageError(
+                f"--translate {job.translate!r} given: allowed is a language of {','.join(names)}, a space and a "
+                f"number of up to {digits} digits, which is what the model in {OUT} has learnt; 'de 42', say"
+            )
+        for hypothesis in self.translations(model, [Pair(language, int(figures), "")], job.beam)[0]:
+            print(f"{self.text(hypothesis)}   (log-probability {hypothesis.score:.2f})")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return runner.main(Translation, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

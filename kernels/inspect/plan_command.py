@@ -1,0 +1,300 @@
+"""``persistrnn plan``: what the plan for one layer on one device is, in words, in numbers and as a drawing.
+
+Everything is predicted, nothing is run: it needs no GPU, and none of the device that it plans for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..cells import CELLS, Cell
+from ..planner import cost, forecast, memory, occupancy
+from ..planner import hardware as devices
+from ..planner.hardware import DEVICES, Hardware
+from ..planner.plan import DTYPES, Pass, Plan, PlanError, plan
+from . import picture
+
+FALLBACK = "h200"
+LARGEST = 2**31 - 1
+REMEDIES = {
+    "float16": "say fp16",
+    "half": "say fp16",
+    "bfloat16": "say bf16",
+    "float32": "say fp32, or tf32 for float32 tensors with tf32 products",
+    "float": "say fp32, or tf32 for float32 tensors with tf32 products",
+    "float64": "double precision runs on torch's own path: use backend='torch'",
+    "fp64": "double precision runs on torch's own path: use backend='torch'",
+    "double": "double precision runs on torch's own path: use backend='torch'",
+}
+
+
+def _one_of(names: Sequence[str], remedy: Callable[[str], str]) -> Callable[[str], str]:
+    """Names are in small letters, and understood in capitals."""
+
+    def check(given: str) -> str:
+        if given.lower() not in names:
+            raise argparse.ArgumentTypeError(f"{given!r} given, allowed: {', '.join(names)}; {remedy(given.lower())}")
+        return given.lower()
+
+    return check
+
+
+def _number(largest: int, remedy: str) -> Callable[[str], int]:
+    def check(given: str) -> int:
+        try:
+            number = int(given)
+        except ValueError:
+            number = 0
+        if not 1 <= number <= largest:
+            raise argparse.ArgumentTypeError(f"{given!r} given, allowed: an integer from 1 to {largest}; {remedy}")
+        return number
+
+    return check
+
+
+def _drawing(given: str) -> Path:
+    path = Path(given)
+    if path.suffix != ".svg":
+        raise argparse.ArgumentTypeError(
+            f"{given!r} given, allowed: a file whose name ends in .svg; the drawing is an SVG, convert it afterwards"
+        )
+    # os.path, because Path.is_dir raises where a name is too long.
+    folder = os.path.isdir(path)
+    if folder or not os.path.isdir(path.parent):
+        raise argparse.ArgumentTypeError(
+            f"{given!r} given, allowed: a file in a folder that exists; "
+            f"{'that is a folder itself' if folder else f'make the folder {str(path.parent)!r} first'}"
+        )
+    return path
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="persistrnn plan",
+        description="The plan for one recurrent layer: who owns what of W_hh, where it lives, and what a time step is "
+        "predicted to take. All times are predicted, none is measured.",
+        allow_abbrev=False,
+    )
+    cell = _one_of(tuple(CELLS), lambda given: "other cells run on torch's own modules")
+    result.add_argument("--cell", type=cell, required=True, help="lstm or gru")
+    hidden = _number(LARGEST, "it is hidden_size of the layer")
+    result.add_argument("--hidden", type=hidden, required=True, metavar="H", help="hidden_size")
+    batch = _number(LARGEST, "it is the number of sequences that run side by side")
+    result.add_argument("--batch", type=batch, default=16, metavar="B", help="sequences side by side (default: 16)")
+    steps = _number(LARGEST, "it is the length of a sequence")
+    text = "time steps, on which the memory of training depends (default: 1024)"
+    result.add_argument("--steps", type=steps, default=1024, metavar="T", help=text)
+    directions = _number(2, "2 is a bidirectional layer")
+    result.add_argument("--directions", type=directions, default=1, metavar="D", help="1 (default) or 2")
+    dtype = _one_of(tuple(DTYPES), lambda given: REMEDIES.get(given.removeprefix("torch."), "bf16 is the default"))
+    result.add_argument("--dtype", type=dtype, default="bf16", help=f"{', '.join(DTYPES)} (default: bf16)")
+    device = _one_of(tuple(DEVICES), lambda given: "leave --device out to plan for the GPU at hand")
+    result.add_argument(
+        "--device",
+        type=device,
+        metavar="NAME",
+        help=f"{', '.join(DEVICES)} (default: the GPU at hand; without one, {FALLBACK})",
+    )
+    result.add_argument("--draw", type=_drawing, metavar="FILE.svg", help="also draw the chip (needs matplotlib)")
+    result.add_argument("--json", action="store_true", help="print one JSON object with everything instead of text")
+    return result
+
+
+def device_of(name: str | None) -> tuple[Hardware, str]:
+    """The device to plan for, and where it comes from in words."""
+    if name is not None:
+        return devices.named(name), "named by --device"
+    import torch
+
+    if not torch.cuda.is_available():
+        return devices.named(FALLBACK), f"no GPU here: planned for {FALLBACK}; --device names another"
+    from .. import launch
+
+    found = launch.hardware(torch.device("cuda", torch.cuda.current_device()))
+    return found, "the GPU at hand"
+
+
+def torch_steps(found: Plan, cell: Cell) -> dict[str, float]:
+    """Predicted microseconds per time step of torch's own path, per pass."""
+    return {
+        name: cost.torch_step(
+            cell, found.hidden, found.batch, found.directions, found.dtype, found.hardware, name == "backward"
+        )
+        for name in picture.PASSES
+    }
+
+
+def sourced(hardware: Hardware, kind: str) -> list[str]:
+    """The numbers of the record whose source is of that kind ("assumed", "measured")."""
+    return [name for name, source in hardware.sources if source.startswith(f"{kind}:")]
+
+
+def as_json(found: Plan, cell: Cell, steps: int, origin: str) -> dict[str, Any]:
+    """Everything: the fields of the plan, and what is worked out from them."""
+    result: dict[str, Any] = dataclasses.asdict(found)
+    for name in picture.PASSES:
+        part: Pass = getattr(found, name)
+        shared, registers = picture.budgets(part, found.hardware)
+        result[name]["shares"] |= {"sum": picture.whole_of(found, part), "resident": part.shares.resident}
+        result[name]["cost"]["total"] = part.cost.total
+        result[name]["multiprocessor"] = {
+            "programs": picture.crowd(part, found.hardware),
+            "shared_memory": {"whole": shared.whole, **dict(shared.parts)},
+            "registers": {"whole": registers.whole, **dict(registers.parts)},
+        }
+    return result | {
+        "device_from": origin,
+        "predicted_us": {name: getattr(found, name).predicted for name in picture.PASSES},
+        "floor_us": found.floor,
+        "torch_us": torch_steps(found, cell),
+        "auto": {name: dataclasses.asdict(one) | {"path": one.path} for name, one in expected(found, cell).items()},
+        "memory_bytes": {"steps": steps} | bytes_of(found, cell, steps),
+        "assumed": sourced(found.hardware, "assumed"),
+        "measured": sourced(found.hardware, "measured"),
+        "times": "predicted",
+    }
+
+
+def expected(found: Plan, cell: Cell) -> dict[str, forecast.Forecast]:
+    """What ``backend="auto"`` compares, without gradients and with them."""
+    shape = cell, found.hidden, found.batch, found.directions, found.dtype, found.hardware
+    return {name: forecast.forecast(*shape, name == "training") for name in ("inference", "training")}
+
+
+def bytes_of(found: Plan, cell: Cell, steps: int) -> dict[str, dict[str, float]]:
+    """Predicted bytes of a training step by ``save`` mode, without the input and the gradients of input and output."""
+    size = DTYPES[found.dtype]
+    of = memory.Layers(cell, found.hidden, found.hidden, 1, found.directions, size, size, False)
+    result = {}
+    for mode in memory.MODES:
+        chunk = memory.chunk_steps(mode, cell.gates, found.hidden, found.batch, found.directions, size, steps)
+        result[mode] = {
+            "kept_per_step_and_row": memory.kept(mode, of, chunk),
+            "chunk_steps": min(steps, chunk),
+            "needed": memory.needed(mode, of, found.batch, steps, chunk),
+        }
+    return result
+
+
+def as_text(found: Plan, cell: Cell, steps: int, origin: str) -> str:
+    hardware = found.hardware
+    torch_us = torch_steps(found, cell)
+    lines = [
+        f"{found.cell} H={found.hidden} B={found.batch} D={found.directions} {found.dtype} on {hardware.name} "
+        f"({hardware.arch}, {hardware.multiprocessors} multiprocessors; {origin})"
+    ]
+    for name in picture.PASSES:
+        lines += ["", name, *(f"  {line}" for line in _pass(found, getattr(found, name), name, torch_us[name]))]
+    lines.append("")
+    for name, one in expected(found, cell).items():
+        how = "corrected by measurements" if one.measured else "predicted"
+        lines.append(
+            f'backend="auto" takes {one.path} in {name}: {one.persistent:.2f} us per step on the kernels, '
+            f"{one.torch:.2f} on torch's own path ({how})"
+        )
+    lines += ["", f"memory of one layer in training at T = {steps:,}, by what is kept for its backward"]
+    for mode, need in bytes_of(found, cell, steps).items():
+        lines.append(
+            f"  {mode}: {need['kept_per_step_and_row']:,.0f} bytes per step and row, and {need['needed']:,.0f} at most "
+            f"with the work on {need['chunk_steps']:,} steps"
+        )
+    assumed, measured = sourced(hardware, "assumed"), sourced(hardware, "measured")
+    lines += [
+        "",
+        "All times are predicted by the cost model, none is measured; so are the bytes.",
+        f"Assumed in the record of {hardware.name}: {', '.join(assumed) or 'nothing'}.",
+    ]
+    if measured:
+        lines.append(f"Measured, in the record of {hardware.name}: {', '.join(measured)}.")
+    ratios = sorted(e.ratio for e in forecast.errors(cell, hardware))
+    if ratios:
+        lines.append(
+            f"Against {len(ratios)} measured steps of the {cell.name} on {hardware.name}, measured over predicted is "
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}, in the middle {ratios[len(ratios) // 2]:.2f}."
+        )
+    return "\n".join(lines)
+
+
+def _pass(found: Plan, part: Pass, name: str, torch_us: float) -> list[str]:
+    """Plan, homes, budget and predicted time of one pass."""
+    hardware, t = found.hardware, part.tiling
+    programs, crowd = picture.running(part, hardware), picture.crowd(part, hardware)
+    idle = hardware.multiprocessors - min(programs, hardware.multiprocessors)
+    if t.slices == 1:
+        exchange = "no exchange"
+    elif t.rows == 1:
+        exchange = "an exchange each step"
+    else:
+        exchange = "two exchanges each step"
+    shares, total = part.shares, picture.whole_of(found, part)
+    size = DTYPES[found.dtype]
+    jobs = t.jobs(found.batch)
+    last = picture.job(part, found.batch, jobs - 1)
+    rows = "1 row" if found.batch == 1 else f"rows 0 to {last.last}"
+    lines = [
+        picture.describe(part, hardware),
+        f"{picture.count(jobs, 'job')} ({rows}{', 2 directions' if found.directions == 2 else ''}); "
+        f"{picture.count(programs, 'program')} run at once, {crowd} per multiprocessor, "
+        f"{picture.count(idle, 'multiprocessor')} idle; {exchange}",
+        f"W_hh of one direction: {shares.registers:,} bytes in registers + {shares.shared:,} in shared memory + "
+        f"{shares.streamed:,} streamed each step",
+        f"  = {total:,}, all {t.gates} x {found.hidden} x {found.hidden} x {size} bytes of it; "
+        f"{picture.resident(part)} resident",
+        "one multiprocessor:",
+    ]
+    limit = occupancy.register_limit(part.choice)
+    if part.registers > limit:
+        lines.insert(-1, f"spills: about {part.registers} registers per thread are needed, and there are {limit}")
+    for budget in picture.budgets(part, hardware):
+        lines += [f"  {line}" for line in picture.bar(budget)]
+    split = " + ".join(f"{field.name} {getattr(part.cost, field.name):.2f}" for field in dataclasses.fields(part.cost))
+    lines += [
+        f"predicted us per step: {split} = {part.cost.total:.2f}, x {picture.count(part.rounds, 'round')} "
+        f"= {part.predicted:.2f}",
+        f"predicted floor of any plan {found.floor:.2f} us; torch's own path {torch_us:.2f} us {name}",
+    ]
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser()
+    given = options.parse_args(arguments)
+    hardware, origin = device_of(given.device)
+    cell = CELLS[given.cell]
+    try:
+        found = plan(cell, given.hidden, given.batch, given.directions, given.dtype, hardware)
+    except PlanError as error:
+        print(f"persistrnn plan: {error}", file=sys.stderr)
+        return 1
+    if given.draw is not None:
+        # Before anything is printed: a drawing that cannot be written leaves no half of an answer.
+        try:
+            given.draw.write_text(picture.svg(found), encoding="utf-8")
+        except picture.MissingMatplotlib as error:
+            options.error(f"argument --draw: {error}")
+        except OSError as error:
+            options.error(
+                f"argument --draw: {str(given.draw)!r} given, and it cannot be written ({error.strerror}); allowed: a "
+                "file that you may write, in a folder that exists"
+            )
+    if given.json:
+        answer = json.dumps(as_json(found, cell, given.steps, origin), indent=2, allow_nan=False)
+    else:
+        answer = as_text(found, cell, given.steps, origin)
+    try:
+        print(answer, flush=True)
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

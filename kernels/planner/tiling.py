@@ -1,0 +1,258 @@
+"""What a scan kernel must know at compile time besides its cell: who owns which rows and columns of W_hh, and where
+they live. Pure Python. ``plan`` chooses the numbers, ``tiling`` turns a choice into the record, ``scan`` obeys it.
+
+A pass multiplies a share of W_hh (forward) or of its transpose (backward) by a moving operand, h or the gate
+gradients. M are the outputs, gates x units or units; K is what is summed over, H units or G*H gates.
+
+* One-dimensional split (R = 1): a program owns the M of its U units and all of K.
+* Two-dimensional split (R > 1): R slices share the M of their R*U units, and each takes one of R blocks of K. The R
+  partial products are added in a fixed order after a second exchange.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..cells import Cell
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """``length`` indices of K from ``start`` on in ``segment``, held in a tile of ``size`` (a power of two)."""
+
+    segment: int
+    start: int
+    size: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the planner is free to choose.
+
+    Attributes:
+        units: U per slice, a power of two, at least 8.
+        rows: R, the parts of K that different slices take; 1 for the one-dimensional split.
+        batch_tile: BB, rows of the batch in one product.
+        subtiles: batch tiles that a program works on in turn within each step: one's exchange hides another's work.
+        warps: warps per program.
+        blocks: programs that share a multiprocessor, its registers and its shared memory.
+        splits: parts that K is cut into within a program, one per warp (1: the warps share M and N instead).
+        largest_chunk: the largest tile of K.
+        burst: K of the operand that is on its way at once; it costs shared memory, a burst each costs its latency.
+        in_registers, in_shared: elements of K whose weights a program keeps there; what is left is streamed.
+        stream_chunk: K of one streamed tile.
+    """
+
+    units: int
+    rows: int
+    batch_tile: int
+    subtiles: int
+    warps: int
+    blocks: int
+    splits: int
+    largest_chunk: int
+    burst: int
+    in_registers: int
+    in_shared: int
+    stream_chunk: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The compile-time record. M of the product is ``sum(packs) * rows * units``.
+
+    Attributes:
+        stride: elements from one row of W_hh to the next; rows are padded to 16 bytes where there are many slices.
+        slices: S = rows * columns, with S * units >= hidden.
+        block: units in one of the R blocks of K (0 if R = 1).
+        segments, depth: K is cut into ``segments`` runs of ``depth`` indices: one run, or one per gate.
+        chunks: the resident tiles of K, of which the first ``in_registers`` stay in registers.
+        bursts: index of each first chunk of those whose operand is loaded at once.
+        stream_start, stream_chunk, streamed: each segment's K from ``stream_start`` on is streamed in tiles of
+            ``stream_chunk``, ``streamed`` tiles in all segments together.
+        packs, first_gates: gates per dot, and the index of each pack's first gate.
+        precision: of a float32 dot, "tf32" or "ieee".
+        layers: L of a stack that runs as a wave, each with a second matrix as large as W_hh and in the same homes.
+    """
+
+    hidden: int
+    stride: int
+    backward: bool
+    directions: int
+    gates: int
+    saved: int
+    recurrent_gradient: bool
+    units: int
+    slices: int
+    rows: int
+    block: int
+    batch_tile: int
+    subtiles: int
+    splits: int
+    segments: int
+    depth: int
+    chunks: tuple[Chunk, ...]
+    in_registers: int
+    bursts: tuple[int, ...]
+    stream_start: int
+    stream_chunk: int
+    streamed: int
+    packs: tuple[int, ...]
+    first_gates: tuple[int, ...]
+    precision: str
+    interpreted: bool
+    layers: int = 1
+
+    @property
+    def columns(self) -> int:
+        return self.slices // self.rows
+
+    @property
+    def m_stride(self) -> int:
+        """Elements of W_hh from one output to the next: the backward multiplies by its transpose."""
+        return 1 if self.backward else self.stride
+
+    @property
+    def k_stride(self) -> int:
+        return self.stride if self.backward else 1
+
+    @property
+    def row_stride(self) -> int:
+        """Elements of the moving operand from one row of the batch to the next."""
+        return self.directions * self.hidden * (self.gates if self.backward else 1)
+
+    @property
+    def wide(self) -> int:
+        """Units whose outputs a program forms, or a part of."""
+        return self.rows * self.units
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last block of K ends before the others do."""
+        return self.rows * self.block > self.hidden if self.rows > 1 else False
+
+    @property
+    def lanes(self) -> int:
+        """Counters of one batch tile: one, or one per block of K and one per column of slices."""
+        return self.rows + self.columns if self.rows > 1 else 1
+
+    @property
+    def outputs(self) -> int:
+        """Gates of the product: those of the cell in the forward, one in the backward."""
+        return sum(self.packs)
+
+    @property
+    def m(self) -> int:
+        return self.outputs * self.wide
+
+    def jobs(self, batch: int) -> int:
+        """Pieces of the work that different groups take: so many batch tiles in one direction each."""
+        return -(-batch // (self.subtiles * self.batch_tile)) * self.directions
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def chunks(segment: int, first: int, last: int, smallest: int, largest: int) -> tuple[Chunk, ...]:
+    """Cut ``range(first, last)`` into power-of-two tiles between the two sizes: 320 = 256 + 64, 768 = 512 + 256."""
+    result = []
+    start = first
+    while start < last:
+        left = last - start
+        size = min(largest, max(smallest, 1 << (left.bit_length() - 1)))
+        # Padding the rest to one tile costs less than one more tile where at most a quarter of it is waste.
+        padded = max(smallest, next_power_of_2(left))
+        if padded <= largest and padded - left <= padded // 4:
+            size = padded
+        result.append(Chunk(segment, start, size, min(size, left)))
+        start += size
+    return tuple(result)
+
+
+def bursts(parts: tuple[Chunk, ...], kept: int, largest: int) -> tuple[int, ...]:
+    """Where a new burst begins: when the one before is full, or when another home does."""
+    result: list[int] = []
+    filled = 0
+    for i, part in enumerate(parts):
+        if not result or i == kept or filled + part.size > largest:
+            result.append(i)
+            filled = 0
+        filled += part.size
+    return tuple(result)
+
+
+def smallest_chunk(splits: int) -> int:
+    """A part of K is at least one instruction deep."""
+    return 16 * splits
+
+
+def tiling(
+    cell: Cell,
+    hidden: int,
+    directions: int,
+    choice: Choice,
+    *,
+    backward: bool,
+    size: int,
+    precision: str,
+    interpreted: bool = False,
+) -> Tiling:
+    """The compile-time record for one choice; one slice if the units cover H. ``size``: bytes per element of W_hh."""
+    units, rows, gates = choice.units, choice.rows, cell.gates
+    slices = -(-hidden // units)
+    if slices == 1:
+        # The operand comes from registers as one tile of units per gate, and each gate keeps its own dot so that
+        # all gates have the same layout as the cell's state.
+        segments, depth, block = (gates, hidden, 0) if backward else (1, hidden, 0)
+        packs = (1,) if backward else (1,) * gates
+        parts = tuple(Chunk(s, 0, units, hidden) for s in range(segments))
+        kept = min(choice.in_registers // units, segments)
+        start, streamed = hidden, 0
+    else:
+        slices = -(-slices // rows) * rows
+        block = slices // rows * units if rows > 1 else 0
+        if rows == 1:
+            segments, depth = 1, gates * hidden if backward else hidden
+        else:
+            segments, depth = gates if backward else 1, min(block, hidden)
+        # A pack must be a power of two: 4 gates are one dot, 3 gates are two.
+        packs = (1,) if backward else {3: (2, 1)}.get(gates, (gates,))
+        smallest = smallest_chunk(choice.splits)
+        largest = max(choice.largest_chunk, smallest)
+        first = min(choice.in_registers // segments, depth)
+        start = min(first + choice.in_shared // segments, depth)
+        registers = tuple(c for s in range(segments) for c in chunks(s, 0, first, smallest, largest))
+        shared = tuple(c for s in range(segments) for c in chunks(s, first, start, smallest, largest))
+        parts, kept = registers + shared, len(registers)
+        streamed = segments * -(-(depth - start) // choice.stream_chunk)
+    aligned = 16 // size
+    return Tiling(
+        hidden=hidden,
+        backward=backward,
+        stride=-(-hidden // aligned) * aligned if slices > 1 else hidden,
+        directions=directions,
+        gates=gates,
+        saved=cell.saved,
+        recurrent_gradient=cell.recurrent_gradient,
+        units=units,
+        slices=slices,
+        rows=rows if slices > 1 else 1,
+        block=block,
+        batch_tile=choice.batch_tile,
+        subtiles=choice.subtiles,
+        splits=choice.splits if slices > 1 else 1,
+        segments=segments,
+        depth=depth,
+        chunks=parts,
+        in_registers=kept,
+        bursts=bursts(parts, kept, choice.burst),
+        stream_start=start,
+        stream_chunk=choice.stream_chunk,
+        streamed=streamed,
+        packs=packs,
+        first_gates=tuple(sum(packs[:i]) for i in range(len(packs))),
+        precision=precision,
+        interpreted=interpreted,
+    )

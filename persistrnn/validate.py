@@ -1,0 +1,427 @@
+"""What a caller gives, read and checked before anything runs: each error says what was given, what is allowed and how
+to mend it, and has the type that torch.nn's has.
+
+Letters: T steps, B batch, I input, H hidden, P projection, G gates (LSTM 4, GRU 3), D directions, L layers.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from persistrnn import segments, torch_path
+from persistrnn.kernels.cells import CELLS
+from persistrnn.options import Options, check_sizes, described
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Stack(NamedTuple):
+    """What the flat list of weights says about the stack."""
+
+    cell: str
+    num_layers: int
+    directions: int
+    bias: bool
+    input_size: int
+    hidden_size: int
+    proj_size: int  # 0: no projection
+
+
+class Batch(NamedTuple):
+    """An input as it came: data [T, B, I], [B, T, I] with batch_first, or that of the PackedSequence ``packed``."""
+
+    data: Tensor
+    packed: PackedSequence | None
+    steps: int
+    rows: int
+    batch_first: bool
+    unbatched: bool
+
+    def time_major(self, tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, 1) if self.batch_first else tensor
+
+
+class Cuts(NamedTuple):
+    """Where the rows of a batch run and begin anew. active, resets: bool [T, B]; reset: the states that a row
+    begins anew from, each [L*D, B, features]; empty: zeros. fresh: the initial states are zeros."""
+
+    active: Tensor | None = None
+    resets: Tensor | None = None
+    reset: Sequence[Tensor] = ()
+    fresh: bool = False
+
+
+def parameter_names(layer: int, direction: int, bias: bool, projection: bool) -> list[str]:
+    """torch.nn's names of one layer's and direction's parameters, in torch.nn's order."""
+    names = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * bias + ["weight_hr"] * projection
+    return [f"{name}_l{layer}{'_reverse' * direction}" for name in names]
+
+
+def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stack:
+    if not isinstance(weights, (list, tuple, Sequence, nn.ParameterList)) or isinstance(weights, str):
+        raise TypeError(
+            f"weights is a list or tuple of tensors in torch.nn's order, got {described(weights)}; give "
+            "list(layer.parameters())"
+        )
+    num_layers, bias, directions = options.num_layers, options.bias, options.directions
+    groups = num_layers * directions
+    plain = 4 if bias else 2
+    projection = len(weights) == groups * (plain + 1)
+    if len(weights) != groups * plain and not projection:
+        raise ValueError(
+            f"{num_layers} layers x {directions} directions with bias={bias} take {groups * plain} weights "
+            f"({groups * (plain + 1)} with projections), got {len(weights)}"
+        )
+    if projection and cell == "gru":
+        raise ValueError(f"a GRU has no projections: it takes {groups * plain} weights, got {len(weights)}")
+    per_group = plain + projection
+
+    def name_of(k: int) -> str:
+        group = k // per_group
+        return parameter_names(group // directions, group % directions, bias, projection)[k % per_group]
+
+    for k, weight in enumerate(weights):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weights are tensors, got {described(weight)} as {name_of(k)}")
+        if weight.layout is not torch.strided or weight.is_nested:
+            _refuse_layout(name_of(k), weight)
+    dtype = weights[0].dtype
+    if dtype not in FLOATS:
+        raise ValueError(
+            f"weights are torch.float16, torch.bfloat16, torch.float32 or torch.float64, got {dtype}; convert them: "
+            ".to(torch.float32)"
+        )
+    matrix = weights[1].dim() == 2
+    stack = Stack(
+        cell,
+        num_layers,
+        directions,
+        bias,
+        input_size=weights[0].size(-1) if weights[0].dim() else 0,
+        hidden_size=weights[1].size(0) // CELLS[cell].gates if matrix else 0,
+        proj_size=weights[1].size(1) if matrix and projection else 0,
+    )
+    for k, weight in enumerate(weights):
+        if weight.shape != _weight_shape(stack, k // (per_group * directions), k % per_group) or not stack.hidden_size:
+            _refuse_shapes(stack, weights, [name_of(k) for k in range(len(weights))])
+        if weight.dtype != dtype:
+            raise ValueError(
+                f"weights must share one dtype, got {dtype} and of {name_of(k)} {weight.dtype}; "
+                f"convert it: .to({dtype})"
+            )
+    if projection:
+        check_sizes(stack.input_size or 1, stack.hidden_size, stack.proj_size or -1)
+    return stack
+
+
+def _refuse_shapes(stack: Stack, weights: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raise RuntimeError for the first weight that does not fit what most of them say of H and P."""
+    gates, per_group = CELLS[stack.cell].gates, len(weights) // (stack.num_layers * stack.directions)
+    plain = 4 if stack.bias else 2
+    hidden, features = [], []
+    for k, weight in enumerate(weights):
+        slot = k % per_group
+        if weight.dim() == (1 if 2 <= slot < plain else 2):
+            hidden.append(weight.size(1) if slot == plain else weight.size(0) // gates)
+            features += [weight.size(1)] if slot == 1 else [weight.size(0)] if slot == plain else []
+    projection = per_group > plain
+    H = Counter(hidden if projection else hidden + features).most_common(1)[0][0] if hidden else 0
+    # A projection is smaller than H: one that is not says nothing.
+    possible = [size for size in features if 0 < size < H]
+    P = Counter(possible).most_common(1)[0][0] if projection and possible else 0
+    if H == 0 or (projection and P == 0):
+        rows = f"{gates}*H, {'P) and weight_hr_l0 (P, H) with H > P > 0' if projection else 'H) with H > 0'}"
+        got = f"{tuple(weights[1].shape)}" + (f" and {tuple(weights[plain].shape)}" if projection else "")
+        raise RuntimeError(f"weight_hh_l0 must have shape ({rows}, got {got}")
+    stack = stack._replace(hidden_size=H, proj_size=P)
+    for k, (weight, name) in enumerate(zip(weights, names, strict=True)):
+        expected = _weight_shape(stack, k // (per_group * stack.directions), k % per_group)
+        if weight.shape != expected:
+            raise RuntimeError(f"{name} must have shape {expected}, got {tuple(weight.shape)}")
+
+
+def check_attributes(stack: Stack, input_size: object, hidden_size: object, proj_size: object) -> None:
+    """Raise RuntimeError where a module's sizes, changed since, are not those of its weights."""
+    given = {"input_size": input_size, "hidden_size": hidden_size, "proj_size": proj_size}
+    for name, value in given.items():
+        if value != (found := getattr(stack, name)):
+            raise RuntimeError(
+                f"{name} of the layer is {value!r}, and its weights are those of {name}={found}; set it back, or make "
+                "a layer of the other size"
+            )
+
+
+def _weight_shape(stack: Stack, layer: int, slot: int) -> tuple[int, ...]:
+    rows = CELLS[stack.cell].gates * stack.hidden_size
+    features = stack.proj_size or stack.hidden_size
+    if slot == 0:
+        return rows, stack.input_size if layer == 0 else stack.directions * features
+    if slot == 1:
+        return rows, features
+    if slot < 4 and stack.bias:
+        return (rows,)
+    return stack.proj_size, stack.hidden_size
+
+
+def read_input(input: object, stack: Stack, weights: Sequence[Tensor], batch_first: bool) -> Batch:
+    packed = input if isinstance(input, PackedSequence) else None
+    data = input if packed is None else packed.data
+    if not isinstance(data, Tensor):
+        raise TypeError(f"input is a tensor or a PackedSequence, got {type(data).__name__}")
+    _check_dense("input", data)
+    if packed is not None:
+        _check_packed(packed)
+    if data.dim() not in (2, 3):
+        raise ValueError(f"{stack.cell.upper()}: Expected input to be 2D or 3D, got {data.dim()}D instead")
+    dtype = weights[0].dtype
+    if data.dtype != dtype and not _autocast_together(data, dtype):
+        raise ValueError(
+            f"RNN input dtype ({data.dtype}) does not match weight dtype ({dtype}). "
+            f"Convert input: input.to({dtype}), or convert model: model.to({data.dtype})"
+        )
+    if data.size(-1) != stack.input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {stack.input_size}, got {data.size(-1)}"
+        )
+    for weight in weights:
+        if weight.device != data.device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, "
+                f"found input tensor at {data.device} and parameter tensor at {weight.device}"
+            )
+    if packed is not None:
+        return Batch(data, packed, packed.batch_sizes.numel(), int(packed.batch_sizes[0]), False, False)
+    shape = tuple(data.shape)
+    unbatched = data.dim() == 2
+    if unbatched:
+        data, batch_first = data.unsqueeze(1), False
+    steps, rows = (data.size(1), data.size(0)) if batch_first else (data.size(0), data.size(1))
+    if steps == 0:
+        raise RuntimeError(f"Expected sequence length to be larger than 0 in RNN, got input of shape {shape}")
+    return Batch(data, None, steps, rows, batch_first, unbatched)
+
+
+def _autocast_together(data: Tensor, other: torch.dtype) -> bool:
+    """Whether autocast makes one dtype of the data's and another; it leaves float64 alone."""
+    both = (data.dtype, other)
+    return all(d in FLOATS and d != torch.float64 for d in both) and torch_path.autocast_dtype(data) is not None
+
+
+def _check_packed(packed: PackedSequence) -> None:
+    data, sizes = packed.data, packed.batch_sizes
+    if data.dim() != 2:
+        raise RuntimeError(f"the data of a PackedSequence must be 2-D, got {data.dim()}-D")
+    if not isinstance(sizes, Tensor) or sizes.dtype != torch.int64 or sizes.dim() != 1 or sizes.device.type != "cpu":
+        raise RuntimeError(
+            "batch_sizes of a PackedSequence is a 1-D int64 tensor on the CPU, got "
+            f"{_tensor_described(sizes)}; make the sequence with pack_padded_sequence or pack_sequence"
+        )
+    if sizes.numel() == 0:
+        raise RuntimeError(
+            "Expected sequence length to be larger than 0 in RNN, got a PackedSequence without a step; leave the call "
+            "out for it"
+        )
+    if torch.compiler.is_compiling():
+        return  # a graph has no values to look at
+    if int(sizes[-1]) < 1 or bool((sizes.diff() > 0).any()) or int(sizes.sum()) != data.size(0):
+        raise RuntimeError(
+            "batch_sizes of a PackedSequence are at least 1, never grow and sum up to the rows of its data, "
+            f"{data.size(0)}, got {sizes.tolist()}; make the sequence with pack_padded_sequence or pack_sequence"
+        )
+    for name in ("sorted_indices", "unsorted_indices"):
+        indices = getattr(packed, name)
+        if indices is None:
+            continue
+        of_rows = isinstance(indices, Tensor) and indices.dim() == 1 and indices.numel() == int(sizes[0])
+        if not of_rows or indices.dtype not in INTEGERS:
+            raise RuntimeError(
+                f"{name} of a PackedSequence is None or has an integer for each of its {int(sizes[0])} rows, got "
+                f"{_tensor_described(indices)}; make the sequence with pack_padded_sequence or pack_sequence"
+            )
+
+
+def _tensor_described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} of size {list(value.shape)} on {value.device}"
+
+
+def read_states(stack: Stack, hx: object, batch: Batch, name: str = "hidden") -> list[Tensor]:
+    """[h0] or [h0, c0], each [L*D, B, H], from what the caller gave as hx; zeros for None."""
+    data = batch.data
+    rows = stack.num_layers * stack.directions
+    sizes = [stack.proj_size or stack.hidden_size, stack.hidden_size][: 2 if stack.cell == "lstm" else 1]
+    if hx is None:
+        return [data.new_zeros(rows, batch.rows, size) for size in sizes]
+    states = state_tensors(stack.cell, hx, "hx" if name == "hidden" else name)
+    dims = 2 if batch.unbatched else 3
+    if any(s.dim() != dims for s in states):
+        kind = "unbatched 2-D" if batch.unbatched else "batched 3-D"
+        given = "hx" if name == "hidden" else name
+        names = f"both tensors of {given}" if stack.cell == "lstm" else given
+        got = ", ".join(f"{s.dim()}-D" for s in states)
+        raise RuntimeError(f"For {kind} input, {names} should also be {dims}-D but got {got}")
+    if batch.unbatched:
+        states = [s.unsqueeze(1) for s in states]
+    for k, (state, size) in enumerate(zip(states, sizes, strict=True)):
+        which = f"{name}[{k}]" if stack.cell == "lstm" else name
+        if state.shape != (rows, batch.rows, size):
+            raise RuntimeError(
+                f"Expected {which} size {(rows, batch.rows, size)}, got {list(state.shape)} "
+                "(num_layers * directions, batch, features; batch_first does not apply to states)"
+            )
+        if state.device != data.device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, "
+                f"found input tensor at {data.device} and {name} tensor at {state.device}"
+            )
+        if state.dtype != data.dtype and not _autocast_together(data, state.dtype):
+            raise RuntimeError(
+                f"{which} dtype ({state.dtype}) does not match input dtype ({data.dtype}). "
+                f"Convert it: .to({data.dtype})"
+            )
+    return states
+
+
+def state_tensors(cell: str, hx: object, name: str) -> list[Tensor]:
+    """[h] or [h, c], dense, of what was given as hx, or under another name."""
+    one, pair = ("h0", "(h0, c0)") if name == "hx" else ("h", "(h, c)")
+    if cell == "gru":
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"GRU: {name} is one tensor {one}, got {type(hx).__name__}")
+        states = [hx]
+    elif isinstance(hx, Tensor):
+        raise RuntimeError(
+            f"LSTM: {name} is a pair of tensors {pair}, got one tensor of shape {tuple(hx.shape)}; "
+            "give both, or None for zeros"
+        )
+    elif not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
+        raise TypeError(f"LSTM: {name} is a pair of tensors {pair}, got {type(hx).__name__}")
+    elif len(hx) != 2:
+        raise RuntimeError(f"LSTM: {name} is a pair of tensors {pair}, got {len(hx)} of them")
+    else:
+        states = list(hx)
+    for state in states:
+        _check_dense(name, state)
+    return states
+
+
+class Given(NamedTuple):
+    """The arguments that cut a batch, as they came."""
+
+    lengths: object = None
+    mask: object = None
+    resets: object = None
+    reset_state: object = None
+
+    @property
+    def any(self) -> bool:
+        return any(x is not None for x in self)
+
+
+def read_cuts(stack: Stack, batch: Batch, fresh: bool, given: Given) -> Cuts:
+    """fresh: no initial states were given."""
+    lengths, mask, resets, reset_state = given
+    if mask is not None and (lengths is not None or resets is not None):
+        other = "lengths" if lengths is not None else "resets"
+        raise ValueError(f"mask says by itself which steps a row has, got {other} too; give one of them")
+    if reset_state is not None and mask is not None:
+        raise ValueError("a mask has no resets, got reset_state too; give hx for the state that the rows begin from")
+    if reset_state is not None and resets is None:
+        raise ValueError(
+            "reset_state is the state after a reset, got it without resets; give resets too, or hx instead"
+        )
+    return Cuts(
+        _active(_read_lengths(lengths, batch), batch) if lengths is not None else _read_bools("mask", mask, batch),
+        _read_bools("resets", resets, batch),
+        () if reset_state is None else read_states(stack, reset_state, batch, "reset_state"),
+        fresh,
+    )
+
+
+def _read_lengths(lengths: object, batch: Batch) -> Tensor:
+    """Lengths [B] within [0, T]. On a GPU others are clamped there, and raised later (`segments.check`)."""
+    if batch.packed is not None:
+        raise ValueError("a PackedSequence has lengths of its own; leave lengths out, or give the padded tensor")
+    if not isinstance(lengths, Tensor):
+        raise TypeError(
+            f"lengths is an integer tensor [B] on the input's device, got {type(lengths).__name__}; "
+            "use torch.tensor(lengths, device=input.device)"
+        )
+    _check_dense("lengths", lengths)
+    if batch.unbatched:
+        raise ValueError("lengths goes with a batch, got an unbatched input; cut it: input[:length]")
+    if lengths.dtype not in INTEGERS:
+        raise ValueError(f"lengths is an integer tensor, got {lengths.dtype}; convert it: lengths.long()")
+    if lengths.shape != (batch.rows,):
+        raise RuntimeError(
+            f"Expected lengths size ({batch.rows},), one for each row of the batch, got {list(lengths.shape)}"
+        )
+    _same_device("lengths", lengths, batch.data)
+    return segments.bounded(lengths, batch.steps)
+
+
+def _active(lengths: Tensor, batch: Batch) -> Tensor:
+    return torch.arange(batch.steps, device=lengths.device).unsqueeze(1) < lengths
+
+
+def _read_bools(name: str, value: object, batch: Batch) -> Tensor | None:
+    """Resets or a mask as bool [T, B]."""
+    if value is None:
+        return None
+    if batch.packed is not None:
+        raise ValueError(f"{name} goes with a padded tensor, got a PackedSequence; give the padded tensor and lengths")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a bool tensor [T, B] on the input's device, got {type(value).__name__}")
+    _check_dense(name, value)
+    if value.dtype != torch.bool:
+        raise ValueError(f"{name} is a bool tensor, got {value.dtype}; convert it: {name}.bool()")
+    shapes = {"[T]": (batch.steps,), "[B, T]": (batch.rows, batch.steps), "[T, B]": (batch.steps, batch.rows)}
+    letters = "[T]" if batch.unbatched else "[B, T]" if batch.batch_first else "[T, B]"
+    if value.shape != shapes[letters]:
+        raise RuntimeError(f"Expected {name} size {shapes[letters]}, {letters} as the input, got {list(value.shape)}")
+    _same_device(name, value, batch.data)
+    return value.unsqueeze(1) if batch.unbatched else batch.time_major(value)
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        _refuse_layout(name, tensor)
+
+
+def _refuse_layout(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise RuntimeError(
+            f"{name} is a dense tensor, got a nested one; pad it, torch.nested.to_padded_tensor({name}, 0.0), and give "
+            "the rows' lengths as lengths=..."
+        )
+    raise RuntimeError(f"{name} is a dense tensor, got layout {tensor.layout}; convert it: .to_dense()")
+
+
+def read_rows(rows: object, states: Sequence[Tensor]) -> Tensor:
+    """The rows of a stream's states, each [L, B, features], to begin anew: bool [B]."""
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"rows is a bool tensor [B], got {type(rows).__name__}; use torch.tensor(rows)")
+    _check_dense("rows", rows)
+    batch = states[0].shape[1:-1] if states else rows.shape[:1]
+    if rows.dtype != torch.bool or rows.shape != batch:
+        raise ValueError(
+            f"rows is a bool tensor of size {tuple(batch)}, one for each row of the batch, got {rows.dtype} of "
+            f"size {tuple(rows.shape)}; reset() without rows resets all"
+        )
+    if states and rows.device != states[0].device:
+        raise RuntimeError(f"the state is on {states[0].device} and rows on {rows.device}; move it: rows.to(device)")
+    return rows
+
+
+def _same_device(name: str, tensor: Tensor, data: Tensor) -> None:
+    if tensor.device != data.device:
+        raise RuntimeError(
+            f"Input and {name} are not at the same device, found input at {data.device} and {name} at {tensor.device}; "
+            f"move it: {name}.to(input.device)"
+        )

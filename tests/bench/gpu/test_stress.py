@@ -1,0 +1,154 @@
+"""What runs under load, as far as no load is needed: shapes, verdicts, and what the sanitizer says in other words."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.gpu import command as gpu
+from bench.gpu import stress
+from bench.race.engine import Race
+from persistrnn.kernels import launch
+from persistrnn.results import Check
+
+CPU = torch.device("cpu")
+
+
+def test_shapes_stay_in_their_ranges() -> None:
+    """And reach everything that there is."""
+    generator = random.Random(0)
+    shapes = [stress.drawn(generator, 2048, 48) for _ in range(2000)]
+    assert {c.cell for c in shapes} == {"lstm", "gru"}
+    assert {c.dtype for c in shapes} == {"fp16", "bf16", "tf32", "fp32"}
+    assert {c.bidirectional for c in shapes} == {False, True}
+    assert {c.layers for c in shapes} == {1, 2}
+    assert {c.mode for c in shapes} == {"training"}
+    for name, largest in (("hidden", 2048), ("batch", 200), ("steps", 48), ("input", 64)):
+        values = {getattr(c, name) for c in shapes}
+        assert min(values) == 1, name
+        assert 0.9 * largest < max(values) <= largest, name
+    assert {64, 512, 2048} < {c.hidden for c in shapes}
+    assert len({c.key for c in shapes}) > 1990
+    assert [stress.drawn(random.Random(0), 2048, 48)] == shapes[:1]
+    small = [stress.drawn(generator, 20, 4) for _ in range(200)]
+    assert max(max(c.hidden, c.batch) for c in small) == 20
+    assert max(c.steps for c in small) == 4
+
+
+def test_shapes_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at least; the first wrong one ends it with its name."""
+    seen = []
+
+    def check(race: Race, arm: str, runner: object) -> Check:
+        seen.append(race.case)
+        return Check(race.case, arm, len(seen) != 4, 0.5, "y has error 1")
+
+    monkeypatch.setattr(Race, "check", check)
+    monkeypatch.setattr(Race, "runner", lambda race, arm: None)
+    assert stress.random_shapes(CPU, 0.0, largest=5, longest=3).startswith("1 shapes, ")
+    with pytest.raises(AssertionError) as wrong:
+        stress.random_shapes(CPU, 60.0, largest=5, longest=3)
+    assert str(wrong.value) == f"{seen[3].key}: y has error 1"
+    assert len(seen) == 4
+    assert seen[0] == seen[1], "the same seed"
+
+
+@pytest.mark.interpreter
+def test_shapes_on_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stress.random_shapes(CPU, 0.0, largest=5, longest=3, seed=1).startswith("1 shapes, ")
+    forward = launch.forward
+
+    def wrong(*arguments: object, **options: object) -> tuple[Tensor, ...]:
+        y, *others = forward(*arguments, **options)
+        return y * 1.1, *others
+
+    monkeypatch.setattr(launch, "forward", wrong)
+    with pytest.raises(AssertionError, match=r"training \w+ \w+ I=.*: y has error"):
+        stress.random_shapes(CPU, 0.0, largest=5, longest=3, seed=1)
+
+
+def test_streams_need_a_gpu() -> None:
+    assert stress.many_streams(CPU, 1.0) == "not run: no CUDA device"
+
+
+# The sanitizer
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """program(script): what ``compute-sanitizer`` does; it finds its arguments in "$@"."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def install(script: str) -> None:
+        path = tmp_path / "compute-sanitizer"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ('echo "========= ERROR SUMMARY: 0 errors"', "memcheck: ERROR SUMMARY: 0 errors"),
+        ("echo '========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)'", "memcheck: RACECHECK SUMMARY: 0 "),
+        ("echo '========= Error: Device not supported' >&2; exit 1", "refused: ========= Error: Device not supported"),
+        ("echo 'ERROR SUMMARY: 0 errors'; echo 'no debugger here'; exit 1", "refused: ERROR SUMMARY: 0 errors no "),
+        ("exit 0", "refused: "),
+        ("while :; do :; done", "not finished: memcheck was stopped after 0 s"),
+    ],
+    ids=["clean", "no hazards", "refused", "refused with a summary", "silent", "slow"],
+)  # fmt: skip
+def test_sanitizer(script: str, says: str, program: Callable[[str], None]) -> None:
+    program(script)
+    seconds = 0.2 if "while" in script else 30.0
+    assert stress.sanitizer("memcheck")(CPU, seconds).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        (
+            "echo 'Invalid __global__ read'; echo 'ERROR SUMMARY: 3 errors'; exit 66",
+            "synccheck: ERROR SUMMARY: 3 errors",
+        ),
+        (
+            "echo 'ERROR SUMMARY: 0 errors'; echo 'Traceback (most recent call last)' >&2; exit 1",
+            "synccheck: ERROR SUMMARY: 0 errors",
+        ),
+    ],
+    ids=["found something", "the program itself failed"],
+)
+def test_sanitizer_finds_something(script: str, says: str, program: Callable[[str], None]) -> None:
+    program(script)
+    with pytest.raises(AssertionError, match=says):
+        stress.sanitizer("synccheck")(CPU, 30.0)
+
+
+def test_no_sanitizer(program: Callable[[str], None]) -> None:
+    assert stress.sanitizer("memcheck")(CPU, 1.0) == "not run: there is no compute-sanitizer on this machine"
+
+
+def test_what_the_sanitizer_is_asked(program: Callable[[str], None]) -> None:
+    """The tool by name, a status of its own for errors, and a program that Python can read."""
+    program('echo "ERROR SUMMARY: $1 $2 $3 $4 $6"')
+    assert stress.ITEMS["compute-sanitizer racecheck"](CPU, 30.0).endswith("--tool racecheck --error-exitcode 66 -c")
+
+
+@pytest.mark.parametrize("program", [stress.SANITIZED, gpu.FIRST_CALL], ids=["sanitized", "first call"])
+def test_programs_of_their_own_run(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU, in small and on torch's path: no name in them is misspelt."""
+    for old, new in (
+        ('"cuda"', '"cpu"'),
+        ('"persistent"', '"torch"'),
+        ("torch.cuda.synchronize()", "pass"),
+        ("1024", "8"),
+    ):
+        assert old in program or old == "1024"
+        program = program.replace(old, new)
+    exec(compile(program, "program", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed == "" or 0 < float(printed) < 60

@@ -1,0 +1,162 @@
+"""The clock's table: predicted cycles per time step of the compiled kernels, and what they wait for.
+
+python tests/helpers/clock_table.py [--output FILE] [--write NOTES.md]
+
+makes bench/results/clock.csv anew (about ten minutes on one core, 6 GB; --resume keeps the rows that are there; --only
+CELL-HIDDEN-BATCH for one shape, printed) or puts the table of that file into bench/NOTES.md. It needs no GPU. One group
+of slices is emulated, for three steps, and one of its programs clocked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import os
+import sys
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from emulator import clock, emulate
+from emulator.trace import Trace
+
+import persistrnn
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.planner import hardware, plan
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results" / "clock.csv"
+NOTES = ROOT / "bench" / "NOTES.md"
+DEVICE, ARCH, DTYPE, STEPS, SHARES = "h200", "sm_90", "bf16", 3, 5
+SHAPES = [(cell, hidden, batch) for cell in ("lstm", "gru") for hidden in (256, 512, 1024) for batch in (1, 16, 64)]
+FIELDS = ["cell", "hidden", "batch", "pass", "clock_cycles", "clock_us", "model_us", "ratio", "barriers"]
+FIELDS += [f"{what}_{n}" for n in range(1, SHARES + 1) for what in ("line", "share")]
+MODULES = {"lstm": persistrnn.LSTM, "gru": persistrnn.GRU}
+
+
+@lru_cache
+def functions(file: str) -> list[tuple[int, int, str]]:
+    """(first line, last line, name) of the functions of a file of the kernels."""
+    tree = ast.parse((ROOT / "kernels" / file).read_text())
+    return [(n.lineno, n.end_lineno or 0, n.name) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+
+
+def named(line: str) -> str:
+    """ "cells.py:28" as "cells.py:28 sigmoid"."""
+    file, _, row = line.partition(":")
+    if not row.isdecimal() or not (ROOT / "kernels" / file).exists():
+        return line
+    return " ".join([line, *(name for first, last, name in functions(file) if first <= int(row) <= last)])
+
+
+def row(cell: str, hidden: int, batch: int, way: str, trace: Trace, predicted: float) -> dict[str, str]:
+    device = hardware.named(DEVICE)
+    step = clock.second_step(trace, STEPS, ARCH, device)
+    us = step.cycles / device.clock / 1e3
+    found = [cell, hidden, batch, way, f"{step.cycles:.0f}", f"{us:.2f}", f"{predicted:.2f}", f"{us / predicted:.2f}"]
+    found.append(step.barriers)
+    for line, cycles in step.shares[:SHARES]:
+        found += [named(line), f"{cycles / step.cycles:.2f}"]
+    return dict(zip(FIELDS, map(str, found), strict=True))
+
+
+def rows(cell: str, hidden: int, batch: int) -> list[dict[str, str]]:
+    """Of the forward and of the backward of one layer."""
+    planned = plan.plan(CELLS[cell], hidden, batch, 1, DTYPE, hardware.named(DEVICE))
+    torch.manual_seed(0)
+    x = torch.randn(STEPS, batch, 16, dtype=torch.bfloat16)
+    layer = MODULES[cell](16, hidden, dtype=torch.bfloat16, backend="persistent")
+    traces = []
+    with pytest.MonkeyPatch.context() as patch:
+        # The other groups stay out: what they do not compute is garbage, which nobody here reads.
+        session = emulate(patch, ARCH, units="rows", tolerate=True)
+
+        def follow(slices: int) -> None:
+            traces.append(Trace())
+            session.options |= {"trace": traces[-1], "absent": range(slices, 1 << 12)}
+
+        follow(planned.forward.tiling.slices)
+        y, _ = layer(x)
+        follow(planned.backward.tiling.slices)
+        y.backward(torch.ones_like(y))
+    if [report.kernel.name for report in session.reports] != ["scan_forward", "scan_backward"]:
+        raise RuntimeError(
+            f"other launches than of the two scans: {[report.kernel.name for report in session.reports]}"
+        )
+    both = zip(("forward", "backward"), traces, (planned.forward, planned.backward), strict=True)
+    return [row(cell, hidden, batch, way, trace, part.predicted) for way, trace, part in both]
+
+
+def read(file: Path = RESULTS) -> list[dict[str, str]]:
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def write(found: list[dict[str, str]], file: Path) -> None:
+    part = file.with_suffix(".part")
+    with part.open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+    os.replace(part, file)
+
+
+def table(found: list[dict[str, str]]) -> str:
+    """As it stands in the notebook."""
+    lines = [
+        "| layer, bf16 | pass | clock: cycles | us | model: us | ratio | barriers | five largest shares, by clock |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        shares = [(one[f"line_{n}"], float(one[f"share_{n}"])) for n in range(1, SHARES + 1)]
+        told = ", ".join(f"{line} {share:.0%}" for line, share in shares)
+        layer = f"{one['cell'].upper()} {one['hidden']}, B={one['batch']}"
+        numbers = [one[n] for n in ("clock_cycles", "clock_us", "model_us", "ratio", "barriers")]
+        lines.append(f"| {' | '.join([layer, one['pass'], *numbers, told])} |")
+    return "\n".join(lines)
+
+
+BEGIN, END = "<!-- clock: made by tests/helpers/clock_table.py from results/clock.csv -->\n", "\n<!-- end of clock -->"
+
+
+def put(notes: str, found: list[dict[str, str]]) -> str:
+    """The notebook with the table in its place."""
+    before, _, rest = notes.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"no {BEGIN.strip()} ... {END.strip()}")
+    return before + BEGIN + table(found) + END + after
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the rows go")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the output has, and go on")
+    parser.add_argument("--only", help="one shape, e.g. lstm-256-1: its rows are printed and nothing is written")
+    parser.add_argument(
+        "--write", action="store_true", help="put the table of the results into the notebook, and no more"
+    )
+    asked = parser.parse_args(arguments)
+    if asked.write:
+        NOTES.write_text(put(NOTES.read_text(), read()))
+        return
+    if asked.only:
+        cell, hidden, batch = asked.only.split("-")
+        print(table(rows(cell, int(hidden), int(batch))))
+        return
+    found = read(asked.output) if asked.resume and asked.output.exists() else []
+    there = {(one["cell"], int(one["hidden"]), int(one["batch"])) for one in found}
+    # A process each: what the emulator keeps of a launch would fill the memory.
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for shape in SHAPES:
+            if shape not in there:
+                found += pool.apply(rows, shape)
+                write(found, asked.output)
+                print(*shape, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

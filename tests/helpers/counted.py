@@ -1,0 +1,113 @@
+"""What the compiled scans do per program and time step, counted while the emulator executes them.
+
+`persistrnn audit --run` runs this file: it writes bench/results/counts.csv, from which the table in bench/README.md is
+made. Facts of the code, not times: no GPU is needed for them, and none is there.
+"""
+
+import csv
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import gpu
+import pytest
+import torch
+import triton
+from emulator import Report, emulate
+
+from persistrnn.kernels.cells import CELLS
+
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "counts.csv"
+STEPS = 4
+DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Row:
+    """instructions: PTX, each once for all warps of a program, none of polls that repeat; other: of those, neither
+    memory nor tensor cores nor barriers. weights: bytes of W_hh read in the loop over time, 0 where it stays on the
+    chip. Bytes are of all threads of a program; copies of one number count each."""
+
+    kernel: str
+    dtype: str
+    H: int
+    B: int
+    arch: str
+    triton: str
+    slices: int
+    instructions: int
+    other: int
+    tensor: int
+    barriers: int
+    shared_read: int
+    shared_written: int
+    global_read: int
+    global_written: int
+    weights: int
+
+
+SHAPES = [
+    *((cell, "bf16", hidden, 16) for cell in CELLS for hidden in (256, 512, 1024)),
+    *((cell, "bf16", 512, batch) for cell in CELLS for batch in (1, 64)),
+    *((cell, "tf32", 512, 16) for cell in CELLS),
+]
+
+
+def row(report: Report, cell: str, dtype: str, hidden: int, batch: int, arch: str) -> Row:
+    executed, moved = report.executed(STEPS), report.moved(STEPS)
+
+    def total(*names: str) -> int:
+        return round(sum(count for i, count in executed if i.name in names))
+
+    def bytes_of(way: str, of: str | None = None) -> int:
+        return round(sum(n for (where, w), n in moved.items() if w == way and (where == "shared") == (of == "shared")))
+
+    every = round(sum(count for _, count in executed))
+    tensor, barriers = total("mma", "wgmma"), total("bar")
+    memory = total("ld", "st", "red", "atom", "ldmatrix", "stmatrix")
+    return Row(
+        f"{cell} {'backward' if report.kernel.name.endswith('backward') else 'forward'}",
+        *(dtype, hidden, batch, arch, triton.__version__, report.slices),
+        *(every, every - tensor - barriers - memory, tensor, barriers),
+        *(bytes_of("read", "shared"), bytes_of("written", "shared"), bytes_of("read"), bytes_of("written")),
+        round(moved["weight", "read"]),
+    )
+
+
+def count(cell: str, dtype: str, hidden: int, batch: int, arch: str = "sm_90") -> list[Row]:
+    """Of the forward and the backward as planned for the architecture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "DEVICE", "cpu")
+        patch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+        session = emulate(patch, arch, units="rows")
+        gpu.outputs_and_gradients(cell, *gpu.operands(cell, hidden, batch, STEPS, 1, DTYPES[dtype]))
+    firsts = {report.kernel.name: report for report in reversed(session.reports)}  # of the launches of a pass
+    return [row(firsts[name], cell, dtype, hidden, batch, arch) for name in ("scan_forward", "scan_backward")]
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """In Markdown, of the rows of the file."""
+    names = [f.name for f in fields(Row) if f.name not in ("arch", "triton")]
+    lines = [names, ["---"] * len(names)]
+    lines += [[f"{int(r[n]):,}" if r[n].isdigit() else r[n] for n in names] for r in rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace("_", " ") for line in lines)
+
+
+def read() -> list[dict[str, str]]:
+    with RESULTS.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def main() -> None:
+    rows = []
+    for shape in SHAPES:
+        print("counting", *shape, flush=True)
+        rows += count(*shape)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([f.name for f in fields(Row)])
+        writer.writerows(map(astuple, rows))
+    print(table([row for row in read() if row["B"] == "16"]))
+
+
+if __name__ == "__main__":
+    main()

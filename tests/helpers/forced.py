@@ -1,0 +1,108 @@
+"""Choices that no planner makes at sizes that the interpreter and the emulator can run: every split and home."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from persistrnn import functional, stack
+from persistrnn.kernels import launch, wave
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.device.exchange import PATIENCE, Exchange
+from persistrnn.kernels.planner import pipeline as wave_plan
+from persistrnn.kernels.planner import plan
+from persistrnn.kernels.planner.hardware import INTERPRETER
+from persistrnn.kernels.planner.tiling import Choice, Tiling, smallest_chunk, tiling
+
+ALL = 1 << 20
+
+# Name -> tiles of K, of the smallest size, in (registers, shared memory); what is left is streamed.
+HOMES = {
+    "registers": (ALL, 0),
+    "shared": (0, ALL),
+    "registers and shared": (1, ALL),
+    "all three": (1, 1),
+    "registers and stream": (1, 0),
+    "shared and stream": (0, 1),
+    "stream": (0, 0),
+}
+
+
+def choice(gates: int, backward: bool, homes: str = "registers", **changed: int) -> Choice:
+    """A choice of small tiles. ``changed``: other attributes of ``Choice``."""
+    numbers = {
+        "units": 8, "rows": 1, "batch_tile": 16, "subtiles": 1, "warps": 4, "blocks": 1, "splits": 1,
+        "largest_chunk": 32, "burst": 64,
+    } | changed  # fmt: skip
+    tile = smallest_chunk(numbers["splits"])
+    # Each gate is a segment of K of its own in the backward of the two-dimensional split.
+    registers, shared = (n * tile * (gates if backward and numbers["rows"] > 1 else 1) for n in HOMES[homes])
+    return Choice(**({"in_registers": registers, "in_shared": shared, "stream_chunk": tile} | numbers))
+
+
+def tilings(
+    cell: str, hidden: int, directions: int = 1, size: int = 4, precision: str = "ieee", **chosen: str | int
+) -> tuple[tuple[Choice, Tiling], tuple[Choice, Tiling]]:
+    """The choice and the tiling of the forward and of the backward."""
+    shape = CELLS[cell]
+    found = []
+    for backward in (False, True):
+        made = choice(shape.gates, backward, **chosen)
+        how = {"backward": backward, "size": size, "precision": precision, "interpreted": launch.INTERPRETED}
+        found.append((made, tiling(shape, hidden, directions, made, **how)))
+    return found[0], found[1]
+
+
+def multiplied(dtype: torch.dtype, precision: str) -> dict[str, int | str]:
+    """How ``tilings`` is to multiply: the interpreter always in full float32."""
+    tf32 = dtype == torch.float32 and precision == "tf32" and not launch.INTERPRETED
+    return {"size": dtype.itemsize, "precision": "tf32" if tf32 else "ieee"}
+
+
+def poll() -> str:
+    return "atomic" if launch.INTERPRETED else "ptx"
+
+
+def force(
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: str = "counter",
+    patience: int = PATIENCE,
+    groups: int | None = None,
+    **chosen: str | int,
+) -> None:
+    """Every layer runs as ``chosen`` (see ``choice``), ``groups`` jobs at a time (None: all)."""
+
+    def choose(cell, hidden, batch, directions, dtype, precision, device):
+        passes = []
+        for made, t in tilings(cell.name, hidden, directions, **multiplied(dtype, precision), **chosen):
+            jobs = t.jobs(batch)
+            together = min(groups or jobs, jobs)
+            passes.append(plan.Pass(t, made, together, -(-jobs // together), 0, 0, 0, 0, 0, None, None))
+        return plan.Plan(cell.name, hidden, batch, directions, "fp32", INTERPRETER, *passes, 0.0)
+
+    exchange = Exchange(protocol=protocol, poll=poll(), patience=patience)
+    monkeypatch.setattr(launch, "choose", choose)
+    monkeypatch.setattr(launch, "exchange_for", lambda device: exchange)
+
+
+def force_waves(
+    monkeypatch: pytest.MonkeyPatch, protocol: str = "counter", groups: int | None = None, **chosen: str | int
+) -> None:
+    """Stacks run as waves of this choice (see ``choice``), ``groups`` jobs at a time (None: all)."""
+
+    def choose(cell, hidden, layers, batch, dtype, precision, device):
+        parts = []
+        for made, alone in tilings(cell.name, hidden, 1, **multiplied(dtype, precision), **chosen):
+            t = dataclasses.replace(alone, layers=layers)
+            jobs = t.jobs(batch)
+            together = min(groups or jobs, jobs)
+            parts.append(plan.Pass(t, made, together, -(-jobs // together), 0, 0, 0, 0, 0, None, None))
+        return wave_plan.Wave(layers, parts[0], parts[1], (0.0, 0.0))
+
+    def may(of, x, others, options, precision):
+        return of.num_layers > 1 and options.active_dropout == 0
+
+    monkeypatch.setattr(wave, "choose", choose)
+    monkeypatch.setattr(stack, "_waves", may)
+    monkeypatch.setattr(stack, "_matmul_precision", functional.precision)
+    monkeypatch.setattr(launch, "exchange_for", lambda device: Exchange(protocol=protocol, poll=poll()))

@@ -1,0 +1,127 @@
+"""What the tests on a GPU share: plans, operands, and the bound of accuracy.py on the kernels and on nothing else."""
+
+import itertools
+
+import accuracy
+import pytest
+import torch
+from accuracy import Bound, Case
+
+import persistrnn
+from persistrnn import autograd, ops
+from persistrnn.kernels import launch, wave
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.device.scan import scan_backward, scan_forward
+
+DEVICE = "cuda"
+SEEDS = 3
+
+
+def synchronize():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def planned(cell, hidden, batch, directions, dtype):
+    """The plan of one layer on this device."""
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
+    asked = persistrnn.functional.precision()
+    return launch.choose(CELLS[cell], hidden, batch, directions, dtype, asked, device)
+
+
+def planned_wave(cell, hidden, layers, batch, dtype):
+    """The plan of a stack in one launch on this device; None where there is none."""
+    if layers == 1:
+        return None
+    asked = persistrnn.functional.precision()
+    return wave.choose(CELLS[cell], hidden, layers, batch, dtype, asked, torch.device(DEVICE, 0))
+
+
+def needs_plan(cell, hidden, dtype):
+    """Skip where the device is too small for the size."""
+    reason = ops.unsupported(cell, hidden, 1, 1, dtype, torch.device(DEVICE, 0), persistrnn.functional.precision())
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def check_bound(cell, dtype, precision, shapes, expected=None, pooled=True, seeds=SEEDS):
+    """The bound of accuracy.py over the shapes, on the kernels and on nothing else.
+
+    expected(plan): whether the plan is of the kind that the test is about.
+    """
+    # tf32 rounds operands as float16 does; cuDNN, the witness, is free not to use it: no pooled bound there.
+    tf32 = precision == "tf32"
+    bound = Bound(torch.float16 if tf32 else accuracy.DTYPES[dtype])
+    for shape, seed in itertools.product(shapes, range(seeds)):
+        hidden, batch, steps, layers, bidirectional, bias, state = shape
+        case = Case(cell, dtype, hidden, batch, steps, layers, bidirectional, bias, state)
+        plan = planned(cell, hidden, batch, 2 if bidirectional else 1, accuracy.DTYPES[dtype])
+        assert expected is None or expected(plan), str(plan)
+        before = launch.LAUNCHES.copy()
+        bound.add((case, seed), *accuracy.run(case, seed, device=DEVICE))
+        counts = {"scan_forward": layers * plan.forward.rounds, "scan_backward": layers * plan.backward.rounds}
+        waved = planned_wave(cell, hidden, layers, batch, accuracy.DTYPES[dtype]) if not bidirectional else None
+        if waved is not None and waved.faster(steps, True):
+            counts = {"scan_forward": waved.forward.rounds, "scan_backward": waved.backward.rounds}
+        assert launch.LAUNCHES - before == counts, case
+    if pooled and not tf32:
+        bound.check()
+    assert not bound.failures, "\n".join(bound.failures)
+
+
+def one_slice(plan):
+    return plan.forward.tiling.slices == plan.backward.tiling.slices == 1
+
+
+def many_slices(plan):
+    return plan.forward.tiling.slices > 1 and plan.backward.tiling.slices > 1
+
+
+def two_dimensions(plan):
+    return plan.forward.tiling.rows > 1 or plan.backward.tiling.rows > 1
+
+
+def streams(plan):
+    return plan.forward.shares.streamed > 0 and plan.backward.shares.streamed > 0
+
+
+def operands(cell, hidden, batch, steps, directions, dtype, seed=0):
+    """Arguments of `autograd.recurrent` (c0 is None for the GRU), leaves that require gradients, and cotangents."""
+    torch.manual_seed(seed)
+    rows = CELLS[cell].gates * hidden
+    bound = hidden**-0.5
+    shapes = {
+        "x_gates": (steps, batch, directions, rows),
+        "weight_hh": (directions, rows, hidden),
+        "bias_hh": (directions, rows),
+        "h0": (directions, batch, hidden),
+        "c0": (directions, batch, hidden),
+    }
+    made = {
+        name: torch.randn(shape, dtype=dtype, device=DEVICE).mul_(bound if name in ("weight_hh", "bias_hh") else 1)
+        for name, shape in shapes.items()
+    }
+    if cell == "gru":
+        made["c0"] = None
+    for tensor in made.values():
+        if tensor is not None:
+            tensor.requires_grad_()
+    state = (directions, batch, hidden)
+    shapes = [(steps, batch, directions * hidden), state, *([state] if cell == "lstm" else [])]
+    return made, [torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes]
+
+
+def outputs_and_gradients(cell, made, cotangents):
+    """Everything that the kernels make of the operands: outputs, then gradients."""
+    outputs = [t for t in autograd.recurrent(cell, *made.values(), persistrnn.functional.precision()) if t is not None]
+    leaves = [t for t in made.values() if t is not None]
+    return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, leaves, cotangents))
+
+
+def count_differences(found, expected):
+    return sum(not torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def compiled_kernels():
+    """How many variants of the scan kernels Triton holds for this device."""
+    return sum(len(caches[0]) for kernel in (scan_forward, scan_backward) for caches in kernel.device_caches.values())

@@ -1,0 +1,382 @@
+"""The audit: a sample of the compiled kernels is green, and the audit finds what it is there to find.
+
+`make audit` does the whole table; here is a sample of it that takes a minute or two.
+"""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.inspect import audit
+from persistrnn.kernels.inspect.audit import Case, Homes
+from persistrnn.kernels.planner import hardware
+
+pytestmark = pytest.mark.audit
+
+# Every cell and pass, every dtype of each, all architectures; one slice and many, both splits, several batch tiles,
+# every home, full chunks and ragged ones.
+SAMPLE = [
+    # cell, backward, dtype, hidden, arch, batch, directions
+    Case("lstm", False, "bf16", 64, "sm_90", 512),
+    Case("lstm", False, "fp16", 320, "sm_80", 16),
+    Case("lstm", False, "bf16", 2048, "sm_90", 16),
+    Case("lstm", False, "fp16", 1000, "sm_90", 1),
+    Case("lstm", False, "tf32", 1536, "sm_90", 16),
+    Case("lstm", False, "fp32", 256, "sm_80", 16),
+    Case("lstm", False, "bf16", 4096, "sm_100", 64),
+    Case("lstm", True, "fp16", 128, "sm_80", 16),
+    Case("lstm", True, "bf16", 640, "sm_80", 64, 2),
+    Case("lstm", True, "bf16", 2048, "sm_90", 64),
+    Case("lstm", True, "fp16", 200, "sm_100", 1),
+    Case("lstm", True, "tf32", 1024, "sm_80", 16),
+    Case("lstm", True, "fp32", 320, "sm_90", 16),
+    Case("gru", False, "fp16", 100, "sm_90", 64),
+    Case("gru", False, "bf16", 512, "sm_80", 64),
+    Case("gru", False, "fp16", 2816, "sm_90", 32),
+    Case("gru", False, "tf32", 64, "sm_80", 16),
+    Case("gru", False, "tf32", 512, "sm_100", 16),
+    Case("gru", False, "fp32", 768, "sm_90", 16),
+    Case("gru", False, "bf16", 512, "gfx942", 16),
+    Case("gru", True, "bf16", 64, "sm_80", 16),
+    Case("gru", True, "fp16", 640, "sm_80", 16, 2),
+    Case("gru", True, "bf16", 1150, "sm_90", 80),
+    Case("gru", True, "bf16", 2560, "sm_80", 1),
+    Case("gru", True, "tf32", 768, "sm_90", 16),
+    Case("gru", True, "fp32", 512, "sm_80", 16),
+    Case("lstm", True, "bf16", 1024, "gfx942", 16),
+    # Rows that begin anew or end, gradients of the reset states and of every c: more tiles alive, and no spill.
+    Case("lstm", False, "bf16", 1024, "sm_90", 64, marks=True),
+    Case("lstm", True, "bf16", 1024, "sm_90", 16, 2, marks=True),
+    Case("lstm", True, "tf32", 128, "sm_80", 16, marks=True),
+    Case("gru", False, "fp16", 320, "sm_80", 16, 2, marks=True),
+    Case("gru", True, "bf16", 1150, "sm_90", 80, marks=True),
+    Case("gru", True, "bf16", 512, "sm_100", 64, marks=True),
+    # Chunks of time: c and the gradients of the states in float32.
+    Case("lstm", False, "bf16", 2048, "sm_90", 64, chunked=True),
+    Case("lstm", True, "bf16", 2048, "sm_90", 64, chunked=True),
+    Case("lstm", True, "fp16", 320, "sm_80", 16, 2, chunked=True),
+    Case("gru", True, "bf16", 1150, "sm_90", 80, chunked=True),
+]
+
+SMALL = Case("gru", False, "bf16", 32, "sm_90")  # one slice, and quick to compile
+SHARED = Case("gru", False, "bf16", 256, "sm_90")  # many slices
+
+
+def identity(case: Case) -> str:
+    name = f"{case.cell}-{'backward' if case.backward else 'forward'}-{case.dtype}-{case.hidden}-B{case.batch}"
+    return f"{name}-D{case.directions}-{case.arch}{'-marks' * case.marks}{'-chunked' * case.chunked}"
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=identity)
+def test_kernel_keeps_its_weights_where_the_plan_says(case):
+    row = audit.audit(case)
+    assert row.failures == ""
+    assert row.refused == ""
+    part = audit.planned(case)
+    assert row.streamed == part.streamed
+    assert row.in_registers + row.in_shared == part.in_registers + part.in_shared
+    assert row.in_registers + row.in_shared + row.streamed > 0
+    assert row.spills == 0
+    assert 0 < row.shared <= hardware.named(audit.DEVICE_OF_ARCH[case.arch]).shared
+    if case.arch.startswith("gfx"):
+        return
+    assert row.in_registers == part.in_registers
+    if case.dtype == "fp32":
+        assert row.tensor == "none", "full float32 has no tensor instruction"
+    else:
+        assert row.tensor.split(".")[0] in ("HMMA", "HGMMA", "UTCHMMA")
+
+
+def test_sample_is_spread():
+    assert {(c.cell, c.backward, c.dtype) for c in SAMPLE} == {
+        (cell, backward, dtype) for cell in ("lstm", "gru") for backward in (False, True) for dtype in audit.DTYPES
+    }
+    assert {c.arch for c in SAMPLE} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    parts = [audit.planned(c) for c in SAMPLE]
+    assert any(p.in_registers and p.in_shared and p.streamed for p in parts), "all three homes in one kernel"
+    assert any(p.tiling.rows > 1 for p in parts)
+    assert any(p.tiling.subtiles > 1 for p in parts)
+    assert any(p.tiling.slices == 1 for p in parts)
+
+
+# ---- following the weights through TTGIR ---------------------------------------------------------------------------
+
+# What Triton 3.6 and 3.9 print, shortened: %turn is the loop around the tiles in shared memory, %step that over time.
+TTGIR = """
+#loc = loc("scan.py":1:0)
+module attributes {{"ttg.num-warps" = 4 : i32}} {{
+  tt.func public @scan(%x: !tt.ptr<f16>, %weight: !tt.ptr<f16> {{tt.divisibility = 16 : i32}} loc(#loc), %T: i32) {{
+    %zero = arith.constant 0 : i32 loc(#loc)
+    %others = tt.splat %x : !tt.ptr<f16> -> tensor<16x32x!tt.ptr<f16>, #blocked> loc(#loc)
+    %corner = tt.addptr %weight, %zero : !tt.ptr<f16>, i32 loc(#loc)
+    %splat = tt.splat %corner : !tt.ptr<f16> -> tensor<16x32x!tt.ptr<f16>, #blocked> loc(#loc)
+    %pointers = tt.addptr %splat, %zero : tensor<16x32x!tt.ptr<f16>, #blocked>, tensor<16x32xi32, #blocked> loc(#loc)
+    {before}
+    %turn:2 = scf.while (%a = %zero, %moving = {carried}) : (i32, tensor<16x32xf16, #blocked>) -> (i32) {{
+      %more = arith.cmpi slt, %a, %once : i32 loc(#loc)
+      scf.condition(%more) %a, %moving : i32, tensor<16x32xf16, #blocked> loc(#loc)
+    }} do {{
+    ^bb0(%a: i32 loc("turn"), %moving: tensor<16x32xf16, #blocked> loc("ahead")):
+      {between}
+      %step = scf.while (%b = %zero) : (i32) -> i32 {{
+        scf.condition(%more) %b : i32 loc(#loc)
+      }} do {{
+      ^bb0(%b: i32 loc("step")):
+        {body}
+        scf.yield %b : i32 loc(#loc)
+      }} loc(#loc)
+      scf.yield %a, %moving : i32, tensor<16x32xf16, #blocked> loc(#loc)
+    }} loc(#loc)
+    tt.return loc(#loc)
+  }} loc(#loc)
+}} loc(#loc)
+"""
+
+TILE = 16 * 32 * 2  # bytes
+LOAD = "%w{n} = tt.load {p} : tensor<16x32x!tt.ptr<f16>, #blocked> loc(#loc)\n"
+ALLOC = "%s{n} = ttg.local_alloc %w{n} : (tensor<16x32xf16, #blocked>) -> !ttg.memdesc<16x32xf16, #shared> loc(#loc)\n"
+READ = "%d{n} = ttg.local_load %s{n} : !ttg.memdesc<16x32xf16, #shared> -> tensor<16x32xf16, #dot> loc(#loc)\n"
+CONVERT = "%d{n} = ttg.convert_layout %w{n} : tensor<16x32xf16, #blocked> -> tensor<16x32xf16, #dot> loc(#loc)\n"
+DOT = (
+    "%r{n} = tt.dot %d{n}, %h, %acc : tensor<16x32xf16, #dot> * tensor<32x8xf16, #dot> -> tensor<16x8xf32> loc(#loc)\n"
+)
+FOR = "%o{n} = scf.for %i = %c0_i32 to %c{trips}_i32 step %c1_i32 iter_args(%acc = %z) -> (f32) : i32 {{\n{inside}}}\n"
+
+
+def ttgir(before="", between="", body="", carried="%others"):
+    return TTGIR.format(before=before, between=between, body=body, carried=carried)
+
+
+def op(*templates: str, n: int = 1, p: str = "%pointers") -> str:
+    return "".join(template.format(n=n, p=p) for template in templates)
+
+
+def loop(inside: str, trips: int, n: int = 1) -> str:
+    return FOR.format(n=n, trips=trips, inside=inside)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (ttgir(), Homes(0, 0, 0)),
+        # made before the loop over time, used in it
+        (ttgir(before=op(LOAD, ALLOC, READ), body=op(DOT)), Homes(TILE, 0, 0)),
+        (ttgir(before=op(LOAD, CONVERT), body=op(DOT)), Homes(TILE, 0, 0)),
+        (ttgir(between=op(LOAD, ALLOC, READ), body=op(DOT)), Homes(TILE, 0, 0)),
+        # read from shared memory in each step
+        (ttgir(between=op(LOAD, ALLOC), body=op(READ, DOT)), Homes(0, TILE, 0)),
+        (ttgir(before=op(LOAD, ALLOC), body=loop(op(READ, DOT), 1)), Homes(0, TILE, 0)),
+        # a warp-group product reads it itself
+        (
+            ttgir(
+                before=op(LOAD, ALLOC),
+                body="%r = ttng.warp_group_dot %s1, %h, %acc : !ttg.memdesc<16x32xf16> * tensor<32x8xf16>\n",
+            ),
+            Homes(0, TILE, 0),
+        ),
+        # the same by the fifth generation's, which has no result
+        (
+            ttgir(
+                before=op(LOAD, ALLOC),
+                body="ttng.tc_gen5_mma %s1, %h, %acc[], %t, %t : !ttg.memdesc<16x32xf16>, !ttg.memdesc<32x8xf16>\n",
+            ),
+            Homes(0, TILE, 0),
+        ),
+        # loaded in each step, once or more often
+        (ttgir(body=op(LOAD, ALLOC, READ, DOT)), Homes(0, 0, TILE)),
+        (ttgir(body=loop(op(LOAD, ALLOC, READ, DOT), 7)), Homes(0, 0, 7 * TILE)),
+        (ttgir(body=loop(loop(op(LOAD), 3), 5)), Homes(0, 0, 15 * TILE)),
+        (ttgir(body=op(LOAD, p="%splat")), Homes(0, 0, TILE)),
+        # one ahead: the first one, loaded before, is no resident tile
+        (ttgir(between=op(LOAD), body=loop(op(LOAD, n=2), 4)), Homes(0, 0, 4 * TILE)),
+        # others' loads do not count
+        (ttgir(body=op(LOAD, p="%others")), Homes(0, 0, 0)),
+        (ttgir(before=op(LOAD, ALLOC, READ, p="%others"), body=op(DOT)), Homes(0, 0, 0)),
+        # all at once
+        (
+            ttgir(
+                before=op(LOAD, ALLOC, READ),
+                between=op(LOAD, ALLOC, n=2),
+                body=op(DOT) + loop(op(READ, DOT, n=2), 1) + loop(op(LOAD, n=3), 2),
+            ),
+            Homes(TILE, TILE, 2 * TILE),
+        ),
+    ],
+)
+def test_weights_are_found_where_they_are(text, expected):
+    assert audit.homes(text) == expected
+
+
+def test_two_homes_of_one_tile_are_an_error():
+    text = ttgir(before=op(LOAD, ALLOC, READ), body=op(DOT) + op(READ, DOT))
+    with pytest.raises(ValueError, match="two homes"):
+        audit.homes(text)
+
+
+def test_a_load_of_another_form_is_an_error():
+    with pytest.raises(ValueError, match="does not know"):
+        audit.homes(ttgir(body="%w = tt.load %corner : !tt.ptr<f16> loc(#loc)\n"))
+
+
+@pytest.mark.parametrize("field", ["in_registers", "in_shared", "streamed"])
+def test_a_plan_that_says_otherwise_is_caught(monkeypatch, field):
+    part = audit.planned(SHARED)
+    lie = dataclasses.replace(part, **{field: getattr(part, field) + 4096})
+    monkeypatch.setattr(audit, "planned", lambda case: lie)
+    failures = audit.audit(SHARED).failures
+    assert failures.startswith("weights are in Homes(")
+    assert f"the plan says {Homes(lie.in_registers, lie.in_shared, lie.streamed)}" in failures
+
+
+def test_a_kernel_that_streams_what_the_plan_keeps_is_caught(monkeypatch):
+    """The kernel of another choice, really compiled, beside the plan's numbers."""
+    part = audit.planned(SHARED)
+    t = dataclasses.replace(
+        part.tiling, chunks=(), in_registers=0, bursts=(), stream_start=0, stream_chunk=128, streamed=2
+    )
+    streaming = audit.compile_pass(SHARED, dataclasses.replace(part, tiling=t))
+    assert audit.homes(streaming.asm["ttgir"]) == Homes(0, 0, part.tiling.m * 256 * 2)
+    monkeypatch.setattr(audit, "compile_pass", lambda case, part: streaming)
+    assert "weights are in Homes(registers=0, shared=0" in audit.audit(SHARED).failures
+
+
+def test_a_kernel_whose_weights_are_lost_is_caught(monkeypatch):
+    """Where the trail is lost, nothing found proves nothing."""
+    compiled = audit.compile_pass(SMALL, audit.planned(SMALL))
+    asm = dict(compiled.asm) | {"ttgir": compiled.asm["ttgir"].replace("%weight", "%mislaid")}
+    replaced = SimpleNamespace(asm=asm, metadata=compiled.metadata)
+    monkeypatch.setattr(audit, "compile_pass", lambda case, part: replaced)
+    assert "weights are in Homes(registers=0, shared=0, streamed=0)" in audit.audit(SMALL).failures
+
+
+# ---- the other findings --------------------------------------------------------------------------------------------
+
+
+def test_real_spills_are_found(monkeypatch):
+    """The same kernel with 40 registers per thread (ptxas refuses fewer than 34)."""
+    original = audit.options
+    assert audit.audit(SMALL).spills == 0
+    monkeypatch.setattr(audit, "options", lambda part, arch: original(part, arch) | {"maxnreg": 40})
+    row = audit.audit(SMALL)
+    assert row.registers <= 40
+    assert row.spills > 0
+    assert row.failures == f"{row.spills} spill instructions"
+
+
+def test_spills_are_counted_by_instruction(monkeypatch):
+    found = Counter(
+        {"LDL.64": 2, "STL": 1, "LDL": 4, "LDG.E.128": 8, "HMMA.16816.F32.BF16": 3, "STS": 5, "BAR.SYNC": 2}
+    )
+    monkeypatch.setattr(audit, "disassemble", lambda cubin: (99, found))
+    row = audit.audit(SMALL)
+    assert (row.spills, row.registers, row.barriers, row.instructions) == (7, 99, 2, 25)
+    assert row.tensor == "HMMA.16816.F32.BF16"
+    assert row.failures == "7 spill instructions"
+
+
+def test_a_product_off_the_tensor_cores_is_found(monkeypatch):
+    monkeypatch.setattr(audit, "disassemble", lambda cubin: (99, Counter({"FFMA": 1000})))
+    row = audit.audit(SMALL)
+    assert row.tensor == "none"
+    assert row.failures == "no tensor-core instruction"
+    full = dataclasses.replace(SMALL, dtype="fp32")
+    assert audit.audit(full).failures == "", "full float32 needs none"
+
+
+def test_too_much_shared_memory_is_found(monkeypatch):
+    """By the device's limit, which the compiler does not check, and by the plan's bound."""
+    part = audit.planned(SMALL)
+    compiled = audit.compile_pass(SMALL, part)
+    used = compiled.metadata.shared
+    assert 0 < used <= part.shared
+    monkeypatch.setattr(audit, "planned", lambda case: dataclasses.replace(part, shared=used - 1))
+    row = audit.audit(SMALL)
+    assert row.shared == used
+    assert row.failures == f"{used} bytes of shared memory, the plan's bound is {used - 1}"
+
+    monkeypatch.setattr(audit, "planned", lambda case: part)
+    small = dataclasses.replace(hardware.DEVICES["h200"], shared=used - 1)
+    monkeypatch.setattr(audit.devices, "named", lambda name: small)
+    assert audit.audit(SMALL).failures == f"{used} bytes of shared memory, limit {used - 1}"
+    monkeypatch.setattr(audit.devices, "named", lambda name: dataclasses.replace(small, shared=used))
+    assert audit.audit(SMALL).failures == ""
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "finding"),
+    [("ld.acquire.gpu", "ld.relaxed.gpu", "no acquire load"), (".release", ".relaxed", "no release add")],
+)
+def test_a_lost_memory_order_is_found(monkeypatch, pattern, replacement, finding):
+    part = audit.planned(SHARED)
+    compiled = audit.compile_pass(SHARED, part)
+    assert part.tiling.slices > 1
+    asm = {name: compiled.asm[name] for name in ("ttgir", "cubin")}
+    asm["ptx"] = compiled.asm["ptx"].replace(pattern, replacement)
+    assert asm["ptx"] != compiled.asm["ptx"]
+    replaced = SimpleNamespace(asm=asm, metadata=compiled.metadata)
+    monkeypatch.setattr(audit, "compile_pass", lambda case, part: replaced)
+    assert audit.audit(SHARED).failures == finding
+
+
+def test_a_refused_size_is_a_row_that_says_so():
+    row = audit.audit(Case("lstm", True, "fp32", 40_000, "sm_80"))
+    assert "hidden_size=40000" in row.refused
+    assert (row.failures, row.slices, row.registers) == ("", 0, 0)
+
+
+def test_key_follows_what_is_compiled(monkeypatch, tmp_path):
+    """A finished row is not compiled again while its key is the same: so the key must see all that decides."""
+    part = audit.planned(SHARED)
+    before = audit.key(SHARED, part)
+    assert audit.key(dataclasses.replace(SHARED, batch=12), part) == before, "the batch is no part of a kernel"
+    other_kernels = {"cell": "lstm"}, {"backward": True}, {"dtype": "fp16"}, {"arch": "sm_80"}, {"chunked": True}
+    for changed in other_kernels:
+        assert audit.key(dataclasses.replace(SHARED, **changed), part) != before
+    other = dataclasses.replace(part, choice=dataclasses.replace(part.choice, warps=4))
+    assert audit.key(SHARED, other) != before
+    other = dataclasses.replace(part, tiling=dataclasses.replace(part.tiling, subtiles=2))
+    assert audit.key(SHARED, other) != before
+    folder = audit.Path(audit.__file__).parents[1]
+    shutil.copytree(folder, tmp_path / "kernels")
+    monkeypatch.setattr(audit, "__file__", str(tmp_path / "kernels" / "inspect" / "audit.py"))
+    assert audit.key(SHARED, part) == before
+    for name in ("scan", "product", "tiles", "tile_tuples", "step_flags", "pointwise", "exchange", "../launch"):
+        path = tmp_path / "kernels" / "device" / f"{name}.py"
+        content = path.read_text()
+        path.write_text(content + "\n# changed\n")
+        assert audit.key(SHARED, part) != before, name
+        path.write_text(content)
+    assert audit.key(SHARED, part) == before
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
+def test_gates_are_formed_again_without_a_spill(cell, arch):
+    shape = cell.states, cell.gates, 2, cell.saved, 1000
+    compiled = audit.compile_activation(cell, "bf16", arch, shape)
+    assert compiled.metadata.shared == 0, "elementwise"
+    if arch != "gfx942":
+        registers, sass = audit.disassemble(compiled.asm["cubin"])
+        assert registers < 128
+        assert not [name for name in sass if name.split(".")[0] in ("LDL", "STL")]
+
+
+def test_audit_needs_no_gpu():
+    code = """
+        import torch
+        torch.cuda.init = torch.cuda._lazy_init = None  # a call of either would fail
+        from persistrnn.kernels.inspect import audit
+        print(audit.audit(audit.Case("lstm", False, "fp16", 64, "sm_80")).failures or "ok")
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    line = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.stdout.strip() == "ok", done.stderr

@@ -1,0 +1,46 @@
+"""What the compiled kernels do per step: the file is what a fresh run counts, and the page is made of the file."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import counted
+import pytest
+import triton
+
+from persistrnn.kernels.inspect import audit_command as audit_table
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("shape", [("lstm", "bf16", 256, 16), ("gru", "tf32", 512, 16)], ids=str)
+def test_counts_are_those_of_a_fresh_run(shape):
+    if triton.__version__ not in {row["triton"] for row in counted.read()}:
+        pytest.skip(f"the file is of another Triton than {triton.__version__}")
+    kept = {(r["kernel"], r["dtype"], int(r["H"]), int(r["B"])): r for r in counted.read()}
+    for row in counted.count(*shape):
+        assert {name: str(value) for name, value in asdict(row).items()} == kept[row.kernel, row.dtype, row.H, row.B]
+
+
+def test_the_file_has_every_shape():
+    assert len(counted.read()) == 2 * len(counted.SHAPES)
+
+
+def test_nothing_resident_is_read_in_the_loop():
+    """None of these sizes streams."""
+    assert {row["weights"] for row in counted.read()} == {"0"}
+
+
+def test_the_page_is_made_of_the_file():
+    page = (ROOT / "bench" / "README.md").read_text()
+    assert counted.table([row for row in counted.read() if row["B"] == "16"]) in page, (
+        "python tests/helpers/counted.py prints it"
+    )
+
+
+def test_counting_needs_a_checkout(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(audit_table, "COUNTS", tmp_path / "counted.py")
+    monkeypatch.setattr("sys.argv", ["audit", "--run"])
+    with pytest.raises(SystemExit):
+        audit_table.main()
+    assert "needs a checkout" in capsys.readouterr().err

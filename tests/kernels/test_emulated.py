@@ -1,0 +1,335 @@
+"""The compiled kernels, run on a CPU: right, without a race or an access out of bounds, under any schedule.
+
+`make emulate` runs more of them for longer (test_emulated_long.py).
+"""
+
+import accuracy
+import cuts
+import emulated as cases
+import pytest
+import torch
+from emulated import ARCHITECTURES, COUNTER, FLAGS, GROUPS, failures, precise
+from emulator import EmulatorError, Schedule
+from emulator.opcodes import ACQUIRE, LOAD, RELEASE, STORE
+from forced import force_waves
+from gpu import operands, outputs_and_gradients
+
+import persistrnn
+from persistrnn import reference
+from persistrnn.kernels import launch
+from persistrnn.kernels.device.exchange import Exchange
+from persistrnn.kernels.planner import memory
+
+pytestmark = pytest.mark.emulator
+
+# One slice, several, both splits, every home, streams, batch tiles, directions, both protocols.
+CASES = [
+    # cell, dtype, protocol, hidden, batch, layers, bidirectional, chosen
+    ("lstm", "fp32", "counter", 13, 3, 1, False, {"units": 16}),  # one slice
+    ("gru", "bf16", "counter", 13, 3, 1, True, {"units": 16, "homes": "shared"}),
+    ("lstm", "bf16", "counter", 21, 17, 1, False, {"homes": "all three"}),
+    ("gru", "fp16", "counter", 29, 1, 1, True, {"homes": "shared and stream", "splits": 2}),
+    ("lstm", "fp16", "flags", 21, 3, 1, False, {"homes": "registers and shared"}),
+    ("gru", "fp32", "flags", 13, 3, 1, False, {"homes": "stream", "splits": 2}),
+    ("lstm", "fp32", "counter", 29, 3, 1, False, {"rows": 2}),
+    ("gru", "bf16", "flags", 99, 3, 1, False, {"rows": 2, "units": 32, "homes": "all three"}),
+    ("lstm", "bf16", "counter", 27, 19, 1, False, {"subtiles": 2, "batch_tile": 8, "homes": "shared"}),
+    ("gru", "fp16", "counter", 61, 11, 1, False, {"rows": 2, "units": 16, "subtiles": 2, "batch_tile": 8}),
+]
+# In warps one program has other interleavings within; in rows all of a group move together.
+UNITS = ("programs", "warps", "rows")
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: "-".join(str(x) for x in (i, *CASES[i][:4])))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiled_kernels_keep_the_bound(emulated, forced, monkeypatch, arch, index):
+    cell, dtype, protocol, hidden, batch, layers, bidirectional, chosen = CASES[index]
+    precise(monkeypatch, "ieee")
+    session = emulated(arch, units=UNITS[index % 3], schedule=Schedule(seed=index, slow=((index % 2, None, None),)))
+    forced(protocol, **chosen)
+    assert failures(accuracy.Case(cell, dtype, hidden, batch, 3, layers, bidirectional, True, True)) == []
+    assert {report.kernel.name for report in session.reports} == {"scan_forward", "scan_backward"}
+
+
+@pytest.mark.parametrize(
+    ("cell", "protocol", "chosen"), [("lstm", "counter", {}), ("gru", "flags", {"homes": "shared"})]
+)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_stack_in_one_launch(emulated, monkeypatch, arch, cell, protocol, chosen):
+    session = emulated(arch, schedule=Schedule(seed=1, slow=((0, None, None),), rarely=20))
+    force_waves(monkeypatch, protocol, **chosen)
+    precise(monkeypatch, "ieee")
+    assert failures(accuracy.Case(cell, "bf16", 13, 3, 4, 3, False, True, True)) == []
+    assert [report.kernel.name for report in session.reports] == ["scan_forward", "scan_backward"]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "case"),
+    [
+        ("counter", cuts.Case("lstm", "bf16", 13, 3, 5, 1, False, 0, True, True, True, True)),
+        ("flags", cuts.Case("gru", "fp32", 13, 3, 4, 1, True, 0, True, True, True, True)),
+    ],
+    ids=["lstm", "gru"],
+)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_rows_that_begin_anew_or_end(emulated, forced, monkeypatch, arch, protocol, case):
+    precise(monkeypatch, "ieee")
+    emulated(arch)
+    forced(protocol)
+    bound = accuracy.Bound(accuracy.DTYPES[case.dtype])
+    bound.add(case, *cuts.run(case, 0))
+    assert bound.failures == []
+
+
+@pytest.mark.parametrize(("cell", "dtype"), [("lstm", torch.bfloat16), ("gru", torch.float32)])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_chunks_of_time(emulated, forced, monkeypatch, arch, cell, dtype):
+    """c and the gradients of the states in float32, and the gates formed again."""
+    precise(monkeypatch, "ieee")
+    session = emulated(arch, units="rows")
+    forced(homes="registers and shared")
+    found = []
+    for save in ("gates", "state"):
+        monkeypatch.setattr(memory, "chunk_steps", lambda *_: 2)
+        torch.manual_seed(0)
+        layer = getattr(persistrnn, cell.upper())(5, 19, backend="persistent", dtype=dtype, save=save)
+        y, _ = layer(x := torch.randn(5, 3, 5, dtype=dtype, requires_grad=True))
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()])])
+    assert "activate" in [report.kernel.name for report in session.reports]
+    for gates, state in zip(*found, strict=True):
+        assert (gates - state).float().norm() <= 4 * torch.finfo(dtype).eps * gates.float().norm()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_as_planned(emulated, monkeypatch, arch):
+    """The plan's own choices: on Hopper warp groups multiply (wgmma)."""
+    session = emulated(arch, units="rows")
+    assert failures(accuracy.Case("lstm", "bf16", 64, 16, 3, 1, False, True, True)) == []
+    assert session.reports[0].kernel.uses("wgmma" if arch == "sm_90" else "mma")
+
+
+# ---- tf32 ---------------------------------------------------------------------------------------------------------
+
+
+def tf32_errors(monkeypatch, cell, hidden, steps=8, batch=16):
+    """(ours, that of rounded operands) of the outputs and of the gradients: relative RMS errors, pooled over each."""
+    precise(monkeypatch, "tf32")
+    monkeypatch.setattr("gpu.DEVICE", "cpu")
+    made, cotangents = operands(cell, hidden, batch, steps, 1, torch.float32)
+    ours = outputs_and_gradients(cell, made, cotangents)
+    exact = {n: None if t is None else t.detach().double().requires_grad_() for n, t in made.items()}
+    others = []
+    for _ in range(2):
+        found = [t for t in reference.recurrent(cell, *exact.values())[:3] if t is not None]
+        leaves = [t for t in exact.values() if t is not None]
+        others.append([*found, *torch.autograd.grad(found, leaves, [c.double() for c in cotangents])])
+        cases.with_rounded_operands(monkeypatch)
+    truth, witness = others
+    outputs = len(cotangents)
+
+    def error(found, part):
+        each = [
+            ((a - b).square().sum() / b.square().sum()).item() for a, b in zip(found[part], truth[part], strict=True)
+        ]
+        return (sum(each) / len(each)) ** 0.5
+
+    return [(error(ours, part), error(witness, part)) for part in (slice(outputs), slice(outputs, None))]
+
+
+@pytest.mark.parametrize(
+    ("cell", "hidden", "chosen"),
+    [
+        ("lstm", 128, None),
+        ("gru", 61, {"homes": "all three"}),
+        ("lstm", 61, {"rows": 2, "units": 16, "homes": "stream"}),
+    ],
+    ids=["planned", "all homes", "two dimensions"],
+)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_tf32_rounds_its_operands(emulated, forced, monkeypatch, arch, cell, hidden, chosen):
+    """The emulator cuts operands, as tensor cores do: unrounded they would have 2.5 times the error."""
+    session = emulated(arch, units="rows")
+    if chosen is not None:
+        forced(**chosen)
+    for ours, witness in tf32_errors(monkeypatch, cell, hidden):
+        assert ours <= 1.25 * witness, f"{ours:.2e}, with rounded operands {witness:.2e}"
+    assert all(".tf32" in "".join(i.op for i in report.kernel.code) for report in session.reports)
+
+
+# ---- schedules, mutants -------------------------------------------------------------------------------------------
+
+SCHEDULES = [
+    Schedule(order="turns"),
+    Schedule(order="first"),
+    *(Schedule(seed, slow=((seed % 3, None, kind),)) for seed, kind in enumerate((STORE, ACQUIRE, RELEASE, LOAD))),
+]
+
+
+@pytest.mark.parametrize(("protocol", "chosen"), [("counter", {"rows": 2}), ("flags", {"homes": "shared"})])
+def test_equal_bits_under_every_schedule(emulated, forced, protocol, chosen):
+    found = []
+    for number, schedule in enumerate(SCHEDULES):
+        emulated("sm_90", schedule=schedule, units=UNITS[number % 3])
+        forced(protocol, **chosen)
+        found.append(accuracy.run(accuracy.Case("gru", "bf16", 32, 3, 3, 1, False, True, True), seed=0)[0])
+    for other in found[1:]:
+        assert all(torch.equal(other[name], value) for name, value in found[0].items())
+
+
+def findings(emulated, forced, protocol, mutate):
+    """(races of a forward, its output)."""
+    session = emulated("sm_80", mutate=mutate, tolerate=True, schedule=Schedule(slow=((1, None, None),)))
+    forced(protocol)
+    torch.manual_seed(0)
+    layer = persistrnn.LSTM(4, 24, backend="persistent", dtype=torch.bfloat16)
+    with torch.no_grad():
+        y, _ = layer(torch.randn(3, 3, 4, dtype=torch.bfloat16))
+    return [race for report in session.reports for race in report.races], y
+
+
+@pytest.mark.parametrize(
+    ("protocol", "name"), [("counter", name) for name in COUNTER] + [("flags", name) for name in FLAGS]
+)
+def test_a_mutant_of_the_exchange_is_caught(emulated, forced, protocol, name):
+    mutant, only_ordered = (COUNTER if protocol == "counter" else FLAGS)[name]
+    races, expected = findings(emulated, forced, protocol, None)
+    assert races == []
+    races, found = findings(emulated, forced, protocol, mutant)
+    if only_ordered:
+        assert torch.equal(found, expected), "a mutant whose numbers are right"
+        assert races
+    else:  # what comes too early may be in order all the same: the slow program has heard of it before it writes
+        assert races or not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_mutant_of_warp_groups_is_caught(emulated, name):
+    session = emulated("sm_90", mutate=GROUPS[name], tolerate=True, units="rows")
+    layer = persistrnn.LSTM(4, 64, backend="persistent", dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(torch.randn(3, 16, 4, dtype=torch.bfloat16))
+    assert [race for report in session.reports for race in report.races if "wgmma" in race]
+
+
+def test_each_announcement_has_one_barrier(emulated, forced):
+    """A second one costs every step some 50 cycles: none stands beside it but for barriers that store what was read."""
+    session = emulated("sm_90")
+    forced()
+    layer = persistrnn.LSTM(4, 24, backend="persistent")
+    with torch.no_grad():
+        layer(torch.randn(3, 3, 4))
+    code = session.reports[0].kernel.code
+    (release,) = (i.number for i in code if i.name in ("red", "atom") and "release" in i.modifiers)
+    before = [i.name for i in code[:release] if i.name in ("bar", "st", "ld")]
+    assert before[-2:] == ["st", "bar"], "stored, one barrier, told"
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "by", "message"),
+    [
+        (r"(ld\.global\.cg[.\w]*\s+[^\[]*\[ ?%rd\d+ \+ )0( \])", r"\g<1>1048576\2", "outside of every tensor; nearest"),
+        (r"(st\.global\.b16 \[ %rd\d+ \+ )0( \])", r"\g<1>1\2", "misaligned"),
+        (r"(ldmatrix[^;]*\[%r\d+)[^\]]*\]", r"\1+1048576]", "shared access of 16 bytes"),
+        (r"st\.shared\S*\s[^;]*;", "", "which nobody wrote"),
+        (r"ldmatrix", "ldmatrices", "ldmatrices.*does not know"),
+        (r"add\.f32", "add.sat.f32", "add.sat.f32.*a modifier that the emulator does not know: sat"),
+    ],
+)
+def test_a_wrong_access_is_told(emulated, forced, pattern, by, message):
+    def mutate(ptx):
+        return cases.replaced(pattern, by)(ptx) if "scan_forward" in ptx else ptx
+
+    emulated("sm_90", mutate=mutate)
+    forced(homes="shared")
+    layer = persistrnn.LSTM(4, 24, backend="persistent", dtype=torch.bfloat16)
+    with torch.no_grad(), pytest.raises(EmulatorError, match=message):
+        layer(torch.randn(3, 3, 4, dtype=torch.bfloat16))
+
+
+# ---- waits that run out, NaN --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("protocol", "chosen"), [("counter", {}), ("flags", {}), ("counter", {"rows": 2}), ("flags", {"rows": 2})]
+)
+def test_a_program_that_never_arrives_ends_in_an_exception(emulated, forced, protocol, chosen):
+    emulated("sm_90", absent=(1,), tolerate=True, units="warps")
+    forced(protocol, patience=20, **chosen)
+    layer = persistrnn.LSTM(4, 32, backend="persistent")
+    with pytest.raises(RuntimeError, match="gave up waiting for another program"):
+        layer(torch.randn(3, 2, 4))
+    persistrnn.check()  # raised once, then clean
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_wait_that_runs_out_is_told_by_the_thread_that_gave_up(emulated, forced, rows):
+    """The warps of program 0 run out of patience, all but the first one; then the late program comes."""
+    layer = persistrnn.LSTM(4, 16 * rows, backend="persistent")
+    x, told = torch.randn(3, 2, 4), []
+    for seed in range(6):
+        emulated("sm_90")
+        forced(rows=rows)
+        expected = layer(x)[0]
+        late = Schedule(seed, slow=((1, None, None), (0, 0, None)), rarely=80, burst=1)
+        emulated("sm_90", tolerate=True, units="warps", schedule=late)
+        forced(patience=30, rows=rows)
+        try:
+            assert torch.equal(layer(x)[0], expected), f"seed {seed}: wrong, and nothing said"
+        except RuntimeError as error:
+            told.append(str(error))
+    assert told
+    assert all("gave up waiting" in text for text in told)
+
+
+def test_all_threads_agree_on_the_patience_left(emulated, forced):
+    """All but the first warp give up at once: what follows has barriers in a loop over what is left of it."""
+    impatient = cases.replaced("done:", "done:\nmov.u32 polls, %tid.x;\nsetp.lt.and.s32 reached, polls, 32, reached;")
+    told = []
+    for seed in range(3):
+        late = Schedule(seed, slow=((1, None, None),), burst=1)
+        emulated("sm_90", mutate=impatient, tolerate=True, units="warps", schedule=late)
+        forced("flags", patience=100, rows=2)
+        try:
+            persistrnn.LSTM(4, 32, backend="persistent")(torch.randn(3, 2, 4))
+        except RuntimeError as error:
+            told.append(str(error))
+    assert told
+    assert all("gave up waiting" in text for text in told), told
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nan_in_the_data_is_not_the_reserved_one(emulated, forced, dtype):
+    emulated("sm_90")
+    forced("flags", patience=200, rows=2)
+    layer = persistrnn.GRU(4, 32, backend="persistent", dtype=dtype)
+    x = torch.randn(3, 2, 4, dtype=dtype)
+    x[1, 0] = torch.full((4,), -1, dtype=torch.int32 if dtype == torch.float32 else torch.int16).view(dtype)
+    h0 = torch.zeros(1, 2, 32, dtype=dtype)
+    h0[0, 0, 3] = x[1, 0, 0]
+    with torch.no_grad():
+        y = layer(x)[0]
+        assert layer(x, h0)[0][:, 0].isnan().all()
+    assert y[1:, 0].isnan().all()
+    assert not y[:, 1].isnan().any()
+
+
+def test_nan_passes_tf32(emulated, forced, monkeypatch):
+    precise(monkeypatch, "tf32")
+    emulated("sm_80")
+    forced(homes="shared")
+    for bits in (-1, 0x7FFFFFFF, 0x7FC00000):
+        h0 = torch.zeros(1, 2, 24)
+        h0[0, 0, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        with torch.no_grad():
+            y = persistrnn.GRU(4, 24, backend="persistent")(torch.randn(2, 2, 4), h0)[0]
+        assert y[:, 0].isnan().all()
+        assert not y[:, 1].isnan().any()
+
+
+def test_the_interpreter_is_not_meant(emulated):
+    emulated("sm_90")
+    assert not launch.INTERPRETED
+    assert launch.exchange_for(torch.device("cpu")) == Exchange()

@@ -1,0 +1,429 @@
+"""Lengths, resets, projections and every c: exact in float64 step by step, within the bound on the kernels."""
+
+import accuracy
+import cuts
+import pytest
+import torch
+from cuts import Case
+from grid import Delays, concurrent_grid
+from torch import nn
+
+import persistrnn
+from persistrnn import segments
+from persistrnn.kernels import launch
+from persistrnn.kernels.device import step_flags as marks
+
+CELLS = ("lstm", "gru")
+WAYS = [  # (lengths, resets, state, reset_state)
+    (True, False, False, False),
+    (True, False, True, False),
+    (False, True, False, False),
+    (False, True, True, False),
+    (False, True, True, True),
+    (True, True, True, True),
+]
+SHAPES = [("lstm", 0), ("lstm", 3), ("gru", 0)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("layers", "bidirectional"), [(1, False), (1, True), (2, True)])
+@pytest.mark.parametrize(("cell", "proj"), SHAPES)
+def test_step_by_step_is_torch_nn_on_each_episode(cell, proj, layers, bidirectional, way):
+    case = Case(cell, "fp64", 6, 5, 7, layers, bidirectional, proj, *way)
+    found, truth, _ = cuts.run(case, seed=1, backend="auto")
+    for name, true in truth.items():
+        torch.testing.assert_close(found[name], true, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_marks_are_those_of_the_kernels():
+    assert (marks.BEGINS.value, marks.SKIPPED.value) == (segments.BEGINS, segments.SKIPPED)
+
+
+# ---- on the kernels ------------------------------------------------------------------------------------------------
+
+KERNEL_CASES = [
+    Case("lstm", "fp32", 10, 5, 6, 1, False, 0, True, False, True, False),
+    Case("gru", "fp32", 10, 5, 6, 1, True, 0, True, False, True, False),
+    Case("lstm", "bf16", 18, 3, 5, 2, True, 0, True, True, True, True),
+    Case("gru", "fp16", 18, 3, 5, 2, True, 0, True, True, True, True),
+    Case("lstm", "fp16", 10, 17, 5, 1, True, 0, False, True, True, True),
+    Case("gru", "bf16", 10, 17, 5, 1, False, 0, False, True, False, False),
+    Case("lstm", "fp32", 10, 5, 6, 2, True, 4, True, True, True, True),
+    Case("lstm", "bf16", 18, 3, 5, 1, False, 7),
+    Case("lstm", "bf16", 18, 3, 5, 2, True, 7, False, False, True, False),
+]
+
+
+def within_bound(case, seeds=1):
+    bound = accuracy.Bound(accuracy.DTYPES[case.dtype])
+    for seed in range(seeds):
+        bound.add(case, *cuts.run(case, seed))
+    return bound.failures
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+def test_kernels_keep_the_bound(case):
+    before = launch.LAUNCHES.copy()
+    assert within_bound(case, seeds=2) == []
+    assert launch.LAUNCHES - before == {"scan_forward": 2 * case.layers, "scan_backward": 2 * case.layers}
+
+
+SLICED = [
+    # protocol, chosen, case
+    ("counter", {}, Case("lstm", "fp32", 13, 5, 5, 1, True, 0, True, True, True, True)),
+    ("flags", {}, Case("gru", "fp32", 13, 5, 5, 1, True, 0, True, True, True, True)),
+    ("flags", {"homes": "shared"}, Case("lstm", "bf16", 13, 3, 5, 1, False, 0, False, True, True, True)),
+    ("counter", {"homes": "all three"}, Case("gru", "bf16", 40, 3, 4, 1, False, 0, True, True, True, False)),
+    ("counter", {"rows": 2}, Case("lstm", "fp16", 29, 3, 4, 1, True, 0, True, True, False, True)),
+    ("flags", {"subtiles": 2, "batch_tile": 8}, Case("gru", "fp16", 13, 11, 4, 1, True, 0, True, True, True, True)),
+    ("counter", {"subtiles": 2, "batch_tile": 8}, Case("lstm", "fp32", 13, 11, 4, 1, False, 5, True, True, True, True)),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("index", range(len(SLICED)))
+def test_slices_keep_the_bound(forced, index):
+    protocol, chosen, case = SLICED[index]
+    forced(protocol, **chosen)
+    with concurrent_grid(Delays(("put", "arrive", "wait", "get")[index % 4], slow=index % 2)):
+        assert within_bound(case) == []
+
+
+WAVES = [
+    ("counter", {}, Case("lstm", "fp32", 13, 5, 5, 2, False, 0, True, True, True, True)),
+    ("flags", {}, Case("gru", "bf16", 13, 3, 5, 3, False, 0, True, True, True, True)),
+    ("counter", {"subtiles": 2, "batch_tile": 8}, Case("gru", "fp32", 13, 11, 4, 2, False, 0, True, False, True)),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("index", range(len(WAVES)))
+def test_waves_keep_the_bound(waves, index):
+    protocol, chosen, case = WAVES[index]
+    waves(protocol, **chosen)
+    before = launch.LAUNCHES.copy()
+    with concurrent_grid(Delays(("put", "arrive", "get")[index], slow=index % 2)):
+        assert within_bound(case) == []
+    assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cell", CELLS)
+def test_without_gradients_the_same_bits(cell):
+    """c then has three slots: initial, final, reset."""
+    layer = getattr(persistrnn, cell.upper())(5, 10, bidirectional=True, backend="persistent")
+    state = [torch.randn(2, 3, 10) for _ in range(4)]
+    hx, reset = (state[:2], state[2:]) if cell == "lstm" else (state[0], state[1])
+    cut = {"lengths": torch.tensor([4, 0, 3]), "resets": torch.rand(4, 3) < 0.5, "reset_state": reset}
+    x = torch.randn(4, 3, 5)
+    expected = layer(x, hx, **cut)
+    with torch.no_grad():
+        found = layer(x, hx, **cut)
+    for a, b in zip(*(torch.utils._pytree.tree_leaves(t) for t in (found, expected)), strict=True):
+        assert torch.equal(a, b.detach())
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_padding_is_zero_and_takes_no_gradient(cell, backend):
+    """Whatever stands there, NaN included: no weight's gradient hears of it."""
+    torch.manual_seed(0)
+    layer = getattr(persistrnn, cell.upper())(3, 6, 2, bidirectional=True, backend=backend)
+    lengths = torch.tensor([4, 0, 2])
+    padding = torch.arange(4)[:, None] >= lengths
+    x = torch.randn(4, 3, 3)
+    found = []
+    for filler in (0.0, float("nan")):
+        given = torch.where(padding[..., None], filler, x).requires_grad_()
+        y, final = layer(given, lengths=lengths)
+        assert not y[padding].any()
+        final = final if cell == "lstm" else [final]
+        outputs = [y, *final]
+        grads = torch.autograd.grad(outputs, [given, *layer.parameters()], [torch.ones_like(t) for t in outputs])
+        assert not grads[0][padding].any()
+        found.append([y, *final, *grads[1:]])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+def test_gradient_does_not_cross_a_reset(backend):
+    layer = persistrnn.LSTM(3, 6, backend=backend)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    h0, c0 = (torch.randn(1, 2, 6, requires_grad=True) for _ in range(2))
+    resets = torch.zeros(5, 2, dtype=torch.bool)
+    resets[3, 0] = True
+    y, _ = layer(x, (h0, c0), resets=resets)
+    gx, gh, gc = torch.autograd.grad(y[3:].sum(), (x, h0, c0))
+    assert not gx[:3, 0].any()
+    assert not gh[:, 0].any()
+    assert not gc[:, 0].any()
+    assert gx[:3, 1].all()
+    assert gh[:, 1].all()
+    assert gc[:, 1].all()
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize(("cell", "proj"), SHAPES)
+def test_mask_is_the_sequence_without_its_gaps(cell, proj, backend):
+    torch.manual_seed(0)
+    T, B, options = 6, 4, {"proj_size": proj} if proj else {}
+    layer = getattr(persistrnn, cell.upper())(3, 6, 2, bidirectional=True, batch_first=True, backend=backend, **options)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]]).bool()
+    x = torch.randn(B, T, 3, requires_grad=True)
+    states = [torch.randn(4, B, n, requires_grad=True) for n in (proj or 6, 6)][: 2 if cell == "lstm" else 1]
+    hx = tuple(states) if cell == "lstm" else states[0]
+    y, final = layer(x, hx, mask=mask)
+    final = final if cell == "lstm" else [final]
+    counts = mask.sum(1)
+    order = torch.argsort(~mask, dim=1, stable=True)  # each row's steps first
+    dense = x.gather(1, order[..., None].expand_as(x))
+    y_dense, expected = layer(dense, hx, lengths=counts)
+    expected = expected if cell == "lstm" else [expected]
+    back = torch.argsort(order, dim=1)[..., None].expand_as(y_dense)
+    outputs = [y, *final], [y_dense.gather(1, back), *expected]
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b)
+    cotangents = [torch.randn_like(t) for t in outputs[0]]
+    leaves = [x, *states, *layer.parameters()]
+    torch.testing.assert_close(*(torch.autograd.grad(o, leaves, cotangents) for o in outputs), rtol=1e-4, atol=1e-5)
+
+
+# ---- every c -------------------------------------------------------------------------------------------------------
+
+
+def prefixes(layer, x, hx):
+    """Every c of the highest layer of a forward stack: the final one of each prefix."""
+    return torch.cat([layer(x[: t + 1], hx)[1][1][-1:] for t in range(x.shape[0])])
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("proj", [0, 3])
+def test_every_c_and_its_gradients(backend, layers, proj):
+    torch.manual_seed(0)
+    dtype = torch.float64 if backend == "auto" else torch.float32
+    layer = persistrnn.LSTM(4, 10, layers, proj_size=proj, backend=backend, dtype=dtype)
+    truth = nn.LSTM(4, 10, layers, proj_size=proj, dtype=torch.float64)
+    truth.load_state_dict(layer.state_dict())
+    x = torch.randn(4, 3, 4, dtype=dtype, requires_grad=True)
+    hx = [torch.randn(layers, 3, n, dtype=dtype, requires_grad=True) for n in (proj or 10, 10)]
+    y, final, c = layer(x, hx, return_cell_states=True)
+    assert torch.equal(c[-1], final[1][-1])
+    cotangents = [torch.randn_like(t) for t in (y, *final, c)]
+    inputs = [x, *hx, *layer.parameters()]
+    grads = torch.autograd.grad([y, *final, c], inputs, cotangents)
+    x64, *hx64 = (t.detach().double().requires_grad_() for t in (x, *hx))
+    y64, final64 = truth(x64, tuple(hx64))
+    c64 = prefixes(truth, x64, tuple(hx64))
+    inputs = [x64, *hx64, *truth.parameters()]
+    expected = torch.autograd.grad([y64, *final64, c64], inputs, [t.double() for t in cotangents])
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if backend == "auto" else {"rtol": 2e-5, "atol": 2e-6}
+    for a, b in zip((y, c, *grads), (y64, c64, *expected), strict=True):
+        torch.testing.assert_close(a.double(), b, **tolerance)
+
+
+@pytest.mark.interpreter
+def test_every_c_without_gradients_and_in_float32():
+    layer = persistrnn.LSTM(4, 10, bidirectional=True, backend="persistent", dtype=torch.bfloat16)
+    exact = persistrnn.LSTM(
+        4, 10, bidirectional=True, backend="persistent", dtype=torch.bfloat16, cell_dtype=torch.float32
+    )
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(4, 3, 4, dtype=torch.bfloat16)
+    _, (_, c_n), c = layer(x, return_cell_states=True)
+    with torch.no_grad():
+        assert torch.equal(layer(x, return_cell_states=True)[2], c.detach())
+    y, (_, c_n_exact), c_exact = exact(x, return_cell_states=True)
+    assert (c.dtype, c_exact.dtype) == (torch.bfloat16, torch.float32)
+    assert c_n_exact.dtype == torch.bfloat16
+    assert torch.equal(c_exact.to(torch.bfloat16), c)
+    assert torch.equal(c_n_exact, c_n)
+    assert not torch.equal(c_exact, c.float())
+    (y.float().sum() + c_exact.sum()).backward()
+    assert all(p.grad.isfinite().all() for p in exact.parameters())
+
+
+# ---- packed sequences ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("sort", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(("cell", "proj"), SHAPES)
+def test_packed_sequences_on_the_kernels(cell, proj, batch_first, sort):
+    torch.manual_seed(0)
+    options = {"bidirectional": True, "batch_first": batch_first} | ({"proj_size": proj} if proj else {})
+    layer = getattr(persistrnn, cell.upper())(4, 10, backend="persistent", **options)
+    truth = getattr(nn, cell.upper())(4, 10, **options)
+    truth.load_state_dict(layer.state_dict())
+    lengths = torch.tensor([5, 4, 2] if sort else [2, 5, 4])
+    states = [torch.randn(2, 3, n) for n in (proj or 10, 10)]
+    hx = tuple(states) if cell == "lstm" else states[0]
+    x = torch.randn((3, 5, 4) if batch_first else (5, 3, 4))
+    results = []
+    for module in (layer, truth):
+        leaf = x.clone().requires_grad_()
+        packed = nn.utils.rnn.pack_padded_sequence(leaf, lengths, batch_first, enforce_sorted=sort)
+        output, final = module(packed, hx)
+        assert isinstance(output, nn.utils.rnn.PackedSequence)
+        y, found = nn.utils.rnn.pad_packed_sequence(output, batch_first)
+        assert torch.equal(found, lengths)
+        outputs = [y, *(final if cell == "lstm" else [final])]
+        grads = torch.autograd.grad(outputs, [leaf, *module.parameters()], [torch.ones_like(o) for o in outputs])
+        results.append([*outputs, *grads])
+    assert layer.last_path == "persistent"
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+# ---- reinforcement learning ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+def test_recurrent_policy_is_the_loop_over_steps(backend):
+    """As a recurrent PPO evaluates a rollout: one call with resets against a step at a time, its state masked."""
+    torch.manual_seed(0)
+    layer = persistrnn.LSTM(4, 8, backend=backend)
+    head = nn.Linear(8, 3)
+    T, B = 6, 3
+    x, starts = torch.randn(T, B, 4), torch.rand(T, B) < 0.3
+    state = [torch.randn(1, B, 8) for _ in range(2)]
+    advantages, actions = torch.randn(T, B), torch.randint(3, (T, B))
+
+    def loss(y):
+        logits = head(y).log_softmax(-1).gather(-1, actions[..., None])[..., 0]
+        ratio = (logits - logits.detach()).exp()
+        return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+
+    parameters = [*layer.parameters(), *head.parameters()]
+    y, final = layer(x, state, resets=starts)
+    grads = torch.autograd.grad(loss(y), parameters)
+    ys, carried = [], tuple(state)
+    for t in range(T):
+        keep = (~starts[t])[None, :, None].float()
+        y_t, carried = layer.step(x[t], tuple(s * keep for s in carried))
+        ys.append(y_t)
+    expected = torch.autograd.grad(loss(torch.stack(ys)), parameters)
+    torch.testing.assert_close(y, torch.stack(ys), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(final, carried, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_marks():
+    lengths = torch.tensor([4, 0, 3, 2])
+    resets = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
+    active = torch.arange(4).unsqueeze(1) < lengths
+    forward, reverse = segments.marks(active, resets, 2).unbind(2)
+    B, E = segments.BEGINS, segments.SKIPPED
+    assert forward.tolist() == [[B, E, 0, 0], [0, E, 0, 0], [B, E, 0, E], [0, E, E, E]]
+    assert reverse.tolist() == [[0, E, 0, 0], [B, E, 0, 0], [0, E, 0, E], [0, E, E, E]]
+    assert forward.dtype == torch.uint8
+    assert segments.marks(active, None, 1).squeeze(2).eq(E).equal(~active)
+    assert segments.marks(None, resets, 1).squeeze(2).eq(B).equal(resets)
+    assert segments.first_steps(active, 2)[:, 2].tolist() == [[True, False], [False, False], [False, True], [False] * 2]
+    assert not segments.first_steps(active, 2)[:, 1].any()
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize(("cell", "proj"), SHAPES)
+@pytest.mark.parametrize("where", ["before a reset", "of no step", "of a reset that never comes"])
+def test_a_nan_that_no_step_reads_goes_nowhere(where, cell, proj, backend):
+    layer = getattr(persistrnn, cell.upper())(3, 6, backend=backend, **({"proj_size": proj} if proj else {}))
+    states = [[torch.zeros(1, 2, n) for n in (proj or 6, 6)][: 2 if cell == "lstm" else 1] for _ in range(2)]
+    for s in states[where == "of a reset that never comes"]:
+        s[:, 0] = torch.nan
+    hx, reset = (tuple(s) if cell == "lstm" else s[0] for s in states)
+    resets = torch.zeros(3, 2, dtype=torch.bool)
+    resets[0, 0] = where == "before a reset"
+    cut = {"lengths": torch.tensor([0, 3])} if where == "of no step" else {"resets": resets, "reset_state": reset}
+    y, _ = layer(torch.randn(3, 2, 3), hx, **cut)
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+def test_every_c_has_its_dtype_on_every_path(batch, backend):
+    layer = persistrnn.LSTM(3, 6, dtype=torch.bfloat16, cell_dtype=torch.float32, backend=backend)
+    x = torch.zeros(4, batch, 3, dtype=torch.bfloat16)
+    assert layer(x, return_cell_states=True)[2].dtype == torch.float32
+
+
+def test_lengths_out_of_range_are_told_by_the_next_call(monkeypatch):
+    monkeypatch.setattr(segments, "check", lambda: (_ for _ in ()).throw(RuntimeError("as told")))
+    with pytest.raises(RuntimeError, match="as told"):
+        persistrnn.GRU(3, 6)(torch.zeros(4, 2, 3), lengths=torch.tensor([4, 2]))
+
+
+# ---- limits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize(("cell", "proj"), SHAPES)
+def test_an_empty_batch(cell, proj, backend):
+    layer = getattr(persistrnn, cell.upper())(3, 6, 2, backend=backend, **({"proj_size": proj} if proj else {}))
+    x = torch.randn(4, 0, 3, requires_grad=True)
+    nothing = torch.zeros(4, 0, dtype=torch.bool)
+    y, _ = layer(x, lengths=torch.zeros(0, dtype=torch.long), resets=nothing)
+    assert y.shape == (4, 0, proj or 6)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+    assert layer(x, mask=nothing)[0].shape == (4, 0, proj or 6)
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_rows_without_a_step(cell, backend):
+    """All of length zero: the initial state comes out, and its gradient is the final one's."""
+    layer = getattr(persistrnn, cell.upper())(3, 6, bidirectional=True, backend=backend)
+    states = [torch.randn(2, 2, 6, requires_grad=True) for _ in range(2 if cell == "lstm" else 1)]
+    y, final = layer(torch.randn(3, 2, 3), tuple(states) if cell == "lstm" else states[0], lengths=torch.zeros(2).int())
+    assert not y.any()
+    final = list(final) if cell == "lstm" else [final]
+    assert all(torch.equal(a, b) for a, b in zip(final, states, strict=True))
+    cotangents = [torch.randn_like(s) for s in states]
+    grads = torch.autograd.grad(final, states, cotangents)
+    assert all(torch.equal(a, b) for a, b in zip(grads, cotangents, strict=True))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_step_with_a_reset(cell):
+    layer = getattr(persistrnn, cell.upper())(3, 6, bidirectional=True, backend="persistent")
+    x, state = torch.randn(1, 2, 3), torch.randn(2, 2, 6)
+    hx = (state, state) if cell == "lstm" else state
+    y, _ = layer(x, hx, resets=torch.tensor([[True, False]]))
+    forward = layer(x)[0][:, :1, :6]
+    torch.testing.assert_close(y[:, :1, :6], forward)
+    torch.testing.assert_close(y[:, 1:], layer(x, hx)[0][:, 1:])
+    torch.testing.assert_close(y[:, :1, 6:], layer(x, hx)[0][:, :1, 6:], msg="nothing ends after the last step")
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("cell", "proj"), SHAPES)
+def test_lengths_of_cpu_tensors_run_on_torchs_kernels(cell, proj, bidirectional):
+    """What a mask, which they cannot run, gives step by step."""
+    options = {"proj_size": proj} if proj else {}
+    layer = getattr(persistrnn, cell.upper())(3, 6, 2, bidirectional=bidirectional, batch_first=True, **options)
+    x, lengths = torch.randn(4, 5, 3, requires_grad=True), torch.tensor([2, 5, 0, 4])
+    results, paths = [], []
+    for given in ({"lengths": lengths}, {"mask": torch.arange(5) < lengths.unsqueeze(1)}):
+        y, final = layer(x, **given)
+        found = [y, *(final if cell == "lstm" else [final])]
+        grads = torch.autograd.grad(sum(t.square().sum() for t in found), [x, *layer.parameters()])
+        results.append([*found, *grads])
+        paths.append(layer.last_path)
+    torch.testing.assert_close(*results)
+    assert paths == ["torch", "stepwise"]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_lengths_of_few_bits(dtype):
+    """More steps than the dtype can count."""
+    layer = persistrnn.GRU(2, 3)
+    x, lengths = torch.randn(300, 2, 2), torch.tensor([100, 0])
+    assert torch.equal(layer(x, lengths=lengths.to(dtype))[0], layer(x, lengths=lengths)[0])

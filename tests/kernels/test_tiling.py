@@ -1,0 +1,193 @@
+"""The compile-time record: every unit and every index of K has one place. No GPU, no Triton."""
+
+import dataclasses
+import random
+from collections import Counter
+
+import pytest
+from soundness import SHAPES, check_tiling, is_power_of_two, read_indices
+
+from persistrnn.kernels.cells import Cell
+from persistrnn.kernels.planner.tiling import Choice, Chunk, Tiling, bursts, chunks, smallest_chunk, tiling
+
+SIZES = (1, 2, 7, 8, 9, 16, 17, 100, 127, 128, 129, 320, 640, 1000, 1024, 1150, 1840, 2048, 2049, 3000, 4096)
+
+
+def made(cell: Cell, hidden: int, choice: Choice, backward: bool, size: int = 2, directions: int = 1) -> Tiling:
+    return tiling(cell, hidden, directions, choice, backward=backward, size=size, precision="ieee")
+
+
+def random_choice(random: random.Random, cell: Cell, hidden: int, backward: bool) -> Choice:
+    """Any choice at all: homes of any size, full or empty, in tiles that need not divide them."""
+    splits = random.choice((1, 2, 4, 8))
+    k = cell.gates * hidden
+    homes = [random.choice((0, 16, random.randrange(k + 1), k, 2 * k)) for _ in range(2)]
+    units = random.choice((8, 16, 32, 64, 128))
+    if units >= hidden:
+        units = max(16, 1 << (hidden - 1).bit_length())
+    return Choice(
+        units=units,
+        rows=random.choice((1, 2, 4, 8)) if units < hidden else 1,
+        batch_tile=random.choice((8, 16, 32)),
+        subtiles=random.choice((1, 2, 4)),
+        warps=8,
+        blocks=1,
+        splits=splits,
+        largest_chunk=random.choice((16, 64, 256, 512)),
+        burst=random.choice((64, 512, 1024, 2048)),
+        in_registers=homes[0],
+        in_shared=homes[1],
+        stream_chunk=16 * splits * random.choice((1, 2, 4)),
+    )
+
+
+@pytest.mark.parametrize("cell", SHAPES)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("hidden", SIZES)
+def test_any_choice_makes_a_sound_tiling(cell, backward, hidden):
+    source = random.Random(hidden)
+    for _ in range(60):
+        choice = random_choice(source, SHAPES[cell], hidden, backward)
+        size = source.choice((2, 4))
+        t = made(SHAPES[cell], hidden, choice, backward, size)
+        try:
+            check_tiling(t, SHAPES[cell], backward, size)
+            if choice.rows > 1:
+                assert t.rows == choice.rows
+            if choice.in_registers == choice.in_shared == 0 and t.slices > 1:
+                assert t.chunks == (), "all of it is streamed"
+            if t.slices > 1 and max(choice.in_registers, choice.in_shared) >= t.segments * t.depth:
+                assert t.streamed == 0
+        except AssertionError as error:
+            raise AssertionError(f"{choice}: {error}") from error
+
+
+@pytest.mark.parametrize("cell", SHAPES)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("hidden", [9, 72, 100, 129, 320])
+def test_every_product_is_formed_once(cell, backward, hidden):
+    """Index by index: the (row, index of K) pairs that all slices multiply are all of W_hh, each once, and the slice
+    that owns a unit is the one that keeps the unit's rows of the sum."""
+    gates = SHAPES[cell].gates
+    source = random.Random(hidden)
+    for _ in range(4):
+        t = made(SHAPES[cell], hidden, random_choice(source, SHAPES[cell], hidden, backward), backward)
+        rows: Counter[int] = Counter()
+        for column in range(t.columns):
+            for pack, first in zip(t.packs, t.first_gates, strict=True):
+                for m in range(pack * t.wide):
+                    unit = column * t.wide + m % t.wide
+                    if unit < hidden:
+                        rows[(first + m // t.wide) * hidden + unit] += 1
+            for row in range(t.rows):
+                kept = range(column * t.wide + row * t.units, column * t.wide + (row + 1) * t.units)
+                owned = range((column * t.rows + row) * t.units, (column * t.rows + row + 1) * t.units)
+                assert kept == owned
+        assert rows == Counter(range(hidden if backward else gates * hidden))
+        k = Counter(i for first, last in read_indices(t) for i in range(first, last))
+        assert k == Counter(range(gates * hidden if backward else hidden))
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [(0, n) for n in SIZES] + [(16, 320), (128, 1000), (1024, 1040), (640, 641)]
+)
+@pytest.mark.parametrize(("smallest", "largest"), [(16, 16), (16, 512), (128, 512), (128, 128), (32, 256)])
+def test_chunks_cover_a_range_once(first, last, smallest, largest):
+    found = chunks(3, first, last, smallest, largest)
+    assert [k for c in found for k in range(c.start, c.start + c.length)] == list(range(first, last))
+    assert all(c.segment == 3 and is_power_of_two(c.size) and smallest <= c.size <= largest for c in found)
+    assert all(1 <= c.length <= c.size for c in found)
+    assert sum(c.size for c in found) <= (last - first) * 4 / 3 + smallest, "little of it is padding"
+
+
+def test_chunks_as_documented():
+    assert [c.size for c in chunks(0, 0, 320, 16, 512)] == [256, 64]
+    assert [c.size for c in chunks(0, 0, 768, 16, 512)] == [512, 256]
+    assert chunks(1, 8, 8, 16, 512) == ()
+    assert chunks(0, 0, 100, 16, 512) == (Chunk(0, 0, 128, 100),), "a quarter of padding for one tile less"
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+def test_the_smallest_chunk_gives_each_part_an_instruction(splits):
+    assert smallest_chunk(splits) >= 16 * splits
+    assert is_power_of_two(smallest_chunk(splits))
+
+
+@pytest.mark.parametrize("kept", range(6))
+@pytest.mark.parametrize("largest", [64, 128, 192, 1024])
+def test_bursts_are_full_and_of_one_home(kept, largest):
+    parts = chunks(0, 0, 300, 16, 64)
+    found = bursts(parts, kept, largest)
+    assert found[0] == 0
+    assert list(found) == sorted(set(found))
+    assert kept == 0 or kept >= len(parts) or kept in found
+    for first, last in zip(found, (*found[1:], len(parts)), strict=True):
+        loaded = sum(p.size for p in parts[first:last])
+        assert loaded <= largest
+        # A burst ends where the next tile has no room in it, or where another home begins.
+        assert last in (kept, len(parts)) or loaded + parts[last].size > largest
+
+
+def test_a_tile_larger_than_a_burst_is_one_of_its_own():
+    parts = chunks(0, 0, 1024, 16, 512)
+    assert bursts(parts, 0, 64) == (0, 1)
+    assert bursts((), 0, 64) == ()
+
+
+def sliced(**changed: int) -> Choice:
+    base = Choice(
+        units=16, rows=1, batch_tile=16, subtiles=1, warps=8, blocks=1, splits=8, largest_chunk=512, burst=1024,
+        in_registers=0, in_shared=1 << 20, stream_chunk=128,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changed)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "size", "stride"),
+    [(1024, 2, 1024), (1150, 2, 1152), (1001, 2, 1008), (1001, 4, 1004), (1150, 4, 1152), (100, 2, 104), (100, 4, 100)],
+)
+def test_rows_are_padded_to_16_bytes_where_there_are_many_slices(hidden, size, stride):
+    for backward in (False, True):
+        assert made(SHAPES["lstm"], hidden, sliced(), backward, size).stride == stride
+        one = sliced(units=1 << (hidden - 1).bit_length())
+        assert made(SHAPES["lstm"], hidden, one, backward, size).stride == hidden
+
+
+def test_a_split_in_two_dimensions():
+    """H=72 in 9 slices of 8 units, rounded up to 12 for 4 blocks of K."""
+    t = made(SHAPES["gru"], 72, sliced(units=8, rows=4), backward=True)
+    assert (t.slices, t.rows, t.columns, t.block, t.segments, t.depth) == (12, 4, 3, 24, 3, 24)
+    assert (t.wide, t.m, t.outputs) == (32, 32, 1)
+    assert t.ragged, "the last block is empty"
+    assert t.lanes == 4 + 3
+    assert not made(SHAPES["gru"], 96, sliced(units=8, rows=4), backward=True).ragged
+    forward = made(SHAPES["gru"], 72, sliced(units=8, rows=4), backward=False)
+    assert (forward.segments, forward.outputs, forward.m, forward.packs) == (1, 3, 96, (2, 1))
+    assert made(SHAPES["lstm"], 72, sliced(units=8, rows=4), backward=False).packs == (4,)
+
+
+def test_homes_are_filled_in_turn():
+    t = made(SHAPES["lstm"], 1024, sliced(in_registers=256, in_shared=512), backward=False)
+    assert sum(c.size for c in t.chunks[: t.in_registers]) == 256
+    assert sum(c.size for c in t.chunks[t.in_registers :]) == 512
+    assert (t.stream_start, t.streamed) == (768, 2)
+    t = made(SHAPES["lstm"], 1024, sliced(rows=4, in_registers=512, in_shared=256, stream_chunk=128), backward=True)
+    assert (t.segments, t.depth, t.stream_start, t.streamed) == (4, 256, 192, 4), "from each gate the same"
+
+
+@pytest.mark.parametrize(
+    ("batch", "directions", "jobs"), [(1, 1, 1), (16, 1, 1), (17, 1, 1), (32, 2, 2), (33, 1, 2), (65, 2, 6)]
+)
+def test_jobs_are_batch_tiles_in_one_direction_each(batch, directions, jobs):
+    assert made(SHAPES["lstm"], 256, sliced(subtiles=2), False, directions=directions).jobs(batch) == jobs
+
+
+def test_tilings_are_frozen_and_equal_by_value():
+    """Triton keys its compiled kernels by them."""
+    first, second = (made(SHAPES["lstm"], 256, sliced(), backward=True) for _ in range(2))
+    assert first == second
+    assert hash(first) == hash(second)
+    for record in (first, first.chunks[0], sliced(), SHAPES["lstm"]):
+        for field in dataclasses.fields(record):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(record, field.name, None)

@@ -1,0 +1,326 @@
+"""A stack as a wave: right in the concurrent grid under adversarial schedules, its mutants caught, its plan sound, its
+kernels proven from compiled code."""
+
+import threading
+
+import accuracy
+import pytest
+import torch
+from grid import Delays, concurrent_grid
+
+import persistrnn
+from persistrnn import autograd, stack
+from persistrnn.kernels import launch, wave
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.device import scan
+from persistrnn.kernels.inspect import audit
+from persistrnn.kernels.planner import pipeline as wave_plan
+from persistrnn.kernels.planner.cost import BYTES
+from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
+from persistrnn.options import Options
+from persistrnn.validate import Stack
+
+H200 = DEVICES["h200"]
+SHAPES = CELLS
+
+
+# H: the last slice and the last tile of K are seldom full; batch tiles full, not full, empty; jobs in turn.
+CASES = [
+    # cell, dtype, protocol, hidden, batch, layers, bias, state, chosen
+    ("lstm", "fp32", "counter", 13, 3, 2, True, True, {}),
+    ("gru", "fp32", "flags", 13, 3, 3, True, True, {"splits": 2}),
+    ("lstm", "bf16", "flags", 13, 3, 4, False, False, {"homes": "shared"}),
+    ("gru", "bf16", "counter", 29, 2, 3, True, False, {"homes": "registers and shared", "units": 16}),
+    ("lstm", "fp16", "counter", 13, 19, 2, True, True, {"subtiles": 2, "batch_tile": 8}),
+    ("gru", "fp16", "flags", 21, 11, 2, False, True, {"subtiles": 2, "batch_tile": 8, "homes": "shared"}),
+    ("gru", "fp32", "counter", 16, 33, 3, True, True, {"groups": 1}),
+    ("lstm", "fp32", "flags", 16, 17, 2, True, True, {"groups": 1, "homes": "registers and shared"}),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: "-".join(str(x) for x in CASES[i][:6]))
+def test_waves_keep_the_bound(waves, index):
+    cell, dtype, protocol, hidden, batch, layers, bias, state, chosen = CASES[index]
+    waves(protocol, **chosen)
+    case = accuracy.Case(cell, dtype, hidden, batch, 4, layers, False, bias, state)
+    bound = accuracy.Bound(accuracy.DTYPES[dtype])
+    before = launch.LAUNCHES.copy()
+    with concurrent_grid(Delays(("put", "arrive", "wait", "get")[index % 4], slow=index % 2)):
+        bound.add(case, *accuracy.run(case, seed=index))
+    rounds = 1 if "groups" not in chosen else -(-batch // 16)
+    assert launch.LAUNCHES - before == {"scan_forward": rounds, "scan_backward": rounds}, "one launch for all layers"
+    assert not bound.failures, "\n".join(bound.failures)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cell", CELLS)
+def test_without_gradients_only_the_ends_are_kept(waves, cell):
+    """The same bits, from a c of two slots per layer."""
+    waves(homes="shared")
+    torch.manual_seed(0)
+    layer = getattr(persistrnn, cell.upper())(5, 13, 3, backend="persistent")
+    x = torch.randn(4, 3, 5)
+    with concurrent_grid():
+        expected = layer(x)
+        with torch.no_grad():
+            found = layer(x)
+    for a, b in zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True):
+        assert torch.equal(a, b.detach())
+
+
+@pytest.mark.interpreter
+def test_one_step(waves):
+    waves()
+    case = accuracy.Case("gru", "fp32", 13, 2, 1, 3, False, True, True)
+    bound = accuracy.Bound(torch.float32)
+    with concurrent_grid():
+        bound.add(case, *accuracy.run(case, seed=0))
+    assert not bound.failures, "\n".join(bound.failures)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("protocol", ["counter", "flags"])
+@pytest.mark.parametrize("operation", ["put", "arrive", "wait", "get"])
+def test_every_schedule_passes_without_a_mutant(waves, protocol, operation):
+    waves(protocol)
+    assert wrong("gru", operation) == []
+
+
+def wrong(cell, operation="arrive", seconds=0.01):
+    case = accuracy.Case(cell, "fp32", 13, 3, 4, 2, False, True, True)
+    bound = accuracy.Bound(torch.float32)
+    with concurrent_grid(Delays(operation, slow=0, seconds=seconds)):
+        bound.add(case, *accuracy.run(case, seed=3))
+    return bound.failures
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_layer_that_does_not_wait_for_its_neighbour_is_caught(waves, monkeypatch, cell, backward):
+    waves()
+    multiply, program = scan.multiply, threading.local()
+
+    def hasty(weights, ahead, stream, pointer, rows, j, place, once, step, told, channel, patience, tiling, how):
+        # Of the two products of a step the neighbour's comes first; the backward forms its first one before the loop.
+        turn = program.__dict__.setdefault("turn", 0)
+        program.turn = turn + 1
+        if tiling.backward == backward and (turn == 0 or turn % 2 == backward):
+            told = told * 0
+        given = weights, ahead, stream, pointer, rows, j, place, once, step, told, channel, patience, tiling, how
+        return multiply(*given)
+
+    monkeypatch.setattr(scan, "multiply", hasty)
+    # A loaded machine may run the programs one after the other: the slow one is then slowed further.
+    assert any(wrong(cell, seconds=seconds) for seconds in (0.01, 0.1, 1.0))
+
+
+@pytest.mark.interpreter
+def test_a_gradient_told_before_it_is_stored_is_caught(waves, monkeypatch):
+    """The GRU's dx is told together with dr: stored after the announcement it is too late for the layer below."""
+    waves()
+    put_tiles, arrive, multiply, program = scan.put_tiles, scan.arrive, scan.multiply, threading.local()
+    read = threading.Event()
+
+    def held(pointer, offsets, mask, stride, tiles, tiling, how):
+        if tiling.backward and "dx" not in program.__dict__:
+            program.dx = pointer, offsets, mask, stride, tiles, tiling, how
+        else:
+            put_tiles(pointer, offsets, mask, stride, tiles, tiling, how)
+
+    def announced(counter, how):
+        arrive(counter, how)
+        if "dx" in program.__dict__:
+            # Whatever the machine's load, a program of the layer below has read by now what was told, and is not there.
+            assert read.wait(60)
+            put_tiles(*program.dx)
+            del program.dx
+
+    def reading(weights, ahead, stream, pointer, rows, j, place, once, step, told, *rest):
+        found = multiply(weights, ahead, stream, pointer, rows, j, place, once, step, told, *rest)
+        if rest[-2].backward and told.handle.data.item() > 0:
+            read.set()
+        return found
+
+    monkeypatch.setattr(scan, "put_tiles", held)
+    monkeypatch.setattr(scan, "arrive", announced)
+    monkeypatch.setattr(scan, "multiply", reading)
+    assert wrong("gru")
+
+
+def test_the_interpreter_has_no_waves():
+    assert wave.choose(CELLS["lstm"], 64, 2, 8, torch.float32, "ieee", torch.device("cpu")) is None
+    assert launch.hardware(torch.device("cpu")) is INTERPRETER
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "tf32", "fp32"])
+@pytest.mark.parametrize("device", ["h200", "a100", "b200", "rtx4090"])
+@pytest.mark.parametrize("cell", SHAPES)
+def test_plans_are_sound(cell, device, dtype):
+    """All layers of a job are there at the same time, all weights have a home, and every job is done."""
+    hardware, found = DEVICES[device], 0
+    for hidden in (20, 64, 130, 256, 384, 512, 600):
+        for layers in (2, 3, 4, 8):
+            for batch in (1, 16, 64, 200):
+                waved = wave_plan.wave(SHAPES[cell], hidden, layers, batch, dtype, hardware)
+                if waved is None:
+                    continue
+                found += 1
+                for part in (waved.forward, waved.backward):
+                    t = part.tiling
+                    assert t.layers == layers
+                    assert t.slices > 1
+                    assert t.rows == 1
+                    assert t.streamed == 0
+                    assert t.slices * t.units >= hidden
+                    assert t.slices * layers * part.groups <= hardware.multiprocessors
+                    assert part.groups * part.rounds >= t.jobs(batch) > part.groups * (part.rounds - 1)
+                    assert part.shared <= hardware.shared
+                    assert part.in_registers + part.in_shared >= 2 * t.m * t.depth * BYTES[dtype]
+    assert found > 10
+
+
+def test_a_wave_is_taken_where_it_is_predicted_to_win():
+    found = wave_plan.wave(SHAPES["lstm"], 512, 4, 16, "bf16", H200)
+    assert found.forward.predicted < found.layered[0]
+    assert found.faster(256, backward=True)
+    assert not found.faster(1, backward=True), "three steps more than one"
+    assert wave_plan.wave(SHAPES["lstm"], 1024, 4, 16, "bf16", H200) is None, "16 matrices of 2 MiB and more"
+
+
+def test_what_fits_with_16_rows_fits_with_any():
+    """torch.compile asks once for all batch sizes."""
+    for cell in SHAPES:
+        for hidden in range(16, 640, 24):
+            for layers in (2, 3, 5):
+                if wave_plan.wave(SHAPES[cell], hidden, layers, 16, "bf16", H200) is not None:
+                    for batch in (1, 8, 9, 33, 64, 100, 500, 5000):
+                        assert wave_plan.wave(SHAPES[cell], hidden, layers, batch, "bf16", H200) is not None
+
+
+def test_a_wave_has_two_layers():
+    with pytest.raises(ValueError, match=r"at least 2 layers, got 1"):
+        wave_plan.wave(SHAPES["gru"], 64, 1, 8, "bf16", H200)
+
+
+@pytest.mark.audit
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("cell", "dtype", "hidden", "layers", "batch", "arch"),
+    [
+        ("lstm", "bf16", 512, 4, 16, "sm_90"),
+        ("gru", "bf16", 512, 4, 16, "sm_90"),
+        ("gru", "tf32", 256, 4, 16, "sm_80"),
+        ("lstm", "fp16", 540, 3, 4, "sm_100"),
+    ],
+)
+def test_both_matrices_stay_where_the_plan_says(cell, dtype, hidden, layers, batch, arch, backward):
+    row = audit.audit(audit.Case(cell, backward, dtype, hidden, arch, batch, 1, layers))
+    assert row.failures == "", row
+    assert row.streamed == 0
+    assert row.in_registers + row.in_shared > 0
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cell", CELLS)
+def test_operators_are_sound(waves, cell):
+    """Fakes have the shapes, dtypes and strides of the real ones, and nothing aliases."""
+    waves()
+    made = arguments(cell)
+    with concurrent_grid():
+        torch.library.opcheck(torch.ops.persistrnn.wave_forward.default, (cell, "ieee", True, *made))
+        y, c, saved = torch.ops.persistrnn.wave_forward(cell, "ieee", True, *made)
+        d_final = [torch.randn(2, 3, 13), torch.randn(2, 3, 13) if cell == "lstm" else None]
+        given = (cell, "ieee", torch.randn(2, 3, 13), *d_final, made[1], made[3], y, c, saved)
+        torch.library.opcheck(torch.ops.persistrnn.wave_backward.default, given)
+
+
+def arguments(cell, rows=()):
+    """Of ``autograd.wave``: T=2, B=3, H=13, L=2; c0 is None for the GRU."""
+    torch.manual_seed(0)
+    gates = CELLS[cell].gates * 13
+    shapes = [(2, 3, gates), (2, gates, 13), (2, gates), (1, gates, 13), (1, gates), (2, 3, 13), (2, 3, 13)]
+    made = [torch.randn(*rows, *shape) / 4 for shape in shapes]
+    return made if cell == "lstm" else [*made[:-1], None]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("mapped", [(0, None, None, None, None, 0, 0), (None, 0, 0, None, None, None, None)])
+def test_gradients_per_sample(waves, cell, mapped):
+    """vmap of grad equals grad one by one, with the weights shared (one launch) and with weights of each sample."""
+    waves()
+    many, one = arguments(cell, rows=(2,)), arguments(cell)
+    given = [a if m == 0 else b for a, b, m in zip(many, one, mapped, strict=True)]
+    dims = tuple(None if t is None else m for t, m in zip(given, mapped, strict=True))
+    numbers = tuple(i for i, t in enumerate(given) if t is not None)
+
+    def loss(*tensors):
+        y, h_n, c_n, _ = autograd.wave(cell, *tensors, "ieee")
+        return y.square().sum() + h_n.sin().sum() + (0 if c_n is None else c_n.cos().sum())
+
+    with concurrent_grid():
+        found = torch.func.vmap(torch.func.grad(loss, argnums=numbers), in_dims=dims)(*given)
+        for i in range(2):
+            sample = [t if m is None or t is None else t[i] for t, m in zip(given, dims, strict=True)]
+            expected = torch.func.grad(loss, argnums=numbers)(*sample)
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.interpreter
+def test_compiles_as_one_graph(waves):
+    """For every T and B."""
+    waves()
+    layer = persistrnn.LSTM(5, 13, 2, backend="persistent")
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with concurrent_grid():
+        for steps, batch in ((3, 2), (4, 5)):
+            x = torch.randn(steps, batch, 5)
+            expected, found = layer(x)[0], compiled(x)[0]
+            torch.testing.assert_close(found, expected)
+            gradients = [torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (found, expected)]
+            torch.testing.assert_close(*gradients)
+
+
+def test_stacks_that_are_no_waves(monkeypatch):
+    """One layer, two directions, dropout between, or float32 products of two precisions: layer after layer."""
+    monkeypatch.setattr(stack, "_matmul_precision", lambda: "ieee")
+    two, half, full = Options(num_layers=2), torch.bfloat16, torch.float32
+    assert stack.may_wave(two, half, 0, "tf32")
+    assert stack.may_wave(two._replace(dropout=0.1), half, 0, "tf32"), "not in training"
+    assert not stack.may_wave(Options(), half, 0, "tf32")
+    assert not stack.may_wave(two._replace(bidirectional=True), half, 0, "tf32")
+    assert not stack.may_wave(two._replace(dropout=0.1, training=True), half, 0, "tf32")
+    assert not stack.may_wave(two, half, 4, "tf32"), "projections"
+    assert not stack.may_wave(two._replace(save="state"), half, 0, "tf32"), "a wave keeps all gates"
+    assert not stack.may_wave(two, full, 0, "tf32")
+    monkeypatch.setattr(stack, "_matmul_precision", lambda: "tf32")
+    assert stack.may_wave(two, full, 0, "tf32")
+    sizes = Stack("lstm", 2, 1, True, 8, 16, 0)
+    assert not stack._waves(sizes, torch.zeros(3, 4, 8), [], two, "tf32"), "on a CPU"
+
+
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_precision_of_products_outside(setting):
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert stack._matmul_precision() == setting
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.interpreter
+def test_dropout_between_layers_runs_layer_after_layer(waves):
+    waves()
+    layer = persistrnn.LSTM(5, 13, 2, dropout=0.5, backend="persistent")
+    x = torch.randn(2, 3, 5)
+    before = launch.LAUNCHES.copy()
+    with torch.no_grad():
+        layer(x)  # layer after layer, each one slice in the interpreter
+    assert launch.LAUNCHES - before == {"scan_forward": 2}
+    with concurrent_grid(), torch.no_grad():
+        layer.eval()(x)
+    assert launch.LAUNCHES - before == {"scan_forward": 3}

@@ -1,0 +1,341 @@
+"""The functions: plumbing of a stack around the recurrence, the choice of a path, validation at the validate.
+
+The kernels have tests of their own; here the reference stands in for `autograd.recurrent`.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import persistrnn
+from persistrnn import autograd, functional, ops, reference
+from persistrnn.options import Options
+
+pytestmark = pytest.mark.torch_path
+
+PAIRS = {"lstm": (functional.lstm, nn.LSTM), "gru": (functional.gru, nn.GRU)}
+STEPS, BATCH, INPUT, HIDDEN = 4, 3, 5, 6
+
+
+def leaves_of(outputs):
+    return torch.utils._pytree.tree_leaves(outputs)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Kernels that run everything: the reference, with the contract of `autograd.recurrent` checked. Yields the
+    list of its calls."""
+    calls = []
+
+    def recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0, precision, marks, reset, return_c, cell_dtype):
+        tensors = [t for t in (x_gates, weight_hh, bias_hh, h0, c0) if t is not None]
+        directions, rows, hidden = weight_hh.shape
+        assert x_gates.shape[2:] == (directions, rows)
+        assert bias_hh.shape == (directions, rows)
+        assert h0.shape == (directions, x_gates.size(1), hidden)
+        assert (c0 is None) == (cell == "gru")
+        assert all(t.is_contiguous() for t in tensors)
+        assert len({t.dtype for t in tensors}) == 1
+        calls.append({"cell": cell, "dtype": x_gates.dtype, "precision": precision, "shape": x_gates.shape})
+        return reference.recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0, marks, reset)
+
+    def unsupported(cell, hidden_size, batch, directions, dtype, device, precision):
+        return None if batch > 0 else "there is no plan for an empty batch."
+
+    monkeypatch.setattr(autograd, "recurrent", recurrent)
+    monkeypatch.setattr(ops, "unsupported", unsupported)
+    return calls
+
+
+def make(cell, **options):
+    torch.manual_seed(0)
+    layer = PAIRS[cell][1](INPUT, HIDDEN, **options).double()
+    rows = layer.num_layers * (2 if layer.bidirectional else 1)
+    states = [torch.randn(rows, BATCH, HIDDEN, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    shape = (BATCH, STEPS, INPUT) if layer.batch_first else (STEPS, BATCH, INPUT)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    return layer, x, tuple(states) if cell == "lstm" else states[0]
+
+
+def options_of(layer):
+    names = ("num_layers", "bias", "dropout", "training", "bidirectional", "batch_first")
+    return {name: getattr(layer, name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "bidirectional", "bias", "batch_first"),
+    [*itertools.product([1, 3], [False, True], [True, False], [False]), (2, True, True, True)],
+)
+@pytest.mark.parametrize("cell", PAIRS)
+def test_persistent_stack_equals_torch_nn(kernels, cell, num_layers, bidirectional, bias, batch_first):
+    layer, x, hx = make(cell, num_layers=num_layers, bidirectional=bidirectional, bias=bias, batch_first=batch_first)
+    weights = list(layer.parameters())
+    expected = leaves_of(layer(x, hx))
+    actual = leaves_of(PAIRS[cell][0](x, weights, hx, backend="persistent", **options_of(layer)))
+    inputs = [x, *leaves_of(hx), *weights]
+    cotangents = [torch.randn_like(t) for t in expected]
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, inputs, cotangents),
+        torch.autograd.grad(expected, inputs, cotangents),
+        rtol=1e-10,
+        atol=1e-12,
+    )
+    assert len(kernels) == num_layers
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_persistent_dropout_draws_torch_nn_masks(kernels, cell):
+    layer, x, hx = make(cell, num_layers=3, dropout=0.5)
+    torch.manual_seed(7)
+    expected = layer(x, hx)
+    torch.manual_seed(7)
+    actual = PAIRS[cell][0](x, list(layer.parameters()), hx, backend="persistent", **options_of(layer))
+    torch.testing.assert_close(leaves_of(actual), leaves_of(expected), rtol=1e-10, atol=1e-12)
+    still = PAIRS[cell][0](
+        x,
+        list(layer.parameters()),
+        hx,
+        backend="persistent",
+        **{**options_of(layer), "training": False},
+    )
+    torch.testing.assert_close(leaves_of(still), leaves_of(layer.eval()(x, hx)), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("cell", PAIRS)
+def test_persistent_takes_unbatched_input(kernels, cell, batch_first):
+    layer, x, hx = make(cell, num_layers=2, batch_first=batch_first)
+    x = torch.randn(STEPS, INPUT, dtype=torch.float64)
+    hx = (hx[0][:, 0], hx[1][:, 0]) if cell == "lstm" else hx[:, 0]
+    actual = PAIRS[cell][0](x, list(layer.parameters()), hx, backend="persistent", **options_of(layer))
+    torch.testing.assert_close(leaves_of(actual), leaves_of(layer(x, hx)), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_persistent_takes_any_strides(kernels, cell):
+    layer, _, _ = make(cell)
+    x = torch.randn(INPUT, STEPS, BATCH, dtype=torch.float64).permute(1, 2, 0)
+    h0 = torch.randn(1, HIDDEN, 1, dtype=torch.float64).expand(1, HIDDEN, BATCH).transpose(1, 2)
+    hx = (h0, h0) if cell == "lstm" else h0
+    weights = [w.t().contiguous().t() if w.dim() == 2 else w for w in layer.parameters()]
+    actual = PAIRS[cell][0](x, weights, hx, backend="persistent")
+    torch.testing.assert_close(leaves_of(actual), leaves_of(layer(x, hx)), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["persistent", "torch", "auto"])
+@pytest.mark.parametrize("cell", PAIRS)
+def test_empty_batch_gives_empty_outputs_and_zero_gradients(kernels, cell, backend):
+    layer, _, _ = make(cell, num_layers=2, bidirectional=True)
+    x = torch.randn(STEPS, 0, INPUT, dtype=torch.float64)
+    weights = list(layer.parameters())
+    actual = leaves_of(PAIRS[cell][0](x, weights, backend=backend, **options_of(layer)))
+    assert [t.shape for t in actual] == [t.shape for t in leaves_of(layer(x))]
+    for gradient in torch.autograd.grad(actual[0].sum(), weights):
+        assert not gradient.any()
+    assert kernels == []
+
+
+@pytest.mark.parametrize("backend", ["persistent", "torch", "auto"])
+@pytest.mark.parametrize("shape", [(0, BATCH, INPUT), (0, INPUT), (0, 0, INPUT)])
+@pytest.mark.parametrize("cell", PAIRS)
+def test_no_steps_is_torch_nn_error(kernels, cell, shape, backend):
+    layer, _, _ = make(cell)
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+        PAIRS[cell][0](torch.randn(shape, dtype=torch.float64), list(layer.parameters()), backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cell", PAIRS)
+def test_persistent_runs_in_autocast_dtype(kernels, cell, dtype):
+    layer, x, hx = make(cell, num_layers=2)
+    layer, x = layer.float(), x.detach().float()
+    hx = (hx[0].float(), hx[1].float()) if cell == "lstm" else hx.float()
+    weights = list(layer.parameters())
+    with torch.autocast("cpu", dtype=dtype):
+        outputs = leaves_of(PAIRS[cell][0](x, weights, hx, num_layers=2, backend="persistent"))
+    assert {call["dtype"] for call in kernels} == {dtype}
+    assert {t.dtype for t in outputs} == {dtype}
+    gradients = torch.autograd.grad(outputs[0].sum(), weights)
+    assert {g.dtype for g in gradients} == {torch.float32}
+    torch.testing.assert_close(outputs[0].float(), layer(x, hx)[0], rtol=0.05, atol=0.05)
+
+
+def test_autocast_leaves_float64_alone(kernels):
+    layer, x, hx = make("lstm")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = functional.lstm(x, list(layer.parameters()), hx, backend="persistent")
+    assert y.dtype == kernels[0]["dtype"] == torch.float64
+
+
+@pytest.fixture
+def fp32_settings():
+    """torch's float32 settings, put back afterwards."""
+    places = (torch.backends.cudnn.rnn, torch.backends.cudnn, torch.backends)
+    torch.backends.cudnn.allow_tf32 = True
+    before = [place.fp32_precision for place in places]
+    yield places
+    for place, value in zip(places, before, strict=True):
+        place.fp32_precision = value
+
+
+def test_precision_is_torch_rnn_setting(fp32_settings):
+    rnn, _, _ = fp32_settings
+    assert functional.precision() == "tf32"
+    for setting, expected in (("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")):
+        rnn.fp32_precision = setting
+        assert functional.precision() == expected
+    torch.backends.cudnn.allow_tf32 = False
+    assert functional.precision() == "ieee"
+
+
+def test_precision_reaches_the_kernels(kernels, fp32_settings):
+    rnn, _, _ = fp32_settings
+    layer, x, _ = make("gru")
+    for setting in ("ieee", "tf32"):
+        rnn.fp32_precision = setting
+        functional.gru(x, list(layer.parameters()), backend="persistent")
+    assert [call["precision"] for call in kernels] == ["ieee", "tf32"]
+
+
+def path_of(layer, x, backend, **options):
+    arguments = {**options_of(layer), **options}
+    cell = type(layer).__name__.lower()
+    return functional.run(cell, x, list(layer.parameters()), None, Options(**arguments, backend=backend)).path
+
+
+def test_auto_runs_cpu_tensors_on_torch_path_even_where_kernels_could(kernels):
+    layer, x, _ = make("lstm")
+    assert path_of(layer, x, "auto") == "torch"
+    assert path_of(layer, x, "torch") == "torch"
+    assert path_of(layer, x, "persistent") == "persistent"
+    assert len(kernels) == 1
+
+
+def test_auto_follows_the_kernels_on_a_gpu(monkeypatch):
+    asked = []
+
+    def unsupported(*args):
+        asked.append(args)
+        return "H=7 is too odd." if args[1] == 7 else None
+
+    monkeypatch.setattr(ops, "unsupported", unsupported)
+    monkeypatch.setattr(ops, "slower", lambda *args: None)
+    gpu = torch.device("cuda", 0)
+    for backend in ("auto", "persistent"):
+        assert functional.obstacle(backend, "gru", 8, 2, 1, torch.float16, gpu) is None
+        assert functional.obstacle(backend, "gru", 7, 2, 1, torch.float16, gpu) == "H=7 is too odd."
+    assert asked[0] == ("gru", 8, 2, 1, torch.float16, gpu, functional.precision())
+    assert functional.obstacle("torch", "gru", 8, 2, 1, torch.float16, gpu) is not None
+
+
+def test_persistent_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(ops, "unsupported", lambda *args: "there is no GPU; move the tensors to one.")
+    layer, x, _ = make("gru")
+    with pytest.raises(RuntimeError, match=r'backend="persistent".*there is no GPU; move the tensors to one'):
+        path_of(layer, x, "persistent")
+
+
+def test_projections_and_packed_sequences_run_on_the_kernels(kernels):
+    layer, x, _ = make("lstm", proj_size=2)
+    assert path_of(layer, x, "persistent") == "persistent"
+    layer, x, _ = make("lstm")
+    packed = nn.utils.rnn.pack_padded_sequence(x, [STEPS] * BATCH)
+    assert path_of(layer, packed, "persistent") == "persistent"
+    assert len(kernels) == 2
+    assert path_of(layer, packed, "auto") == "torch"
+    assert path_of(layer, packed, "torch") == "torch"
+    assert len(kernels) == 2
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_persistent_checks_devices_before_it_launches(kernels, cell):
+    layer, x, hx = make(cell)
+    weights = list(layer.parameters())
+    away = tuple(s.to("meta") for s in hx) if cell == "lstm" else hx.to("meta")
+    with pytest.raises(RuntimeError, match="input tensor at meta and parameter tensor at cpu"):
+        PAIRS[cell][0](x.to("meta"), weights, backend="persistent")
+    with pytest.raises(RuntimeError, match="parameter tensor at meta"):
+        PAIRS[cell][0](x, [*weights[:-1], weights[-1].to("meta")], backend="persistent")
+    with pytest.raises(RuntimeError, match="input tensor at cpu and hidden tensor at meta"):
+        PAIRS[cell][0](x, weights, away, backend="persistent")
+    assert kernels == []
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_torch_path_is_torch_nn_to_the_bit(cell):
+    layer, x, hx = make(cell, num_layers=2, bidirectional=True, dropout=0.5, batch_first=True)
+    torch.manual_seed(3)
+    expected = leaves_of(layer(x, hx))
+    torch.manual_seed(3)
+    actual = leaves_of(PAIRS[cell][0](x, list(layer.parameters()), hx, **options_of(layer)))
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def wrong_weights():
+    """(what is wrong, weights, options, exception, message)."""
+    lstm = [p.detach() for p in nn.LSTM(INPUT, HIDDEN).parameters()]
+    w_ih, w_hh, b_ih, b_hh = lstm
+    return [
+        ("too few", lstm[:3], {}, ValueError, "take 4 weights .5 with projections., got 3"),
+        ("none", [], {}, ValueError, "got 0"),
+        ("layers", lstm, {"num_layers": 2}, ValueError, "2 layers x 1 directions .* take 8"),
+        ("no layer", lstm, {"num_layers": 0}, ValueError, "num_layers must be greater than zero, got 0"),
+        ("not a tensor", [w_ih, w_hh, b_ih, None], {}, TypeError, "weights are tensors, got NoneType"),
+        ("rows", [w_ih[:-1], w_hh, b_ih, b_hh], {}, RuntimeError, r"weight_ih_l0 must have shape \(24, 5\)"),
+        ("square", [w_ih, w_hh[:, :-1], b_ih, b_hh], {}, RuntimeError, r"weight_hh_l0 .*\(24, 6\), got \(24, 5\)"),
+        ("bias", [w_ih, w_hh, b_ih, b_hh[:-1]], {}, RuntimeError, r"bias_hh_l0 .*\(24,\), got \(23,\)"),
+        ("flat", [w_ih, w_hh.flatten(), b_ih, b_hh], {}, RuntimeError, "weight_hh_l0 must have shape"),
+        ("dtypes", [w_ih, w_hh.double(), b_ih, b_hh], {}, ValueError, "share one dtype"),
+        ("empty", [w_ih[:0], w_hh[:0, :0], b_ih[:0], b_hh[:0]], {}, RuntimeError, "H > 0"),
+        ("projection", [*lstm, torch.zeros(2, HIDDEN)], {}, RuntimeError, r"weight_hh_l0 .*\(24, 2\)"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "exception", "message"),
+    [pytest.param(*row[1:], id=row[0]) for row in wrong_weights()],
+)
+def test_wrong_weights(weights, options, exception, message):
+    with pytest.raises(exception, match=message):
+        functional.lstm(torch.zeros(STEPS, BATCH, INPUT), weights, **options)
+
+
+def test_a_wrong_weight_is_named_by_layer_and_direction():
+    weights = list(nn.GRU(INPUT, HIDDEN, 2, bidirectional=True).parameters())
+    weights[13] = weights[13][:, :-1]
+    with pytest.raises(RuntimeError, match=r"weight_hh_l1_reverse must have shape \(18, 6\), got \(18, 5\)"):
+        functional.gru(torch.zeros(STEPS, BATCH, INPUT), weights, num_layers=2, bidirectional=True)
+
+
+def test_gru_refuses_projection_weights():
+    weights = [*nn.GRU(INPUT, HIDDEN).parameters(), torch.zeros(2, HIDDEN)]
+    with pytest.raises(ValueError, match="no projections"):
+        functional.gru(torch.zeros(STEPS, BATCH, INPUT), weights)
+
+
+def test_bad_options():
+    weights = list(nn.GRU(INPUT, HIDDEN).parameters())
+    x = torch.zeros(STEPS, BATCH, INPUT)
+    with pytest.raises(ValueError, match="'auto', 'persistent', 'torch', got 'triton'"):
+        functional.gru(x, weights, backend="triton")
+    for dropout in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"dropout should be a number in range \[0, 1\].*got"):
+            functional.gru(x, weights, dropout=dropout)
+
+
+def test_public_names():
+    assert set(persistrnn.__all__) == {
+        "GRU",
+        "LSTM",
+        "Streaming",
+        "__version__",
+        "check",
+        "explain",
+        "functional",
+        "profile",
+        "replace",
+    }
+    assert all(hasattr(persistrnn, name) for name in persistrnn.__all__)

@@ -1,0 +1,629 @@
+"""The operators and the autograd around them: every transform of torch that should work does, the others say no.
+
+What the kernels compute is tested in test_scan.py; here one path of torch is compared with another, on the same
+kernels, and with `persistrnn.reference` where a derivative is new.
+"""
+
+import inspect
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import persistrnn
+from persistrnn import autograd, ops, reference
+from persistrnn.kernels import launch
+from persistrnn.kernels.planner import plan as planning
+from persistrnn.kernels.planner.hardware import DEVICES
+
+pytestmark = pytest.mark.interpreter
+
+CELLS = ("lstm", "gru")
+MODULES = {"lstm": persistrnn.LSTM, "gru": persistrnn.GRU}
+H, B, T, INPUT = 10, 3, 2, 5
+NAMES = ("x_gates", "weight_hh", "bias_hh", "h0", "c0")
+
+
+def layer(cell, **options):
+    torch.manual_seed(0)
+    return MODULES[cell](INPUT, H, backend="persistent", **options)
+
+
+def tensors(cell, directions=1, steps=T, batch=B, requires_grad=False):
+    """Arguments of `autograd.recurrent` between the cell and the precision; c0 is None for the GRU."""
+    torch.manual_seed(1)
+    rows = CELLS[cell].gates * H
+    shapes = [(steps, batch, directions, rows), (directions, rows, H), (directions, rows)]
+    shapes += [(directions, batch, H)] * 2
+    made = [torch.randn(shape).mul_(0.5).requires_grad_(requires_grad) for shape in shapes]
+    return made if cell == "lstm" else [*made[:-1], None]
+
+
+def run(cell, arguments):
+    return [t for t in autograd.recurrent(cell, *arguments, "ieee") if t is not None]
+
+
+def leaves(outputs):
+    return torch.utils._pytree.tree_leaves(outputs)
+
+
+@pytest.fixture
+def launches():
+    """launches(): kernel launches since the last call, by name."""
+    last = launch.LAUNCHES.copy()
+
+    def since():
+        nonlocal last
+        before, last = last, launch.LAUNCHES.copy()
+        return dict(last - before)
+
+    return since
+
+
+# ---- the operators -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_forward_operator_keeps_the_contract_of_torch_library(cell, directions, save):
+    arguments = (cell, "ieee", save, *tensors(cell, directions))
+    torch.library.opcheck(torch.ops.persistrnn.scan_forward.default, arguments)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_operator_keeps_the_contract_of_torch_library(cell, directions):
+    arguments = tensors(cell, directions)
+    y, c, saved = torch.ops.persistrnn.scan_forward(cell, "ieee", True, *arguments)
+    dy, dh_n = torch.randn(T, B, directions, H), torch.randn(directions, B, H)
+    dc_n = torch.randn(directions, B, H) if cell == "lstm" else None
+    given = (cell, "ieee", dy, dh_n, dc_n, arguments[1], y, c, saved)
+    torch.library.opcheck(torch.ops.persistrnn.scan_backward.default, given)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_element_of_an_output_is_written(cell, directions, monkeypatch):
+    """What a fresh buffer held before must not show: an operator is a function of its arguments."""
+    arguments = tensors(cell, directions)
+    found = []
+    original = torch.Tensor.new_empty
+    for garbage in (1.0, -7.0):
+
+        def new_empty(self, *size, garbage=garbage, **options):
+            return original(self, *size, **options).fill_(garbage)
+
+        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+        for save in (True, False):
+            found.append(torch.ops.persistrnn.scan_forward(cell, "ieee", save, *arguments))
+    torch.testing.assert_close(found[:2], found[2:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_arguments_need_not_be_contiguous(cell):
+    plain = tensors(cell, 2)
+    strided = [None if t is None else t.mT.contiguous().mT for t in plain]
+    assert not any(t.is_contiguous() for t in strided if t is not None)
+    torch.testing.assert_close(run(cell, strided), run(cell, plain), rtol=0, atol=0)
+
+
+# ---- saving only what is needed ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved_sizes(monkeypatch):
+    """(elements of c, elements of saved) of every forward launch."""
+    sizes = []
+    original = launch.forward
+
+    def forward(*arguments):
+        y, c, saved = original(*arguments)
+        sizes.append((c.numel(), saved.numel()))
+        return y, c, saved
+
+    monkeypatch.setattr(launch, "forward", forward)
+    return sizes
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_inference_keeps_nothing_and_equals_training(cell, directions, saved_sizes):
+    arguments = tensors(cell, directions, steps=4, requires_grad=True)
+    training = run(cell, arguments)
+    with torch.no_grad():
+        inference = run(cell, arguments)
+    detached = run(cell, [None if t is None else t.detach() for t in arguments])
+    state = directions * B * H
+    full = (6 * state if cell == "lstm" else 0, 4 * 4 * state)
+    bare = (2 * state if cell == "lstm" else 0, 0)
+    assert saved_sizes == [full, bare, bare]
+    assert not any(t.requires_grad for t in (*inference, *detached))
+    torch.testing.assert_close(inference, [t.detach() for t in training], rtol=0, atol=0)
+    torch.testing.assert_close(detached, inference, rtol=0, atol=0)
+
+
+class Work(TorchDispatchMode):
+    """Counts matrix products and sums over some of the dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = self.sums = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.products += function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+        self.sums += function is torch.ops.aten.sum.dim_IntList
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needed", NAMES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_are_made_for_what_requires_them(cell, needed):
+    arguments = dict(zip(NAMES, tensors(cell, 2), strict=True))
+    if arguments[needed] is None:
+        pytest.skip("the GRU has no c0")
+    expected_leaf = arguments[needed].clone().requires_grad_()
+    expected = reference.recurrent(cell, **(arguments | {needed: expected_leaf}))[:3]
+    sum(t.square().sum() for t in expected if t is not None).backward()
+
+    arguments[needed].requires_grad_()
+    loss = sum(t.square().sum() for t in run(cell, arguments.values()))
+    with Work() as work:
+        loss.backward()
+    torch.testing.assert_close(arguments[needed].grad, expected_leaf.grad, rtol=1e-4, atol=1e-5)
+    for name, tensor in arguments.items():
+        assert tensor is None or (tensor.grad is None) == (name != needed), name
+    assert work.products == (2 if needed == "weight_hh" else 0), "one product per direction, only for the weights"
+    assert work.sums == (1 if needed == "bias_hh" else 0)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_output_alone_gives_its_gradient(cell, which):
+    """A gradient that autograd does not bring (None) counts as zero."""
+    arguments = tensors(cell, 2, requires_grad=True)
+    copies = [None if t is None else t.detach().clone().requires_grad_() for t in arguments]
+    found, expected = run(cell, arguments), reference.recurrent(cell, *copies)
+    if which >= len(found):
+        pytest.skip("the GRU has no c_n")
+    torch.autograd.backward([found[which].square().sum(), expected[which].square().sum()])
+    for name, a, b in zip(NAMES, arguments, copies, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_backward_twice_over_a_kept_graph_is_the_same():
+    arguments = tensors("gru", requires_grad=True)
+    loss = run("gru", arguments)[0].square().sum()
+    first, second = (torch.autograd.grad(loss, arguments[:4], retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_changing_what_the_backward_needs_is_an_error(cell):
+    """Not a silently wrong gradient: the output y and the weights are read again by the backward."""
+    arguments = tensors(cell, requires_grad=True)
+    y, *_ = run(cell, arguments)
+    with pytest.raises(RuntimeError, match="modified"):
+        y.mul_(2).sum().backward()
+    y, *_ = run(cell, arguments)
+    with torch.no_grad():
+        arguments[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    with torch.no_grad():
+        run(cell, arguments)[0].mul_(2)  # nothing depends on it
+
+
+# ---- torch.compile, torch.export, checkpoint -----------------------------------------------------------------------
+
+
+def outputs_and_gradients(function, module, x):
+    x = x.clone().requires_grad_()
+    outputs = leaves(function(x))
+    sum(t.square().sum() for t in outputs).backward()
+    grads = [p.grad for p in module.parameters()]
+    module.zero_grad()
+    return [t.detach() for t in outputs], [x.grad, *grads]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_compile_to_a_full_graph_equals_eager(cell, launches):
+    module = layer(cell, num_layers=2, bidirectional=True)
+    x = torch.randn(T, B, INPUT)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    found = outputs_and_gradients(compiled, module, x)
+    assert launches() == {"scan_forward": 2, "scan_backward": 2}
+    torch.testing.assert_close(found, outputs_and_gradients(module, module, x), rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_new_batch_or_length_is_not_compiled_again(cell):
+    """Once both are known to vary, that is: torch compiles a second time when a size changes for the first time."""
+    module = layer(cell, bidirectional=True)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for steps, batch in ((4, 3), (5, 3), (5, 4)):
+        compiled(torch.randn(steps, batch, INPUT))
+    frames = counter.frame_count
+    for steps, batch in ((7, 4), (9, 20), (2, 40)):
+        x = torch.randn(steps, batch, INPUT)
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-6, atol=1e-6)
+    assert counter.frame_count == frames
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_export(cell, launches):
+    module = layer(cell, bidirectional=True)
+    x = torch.randn(T, B, INPUT)
+    program = torch.export.export(module, (x,))
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count("persistrnn.scan_forward.default") == 1
+    assert launches() == {}, "tracing launches nothing"
+    torch.testing.assert_close(program.module()(x), module(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_checkpoint(cell, launches):
+    module = layer(cell)
+    x = torch.randn(T, B, INPUT)
+    found = outputs_and_gradients(lambda x: checkpoint(module, x, use_reentrant=False), module, x)
+    assert launches() == {"scan_forward": 2, "scan_backward": 1}, "the forward runs again in the backward"
+    torch.testing.assert_close(found, outputs_and_gradients(module, module, x), rtol=0, atol=0)
+
+
+# ---- torch.func ----------------------------------------------------------------------------------------------------
+
+
+def loss_of(module):
+    def loss(parameters, x):
+        return sum(t.square().sum() for t in leaves(functional_call(module, parameters, (x,))))
+
+    return loss
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_func_grad_equals_autograd(cell, launches):
+    module = layer(cell, num_layers=2, bidirectional=True)
+    x = torch.randn(T, B, INPUT)
+    parameters = {n: p.detach() for n, p in module.named_parameters()}
+    found, dx = grad(loss_of(module), argnums=(0, 1))(parameters, x)
+    assert launches() == {"scan_forward": 2, "scan_backward": 2}
+    _, expected = outputs_and_gradients(module, module, x)
+    torch.testing.assert_close([dx, *found.values()], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("in_dim", [0, 1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_vmap_over_inputs_is_one_launch(cell, in_dim, launches):
+    module = layer(cell, bidirectional=True)
+    xs = torch.randn(4, T, B, INPUT)
+    expected = [torch.stack(ts) for ts in zip(*(leaves(module(x)) for x in xs), strict=True)]
+    assert launches() == {"scan_forward": 4}
+    found = vmap(lambda x: leaves(module(x)), in_dims=in_dim)(xs.movedim(0, in_dim))
+    assert launches() == {"scan_forward": 1}, "the mapped dimension is part of the batch"
+    torch.testing.assert_close(list(found), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_vmap_over_states_only_is_one_launch(cell, launches):
+    x_gates, weight, bias, h0, c0 = tensors(cell, 2)
+    h0s = torch.stack([h0, -h0, 2 * h0])
+    expected = [torch.stack(ts) for ts in zip(*(run(cell, [x_gates, weight, bias, h, c0]) for h in h0s), strict=True)]
+    launches()
+    found = vmap(lambda h: run(cell, [x_gates, weight, bias, h, c0]))(h0s)
+    assert launches() == {"scan_forward": 1}
+    torch.testing.assert_close(list(found), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_nested_vmap_is_one_launch(cell, launches):
+    module = layer(cell)
+    xs = torch.randn(2, 3, T, B, INPUT)
+    found = vmap(vmap(lambda x: module(x)[0]))(xs)
+    assert launches() == {"scan_forward": 1}
+    expected = torch.stack([torch.stack([module(x)[0] for x in row]) for row in xs])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mapped", ["all", "weight_hh_l0", "bias_hh_l0"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_vmap_over_weights_is_one_launch_each(cell, mapped, launches):
+    module = layer(cell)
+    x = torch.randn(T, B, INPUT)
+    parameters = {n: p.detach() for n, p in module.named_parameters()}
+    chosen = list(parameters) if mapped == "all" else [mapped]
+    ensembles = {n: torch.stack([parameters[n] * k for k in (1, -1, 2)]) for n in chosen}
+
+    def outputs(own):
+        return leaves(functional_call(module, parameters | own, (x,)))
+
+    found = vmap(outputs)(ensembles)
+    assert launches() == {"scan_forward": 3}
+    members = [outputs({n: e[i] for n, e in ensembles.items()}) for i in range(3)]
+    expected = [torch.stack(ts) for ts in zip(*members, strict=True)]
+    torch.testing.assert_close(list(found), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_per_sample_gradients_equal_a_loop(cell, launches):
+    module = layer(cell, bidirectional=True)
+    xs = torch.randn(4, T, 1, INPUT)
+    parameters = {n: p.detach() for n, p in module.named_parameters()}
+    found = vmap(grad(loss_of(module)), in_dims=(None, 0))(parameters, xs)
+    assert launches() == {"scan_forward": 1, "scan_backward": 1}
+    for i, x in enumerate(xs):
+        _, (_, *expected) = outputs_and_gradients(module, module, x)
+        torch.testing.assert_close([g[i] for g in found.values()], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradient_of_a_mapped_loss_equals_a_batch(cell, launches):
+    """grad outside, vmap inside: there no tensor tells that a gradient will be asked for."""
+    module = layer(cell)
+    xs = torch.randn(4, T, B, INPUT)
+    parameters = {n: p.detach() for n, p in module.named_parameters()}
+    found = grad(lambda p: vmap(loss_of(module), in_dims=(None, 0))(p, xs).sum())(parameters)
+    assert launches() == {"scan_forward": 1, "scan_backward": 1}
+    expected = grad(loss_of(module))(parameters, xs.transpose(0, 1).flatten(1, 2))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_of_an_ensemble_equal_a_loop(cell, launches):
+    """vmap over weights and inputs at once."""
+    module = layer(cell)
+    xs = torch.randn(3, T, B, INPUT)
+    parameters = {n: torch.stack([p.detach() * k for k in (1, -1, 2)]) for n, p in module.named_parameters()}
+    found = vmap(grad(loss_of(module)))(parameters, xs)
+    assert launches() == {"scan_forward": 3, "scan_backward": 3}
+    for i, x in enumerate(xs):
+        expected = grad(loss_of(module))({n: p[i] for n, p in parameters.items()}, x)
+        torch.testing.assert_close({n: g[i] for n, g in found.items()}, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_jacrev_equals_the_reference(cell, launches):
+    arguments = tensors(cell, 2, batch=2)
+    numbers = tuple(i for i, t in enumerate(arguments) if t is not None)
+    found = jacrev(lambda *a: autograd.recurrent(cell, *a, "ieee")[0], argnums=numbers)(*arguments)
+    assert launches() == {"scan_forward": 1, "scan_backward": 1}, "all rows of the Jacobian are one batch"
+    expected = jacrev(lambda *a: reference.recurrent(cell, *a)[0], argnums=numbers)(*arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        lambda f, x: jvp(f, (x,), (torch.ones_like(x),)),
+        lambda f, x: jacfwd(f)(x),
+        lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
+    ],
+    ids=["jvp", "jacfwd", "hessian"],
+)
+def test_forward_mode_is_refused(cell, differentiate):
+    """Never tangents of zero."""
+    module = layer(cell)
+    with pytest.raises(NotImplementedError, match=r"(?i)forward.mode"):
+        differentiate(lambda x: module(x)[0], torch.randn(T, B, INPUT))
+
+
+def test_dual_numbers_are_refused():
+    module, x = layer("lstm"), torch.randn(T, B, INPUT)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match=r"(?i)forward.mode"):
+            module(dual)
+
+
+def unsupported(**changed):
+    arguments = {
+        "cell": "lstm", "hidden_size": H, "batch": B, "directions": 1, "dtype": torch.float32,
+        "device": torch.device("cpu"), "precision": "ieee",
+    }  # fmt: skip
+    return ops.unsupported(**(arguments | changed))
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """A CUDA device of the A100's size, as far as the questions before a launch can tell."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    monkeypatch.setattr(launch, "hardware", lambda device: DEVICES["a100"])
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_supported(cell, dtype, a_gpu):
+    assert unsupported(cell=cell, dtype=dtype) is None
+    assert unsupported(cell=cell, dtype=dtype, device=a_gpu, hidden_size=512, directions=2) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64, torch.float8_e4m3fn])
+def test_refused_dtype(dtype):
+    text = unsupported(dtype=dtype)
+    for part in ("float16, bfloat16 and float32", f"got {dtype}", "backend='torch'"):
+        assert part in text, text
+
+
+def test_refused_device():
+    text = unsupported(device=torch.device("meta"))
+    for part in ("NVIDIA GPUs", "got 'meta'", "'cuda'", "backend='torch'"):
+        assert part in text, text
+
+
+def test_refused_amd_gpu(a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    text = unsupported(device=a_gpu)
+    for part in ("NVIDIA GPUs", "got an AMD GPU", "backend='torch'"):
+        assert part in text, text
+
+
+def test_refused_old_gpu(a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    text = unsupported(device=a_gpu)
+    for part in ("8.0", "a GPU with (7, 5)", "backend='torch'"):
+        assert part in text, text
+
+
+def test_refused_size(a_gpu):
+    text = unsupported(device=a_gpu, hidden_size=30_000)
+    for part in ("hidden_size=30000", "31 bits", "allow hidden_size up to", "backend='torch'"):
+        assert part in text, text
+
+
+def test_module_raises_what_unsupported_says():
+    module = MODULES["gru"](INPUT, H, backend="persistent", dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"(?s)got torch.float64.*backend='torch'"):
+        module(torch.randn(T, B, INPUT, dtype=torch.float64))
+
+
+def test_describe_is_the_plan_in_words(a_gpu):
+    text = ops.describe("gru", 512, 64, 2, torch.bfloat16, a_gpu, "tf32")
+    assert "gru H=512 B=64 D=2 bf16 on a100" in text
+    with pytest.raises(planning.PlanError, match="hidden_size=30000"):
+        ops.describe("gru", 30_000, 64, 2, torch.bfloat16, a_gpu, "tf32")
+
+
+# ---- the error word ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gave_up():
+    """gave_up(): as if a wait of an earlier launch had run out."""
+    word = launch._error_word(torch.device("cpu"))
+    assert word.tolist() == [0]
+    yield lambda: word.fill_(1)
+    word.zero_()
+
+
+GAVE_UP = r"(?s)on cpu gave up waiting.*results are invalid.*PERSISTRNN_DEBUG=1.*backend='torch'"
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_next_call_raises_after_a_wait_ran_out(cell, gave_up, launches):
+    arguments = tensors(cell, requires_grad=True)
+    gave_up()
+    with pytest.raises(RuntimeError, match=GAVE_UP):
+        run(cell, arguments)
+    assert launches() == {}, "nothing is computed from invalid numbers"
+    y, *_ = run(cell, arguments)  # the word was cleared
+    gave_up()
+    launches()
+    with pytest.raises(RuntimeError, match=GAVE_UP):
+        y.sum().backward()
+    assert launches() == {}
+
+
+def test_check_raises_once(gave_up):
+    persistrnn.check()
+    gave_up()
+    with pytest.raises(RuntimeError, match=GAVE_UP):
+        persistrnn.check()
+    persistrnn.check()
+
+
+# ---- other interpreters --------------------------------------------------------------------------------------------
+
+
+def python(code, **environment):
+    """What ``code`` prints in a fresh interpreter, where warnings are errors from the first import of ours on."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_cpu_without_the_interpreter_is_refused():
+    text = python(
+        """
+        import persistrnn, torch
+        layer = persistrnn.GRU(5, 10, backend="persistent")
+        try:
+            layer(torch.randn(2, 3, 5))
+        except RuntimeError as error:
+            print(error)
+        """
+    )
+    for part in ('backend="persistent"', "got a tensor on cpu", "'cuda'", "backend='torch'", "TRITON_INTERPRET=1"):
+        assert part in text, text
+
+
+WITHOUT_TRITON = """
+    import sys
+
+    class NoTriton:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == "triton":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, NoTriton())
+"""
+
+
+def test_without_triton_torchs_own_path_serves():
+    text = python(
+        WITHOUT_TRITON
+        + """
+    import persistrnn, torch
+    from persistrnn import ops
+    assert not any(name.split(".")[0] == "triton" for name in sys.modules)
+    persistrnn.check()
+    for kind in (persistrnn.LSTM, persistrnn.GRU):
+        layer = kind(5, 10)
+        y, _ = layer(torch.randn(2, 3, 5))
+        y.sum().backward()
+        assert layer.last_path == "torch", layer.last_path
+        assert layer.weight_hh_l0.grad is not None
+    print(persistrnn.explain(layer, 3, 2))
+    layer = persistrnn.LSTM(5, 10, backend="persistent")
+    print(persistrnn.explain(layer, 3, 2))
+    print(ops.unsupported("lstm", 10, 3, 1, torch.float32, torch.device("cuda"), "ieee"))
+    try:
+        layer(torch.randn(2, 3, 5))
+    except RuntimeError as error:
+        print(error)
+        """
+    )
+    assert text.count("Triton cannot be imported here; install triton >= 3.6 (Linux), or use backend='torch'.") == 3
+    assert "path: torch" in text
+
+
+def test_an_import_error_of_our_own_is_not_taken_for_a_missing_triton():
+    text = python(
+        """
+        import sys
+        sys.modules["persistrnn.kernels.device.tiles"] = None
+        try:
+            import persistrnn
+        except ImportError as error:
+            print(error.name)
+        """
+    )
+    assert text.strip() == "persistrnn.kernels.device.tiles"
+
+
+def test_debug_variable_is_read_at_every_launch(monkeypatch):
+    """PERSISTRNN_DEBUG checks right after a launch; on the CPU every launch is checked."""
+    assert "PERSISTRNN_DEBUG" in inspect.getsource(launch)
+    calls = []
+    monkeypatch.setattr(launch, "check", lambda: calls.append(None))
+    run("gru", tensors("gru"))
+    assert len(calls) == 2, "before and after"

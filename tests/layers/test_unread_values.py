@@ -1,0 +1,243 @@
+"""What nobody reads may be anything: with NaN or Inf in it, each output and each gradient is what it is with zeros
+there."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from grid import concurrent_grid
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import persistrnn
+from persistrnn.kernels.planner import memory
+
+STEPS, INPUT, HIDDEN = 4, 3, 4
+FULL, NO_STEP, SHORT, ANEW = range(4)  # rows: every step; none; some; every step, the first of which is a reset
+ROWS = 4
+LENGTHS = torch.tensor([STEPS, 0, 2, STEPS])
+MASK = torch.arange(STEPS).unsqueeze(1) < LENGTHS
+MASK[1, FULL] = MASK[0, SHORT] = False
+RESETS = torch.zeros(STEPS, ROWS, dtype=torch.bool)
+RESETS[2, FULL] = RESETS[0, ANEW] = True
+RESETS[3, SHORT] = True  # past its length
+JUNK = {"nan": float("nan"), "inf": float("inf")}
+CUTS = {
+    "lengths": {"lengths": LENGTHS},
+    "mask": {"mask": MASK},
+    "resets": {"resets": RESETS},
+    "lengths and resets": {"lengths": LENGTHS, "resets": RESETS},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    cell: str
+    cut: str = "lengths and resets"
+    layers: int = 2
+    bidirectional: bool = False
+    proj: int = 0
+    dropout: float = 0.0
+    save: str = "gates"
+    every_c: bool = False
+    hidden: int = HIDDEN
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def layer(self, backend: str) -> torch.nn.Module:
+        torch.manual_seed(0)
+        options = {"proj_size": self.proj} if self.proj else {}
+        sizes = INPUT, self.hidden, self.layers
+        module = getattr(persistrnn, self.cell.upper())
+        return module(
+            *sizes, bidirectional=self.bidirectional, dropout=self.dropout, backend=backend, save=self.save, **options
+        )
+
+
+def unread(case: Case) -> dict[str, Tensor]:
+    """Bool, where nobody reads: of the input, of the initial and of the reset states, and of the outputs' gradients."""
+    lengths, mask, resets = (CUTS[case.cut].get(name) for name in ("lengths", "mask", "resets"))
+    active = torch.ones(STEPS, ROWS, dtype=torch.bool) if mask is None else mask
+    if lengths is not None:
+        active = torch.arange(STEPS).unsqueeze(1) < lengths
+    initial = torch.zeros(case.directions, ROWS, dtype=torch.bool)
+    initial[:, ~active.any(0)] = True
+    anew = torch.ones(case.directions, ROWS, dtype=torch.bool)
+    if resets is not None:
+        initial[0, ANEW] = True
+        anew[:, FULL] = False
+        anew[0, ANEW] = False
+        if lengths is None:
+            anew[:, SHORT] = False  # its reset is read
+    return {
+        "x": ~active,
+        "initial": initial.repeat(case.layers, 1),
+        "reset": anew.repeat(case.layers, 1),
+        "d": ~active,
+    }
+
+
+def run(case: Case, backend: str, junk: float, second: bool = False, compiled: bool = False) -> dict[str, Any]:
+    """Outputs and gradients by name, and the path that ran, with ``junk`` where nobody reads."""
+    layer, where = case.layer(backend), unread(case)
+    generator = torch.Generator().manual_seed(1)
+
+    def numbers(*shape: int, spoilt: Tensor) -> Tensor:
+        found = torch.randn(*shape, generator=generator)
+        return torch.where(spoilt.unsqueeze(-1), junk, found).requires_grad_()
+
+    rows, features = case.layers * case.directions, case.proj or case.hidden
+    names = {"h": features, "c": case.hidden} if case.cell == "lstm" else {"h": features}
+    leaves = {"x": numbers(STEPS, ROWS, INPUT, spoilt=where["x"])}
+    for kind in ("initial", "reset") if "resets" in case.cut else ("initial",):
+        leaves |= {f"{kind} {n}": numbers(rows, ROWS, size, spoilt=where[kind]) for n, size in names.items()}
+    states = {kind: tuple(t for n, t in leaves.items() if n.startswith(kind)) for kind in ("initial", "reset")}
+    options = dict(CUTS[case.cut]) | ({"return_cell_states": True} if case.every_c else {})
+    if states["reset"]:
+        options["reset_state"] = states["reset"] if case.cell == "lstm" else states["reset"][0]
+    call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    torch.manual_seed(2)
+    output, final, *c = call(leaves["x"], states["initial"] if case.cell == "lstm" else states["initial"][0], **options)
+    outputs = {"output": output} | {f"final {n}": t for n, t in zip(names, tree_leaves(final), strict=True)}
+    outputs |= {"every c": c[0]} if c else {}
+    spoilt = {"output": where["d"], "every c": where["d"]}
+    nowhere = torch.zeros(rows, ROWS, dtype=torch.bool)
+    cotangents = {n: numbers(*t.shape, spoilt=spoilt.get(n, nowhere)).detach() for n, t in outputs.items()}
+    inputs = leaves | dict(layer.named_parameters())
+    how = {"create_graph": second, "allow_unused": True, "materialize_grads": True}
+    grads = torch.autograd.grad(list(outputs.values()), list(inputs.values()), list(cotangents.values()), **how)
+    found = outputs | {f"d {n}": g for n, g in zip(inputs, grads, strict=True)} | {"d final h": cotangents["final h"]}
+    if second:
+        # Of the gradients that are read: those of the parameters.
+        total = sum(found[f"d {n}"].square().sum() for n, _ in layer.named_parameters())
+        again = torch.autograd.grad(total, list(inputs.values()), allow_unused=True, materialize_grads=True)
+        found |= {f"d2 {n}": g for n, g in zip(inputs, again, strict=True)}
+    return found | {"path": layer.last_path}
+
+
+def check(case: Case, backend: str, path: str | None, junk: str, **options: bool) -> None:
+    """Against torch's operations; where the path is theirs, each bit, since not one of what is not read may count."""
+    expected = run(case, "torch", 0.0, **options)
+    found = run(case, backend, JUNK[junk], **options)
+    assert found.pop("path") == path
+    tolerance = 2e-5 if expected.pop("path") != path else 0.0
+    where = unread(case)
+    stays = where["initial"][:, NO_STEP].all()
+    for name, t in found.items():
+        if name.startswith("final") and stays:  # which is the initial state
+            assert (t[:, NO_STEP] == JUNK[junk]).all() or t[:, NO_STEP].isnan().all(), name
+            t = torch.where(torch.arange(ROWS).unsqueeze(1) == NO_STEP, 0.0, t)
+        assert t.isfinite().all(), name
+        how = {"rtol": tolerance, "atol": tolerance, "msg": lambda m, n=name: f"{n}: {m}"}
+        torch.testing.assert_close(t, expected[name], **how)
+    assert not found["d x"][where["x"]].any()
+    kinds = [n for n in found if n.startswith(("d initial", "d reset"))]
+    for name in kinds:
+        nobody = where[name.split()[1]].clone()
+        if stays and "initial" in name:
+            nobody[:, NO_STEP] = False
+        assert not found[name][nobody].any(), name
+    if stays:  # a row without a step hands its state's gradient on
+        assert torch.equal(found["d initial h"][:, NO_STEP], found["d final h"][:, NO_STEP])
+
+
+# ---- on torch's own kernels, and step by step ------------------------------------------------------------------------
+
+SHAPES = {
+    "one layer": {"layers": 1},
+    "a stack": {},
+    "three layers": {"layers": 3},
+    "both ways": {"bidirectional": True},
+    "dropout": {"dropout": 0.5},
+    "projected": {"proj": 2},
+    "projected both ways": {"proj": 2, "bidirectional": True},
+    "state": {"save": "state"},
+    "checkpoint": {"save": "checkpoint"},
+    "checkpoint both ways": {"save": "checkpoint", "bidirectional": True},
+    "checkpoint with dropout": {"save": "checkpoint", "dropout": 0.5},
+    "every c": {"every_c": True},
+}
+OF_LSTM = ("projected", "projected both ways", "every c")
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    monkeypatch.setattr(memory, "chunk_steps", lambda *_: 2)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(
+    ("cell", "shape"),
+    [(cell, shape) for cell in ("lstm", "gru") for shape in SHAPES if cell == "lstm" or shape not in OF_LSTM],
+)
+def test_on_torch_s_operations(short_chunks, cell, shape, cut, junk):
+    case = Case(cell, cut, **SHAPES[shape])
+    packs = cut == "lengths" and not case.every_c and not (case.save != "gates" and case.bidirectional)
+    check(case, "torch", "torch" if packs else "stepwise", junk)
+
+
+@pytest.mark.parametrize("cut", ["mask", "lengths and resets"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_in_a_second_derivative(cell, cut):
+    check(Case(cell, cut), "torch", "stepwise", "nan", second=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own
+@pytest.mark.parametrize("cut", ["lengths", "lengths and resets"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_compiled(cell, cut):
+    torch._dynamo.reset()
+    check(Case(cell, cut), "torch", None, "nan", compiled=True)
+
+
+# ---- on the kernels ------------------------------------------------------------------------------------------------
+
+warns_of_inf = pytest.mark.filterwarnings(
+    "ignore:invalid value encountered:RuntimeWarning"
+)  # the interpreter's, of Inf
+
+KERNELS = [
+    ("nan", Case("lstm", "lengths")),
+    ("inf", Case("gru")),
+    ("nan", Case("gru", "mask", bidirectional=True)),
+    ("inf", Case("lstm", bidirectional=True, every_c=True)),
+    ("nan", Case("lstm", dropout=0.5)),
+    ("nan", Case("lstm", proj=2)),
+    ("nan", Case("gru", save="state")),
+    ("nan", Case("lstm", "mask", save="state", bidirectional=True)),
+    ("nan", Case("lstm", save="checkpoint", every_c=True)),
+    ("nan", Case("gru", "mask", save="checkpoint")),
+]
+
+
+@warns_of_inf
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("junk", "case"), KERNELS)
+def test_on_the_kernels(short_chunks, junk, case):
+    check(case, "persistent", "persistent", junk)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("cell", "save"), [("lstm", "gates"), ("gru", "checkpoint")])
+def test_in_a_second_derivative_of_the_kernels(short_chunks, cell, save):
+    check(Case(cell, "mask", save=save), "persistent", "persistent", "nan", second=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("protocol", "case", "second"),
+    [  # of a hidden size that several slices share
+        ("counter", Case("lstm", hidden=13), False),
+        ("flags", Case("gru", hidden=13), False),
+        ("flags", Case("lstm", "mask", hidden=13), True),
+    ],
+)
+def test_in_a_wave(waves, protocol, case, second):
+    waves(protocol, homes="shared")
+    with concurrent_grid():
+        check(case, "persistent", "persistent", "nan", second=second)

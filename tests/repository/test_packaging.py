@@ -1,0 +1,196 @@
+"""``persistrnn.kernels`` is the folder kernels/, once: in a wheel, in an editable install, and under no other name."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+DATA = ("py.typed", "profiling/profile.html.jinja", "report.html.jinja")
+
+
+def python(code: str, *arguments: object, cwd: Path) -> object:
+    """What ``code`` prints, as JSON, in an interpreter that sees neither this folder nor PYTHONPATH."""
+    command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def run(*command: object, cwd: Path) -> None:
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=variables, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
+
+
+def modules() -> set[str]:
+    """Every module of the package, as a path in the wheel."""
+    upper = {path.relative_to(ROOT).as_posix() for path in (ROOT / "persistrnn").rglob("*.py")}
+    return upper | {f"persistrnn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution and the wheel that is built from it, without a network."""
+    tree = tmp_path_factory.mktemp("source") / "persistrnn"
+    shutil.copytree(ROOT, tree, ignore=NOT_SOURCE)
+    run(sys.executable, "-m", "build", "--no-isolation", cwd=tree)
+    return tree / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (path,) = dist.glob("*.whl")
+    return path
+
+
+def test_source_distribution_holds_the_kernels(dist: Path) -> None:
+    (path,) = dist.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    here = {
+        str(path.relative_to(ROOT)) for folder in ("persistrnn", "kernels") for path in (ROOT / folder).glob("*.py")
+    }
+    assert here | {"LICENSE", "README.md", "pyproject.toml", "persistrnn/py.typed"} <= names
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (licence,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    assert {name for name in names if ".dist-info/" not in name} == modules() | {f"persistrnn/{n}" for n in DATA}
+
+
+def test_wheel_imports_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install")
+    run(*pip, "--quiet", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
+    code = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import persistrnn, persistrnn.kernels
+print(json.dumps({name: module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "persistrnn"}))
+"""
+    files = python(code, target, cwd=tmp_path)
+    assert isinstance(files, dict)
+    assert files["persistrnn.kernels"] == str(target / "persistrnn" / "kernels" / "__init__.py")
+    assert [name for name, file in files.items() if not Path(file).is_relative_to(target)] == []
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the checkout, its link as a link."""
+    tree = tmp_path / "checkout"
+    shutil.copytree(ROOT, tree, ignore=NOT_SOURCE, symlinks=True)
+    return tree
+
+
+@pytest.fixture
+def fresh_python(tmp_path: Path) -> Path:
+    """The Python of a new environment that sees torch, Triton and pip, and no persistrnn."""
+    environment = tmp_path / "environment"
+    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
+    (site,) = environment.glob("lib/python*/site-packages")
+    # What an editable install put into this folder works in the environment it belongs to only.
+    (site / "around.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
+    return environment / "bin" / "python"
+
+
+PIP_INSTALL = "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--no-build-isolation"
+USE = "import persistrnn, torch; print(persistrnn.__version__); persistrnn.LSTM(2, 3)(torch.ones(4, 1, 2))"
+
+
+def runs_in(checkout: Path, fresh_python: Path) -> None:
+    """Everything that a person types in a checkout's root."""
+    for arguments in (
+        ("-c", USE),
+        ("-m", "persistrnn", "plan", "--cell", "gru", "--hidden", "64", "--batch", "1", "--device", "h200"),
+        ("-m", "bench.train.language_model", "--help"),
+    ):
+        run(fresh_python, *arguments, cwd=checkout)
+
+
+def test_a_checkout_runs_without_an_installation(checkout: Path, fresh_python: Path) -> None:
+    runs_in(checkout, fresh_python)
+
+
+def test_a_checkout_runs_beside_its_own_installation(checkout: Path, fresh_python: Path) -> None:
+    """In its root Python finds the folder persistrnn before the installed package."""
+    run(fresh_python, *PIP_INSTALL, ".", cwd=checkout)
+    runs_in(checkout, fresh_python)
+    shutil.rmtree(checkout)
+    run(fresh_python, "-c", USE, cwd=checkout.parent)
+
+
+def test_a_checkout_runs_after_an_installation_over_an_editable_one(checkout: Path, fresh_python: Path) -> None:
+    """As `make train`, `pip install '.[profile]'` into its environment, `make train` again."""
+    run(fresh_python, *PIP_INSTALL, "-e", ".[train]", cwd=checkout)
+    runs_in(checkout, fresh_python)
+    run(fresh_python, *PIP_INSTALL, ".[profile]", cwd=checkout)
+    runs_in(checkout, fresh_python)
+
+
+def test_the_package_does_not_bring_in_the_compiler(tmp_path: Path) -> None:
+    """torch._dynamo takes longer to import than torch, and most programs never compile."""
+    code = "import json, sys, persistrnn; print(json.dumps('torch._dynamo' in sys.modules))"
+    assert python(code, cwd=tmp_path) is False
+
+
+def origin(module: str, cwd: Path) -> Path | None:
+    code = """
+import importlib.util, json, sys
+spec = importlib.util.find_spec(sys.argv[1])
+print(json.dumps(spec and spec.origin))
+"""
+    found = python(code, module, cwd=cwd)
+    return Path(str(found)).resolve() if found else None
+
+
+def test_editable_install_finds_the_kernels_of_the_checkout(tmp_path: Path) -> None:
+    assert origin("persistrnn.kernels", cwd=tmp_path) == ROOT / "kernels" / "__init__.py"
+
+
+def test_our_kernels_are_not_found_as_a_global_package(tmp_path: Path) -> None:
+    found = origin("kernels", cwd=tmp_path)
+    assert found is None or not found.is_relative_to(ROOT / "kernels")
+
+
+def global_names(tree: ast.AST) -> Iterator[str]:
+    """The absolute names that a file imports, by statement or by a call with a literal name."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=str(module), level=0):
+                yield module
+            case ast.Call(
+                func=ast.Name(id=name) | ast.Attribute(attr=name), args=[ast.Constant(value=str(module)), *_]
+            ) if name in {"__import__", "import_module", "run_module", "importorskip"}:
+                yield module
+
+
+def sources() -> Iterator[Path]:
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in {"build", "dist", "runs"}]
+        yield from (Path(folder) / name for name in files if name.endswith(".py"))
+
+
+def test_no_file_imports_a_second_copy_of_the_kernels() -> None:
+    second = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in sources()
+        for name in global_names(ast.parse(path.read_text(), str(path)))
+        if name.split(".")[0] == "kernels"
+    ]
+    assert second == [], "kernels/ is imported as persistrnn.kernels"

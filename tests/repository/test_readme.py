@@ -1,0 +1,109 @@
+"""The README's numbers are those of the tables that are kept beside it."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from persistrnn import report, results
+from persistrnn.kernels.inspect import plan_command
+from persistrnn.kernels.planner.hardware import named
+from persistrnn.kernels.planner.plan import PlanError, plan
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BENCH = (ROOT / "bench" / "README.md").read_text()
+RESULTS = ROOT / "bench" / "results"
+SHOWN = ("kernel", "H", "B", "slices", "registers", "spills", "in_registers", "in_shared", "streamed", "resident")
+
+
+def audited(name: str) -> list[dict[str, str]]:
+    with (RESULTS / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_first_lines_run_on_a_cpu(tmp_path):
+    """The very block, with no GPU to be seen."""
+    block = re.search(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[1]
+    assert len([line for line in block.splitlines() if line]) <= 7
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    path, first, *others = done.stdout.splitlines()
+    assert path == "torch"
+    assert "steps 256, float32 on cpu" in first
+    assert any(line.startswith("path: torch") for line in others)
+
+
+def test_audit_table_is_made_from_the_results():
+    rows = audited("audit-newest.csv")
+    section = BENCH.split("## The audit")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if re.match(r"\| (lstm|gru) (forward|backward) \|", line)]
+    assert len(lines) >= 6
+    for line in lines:
+        cells = dict(zip(SHOWN, (c.strip().replace(",", "") for c in line.strip("|").split("|")), strict=True))
+        cells["resident"] = str(float(cells["resident"].rstrip("%")))
+        wanted = {"dtype": "bf16", "arch": "sm_90", "D": "1"} | cells
+        assert any(all(row[k] == v for k, v in wanted.items()) for row in rows), line
+
+
+def test_audit_counts_are_those_of_the_results():
+    for name in ("audit-newest.csv", "audit-oldest.csv"):
+        rows = audited(name)
+        green = sum(not row["failures"] and not row["refused"] for row in rows)
+        assert f"{green:,} of {len(rows):,} rows on {rows[0]['triton']}" in README
+
+
+def test_race_table_is_made_from_the_results():
+    """From the newest file that was measured on a GPU; before there is one, from the rehearsal, which has no speeds."""
+    found = [results.load(path) for path in RESULTS.glob("*.json")]
+    newest = max(found, key=lambda one: (not one.provenance.rehearsal, one.provenance.date))
+    assert report.markdown(newest) in README
+
+
+def test_plan_that_is_shown_wins_and_is_what_the_command_draws():
+    """By the model, without and with gradients; the picture is small."""
+    command = re.search(r"`persistrnn plan (--cell .*?)`", README)[1].split()
+    given = plan_command.parser().parse_args(command)
+    cell, hardware = plan_command.shape(given.cell), named(given.device)
+    found = plan(cell, given.hidden, given.batch, given.directions, given.dtype, hardware)
+    expected = plan_command.expected(found, cell)
+    assert all(one.persistent < one.torch for one in expected.values())
+    training = expected["training"]
+    assert f"training: {training.persistent:.2f} us, on torch's own path {training.torch:.2f})" in README
+    drawing = RESULTS / f"plan-{given.cell}-{given.hidden}.svg"
+    assert f"(bench/results/{drawing.name})" in README
+    assert drawing.stat().st_size < 60_000
+    drawn = drawing.read_text()
+    for one in (found.forward, found.backward):
+        assert f"predicted {one.predicted:.2f} us per time step" in drawn
+    assert f"H={given.hidden}  B={given.batch}" in drawn or f"H={given.hidden} B={given.batch}" in drawn
+
+
+def test_largest_hidden_sizes_are_those_of_the_plan():
+    for cell, largest in (("lstm", 23_166), ("gru", 26_750)):
+        assert f"{largest:,} ({cell.upper()}" in README
+        with pytest.raises(PlanError, match=f"up to {largest};"):
+            plan(plan_command.shape(cell), largest + 1, 16, 1, "bf16", named("h200"))
+        assert plan(plan_command.shape(cell), largest, 16, 1, "bf16", named("h200")).hidden == largest
+
+
+def test_readme_keeps_its_size():
+    assert 60 <= len(README.splitlines()) <= 90
+
+
+def test_every_feature_names_its_tests():
+    features = README[README.index("## What it does") : README.index("## What is known")]
+    rows = [line for line in features.splitlines() if line.startswith("|") and "test_" in line]
+    assert len(rows) == 12
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row.split("|")[-2])
+        assert named, row
+        assert all((ROOT / "tests" / f"{name}.py").exists() for name in named), row
