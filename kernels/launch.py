@@ -78,7 +78,7 @@ def hardware(device: torch.device) -> devices.Hardware:
 def choose(
     cell: Cell, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, device: torch.device
 ) -> planning.Plan:
-    return planning.plan(cell, hidden, batch, directions, label(dtype, precision), hardware(device))
+    return planning.plan_layer(cell, hidden, batch, directions, label(dtype, precision), hardware(device))
 
 
 def compare(
@@ -124,7 +124,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def launch(
+def launch_scan(
     kernel: Any,
     part: planning.Pass,
     jobs: int,
@@ -253,7 +253,7 @@ def forward(
                 c[2].zero_() if reset_c is None else c[2].copy_(reset_c.transpose(0, 1))
     if saved is None:
         saved = x_gates.new_empty((T, B, D, cell.saved, H) if save else 0)
-    launch(
+    launch_scan(
         scan_forward,
         part,
         part.tiling.jobs(B),
@@ -307,7 +307,7 @@ def backward(
     flag(dr_gates, part, exchange)
     dx_gates = torch.empty_like(dr_gates) if cell.recurrent_gradient else dr_gates
     d_edges = tuple(torch.empty_like(d) for _ in range(2 if resets else 1) for d in d_final)
-    launch(
+    launch_scan(
         scan_backward,
         part,
         part.tiling.jobs(B),

@@ -16,18 +16,18 @@ from .cells import Cell
 from .device.pointwise import BACKWARD, FORWARD
 from .device.scan import scan_backward, scan_forward
 from .planner import hardware as devices
-from .planner import pipeline as wave_plan
+from .planner import pipeline
 from .planner.memory import c_slots
 
 
 def choose(
     cell: Cell, hidden: int, layers: int, batch: int, dtype: torch.dtype, precision: str, device: torch.device
-) -> wave_plan.Wave | None:
+) -> pipeline.Pipeline | None:
     """The plan of a stack as a wave; None where it does not fit the device together."""
     hardware = launch.hardware(device)
     if hardware is devices.INTERPRETER:
         return None  # programs that run one after the other cannot wait for each other
-    return wave_plan.wave(cell, hidden, layers, batch, launch.label(dtype, precision), hardware)
+    return pipeline.plan_pipeline(cell, hidden, layers, batch, launch.label(dtype, precision), hardware)
 
 
 def _packed(first: Tensor, second: Tensor, above: bool) -> Tensor:
@@ -91,7 +91,7 @@ def forward(
             states[:, -1].copy_(reset[i]) if reset else states[:, -1].zero_()
             states[:, 0].copy_(initial)
     saved = x_gates.new_empty((L, T, B, cell.saved, H) if save else 0)
-    launch.launch(
+    launch.launch_scan(
         scan_forward,
         part,
         part.tiling.jobs(B),
@@ -149,7 +149,7 @@ def backward(
         buffer[-1].zero_()  # what the highest layer hears from above
         gates.append(buffer)
     d_edges = tuple(torch.empty_like(d) for _ in range(2 if resets else 1) for d in d_final)
-    launch.launch(
+    launch.launch_scan(
         scan_backward,
         part,
         part.tiling.jobs(B),
@@ -170,7 +170,7 @@ def backward(
     return dx_gates, dx_gates if len(gates) == 1 else dr_gates, d_edges
 
 
-def _plan(cell: Cell, hidden: int, layers: int, batch: int, like: Tensor, precision: str) -> wave_plan.Wave:
+def _plan(cell: Cell, hidden: int, layers: int, batch: int, like: Tensor, precision: str) -> pipeline.Pipeline:
     found = choose(cell, hidden, layers, batch, like.dtype, precision, like.device)
     if found is None:
         raise ValueError(

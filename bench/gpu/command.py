@@ -35,7 +35,7 @@ from persistrnn.kernels.planner import hardware as devices
 from persistrnn.results import ARMS, DTYPES, Micro, Results, Stress
 
 ROOT = Path(__file__).resolve().parents[2]  # bench may be a link
-TESTS = tuple(f"tests/test_gpu{name}.py" for name in ("", "_wave", "_cuts", "_memory", "_gsan"))
+TESTS = tuple(f"tests/kernels/test_gpu{name}.py" for name in ("", "_wave", "_cuts", "_memory", "_gsan"))
 PARTS = ("correctness", "stress", "micro", "race", "tune")
 # A part is stopped so many minutes after it should have ended.
 GRACE = 1.0

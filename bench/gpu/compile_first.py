@@ -36,7 +36,7 @@ from persistrnn.kernels.inspect import reasons
 from persistrnn.kernels.inspect.audit import target_of
 from persistrnn.kernels.planner import hardware as devices
 from persistrnn.kernels.planner.hardware import Hardware
-from persistrnn.kernels.planner.pipeline import Wave
+from persistrnn.kernels.planner.pipeline import Pipeline
 from persistrnn.results import Case
 
 # What is measured of the exchange, and all else that the plan takes for granted.
@@ -112,7 +112,7 @@ def compiling(hardware: Hardware, kernel: str, protocol: str, steps: int) -> Ite
     """
     seconds: list[float] = []
     missed: list[bool] = []
-    run, faster = JITFunction.run, Wave.faster
+    run, faster = JITFunction.run, Pipeline.faster
 
     def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         if kernel in ("", self.__name__):
@@ -135,7 +135,7 @@ def compiling(hardware: Hardware, kernel: str, protocol: str, steps: int) -> Ite
             mock.patch.object(launch, "hardware", return_value=hardware),
             mock.patch.object(launch, "exchange_for", return_value=Exchange(protocol=protocol, poll="ptx")),
             mock.patch.object(reasons, "unsupported", return_value=None),
-            mock.patch.object(Wave, "faster", lambda self, _, backward: faster(self, steps, backward)),
+            mock.patch.object(Pipeline, "faster", lambda self, _, backward: faster(self, steps, backward)),
             mock.patch.object(micro, "_verify"),
         ):
             yield seconds

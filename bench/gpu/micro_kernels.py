@@ -16,7 +16,7 @@ from persistrnn.kernels.device.exchange import arrive, get, put, read, wait
 from persistrnn.kernels.device.product import accumulators, add, gather, resident
 from persistrnn.kernels.device.tiles import k_index, operand_offsets
 from persistrnn.kernels.planner.tiling import Choice, Tiling
-from persistrnn.kernels.planner.tiling import tiling as tiling_of
+from persistrnn.kernels.planner.tiling import make_tiling as tiling_of
 
 LINE = 16  # bytes
 WARPS = 8  # as most of the planned kernels

@@ -42,7 +42,7 @@ def ranked(case: Case, backward: bool, hardware: Hardware) -> list[planning.Pass
     """The best passes by prediction, of different slices, splits or batch tiles: the planner's first."""
     shape = CELLS[case.cell]
     arguments = shape, case.hidden, case.batch, 1, case.dtype, hardware
-    found = planning.plan(*arguments)
+    found = planning.plan_layer(*arguments)
     first = found.backward if backward else found.forward
     choices = planning._choices(shape, case.hidden, case.batch, hardware, case.dtype, backward)
     passes = [

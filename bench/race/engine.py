@@ -14,8 +14,8 @@ from bench.race.correctness import Truth
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner.hardware import INTERPRETER, Hardware
-from persistrnn.kernels.planner.pipeline import Wave, wave
-from persistrnn.kernels.planner.plan import Pass, PlanError, plan
+from persistrnn.kernels.planner.pipeline import Pipeline, plan_pipeline
+from persistrnn.kernels.planner.plan import Pass, PlanError, plan_layer
 from persistrnn.results import Case, Check, Timing
 
 ROUNDS = 15
@@ -39,7 +39,7 @@ def expectation(case: Case, device: torch.device | Hardware) -> tuple[float, flo
     hardware = device if isinstance(device, Hardware) else launch.hardware(device)
     shape = CELLS[case.cell]
     try:
-        found = plan(shape, case.hidden, case.batch, 2 if case.bidirectional else 1, case.dtype, hardware)
+        found = plan_layer(shape, case.hidden, case.batch, 2 if case.bidirectional else 1, case.dtype, hardware)
     except PlanError as error:
         return 0.0, 0.0, str(error)
     passes, times, how = [found.forward, found.backward], float(case.layers), ""
@@ -54,10 +54,10 @@ def expectation(case: Case, device: torch.device | Hardware) -> tuple[float, flo
     return predicted, times * found.floor * len(passes), how + "; ".join(map(words, passes))
 
 
-def _wave(case: Case, hardware: Hardware) -> Wave | None:
+def _wave(case: Case, hardware: Hardware) -> Pipeline | None:
     if case.layers == 1 or case.bidirectional or hardware is INTERPRETER:
         return None
-    return wave(CELLS[case.cell], case.hidden, case.layers, case.batch, case.dtype, hardware)
+    return plan_pipeline(CELLS[case.cell], case.hidden, case.layers, case.batch, case.dtype, hardware)
 
 
 def words(part: Pass) -> str:

@@ -103,12 +103,12 @@ def test_plan(benchmark, compilation: float, cell: str, hidden: int) -> None:
     """Pure Python, both passes, nothing cached."""
 
     def forget() -> None:
-        planning.plan.cache_clear()
+        planning.plan_layer.cache_clear()
         planning._best.cache_clear()
 
     arguments = CELLS[cell], hidden, 64, 1, "bf16", named("h200")
     benchmark.group = "CPU: plan"
-    benchmark.pedantic(planning.plan, arguments, setup=forget, rounds=15)
+    benchmark.pedantic(planning.plan_layer, arguments, setup=forget, rounds=15)
     share = min(benchmark.stats.stats.data) / compilation
     benchmark.extra_info["of_a_compilation"] = share
     assert share < OF_A_COMPILATION, f"{share:.2%} of {compilation:.2f} s"

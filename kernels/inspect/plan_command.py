@@ -18,7 +18,7 @@ from ..cells import CELLS, Cell
 from ..planner import cost, forecast, memory, occupancy
 from ..planner import hardware as devices
 from ..planner.hardware import DEVICES, Hardware
-from ..planner.plan import DTYPES, Pass, Plan, PlanError, plan
+from ..planner.plan import DTYPES, Pass, Plan, PlanError, plan_layer
 from . import picture
 
 FALLBACK = "h200"
@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hardware, origin = device_of(given.device)
     cell = CELLS[given.cell]
     try:
-        found = plan(cell, given.hidden, given.batch, given.directions, given.dtype, hardware)
+        found = plan_layer(cell, given.hidden, given.batch, given.directions, given.dtype, hardware)
     except PlanError as error:
         print(f"persistrnn plan: {error}", file=sys.stderr)
         return 1

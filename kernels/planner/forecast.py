@@ -14,7 +14,7 @@ from ..cells import Cell
 from .cost import torch_step
 from .hardware import Hardware
 from .measurements import Step, measurements
-from .plan import plan
+from .plan import plan_layer
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def predict(
     """Microseconds per step of one pass on one path, by the model alone."""
     if path == "torch":
         return torch_step(cell, hidden, batch, directions, dtype, hardware, backward)
-    found = plan(cell, hidden, batch, directions, dtype, hardware)
+    found = plan_layer(cell, hidden, batch, directions, dtype, hardware)
     return (found.backward if backward else found.forward).predicted
 
 

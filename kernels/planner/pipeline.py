@@ -18,7 +18,7 @@ from . import plan as planning
 from .cost import BYTES, Cost
 from .hardware import Hardware
 from .plan import Pass, Shares
-from .tiling import Choice, Tiling, next_power_of_2, smallest_chunk, tiling
+from .tiling import Choice, Tiling, make_tiling, next_power_of_2, smallest_chunk
 
 # Registers per thread that a layer of a wave needs more than a layer alone: the product of what comes from its
 # neighbour, and the addresses of that. Fitted to audits as the constants of ``plan``, by bytes per element.
@@ -34,7 +34,7 @@ ROUNDING = 2  # registers by which tiles of whole powers of two may pass the est
 
 
 @dataclass(frozen=True)
-class Wave:
+class Pipeline:
     """How a stack of ``layers`` layers runs in one launch; ``layered`` is what the same takes one after the other,
     forward and backward, in microseconds per step. The forward needs L - 1 steps more than T, the backward 2L - 2."""
 
@@ -132,7 +132,9 @@ def _filled(cell: Cell, hidden: int, hardware: Hardware, size: int, dtype: str, 
 def _finish(cell: Cell, hidden: int, layers: int, batch: int, dtype: str, hardware: Hardware, backward: bool,
             choice: Choice) -> Pass | None:  # fmt: skip
     size = BYTES[dtype]
-    one = tiling(cell, hidden, 1, choice, backward=backward, size=size, precision="tf32" if dtype == "tf32" else "ieee")
+    one = make_tiling(
+        cell, hidden, 1, choice, backward=backward, size=size, precision="tf32" if dtype == "tf32" else "ieee"
+    )
     t = replace(one, layers=layers)
     registers, shared, total = occupancy.shared_bound(t, size)
     # The second matrix: once more what the first has, in both homes.
@@ -172,11 +174,11 @@ def _with_neighbour(cost: Cost, t: Tiling, choice: Choice, hardware: Hardware) -
 
 
 @lru_cache(maxsize=1024)
-def wave(cell: Cell, hidden: int, layers: int, batch: int, dtype: str, hardware: Hardware) -> Wave | None:
+def plan_pipeline(cell: Cell, hidden: int, layers: int, batch: int, dtype: str, hardware: Hardware) -> Pipeline | None:
     """The plan of a stack; None if its layers do not fit the device together.
 
     Args:
-        cell, hidden, batch, dtype, hardware: as in ``plan.plan``.
+        cell, hidden, batch, dtype, hardware: as in ``plan_layer``.
         layers: L >= 2.
 
     Raises:
@@ -186,7 +188,7 @@ def wave(cell: Cell, hidden: int, layers: int, batch: int, dtype: str, hardware:
         raise ValueError(f"a wave has at least 2 layers, got {layers}")
     if layers > MOST_LAYERS or cell.gates * hidden * BYTES[dtype] > DEEPEST:
         return None
-    alone = planning.plan(cell, hidden, batch, 1, dtype, hardware)
+    alone = planning.plan_layer(cell, hidden, batch, 1, dtype, hardware)
     planned_for = next((c for c in planning.BATCH_CLASSES if batch <= c), planning.BATCH_CLASSES[-1])
     passes = []
     for backward in (False, True):
@@ -200,4 +202,4 @@ def wave(cell: Cell, hidden: int, layers: int, batch: int, dtype: str, hardware:
     if forward is None or backward_pass is None:
         return None
     layered = layers * alone.forward.predicted, layers * alone.backward.predicted
-    return Wave(layers, forward, backward_pass, layered)
+    return Pipeline(layers, forward, backward_pass, layered)

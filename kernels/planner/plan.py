@@ -1,6 +1,6 @@
 """The plan: who owns what, decided before anything runs. Pure Python, no GPU, no torch, no Triton.
 
-``plan(cell, batch, hidden, ...)`` searches, for the forward and for the backward scan, the slices, the split, the batch
+``plan_layer`` searches, for the forward and for the backward scan, the slices, the split, the batch
 tiles, the warps and the homes of W_hh that the cost model (``cost``) predicts to be fastest, among those that fit the
 registers and the shared memory. What fits (``occupancy``) is known by audit: the constants are such that none of the
 kernels in ``bench/results`` spills.
@@ -19,7 +19,7 @@ from . import cost as model
 from .cost import BYTES, Cost
 from .hardware import INTERPRETER, Hardware
 from .occupancy import SIGNALS, masked, register_estimate, register_limit, registers_needed, shared_bound
-from .tiling import Choice, Tiling, next_power_of_2, smallest_chunk, tiling
+from .tiling import Choice, Tiling, make_tiling, next_power_of_2, smallest_chunk
 
 DTYPES = BYTES
 
@@ -290,7 +290,7 @@ def _finish(
 ) -> Pass | None:  # fmt: skip
     """The pass that a choice makes, or None if it does not fit after all. Strict: nor by the registers' estimate."""
     size = BYTES[dtype]
-    t = tiling(
+    t = make_tiling(
         cell,
         hidden,
         directions,
@@ -400,7 +400,7 @@ def _pass(cell: Cell, hidden: int, batch: int, directions: int, dtype: str, hard
 
 
 @lru_cache(maxsize=4096)
-def plan(cell: Cell, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware) -> Plan:
+def plan_layer(cell: Cell, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware) -> Plan:
     """The plan for one layer.
 
     Args:

@@ -188,7 +188,7 @@ def smallest_chunk(splits: int) -> int:
     return 16 * splits
 
 
-def tiling(
+def make_tiling(
     cell: Cell,
     hidden: int,
     directions: int,

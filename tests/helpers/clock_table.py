@@ -65,7 +65,7 @@ def row(cell: str, hidden: int, batch: int, way: str, trace: Trace, predicted: f
 
 def rows(cell: str, hidden: int, batch: int) -> list[dict[str, str]]:
     """Of the forward and of the backward of one layer."""
-    planned = plan.plan(CELLS[cell], hidden, batch, 1, DTYPE, hardware.named(DEVICE))
+    planned = plan.plan_layer(CELLS[cell], hidden, batch, 1, DTYPE, hardware.named(DEVICE))
     torch.manual_seed(0)
     x = torch.randn(STEPS, batch, 16, dtype=torch.bfloat16)
     layer = MODULES[cell](16, hidden, dtype=torch.bfloat16, backend="persistent")

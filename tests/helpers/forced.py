@@ -9,10 +9,9 @@ from persistrnn import functional, stack
 from persistrnn.kernels import launch, wave
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import PATIENCE, Exchange
-from persistrnn.kernels.planner import pipeline as wave_plan
-from persistrnn.kernels.planner import plan
+from persistrnn.kernels.planner import pipeline, plan
 from persistrnn.kernels.planner.hardware import INTERPRETER
-from persistrnn.kernels.planner.tiling import Choice, Tiling, smallest_chunk, tiling
+from persistrnn.kernels.planner.tiling import Choice, Tiling, make_tiling, smallest_chunk
 
 ALL = 1 << 20
 
@@ -49,7 +48,7 @@ def tilings(
     for backward in (False, True):
         made = choice(shape.gates, backward, **chosen)
         how = {"backward": backward, "size": size, "precision": precision, "interpreted": launch.INTERPRETED}
-        found.append((made, tiling(shape, hidden, directions, made, **how)))
+        found.append((made, make_tiling(shape, hidden, directions, made, **how)))
     return found[0], found[1]
 
 
@@ -97,7 +96,7 @@ def force_waves(
             jobs = t.jobs(batch)
             together = min(groups or jobs, jobs)
             parts.append(plan.Pass(t, made, together, -(-jobs // together), 0, 0, 0, 0, 0, None, None))
-        return wave_plan.Wave(layers, parts[0], parts[1], (0.0, 0.0))
+        return pipeline.Pipeline(layers, parts[0], parts[1], (0.0, 0.0))
 
     def may(of, x, others, options, precision):
         return of.num_layers > 1 and options.active_dropout == 0

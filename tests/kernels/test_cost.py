@@ -10,7 +10,7 @@ from persistrnn.kernels.planner import cost as model
 from persistrnn.kernels.planner import plan as planning
 from persistrnn.kernels.planner.cost import BYTES, Work, floor, torch_step
 from persistrnn.kernels.planner.hardware import DEVICES, Hardware
-from persistrnn.kernels.planner.plan import BATCH_CLASSES, PlanError, plan
+from persistrnn.kernels.planner.plan import BATCH_CLASSES, PlanError, plan_layer
 
 H200 = DEVICES["h200"]
 PARTS = ("compute", "weights", "state", "synchronisation", "pointwise")
@@ -26,7 +26,7 @@ def slower(hardware: Hardware, field: str) -> Hardware:
 def passes_of_workloads(device: str, dtype: str):
     for cell, hidden, batch in workloads():
         for directions in (1, 2):
-            found = plan(SHAPES[cell], hidden, batch, directions, dtype, DEVICES[device])
+            found = plan_layer(SHAPES[cell], hidden, batch, directions, dtype, DEVICES[device])
             for name in PASSES:
                 yield f"{cell} H={hidden} B={batch} D={directions} {name}", found, getattr(found, name)
 
@@ -61,7 +61,7 @@ def test_no_plan_beats_the_floor_where_weights_are_streamed(device, cell):
     for dtype in DTYPES:
         for hidden in (1024, 1536, 1840, 2048, 3000, 4096):
             for batch, directions in ((1, 1), (1, 2), (16, 2), (128, 1)):
-                found = plan(SHAPES[cell], hidden, batch, directions, dtype, DEVICES[device])
+                found = plan_layer(SHAPES[cell], hidden, batch, directions, dtype, DEVICES[device])
                 what = f"H={hidden} B={batch} D={directions} {dtype}"
                 assert found.floor <= min(found.forward.predicted, found.backward.predicted), what
 
@@ -89,7 +89,7 @@ def test_the_floor_is_in_order(device, cell):
 def test_a_larger_batch_is_never_cheaper(device, cell):
     for hidden, dtype in ((16, "bf16"), (100, "fp32"), (129, "fp32"), (512, "bf16"), (1150, "bf16"), (2048, "tf32")):
         for directions in (1, 2):
-            found = [plan(SHAPES[cell], hidden, batch, directions, dtype, DEVICES[device]) for batch in BATCHES]
+            found = [plan_layer(SHAPES[cell], hidden, batch, directions, dtype, DEVICES[device]) for batch in BATCHES]
             for name in PASSES:
                 most = 0.0
                 for p in found:
@@ -115,7 +115,7 @@ def test_a_slower_device_is_never_faster(device, field):
             for batch, directions in ((1, 1), (16, 2), (64, 1), (BATCH_CLASSES[-1], 1)):
                 what = f"{cell} H={hidden} B={batch} D={directions} {dtype}"
                 shape = SHAPES[cell], hidden, batch, directions, dtype
-                before, after = (plan(*shape, h) for h in (hardware, slower(hardware, field)))
+                before, after = (plan_layer(*shape, h) for h in (hardware, slower(hardware, field)))
                 for name in PASSES:
                     part = getattr(before, name)
                     same = planning._finish(
@@ -130,7 +130,7 @@ def test_a_slower_device_is_never_faster(device, field):
 def test_an_exchange_costs_what_it_costs(field, moved):
     """Only slices that wait for each other pay for an exchange; all programs pay for barriers."""
     for hidden in (32, 1024):
-        part = plan(SHAPES["lstm"], hidden, 16, 1, "bf16", H200).forward
+        part = plan_layer(SHAPES["lstm"], hidden, 16, 1, "bf16", H200).forward
         same = planning._finish(SHAPES["lstm"], hidden, 16, 1, "bf16", slower(H200, field), False, part.choice)
         if field == "exchange" and part.tiling.slices == 1:
             assert same.cost == part.cost
@@ -146,7 +146,7 @@ def test_streamed_weights_cost_their_bytes(device, dtype):
     hardware, size, streamed = DEVICES[device], BYTES[dtype], 0
     for cell in SHAPES:
         for hidden in (2048, 3000, 4096):
-            found = plan(SHAPES[cell], hidden, 16, 1, dtype, hardware)
+            found = plan_layer(SHAPES[cell], hidden, 16, 1, dtype, hardware)
             for part in (found.forward, found.backward):
                 t = part.tiling
                 cached = hardware.l2_rate * hardware.clock * 1e3  # bytes per microsecond and multiprocessor
@@ -165,7 +165,7 @@ def test_streamed_weights_cost_their_bytes(device, dtype):
 
 def test_more_of_anything_costs_more():
     """One number of the work or of the choice at a time."""
-    part = plan(SHAPES["lstm"], 1024, 64, 1, "bf16", H200).forward
+    part = plan_layer(SHAPES["lstm"], 1024, 64, 1, "bf16", H200).forward
     choice = dataclasses.replace(part.choice, rows=1, batch_tile=16, subtiles=1, blocks=1)
     work = Work(m=64, k=1024, in_shared=512, streamed=128, slices=64, programs=64)
 
@@ -205,7 +205,7 @@ def test_the_planner_takes_the_least(cell, hidden, device, dtype, directions):
     """No other choice that fits is predicted to be faster."""
     for batch in BATCH_CLASSES[:6:2]:
         shape = SHAPES[cell], hidden, batch, directions, dtype, DEVICES[device]
-        found = plan(*shape)
+        found = plan_layer(*shape)
         for name in PASSES:
             backward = name == "backward"
             part = getattr(found, name)
@@ -218,7 +218,7 @@ def test_the_planner_takes_the_least(cell, hidden, device, dtype, directions):
 
 
 def test_a_choice_that_does_not_fit_is_not_a_pass(monkeypatch):
-    part = plan(SHAPES["lstm"], 1024, 16, 1, "bf16", H200).forward
+    part = plan_layer(SHAPES["lstm"], 1024, 16, 1, "bf16", H200).forward
     shape = SHAPES["lstm"], 1024, 16, 1, "bf16"
     assert planning._finish(*shape, H200, False, part.choice) == part
     small = dataclasses.replace(H200, shared=part.shared - 1)
@@ -270,4 +270,4 @@ def test_the_search_for_a_plan_that_does_not_exist_ends():
     tiny = dataclasses.replace(H200, name="tiny", shared=2048)
     assert planning._best(SHAPES["gru"], 2048, 16, 1, "bf16", tiny, False) is None
     with pytest.raises(PlanError):
-        plan(SHAPES["gru"], 2048, 16, 1, "bf16", tiny)
+        plan_layer(SHAPES["gru"], 2048, 16, 1, "bf16", tiny)

@@ -13,7 +13,7 @@ from persistrnn.kernels.planner import measurements as files
 from persistrnn.kernels.planner.cost import torch_step
 from persistrnn.kernels.planner.forecast import Forecast, forecast
 from persistrnn.kernels.planner.hardware import DEVICES
-from persistrnn.kernels.planner.plan import plan
+from persistrnn.kernels.planner.plan import plan_layer
 
 LSTM = CELLS["lstm"]
 H200 = DEVICES["h200"]
@@ -52,7 +52,7 @@ def step(microseconds, path="persistent", hidden=1024, batch=16, dtype="bf16", b
 @pytest.mark.parametrize("backward", [False, True])
 def test_without_measurements_it_is_the_models_prediction(backward):
     found = forecast(LSTM, 1024, 16, 1, "bf16", H200, backward)
-    p = plan(LSTM, 1024, 16, 1, "bf16", H200)
+    p = plan_layer(LSTM, 1024, 16, 1, "bf16", H200)
     passes = (False, True) if backward else (False,)
     assert found.persistent == pytest.approx(sum((p.backward if b else p.forward).predicted for b in passes))
     assert found.torch == pytest.approx(sum(torch_step(LSTM, 1024, 16, 1, "bf16", H200, b) for b in passes))

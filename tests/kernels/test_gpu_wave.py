@@ -26,7 +26,7 @@ STACKS = [
 @pytest.fixture
 def always(monkeypatch):
     """Every stack that fits runs as a wave, whatever the model predicts."""
-    monkeypatch.setattr("persistrnn.kernels.planner.pipeline.Wave.faster", lambda self, steps, backward: True)
+    monkeypatch.setattr("persistrnn.kernels.planner.pipeline.Pipeline.faster", lambda self, steps, backward: True)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -8,13 +8,13 @@ import pytest
 from soundness import SHAPES, check_tiling, is_power_of_two, read_indices
 
 from persistrnn.kernels.cells import Cell
-from persistrnn.kernels.planner.tiling import Choice, Chunk, Tiling, bursts, chunks, smallest_chunk, tiling
+from persistrnn.kernels.planner.tiling import Choice, Chunk, Tiling, bursts, chunks, make_tiling, smallest_chunk
 
 SIZES = (1, 2, 7, 8, 9, 16, 17, 100, 127, 128, 129, 320, 640, 1000, 1024, 1150, 1840, 2048, 2049, 3000, 4096)
 
 
 def made(cell: Cell, hidden: int, choice: Choice, backward: bool, size: int = 2, directions: int = 1) -> Tiling:
-    return tiling(cell, hidden, directions, choice, backward=backward, size=size, precision="ieee")
+    return make_tiling(cell, hidden, directions, choice, backward=backward, size=size, precision="ieee")
 
 
 def random_choice(random: random.Random, cell: Cell, hidden: int, backward: bool) -> Choice:

@@ -38,9 +38,9 @@ def test_on_a_gpu(): (ROOT / "bench" / "results" / "h200.json").write_text("{} "
 def test_the_guilty_one_is_named(tmp_path: Path) -> None:
     (tmp_path / "bench" / "results").mkdir(parents=True)
     (tmp_path / "bench" / "results" / "h200.json").touch()
-    (tmp_path / "tests").mkdir()
-    for name in ("conftest.py", "checkout.py"):
-        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
+    (tmp_path / "tests" / "helpers").mkdir(parents=True)
+    for name in ("conftest.py", "helpers/checkout.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests" / name)
     (tmp_path / "tests" / "test_it.py").write_text(TESTS)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

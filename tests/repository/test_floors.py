@@ -170,7 +170,7 @@ def imports_of(module: str) -> set[str]:
     ("source", "package", "expected"),
     [
         ("import persistrnn.ops as o, torch", "", ["persistrnn.ops"]),
-        ("def f():\n    from .kernels import plan", "persistrnn", ["persistrnn.kernels.planner.plan"]),
+        ("def f():\n    from .kernels.planner import plan", "persistrnn", ["persistrnn.kernels.planner.plan"]),
         ("from . import ops, _name", "persistrnn", ["persistrnn.ops", "persistrnn"]),
         ("from .. import reference", "persistrnn.kernels", ["persistrnn.reference"]),
         ("from ..ops import forward", "persistrnn.kernels", ["persistrnn.ops"]),
@@ -217,8 +217,8 @@ def test_kernels_import_kernels_only() -> None:
 
 # Benchmarks that measure the kernels themselves, and not what users call.
 NAMES = (
-    "gpu/calibrate", "gpu/command", "gpu/compile_first", "gpu/first_steps", "gpu/micro", "gpu/micro_kernels", "gpu/smoke",
-    "gpu/stress", "gpu/tune", "race/arms", "race/engine", "race/test_host",
+    "gpu/calibrate", "gpu/command", "gpu/compile_first", "gpu/first_steps", "gpu/micro", "gpu/micro_kernels",
+    "gpu/smoke", "gpu/stress", "gpu/tune", "race/arms", "race/engine", "race/test_host",
 )  # fmt: skip
 MEASURE_KERNELS = {f"bench/{name}.py" for name in NAMES}
 

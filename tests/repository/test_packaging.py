@@ -35,7 +35,7 @@ def run(*command: object, cwd: Path) -> None:
 def modules() -> set[str]:
     """Every module of the package, as a path in the wheel."""
     upper = {path.relative_to(ROOT).as_posix() for path in (ROOT / "persistrnn").rglob("*.py")}
-    return upper | {f"persistrnn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    return upper | {f"persistrnn/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_source_distribution_holds_the_kernels(dist: Path) -> None:
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     here = {
-        str(path.relative_to(ROOT)) for folder in ("persistrnn", "kernels") for path in (ROOT / folder).glob("*.py")
+        str(path.relative_to(ROOT)) for folder in ("persistrnn", "kernels") for path in (ROOT / folder).rglob("*.py")
     }
     assert here | {"LICENSE", "README.md", "pyproject.toml", "persistrnn/py.typed"} <= names
 

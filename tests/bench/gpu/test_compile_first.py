@@ -87,13 +87,13 @@ def test_whether_a_stack_is_a_wave_is_that_of_its_own_steps(monkeypatch: pytest.
     """And not of the two that are run here."""
     stack = next(one.case for one in smoke.SMOKE if one.wanted == "wave")
     asked: list[int] = []
-    faster, layers = compile_first.Wave.faster, []
+    faster, layers = compile_first.Pipeline.faster, []
 
-    def watched(self: compile_first.Wave, steps: int, backward: bool) -> bool:
+    def watched(self: compile_first.Pipeline, steps: int, backward: bool) -> bool:
         asked.append(steps)
         return faster(self, steps, backward)
 
-    monkeypatch.setattr(compile_first.Wave, "faster", watched)
+    monkeypatch.setattr(compile_first.Pipeline, "faster", watched)
     monkeypatch.setattr(compile_first.JITFunction, "run", lambda *_, tiling, **__: layers.append(tiling.layers))
     compile_task(Task(stack, "scan_forward"), H200)
     assert asked

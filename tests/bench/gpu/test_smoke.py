@@ -14,8 +14,8 @@ from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import Exchange
 from persistrnn.kernels.planner.hardware import DEVICES
-from persistrnn.kernels.planner.pipeline import wave
-from persistrnn.kernels.planner.plan import plan
+from persistrnn.kernels.planner.pipeline import plan_pipeline
+from persistrnn.kernels.planner.plan import plan_layer
 from persistrnn.results import Case
 
 CPU = torch.device("cpu")
@@ -32,12 +32,12 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 def test_a_case_is_of_its_kind_on_an_h200(one: smoke.Smoke) -> None:
     case, shape = one.case, CELLS[one.case.cell]
     if one.wanted == "wave":
-        found = wave(shape, case.hidden, case.layers, case.batch, case.dtype, DEVICES["h200"])
+        found = plan_pipeline(shape, case.hidden, case.layers, case.batch, case.dtype, DEVICES["h200"])
         assert found is not None
         assert found.faster(case.steps, case.mode == "training")
         return
     directions = 2 if case.bidirectional else 1
-    found = plan(shape, case.hidden, case.batch, directions, case.dtype, DEVICES["h200"])
+    found = plan_layer(shape, case.hidden, case.batch, directions, case.dtype, DEVICES["h200"])
     assert KINDS[one.wanted](found), str(found)
 
 
@@ -53,7 +53,7 @@ def test_names_are_of_one_case_each_and_the_simplest_come_first() -> None:
 def test_changes_reach_the_launch_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
     monkeypatch.setattr(launch, "hardware", lambda _: DEVICES["h200"])
-    part = plan(CELLS["lstm"], 256, 16, 1, "fp16", DEVICES["h200"]).forward
+    part = plan_layer(CELLS["lstm"], 256, 16, 1, "fp16", DEVICES["h200"]).forward
     usual = launch.options(part, "sm_90")
     assert usual["launch_cooperative_grid"]
     assert "maxnreg" in usual
@@ -75,7 +75,7 @@ def test_every_variant_changes_something(monkeypatch: pytest.MonkeyPatch) -> Non
     one, seen = SMOKE[4], {}
 
     def watch(case: Case, device: torch.device) -> list[str]:
-        part = plan(CELLS["lstm"], 256, 16, 1, "fp16", DEVICES["h200"]).forward
+        part = plan_layer(CELLS["lstm"], 256, 16, 1, "fp16", DEVICES["h200"]).forward
         exchange = launch.exchange_for(torch.device("cuda", 0))
         word = launch._errors.get(device)
         seen[name] = case, exchange, tuple(launch.options(part, "sm_90").items()), word is None
@@ -103,14 +103,14 @@ def test_nothing_is_seen_where_all_is_right(cell: str, mode: str) -> None:
 
 def touched(monkeypatch: pytest.MonkeyPatch, which: str, change: Callable[[dict[str, Any]], None]) -> None:
     """What a pass has written is changed afterwards."""
-    inner = launch.launch
+    inner = launch.launch_scan
 
     def run(kernel: Any, *arguments: Any, **options: Any) -> None:
         inner(kernel, *arguments, **options)
         if kernel.__name__ == which:
             change(options)
 
-    monkeypatch.setattr(launch, "launch", run)
+    monkeypatch.setattr(launch, "launch_scan", run)
 
 
 @pytest.mark.interpreter
