@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def careless():
@@ -43,6 +43,7 @@ def test_the_guilty_one_is_named(tmp_path: Path) -> None:
         shutil.copy(ROOT / "tests" / name, tmp_path / "tests" / name)
     (tmp_path / "tests" / "test_it.py").write_text(TESTS)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(tmp_path / "tests" / "helpers")
     done = subprocess.run(
         [
             sys.executable,

@@ -73,7 +73,7 @@ def test_plan_that_is_shown_wins_and_is_what_the_command_draws():
     """By the model, without and with gradients; the picture is small."""
     command = re.search(r"`persistrnn plan (--cell .*?)`", README)[1].split()
     given = plan_command.parser().parse_args(command)
-    cell, hardware = plan_command.shape(given.cell), named(given.device)
+    cell, hardware = CELLS[given.cell], named(given.device)
     found = plan_layer(cell, given.hidden, given.batch, given.directions, given.dtype, hardware)
     expected = plan_command.expected(found, cell)
     assert all(one.persistent < one.torch for one in expected.values())

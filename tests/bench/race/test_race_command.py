@@ -100,7 +100,7 @@ def test_the_suites_without_an_installation() -> None:
 def test_the_command_without_an_installation(tmp_path: Path) -> None:
     """It finds the tests of the checkout."""
     arguments = ["correctness", "--rehearse", "h200", "--results", str(tmp_path / "results.json")]
-    done = uninstalled("from bench import gpu; sys.exit(gpu.main(sys.argv[1:]))", *arguments)
+    done = uninstalled("from bench.gpu.command import main; sys.exit(main(sys.argv[1:]))", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tests/kernels/test_gpu_wave.py::" in done.stdout
 
