@@ -32,7 +32,8 @@ RESULTS = ROOT / "bench" / "results" / "clock.csv"
 NOTES = ROOT / "bench" / "NOTES.md"
 DEVICE, ARCH, DTYPE, STEPS, SHARES = "h200", "sm_90", "bf16", 3, 5
 SHAPES = [(cell, hidden, batch) for cell in ("lstm", "gru") for hidden in (256, 512, 1024) for batch in (1, 16, 64)]
-FIELDS = ["device", "dtype", "cell", "hidden", "batch", "pass", "clock_cycles", "clock_us", "model_us", "ratio", "barriers"]
+FIELDS = ["device", "dtype", "cell", "hidden", "batch", "pass"]
+FIELDS += ["clock_cycles", "clock_us", "model_us", "ratio", "barriers"]
 FIELDS += [f"{what}_{n}" for n in range(1, SHARES + 1) for what in ("line", "share")]
 MODULES = {"lstm": persistrnn.LSTM, "gru": persistrnn.GRU}
 
