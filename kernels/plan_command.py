@@ -292,7 +292,9 @@ def _pass(found: Plan, part: Pass, name: str, torch_us: float) -> list[str]:
         apart = clock["us"] / part.predicted - 1
         why = "; bench/NOTES.md says what the model does not count" if abs(apart) > APART else ""
         waits = ", ".join(f"{line} {share:.0%}" for line, share in clock["shares"].items())
-        lines.append(f"predicted by the clock, of emulated code: {clock['us']:.2f} us, {apart:+.0%}; most in {waits}{why}")
+        lines.append(
+            f"predicted by the clock of emulated code {clock['us']:.2f} us, {apart:+.0%}; most in {waits}{why}"
+        )
     return lines
 
 

@@ -378,7 +378,7 @@ def test_the_clock_beside_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     plan_command.CLOCK.write_text(f"{FIELDS}\n{row}\n")
     text = as_text(found, shape("lstm"), 8, "")
     (line,) = [line for line in text.splitlines() if "clock" in line]
-    assert f"predicted by the clock, of emulated code: {times * model:.2f} us, {apart}; " in line
+    assert f"predicted by the clock of emulated code {times * model:.2f} us, {apart}; " in line
     assert "most in scan.py:1 a 50%, cells.py:2 b 30%, tuples.py:3 c 10%" in line
     assert ("NOTES.md" in line) == (apart != "+10%")
     assert text.index(line) < text.index("\nbackward\n")
@@ -390,8 +390,8 @@ def test_the_clock_beside_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.mark.parametrize(
     "other",
     [
-        {"cell": "gru"}, {"hidden": 512}, {"batch": 17}, {"directions": 2}, {"dtype": "fp16"}, {"hardware": named("h100")},
-        {"hardware": dataclasses.replace(named("h200"), exchange=2.0)},
+        {"cell": "gru"}, {"hidden": 512}, {"batch": 17}, {"directions": 2}, {"dtype": "fp16"},
+        {"hardware": named("h100")}, {"hardware": dataclasses.replace(named("h200"), exchange=2.0)},
     ],
     ids=lambda other: next(iter(other)),
 )  # fmt: skip
