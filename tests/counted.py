@@ -6,8 +6,9 @@ made. Facts of the code, not times: no GPU is needed for them, and none is there
 """
 
 import csv
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import gpu
 import pytest
@@ -102,28 +103,32 @@ def count(cell: str, dtype: str, hidden: int, batch: int, arch: str = "sm_90") -
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """In Markdown, of the rows of the file."""
-    names = [f.name for f in fields(Row) if f.name not in ("arch", "triton")]
-    lines = [names, ["---"] * len(names)]
+    """In Markdown, of the rows of a file."""
+    names = [name for name in rows[0] if name not in ("arch", "triton")]
+    heads = [n.replace("executed_", "executed: ").replace("audit_", "audit: ").replace("_", " ") for n in names]
+    lines = [heads, ["---"] * len(names)]
     lines += [[f"{int(r[n]):,}" if r[n].isdigit() else r[n] for n in names] for r in rows]
-    lines[0] = [n.replace("executed_", "executed: ").replace("audit_", "audit: ") for n in names]
-    return "\n".join(f"| {' | '.join(line)} |".replace("_", " ") for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def read() -> list[dict[str, str]]:
-    with RESULTS.open(newline="") as file:
+def read(results: Path = RESULTS) -> list[dict[str, str]]:
+    with results.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def write(rows: list[dict[str, Any]], results: Path = RESULTS) -> None:
+    with results.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> None:
     rows = []
     for shape in SHAPES:
         print("counting", *shape, flush=True)
-        rows += [row for row, _, _ in count(*shape)]
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([f.name for f in fields(Row)])
-        writer.writerows(map(astuple, rows))
+        rows += [asdict(row) for row, _, _ in count(*shape)]
+    write(rows)
     print(table([row for row in read() if row["B"] == "16"]))
 
 

@@ -48,3 +48,15 @@ def test_counting_needs_a_checkout(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         audit_table.main()
     assert "needs a checkout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fails", ["", "counted.py", "counted_rivals.py"])
+def test_the_command_runs_both_counts(monkeypatch, tmp_path, fails):
+    """From the checkout, of which both import what is in no package."""
+    for name in ("counted.py", "counted_rivals.py"):
+        script = f"import os, sys\nimport bench\nassert 'TRITON_INTERPRET' not in os.environ\nsys.exit({name == fails})\n"
+        (tmp_path / name).write_text(script)
+    monkeypatch.setattr(audit_table, "COUNTS", tmp_path / "counted.py")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert audit_table.main(["--run"]) == bool(fails)
