@@ -1,4 +1,4 @@
-"""Weights read per step and launches of any scan in Triton: stand-ins of which both are known, and the committed table."""
+"""Weights read per step and launches of any scan in Triton: a stand-in of which both are known; the committed table."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from bench import arms
 
 pytestmark = pytest.mark.emulator
@@ -44,7 +45,9 @@ class StandIn(torch.autograd.Function):
     @staticmethod
     def launch(weight, batch, steps):
         H = len(weight)
-        _scan[lambda meta: (triton.cdiv(batch, meta["BLOCK_B"]),)](weight, torch.empty(64, H), steps, H=H, enable_fp_fusion=True)
+        _scan[lambda meta: (triton.cdiv(batch, meta["BLOCK_B"]),)](
+            weight, torch.empty(64, H), steps, H=H, enable_fp_fusion=True
+        )
 
 
 def test_weights_and_launches_are_those_of_a_step(monkeypatch):
@@ -100,8 +103,9 @@ def test_why_nothing_was_executed(monkeypatch):
 
 def test_rows_of_what_is_not_installed_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(counted_rivals, "RESULTS", tmp_path / "rivals.csv")
-    monkeypatch.setattr(counted_rivals, "CASES", [("nobodys", "lstm", "bf16", 256, 16), ("others", "gru", "bf16", 8, 1)])
-    row = dict.fromkeys(vars(counted_rivals.count("nobodys", "lstm", "bf16", 256, 16)), "0")
+    cases = [("nobodys", "lstm", "bf16", 256, 16), ("others", "gru", "bf16", 8, 1)]
+    monkeypatch.setattr(counted_rivals, "CASES", cases)
+    row = dict.fromkeys(vars(counted_rivals.count(*cases[0])), "0")
     row |= {"library": "nobodys", "version": "1.2", "cell": "lstm", "dtype": "bf16", "H": "256", "B": "16"}
     counted.write([row], counted_rivals.RESULTS)
     counted_rivals.main()

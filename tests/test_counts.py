@@ -54,8 +54,8 @@ def test_counting_needs_a_checkout(monkeypatch, capsys, tmp_path):
 def test_the_command_runs_both_counts(monkeypatch, tmp_path, fails):
     """From the checkout, of which both import what is in no package."""
     for name in ("counted.py", "counted_rivals.py"):
-        script = f"import os, sys\nimport bench\nassert 'TRITON_INTERPRET' not in os.environ\nsys.exit({name == fails})\n"
-        (tmp_path / name).write_text(script)
+        script = "import os, sys\nimport bench\nassert 'TRITON_INTERPRET' not in os.environ\n"
+        (tmp_path / name).write_text(f"{script}sys.exit({name == fails})\n")
     monkeypatch.setattr(audit_table, "COUNTS", tmp_path / "counted.py")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv("PYTHONPATH", raising=False)
