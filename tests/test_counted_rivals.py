@@ -83,6 +83,21 @@ def test_what_only_other_scans_use(emulated, instruction, function):
     torch.testing.assert_close(y, expected)
 
 
+@triton.jit
+def _widen(x_ptr, y_ptr):
+    at = tl.arange(0, 32)
+    text: tl.constexpr = "{ .reg .b64 w; cvt.s64.s32 w, $1; add.s64 w, w, 0x700000000; cvt.s64.s32 $0, w; }"
+    y = tl.inline_asm_elementwise(text, "=l,r", [tl.load(x_ptr + at)], tl.int64, is_pure=True, pack=1)
+    tl.store(y_ptr + at, y)
+
+
+def test_a_conversion_takes_the_lower_bits(emulated):
+    emulated("sm_80")
+    x, y = torch.arange(-16, 16, dtype=torch.int32), torch.zeros(32, dtype=torch.int64)
+    _widen[(1,)](x, y, enable_fp_fusion=True)
+    assert torch.equal(x.long(), y)
+
+
 def test_ours_are_those_of_a_fresh_run():
     kept = {tuple(map(row.get, ("library", "cell", "H"))): row for row in counted.read(counted_rivals.RESULTS)}
     kept = kept["persistrnn", "gru", "256"]

@@ -81,13 +81,14 @@ class Opcodes:
         if to in ("f16x2", "bf16x2"):
             high, low = (f"to_{to[:-2]}({self.read(r, 'f32', True)})" for r in s)
             return self.write(d, f"({high}.astype(U32) << {self.constant(16, 'u32')}) | {low}", "u32")
-        a = self.read(s[0], "b16" if origin == "bf16" else origin, True)
+        kind = self.kernel.kind(s[0]) if origin[0] in "us" else {"bf16": "b16"}.get(origin)  # integers: may be wider
+        a = self.read(s[0], kind or origin, True)
         if to in ("f16", "bf16", "tf32") and origin == "f32":
             self.write(d, f"to_{to}({a})", "b32" if to == "tf32" else "b16")
         elif to == "f32" and origin in ("f16", "bf16"):
             self.write(d, self.widened(a, origin), "f32")
         elif origin[0] in "us" and to[0] in "us":
-            self.write(d, f"{a}.astype({to.upper()})", to)
+            self.write(d, f"{a}.astype({origin.upper()}).astype({to.upper()})", to)
         else:
             raise EmulatorError(f"{i}: a conversion that the emulator does not know")
 
@@ -164,8 +165,7 @@ class Opcodes:
         self.write(d, f"{x} / {y}" if kind == "f32" else f"divide({x}, {y})", kind)
 
     def _unary(self, i: Instruction, d: Any, a: Any) -> None:
-        kind = i.modifiers[-1]
-        self.write(d, UNARY[i.name].format(self.read(a, kind, True)), kind)
+        self.write(d, UNARY[i.name].format(self.read(a, i.modifiers[-1], True)), i.modifiers[-1])
 
     _abs = _ex2 = _neg = _not = _rcp = _tanh = _unary
 
