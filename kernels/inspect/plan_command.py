@@ -6,6 +6,7 @@ Everything is predicted, nothing is run: it needs no GPU, and none of the device
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import json
 import os
@@ -23,6 +24,9 @@ from . import picture
 
 FALLBACK = "h200"
 LARGEST = 2**31 - 1
+# Steps of compiled kernels by the clock of a checkout's tests; an installation does not have them.
+CLOCK = Path(__file__).resolve().parents[2] / "bench" / "results" / "clock.csv"
+APART = 0.2  # of clock and model: from here on it is told where to read why
 REMEDIES = {
     "float16": "say fp16",
     "half": "say fp16",
@@ -131,6 +135,21 @@ def torch_steps(found: Plan, cell: Cell) -> dict[str, float]:
     }
 
 
+def clocked(found: Plan, name: str) -> dict[str, Any] | None:
+    """What the clock predicts for a pass, where its table has this very plan: us per time step, and the largest shares
+    of it by source line."""
+    if found.directions != 1 or not CLOCK.exists():
+        return None
+    of = {"device": found.hardware.name, "dtype": found.dtype, "cell": found.cell, "hidden": found.hidden,
+          "batch": found.batch, "pass": name, "model_us": f"{getattr(found, name).predicted:.2f}"}  # fmt: skip
+    with CLOCK.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if all(row[key] == str(value) for key, value in of.items()):
+                shares = {row[f"line_{n}"]: float(row[f"share_{n}"]) for n in range(1, 4)}
+                return {"us": float(row["clock_us"]), "shares": shares}
+    return None
+
+
 def sourced(hardware: Hardware, kind: str) -> list[str]:
     """The numbers of the record whose source is of that kind ("assumed", "measured")."""
     return [name for name, source in hardware.sources if source.startswith(f"{kind}:")]
@@ -154,6 +173,7 @@ def as_json(found: Plan, cell: Cell, steps: int, origin: str) -> dict[str, Any]:
         "predicted_us": {name: getattr(found, name).predicted for name in picture.PASSES},
         "floor_us": found.floor,
         "torch_us": torch_steps(found, cell),
+        "clock": {name: clocked(found, name) for name in picture.PASSES},
         "auto": {name: dataclasses.asdict(one) | {"path": one.path} for name, one in expected(found, cell).items()},
         "memory_bytes": {"steps": steps} | bytes_of(found, cell, steps),
         "assumed": sourced(found.hardware, "assumed"),
@@ -260,6 +280,13 @@ def _pass(found: Plan, part: Pass, name: str, torch_us: float) -> list[str]:
         f"= {part.predicted:.2f}",
         f"predicted floor of any plan {found.floor:.2f} us; torch's own path {torch_us:.2f} us {name}",
     ]
+    if clock := clocked(found, name):
+        apart = clock["us"] / part.predicted - 1
+        why = "; bench/NOTES.md says what the model does not count" if abs(apart) > APART else ""
+        waits = ", ".join(f"{line} {share:.0%}" for line, share in clock["shares"].items())
+        lines.append(
+            f"predicted by the clock of emulated code {clock['us']:.2f} us, {apart:+.0%}; most in {waits}{why}"
+        )
     return lines
 
 

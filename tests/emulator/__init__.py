@@ -11,10 +11,10 @@ of these kernels; divergence within a unit; the order that the PTX memory model 
 at gpu scope; the proxy of wgmma; reads of shared memory, and of memory that a launch takes for itself, that nobody
 wrote; tf32 operands, whose lower 13 bits are dropped.
 
-Not modelled: SASS, registers and spills, caches, residency, time but for the clock's prediction; the last bit of
-``ex2`` and ``div``; the order of sums inside a matrix product; effects of weak memory other than races (every access is
-seen at once by all); races between lanes of one warp; fences, cp.async, TMA, mbarrier, clusters and tcgen05. An unknown
-instruction is an error that names it.
+Not modelled: SASS, registers and spills, caches, residency, time but for the clock's prediction; the last bits of
+``ex2``, ``rcp``, ``tanh`` and ``div``; the order of sums inside a matrix product; effects of weak memory other than
+races (every access is seen at once by all); races between lanes of one warp; fences, cp.async, TMA, mbarrier, clusters
+and tcgen05. An unknown instruction is an error that names it.
 """
 
 from .counts import Report

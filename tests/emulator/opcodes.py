@@ -15,7 +15,7 @@ BITS = "b8 b16 b32 b64"
 COMPARISONS = "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu nan"
 MEMORY = f"global shared cta v2 v4 u8 s32 u32 u64 f32 {BITS}"
 SCOPES = "volatile relaxed gpu sys"
-ATOMICS = f"global gpu sys relaxed acquire release acq_rel add {BITS} s32 u32 u64 f32"
+ATOMICS = f"global gpu sys relaxed acquire release acq_rel add v2 v4 {BITS} s32 u32 u64 f32"
 MATRIX = "sync aligned m8n8 x1 x2 x4 trans shared cta b16"
 KNOWN = {
     "abs": "f32", "add": f"{INTEGERS} f32 f32x2 rn f16 bf16", "and": f"{BITS} pred", "atom": ATOMICS,
@@ -26,15 +26,15 @@ KNOWN = {
     "max": f"{INTEGERS} f32 NaN", "min": f"{INTEGERS} f32 NaN",
     "mma": "sync aligned m16n8k16 m16n8k8 row col f32 f16 bf16 tf32", "mov": f"{INTEGERS} {BITS} f32 pred",
     "mul": f"lo hi wide rn f32 f32x2 {INTEGERS}", "neg": "s32 f32 s64 s16", "not": f"{BITS} pred", "or": f"{BITS} pred",
-    "prmt": "b32", "red": ATOMICS, "redux": "sync max add s32", "ret": "", "selp": f"{INTEGERS} {BITS} f32",
-    "setp": f"{COMPARISONS} and or xor {INTEGERS} {BITS} f32", "shfl": "sync idx bfly b32",
-    "shl": BITS, "shr": f"{INTEGERS} {BITS}", "st": f"release cg {SCOPES} {MEMORY}", "stmatrix": MATRIX,
-    "sub": f"{INTEGERS} f32 f32x2 rn f16 bf16",
+    "prmt": "b32", "rcp": "approx f32", "red": ATOMICS, "redux": "sync max add s32", "ret": "",
+    "selp": f"{INTEGERS} {BITS} f32", "setp": f"{COMPARISONS} and or xor {INTEGERS} {BITS} f32",
+    "shfl": "sync idx bfly b32", "shl": BITS, "shr": f"{INTEGERS} {BITS}", "st": f"release cg {SCOPES} {MEMORY}",
+    "stmatrix": MATRIX, "sub": f"{INTEGERS} f32 f32x2 rn f16 bf16", "tanh": "approx f32",
     "wgmma": "fence commit_group wait_group mma_async sync aligned f32 f16 bf16 tf32", "xor": f"{BITS} pred",
 }  # fmt: skip
 
 BINARY = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
-UNARY = {"abs": "absolute({})", "ex2": "exp2({})", "neg": "-{}", "not": "~{}"}
+UNARY = {"abs": "absolute({})", "ex2": "exp2({})", "neg": "-{}", "not": "~{}", "rcp": "1 / {}", "tanh": "tanh({})"}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
            "hs": ">="}  # fmt: skip
 WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
@@ -81,13 +81,14 @@ class Opcodes:
         if to in ("f16x2", "bf16x2"):
             high, low = (f"to_{to[:-2]}({self.read(r, 'f32', True)})" for r in s)
             return self.write(d, f"({high}.astype(U32) << {self.constant(16, 'u32')}) | {low}", "u32")
-        a = self.read(s[0], "b16" if origin == "bf16" else origin, True)
+        kind = self.kernel.kind(s[0]) if origin[0] in "us" else {"bf16": "b16"}.get(origin)  # integers: may be wider
+        a = self.read(s[0], kind or origin, True)
         if to in ("f16", "bf16", "tf32") and origin == "f32":
             self.write(d, f"to_{to}({a})", "b32" if to == "tf32" else "b16")
         elif to == "f32" and origin in ("f16", "bf16"):
             self.write(d, self.widened(a, origin), "f32")
         elif origin[0] in "us" and to[0] in "us":
-            self.write(d, f"{a}.astype({to.upper()})", to)
+            self.write(d, f"{a}.astype({origin.upper()}).astype({to.upper()})", to)
         else:
             raise EmulatorError(f"{i}: a conversion that the emulator does not know")
 
@@ -100,7 +101,7 @@ class Opcodes:
         self.write(d, f"where({self.read(p, 'pred')}, {self.read(a, kind)}, {self.read(b, kind)})", kind)
 
     def _prmt(self, i: Instruction, d: Any, a: Any, b: Any, c: Any) -> None:
-        selector = str(int(c, 0)) if self.is_constant(c) else self.read(c, "u32")
+        selector = str(int(c.rstrip("U"), 0)) if self.is_constant(c) else self.read(c, "u32")
         self.write(d, f"permute({self.read(a, 'u32', True)}, {self.read(b, 'u32', True)}, {selector})", "u32")
 
     def operands(self, kind: str, *sources: Any) -> list[str]:
@@ -164,10 +165,9 @@ class Opcodes:
         self.write(d, f"{x} / {y}" if kind == "f32" else f"divide({x}, {y})", kind)
 
     def _unary(self, i: Instruction, d: Any, a: Any) -> None:
-        kind = i.modifiers[-1]
-        self.write(d, UNARY[i.name].format(self.read(a, kind, True)), kind)
+        self.write(d, UNARY[i.name].format(self.read(a, i.modifiers[-1], True)), i.modifiers[-1])
 
-    _abs = _ex2 = _neg = _not = _unary
+    _abs = _ex2 = _neg = _not = _rcp = _tanh = _unary
 
     def _min(self, i: Instruction, d: Any, a: Any, b: Any) -> None:
         kind = i.modifiers[-1]
@@ -250,17 +250,19 @@ class Opcodes:
         self.say(f"yield {RELEASE if strength == SYNCHRONISING else STORE}")
         self.say(f"store_global({self.address(a, 'u64')}, {how}, {strength})")
 
-    def _atom(self, i: Instruction, d: Any, a: Any, value: Any) -> None:
-        acquires, releases = ({way, "acq_rel"} & set(i.modifiers) for way in ("acquire", "release"))
+    def _atom(self, i: Instruction, d: Any, a: Any, value: Any, offset: int = 0) -> None:
+        if isinstance(value, list):  # each element of a vector is an atomic of its own
+            for n, element in enumerate(value):
+                self._atom(i, d and d[n], a, element, n * width(i.modifiers[-1]))
+            return
+        acquires, releases = (bool({way, "acq_rel"} & set(i.modifiers)) for way in ("acquire", "release"))
         kind = i.modifiers[-1]
         self.say(f"yield {RELEASE if releases else ACQUIRE if acquires else ATOMIC}")
-        data = self.read(value, kind, True)
-        call = f"atomic({self.address(a, 'u64')}, {self.condition()}, {data}, {i.number}, "
-        call += f"{bool(acquires)}, {bool(releases)})"
+        address, data = f"{self.address(a, 'u64')} + {self.constant(offset, 'u64')}", self.read(value, kind, True)
+        call = f"atomic({address}, {self.condition()}, {data}, {i.number}, {acquires}, {releases})"
         if d is None:
-            self.say(call)
-        else:
-            self.write(d, call, f"b{kind[1:]}")
+            return self.say(call)
+        self.write(d, call, f"b{kind[1:]}")
 
     def _red(self, i: Instruction, a: Any, value: Any) -> None:
         self._atom(i, None, a, value)

@@ -1,6 +1,6 @@
 """The clock's table: predicted cycles per time step of the compiled kernels, and what they wait for.
 
-python tests/helpers/clock_table.py [--output FILE] [--write NOTES.md]
+PYTHONPATH=.:tests python tests/helpers/clock_table.py [--output FILE] [--write NOTES.md]
 
 makes bench/results/clock.csv anew (about ten minutes on one core, 6 GB; --resume keeps the rows that are there; --only
 CELL-HIDDEN-BATCH for one shape, printed) or puts the table of that file into bench/NOTES.md. It needs no GPU. One group
@@ -32,7 +32,8 @@ RESULTS = ROOT / "bench" / "results" / "clock.csv"
 NOTES = ROOT / "bench" / "NOTES.md"
 DEVICE, ARCH, DTYPE, STEPS, SHARES = "h200", "sm_90", "bf16", 3, 5
 SHAPES = [(cell, hidden, batch) for cell in ("lstm", "gru") for hidden in (256, 512, 1024) for batch in (1, 16, 64)]
-FIELDS = ["cell", "hidden", "batch", "pass", "clock_cycles", "clock_us", "model_us", "ratio", "barriers"]
+FIELDS = ["device", "dtype", "cell", "hidden", "batch", "pass"]
+FIELDS += ["clock_cycles", "clock_us", "model_us", "ratio", "barriers"]
 FIELDS += [f"{what}_{n}" for n in range(1, SHARES + 1) for what in ("line", "share")]
 MODULES = {"lstm": persistrnn.LSTM, "gru": persistrnn.GRU}
 
@@ -56,8 +57,8 @@ def row(cell: str, hidden: int, batch: int, way: str, trace: Trace, predicted: f
     device = hardware.named(DEVICE)
     step = clock.second_step(trace, STEPS, ARCH, device)
     us = step.cycles / device.clock / 1e3
-    found = [cell, hidden, batch, way, f"{step.cycles:.0f}", f"{us:.2f}", f"{predicted:.2f}", f"{us / predicted:.2f}"]
-    found.append(step.barriers)
+    found = [DEVICE, DTYPE, cell, hidden, batch, way]
+    found += [f"{step.cycles:.0f}", f"{us:.2f}", f"{predicted:.2f}", f"{us / predicted:.2f}", step.barriers]
     for line, cycles in step.shares[:SHARES]:
         found += [named(line), f"{cycles / step.cycles:.2f}"]
     return dict(zip(FIELDS, map(str, found), strict=True))

@@ -1,18 +1,22 @@
-"""What the compiled scans do per program and time step, counted while the emulator executes them.
+"""What the compiled scans do per program and time step, counted while the emulator executes them, beside what the audit
+reads from the same code.
 
 `persistrnn audit --run` runs this file: it writes bench/results/counts.csv, from which the table in bench/README.md is
 made. Facts of the code, not times: no GPU is needed for them, and none is there.
 """
 
 import csv
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import gpu
 import pytest
 import torch
 import triton
 from emulator import Report, emulate
+from emulator.ptx import Kernel
+from persistrnn.kernels.audit import Case, audit
 
 from persistrnn.kernels.cells import CELLS
 
@@ -23,9 +27,10 @@ DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32}
 
 @dataclass(frozen=True)
 class Row:
-    """instructions: PTX, each once for all warps of a program, none of polls that repeat; other: of those, neither
-    memory nor tensor cores nor barriers. weights: bytes of W_hh read in the loop over time, 0 where it stays on the
-    chip. Bytes are of all threads of a program; copies of one number count each."""
+    """executed_instructions: PTX, each once for all warps of a program, none of polls that repeat; executed_other: of
+    those, neither memory nor tensor cores nor barriers. executed_weights: bytes of W_hh read in the loop over time, 0
+    where it stays on the chip. Bytes are of all threads of a program; copies of one number count each. What the audit
+    found is of the whole kernel, in SASS, and its bytes of W_hh are those of a program."""
 
     kernel: str
     dtype: str
@@ -34,15 +39,22 @@ class Row:
     arch: str
     triton: str
     slices: int
-    instructions: int
-    other: int
-    tensor: int
-    barriers: int
-    shared_read: int
-    shared_written: int
-    global_read: int
-    global_written: int
-    weights: int
+    executed_instructions: int
+    executed_other: int
+    executed_tensor: int
+    executed_barriers: int
+    executed_shared_read: int
+    executed_shared_written: int
+    executed_global_read: int
+    executed_global_written: int
+    executed_weights: int
+    audit_instructions: int
+    audit_barriers: int
+    audit_registers: int
+    audit_spills: int
+    audit_in_registers: int
+    audit_in_shared: int
+    audit_streamed: int
 
 
 SHAPES = [
@@ -52,7 +64,10 @@ SHAPES = [
 ]
 
 
-def row(report: Report, cell: str, dtype: str, hidden: int, batch: int, arch: str) -> Row:
+AUDITED = [f.name for f in fields(Row) if f.name.startswith("audit_")]
+
+
+def row(report: Report, case: Case) -> Row:
     executed, moved = report.executed(STEPS), report.moved(STEPS)
 
     def total(*names: str) -> int:
@@ -64,48 +79,56 @@ def row(report: Report, cell: str, dtype: str, hidden: int, batch: int, arch: st
     every = round(sum(count for _, count in executed))
     tensor, barriers = total("mma", "wgmma"), total("bar")
     memory = total("ld", "st", "red", "atom", "ldmatrix", "stmatrix")
+    static = audit(case)
     return Row(
-        f"{cell} {'backward' if report.kernel.name.endswith('backward') else 'forward'}",
-        *(dtype, hidden, batch, arch, triton.__version__, report.slices),
+        *(static.kernel, case.dtype, case.hidden, case.batch, case.arch, triton.__version__, report.slices),
         *(every, every - tensor - barriers - memory, tensor, barriers),
         *(bytes_of("read", "shared"), bytes_of("written", "shared"), bytes_of("read"), bytes_of("written")),
         round(moved["weight", "read"]),
+        *(getattr(static, name.removeprefix("audit_")) for name in AUDITED),
     )
 
 
-def count(cell: str, dtype: str, hidden: int, batch: int, arch: str = "sm_90") -> list[Row]:
-    """Of the forward and the backward as planned for the architecture."""
+def count(cell: str, dtype: str, hidden: int, batch: int, arch: str = "sm_90") -> list[tuple[Row, Case, Kernel]]:
+    """Of the forward and the backward as planned for the architecture, each with what the audit compiled and what was
+    executed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "DEVICE", "cpu")
         patch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
         session = emulate(patch, arch, units="rows")
         gpu.outputs_and_gradients(cell, *gpu.operands(cell, hidden, batch, STEPS, 1, DTYPES[dtype]))
     firsts = {report.kernel.name: report for report in reversed(session.reports)}  # of the launches of a pass
-    return [row(firsts[name], cell, dtype, hidden, batch, arch) for name in ("scan_forward", "scan_backward")]
+    cases = {f"scan_{w}": Case(cell, w == "backward", dtype, hidden, arch, batch) for w in ("forward", "backward")}
+    return [(row(firsts[name], case), case, firsts[name].kernel) for name, case in cases.items()]
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """In Markdown, of the rows of the file."""
-    names = [f.name for f in fields(Row) if f.name not in ("arch", "triton")]
-    lines = [names, ["---"] * len(names)]
+    """In Markdown, of the rows of a file."""
+    names = [name for name in rows[0] if name not in ("arch", "triton")]
+    heads = [n.replace("executed_", "executed: ").replace("audit_", "audit: ").replace("_", " ") for n in names]
+    lines = [heads, ["---"] * len(names)]
     lines += [[f"{int(r[n]):,}" if r[n].isdigit() else r[n] for n in names] for r in rows]
-    return "\n".join(f"| {' | '.join(line)} |".replace("_", " ") for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def read() -> list[dict[str, str]]:
-    with RESULTS.open(newline="") as file:
+def read(results: Path = RESULTS) -> list[dict[str, str]]:
+    with results.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def write(rows: list[dict[str, Any]], results: Path = RESULTS) -> None:
+    with results.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> None:
     rows = []
     for shape in SHAPES:
         print("counting", *shape, flush=True)
-        rows += count(*shape)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([f.name for f in fields(Row)])
-        writer.writerows(map(astuple, rows))
+        rows += [asdict(row) for row, _, _ in count(*shape)]
+    write(rows)
     print(table([row for row in read() if row["B"] == "16"]))
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import counted
 import pytest
 import triton
+from emulator.ptx import Kernel
 
 from persistrnn.kernels.inspect import audit_command as audit_table
+from persistrnn.kernels.inspect.audit import compile_pass, planned
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,8 +20,10 @@ def test_counts_are_those_of_a_fresh_run(shape):
     if triton.__version__ not in {row["triton"] for row in counted.read()}:
         pytest.skip(f"the file is of another Triton than {triton.__version__}")
     kept = {(r["kernel"], r["dtype"], int(r["H"]), int(r["B"])): r for r in counted.read()}
-    for row in counted.count(*shape):
+    for row, case, executed in counted.count(*shape):
         assert {name: str(value) for name, value in asdict(row).items()} == kept[row.kernel, row.dtype, row.H, row.B]
+        read = compile_pass(case, planned(case))
+        assert Kernel(read.asm["ptx"], read.metadata.shared).code == executed.code, "the audit read another kernel"
 
 
 def test_the_file_has_every_shape():
@@ -27,8 +31,8 @@ def test_the_file_has_every_shape():
 
 
 def test_nothing_resident_is_read_in_the_loop():
-    """None of these sizes streams."""
-    assert {row["weights"] for row in counted.read()} == {"0"}
+    """None of these sizes streams: executed as read from the code."""
+    assert {(row["executed_weights"], row["audit_streamed"]) for row in counted.read()} == {("0", "0")}
 
 
 def test_the_page_is_made_of_the_file():
@@ -44,3 +48,15 @@ def test_counting_needs_a_checkout(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         audit_table.main()
     assert "needs a checkout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fails", ["", "counted.py", "counted_rivals.py"])
+def test_the_command_runs_both_counts(monkeypatch, tmp_path, fails):
+    """From the checkout, of which both import what is in no package."""
+    for name in ("counted.py", "counted_rivals.py"):
+        script = "import os, sys\nimport bench\nassert 'TRITON_INTERPRET' not in os.environ\n"
+        (tmp_path / name).write_text(f"{script}sys.exit({name == fails})\n")
+    monkeypatch.setattr(audit_table, "COUNTS", tmp_path / "counted.py")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert audit_table.main(["--run"]) == bool(fails)

@@ -354,3 +354,62 @@ def test_what_auto_takes(capsys: pytest.CaptureFixture[str], hidden: str, path: 
     needs = {mode: told["memory_bytes"][mode]["needed"] for mode in ("gates", "state", "checkpoint")}
     assert needs["gates"] < needs["state"], "of 64 steps, one chunk"
     assert f"at T = {told['memory_bytes']['steps']}, by what is kept" in out
+
+
+# The clock
+
+
+FIELDS = "device,dtype,cell,hidden,batch,pass,clock_us,model_us,line_1,share_1,line_2,share_2,line_3,share_3"
+CLOCKED = "scan.py:1 a,0.5,cells.py:2 b,0.3,tuples.py:3 c,0.1"
+
+
+@pytest.mark.parametrize(("times", "apart"), [(1.5, "+50%"), (1.1, "+10%"), (0.7, "-30%")])
+def test_the_clock_beside_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, times: float, apart: str) -> None:
+    found = plan(shape("lstm"), 256, 16, 1, "bf16", named("h200"))
+    model = found.forward.predicted
+    row = f"h200,bf16,lstm,256,16,forward,{times * model:.4f},{model:.2f},{CLOCKED}"
+    monkeypatch.setattr(plan_command, "CLOCK", tmp_path / "clock.csv")
+    plan_command.CLOCK.write_text(f"{FIELDS}\n{row}\n")
+    text = as_text(found, shape("lstm"), 8, "")
+    (line,) = [line for line in text.splitlines() if "clock" in line]
+    assert f"predicted by the clock of emulated code {times * model:.2f} us, {apart}; " in line
+    assert "most in scan.py:1 a 50%, cells.py:2 b 30%, tuples.py:3 c 10%" in line
+    assert ("NOTES.md" in line) == (apart != "+10%")
+    assert text.index(line) < text.index("\nbackward\n")
+    clock = plan_command.as_json(found, shape("lstm"), 8, "")["clock"]
+    assert clock["forward"]["us"] == pytest.approx(times * model, abs=1e-4)
+    assert clock["backward"] is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"cell": "gru"}, {"hidden": 512}, {"batch": 17}, {"directions": 2}, {"dtype": "fp16"},
+        {"hardware": named("h100")}, {"hardware": dataclasses.replace(named("h200"), exchange=2.0)},
+    ],
+    ids=lambda other: next(iter(other)),
+)  # fmt: skip
+def test_the_clock_says_nothing_of_another_plan(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    """The last one is the same layer on the same device, planned with another constant."""
+    asked = {"cell": "lstm", "hidden": 256, "batch": 16, "directions": 1, "dtype": "bf16", "hardware": named("h200")}
+    row = "h200,bf16,lstm,256,16,forward,2.0,{:.2f}," + CLOCKED
+    monkeypatch.setattr(plan_command, "CLOCK", tmp_path / "clock.csv")
+
+    def text(asked: dict[str, Any]) -> str:
+        cell = shape(asked["cell"])
+        return as_text(plan(cell, *list(asked.values())[1:]), cell, 8, "")
+
+    own = plan(shape("lstm"), *list(asked.values())[1:])
+    plan_command.CLOCK.write_text(f"{FIELDS}\n{row.format(own.forward.predicted)}\n")
+    assert "clock" in text(asked)
+    assert "clock" not in text(asked | other)
+    plan_command.CLOCK.unlink()  # as in an installation
+    assert "clock" not in text(asked)
+
+
+def test_the_clock_of_this_checkout_is_of_these_plans() -> None:
+    for row in csv.DictReader(plan_command.CLOCK.read_text().splitlines()):
+        found = plan(shape(row["cell"]), int(row["hidden"]), int(row["batch"]), 1, row["dtype"], named(row["device"]))
+        assert plan_command.clocked(found, row["pass"]), row
