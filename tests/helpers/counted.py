@@ -16,9 +16,9 @@ import torch
 import triton
 from emulator import Report, emulate
 from emulator.ptx import Kernel
-from persistrnn.kernels.audit import Case, audit
 
 from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.inspect.audit import Case, audit
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "counts.csv"
 STEPS = 4

@@ -1,7 +1,7 @@
 """W_hh that a step reads and launches that a sequence takes: ours beside other scans in Triton, in the same emulator.
 
-`persistrnn audit --run` runs this after counted.py, and `PYTHONPATH=.:tests python tests/helpers/counted_rivals.py` by itself: what
-is importable gets new rows in bench/results/rivals.csv, what is not keeps its rows. Nobody needs the rivals.
+`persistrnn audit --run` runs this after counted.py, and `PYTHONPATH=.:tests python tests/helpers/counted_rivals.py` by
+itself: what is importable gets new rows in bench/results/rivals.csv, what is not keeps its rows.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from emulator import EmulatorError, emulate
 from triton.runtime.autotuner import Autotuner, OutOfResources
 
 from bench.race import arms
+from persistrnn.kernels.cells import CELLS
 from persistrnn.results import Case
 
 RESULTS = counted.RESULTS.with_name("rivals.csv")
@@ -95,7 +96,7 @@ def passes(reports, forward, x):
 
 
 def count(library: str, cell: str, dtype: str, hidden: int, batch: int) -> Row:
-    weight = arms.GATES[cell] * hidden**2 * arms.DTYPES[dtype].itemsize
+    weight = CELLS[cell].gates * hidden**2 * arms.DTYPES[dtype].itemsize
     identity = cell, dtype, hidden, batch, ARCH, triton.__version__, weight
     if importlib.util.find_spec(library) is None:
         return Row(library, "", *identity, skipped=f"{library} is not installed")

@@ -283,12 +283,12 @@ def test_two_rows_of_the_table_are_those_of_a_fresh_run():
     fresh = clock_table.rows("lstm", 256, 1)
     kept = [row for row in clock_table.read() if (row["cell"], row["hidden"], row["batch"]) == ("lstm", "256", "1")]
     assert [without_lines(row) for row in kept] == [without_lines(row) for row in fresh], (
-        "the kernels or the clock have changed: run python tests/helpers/clock_table.py, then with --write"
+        "the kernels or the clock have changed: run tests/helpers/clock_table.py, then with --write"
     )
 
 
 def test_the_notebook_has_the_table():
     notes = clock_table.NOTES.read_text()
-    assert clock_table.put(notes, clock_table.read()) == notes, "run python tests/helpers/clock_table.py --write"
+    assert clock_table.put(notes, clock_table.read()) == notes, "run tests/helpers/clock_table.py --write"
     shapes = {(row["cell"], int(row["hidden"]), int(row["batch"])) for row in clock_table.read()}
     assert shapes == set(clock_table.SHAPES)

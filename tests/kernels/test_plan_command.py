@@ -365,18 +365,18 @@ CLOCKED = "scan.py:1 a,0.5,cells.py:2 b,0.3,tuples.py:3 c,0.1"
 
 @pytest.mark.parametrize(("times", "apart"), [(1.5, "+50%"), (1.1, "+10%"), (0.7, "-30%")])
 def test_the_clock_beside_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, times: float, apart: str) -> None:
-    found = plan(shape("lstm"), 256, 16, 1, "bf16", named("h200"))
+    found = plan_layer(CELLS["lstm"], 256, 16, 1, "bf16", named("h200"))
     model = found.forward.predicted
     row = f"h200,bf16,lstm,256,16,forward,{times * model:.4f},{model:.2f},{CLOCKED}"
     monkeypatch.setattr(plan_command, "CLOCK", tmp_path / "clock.csv")
     plan_command.CLOCK.write_text(f"{FIELDS}\n{row}\n")
-    text = as_text(found, shape("lstm"), 8, "")
+    text = as_text(found, CELLS["lstm"], 8, "")
     (line,) = [line for line in text.splitlines() if "clock" in line]
     assert f"predicted by the clock of emulated code {times * model:.2f} us, {apart}; " in line
     assert "most in scan.py:1 a 50%, cells.py:2 b 30%, tuples.py:3 c 10%" in line
     assert ("NOTES.md" in line) == (apart != "+10%")
     assert text.index(line) < text.index("\nbackward\n")
-    clock = plan_command.as_json(found, shape("lstm"), 8, "")["clock"]
+    clock = plan_command.as_json(found, CELLS["lstm"], 8, "")["clock"]
     assert clock["forward"]["us"] == pytest.approx(times * model, abs=1e-4)
     assert clock["backward"] is None
 
@@ -398,10 +398,10 @@ def test_the_clock_says_nothing_of_another_plan(
     monkeypatch.setattr(plan_command, "CLOCK", tmp_path / "clock.csv")
 
     def text(asked: dict[str, Any]) -> str:
-        cell = shape(asked["cell"])
-        return as_text(plan(cell, *list(asked.values())[1:]), cell, 8, "")
+        cell = CELLS[asked["cell"]]
+        return as_text(plan_layer(cell, *list(asked.values())[1:]), cell, 8, "")
 
-    own = plan(shape("lstm"), *list(asked.values())[1:])
+    own = plan_layer(CELLS["lstm"], *list(asked.values())[1:])
     plan_command.CLOCK.write_text(f"{FIELDS}\n{row.format(own.forward.predicted)}\n")
     assert "clock" in text(asked)
     assert "clock" not in text(asked | other)
@@ -411,5 +411,7 @@ def test_the_clock_says_nothing_of_another_plan(
 
 def test_the_clock_of_this_checkout_is_of_these_plans() -> None:
     for row in csv.DictReader(plan_command.CLOCK.read_text().splitlines()):
-        found = plan(shape(row["cell"]), int(row["hidden"]), int(row["batch"]), 1, row["dtype"], named(row["device"]))
+        found = plan_layer(
+            CELLS[row["cell"]], int(row["hidden"]), int(row["batch"]), 1, row["dtype"], named(row["device"])
+        )
         assert plan_command.clocked(found, row["pass"]), row
