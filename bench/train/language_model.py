@@ -1,14 +1,14 @@
 """The main job, `make train`: a language model learns the source of Python's own standard library.
 
 It is also the example to read: `LanguageModel` is all it takes to use persistrnn, `LanguageModeling` what it takes to
-train it on the runner. T is the sequence length, B the number of streams, or of lines, in a batch.
+train it. T is the sequence length, B the number of streams, or of lines, in a batch.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from argparse import Namespace
+from argparse import Namespace, _ArgumentGroup
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,35 +19,30 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench import UsageError
-from bench.train import runner
-from bench.train.buckets import Buckets
+from bench.train import command
+from bench.train.batches import NO_TARGET, Buckets
+from bench.train.checkpoint import write_text
 from bench.train.decoding import beam_search, draw, select_rows
-from bench.train.folder import write_text
 from bench.train.layers import recurrent, run_padded
-from bench.train.options import OUT, Options, Settings, number, option
+from bench.train.options import Settings, absolute, number, option
 from bench.train.progress import bar
-from bench.train.text import Lines, load_corpus, source_folder, standard_library, window
-from bench.train.vocabulary import START, Bytes, Vocabulary, Words
-from bench.train.workload import NO_TARGET, Metric, Piece, Workload
+from bench.train.text import START, Bytes, Lines, Words, load_corpus, standard_library, window
+from bench.train.workload import Metric, Piece, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings(Settings):
     layers: int = 2
     steps: int = 1500
-    embedding: int = option(64, "width of a token's embedding", type=number(int, 1), metavar="N")
-    tied: bool = option(
-        False, "embedding and output share one matrix (--embedding is then --hidden)", action="store_true"
-    )
+    embedding: int = option(64, "width of a token's embedding", type=number(int, 1))
+    tied: bool = option(False, "embedding and output share one matrix (--embedding is then --hidden)")
     tokens: str = option("bytes", "what the model reads and predicts", choices=["bytes", "words"])
     vocabulary: int = option(
-        None, "with words: this many tokens, the most frequent words (default 10000)", type=number(int, 4), metavar="N"
+        None, "with words: this many tokens, the most frequent words (default 10000)", type=number(int, 4)
     )
-    lines: bool = option(
-        False, "learn line by line, in batches of similar length, instead of on and on", action="store_true"
-    )
-    sequence: int = option(512, "tokens of a step; with --lines, the most of a line", type=number(int, 1), metavar="N")
-    text: str = option(None, "folder of .py files to learn (default: the standard library)", type=source_folder)
+    lines: bool = option(False, "learn line by line, in batches of similar length, instead of on and on")
+    sequence: int = option(512, "tokens of a step; with --lines, the most of a line", type=number(int, 1))
+    text: str = option(None, "folder of .py files to learn (default: the standard library)", type=absolute)
 
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -96,14 +91,14 @@ class LanguageModel(nn.Module):
 
 class LanguageModeling(Workload):
     name = "language_model"
-    command = 'make train ARGS="{options}"'
     description = "Trains a language model, of bytes or words, on the source of Python's own standard library."
     settings_type = TextSettings
     small = {"sequence": 32}  # noqa: RUF012
+    using = "generate"
     loss_scale = 1 / math.log(2)  # bits
 
     settings: TextSettings
-    vocabulary: Vocabulary
+    vocabulary: Bytes | Words
 
     def __init__(self, settings: TextSettings) -> None:
         self.settings = settings
@@ -133,41 +128,17 @@ class LanguageModeling(Workload):
             self.buckets = Buckets(self.lines.lengths, settings.batch, settings.seed)
 
     @classmethod
-    def add_options(cls, job: Options) -> None:
-        job.add_argument(
-            "--generate",
-            action="store_true",
-            default=False,
-            help=f"do not train: continue --prompt, by the model in {OUT}",
-        )
-        job.add_argument(
-            "--prompt", default="", metavar="TEXT", help="what the sample continues (default: a file begins)"
-        )
-        job.add_argument(
-            "--sample-tokens",
-            "--sample-bytes",
-            type=number(int, 0),
-            default=1500,
-            metavar="N",
-            help="length of the text written at the end, in bytes or words as --tokens says (default %(default)s)",
-        )
-        job.add_argument(
-            "--temperature",
-            type=number(float, 0, above=True),
-            default=None,
-            metavar="X",
-            help="of the sample: lower is more likely text (default 0.7)",
-        )
-        job.add_argument(
-            "--top-k", type=number(int, 1), default=None, metavar="K", help="of the sample: only the K likeliest tokens"
-        )
-        job.add_argument(
-            "--beam",
-            type=number(int, 1),
-            default=None,
-            metavar="W",
-            help="not a sample: the likeliest text a beam finds",
-        )
+    def add_options(cls, job: _ArgumentGroup) -> None:
+        add, count = job.add_argument, number(int, 1)
+        words = "length of the text written at the end, in bytes or words as --tokens says (default %(default)s)"
+        positive = number(float, 0, above=True)
+        model = "do not train: continue --prompt, by the model in --output"
+        add("--generate", action="store_true", default=False, help=model)
+        add("--prompt", default="", metavar="TEXT", help="what the sample continues (default: a file begins)")
+        add("--sample-tokens", "--sample-bytes", type=number(int, 0), default=1500, metavar="N", help=words)
+        add("--temperature", type=positive, default=None, metavar="X", help="of the sample (default 0.7)")
+        add("--top-k", type=count, default=None, metavar="K", help="of the sample: only the K likeliest tokens")
+        add("--beam", type=count, default=None, metavar="W", help="not a sample: the likeliest text a beam finds")
 
     @classmethod
     def check_options(cls, job: Namespace) -> None:
@@ -176,10 +147,6 @@ class LanguageModeling(Workload):
                 raise UsageError(
                     f"{name} {value} given with --beam {job.beam}, which draws nothing: leave one of them out"
                 )
-
-    @classmethod
-    def model_option(cls, job: Namespace) -> str | None:
-        return "--generate" if job.generate else None
 
     def describe(self) -> str:
         corpus = self.corpus
@@ -291,7 +258,7 @@ class LanguageModeling(Workload):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return runner.main(LanguageModeling, arguments)
+    return command.main(LanguageModeling, arguments)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import persistrnn
 from bench.train.options import Settings
 
-OURS = {"lstm": persistrnn.LSTM, "gru": persistrnn.GRU}
-THEIRS = {"lstm": nn.LSTM, "gru": nn.GRU}
-
 
 def recurrent(settings: Settings, backend: str, input_size: int, **sizes: Any) -> nn.Module:
     """A layer of settings.cell. `backend` is persistrnn's, or "torch.nn" for torch's own layer.
@@ -22,6 +19,7 @@ def recurrent(settings: Settings, backend: str, input_size: int, **sizes: Any) -
         input_size: I
         sizes: as for torch.nn.LSTM (hidden_size, num_layers, dropout, bidirectional), by default those of the settings
     """
+    name = settings.cell.upper()
     sizes = {
         "hidden_size": settings.hidden,
         "num_layers": settings.layers,
@@ -29,9 +27,8 @@ def recurrent(settings: Settings, backend: str, input_size: int, **sizes: Any) -
         **sizes,
     }
     if backend == "torch.nn":
-        return THEIRS[settings.cell](input_size, **sizes)
-    save = {} if settings.save == "gates" else {"save": settings.save}
-    return OURS[settings.cell](input_size, **sizes, backend=backend, **save)
+        return getattr(nn, name)(input_size, **sizes)
+    return getattr(persistrnn, name)(input_size, **sizes, backend=backend, save=settings.save)
 
 
 def run_padded(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any = None) -> tuple[Tensor, Any]:

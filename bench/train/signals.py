@@ -1,11 +1,16 @@
 """Tagging of long signals: which exercise does a person do, at each of ten thousand steps of a smartwatch's sensors?
 
-A session is one person's recordings joined in random order, each cut to a random stretch, so its tags change some ten
-times. `Tagger` reads it both ways, and is asked about people that it has never seen.
+The package seglearn ships the recordings: six channels (acceleration in g, rate of rotation in rad/s, three axes each),
+50 steps a second; ten people, each with seven exercises on either arm, one exercise in a recording of about 35 s (Burns
+et al. 2018, arXiv:1802.01489). A session is one person's recordings joined in random order, each cut to a random
+stretch. `Tagger` reads it both ways, and is asked about people that it has never seen.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import pickle
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -20,20 +25,16 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from bench import UsageError
-from bench.train import runner
-from bench.train.folder import write_text
+from bench.train import command
+from bench.train.batches import NO_TARGET
+from bench.train.checkpoint import write_text
 from bench.train.layers import map_state, recurrent, run_padded
-from bench.train.options import Settings, number, option
+from bench.train.options import Settings, absolute, number, option
 from bench.train.progress import bar
-from bench.train.recordings import Recording, Recordings, load_recordings, shipped
-from bench.train.workload import NO_TARGET, Metric, Piece, Workload
+from bench.train.workload import Metric, Piece, Workload
 
 SESSIONS = 4  # of each held-out person
-
-
-def recordings_file(text: str) -> str:
-    """An argparse type: made absolute; `load_recordings` looks into it."""
-    return str(Path(text).resolve())
+FILE = "data/watch_dataset.npy"  # within seglearn, which need not be imported (it would import scikit-learn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +44,102 @@ class SignalSettings(Settings):
     steps: int = 250
     learning_rate: float = 1e-2
     sequence: int = option(
-        10_000, "steps of a session; it ends with the recording that reaches them", type=number(int, 1), metavar="N"
+        10_000, "steps of a session; it ends with the recording that reaches them", type=number(int, 1)
     )
-    stretch: int = option(2000, "the most steps that are taken of a recording", type=number(int, 1), metavar="N")
-    held_out: int = option(2, "people who are kept for the test, the last ones", type=number(int, 1), metavar="N")
+    stretch: int = option(2000, "the most steps that are taken of a recording", type=number(int, 1))
+    held_out: int = option(2, "people who are kept for the test, the last ones", type=number(int, 1))
     recordings: str = option(
-        None, "a .npy file of the form of seglearn's (default: seglearn's), a pickle: take only one that you trust",
-        type=recordings_file, metavar="FILE",
-    )  # fmt: skip
+        None,
+        "a .npy file of the form of seglearn's (default: seglearn's), a pickle: take only one that you trust",
+        type=absolute,
+        metavar="FILE",
+    )
 
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
         return super().defaults(given) | ({} if given.get("recordings") else {"recordings": str(shipped())})
+
+
+@dataclass(frozen=True)
+class Recording:
+    signal: Tensor  # (T, channels) float32
+    exercise: int
+    subject: int
+
+
+@dataclass(frozen=True)
+class Recordings:
+    all: tuple[Recording, ...]
+    exercises: tuple[str, ...]  # their names, by number
+    channels: int
+    fingerprint: str  # sha256 of signals, exercises and subjects
+
+    @property
+    def subjects(self) -> list[int]:
+        return sorted({recording.subject for recording in self.all})
+
+
+def shipped() -> Path:
+    """The file in the installed package.
+
+    Raises:
+        UsageError: there is none
+    """
+    package = importlib.util.find_spec("seglearn")
+    folders = package.submodule_search_locations if package is not None else None
+    file = Path(folders[0]) / FILE if folders else None
+    if file is None or not file.is_file():
+        raise UsageError(
+            "--recordings is not given, and seglearn, which ships the recordings of the default, is not installed: "
+            "pip install 'persistrnn[signals]', or name a file of the same form"
+        )
+    return file
+
+
+def load_recordings(file: Path) -> Recordings:
+    """Reads a file like seglearn's: a NumPy object array that holds a dict with X (signals, [T, channels] each), y (the
+    exercise of each, 0 and up), y_labels (the exercises' names) and subject.
+
+    Such a file is a pickle: reading it runs what its maker put in.
+
+    Raises:
+        UsageError: a file of another form; NumPy is missing
+    """
+    try:
+        content = read(file)
+        every = tuple(
+            Recording(torch.tensor(signal, dtype=torch.float32), int(exercise), int(subject))
+            for signal, exercise, subject in zip(content["X"], content["y"], content["subject"], strict=True)
+        )
+        names = tuple(map(str, content["y_labels"]))
+        shapes = {tuple(recording.signal.shape[1:]) for recording in every}
+        if len(shapes) != 1 or len(shape := shapes.pop()) != 1 or not all(len(r.signal) for r in every):
+            raise ValueError("each signal is [T, channels] with the same channels and at least one step")
+        if not all(recording.signal.isfinite().all() for recording in every):
+            raise ValueError("a signal has values that are not finite")
+        if not all(0 <= recording.exercise < len(names) for recording in every):
+            raise ValueError(f"an exercise is none of 0 to {len(names) - 1}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        raise UsageError(
+            f"--recordings {file} cannot be read ({error!r}): allowed is a .npy file of a dict with X, y, y_labels and "
+            "subject, as seglearn ships it; leave --recordings out to take that one"
+        ) from error
+    digest = hashlib.sha256(repr(names).encode())
+    for recording in every:
+        digest.update(repr((recording.exercise, recording.subject)).encode())
+        digest.update(recording.signal.numpy().tobytes())
+    return Recordings(every, names, shape[0], digest.hexdigest())
+
+
+def read(file: Path) -> dict[str, Any]:
+    try:
+        import numpy  # only here: torch alone does not need it
+    except ImportError as error:
+        raise UsageError(
+            f"--recordings {file}: NumPy reads it and is not installed: pip install 'persistrnn[signals]'"
+        ) from error
+    content: dict[str, Any] = numpy.load(file, allow_pickle=True).item()
+    return content
 
 
 def run_rows(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -228,7 +313,7 @@ def forward_only(state: Tensor) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return runner.main(Tagging, arguments)
+    return command.main(Tagging, arguments)
 
 
 if __name__ == "__main__":

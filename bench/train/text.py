@@ -1,11 +1,14 @@
-"""The text that every machine has: the source of Python's own standard library, read on and on or line by line."""
+"""The text that every machine has: the source of Python's own standard library, as bytes or words, read on and on or
+line by line."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
+import re
 import sysconfig
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +18,14 @@ import torch
 from torch import Tensor
 
 from bench import UsageError
-from bench.train.held_out import held_out
-from bench.train.vocabulary import START
-from bench.train.workload import NO_TARGET
+from bench.train.batches import NO_TARGET, held_out
+from bench.train.progress import bar
+
+START = 0  # a NUL opens every file: Python source never contains one, so sampling can begin there
+UNKNOWN = "<unk>"  # stands for every word outside the vocabulary
+
+# Names, numbers, runs of spaces, and every other character alone: joined again they are the text.
+WORD = re.compile(r"[^\W\d]\w*|\d+| +|[^\w ]")
 
 # Other people's packages; tests (many systems leave them out, and the text should be the same with and
 # without); generated files (tables so alike that a held-out one is known from its neighbours, and the manual).
@@ -38,13 +46,6 @@ class Corpus:
 def standard_library() -> Path:
     """The folder of the running Python's standard library, also from inside a virtual environment."""
     return Path(sysconfig.get_path("stdlib"))
-
-
-def source_folder(text: str) -> str:
-    """An argparse type: a folder, made absolute."""
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is no folder; allowed is any folder that holds .py files")
-    return str(Path(text).resolve())
 
 
 def source_files(folder: Path) -> list[str]:
@@ -129,3 +130,58 @@ class Lines:
         targets = tokens.masked_fill(positions >= lengths, NO_TARGET)
         inputs = torch.cat([torch.full_like(tokens[:1], START), tokens[:-1]]).masked_fill(positions >= lengths, START)
         return inputs, targets, lengths
+
+
+class Bytes:
+    """A token is one byte."""
+
+    name = "byte"
+    newline = ord("\n")
+
+    def __len__(self) -> int:
+        return 256
+
+    def encode(self, text: bytes) -> Tensor:
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+
+class Words:
+    """A token is one of the most frequent words of a text, START, or UNKNOWN.
+
+    Args:
+        text: of which the words are counted
+        size: of the vocabulary; it has fewer tokens where the text has fewer words
+    """
+
+    name = "word"
+
+    def __init__(self, text: bytes, size: int) -> None:
+        counts: Counter[str] = Counter()
+        for file in bar(text.split(b"\0"), "words"):
+            counts.update(WORD.findall(file.decode(errors="replace")))
+        counts["\n"] += 1  # --lines needs it
+        # Equal counts in the order of the alphabet: the same text gives the same numbers.
+        frequent = sorted(counts, key=lambda word: (word != "\n", -counts[word], word))
+        self.words = ["\0", UNKNOWN, *frequent[: size - 2]]
+        self.numbers = {word: number for number, word in enumerate(self.words)}
+        self.newline = self.numbers["\n"]
+        self.unknown = self.numbers[UNKNOWN]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: bytes) -> Tensor:
+        numbers, unknown = self.numbers, self.unknown
+        parts = []
+        for index, file in enumerate(bar(text.split(b"\0"), "words")):
+            tokens = [START] * (index > 0) + [
+                numbers.get(w, unknown) for w in WORD.findall(file.decode(errors="replace"))
+            ]
+            parts.append(torch.tensor(tokens, dtype=torch.int32))
+        return torch.cat(parts)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(self.words[token] for token in tokens)

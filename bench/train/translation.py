@@ -1,4 +1,5 @@
-"""Sequence to sequence: numbers in digits become words, in several languages, character by character.
+"""Sequence to sequence: numbers in digits become words (of the package num2words), in several languages, character by
+character.
 
 An encoder reads the digits both ways, a decoder writes the words and attends to it (Luong et al. 2015, the score that
 they call general). `Translator` is the model; S source steps, T target steps, B rows, H hidden units.
@@ -6,12 +7,14 @@ they call general). `Translator` is the model; S source steps, T target steps, B
 
 from __future__ import annotations
 
+import hashlib
+import random
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
+from argparse import Namespace, _ArgumentGroup
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +22,15 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from bench import UsageError
-from bench.train import runner
-from bench.train.buckets import Buckets
+from bench.train import command
+from bench.train.batches import NO_TARGET, Buckets, held_out
+from bench.train.checkpoint import write_text
 from bench.train.decoding import Hypothesis, beam_search, select_rows
-from bench.train.folder import write_text
 from bench.train.layers import recurrent, run_padded
-from bench.train.number_words import Pair, load_pairs
-from bench.train.options import OUT, Options, Settings, number, option
+from bench.train.options import Settings, number, option
 from bench.train.progress import bar
-from bench.train.workload import NO_TARGET, Metric, Piece, Workload
+from bench.train.workload import Metric, Piece, Workload
+from persistrnn.kernels.cells import CELLS
 
 END = 0  # the target's first input and its last token
 BEAM = 4  # hypotheses kept, of the measurement and by default
@@ -41,17 +44,12 @@ class TranslationSettings(Settings):
     steps: int = 3000
     learning_rate: float = 6e-3
     warmup: int = option(
-        None,
-        "steps over which the learning rate rises (default 100, or a tenth of --steps if that is less)",
-        type=number(int, 0),
-        metavar="N",
+        None, "steps over which the learning rate rises (default 100, at most a tenth of --steps)", type=number(int, 0)
     )
-    embedding: int = option(32, "width of a token's embedding", type=number(int, 1), metavar="N")
+    embedding: int = option(32, "width of a token's embedding", type=number(int, 1))
     languages: str = option("de,en,es,fr", "of the words, by num2words' names", metavar="NAME,NAME,...")
-    digits: int = option(6, "the most of a number", type=number(int, 1, 12), metavar="N")
-    pairs: int = option(
-        32_000, "numbers with their words, of which one in ten is held out", type=number(int, 2), metavar="N"
-    )
+    digits: int = option(6, "the most of a number", type=number(int, 1, 12))
+    pairs: int = option(32_000, "numbers with their words, of which one in ten is held out", type=number(int, 2))
 
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +63,89 @@ class TranslationSettings(Settings):
             )
 
 
+class Pair(NamedTuple):
+    language: str
+    number: int
+    words: str
+
+
+class Pairs(NamedTuple):
+    train: tuple[Pair, ...]
+    held_out: tuple[Pair, ...]
+    fingerprint: str  # sha256 of all of them
+
+
+def load_pairs(languages: str, digits: int, count: int) -> Pairs:
+    """Up to `count` pairs: the same numbers, drawn once for all, in each language.
+
+    Numbers of few digits are as frequent as those of many, as far as there are enough. A hash of the number decides
+    on which side it falls, in all languages alike.
+
+    Args:
+        languages: num2words' names, with commas between them
+        digits: the most of a number
+
+    Raises:
+        UsageError: an unknown language, one given twice, one that has no word for a number; num2words is missing
+    """
+    names, say = languages.split(","), speaker(languages)
+    sides: tuple[list[Pair], list[Pair]] = ([], [])
+    digest = hashlib.sha256()
+    for figure in bar(draw(digits, max(1, count // len(names))), "words of numbers"):
+        side = held_out(str(figure))
+        for name in names:
+            pair = Pair(name, figure, say(figure, name))
+            sides[side].append(pair)
+            digest.update(repr(pair).encode())
+    if not all(sides):
+        raise UsageError(
+            f"--pairs {count} of --digits {digits} in --languages {languages}: {len(sides[0])} to train on and "
+            f"{len(sides[1])} held out, at least one of each is needed; allowed is more --pairs and --digits"
+        )
+    return Pairs(tuple(sides[0]), tuple(sides[1]), digest.hexdigest())
+
+
+def draw(digits: int, count: int) -> list[int]:
+    """`count` different numbers below 10**digits, always the same; all of them where there are no more."""
+    if count >= 10**digits:
+        return list(range(10**digits))
+    source = random.Random(digits)
+    found: dict[int, None] = {}
+    while len(found) < count:
+        size = source.randint(1, digits)
+        found[source.randrange(10 ** (size - 1) if size > 1 else 0, 10**size)] = None
+    return list(found)
+
+
+def speaker(languages: str) -> Callable[[int, str], str]:
+    """(number, language) -> its words, for languages that num2words knows."""
+    try:
+        from num2words import CONVERTER_CLASSES, num2words
+    except ImportError as error:
+        raise UsageError(
+            "num2words makes the words and is not installed: pip install 'persistrnn[translation]'"
+        ) from error
+    names = languages.split(",")
+    unknown = [name for name in names if name not in CONVERTER_CLASSES]
+    if unknown or len(set(names)) < len(names):
+        wrong = f"{unknown[0]!r} is none" if unknown else "one is there twice"
+        raise UsageError(
+            f"--languages {languages} given, of which {wrong}: allowed are different ones of "
+            f"{','.join(sorted(CONVERTER_CLASSES))}, with commas between them"
+        )
+
+    def say(number: int, language: str) -> str:
+        try:
+            return str(num2words(number, lang=language))
+        except (ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"num2words has no words for {number} in {language!r} ({error!r}): leave it out of --languages, or "
+                "lower --digits"
+            ) from error
+
+    return say
+
+
 class Translator(nn.Module):
     """Encoder, decoder and attention; the decoder begins with what the encoder has in the end."""
 
@@ -73,7 +154,7 @@ class Translator(nn.Module):
         hidden = settings.hidden
         self.source = nn.Embedding(sources, settings.embedding)
         self.encoder = recurrent(settings, backend, settings.embedding, bidirectional=True)
-        self.bridges = nn.ModuleList(nn.Linear(2 * hidden, hidden) for _ in range(2 if settings.cell == "lstm" else 1))
+        self.bridges = nn.ModuleList(nn.Linear(2 * hidden, hidden) for _ in range(CELLS[settings.cell].states))
         self.target = nn.Embedding(targets, settings.embedding)
         self.decoder = recurrent(settings, backend, settings.embedding)
         self.score = nn.Linear(2 * hidden, hidden, bias=False)
@@ -110,6 +191,7 @@ class Translation(Workload):
     description = "Trains a translator of numbers into words, with encoder, decoder and attention."
     settings_type = TranslationSettings
     small = {"pairs": 200, "digits": 3, "hidden": 16}  # noqa: RUF012
+    using = "translate"
     loss_unit = "nats/char"
     unit = "characters"
 
@@ -136,12 +218,12 @@ class Translation(Workload):
         )
 
     @classmethod
-    def add_options(cls, job: Options) -> None:
+    def add_options(cls, job: _ArgumentGroup) -> None:
         job.add_argument(
             "--translate",
             default=None,
             metavar="'LANGUAGE NUMBER'",
-            help=f"do not train: say this number, by the model in {OUT}",
+            help="do not train: say this number, by the model in --output",
         )
         job.add_argument(
             "--beam",
@@ -150,10 +232,6 @@ class Translation(Workload):
             metavar="W",
             help="hypotheses kept in translating; the quality is always that of the default (%(default)s)",
         )
-
-    @classmethod
-    def model_option(cls, job: Namespace) -> str | None:
-        return None if job.translate is None else "--translate"
 
     def describe(self) -> str:
         return (
@@ -231,14 +309,14 @@ class Translation(Workload):
         if language not in names or not (figures.isascii() and figures.isdigit() and len(figures) <= digits):
             raise UsageError(
                 f"--translate {job.translate!r} given: allowed is a language of {','.join(names)}, a space and a "
-                f"number of up to {digits} digits, which is what the model in {OUT} has learnt; 'de 42', say"
+                f"number of up to {digits} digits, which is what the model in --output has learnt; 'de 42', say"
             )
         for hypothesis in self.translations(model, [Pair(language, int(figures), "")], job.beam)[0]:
             print(f"{self.text(hypothesis)}   (log-probability {hypothesis.score:.2f})")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return runner.main(Translation, arguments)
+    return command.main(Translation, arguments)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bench import UsageError
-from bench.train import checkpoint, form, layers, ranks
+from bench.train import checkpoint, layers, ranks
+from bench.train.checkpoint import ANEW
 from bench.train.layers import map_state
-from bench.train.options import ANEW, DTYPES, flag
-from bench.train.schedule import learning_rate
+from bench.train.options import DTYPES, Settings
 from bench.train.workload import Workload
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Of step 0, 1, ...: rises over `warmup` steps, then stays ("constant") or falls along half a cosine to 0."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = (step - settings.warmup) / (settings.steps - settings.warmup)
+    return settings.learning_rate * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def new_model(workload: Workload, backend: str) -> nn.Module:
@@ -53,9 +64,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == "float16")
         self.network = self.model  # what `loss` calls; see `connect`
         self.rows = ranks.rows(settings.batch)
-        self.of_ranks: list[dict[str, Any]] = []  # what each rank has of its own, as of the last checkpoint
         self.state: Any = None
-        self.probed: Any = None  # a state of the form that steps carry on; known after `probe`
         self.losses: list[float] = []  # of every step so far, in the workload's unit
         self.count = 0  # of the loss's terms so far: tokens, say
         self.quality: list[float] | None = None  # the workload's metrics, once measured
@@ -72,7 +81,8 @@ class Run:
 
     def connect(self) -> None:
         """From here on the gradients are averaged over the ranks."""
-        self.network = ranks.wrap(self.model)
+        if ranks.world() > 1:
+            self.network = DistributedDataParallel(self.model)
 
     def autocast(self) -> torch.autocast:
         dtype = DTYPES[self.settings.dtype]
@@ -82,7 +92,7 @@ class Run:
         """One optimizer step on the next batch: the gradient of the mean loss over all its terms, on all ranks."""
         settings, workload = self.settings, self.workload
         pieces = workload.pieces(self.step, self.rows)
-        count = ranks.total(sum(piece.count for piece in pieces))
+        count = sum(ranks.of_all(sum(piece.count for piece in pieces)))
         state = self.state if workload.continues else None
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.optimizer.zero_grad()
@@ -103,28 +113,22 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-        mean = ranks.total(total.item()) / count * workload.loss_scale
+        mean = sum(ranks.of_all(total.item())) / count * workload.loss_scale
         if not math.isfinite(mean):
             raise UsageError(
                 f"the loss is {mean} at step {self.step + 1:,} with --learning-rate {settings.learning_rate} and "
                 f"--dtype {settings.dtype}: it must stay finite; lower the rate or take --dtype float32"
             )
         self.losses.append(mean)
-        self.count += int(count)
+        self.count += count
 
     def save(self, folder: Path) -> None:
         """Every rank calls it, rank 0 writes."""
-        on_gpu = self.device.type == "cuda"
         own = {
             "state": map_state(self.state, Tensor.cpu),
             "random": torch.get_rng_state(),
-            "random_gpu": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+            "random_gpu": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
-        self.of_ranks = ranks.gather(own)
-        ranks.by_first(lambda: self.write(folder))
-
-    def write(self, folder: Path) -> None:
-        """Rank 0 alone, after the last `save` or `load` of all."""
         content = {
             "workload": self.workload.name,
             "settings": asdict(self.settings),
@@ -132,13 +136,13 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "ranks": self.of_ranks,
+            "ranks": ranks.of_all(own),
             "losses": self.losses,
             "count": self.count,
             "quality": self.quality,
             "cost": {"speed": self.speed, "memory": self.memory},
         }
-        checkpoint.save(folder, content)
+        ranks.by_first(lambda: checkpoint.save(folder, content))
 
     def load(self, content: dict[str, Any], to_train: bool = True) -> None:
         """What `save` has written, for `train_step` or, not `to_train`, for `using` alone.
@@ -146,66 +150,30 @@ class Run:
         Raises:
             UsageError: not what a run of these settings writes, other data, or another number of processes
         """
-        form.check(content, form.RUN)
         if content["data"] != self.workload.fingerprint:
             raise UsageError(
                 f"{self.workload.data} has changed since the checkpoint (sha256 {self.workload.fingerprint[:12]} "
                 f"now, {content['data'][:12]} then): resume with the same data and the same Python, or {ANEW}"
             )
-        form.check(content, self.form(content))
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.losses = content["losses"]
-        self.count = content["count"]
-        self.quality = content["quality"]
-        self.speed, self.memory = content["cost"]["speed"], content["cost"]["memory"]
-        self.of_ranks = content["ranks"]
-        if self.finished or not to_train:
-            return
-        if len(self.of_ranks) != ranks.world():
+        if to_train and len(content["ranks"]) != ranks.world():
             raise UsageError(
-                f"the checkpoint was made by {len(self.of_ranks)} processes, {ranks.world()} given: allowed is the "
+                f"the checkpoint was made by {len(content['ranks'])} processes, {ranks.world()} given: allowed is the "
                 f"same number (torchrun --nproc-per-node), or {ANEW}"
             )
-        own = self.of_ranks[ranks.rank()]
-        form.check(own, self.form_of_rank(own), f"ranks[{ranks.rank()}]")
-        self.state = map_state(own["state"], lambda tensor: tensor.to(self.device))
-        torch.set_rng_state(own["random"])
-        if own["random_gpu"] is not None:
-            torch.cuda.set_rng_state(own["random_gpu"], self.device)
-
-    def form(self, content: dict[str, Any]) -> dict[str, Any]:
-        """What `write` would write now, for `form.check`; lengths that may differ are those of the content."""
-        groups = self.optimizer.state_dict()["param_groups"]
-        saved = content["optimizer"]["param_groups"]
-        form.check(saved, [dict] * len(groups), "optimizer['param_groups']")
-        moments = {
-            index: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-            for index, parameter in enumerate(self.model.parameters())
-        }
-        optimizer = {
-            "state": moments if content["optimizer"]["state"] else {},  # none before the first change of the weights
-            # Another version of torch has other options beside the parameters.
-            "param_groups": [old | {"params": new["params"]} for old, new in zip(saved, groups, strict=True)],
-        }
-        return form.RUN | {
-            "model": self.model.state_dict(),
-            "optimizer": optimizer,
-            "scaler": self.scaler.state_dict(),
-            "ranks": [dict] * len(content["ranks"]),
-            "losses": [float] * len(content["losses"]),
-            "quality": None if content["quality"] is None else [float] * len(self.workload.metrics),
-        }
-
-    def form_of_rank(self, own: dict[str, Any]) -> dict[str, Any]:
-        """The same, of what this rank has of its own; the state's form is known after `probe`."""
-        on_gpu = self.device.type == "cuda"
-        return {
-            "state": self.probed if self.step and self.probed is not None else own.get("state"),
-            "random": torch.get_rng_state(),
-            "random_gpu": torch.cuda.get_rng_state(self.device) if on_gpu else None,
-        }
+        try:
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scaler.load_state_dict(content["scaler"])
+        except (LookupError, RuntimeError, ValueError) as error:
+            raise UsageError(f"the checkpoint was made by another version of this program ({error}): {ANEW}") from error
+        self.losses, self.count, self.quality = content["losses"], content["count"], content["quality"]
+        self.speed, self.memory = content["cost"]["speed"], content["cost"]["memory"]
+        if to_train:
+            own = content["ranks"][ranks.rank()]
+            self.state = map_state(own["state"], lambda tensor: tensor.to(self.device))
+            torch.set_rng_state(own["random"])
+            if own["random_gpu"] is not None:
+                torch.cuda.set_rng_state(own["random_gpu"], self.device)
 
     @contextmanager
     def using(self) -> Iterator[nn.Module]:
@@ -217,31 +185,10 @@ class Run:
         finally:
             self.model.train()
 
-    @contextmanager
-    def within_memory(self) -> Iterator[None]:
-        """Inside, a GPU whose memory is full is a UsageError that says what takes less."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            settings = self.settings
-            sizes = [name for name in ("batch", "sequence") if hasattr(settings, name)]
-            given = " ".join(f"{flag(name)} {getattr(settings, name)}" for name in sizes)
-            saves = settings.backend != "torch.nn" and settings.save != "checkpoint"
-            remedies = [f"a smaller {flag(name)}" for name in sizes] + ["--save checkpoint"] * saves
-            raise UsageError(
-                f"{given} --save {settings.save} takes more memory than --device {settings.device} has ({error}): "
-                f"allowed is what fits; take {' or '.join(remedies)}"
-            ) from error
-
     def evaluate(self) -> list[float]:
         """The workload's metrics on its held-out data."""
         with self.using() as model:
             return self.workload.evaluate(model)
-
-    def measure(self, folder: Path) -> None:
-        """Takes the metrics into the checkpoint; rank 0 alone."""
-        self.quality = self.evaluate()
-        self.write(folder)
 
     def explanation(self) -> str:
         """Which path each recurrent layer will take, with which plan, and why."""
@@ -251,15 +198,15 @@ class Run:
 
     def probe(self) -> None:
         """One call as in training, to find out at the door whether this machine can run it."""
-        piece = self.workload.pieces(0, self.rows)[0]
+        settings, piece = self.settings, self.workload.pieces(0, self.rows)[0]
         try:
-            with self.within_memory(), self.autocast():
-                tensors = tuple(tensor.to(self.device) for tensor in piece.tensors)
-                _, state = self.workload.loss(self.model, tensors, None)
-            self.probed = map_state(state, Tensor.detach) if self.workload.continues else None
+            with self.autocast():
+                self.workload.loss(self.model, tuple(tensor.to(self.device) for tensor in piece.tensors), None)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            names = ["cell", "dtype", "device", "backend", *(["save"] if self.settings.save != "gates" else [])]
-            asked = " ".join(f"{flag(name)} {getattr(self.settings, name)}" for name in names)
             raise UsageError(
-                f"{asked} cannot run here: {error}\n--dtype float32 --backend torch runs everywhere"
+                f"--cell {settings.cell} --dtype {settings.dtype} --device {settings.device} --backend "
+                f"{settings.backend} --save {settings.save} cannot run here: {error}\n"
+                "--dtype float32 --backend torch runs everywhere"
             ) from error
