@@ -1,12 +1,11 @@
-"""Which of the data is for the test, and batches of sequences of similar length."""
-
-from __future__ import annotations
+"""Which of the data is for the test, batches of sequences of similar length, and the loss of padded targets."""
 
 import functools
 import hashlib
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 NO_TARGET = -100  # what pads targets: cross_entropy leaves it out, and so does Piece.count
 SHARE = 26  # of 256, on average: one in ten is held out
@@ -16,6 +15,11 @@ def held_out(name: str) -> bool:
     """Whether the file, number, ... of this name is kept for the test: a hash of its name decides, so that what is
     added moves nothing else."""
     return hashlib.sha256(name.encode()).digest()[0] < SHARE
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """(T, B, V) logits and (T, B) targets, some of them NO_TARGET -> the cross entropy, summed in float32."""
+    return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
 
 
 class Buckets:

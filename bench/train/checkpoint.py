@@ -1,7 +1,5 @@
 """The folder of a run: one run at a time holds it, its checkpoint is written whole or not at all and shows any damage,
-and signals wait for the end of a step."""
-
-from __future__ import annotations
+and signals wait."""
 
 import fcntl
 import hashlib
@@ -11,7 +9,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, BinaryIO
 
 import torch
@@ -24,27 +21,15 @@ MARK = b"sha256:"  # follows torch's archive in the file, and then its checksum 
 ANEW = "begin anew with --overwrite or another --output"
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived, and everything up to `step` is saved in `folder`."""
-
-    def __init__(self, number: int, step: int, folder: Path) -> None:
-        super().__init__(f"{signal.Signals(number).name} after step {step:,}; everything is saved in {folder}.")
-        self.number = number
-
-
-class Signals:
-    """Inside `with Signals() as signals`, SIGINT and SIGTERM only set `signals.received` to their number."""
-
-    def __enter__(self) -> Signals:
-        self.received = 0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM only add their number to the list."""
+    received: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

@@ -1,22 +1,20 @@
 """The command of a training program: trains, resumes, compares, or uses the trained model."""
 
-from __future__ import annotations
-
 import signal
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from bench import UsageError
-from bench.train import checkpoint, layers, ranks
+from bench.train import checkpoint, ranks
 from bench.train.comparison import compare, compare_interpreted
-from bench.train.loop import begin, look, measure, train
+from bench.train.layers import path
+from bench.train.loop import Run, Stopped, begin, look, measure, train
 from bench.train.options import flag, parser, split
 from bench.train.ranks import say
-from bench.train.run import Run
 from bench.train.workload import Workload
 
 
@@ -24,7 +22,7 @@ def single(program: type[Workload], job: Namespace, given: dict[str, Any]) -> No
     """Trains, gives the finishing touches, measures on held-out data."""
     run = begin(program, look(program, job.output, job.resume, job.overwrite), given, job.output)
     if run.quality is None:
-        say(run.workload.describe())
+        say(run.workload.summary)
         say(run.explanation())
         train(run, job.output, job.save_seconds)
         with run.using() as model:
@@ -34,7 +32,7 @@ def single(program: type[Workload], job: Namespace, given: dict[str, Any]) -> No
     metrics = zip(run.quality, run.workload.metrics, strict=True)
     say(
         f"{run.step:,} steps, {run.speed:,.0f} {run.workload.unit}/s, {run.memory * 1024:,.0f} MiB, "
-        f"path {layers.path(run.model)}: {', '.join(f'{value:.4f} {metric.name}' for value, metric in metrics)}. "
+        f"path {path(run.model)}: {', '.join(f'{value:.4f} {metric}' for value, metric in metrics)}. "
         f"This run is finished, its checkpoint is in {job.output}; without --resume a new one begins."
     )
 
@@ -49,24 +47,6 @@ def use(program: type[Workload], job: Namespace, given: dict[str, Any]) -> None:
         ranks.by_first(lambda: run.workload.use(model, job))
 
 
-def check(program: type[Workload], job: Namespace, made: ArgumentParser, own: Sequence[str]) -> bool:
-    """Whether the model is to be used and not trained. Raises UsageError where an option would be without effect;
-    `own` are the options that the program adds."""
-    using = bool(program.using and getattr(job, program.using))
-    if using and (job.resume or job.overwrite or job.compare):
-        raise UsageError(
-            f"{flag(program.using)} given with --resume, --overwrite or --compare: it trains nothing; leave one of "
-            "them out"
-        )
-    if job.compare and (given := [flag(name) for name in own if getattr(job, name) != made.get_default(name)]):
-        raise UsageError(
-            f"{', '.join(given)} given with --compare, which shows curves, quality and cost, and nothing that these "
-            "act on: leave one of them out"
-        )
-    program.check_options(job)
-    return using
-
-
 def main(program: type[Workload], arguments: Sequence[str] | None = None) -> int:
     """Runs a training program. Returns the exit status: 0, or 128 plus the number of the signal that stopped it (2:
     bad usage). Under torchrun each process trains on its rows of every batch, and rank 0 shows and writes."""
@@ -75,12 +55,23 @@ def main(program: type[Workload], arguments: Sequence[str] | None = None) -> int
     shared = vars(made.parse_args([]))
     program.add_options(made.add_argument_group("this program"))
     job, given = split(program.settings_type, made.parse_args(arguments))
+    using = bool(program.using and getattr(job, program.using))
+    needed = flag(program.using) if using else "--resume" if job.resume else None
+    own = {name: value for name, value in vars(job).items() if name not in shared and value != made.get_default(name)}
     try:
-        using = check(program, job, made, [name for name in vars(job) if name not in shared])
+        if using and (job.resume or job.overwrite or job.compare):
+            raise UsageError(
+                f"{needed} given with --resume, --overwrite or --compare: it trains nothing; leave one of them out"
+            )
+        if job.compare and own:
+            raise UsageError(
+                f"{', '.join(map(flag, own))} given with --compare, which shows curves, quality and cost, and nothing "
+                "that these act on: leave one of them out"
+            )
+        program.check_options(job)
         with ranks.connected():
-            if (using or job.resume) and not ranks.by_first(lambda: checkpoint.exists(job.output)):
-                option = flag(program.using) if using else "--resume"
-                raise UsageError(f"{option} given, but {job.output} holds no checkpoint: train first, or name --output")
+            if needed and not ranks.by_first(lambda: checkpoint.exists(job.output)):
+                raise UsageError(f"{needed} given, but {job.output} holds no checkpoint: train first, or name --output")
             if using:
                 use(program, job, given)
             elif job.compare == "interpreted":
@@ -89,17 +80,14 @@ def main(program: type[Workload], arguments: Sequence[str] | None = None) -> int
                 with checkpoint.held(job.output):
                     (compare if job.compare else single)(program, job, given)
     except UsageError as error:
+        if ranks.rank():  # rank 0 says it
+            return 2
         made.error(str(error))
     except torch.OutOfMemoryError as error:
         made.error(f"the GPU's memory is full ({error}): take a smaller --batch or --sequence, or --save checkpoint")
-    except checkpoint.Stopped as stop:
+    except (Stopped, KeyboardInterrupt) as stop:  # outside the training loop Ctrl-C stops at once
+        number = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
         compared = " --compare torch" if job.compare else ""
-        say(
-            f"{stop} "
-            + (f"Go on with --resume --output {job.output}{compared}" if job.compare != "interpreted" else "")
-        )
-        return 128 + stop.number
-    except KeyboardInterrupt:  # outside the training loop Ctrl-C stops at once
-        say("SIGINT; nothing that was trained is lost.")
-        return 128 + signal.SIGINT
+        say(f"{number.name}: every step taken is saved. Go on with --resume --output {job.output}{compared}")
+        return 128 + number
     return 0

@@ -1,54 +1,21 @@
 """--compare: trains persistrnn, then torch.nn from the same weights; both curves, the quality and the cost."""
 
-from __future__ import annotations
-
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, NoReturn
+from typing import Any
 
 from bench import UsageError
 from bench.train import checkpoint, layers, ranks
-from bench.train.loop import BASELINE, begin, look, measure, train
+from bench.train.loop import BASELINE, Run, begin, look, measure, train
 from bench.train.options import Settings, flag
 from bench.train.ranks import say
-from bench.train.run import Run
 from bench.train.workload import Workload
 
+NAMES = ("persistrnn", "torch.nn")
 SMALL = {"hidden": 32, "batch": 4, "steps": 15}  # at most, of a comparison in the interpreter
-
-
-def compare(program: type[Workload], job: Namespace, given: dict[str, Any]) -> None:
-    """Into job.output and, of torch.nn, into a folder there. In the interpreter neither speed nor quality is measured,
-    which would take hours."""
-    interpreted = job.compare == "interpreted"
-    folders = {"persistrnn": job.output, "torch.nn": job.output / BASELINE}
-    # Interrupted before the second began, there is none of it to resume.
-    there = ranks.by_first(lambda: checkpoint.exists(folders["torch.nn"]))
-    contents = {
-        name: look(program, folder, job.resume and (name == "persistrnn" or there), job.overwrite)
-        for name, folder in folders.items()
-    }
-    kind = program.settings_type
-    check(kind.resumed(first["settings"], given) if (first := contents["persistrnn"]) else kind.complete(given))
-    arms: dict[str, Run] = {}
-    paths, names = [], list(folders)
-    for name, folder in folders.items():
-        run = begin(program, contents.pop(name), given, folder)
-        say(run.explanation())
-        train(run, folder, job.save_seconds)
-        if run.quality is None and not interpreted:
-            measure(run, folder)
-        paths.append(layers.path(run.model))
-        given = asdict(replace(run.settings, backend="torch.nn", save="gates"))
-        del run.model, run.network, run.optimizer  # their memory shall not count as the other's
-        arms[name] = run
-    ours, theirs = arms.values()
-    say(table(names, (ours.losses, theirs.losses), ours.workload.loss_unit))
-    if not interpreted:
-        say(verdict(names, paths, ours, theirs))
 
 
 def check(settings: Settings) -> None:
@@ -64,11 +31,37 @@ def check(settings: Settings) -> None:
         )
 
 
-def table(names: Sequence[str], curves: tuple[Sequence[float], Sequence[float]], unit: str, rows: int = 16) -> str:
+def compare(program: type[Workload], job: Namespace, given: dict[str, Any]) -> None:
+    """Into job.output and, of torch.nn, into a folder there. In the interpreter neither speed nor quality is measured,
+    which would take hours."""
+    interpreted, kind = job.compare == "interpreted", program.settings_type
+    folders = (job.output, job.output / BASELINE)
+    # Interrupted before the second began, there is none of it to resume.
+    resume = (job.resume, job.resume and ranks.by_first(lambda: checkpoint.exists(folders[1])))
+    found = [look(program, *each, job.overwrite) for each in zip(folders, resume, strict=True)]
+    check(kind.resumed(found[0]["settings"], given) if found[0] else kind.complete(given))
+    runs: list[Run] = []
+    paths = []
+    for folder in folders:
+        run = begin(program, found.pop(0), given, folder)
+        say(run.explanation())
+        train(run, folder, job.save_seconds)
+        if run.quality is None and not interpreted:
+            measure(run, folder)
+        runs.append(run)
+        paths.append(layers.path(run.model))
+        given = asdict(replace(run.settings, backend="torch.nn", save="gates"))
+        del run.model, run.network, run.optimizer  # their memory shall not count as the other's
+    say(table([run.losses for run in runs], runs[0].workload.loss_unit))
+    if not interpreted:
+        say(verdict(paths, runs))
+
+
+def table(curves: Sequence[Sequence[float]], unit: str, rows: int = 16) -> str:
     """Up to `rows` evenly spaced steps, first and last among them, of two training curves in `unit`."""
     steps = len(curves[0])
     differences = [ours - theirs for ours, theirs in zip(*curves, strict=True)]
-    lines = [f"{'step':>8}  {names[0]:>10}  {names[1]:>10}  difference   ({unit})"]
+    lines = [f"{'step':>8}  {NAMES[0]:>10}  {NAMES[1]:>10}  difference   ({unit})"]
     for step in sorted({round(row * (steps - 1) / max(1, rows - 1)) for row in range(rows)}):
         ours, theirs = (curve[step] for curve in curves)
         lines.append(f"{step + 1:>8,}  {ours:>10.5f}  {theirs:>10.5f}  {differences[step]:>+10.1e}")
@@ -80,16 +73,16 @@ def table(names: Sequence[str], curves: tuple[Sequence[float], Sequence[float]],
     return "\n".join(lines)
 
 
-def verdict(names: Sequence[str], paths: Sequence[str], ours: Run, theirs: Run) -> str:
+def verdict(paths: Sequence[str], runs: Sequence[Run]) -> str:
     """Quality and cost, side by side."""
-    workload, device = ours.workload, ours.settings.device
-    where, most = ("CPU", "resident at most, above that before") if device == "cpu" else (device, "allocated at most")
-    rows = [("", *names), ("path", *paths)]
-    for metric, *values in zip(workload.metrics, ours.quality or [], theirs.quality or [], strict=True):
-        rows.append((f"{metric.name} ({metric.better} is better)", *(f"{value:.4f}" for value in values)))
-    rows.append((f"{workload.unit}/s ({where})", *(f"{run.speed:,.0f}" for run in (ours, theirs))))
-    rows.append((f"MiB {most} ({where})", *(f"{run.memory * 1024:,.0f}" for run in (ours, theirs))))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    workload, device = runs[0].workload, runs[0].settings.device
+    most = "resident at most, above that before" if device == "cpu" else "allocated at most"
+    rows = [("", *NAMES), ("path", *paths)]
+    for metric, *values in zip(workload.metrics, *(run.quality or [] for run in runs), strict=True):
+        rows.append((metric, *(f"{value:.4f}" for value in values)))
+    rows.append((f"{workload.unit}/s ({device})", *(f"{run.speed:,.0f}" for run in runs)))
+    rows.append((f"MiB {most} ({device})", *(f"{run.memory * 1024:,.0f}" for run in runs)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows)
     if paths[0] == "torch":
         text += (
@@ -97,13 +90,6 @@ def verdict(names: Sequence[str], paths: Sequence[str], ours: Run, theirs: Run) 
             "--compare interpreted trains a small model on the kernels, in Triton's interpreter."
         )
     return text
-
-
-def become_interpreted(program: type[Workload], arguments: Sequence[str]) -> NoReturn:
-    """Becomes a process that has interpreted kernels: Triton reads the variable when it is imported."""
-    sys.stdout.flush()
-    command = [sys.executable, "-m", f"bench.train.{program.name}", *arguments]
-    os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
 
 
 def compare_interpreted(program: type[Workload], job: Namespace, given: dict[str, Any], arguments: list[str]) -> None:
@@ -121,8 +107,10 @@ def compare_interpreted(program: type[Workload], job: Namespace, given: dict[str
         )
     settings = program.settings_type.complete({**given, "device": "cpu", "backend": "persistent"})
     check(settings)
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        become_interpreted(program, arguments)
+    if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is imported: in a process of its own
+        sys.stdout.flush()
+        command = [sys.executable, "-m", f"bench.train.{program.name}", *arguments]
+        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
     small = {name: min(getattr(settings, name), limit) for name, limit in {**SMALL, **program.small}.items()}
     sizes = " ".join(f"{flag(name)} {value}" for name, value in small.items())
     say(f"A small model ({sizes}) on the interpreted kernels, beside torch.nn (slow: no speed is meant).")

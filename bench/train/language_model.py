@@ -4,30 +4,28 @@ It is also the example to read: `LanguageModel` is all it takes to use persistrn
 train it. T is the sequence length, B the number of streams, or of lines, in a batch.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from argparse import Namespace, _ArgumentGroup
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from bench import UsageError
 from bench.train import command
-from bench.train.batches import NO_TARGET, Buckets
+from bench.train.batches import NO_TARGET, Buckets, summed_loss
 from bench.train.checkpoint import write_text
-from bench.train.decoding import beam_search, draw, select_rows
+from bench.train.decoding import beam_search, draw
 from bench.train.layers import recurrent, run_padded
 from bench.train.options import Settings, absolute, number, option
 from bench.train.progress import bar
 from bench.train.text import START, Bytes, Lines, Words, load_corpus, standard_library, window
-from bench.train.workload import Metric, Piece, Workload
+from bench.train.workload import Piece, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,25 +103,23 @@ class LanguageModeling(Workload):
         self.sequence = settings.sequence
         self.continues = not settings.lines
         self.data = f"--text {settings.text}"
-        self.corpus = load_corpus(Path(settings.text))
-        self.fingerprint = self.corpus.fingerprint
-        if settings.tokens == "words":
-            texts = self.corpus.train.numpy().tobytes(), self.corpus.held_out.numpy().tobytes()
-            self.vocabulary = Words(texts[0], settings.vocabulary)
-            self.train, self.held_out = map(self.vocabulary.encode, texts)
-        else:
-            self.vocabulary = Bytes()
-            self.train, self.held_out = self.corpus.train, self.corpus.held_out
+        texts, files, self.fingerprint = load_corpus(Path(settings.text))
+        self.vocabulary = Words(texts[0], settings.vocabulary) if settings.tokens == "words" else Bytes()
+        self.train, self.held_out = map(self.vocabulary.encode, texts)
+        self.summary = (
+            f"{settings.text}: {len(files[0])} files, {len(self.train):,} {settings.tokens} to train on; "
+            f"{len(files[1])} files, {len(self.held_out):,} {settings.tokens} held out"
+        )
         self.loss_unit, self.unit = f"bits/{self.vocabulary.name}", settings.tokens
-        self.metrics = (Metric(f"bits per {self.vocabulary.name} on held-out files", "lower"),)
+        self.metrics = (f"bits per {self.vocabulary.name} on held-out files (lower is better)",)
         if settings.lines:
-            sides = (self.train, self.held_out)
-            self.lines, self.held_out_lines = (Lines(s, self.vocabulary.newline, settings.sequence) for s in sides)
+            self.lines, self.held_out_lines = (
+                Lines(side, self.vocabulary.newline, settings.sequence) for side in (self.train, self.held_out)
+            )
             if not len(self.lines.lengths) or not len(self.held_out_lines.lengths):
                 raise UsageError(
-                    f"--lines given, but {self.data} has {len(self.lines.lengths)} lines to train on and "
-                    f"{len(self.held_out_lines.lengths)} held out that are not empty: at least one of each is needed; "
-                    "name a folder that holds more Python source"
+                    f"--lines given, but {self.data} has no line that is not empty to train on, or none held out: name "
+                    "a folder that holds more Python source"
                 )
             self.buckets = Buckets(self.lines.lengths, settings.batch, settings.seed)
 
@@ -142,28 +138,10 @@ class LanguageModeling(Workload):
 
     @classmethod
     def check_options(cls, job: Namespace) -> None:
-        for name, value in (("--temperature", job.temperature), ("--top-k", job.top_k)):
-            if job.beam is not None and value is not None:
-                raise UsageError(
-                    f"{name} {value} given with --beam {job.beam}, which draws nothing: leave one of them out"
-                )
-
-    def describe(self) -> str:
-        corpus = self.corpus
-        sides = (
-            (corpus.train_files, corpus.train, "to train on"),
-            (corpus.held_out_files, corpus.held_out, "held out"),
-        )
-        text = [
-            f"{len(names)} files, {len(part) / 1e6:.1f} MB {use}, from {self.settings.text}"
-            for names, part, use in sides
-        ]
-        if isinstance(self.vocabulary, Words):
-            unknown = (self.held_out == self.vocabulary.unknown).float().mean().item()
-            text.append(f"{len(self.vocabulary):,} words; {unknown:.1%} of the held-out text is none of them")
-        if self.settings.lines:
-            text.append(f"{len(self.lines.lengths):,} lines to train on, {len(self.held_out_lines.lengths):,} held out")
-        return "\n".join(text)
+        if job.beam and (job.temperature or job.top_k):
+            raise UsageError(
+                f"--temperature or --top-k given with --beam {job.beam}, which draws nothing: leave one of them out"
+            )
 
     def model(self, backend: str) -> LanguageModel:
         return LanguageModel(self.settings, backend, len(self.vocabulary))
@@ -181,7 +159,7 @@ class LanguageModeling(Workload):
     def loss(self, model: nn.Module, tensors: tuple[Tensor, ...], state: Any) -> tuple[Tensor, Any]:
         inputs, targets, *lengths = tensors
         logits, state = model(inputs, state, *lengths)
-        return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum"), state
+        return summed_loss(logits, targets), state
 
     def evaluate(self, model: nn.Module) -> list[float]:
         """Bits per token on the held-out files: read once in 32 streams with carried state, or every line."""
@@ -253,12 +231,11 @@ class LanguageModeling(Workload):
             return logits[0].float(), state
 
         stop = self.vocabulary.newline if self.settings.lines else None
-        found = beam_search(step, select_rows, state, read[-1], width=width, length=length, stop=stop)
+        found = beam_search(step, state, read[-1], width=width, length=length, stop=stop)
         return found[0][0].tokens
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return command.main(LanguageModeling, arguments)
+main = partial(command.main, LanguageModeling)
 
 
 if __name__ == "__main__":

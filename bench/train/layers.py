@@ -1,7 +1,5 @@
 """The recurrent layers of the training programs: persistrnn's or torch.nn's, by the settings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -58,10 +56,7 @@ def path(model: nn.Module) -> str:
 
 def explanation(model: nn.Module, batch: int, steps: int) -> str:
     """Which path each recurrent layer will take at this batch and T, with which plan, and why."""
-    text = []
-    for module in model.modules():
-        if isinstance(module, persistrnn.LSTM | persistrnn.GRU):
-            text.append(persistrnn.explain(module, batch, steps))
-        elif isinstance(module, nn.RNNBase):
-            text.append(str(module))
-    return "\n".join(text)
+    layers = [module for module in model.modules() if isinstance(module, persistrnn.LSTM | persistrnn.GRU | nn.RNNBase)]
+    return "\n".join(
+        str(layer) if isinstance(layer, nn.RNNBase) else persistrnn.explain(layer, batch, steps) for layer in layers
+    )

@@ -1,22 +1,13 @@
-"""The settings of a training program: a frozen dataclass whose every field is an option of its command line.
-
-@dataclass(frozen=True, kw_only=True)
-class MySettings(Settings):
-    hidden: int = 64                                                    # another default
-    pairs: int = option(10_000, "pairs to train on", type=number(int, 1))
-
-    def check(self) -> None: ...                                        # raises UsageError on a bad combination
-"""
-
-from __future__ import annotations
+"""The settings of a training program: a frozen dataclass whose every field is an option of its command line."""
 
 import argparse
 import math
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,8 +16,7 @@ from bench.train import ranks
 from bench.train.checkpoint import ANEW
 from persistrnn.kernels.cells import CELLS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-METAVARS = {"int": "N", "float": "X"}
+METAVARS = {int: "N", float: "X"}
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
@@ -55,7 +45,7 @@ def absolute(text: str) -> str:
 
 def check_device(name: str) -> None:
     """Raises UsageError unless it is "cpu" or a GPU that is here; under torchrun each process needs its own."""
-    there, processes = torch.cuda.device_count(), ranks.neighbours()
+    there, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
     numbered = [f"cuda:{index}" for index in range(there)] if ranks.world() == 1 else []
     allowed = ["cpu", *(["cuda"] if processes <= there else []), *numbered]
     if name not in allowed:
@@ -79,7 +69,11 @@ class Settings:
 
     device: str = option(None, "cpu, cuda, cuda:1, ... (default: a GPU if there is one)", metavar="NAME")
     # Of the products; parameters and optimizer stay float32.
-    dtype: str = option(None, "of the matrix products (default float32 on a CPU, else bfloat16)", choices=list(DTYPES))
+    dtype: str = option(
+        None,
+        "of the matrix products (default float32 on a CPU, else bfloat16)",
+        choices=["float32", "bfloat16", "float16"],
+    )
     cell: str = option("lstm", "recurrent cell", choices=list(CELLS))
     hidden: int = option(256, "hidden units a layer", type=number(int, 1))
     layers: int = option(1, "recurrent layers", type=number(int, 1))
@@ -113,11 +107,6 @@ class Settings:
             raise UsageError(
                 f"--dropout {self.dropout} acts between layers and --layers is 1: "
                 "allowed is --dropout 0, or --layers 2 or more"
-            )
-        if self.warmup >= self.steps and self.warmup:
-            raise UsageError(
-                f"--warmup {self.warmup} given with --steps {self.steps}: the warm-up must end before the training; "
-                f"allowed is 0 to {self.steps - 1}"
             )
         if self.save != "gates" and self.backend == "torch.nn":
             raise UsageError(
@@ -167,18 +156,9 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-class Parser(argparse.ArgumentParser):
-    """Of torchrun's processes, one prints the error."""
-
-    def error(self, message: str) -> NoReturn:
-        if ranks.rank() == 0:
-            super().error(message)
-        raise SystemExit(2)
-
-
-def parser(settings: type[Settings], name: str, description: str) -> Parser:
+def parser(settings: type[Settings], name: str, description: str) -> argparse.ArgumentParser:
     """The options of a program's settings, absent from the result unless given, and those that every program has."""
-    made = Parser(
+    made = argparse.ArgumentParser(
         prog=f"python -m bench.train.{name}",
         usage="%(prog)s [OPTION ...]   (--help lists them)",
         description=description,
@@ -191,13 +171,12 @@ def parser(settings: type[Settings], name: str, description: str) -> Parser:
         declared |= {each.name: each.metadata for each in (fields(cls) if is_dataclass(cls) else ()) if each.metadata}
     for each in fields(settings):
         how = dict(declared[each.name])
-        if each.type == "bool":
+        if each.type is bool:
             how["action"] = "store_true"
-        elif each.type in METAVARS:
-            how["metavar"] = METAVARS[each.type]
-            how["help"] += "" if each.default is None else f" (default {each.default})"
         elif each.default is not None:
             how["help"] += f" (default {each.default})"
+        if each.type in METAVARS:
+            how["metavar"] = METAVARS[each.type]
         kept.add_argument(flag(each.name), **how)
 
     job = made.add_argument_group("this command")
@@ -212,13 +191,8 @@ def parser(settings: type[Settings], name: str, description: str) -> Parser:
         help="also train torch.nn from the same weights; interpreted: small, our kernels in Triton's interpreter",
     )
     job.add_argument("--output", type=Path, default=Path("runs") / name, metavar="DIR", help="default %(default)s")
-    job.add_argument(
-        "--save-seconds",
-        type=number(float, 0),
-        default=20.0,
-        metavar="S",
-        help="time between two checkpoints (default %(default)s)",
-    )
+    seconds = "time between two checkpoints (default %(default)s)"
+    job.add_argument("--save-seconds", type=number(float, 0), default=20.0, metavar="S", help=seconds)
     return made
 
 

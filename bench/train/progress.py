@@ -1,7 +1,5 @@
 """What a run shows while it goes: bars, and the most memory that it took."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import gc

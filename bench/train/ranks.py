@@ -3,23 +3,18 @@
 Numbers that all must agree on pass through the host (gloo), gradients through DistributedDataParallel.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from bench import UsageError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # a process that waits longer for another raises; for a dead one it does at once
 
 
 def rank() -> int:
@@ -30,11 +25,6 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def neighbours() -> int:
-    """The processes on this machine, this one among them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-
-
 @contextmanager
 def connected() -> Iterator[None]:
     """Inside, the processes that torchrun started can reach each other. Once in a process."""
@@ -42,7 +32,8 @@ def connected() -> Iterator[None]:
         yield
         return
     gpu = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT)
+    # A process that waits longer for another raises; for a dead one it does at once.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=30))
     try:
         yield
     finally:
@@ -86,11 +77,6 @@ def by_first(work: Callable[[], T]) -> T:
     if result[1] is not None:
         raise UsageError(result[1])
     return result[0]
-
-
-def averaged(model: nn.Module, now: bool) -> AbstractContextManager[None]:
-    """Inside, a backward averages the gradients if `now`; else they add up in each process until it does."""
-    return nullcontext() if now or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
 def say(text: str) -> None:

@@ -6,35 +6,29 @@ et al. 2018, arXiv:1802.01489). A session is one person's recordings joined in r
 stretch. `Tagger` reads it both ways, and is asked about people that it has never seen.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import pickle
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from bench import UsageError
 from bench.train import command
-from bench.train.batches import NO_TARGET
-from bench.train.checkpoint import write_text
+from bench.train.batches import NO_TARGET, summed_loss
 from bench.train.layers import map_state, recurrent, run_padded
 from bench.train.options import Settings, absolute, number, option
 from bench.train.progress import bar
-from bench.train.workload import Metric, Piece, Workload
+from bench.train.workload import Piece, Workload
 
 SESSIONS = 4  # of each held-out person
-FILE = "data/watch_dataset.npy"  # within seglearn, which need not be imported (it would import scikit-learn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,66 +54,58 @@ class SignalSettings(Settings):
         return super().defaults(given) | ({} if given.get("recordings") else {"recordings": str(shipped())})
 
 
-@dataclass(frozen=True)
-class Recording:
+class Recording(NamedTuple):
     signal: Tensor  # (T, channels) float32
     exercise: int
     subject: int
 
 
-@dataclass(frozen=True)
-class Recordings:
-    all: tuple[Recording, ...]
-    exercises: tuple[str, ...]  # their names, by number
+class Recordings(NamedTuple):
+    all: list[Recording]
+    exercises: list[str]  # their names, by number
     channels: int
     fingerprint: str  # sha256 of signals, exercises and subjects
 
-    @property
-    def subjects(self) -> list[int]:
-        return sorted({recording.subject for recording in self.all})
-
 
 def shipped() -> Path:
-    """The file in the installed package.
-
-    Raises:
-        UsageError: there is none
-    """
+    """The file in the installed package seglearn, which need not be imported (it would import scikit-learn)."""
     package = importlib.util.find_spec("seglearn")
-    folders = package.submodule_search_locations if package is not None else None
-    file = Path(folders[0]) / FILE if folders else None
-    if file is None or not file.is_file():
+    if package is None or not package.submodule_search_locations:
         raise UsageError(
             "--recordings is not given, and seglearn, which ships the recordings of the default, is not installed: "
             "pip install 'persistrnn[signals]', or name a file of the same form"
         )
-    return file
+    return Path(package.submodule_search_locations[0]) / "data/watch_dataset.npy"
 
 
 def load_recordings(file: Path) -> Recordings:
     """Reads a file like seglearn's: a NumPy object array that holds a dict with X (signals, [T, channels] each), y (the
-    exercise of each, 0 and up), y_labels (the exercises' names) and subject.
-
-    Such a file is a pickle: reading it runs what its maker put in.
+    exercise of each, 0 and up), y_labels (the exercises' names) and subject. It is a pickle: reading it runs what its
+    maker put in.
 
     Raises:
         UsageError: a file of another form; NumPy is missing
     """
     try:
-        content = read(file)
-        every = tuple(
+        import numpy  # only here: torch alone does not need it
+
+        content = numpy.load(file, allow_pickle=True).item()
+        every = [
             Recording(torch.tensor(signal, dtype=torch.float32), int(exercise), int(subject))
             for signal, exercise, subject in zip(content["X"], content["y"], content["subject"], strict=True)
-        )
-        names = tuple(map(str, content["y_labels"]))
-        shapes = {tuple(recording.signal.shape[1:]) for recording in every}
-        if len(shapes) != 1 or len(shape := shapes.pop()) != 1 or not all(len(r.signal) for r in every):
-            raise ValueError("each signal is [T, channels] with the same channels and at least one step")
-        if not all(recording.signal.isfinite().all() for recording in every):
-            raise ValueError("a signal has values that are not finite")
-        if not all(0 <= recording.exercise < len(names) for recording in every):
-            raise ValueError(f"an exercise is none of 0 to {len(names) - 1}")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        ]
+        names = list(map(str, content["y_labels"]))
+        channels = every[0].signal.shape[1]
+        for signal, exercise, _ in every:
+            if signal.shape != (len(signal), channels) or not len(signal) or not signal.isfinite().all():
+                raise ValueError("each signal is [T, channels], the same channels and at least one step, finite")
+            if not 0 <= exercise < len(names):
+                raise ValueError(f"an exercise is none of 0 to {len(names) - 1}")
+    except ImportError as error:
+        raise UsageError(
+            f"--recordings {file}: NumPy reads it and is not installed: pip install 'persistrnn[signals]'"
+        ) from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         raise UsageError(
             f"--recordings {file} cannot be read ({error!r}): allowed is a .npy file of a dict with X, y, y_labels and "
             "subject, as seglearn ships it; leave --recordings out to take that one"
@@ -128,18 +114,7 @@ def load_recordings(file: Path) -> Recordings:
     for recording in every:
         digest.update(repr((recording.exercise, recording.subject)).encode())
         digest.update(recording.signal.numpy().tobytes())
-    return Recordings(every, names, shape[0], digest.hexdigest())
-
-
-def read(file: Path) -> dict[str, Any]:
-    try:
-        import numpy  # only here: torch alone does not need it
-    except ImportError as error:
-        raise UsageError(
-            f"--recordings {file}: NumPy reads it and is not installed: pip install 'persistrnn[signals]'"
-        ) from error
-    content: dict[str, Any] = numpy.load(file, allow_pickle=True).item()
-    return content
+    return Recordings(every, names, channels, digest.hexdigest())
 
 
 def run_rows(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -182,9 +157,9 @@ class Tagging(Workload):
     loss_unit = "nats/step"
     unit = "steps"
     metrics = (
-        Metric("of the held-out steps tagged right", "higher"),
-        Metric("of the steps of the worst exercise", "higher"),
-        Metric("nats per held-out step", "lower"),
+        "of the held-out steps tagged right",
+        "of the steps of the worst exercise",
+        "nats per held-out step (lower is better)",
     )
 
     settings: SignalSettings
@@ -193,29 +168,24 @@ class Tagging(Workload):
         self.settings = settings
         self.sequence = settings.sequence
         self.data = f"--recordings {settings.recordings}"
-        self.recordings: Recordings = load_recordings(Path(settings.recordings))
+        self.recordings = load_recordings(Path(settings.recordings))
         self.fingerprint = self.recordings.fingerprint
-        subjects = self.recordings.subjects
+        subjects = sorted({recording.subject for recording in self.recordings.all})
         if settings.held_out >= len(subjects):
             raise UsageError(
                 f"--held-out {settings.held_out} given, but {self.data} has {len(subjects)} people: at least one must "
                 f"be left to train on; allowed is 1 to {len(subjects) - 1}"
             )
+        self.summary = (
+            f"{len(self.recordings.all)} recordings of {len(self.recordings.exercises)} exercises, by "
+            f"{len(subjects) - settings.held_out} people to train on and {settings.held_out} held out"
+        )
         self.train, self.held_out = subjects[: -settings.held_out], subjects[-settings.held_out :]
         seen = torch.cat([recording.signal for subject in self.train for recording in self.of(subject)])
         self.mean, self.scale = seen.mean(0), seen.std(0).clamp(min=1e-6)
 
     def of(self, subject: int) -> list[Recording]:
         return [recording for recording in self.recordings.all if recording.subject == subject]
-
-    def describe(self) -> str:
-        every = self.recordings.all
-        return (
-            f"{len(every)} recordings of {sum(len(recording.signal) for recording in every):,} steps, "
-            f"{self.recordings.channels} channels, {len(self.recordings.exercises)} exercises, by {len(self.train)} "
-            f"people to train on and {len(self.held_out)} held out\n"
-            f"joined to sessions of {self.settings.sequence:,} steps or a few more"
-        )
 
     def model(self, backend: str) -> Tagger:
         return Tagger(self.settings, backend, self.recordings.channels, len(self.recordings.exercises))
@@ -261,8 +231,7 @@ class Tagging(Workload):
     def loss(self, model: nn.Module, tensors: tuple[Tensor, ...], state: Any) -> tuple[Tensor, Any]:
         signals, lengths, tags = tensors
         logits, state = model(signals, lengths, state)
-        total = cross_entropy(logits.float().flatten(0, 1), tags.flatten(), ignore_index=NO_TARGET, reduction="sum")
-        return total, map_state(state, forward_only)
+        return summed_loss(logits, tags), map_state(state, forward_only)
 
     def tagged(self, model: nn.Module, session: tuple[Tensor, Tensor]) -> Tensor:
         """The log-probabilities (T, tags) of a session's tags, on the CPU; read as in training, piece by piece."""
@@ -290,20 +259,6 @@ class Tagging(Workload):
         shares = right[count > 0] / count[count > 0]
         return [int(right.sum()) / int(count.sum()), shares.min().item(), loss / int(count.sum())]
 
-    def finish(self, model: nn.Module, job: Namespace, folder: Path) -> None:
-        """One held-out session, exercise by exercise."""
-        session = self.tests()[0]
-        found, (_, tags) = self.tagged(model, session).argmax(-1), session
-        names = self.recordings.exercises
-        changes = [0, *((tags[1:] != tags[:-1]).nonzero()[:, 0] + 1).tolist(), len(tags)]
-        lines = []
-        for first, end in pairwise(changes):
-            tag, most = int(tags[first]), int(found[first:end].mode().values)
-            share = (found[first:end] == tag).float().mean().item()
-            lines.append(f"{first:>7,} to {end:>7,}  {names[tag]:<6}  {share:>6.1%} right, mostly tagged {names[most]}")
-        path = write_text(folder, "session.txt", "\n".join(lines) + "\n")
-        print(f"The steps of a held-out session (in {path}):\n\n" + "\n".join(lines) + "\n")
-
 
 def forward_only(state: Tensor) -> Tensor:
     """The state (layers*2, B, H) that the next piece begins with: the direction that reads backwards begins anew."""
@@ -312,8 +267,7 @@ def forward_only(state: Tensor) -> Tensor:
     return state
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return command.main(Tagging, arguments)
+main = partial(command.main, Tagging)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,14 @@
 """The text that every machine has: the source of Python's own standard library, as bytes or words, read on and on or
 line by line."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,15 +28,10 @@ WORD = re.compile(r"[^\W\d]\w*|\d+| +|[^\w ]")
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Training and held-out text: 1-D uint8 tensors, whole files one after the other, each opened by START."""
-
-    train: Tensor
-    held_out: Tensor
-    train_files: tuple[str, ...]
-    held_out_files: tuple[str, ...]
-    fingerprint: str  # sha256 of both parts; a resumed run must read the very same bytes
+class Corpus(NamedTuple):
+    texts: tuple[bytes, bytes]  # to train on, and held out: whole files one after the other, each opened by START
+    files: tuple[list[str], list[str]]
+    fingerprint: str  # sha256 of both texts; a resumed run must read the very same bytes
 
 
 def standard_library() -> Path:
@@ -48,46 +39,44 @@ def standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def source_files(folder: Path) -> list[str]:
-    """The name, relative to `folder`, of every .py file below, in the order of the names' hashes.
-
-    The order is arbitrary but the same everywhere, so every stretch of the text is a fair mix of it.
-    """
-    names = []
-    for root, folders, files in os.walk(folder, onerror=partial(unreadable, folder)):
-        folders[:] = [name for name in folders if name not in SKIPPED]
-        paths = [Path(root) / name for name in files if name.endswith(".py")]
-        names += [path.relative_to(folder).as_posix() for path in paths if path.is_file()]  # no pipe, no broken link
-    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-
-
-def unreadable(folder: Path, error: OSError) -> NoReturn:
-    raise UsageError(
-        f"--text {folder}: {error.filename} cannot be read ({error.strerror}); allowed is a folder of which every .py "
-        "file can be read: change its permissions, or name another"
-    ) from error
-
-
 def load_corpus(folder: Path) -> Corpus:
-    """Reads every source file below `folder`; a hash of its name alone decides on which side a file falls."""
-    texts = (bytearray(), bytearray())
-    names: tuple[list[str], list[str]] = ([], [])
-    for name in source_files(folder):
-        side = held_out(name)
-        names[side].append(name)
-        texts[side].append(START)
-        try:
+    """Reads every .py file below `folder`, in the order of the names' hashes: the same everywhere, and every stretch of
+    the text is a fair mix of it. A hash of its name decides on which side a file falls.
+
+    Raises:
+        UsageError: a folder or file cannot be read, or a side has no file
+    """
+    texts = bytearray(), bytearray()
+    names: tuple[list[str], list[str]] = [], []
+    try:
+        for name in sorted(source_files(folder), key=lambda name: hashlib.sha256(name.encode()).digest()):
+            side = held_out(name)
+            names[side].append(name)
+            texts[side].append(START)
             texts[side].extend((folder / name).read_bytes())
-        except OSError as error:
-            unreadable(folder, error)
+    except OSError as error:
+        raise UsageError(
+            f"--text {folder}: {error.filename} cannot be read ({error.strerror}); allowed is a folder of which every "
+            ".py file can be read: change its permissions, or name another"
+        ) from error
     if not all(texts):
         raise UsageError(
             f"--text {folder}: {len(names[0])} training and {len(names[1])} held-out .py files found, at least one of "
             "each is needed; name a folder that holds more Python source"
         )
-    fingerprint = hashlib.sha256(texts[0] + texts[1]).hexdigest()
-    train, kept = (torch.frombuffer(text, dtype=torch.uint8) for text in texts)
-    return Corpus(train, kept, tuple(names[0]), tuple(names[1]), fingerprint)
+    return Corpus((bytes(texts[0]), bytes(texts[1])), names, hashlib.sha256(texts[0] + texts[1]).hexdigest())
+
+
+def source_files(folder: Path) -> Iterator[str]:
+    """The name, relative to `folder`, of every .py file below."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    for root, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if name not in SKIPPED]
+        paths = [Path(root) / name for name in files if name.endswith(".py")]
+        yield from (path.relative_to(folder).as_posix() for path in paths if path.is_file())  # no pipe, no broken link
 
 
 def window(text: Tensor, step: int, batch: int, sequence: int) -> tuple[Tensor, Tensor]:
@@ -174,13 +163,10 @@ class Words:
         return len(self.words)
 
     def encode(self, text: bytes) -> Tensor:
-        numbers, unknown = self.numbers, self.unknown
         parts = []
         for index, file in enumerate(bar(text.split(b"\0"), "words")):
-            tokens = [START] * (index > 0) + [
-                numbers.get(w, unknown) for w in WORD.findall(file.decode(errors="replace"))
-            ]
-            parts.append(torch.tensor(tokens, dtype=torch.int32))
+            words = ["\0"] * (index > 0) + WORD.findall(file.decode(errors="replace"))
+            parts.append(torch.tensor([self.numbers.get(word, self.unknown) for word in words], dtype=torch.int32))
         return torch.cat(parts)
 
     def decode(self, tokens: Sequence[int]) -> str:

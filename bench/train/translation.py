@@ -5,31 +5,29 @@ An encoder reads the digits both ways, a decoder writes the words and attends to
 they call general). `Translator` is the model; S source steps, T target steps, B rows, H hidden units.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import sys
 from argparse import Namespace, _ArgumentGroup
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from bench import UsageError
 from bench.train import command
-from bench.train.batches import NO_TARGET, Buckets, held_out
+from bench.train.batches import NO_TARGET, Buckets, held_out, summed_loss
 from bench.train.checkpoint import write_text
-from bench.train.decoding import Hypothesis, beam_search, select_rows
+from bench.train.decoding import Hypothesis, beam_search
 from bench.train.layers import recurrent, run_padded
 from bench.train.options import Settings, number, option
 from bench.train.progress import bar
-from bench.train.workload import Metric, Piece, Workload
+from bench.train.workload import Piece, Workload
 from persistrnn.kernels.cells import CELLS
 
 END = 0  # the target's first input and its last token
@@ -70,43 +68,55 @@ class Pair(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    train: tuple[Pair, ...]
-    held_out: tuple[Pair, ...]
+    train: list[Pair]
+    held_out: list[Pair]
     fingerprint: str  # sha256 of all of them
 
 
 def load_pairs(languages: str, digits: int, count: int) -> Pairs:
-    """Up to `count` pairs: the same numbers, drawn once for all, in each language.
-
-    Numbers of few digits are as frequent as those of many, as far as there are enough. A hash of the number decides
-    on which side it falls, in all languages alike.
+    """Up to `count` pairs: the same numbers in each language. A hash of the number decides on which side it falls, in
+    all languages alike.
 
     Args:
         languages: num2words' names, with commas between them
         digits: the most of a number
 
     Raises:
-        UsageError: an unknown language, one given twice, one that has no word for a number; num2words is missing
+        UsageError: an unknown language, or one that has no word for a number; num2words is missing
     """
-    names, say = languages.split(","), speaker(languages)
+    try:
+        from num2words import CONVERTER_CLASSES, num2words
+    except ImportError as error:
+        raise UsageError(
+            "num2words makes the words and is not installed: pip install 'persistrnn[translation]'"
+        ) from error
+    names = languages.split(",")
+    if not set(names) <= CONVERTER_CLASSES.keys():
+        raise UsageError(
+            f"--languages {languages} given: allowed are, with commas, {','.join(sorted(CONVERTER_CLASSES))}"
+        )
     sides: tuple[list[Pair], list[Pair]] = ([], [])
-    digest = hashlib.sha256()
     for figure in bar(draw(digits, max(1, count // len(names))), "words of numbers"):
-        side = held_out(str(figure))
         for name in names:
-            pair = Pair(name, figure, say(figure, name))
-            sides[side].append(pair)
-            digest.update(repr(pair).encode())
+            try:
+                words = str(num2words(figure, lang=name))
+            except (ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+                raise UsageError(
+                    f"num2words has no words for {figure} in {name!r} ({error!r}): leave it out of --languages, or "
+                    "lower --digits"
+                ) from error
+            sides[held_out(str(figure))].append(Pair(name, figure, words))
     if not all(sides):
         raise UsageError(
             f"--pairs {count} of --digits {digits} in --languages {languages}: {len(sides[0])} to train on and "
             f"{len(sides[1])} held out, at least one of each is needed; allowed is more --pairs and --digits"
         )
-    return Pairs(tuple(sides[0]), tuple(sides[1]), digest.hexdigest())
+    return Pairs(*sides, hashlib.sha256(repr(sides).encode()).hexdigest())
 
 
 def draw(digits: int, count: int) -> list[int]:
-    """`count` different numbers below 10**digits, always the same; all of them where there are no more."""
+    """`count` different numbers below 10**digits, always the same; all of them where there are no more. Numbers of few
+    digits are as frequent as those of many, as far as there are enough."""
     if count >= 10**digits:
         return list(range(10**digits))
     source = random.Random(digits)
@@ -115,35 +125,6 @@ def draw(digits: int, count: int) -> list[int]:
         size = source.randint(1, digits)
         found[source.randrange(10 ** (size - 1) if size > 1 else 0, 10**size)] = None
     return list(found)
-
-
-def speaker(languages: str) -> Callable[[int, str], str]:
-    """(number, language) -> its words, for languages that num2words knows."""
-    try:
-        from num2words import CONVERTER_CLASSES, num2words
-    except ImportError as error:
-        raise UsageError(
-            "num2words makes the words and is not installed: pip install 'persistrnn[translation]'"
-        ) from error
-    names = languages.split(",")
-    unknown = [name for name in names if name not in CONVERTER_CLASSES]
-    if unknown or len(set(names)) < len(names):
-        wrong = f"{unknown[0]!r} is none" if unknown else "one is there twice"
-        raise UsageError(
-            f"--languages {languages} given, of which {wrong}: allowed are different ones of "
-            f"{','.join(sorted(CONVERTER_CLASSES))}, with commas between them"
-        )
-
-    def say(number: int, language: str) -> str:
-        try:
-            return str(num2words(number, lang=language))
-        except (ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError) as error:
-            raise UsageError(
-                f"num2words has no words for {number} in {language!r} ({error!r}): leave it out of --languages, or "
-                "lower --digits"
-            ) from error
-
-    return say
 
 
 class Translator(nn.Module):
@@ -207,38 +188,24 @@ class Translation(Workload):
         self.source_numbers = {name: index for index, name in enumerate(names)}
         self.characters = ["", *sorted(set().union(*(pair.words for pair in every)))]
         self.target_numbers = {name: index for index, name in enumerate(self.characters)}
-        self.longest = max(len(pair.words) for pair in every) + 1
-        self.sequence = self.longest
+        self.sequence = self.longest = max(len(pair.words) for pair in every) + 1
+        self.summary = (
+            f"{len(self.pairs.train):,} numbers with words to train on, {len(self.pairs.held_out):,} held out"
+        )
         lengths = torch.tensor([len(pair.words) for pair in self.pairs.train])
         self.buckets = Buckets(lengths, settings.batch, settings.seed)
         self.metrics = (
-            Metric(f"of the held-out numbers exactly right, beam of {BEAM}", "higher"),
-            Metric("of them exactly right without a beam", "higher"),
-            Metric("nats per held-out character", "lower"),
+            f"of the held-out numbers exactly right, beam of {BEAM}",
+            "of them exactly right without a beam",
+            "nats per held-out character (lower is better)",
         )
 
     @classmethod
     def add_options(cls, job: _ArgumentGroup) -> None:
-        job.add_argument(
-            "--translate",
-            default=None,
-            metavar="'LANGUAGE NUMBER'",
-            help="do not train: say this number, by the model in --output",
-        )
-        job.add_argument(
-            "--beam",
-            type=number(int, 1),
-            default=BEAM,
-            metavar="W",
-            help="hypotheses kept in translating; the quality is always that of the default (%(default)s)",
-        )
-
-    def describe(self) -> str:
-        return (
-            f"{len(self.pairs.train):,} numbers to train on, {len(self.pairs.held_out):,} held out, of up to "
-            f"{self.settings.digits} digits, with their words of up to {self.longest - 1} characters in "
-            f"{self.settings.languages}"
-        )
+        say = "do not train: say this number, by the model in --output"
+        keep = "hypotheses kept in translating; the quality is always that of the default (%(default)s)"
+        job.add_argument("--translate", default=None, metavar="'LANGUAGE NUMBER'", help=say)
+        job.add_argument("--beam", type=number(int, 1), default=BEAM, metavar="W", help=keep)
 
     def model(self, backend: str) -> Translator:
         return Translator(self.settings, backend, len(self.source_numbers), len(self.characters))
@@ -259,8 +226,7 @@ class Translation(Workload):
     def loss(self, model: nn.Module, tensors: tuple[Tensor, ...], state: Any) -> tuple[Tensor, Any]:
         source, lengths, inputs, targets = tensors
         logits = model(source, lengths, inputs)
-        total = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
-        return total, None
+        return summed_loss(logits, targets), None
 
     def evaluate(self, model: nn.Module) -> list[float]:
         """Exact matches of whole words, with a beam and without, and the loss, on the first held-out pairs."""
@@ -289,7 +255,7 @@ class Translation(Workload):
             return logits[0].float(), (after, state[1])
 
         start = torch.full((len(pairs),), END, device=device)
-        return beam_search(step, select_rows, begun, start, width=width, length=self.longest, stop=END)
+        return beam_search(step, begun, start, width=width, length=self.longest, stop=END)
 
     def text(self, hypothesis: Hypothesis) -> str:
         return "".join(self.characters[token] for token in hypothesis.tokens)
@@ -315,8 +281,7 @@ class Translation(Workload):
             print(f"{self.text(hypothesis)}   (log-probability {hypothesis.score:.2f})")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return command.main(Translation, arguments)
+main = partial(command.main, Translation)
 
 
 if __name__ == "__main__":
