@@ -1,7 +1,6 @@
 """The command of a training program: trains, resumes, compares, or uses the trained model."""
 
 import signal
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 
 from bench import UsageError
 from bench.train import checkpoint, ranks
-from bench.train.comparison import compare, compare_interpreted
+from bench.train.comparison import compare
 from bench.train.layers import path
 from bench.train.loop import Run, Stopped, begin, look, measure, train
 from bench.train.options import flag, parser, split
@@ -50,7 +49,6 @@ def use(program: type[Workload], job: Namespace, given: dict[str, Any]) -> None:
 def main(program: type[Workload], arguments: Sequence[str] | None = None) -> int:
     """Runs a training program. Returns the exit status: 0, or 128 plus the number of the signal that stopped it (2:
     bad usage). Under torchrun each process trains on its rows of every batch, and rank 0 shows and writes."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     made = parser(program.settings_type, program.name, program.description)
     shared = vars(made.parse_args([]))
     program.add_options(made.add_argument_group("this program"))
@@ -74,8 +72,6 @@ def main(program: type[Workload], arguments: Sequence[str] | None = None) -> int
                 raise UsageError(f"{needed} given, but {job.output} holds no checkpoint: train first, or name --output")
             if using:
                 use(program, job, given)
-            elif job.compare == "interpreted":
-                compare_interpreted(program, job, given, arguments)
             else:
                 with checkpoint.held(job.output):
                     (compare if job.compare else single)(program, job, given)

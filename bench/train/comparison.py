@@ -1,7 +1,6 @@
 """--compare: trains persistrnn, then torch.nn from the same weights; both curves, the quality and the cost."""
 
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -10,12 +9,11 @@ from typing import Any
 from bench import UsageError
 from bench.train import checkpoint, layers, ranks
 from bench.train.loop import BASELINE, Run, begin, look, measure, train
-from bench.train.options import Settings, flag
+from bench.train.options import Settings
 from bench.train.ranks import say
 from bench.train.workload import Workload
 
 NAMES = ("persistrnn", "torch.nn")
-SMALL = {"hidden": 32, "batch": 4, "steps": 15}  # at most, of a comparison in the interpreter
 
 
 def check(settings: Settings) -> None:
@@ -32,9 +30,9 @@ def check(settings: Settings) -> None:
 
 
 def compare(program: type[Workload], job: Namespace, given: dict[str, Any]) -> None:
-    """Into job.output and, of torch.nn, into a folder there. In the interpreter neither speed nor quality is measured,
-    which would take hours."""
-    interpreted, kind = job.compare == "interpreted", program.settings_type
+    """Into job.output and, of torch.nn, into a folder there. In Triton's interpreter neither quality nor speed is
+    measured, which would take hours."""
+    interpreted, kind = os.environ.get("TRITON_INTERPRET") == "1", program.settings_type
     folders = (job.output, job.output / BASELINE)
     # Interrupted before the second began, there is none of it to resume.
     resume = (job.resume, job.resume and ranks.by_first(lambda: checkpoint.exists(folders[1])))
@@ -86,34 +84,7 @@ def verdict(paths: Sequence[str], runs: Sequence[Run]) -> str:
     text = "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows)
     if paths[0] == "torch":
         text += (
-            f"\nHere (--device {device}) persistrnn took path torch: both curves are torch's own layers'. "
-            "--compare interpreted trains a small model on the kernels, in Triton's interpreter."
+            f"\nHere (--device {device}) persistrnn took path torch: both curves are torch's own layers'. With "
+            "TRITON_INTERPRET=1 and --backend persistent the kernels run on a CPU, slowly: take a small model."
         )
     return text
-
-
-def compare_interpreted(program: type[Workload], job: Namespace, given: dict[str, Any], arguments: list[str]) -> None:
-    """Compares a small model, its kernels run by Triton's interpreter on the CPU."""
-    for name, allowed in (("device", "cpu"), ("backend", "persistent")):
-        if given.get(name, allowed) != allowed:
-            raise UsageError(
-                f"{flag(name)} {given[name]} given with --compare interpreted, which runs our kernels on the CPU: "
-                f"leave {flag(name)} out"
-            )
-    if job.resume or ranks.world() > 1:
-        raise UsageError(
-            "--compare interpreted given with --resume or to several processes: it always begins anew, in one; leave "
-            "--resume and torchrun out"
-        )
-    settings = program.settings_type.complete({**given, "device": "cpu", "backend": "persistent"})
-    check(settings)
-    if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is imported: in a process of its own
-        sys.stdout.flush()
-        command = [sys.executable, "-m", f"bench.train.{program.name}", *arguments]
-        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
-    small = {name: min(getattr(settings, name), limit) for name, limit in {**SMALL, **program.small}.items()}
-    sizes = " ".join(f"{flag(name)} {value}" for name, value in small.items())
-    say(f"A small model ({sizes}) on the interpreted kernels, beside torch.nn (slow: no speed is meant).")
-    anew = Namespace(**{**vars(job), "overwrite": True, "output": job.output / "interpreted"})
-    with checkpoint.held(anew.output):
-        compare(program, anew, asdict(replace(settings, **small, warmup=0)))

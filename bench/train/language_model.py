@@ -91,7 +91,6 @@ class LanguageModeling(Workload):
     name = "language_model"
     description = "Trains a language model, of bytes or words, on the source of Python's own standard library."
     settings_type = TextSettings
-    small = {"sequence": 32}  # noqa: RUF012
     using = "generate"
     loss_scale = 1 / math.log(2)  # bits
 

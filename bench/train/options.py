@@ -184,12 +184,7 @@ def parser(settings: type[Settings], name: str, description: str) -> argparse.Ar
     once: dict[str, Any] = {"action": "store_true", "default": False}
     either.add_argument("--resume", help="continue the run in --output", **once)
     either.add_argument("--overwrite", help="set the run in --output aside and begin anew", **once)
-    job.add_argument(
-        "--compare",
-        choices=["torch", "interpreted"],
-        default=None,
-        help="also train torch.nn from the same weights; interpreted: small, our kernels in Triton's interpreter",
-    )
+    job.add_argument("--compare", choices=["torch"], default=None, help="also train torch.nn from the same weights")
     job.add_argument("--output", type=Path, default=Path("runs") / name, metavar="DIR", help="default %(default)s")
     seconds = "time between two checkpoints (default %(default)s)"
     job.add_argument("--save-seconds", type=number(float, 0), default=20.0, metavar="S", help=seconds)

@@ -153,7 +153,6 @@ class Tagging(Workload):
     name = "signals"
     description = "Trains a tagger of long sensor signals: which exercise is done at each step."
     settings_type = SignalSettings
-    small = {"sequence": 24, "stretch": 10, "hidden": 8}  # noqa: RUF012
     loss_unit = "nats/step"
     unit = "steps"
     metrics = (

@@ -171,7 +171,6 @@ class Translation(Workload):
     name = "translation"
     description = "Trains a translator of numbers into words, with encoder, decoder and attention."
     settings_type = TranslationSettings
-    small = {"pairs": 200, "digits": 3, "hidden": 16}  # noqa: RUF012
     using = "translate"
     loss_unit = "nats/char"
     unit = "characters"

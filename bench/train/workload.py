@@ -31,7 +31,6 @@ class Workload(ABC):
     name: ClassVar[str]  # of the module in bench/train, and of the folder in runs/
     description: ClassVar[str]  # one line for --help
     settings_type: ClassVar[type[Settings]]
-    small: ClassVar[dict[str, int]] = {}  # settings of a moment's training: at most; --compare interpreted takes them
     using: ClassVar[str] = ""  # the option by which a command does not train but uses the model, see `use`: "generate"
 
     settings: Any  # of settings_type

@@ -12,13 +12,12 @@ from killed_runs import assert_same, kill_at_random, saved
 from torch import nn
 
 from bench import UsageError
-from bench.train import number_words, translation
-from bench.train.number_words import Pair, draw, load_pairs
-from bench.train.training import Run
-from bench.train.translation import END, Translation, TranslationSettings
-from bench.train.workload import NO_TARGET
+from bench.train import translation
+from bench.train.batches import NO_TARGET
+from bench.train.loop import Run
+from bench.train.translation import END, Pair, Translation, TranslationSettings, draw, load_pairs
 
-SMALL = ["--hidden=12", "--embedding=6", "--batch=4", "--pairs=120", "--digits=2", "--languages=en,de", "--steps=10"]
+SMALL = ["--hidden=12", "--embedding=6", "--batch=4", "--pairs=120", "--digits=2", "--languages=en,de", "--steps=6"]
 SMALL += ["--device=cpu"]
 
 
@@ -75,17 +74,10 @@ class TestPairs:
         assert sizes[:2] == [10, 90]
         assert all(300 < size < 1000 for size in sizes[2:])
 
-    @pytest.mark.parametrize(
-        ("languages", "message"),
-        [
-            ("en,xx", r"--languages en,xx given, of which 'xx' is none: allowed are different ones of .*,de,en,"),
-            ("en,en", r"--languages en,en given, of which one is there twice: allowed are different ones of"),
-            ("", r"--languages  given, of which '' is none"),
-        ],
-    )
-    def test_unknown_languages(self, languages: str, message: str) -> None:
-        with pytest.raises(UsageError, match=message):
-            load_pairs(languages, 2, 100)
+    def test_unknown_languages(self) -> None:
+        for languages in ("en,xx", ""):
+            with pytest.raises(UsageError, match=f"--languages {languages} given: allowed are, with commas, .*,de,en,"):
+                load_pairs(languages, 2, 100)
 
     def test_a_number_without_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def overflow(number: int, lang: str) -> str:
@@ -169,7 +161,7 @@ class TestModel:
 
     def test_it_learns(self) -> None:
         """The numbers below a hundred in one language, half of which have one word or a rule."""
-        run = Run(Translation(settings(hidden=48, languages="en", pairs=100, batch=30, steps=300, learning_rate=0.02)))
+        run = Run(Translation(settings(hidden=48, languages="en", pairs=100, batch=30, steps=200, learning_rate=0.02)))
         before = run.evaluate()
         assert before[:2] == [0, 0]
         while not run.finished:
@@ -221,7 +213,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path: Path) -> N
     arguments = [*SMALL, "--layers=2", "--dropout=0.2"]
     kill_at_random("bench.train.translation", arguments, tmp_path / "whole", tmp_path / "killed")
     one, other = saved(tmp_path / "whole"), saved(tmp_path / "killed")
-    assert len(one["losses"]) == 10
+    assert len(one["losses"]) == 6
     assert one["quality"] is not None
     assert_same(one, other)
     texts = [(tmp_path / name / "translations.txt").read_text() for name in ("whole", "killed")]
@@ -238,18 +230,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ("--languages de,klingon", r"--languages de,klingon given, of which 'klingon' is none: allowed are"),
             ("--digits 13", r"--digits: '13' given, allowed is a whole number from 1 to 12"),
-            ("--digits 0", r"--digits: '0' given, allowed is a whole number from 1"),
-            ("--pairs 1", r"--pairs: '1' given, allowed is a whole number from 2"),
-            ("--pairs 2", r"--pairs 2 of --digits 2.*allowed is more --pairs"),
-            ("--beam 0", r"--beam: '0' given, allowed is a whole number from 1"),
             ("--beam 2 --compare torch", r"--beam given with --compare.*leave one of them out"),
-            ("--embedding -3", r"--embedding: '-3' given, allowed is a whole number from 1"),
             ("--truncate 8", r"--truncate 8 given: .*allowed is --truncate 0"),
-            ("--cell rnn", r"--cell.*'rnn'.*lstm.*gru"),
-            ("--translate", r"--translate: expected one argument"),
-            ("--translate=de --resume", r"--translate given with --resume.*leave one of them out"),
             ("--translate=de", r"--translate given, but .*run holds no checkpoint: train first, or name --output"),
         ],
     )
@@ -263,8 +246,8 @@ class TestCommand:
     ) -> None:
         assert translation.main(small) == 0
         output, errors = capsys.readouterr()
-        assert "numbers to train on" in output
-        assert re.search(r"10/10 .*nats/char, [\d,]+ characters/s", errors)
+        assert re.search(r"\d+ numbers with words to train on, \d+ held out", output)
+        assert re.search(r"6/6 .*nats/char, [\d,]+ characters/s", errors)
         assert re.search(r"0\.\d{4} of the held-out numbers exactly right, beam of 4", output)
         shown = (tmp_path / "run" / "translations.txt").read_text()
         assert shown in output
@@ -285,13 +268,13 @@ class TestCommand:
     def test_both_arms(self, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert translation.main([*small, "--compare", "torch"]) == 0
         shown = capsys.readouterr().out
-        assert re.search(r"exactly right, beam of 4 \(higher is better\) +0\.\d{4} +0\.\d{4}", shown)
-        assert re.search(r"characters/s \(CPU\) +[\d,]+ +[\d,]+", shown)
+        assert re.search(r"exactly right, beam of 4 +0\.\d{4} +0\.\d{4}", shown)
+        assert re.search(r"characters/s \(cpu\) +[\d,]+ +[\d,]+", shown)
         assert float(re.search(r"largest difference (\S+) nats", shown)[1]) < 1e-5  # type: ignore[index]
 
     def test_changed_words_are_noticed(
         self, small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert translation.main(small) == 0
-        monkeypatch.setattr(number_words, "speaker", lambda languages: lambda number, name: f"{name}{number}")
+        monkeypatch.setattr(num2words, "num2words", lambda number, lang: f"{lang}{number}")
         assert "--languages en,de has changed since the checkpoint" in refused([*small, "--resume"], capsys)
