@@ -1,5 +1,4 @@
-"""The folder of a run: one run at a time holds it, its checkpoint is written whole or not at all and shows any damage,
-and signals wait."""
+"""What a kill must not harm: the folder of a run, which one run at a time holds, and the checkpoint in it."""
 
 import fcntl
 import hashlib
@@ -36,11 +35,7 @@ def noted_signals() -> Iterator[list[int]]:
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Inside, the folder is there and no other run gets it. Under torchrun rank 0 holds it for all. The lock is the
-    kernel's and ends with the process, however that ends; the file stays, without a meaning.
-
-    Raises:
-        UsageError: another run holds the folder, or it cannot be made or written to
-    """
+    kernel's and ends with the process, however that ends; the file stays, without a meaning."""
     with ExitStack() as stack:
         ranks.by_first(lambda: lock(folder, stack))
         yield
@@ -94,11 +89,8 @@ class Summed:
 
 
 def save(folder: Path, content: dict[str, Any]) -> None:
-    """Writes the checkpoint whole or not at all, whenever the process is killed; after its last byte, its checksum.
-
-    Raises:
-        UsageError: it cannot be written, as on a full disk; the checkpoint before it stays
-    """
+    """Writes the checkpoint whole or not at all: killed, or on a full disk, it leaves the one before. After its last
+    byte stands its checksum."""
     unfinished = folder / f"{CHECKPOINT}.tmp"
     with written(folder):
         try:
@@ -119,11 +111,8 @@ def exists(folder: Path) -> bool:
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint in `folder`, its tensors on the CPU; None where there is none.
-
-    Raises:
-        UsageError: the file is not, byte for byte, as `save` wrote it
-    """
+    """The checkpoint in `folder`, its tensors on the CPU; None where there is none. It must be as `save` wrote it, byte
+    for byte."""
     path = folder / CHECKPOINT
     if not exists(folder):
         return None

@@ -11,7 +11,7 @@ from bench import UsageError
 from bench.train import checkpoint, ranks
 from bench.train.comparison import compare
 from bench.train.layers import path
-from bench.train.loop import Run, Stopped, begin, look, measure, train
+from bench.train.loop import Run, begin, look, measure, train
 from bench.train.options import flag, parser, split
 from bench.train.ranks import say
 from bench.train.workload import Workload
@@ -81,7 +81,7 @@ def main(program: type[Workload], arguments: Sequence[str] | None = None) -> int
         made.error(str(error))
     except torch.OutOfMemoryError as error:
         made.error(f"the GPU's memory is full ({error}): take a smaller --batch or --sequence, or --save checkpoint")
-    except (Stopped, KeyboardInterrupt) as stop:  # outside the training loop Ctrl-C stops at once
+    except KeyboardInterrupt as stop:  # without a number outside the training loop, where Ctrl-C stops at once
         number = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
         compared = " --compare torch" if job.compare else ""
         say(f"{number.name}: every step taken is saved. Go on with --resume --output {job.output}{compared}")

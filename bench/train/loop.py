@@ -24,10 +24,6 @@ from bench.train.workload import Workload
 BASELINE = "torch.nn"  # the folder, within that of the run, of what a comparison trains beside persistrnn
 
 
-class Stopped(Exception):
-    """The signal of this number arrived, and everything up to the step that it met is saved."""
-
-
 class Run:
     """All that a checkpoint holds, and the step that moves it forward. The same on every rank, but for the state and
     the random numbers of its rows."""
@@ -129,11 +125,8 @@ class Run:
         ranks.by_first(lambda: checkpoint.save(folder, content))
 
     def load(self, content: dict[str, Any], to_train: bool = True) -> None:
-        """What `save` has written, for `train_step` or, not `to_train`, for `using` alone.
-
-        Raises:
-            UsageError: another version's, other data, or another number of processes
-        """
+        """What `save` has written, for `train_step` or, not `to_train`, for `using` alone. It must be of the same data,
+        version and, to train, number of processes."""
         if content["data"] != self.workload.fingerprint:
             raise UsageError(
                 f"{self.workload.data} has changed since the checkpoint (sha256 {self.workload.fingerprint[:12]} "
@@ -246,7 +239,8 @@ def begin(program: type[Workload], content: dict[str, Any] | None, given: dict[s
 
 
 def train(run: Run, folder: Path, save_seconds: float) -> None:
-    """Takes the run to its last step, with a checkpoint every `save_seconds`, at the end and on a signal (Stopped)."""
+    """Takes the run to its last step, with a checkpoint every `save_seconds`, at the end and on a signal, which then
+    raises KeyboardInterrupt with its number."""
     if run.finished:
         return
     if ranks.world() > 1:
@@ -287,7 +281,7 @@ def train(run: Run, folder: Path, save_seconds: float) -> None:
                 saved = time.monotonic()
         run.save(folder)
     if stopped_by:
-        raise Stopped(stopped_by)
+        raise KeyboardInterrupt(stopped_by)
 
 
 def measure(run: Run, folder: Path) -> None:

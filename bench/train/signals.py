@@ -60,13 +60,6 @@ class Recording(NamedTuple):
     subject: int
 
 
-class Recordings(NamedTuple):
-    all: list[Recording]
-    exercises: list[str]  # their names, by number
-    channels: int
-    fingerprint: str  # sha256 of signals, exercises and subjects
-
-
 def shipped() -> Path:
     """The file in the installed package seglearn, which need not be imported (it would import scikit-learn)."""
     package = importlib.util.find_spec("seglearn")
@@ -78,14 +71,10 @@ def shipped() -> Path:
     return Path(package.submodule_search_locations[0]) / "data/watch_dataset.npy"
 
 
-def load_recordings(file: Path) -> Recordings:
+def load_recordings(file: Path) -> tuple[list[Recording], list[str], str]:
     """Reads a file like seglearn's: a NumPy object array that holds a dict with X (signals, [T, channels] each), y (the
     exercise of each, 0 and up), y_labels (the exercises' names) and subject. It is a pickle: reading it runs what its
-    maker put in.
-
-    Raises:
-        UsageError: a file of another form; NumPy is missing
-    """
+    maker put in. Returns the recordings, the exercises' names and a sha256 of all of it."""
     try:
         import numpy  # only here: torch alone does not need it
 
@@ -114,7 +103,7 @@ def load_recordings(file: Path) -> Recordings:
     for recording in every:
         digest.update(repr((recording.exercise, recording.subject)).encode())
         digest.update(recording.signal.numpy().tobytes())
-    return Recordings(every, names, channels, digest.hexdigest())
+    return every, names, digest.hexdigest()
 
 
 def run_rows(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -167,16 +156,15 @@ class Tagging(Workload):
         self.settings = settings
         self.sequence = settings.sequence
         self.data = f"--recordings {settings.recordings}"
-        self.recordings = load_recordings(Path(settings.recordings))
-        self.fingerprint = self.recordings.fingerprint
-        subjects = sorted({recording.subject for recording in self.recordings.all})
+        self.recordings, self.exercises, self.fingerprint = load_recordings(Path(settings.recordings))
+        subjects = sorted({recording.subject for recording in self.recordings})
         if settings.held_out >= len(subjects):
             raise UsageError(
                 f"--held-out {settings.held_out} given, but {self.data} has {len(subjects)} people: at least one must "
                 f"be left to train on; allowed is 1 to {len(subjects) - 1}"
             )
         self.summary = (
-            f"{len(self.recordings.all)} recordings of {len(self.recordings.exercises)} exercises, by "
+            f"{len(self.recordings)} recordings of {len(self.exercises)} exercises, by "
             f"{len(subjects) - settings.held_out} people to train on and {settings.held_out} held out"
         )
         self.train, self.held_out = subjects[: -settings.held_out], subjects[-settings.held_out :]
@@ -184,10 +172,10 @@ class Tagging(Workload):
         self.mean, self.scale = seen.mean(0), seen.std(0).clamp(min=1e-6)
 
     def of(self, subject: int) -> list[Recording]:
-        return [recording for recording in self.recordings.all if recording.subject == subject]
+        return [recording for recording in self.recordings if recording.subject == subject]
 
     def model(self, backend: str) -> Tagger:
-        return Tagger(self.settings, backend, self.recordings.channels, len(self.recordings.exercises))
+        return Tagger(self.settings, backend, len(self.mean), len(self.exercises))
 
     def session(self, subjects: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One of these people's recordings, joined until there are enough steps: a signal (T, channels) and its tags
@@ -248,7 +236,7 @@ class Tagging(Workload):
         return [self.session([subject], generator) for subject in self.held_out for _ in range(SESSIONS)]
 
     def evaluate(self, model: nn.Module) -> list[float]:
-        right = torch.zeros(len(self.recordings.exercises), dtype=torch.int64)
+        right = torch.zeros(len(self.exercises), dtype=torch.int64)
         count, loss = right.clone(), 0.0
         for session in bar(self.tests(), "held-out sessions"):
             found, tags = self.tagged(model, session), session[1]

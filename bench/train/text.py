@@ -41,11 +41,7 @@ def standard_library() -> Path:
 
 def load_corpus(folder: Path) -> Corpus:
     """Reads every .py file below `folder`, in the order of the names' hashes: the same everywhere, and every stretch of
-    the text is a fair mix of it. A hash of its name decides on which side a file falls.
-
-    Raises:
-        UsageError: a folder or file cannot be read, or a side has no file
-    """
+    the text is a fair mix of it. A hash of its name decides on which side a file falls."""
     texts = bytearray(), bytearray()
     names: tuple[list[str], list[str]] = [], []
     try:

@@ -67,23 +67,10 @@ class Pair(NamedTuple):
     words: str
 
 
-class Pairs(NamedTuple):
-    train: list[Pair]
-    held_out: list[Pair]
-    fingerprint: str  # sha256 of all of them
-
-
-def load_pairs(languages: str, digits: int, count: int) -> Pairs:
-    """Up to `count` pairs: the same numbers in each language. A hash of the number decides on which side it falls, in
-    all languages alike.
-
-    Args:
-        languages: num2words' names, with commas between them
-        digits: the most of a number
-
-    Raises:
-        UsageError: an unknown language, or one that has no word for a number; num2words is missing
-    """
+def load_pairs(languages: str, digits: int, count: int) -> tuple[list[Pair], list[Pair], str]:
+    """Up to `count` pairs: the same numbers of up to so many digits in each of the languages, num2words' names with
+    commas between them. A hash of the number decides on which side it falls, in all languages alike. Returns those to
+    train on, those held out and a sha256 of all."""
     try:
         from num2words import CONVERTER_CLASSES, num2words
     except ImportError as error:
@@ -111,7 +98,7 @@ def load_pairs(languages: str, digits: int, count: int) -> Pairs:
             f"--pairs {count} of --digits {digits} in --languages {languages}: {len(sides[0])} to train on and "
             f"{len(sides[1])} held out, at least one of each is needed; allowed is more --pairs and --digits"
         )
-    return Pairs(*sides, hashlib.sha256(repr(sides).encode()).hexdigest())
+    return *sides, hashlib.sha256(repr(sides).encode()).hexdigest()
 
 
 def draw(digits: int, count: int) -> list[int]:
@@ -180,18 +167,15 @@ class Translation(Workload):
     def __init__(self, settings: TranslationSettings) -> None:
         self.settings = settings
         self.data = f"the words of --languages {settings.languages}"
-        self.pairs = load_pairs(settings.languages, settings.digits, settings.pairs)
-        self.fingerprint = self.pairs.fingerprint
-        every = [*self.pairs.train, *self.pairs.held_out]
+        self.train, self.held_out, self.fingerprint = load_pairs(settings.languages, settings.digits, settings.pairs)
+        every = [*self.train, *self.held_out]
         names = [*"0123456789", *settings.languages.split(",")]
         self.source_numbers = {name: index for index, name in enumerate(names)}
         self.characters = ["", *sorted(set().union(*(pair.words for pair in every)))]
         self.target_numbers = {name: index for index, name in enumerate(self.characters)}
         self.sequence = self.longest = max(len(pair.words) for pair in every) + 1
-        self.summary = (
-            f"{len(self.pairs.train):,} numbers with words to train on, {len(self.pairs.held_out):,} held out"
-        )
-        lengths = torch.tensor([len(pair.words) for pair in self.pairs.train])
+        self.summary = f"{len(self.train):,} numbers with words to train on, {len(self.held_out):,} held out"
+        lengths = torch.tensor([len(pair.words) for pair in self.train])
         self.buckets = Buckets(lengths, settings.batch, settings.seed)
         self.metrics = (
             f"of the held-out numbers exactly right, beam of {BEAM}",
@@ -210,7 +194,7 @@ class Translation(Workload):
         return Translator(self.settings, backend, len(self.source_numbers), len(self.characters))
 
     def pieces(self, step: int, rows: slice) -> list[Piece]:
-        pairs = [self.pairs.train[index] for index in self.buckets.batch(step)[rows].tolist()]
+        pairs = [self.train[index] for index in self.buckets.batch(step)[rows].tolist()]
         tensors = self.padded(pairs)
         return [Piece(tensors, int((tensors[-1] != NO_TARGET).sum()))]
 
@@ -230,7 +214,7 @@ class Translation(Workload):
     def evaluate(self, model: nn.Module) -> list[float]:
         """Exact matches of whole words, with a beam and without, and the loss, on the first held-out pairs."""
         device = next(model.parameters()).device
-        pairs = self.pairs.held_out[:EVALUATED]
+        pairs = self.held_out[:EVALUATED]
         right, loss, count = [0, 0], 0.0, 0
         for first in bar(range(0, len(pairs), 100), "held-out numbers"):
             part = pairs[first : first + 100]
@@ -260,7 +244,7 @@ class Translation(Workload):
         return "".join(self.characters[token] for token in hypothesis.tokens)
 
     def finish(self, model: nn.Module, job: Namespace, folder: Path) -> None:
-        pairs = self.pairs.held_out[-12:]
+        pairs = self.held_out[-12:]
         lines = []
         for pair, found in zip(pairs, self.translations(model, pairs, job.beam), strict=True):
             said = self.text(found[0])
