@@ -5,9 +5,11 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from bench.train import checkpoint
@@ -101,6 +103,15 @@ def two_processes(module: str, *jobs: list[str], path: Path = ROOT) -> str:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("are the statuses") == len(jobs), done.stderr
     return done.stdout
+
+
+def refused(main: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message with which a training program turns a command down."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
 
 
 def python_source(folder: Path) -> Path:

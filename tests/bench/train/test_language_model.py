@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from killed_runs import assert_same, python_source, saved
+from killed_runs import assert_same, python_source, refused, saved
 from torch import nn
 
 from bench import UsageError
@@ -52,16 +52,6 @@ def interrupted(arguments: list[str], monkeypatch: pytest.MonkeyPatch, step: int
         return language_model.main(arguments)
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The message with which a command is turned down."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        language_model.main(arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
-
-
-# SIGKILL is sent in test_loop.py. A bare --resume takes all settings from the checkpoint: it repeats none of `extra`.
 @pytest.mark.parametrize(
     ("number", "status", "extra"),
     [
@@ -187,18 +177,6 @@ class TestRun:
         assert run.model.embedding.weight is run.model.linear.weight
         assert not torch.equal(run.model.embedding.weight, before)
         assert TextSettings.complete({"tied": True, "hidden": 24}).embedding == 24
-
-    def test_words_learn(self, source: Path) -> None:
-        run = new_run(source, tokens="words", vocabulary=20, learning_rate=0.03)
-        assert run.model.linear.out_features == 20
-        assert (
-            0 < int((run.workload.held_out == run.workload.vocabulary.unknown).sum()) < len(run.workload.held_out)
-        )  # some are unknown
-        before = run.evaluate()[0]
-        for _ in range(40):
-            run.train_step()
-        assert before == pytest.approx(math.log2(20), abs=0.5)
-        assert run.evaluate()[0] < 2.5
 
 
 class TestLines:
@@ -331,7 +309,7 @@ class TestCommand:
         message: str,
     ) -> None:
         monkeypatch.delattr(language_model, "load_corpus")  # it does not come to that
-        assert re.search(message, refused([*compared, *arguments.split()], capsys), re.DOTALL)
+        assert re.search(message, refused(language_model.main, [*compared, *arguments.split()], capsys), re.DOTALL)
 
     @pytest.mark.parametrize(
         ("calls", "error", "message"),
@@ -368,7 +346,7 @@ class TestCommand:
             return forward(model, *given)
 
         monkeypatch.setattr(language_model.LanguageModel, "forward", limited)
-        shown = " ".join(refused(small, capsys).split())
+        shown = refused(language_model.main, small, capsys)
         assert message in shown
         assert str(error) in shown
 
@@ -401,7 +379,7 @@ class TestCommand:
     def test_an_unfinished_run_is_not_replaced(
         self, unfinished: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
-        error = refused(unfinished, capsys)
+        error = refused(language_model.main, unfinished, capsys)
         assert re.search(r"unfinished run \(3 of 8 steps\): continue it with --resume, or begin anew", error)
         assert language_model.main([*unfinished, "--overwrite"]) == 0
         assert len(torch.load(tmp_path / "run" / "previous-checkpoint.pt")["losses"]) == 3
@@ -409,11 +387,11 @@ class TestCommand:
     def test_resuming_cannot_change_the_run(
         self, unfinished: list[str], source: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
-        error = refused([*unfinished, "--resume", "--hidden", "17"], capsys)
+        error = refused(language_model.main, [*unfinished, "--resume", "--hidden", "17"], capsys)
         assert "--hidden 17 given, but the checkpoint was made with --hidden 16: leave --hidden out" in error
         bare = ["--resume", "--output", str(tmp_path / "run"), "--sample-bytes", "0"]
         (source / "package_0" / "module_0.py").write_text("changed = True\n")
-        assert "has changed since the checkpoint" in refused(bare, capsys)
+        assert "has changed since the checkpoint" in refused(language_model.main, bare, capsys)
         (source / "package_0" / "module_0.py").write_text("def function_0(x):\n    return x + 0\n")
         assert language_model.main(bare) == 0
 

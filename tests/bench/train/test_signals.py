@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from killed_runs import assert_same, kill_at_random, saved
+from killed_runs import assert_same, kill_at_random, refused, saved
 from torch import Tensor, nn
 
 import persistrnn
@@ -56,15 +56,6 @@ def small(file: Path, tmp_path: Path) -> list[str]:
 def tagging(file: Path, **given: Any) -> Tagging:
     small = {"device": "cpu", "hidden": 6, "batch": 3, "sequence": 70, "stretch": 45, "recordings": str(file)}
     return Tagging(SignalSettings.complete(small | given))
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The message with which a command is turned down."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        signals.main(arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 class TestRecordings:
@@ -270,15 +261,6 @@ class TestModel:
         assert change[19] > 1e-4
         assert change[21] > 1e-4
 
-    def test_torch_nn_trains_alike_from_the_same_weights(self, file: Path) -> None:
-        ours, theirs = Run(tagging(file)), Run(tagging(file, backend="torch.nn"))
-        assert type(theirs.model.rnn) is nn.LSTM
-        assert_same(ours.model.state_dict(), theirs.model.state_dict())
-        for each in (ours, theirs):
-            for _ in range(4):
-                each.train_step()
-        assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
-
     def test_it_learns(self, file: Path) -> None:
         run = Run(tagging(file, hidden=16, steps=80, learning_rate=0.03, sequence=150, stretch=60, truncate=32))
         assert run.evaluate()[0] < 0.6
@@ -335,7 +317,7 @@ class TestCommand:
     def test_errors_at_the_door(
         self, small: list[str], capsys: pytest.CaptureFixture[str], arguments: str, message: str
     ) -> None:
-        assert re.search(message, refused([*small, *arguments.split()], capsys), re.DOTALL)
+        assert re.search(message, refused(signals.main, [*small, *arguments.split()], capsys), re.DOTALL)
 
     def test_both_arms(self, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert signals.main([*small, "--compare", "torch"]) == 0
@@ -351,7 +333,9 @@ class TestCommand:
         assert signals.main(small) == 0
         assert re.search(r"0\.\d{4} of the held-out steps tagged right", capsys.readouterr().out)
         written(file, content(people=5))
-        assert f"--recordings {file} has changed since the checkpoint" in refused([*small, "--resume"], capsys)
+        assert f"--recordings {file} has changed since the checkpoint" in refused(
+            signals.main, [*small, "--resume"], capsys
+        )
 
     @pytest.mark.interpreter
     def test_on_the_kernels_in_the_interpreter(self, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import num2words
 import pytest
 import torch
-from killed_runs import assert_same, kill_at_random, saved
+from killed_runs import assert_same, kill_at_random, refused, saved
 from torch import nn
 
 from bench import UsageError
@@ -31,15 +31,6 @@ def settings(**given: Any) -> TranslationSettings:
 def small(tmp_path: Path) -> list[str]:
     """Arguments of a run that takes a moment; it writes into tmp_path / "run"."""
     return [*SMALL, "--output", str(tmp_path / "run")]
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The message with which a command is turned down."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        translation.main(arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 class TestPairs:
@@ -149,15 +140,6 @@ class TestModel:
                 changed[step] = 9 - changed[step] if step else 1
                 assert (run.model(changed, lengths, inputs) - before)[0].abs().max() > 1e-5
 
-    def test_torch_nn_trains_alike_from_the_same_weights(self, run: Run) -> None:
-        theirs = Run(Translation(settings(cell=run.settings.cell, layers=2, backend="torch.nn")))
-        assert type(theirs.model.encoder) is type(theirs.model.decoder) is getattr(nn, run.settings.cell.upper())
-        assert_same(run.model.state_dict(), theirs.model.state_dict())
-        for each in (run, theirs):
-            for _ in range(4):
-                each.train_step()
-        assert run.losses == pytest.approx(theirs.losses, rel=1e-5)
-
     def test_it_learns(self) -> None:
         """The numbers below a hundred in one language, half of which have one word or a rule."""
         run = Run(Translation(settings(hidden=48, languages="en", pairs=100, batch=30, steps=200, learning_rate=0.02)))
@@ -238,7 +220,7 @@ class TestCommand:
     def test_errors_at_the_door(
         self, small: list[str], capsys: pytest.CaptureFixture[str], arguments: str, message: str
     ) -> None:
-        assert re.search(message, refused([*small, *arguments.split()], capsys), re.DOTALL)
+        assert re.search(message, refused(translation.main, [*small, *arguments.split()], capsys), re.DOTALL)
 
     def test_from_training_to_a_translation(
         self, small: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -261,7 +243,7 @@ class TestCommand:
         assert translation.main([*out, "--translate", "de 42", "--beam", "2"]) == 0
         assert len(capsys.readouterr().out.splitlines()) == 2
         for wrong in ("fr 42", "de", "de 123", "de -1", "42", "de ٣"):
-            message = " ".join(refused([*out, "--translate", wrong], capsys).split())
+            message = refused(translation.main, [*out, "--translate", wrong], capsys)
             assert f"--translate {wrong!r} given: allowed is a language of en,de, a space and a number of" in message
 
     def test_both_arms(self, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,4 +258,6 @@ class TestCommand:
     ) -> None:
         assert translation.main(small) == 0
         monkeypatch.setattr(num2words, "num2words", lambda number, lang: f"{lang}{number}")
-        assert "--languages en,de has changed since the checkpoint" in refused([*small, "--resume"], capsys)
+        assert "--languages en,de has changed since the checkpoint" in refused(
+            translation.main, [*small, "--resume"], capsys
+        )
