@@ -32,7 +32,7 @@ class Hypothesis(NamedTuple):
 
 
 def select_rows(state: Any, rows: Tensor) -> Any:
-    """These rows of a state whose tensors have them in dimension 1, as those of recurrent layers."""
+    """These rows of a state, in this order; one may be repeated."""
     return map_state(state, lambda tensor: tensor.index_select(1, rows))
 
 
@@ -44,25 +44,23 @@ def beam_search(
     width: int,
     length: int,
     stop: int | None = None,
-    select: Callable[[Any, Tensor], Any] = select_rows,
 ) -> list[list[Hypothesis]]:
     """The likeliest continuations that a beam of `width` finds, for each of N rows searched side by side.
 
     Args:
         step: (tokens int64 (R,), state of R rows) -> (logits (R, V), state after them)
-        state: of N rows, before `start`
+        state: of N rows, before `start`; its tensors have the rows in dimension 1, as those of recurrent layers
         start: the first token of each row, int64 (N,), on the model's device; it is no part of the result
         width: hypotheses kept for each row
         length: the most tokens of a hypothesis
         stop: the token that ends a hypothesis; None: all have `length` tokens
-        select: (state, rows int64 (R,)) -> the state of these rows, in this order; a row may be repeated
 
     Returns:
         For each row its hypotheses, up to `width`, the best first.
     """
     count, device = len(start), start.device
     first = torch.arange(count, device=device).repeat_interleave(width)
-    state, tokens = select(state, first), start[first]
+    state, tokens = select_rows(state, first), start[first]
     scores = torch.full((count, width), -torch.inf, dtype=torch.float64, device=device)
     scores[:, 0] = 0.0  # the beams of a row are equal at first: one of them goes on
     history = torch.empty(count, width, 0, dtype=torch.int64, device=device)
@@ -77,7 +75,7 @@ def beam_search(
         scores, best = (scores[..., None] + gains).flatten(1).topk(width)  # in descending order
         parents, chosen = best // vocabulary, best % vocabulary
         history = torch.cat([history.gather(1, parents[..., None].expand_as(history)), chosen[..., None]], -1)
-        state = select(state, (parents + torch.arange(count, device=device)[:, None] * width).flatten())
+        state = select_rows(state, (parents + torch.arange(count, device=device)[:, None] * width).flatten())
         tokens = chosen.flatten()
         finished = finished.gather(1, parents)
         if stop is not None:

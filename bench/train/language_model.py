@@ -6,6 +6,7 @@ train it. T is the sequence length, B the number of streams, or of lines, in a b
 
 import math
 import sys
+import sysconfig
 from argparse import Namespace, _ArgumentGroup
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from bench.train.decoding import beam_search, draw
 from bench.train.layers import recurrent, run_padded
 from bench.train.options import Settings, absolute, number, option
 from bench.train.progress import bar
-from bench.train.text import START, Bytes, Lines, Words, load_corpus, standard_library, window
+from bench.train.text import START, Bytes, Lines, Words, load_corpus, window
 from bench.train.workload import Piece, Workload
 
 
@@ -45,7 +46,7 @@ class TextSettings(Settings):
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
         words = given.get("tokens") == "words"
-        own = {"text": str(standard_library()), "vocabulary": 10_000 if words else len(Bytes())}
+        own = {"text": sysconfig.get_path("stdlib"), "vocabulary": 10_000 if words else len(Bytes())}
         if given.get("tied"):
             own["embedding"] = given.get("hidden", cls.hidden)
         return super().defaults(given) | own

@@ -10,23 +10,13 @@ import persistrnn
 from bench.train.options import Settings
 
 
-def recurrent(settings: Settings, backend: str, input_size: int, **sizes: Any) -> nn.Module:
-    """A layer of settings.cell. `backend` is persistrnn's, or "torch.nn" for torch's own layer.
-
-    Args:
-        input_size: I
-        sizes: as for torch.nn.LSTM (hidden_size, num_layers, dropout, bidirectional), by default those of the settings
-    """
-    name = settings.cell.upper()
-    sizes = {
-        "hidden_size": settings.hidden,
-        "num_layers": settings.layers,
-        "dropout": settings.dropout if sizes.get("num_layers", settings.layers) > 1 else 0.0,
-        **sizes,
-    }
+def recurrent(settings: Settings, backend: str, input_size: int, bidirectional: bool = False) -> nn.Module:
+    """Layers of the settings' cell and sizes. `backend` is persistrnn's, or "torch.nn" for torch's own layer."""
+    name, sizes = settings.cell.upper(), (input_size, settings.hidden, settings.layers)
+    how = {"dropout": settings.dropout, "bidirectional": bidirectional}
     if backend == "torch.nn":
-        return getattr(nn, name)(input_size, **sizes)
-    return getattr(persistrnn, name)(input_size, **sizes, backend=backend, save=settings.save)
+        return getattr(nn, name)(*sizes, **how)
+    return getattr(persistrnn, name)(*sizes, **how, backend=backend, save=settings.save)
 
 
 def run_padded(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any = None) -> tuple[Tensor, Any]:

@@ -4,7 +4,6 @@ line by line."""
 import hashlib
 import os
 import re
-import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,11 +31,6 @@ class Corpus(NamedTuple):
     texts: tuple[bytes, bytes]  # to train on, and held out: whole files one after the other, each opened by START
     files: tuple[list[str], list[str]]
     fingerprint: str  # sha256 of both texts; a resumed run must read the very same bytes
-
-
-def standard_library() -> Path:
-    """The folder of the running Python's standard library, also from inside a virtual environment."""
-    return Path(sysconfig.get_path("stdlib"))
 
 
 def load_corpus(folder: Path) -> Corpus:

@@ -61,14 +61,14 @@ def new(source: Path) -> list[str]:
 
 
 class TestDamage:
-    def test_every_byte_counts(self, tmp_path: Path) -> None:
+    def test_bytes_all_over_the_file_count(self, tmp_path: Path) -> None:
         """Of torch's records, of its archive's own tables, of the padding between, of the checksum."""
         content = {"weight": torch.arange(3.0), "losses": [1.0, 2.0]}
         checkpoint.save(tmp_path, content)
         assert_same(checkpoint.load(tmp_path), content)
         path, bits = tmp_path / "checkpoint.pt", random.Random(0)
         whole = path.read_bytes()
-        for index in range(len(whole)):
+        for index in (*range(0, len(whole), 11), *range(len(whole) - 39, len(whole))):
             damaged = bytearray(whole)
             damaged[index] ^= 1 << bits.randrange(8)
             path.write_bytes(damaged)

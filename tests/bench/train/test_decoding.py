@@ -22,16 +22,13 @@ def search(chains: list[Tensor], width: int, length: int, **options: object) -> 
 
     def step(tokens: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         table, steps = state
-        assert (steps == steps[0]).all()
-        logits = table[torch.arange(len(tokens)), steps, tokens] + 5.0  # up to a constant
+        assert (steps == steps[0, 0]).all()
+        logits = table[0, torch.arange(len(tokens)), steps[0], tokens] + 5.0  # up to a constant
         return logits, (table, steps + 1)
 
-    def select(state: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-        return state[0][rows], state[1][rows]
-
-    state = (torch.stack(chains), torch.zeros(len(chains), dtype=torch.int64))
+    state = (torch.stack(chains)[None], torch.zeros(1, len(chains), dtype=torch.int64))
     start = torch.zeros(len(chains), dtype=torch.int64)
-    return beam_search(step, state, start, width=width, length=length, select=select, **options)
+    return beam_search(step, state, start, width=width, length=length, **options)
 
 
 def every(table: Tensor, length: int, stop: int | None) -> list[Hypothesis]:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ class TestFiles:
         assert text.load_corpus(source) == before
 
     def test_the_standard_library_is_there(self) -> None:
-        corpus = text.load_corpus(text.standard_library())
+        corpus = text.load_corpus(Path(sysconfig.get_path("stdlib")))
         train, held_out = corpus.texts
         assert len(train) > 5_000_000
         assert 0.03 < len(held_out) / len(train) < 0.2
