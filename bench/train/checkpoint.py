@@ -1,80 +1,107 @@
-"""Interruptions lose nothing: atomic checkpoints, which show any damage, and signals that wait for a step."""
+"""What a kill must not harm: the folder of a run, which one run at a time holds, and the checkpoint in it."""
 
-from __future__ import annotations
-
+import fcntl
 import hashlib
+import io
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, BinaryIO
 
 import torch
 
 from bench import UsageError
-from bench.train.folder import written
-from bench.train.options import OUT
+from bench.train import ranks
 
 CHECKPOINT = "checkpoint.pt"
-MARK, SUM = b"sha256:", 32  # what follows torch's archive in the file: the mark and as many bytes of checksum
+MARK = b"sha256:"  # follows torch's archive in the file, and then its checksum of 32 bytes
+ANEW = "begin anew with --overwrite or another --output"
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived, and everything up to `step` is saved in `folder`."""
-
-    def __init__(self, number: int, step: int, folder: Path) -> None:
-        super().__init__(f"{signal.Signals(number).name} after step {step:,}; everything is saved in {folder}.")
-        self.number = number
-
-
-class Signals:
-    """Inside `with Signals() as signals`, SIGINT and SIGTERM only set `signals.received` to their number."""
-
-    def __enter__(self) -> Signals:
-        self.received = 0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM only add their number to the list."""
+    received: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Inside, the folder is there and no other run gets it. Under torchrun rank 0 holds it for all. The lock is the
+    kernel's and ends with the process, however that ends; the file stays, without a meaning."""
+    with ExitStack() as stack:
+        ranks.by_first(lambda: lock(folder, stack))
+        yield
+
+
+def lock(folder: Path, stack: ExitStack) -> None:
+    """Holds the folder until the stack ends."""
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context((folder / "lock").open("a"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{folder} is in use by another run: wait until it has ended, or choose another folder with --output"
+            ) from error
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """Inside, a failure to write in the folder is a UsageError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch's archive ends in a RuntimeError of its own, after that of the file.
+        failure = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(failure, OSError):
+            raise
+        raise UsageError(
+            f"{failure.filename or folder} cannot be written ({failure.strerror or failure}): make room there, "
+            "or choose another folder with --output; a checkpoint that was there before is kept"
+        ) from error
+
+
+def write_text(folder: Path, name: str, text: str) -> Path:
+    """Writes a file of the run's folder. Returns its path."""
+    with written(folder):
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
 
 
 class Summed:
     """A file to be written, with the checksum of what was: for torch.save."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sum = file, hashlib.sha256()
+        self.file, self.sum, self.flush = file, hashlib.sha256(), file.flush
 
     def write(self, data: bytes) -> int:
         self.sum.update(data)
         return self.file.write(data)
 
-    def flush(self) -> None:
-        self.file.flush()
-
 
 def save(folder: Path, content: dict[str, Any]) -> None:
-    """Writes the checkpoint whole or not at all, whenever the process is killed; after its last byte, its checksum.
-
-    Raises:
-        UsageError: it cannot be written, as on a full disk; the checkpoint before it stays
-    """
+    """Writes the checkpoint whole or not at all: killed, or on a full disk, it leaves the one before. After its last
+    byte stands its checksum."""
     unfinished = folder / f"{CHECKPOINT}.tmp"
-    again = ", go on from the checkpoint before with --resume" if exists(folder) else ""
-    with written(folder, f"make room there{again}; or "):
-        folder.mkdir(parents=True, exist_ok=True)
+    with written(folder):
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as file:
                 summed = Summed(file)
                 torch.save(content, summed)
                 file.write(MARK + summed.sum.digest())
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(unfinished, folder / CHECKPOINT)
+            unfinished.replace(folder / CHECKPOINT)
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -83,41 +110,22 @@ def exists(folder: Path) -> bool:
     return os.path.exists(folder / CHECKPOINT)  # False as well where it may not be looked for
 
 
-def check_sum(path: Path) -> None:
-    """Raises ValueError unless the file is, byte for byte, as `save` wrote it."""
-    with path.open("rb") as file:
-        left = os.fstat(file.fileno()).st_size - len(MARK) - SUM
-        found = hashlib.sha256()
-        while left > 0 and (part := file.read(min(left, 1 << 20))):
-            found.update(part)
-            left -= len(part)
-        end = file.read()
-    if left or not end.startswith(MARK):
-        raise ValueError("no checksum at its end: it is cut short, or another program or version wrote it")
-    if end != MARK + found.digest():
-        raise ValueError("its checksum differs: bytes of it have changed")
-
-
 def load(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint in `folder`, its tensors on the CPU; None where there is none.
-
-    Raises:
-        UsageError: a file that is not as `save` wrote it, or that holds no run
-    """
+    """The checkpoint in `folder`, its tensors on the CPU; None where there is none. It must be as `save` wrote it, byte
+    for byte."""
     path = folder / CHECKPOINT
     if not exists(folder):
         return None
     try:
-        check_sum(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, not a dict")
-    except Exception as error:  # of many kinds, as torch meets an unknown content here or there
-        said = next(iter(str(error).splitlines()), "")
-        raise UsageError(
-            f"{path} is no checkpoint that can be read ({type(error).__name__}: {said}): set it aside with "
-            f"--overwrite, or choose another folder with {OUT}"
-        ) from error
+        data = path.read_bytes()
+        archive, end = data[:-39], data[-39:]
+        if not end.startswith(MARK):
+            raise ValueError("no checksum at its end: it is cut short, or another program or version wrote it")
+        if end != MARK + hashlib.sha256(archive).digest():
+            raise ValueError("its checksum differs: bytes of it have changed")
+        content: dict[str, Any] = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is no checkpoint that can be read ({error}): {ANEW}") from error
     return content
 
 

@@ -1,7 +1,5 @@
 """Tokens from logits: sampling with temperature and top-k, and beam search."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,35 +31,36 @@ class Hypothesis(NamedTuple):
     score: float  # the sum of the tokens' log-probabilities, the stop token's among them; by it the beam is kept
 
 
+def select_rows(state: Any, rows: Tensor) -> Any:
+    """These rows of a state, in this order; one may be repeated."""
+    return map_state(state, lambda tensor: tensor.index_select(1, rows))
+
+
 def beam_search(
     step: Callable[[Tensor, Any], tuple[Tensor, Any]],
-    select: Callable[[Any, Tensor], Any],
     state: Any,
     start: Tensor,
     *,
     width: int,
     length: int,
     stop: int | None = None,
-    length_penalty: float = 0.0,
 ) -> list[list[Hypothesis]]:
     """The likeliest continuations that a beam of `width` finds, for each of N rows searched side by side.
 
     Args:
         step: (tokens int64 (R,), state of R rows) -> (logits (R, V), state after them)
-        select: (state, rows int64 (R,)) -> the state of these rows, in this order; a row may be repeated
-        state: of N rows, before `start`
+        state: of N rows, before `start`; its tensors have the rows in dimension 1, as those of recurrent layers
         start: the first token of each row, int64 (N,), on the model's device; it is no part of the result
         width: hypotheses kept for each row
         length: the most tokens of a hypothesis
         stop: the token that ends a hypothesis; None: all have `length` tokens
-        length_penalty: hypotheses are ordered by score / (tokens + stop) ** length_penalty; 0 prefers short ones
 
     Returns:
         For each row its hypotheses, up to `width`, the best first.
     """
     count, device = len(start), start.device
     first = torch.arange(count, device=device).repeat_interleave(width)
-    state, tokens = select(state, first), start[first]
+    state, tokens = select_rows(state, first), start[first]
     scores = torch.full((count, width), -torch.inf, dtype=torch.float64, device=device)
     scores[:, 0] = 0.0  # the beams of a row are equal at first: one of them goes on
     history = torch.empty(count, width, 0, dtype=torch.int64, device=device)
@@ -73,10 +72,10 @@ def beam_search(
             gains = gains.masked_fill(finished[..., None], -torch.inf)
             gains[..., stop] = gains[..., stop].masked_fill(finished, 0.0)
         vocabulary = gains.shape[-1]
-        scores, best = (scores[..., None] + gains).flatten(1).topk(width)
+        scores, best = (scores[..., None] + gains).flatten(1).topk(width)  # in descending order
         parents, chosen = best // vocabulary, best % vocabulary
         history = torch.cat([history.gather(1, parents[..., None].expand_as(history)), chosen[..., None]], -1)
-        state = select(state, (parents + torch.arange(count, device=device)[:, None] * width).flatten())
+        state = select_rows(state, (parents + torch.arange(count, device=device)[:, None] * width).flatten())
         tokens = chosen.flatten()
         finished = finished.gather(1, parents)
         if stop is not None:
@@ -84,23 +83,10 @@ def beam_search(
             if finished.all():
                 break
     return [
-        ordered(row, row_scores, stop, length_penalty)
+        [
+            Hypothesis(list(itertools.takewhile(lambda token: token != stop, tokens)), score)
+            for tokens, score in zip(row, row_scores, strict=True)
+            if score > -torch.inf  # a beam wider than the vocabulary leaves places empty
+        ]
         for row, row_scores in zip(history.tolist(), scores.tolist(), strict=True)
     ]
-
-
-def select_rows(state: Any, rows: Tensor) -> Any:
-    """The `select` of states whose tensors have the rows in dimension 1, as those of recurrent layers."""
-    return map_state(state, lambda tensor: tensor.index_select(1, rows))
-
-
-def ordered(rows: list[list[int]], scores: list[float], stop: int | None, penalty: float) -> list[Hypothesis]:
-    """One row's hypotheses, cut at their stop token, the best first."""
-    found = []
-    for tokens, score in zip(rows, scores, strict=True):
-        if score == -float("inf"):  # a beam wider than the vocabulary leaves places empty
-            continue
-        kept = list(itertools.takewhile(lambda token: token != stop, tokens))
-        read = len(kept) + (len(kept) < len(tokens))  # the stop token too
-        found.append((score / max(1, read) ** penalty, Hypothesis(kept, score)))
-    return [hypothesis for _, hypothesis in sorted(found, key=lambda each: -each[0])]

@@ -1,58 +1,52 @@
 """The main job, `make train`: a language model learns the source of Python's own standard library.
 
 It is also the example to read: `LanguageModel` is all it takes to use persistrnn, `LanguageModeling` what it takes to
-train it on the runner. T is the sequence length, B the number of streams, or of lines, in a batch.
+train it. T is the sequence length, B the number of streams, or of lines, in a batch.
 """
-
-from __future__ import annotations
 
 import math
 import sys
-from argparse import Namespace
+import sysconfig
+from argparse import Namespace, _ArgumentGroup
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from bench import UsageError
-from bench.train import runner
-from bench.train.buckets import Buckets
-from bench.train.decoding import beam_search, draw, select_rows
-from bench.train.folder import write_text
+from bench.train import command
+from bench.train.batches import NO_TARGET, Buckets, summed_loss
+from bench.train.checkpoint import write_text
+from bench.train.decoding import beam_search, draw
 from bench.train.layers import recurrent, run_padded
-from bench.train.options import OUT, Options, Settings, number, option
+from bench.train.options import Settings, absolute, number, option
 from bench.train.progress import bar
-from bench.train.text import Lines, load_corpus, source_folder, standard_library, window
-from bench.train.vocabulary import START, Bytes, Vocabulary, Words
-from bench.train.workload import NO_TARGET, Metric, Piece, Workload
+from bench.train.text import START, Bytes, Lines, Words, load_corpus, window
+from bench.train.workload import Piece, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings(Settings):
     layers: int = 2
     steps: int = 1500
-    embedding: int = option(64, "width of a token's embedding", type=number(int, 1), metavar="N")
-    tied: bool = option(
-        False, "embedding and output share one matrix (--embedding is then --hidden)", action="store_true"
-    )
+    embedding: int = option(64, "width of a token's embedding", type=number(int, 1))
+    tied: bool = option(False, "embedding and output share one matrix (--embedding is then --hidden)")
     tokens: str = option("bytes", "what the model reads and predicts", choices=["bytes", "words"])
     vocabulary: int = option(
-        None, "with words: this many tokens, the most frequent words (default 10000)", type=number(int, 4), metavar="N"
+        None, "with words: this many tokens, the most frequent words (default 10000)", type=number(int, 4)
     )
-    lines: bool = option(
-        False, "learn line by line, in batches of similar length, instead of on and on", action="store_true"
-    )
-    sequence: int = option(512, "tokens of a step; with --lines, the most of a line", type=number(int, 1), metavar="N")
-    text: str = option(None, "folder of .py files to learn (default: the standard library)", type=source_folder)
+    lines: bool = option(False, "learn line by line, in batches of similar length, instead of on and on")
+    sequence: int = option(512, "tokens of a step; with --lines, the most of a line", type=number(int, 1))
+    text: str = option(None, "folder of .py files to learn (default: the standard library)", type=absolute)
 
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
         words = given.get("tokens") == "words"
-        own = {"text": str(standard_library()), "vocabulary": 10_000 if words else len(Bytes())}
+        own = {"text": sysconfig.get_path("stdlib"), "vocabulary": 10_000 if words else len(Bytes())}
         if given.get("tied"):
             own["embedding"] = given.get("hidden", cls.hidden)
         return super().defaults(given) | own
@@ -96,107 +90,58 @@ class LanguageModel(nn.Module):
 
 class LanguageModeling(Workload):
     name = "language_model"
-    command = 'make train ARGS="{options}"'
     description = "Trains a language model, of bytes or words, on the source of Python's own standard library."
     settings_type = TextSettings
-    small = {"sequence": 32}  # noqa: RUF012
+    using = "generate"
     loss_scale = 1 / math.log(2)  # bits
 
     settings: TextSettings
-    vocabulary: Vocabulary
+    vocabulary: Bytes | Words
 
     def __init__(self, settings: TextSettings) -> None:
         self.settings = settings
         self.sequence = settings.sequence
         self.continues = not settings.lines
         self.data = f"--text {settings.text}"
-        self.corpus = load_corpus(Path(settings.text))
-        self.fingerprint = self.corpus.fingerprint
-        if settings.tokens == "words":
-            texts = self.corpus.train.numpy().tobytes(), self.corpus.held_out.numpy().tobytes()
-            self.vocabulary = Words(texts[0], settings.vocabulary)
-            self.train, self.held_out = map(self.vocabulary.encode, texts)
-        else:
-            self.vocabulary = Bytes()
-            self.train, self.held_out = self.corpus.train, self.corpus.held_out
+        texts, files, self.fingerprint = load_corpus(Path(settings.text))
+        self.vocabulary = Words(texts[0], settings.vocabulary) if settings.tokens == "words" else Bytes()
+        self.train, self.held_out = map(self.vocabulary.encode, texts)
+        self.summary = (
+            f"{settings.text}: {len(files[0])} files, {len(self.train):,} {settings.tokens} to train on; "
+            f"{len(files[1])} files, {len(self.held_out):,} {settings.tokens} held out"
+        )
         self.loss_unit, self.unit = f"bits/{self.vocabulary.name}", settings.tokens
-        self.metrics = (Metric(f"bits per {self.vocabulary.name} on held-out files", "lower"),)
+        self.metrics = (f"bits per {self.vocabulary.name} on held-out files (lower is better)",)
         if settings.lines:
-            sides = (self.train, self.held_out)
-            self.lines, self.held_out_lines = (Lines(s, self.vocabulary.newline, settings.sequence) for s in sides)
+            self.lines, self.held_out_lines = (
+                Lines(side, self.vocabulary.newline, settings.sequence) for side in (self.train, self.held_out)
+            )
             if not len(self.lines.lengths) or not len(self.held_out_lines.lengths):
                 raise UsageError(
-                    f"--lines given, but {self.data} has {len(self.lines.lengths)} lines to train on and "
-                    f"{len(self.held_out_lines.lengths)} held out that are not empty: at least one of each is needed; "
-                    "name a folder that holds more Python source"
+                    f"--lines given, but {self.data} has no line that is not empty to train on, or none held out: name "
+                    "a folder that holds more Python source"
                 )
             self.buckets = Buckets(self.lines.lengths, settings.batch, settings.seed)
 
     @classmethod
-    def add_options(cls, job: Options) -> None:
-        job.add_argument(
-            "--generate",
-            action="store_true",
-            default=False,
-            help=f"do not train: continue --prompt, by the model in {OUT}",
-        )
-        job.add_argument(
-            "--prompt", default="", metavar="TEXT", help="what the sample continues (default: a file begins)"
-        )
-        job.add_argument(
-            "--sample-tokens",
-            "--sample-bytes",
-            type=number(int, 0),
-            default=1500,
-            metavar="N",
-            help="length of the text written at the end, in bytes or words as --tokens says (default %(default)s)",
-        )
-        job.add_argument(
-            "--temperature",
-            type=number(float, 0, above=True),
-            default=None,
-            metavar="X",
-            help="of the sample: lower is more likely text (default 0.7)",
-        )
-        job.add_argument(
-            "--top-k", type=number(int, 1), default=None, metavar="K", help="of the sample: only the K likeliest tokens"
-        )
-        job.add_argument(
-            "--beam",
-            type=number(int, 1),
-            default=None,
-            metavar="W",
-            help="not a sample: the likeliest text a beam finds",
-        )
+    def add_options(cls, job: _ArgumentGroup) -> None:
+        add, count = job.add_argument, number(int, 1)
+        words = "length of the text written at the end, in bytes or words as --tokens says (default %(default)s)"
+        positive = number(float, 0, above=True)
+        model = "do not train: continue --prompt, by the model in --output"
+        add("--generate", action="store_true", default=False, help=model)
+        add("--prompt", default="", metavar="TEXT", help="what the sample continues (default: a file begins)")
+        add("--sample-tokens", "--sample-bytes", type=number(int, 0), default=1500, metavar="N", help=words)
+        add("--temperature", type=positive, default=None, metavar="X", help="of the sample (default 0.7)")
+        add("--top-k", type=count, default=None, metavar="K", help="of the sample: only the K likeliest tokens")
+        add("--beam", type=count, default=None, metavar="W", help="not a sample: the likeliest text a beam finds")
 
     @classmethod
     def check_options(cls, job: Namespace) -> None:
-        for name, value in (("--temperature", job.temperature), ("--top-k", job.top_k)):
-            if job.beam is not None and value is not None:
-                raise UsageError(
-                    f"{name} {value} given with --beam {job.beam}, which draws nothing: leave one of them out"
-                )
-
-    @classmethod
-    def model_option(cls, job: Namespace) -> str | None:
-        return "--generate" if job.generate else None
-
-    def describe(self) -> str:
-        corpus = self.corpus
-        sides = (
-            (corpus.train_files, corpus.train, "to train on"),
-            (corpus.held_out_files, corpus.held_out, "held out"),
-        )
-        text = [
-            f"{len(names)} files, {len(part) / 1e6:.1f} MB {use}, from {self.settings.text}"
-            for names, part, use in sides
-        ]
-        if isinstance(self.vocabulary, Words):
-            unknown = (self.held_out == self.vocabulary.unknown).float().mean().item()
-            text.append(f"{len(self.vocabulary):,} words; {unknown:.1%} of the held-out text is none of them")
-        if self.settings.lines:
-            text.append(f"{len(self.lines.lengths):,} lines to train on, {len(self.held_out_lines.lengths):,} held out")
-        return "\n".join(text)
+        if job.beam and (job.temperature or job.top_k):
+            raise UsageError(
+                f"--temperature or --top-k given with --beam {job.beam}, which draws nothing: leave one of them out"
+            )
 
     def model(self, backend: str) -> LanguageModel:
         return LanguageModel(self.settings, backend, len(self.vocabulary))
@@ -214,7 +159,7 @@ class LanguageModeling(Workload):
     def loss(self, model: nn.Module, tensors: tuple[Tensor, ...], state: Any) -> tuple[Tensor, Any]:
         inputs, targets, *lengths = tensors
         logits, state = model(inputs, state, *lengths)
-        return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum"), state
+        return summed_loss(logits, targets), state
 
     def evaluate(self, model: nn.Module) -> list[float]:
         """Bits per token on the held-out files: read once in 32 streams with carried state, or every line."""
@@ -286,12 +231,11 @@ class LanguageModeling(Workload):
             return logits[0].float(), state
 
         stop = self.vocabulary.newline if self.settings.lines else None
-        found = beam_search(step, select_rows, state, read[-1], width=width, length=length, stop=stop)
+        found = beam_search(step, state, read[-1], width=width, length=length, stop=stop)
         return found[0][0].tokens
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return runner.main(LanguageModeling, arguments)
+main = partial(command.main, LanguageModeling)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The recurrent layers of the training programs: persistrnn's or torch.nn's, by the settings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -11,27 +9,14 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import persistrnn
 from bench.train.options import Settings
 
-OURS = {"lstm": persistrnn.LSTM, "gru": persistrnn.GRU}
-THEIRS = {"lstm": nn.LSTM, "gru": nn.GRU}
 
-
-def recurrent(settings: Settings, backend: str, input_size: int, **sizes: Any) -> nn.Module:
-    """A layer of settings.cell. `backend` is persistrnn's, or "torch.nn" for torch's own layer.
-
-    Args:
-        input_size: I
-        sizes: as for torch.nn.LSTM (hidden_size, num_layers, dropout, bidirectional), by default those of the settings
-    """
-    sizes = {
-        "hidden_size": settings.hidden,
-        "num_layers": settings.layers,
-        "dropout": settings.dropout if sizes.get("num_layers", settings.layers) > 1 else 0.0,
-        **sizes,
-    }
+def recurrent(settings: Settings, backend: str, input_size: int, bidirectional: bool = False) -> nn.Module:
+    """Layers of the settings' cell and sizes. `backend` is persistrnn's, or "torch.nn" for torch's own layer."""
+    name, sizes = settings.cell.upper(), (input_size, settings.hidden, settings.layers)
+    how = {"dropout": settings.dropout, "bidirectional": bidirectional}
     if backend == "torch.nn":
-        return THEIRS[settings.cell](input_size, **sizes)
-    save = {} if settings.save == "gates" else {"save": settings.save}
-    return OURS[settings.cell](input_size, **sizes, backend=backend, **save)
+        return getattr(nn, name)(*sizes, **how)
+    return getattr(persistrnn, name)(*sizes, **how, backend=backend, save=settings.save)
 
 
 def run_padded(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -61,10 +46,7 @@ def path(model: nn.Module) -> str:
 
 def explanation(model: nn.Module, batch: int, steps: int) -> str:
     """Which path each recurrent layer will take at this batch and T, with which plan, and why."""
-    text = []
-    for module in model.modules():
-        if isinstance(module, persistrnn.LSTM | persistrnn.GRU):
-            text.append(persistrnn.explain(module, batch, steps))
-        elif isinstance(module, nn.RNNBase):
-            text.append(str(module))
-    return "\n".join(text)
+    layers = [module for module in model.modules() if isinstance(module, persistrnn.LSTM | persistrnn.GRU | nn.RNNBase)]
+    return "\n".join(
+        str(layer) if isinstance(layer, nn.RNNBase) else persistrnn.explain(layer, batch, steps) for layer in layers
+    )

@@ -1,39 +1,34 @@
 """Tagging of long signals: which exercise does a person do, at each of ten thousand steps of a smartwatch's sensors?
 
-A session is one person's recordings joined in random order, each cut to a random stretch, so its tags change some ten
-times. `Tagger` reads it both ways, and is asked about people that it has never seen.
+The package seglearn ships the recordings: six channels (acceleration in g, rate of rotation in rad/s, three axes each),
+50 steps a second; ten people, each with seven exercises on either arm, one exercise in a recording of about 35 s (Burns
+et al. 2018, arXiv:1802.01489). A session is one person's recordings joined in random order, each cut to a random
+stretch. `Tagger` reads it both ways, and is asked about people that it has never seen.
 """
 
-from __future__ import annotations
-
+import hashlib
+import importlib.util
+import pickle
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from bench import UsageError
-from bench.train import runner
-from bench.train.folder import write_text
+from bench.train import command
+from bench.train.batches import NO_TARGET, summed_loss
 from bench.train.layers import map_state, recurrent, run_padded
-from bench.train.options import Settings, number, option
+from bench.train.options import Settings, absolute, number, option
 from bench.train.progress import bar
-from bench.train.recordings import Recording, Recordings, load_recordings, shipped
-from bench.train.workload import NO_TARGET, Metric, Piece, Workload
+from bench.train.workload import Piece, Workload
 
 SESSIONS = 4  # of each held-out person
-
-
-def recordings_file(text: str) -> str:
-    """An argparse type: made absolute; `load_recordings` looks into it."""
-    return str(Path(text).resolve())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +38,72 @@ class SignalSettings(Settings):
     steps: int = 250
     learning_rate: float = 1e-2
     sequence: int = option(
-        10_000, "steps of a session; it ends with the recording that reaches them", type=number(int, 1), metavar="N"
+        10_000, "steps of a session; it ends with the recording that reaches them", type=number(int, 1)
     )
-    stretch: int = option(2000, "the most steps that are taken of a recording", type=number(int, 1), metavar="N")
-    held_out: int = option(2, "people who are kept for the test, the last ones", type=number(int, 1), metavar="N")
+    stretch: int = option(2000, "the most steps that are taken of a recording", type=number(int, 1))
+    held_out: int = option(2, "people who are kept for the test, the last ones", type=number(int, 1))
     recordings: str = option(
-        None, "a .npy file of the form of seglearn's (default: seglearn's), a pickle: take only one that you trust",
-        type=recordings_file, metavar="FILE",
-    )  # fmt: skip
+        None,
+        "a .npy file of the form of seglearn's (default: seglearn's), a pickle: take only one that you trust",
+        type=absolute,
+        metavar="FILE",
+    )
 
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
         return super().defaults(given) | ({} if given.get("recordings") else {"recordings": str(shipped())})
+
+
+class Recording(NamedTuple):
+    signal: Tensor  # (T, channels) float32
+    exercise: int
+    subject: int
+
+
+def shipped() -> Path:
+    """The file in the installed package seglearn, which need not be imported (it would import scikit-learn)."""
+    package = importlib.util.find_spec("seglearn")
+    if package is None or not package.submodule_search_locations:
+        raise UsageError(
+            "--recordings is not given, and seglearn, which ships the recordings of the default, is not installed: "
+            "pip install 'persistrnn[signals]', or name a file of the same form"
+        )
+    return Path(package.submodule_search_locations[0]) / "data/watch_dataset.npy"
+
+
+def load_recordings(file: Path) -> tuple[list[Recording], list[str], str]:
+    """Reads a file like seglearn's: a NumPy object array that holds a dict with X (signals, [T, channels] each), y (the
+    exercise of each, 0 and up), y_labels (the exercises' names) and subject. It is a pickle: reading it runs what its
+    maker put in. Returns the recordings, the exercises' names and a sha256 of all of it."""
+    try:
+        import numpy  # only here: torch alone does not need it
+
+        content = numpy.load(file, allow_pickle=True).item()
+        every = [
+            Recording(torch.tensor(signal, dtype=torch.float32), int(exercise), int(subject))
+            for signal, exercise, subject in zip(content["X"], content["y"], content["subject"], strict=True)
+        ]
+        names = list(map(str, content["y_labels"]))
+        channels = every[0].signal.shape[1]
+        for signal, exercise, _ in every:
+            if signal.shape != (len(signal), channels) or not len(signal) or not signal.isfinite().all():
+                raise ValueError("each signal is [T, channels], the same channels and at least one step, finite")
+            if not 0 <= exercise < len(names):
+                raise ValueError(f"an exercise is none of 0 to {len(names) - 1}")
+    except ImportError as error:
+        raise UsageError(
+            f"--recordings {file}: NumPy reads it and is not installed: pip install 'persistrnn[signals]'"
+        ) from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        raise UsageError(
+            f"--recordings {file} cannot be read ({error!r}): allowed is a .npy file of a dict with X, y, y_labels and "
+            "subject, as seglearn ships it; leave --recordings out to take that one"
+        ) from error
+    digest = hashlib.sha256(repr(names).encode())
+    for recording in every:
+        digest.update(repr((recording.exercise, recording.subject)).encode())
+        digest.update(recording.signal.numpy().tobytes())
+    return every, names, digest.hexdigest()
 
 
 def run_rows(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -93,13 +142,12 @@ class Tagging(Workload):
     name = "signals"
     description = "Trains a tagger of long sensor signals: which exercise is done at each step."
     settings_type = SignalSettings
-    small = {"sequence": 24, "stretch": 10, "hidden": 8}  # noqa: RUF012
     loss_unit = "nats/step"
     unit = "steps"
     metrics = (
-        Metric("of the held-out steps tagged right", "higher"),
-        Metric("of the steps of the worst exercise", "higher"),
-        Metric("nats per held-out step", "lower"),
+        "of the held-out steps tagged right",
+        "of the steps of the worst exercise",
+        "nats per held-out step (lower is better)",
     )
 
     settings: SignalSettings
@@ -108,32 +156,26 @@ class Tagging(Workload):
         self.settings = settings
         self.sequence = settings.sequence
         self.data = f"--recordings {settings.recordings}"
-        self.recordings: Recordings = load_recordings(Path(settings.recordings))
-        self.fingerprint = self.recordings.fingerprint
-        subjects = self.recordings.subjects
+        self.recordings, self.exercises, self.fingerprint = load_recordings(Path(settings.recordings))
+        subjects = sorted({recording.subject for recording in self.recordings})
         if settings.held_out >= len(subjects):
             raise UsageError(
                 f"--held-out {settings.held_out} given, but {self.data} has {len(subjects)} people: at least one must "
                 f"be left to train on; allowed is 1 to {len(subjects) - 1}"
             )
+        self.summary = (
+            f"{len(self.recordings)} recordings of {len(self.exercises)} exercises, by "
+            f"{len(subjects) - settings.held_out} people to train on and {settings.held_out} held out"
+        )
         self.train, self.held_out = subjects[: -settings.held_out], subjects[-settings.held_out :]
         seen = torch.cat([recording.signal for subject in self.train for recording in self.of(subject)])
         self.mean, self.scale = seen.mean(0), seen.std(0).clamp(min=1e-6)
 
     def of(self, subject: int) -> list[Recording]:
-        return [recording for recording in self.recordings.all if recording.subject == subject]
-
-    def describe(self) -> str:
-        every = self.recordings.all
-        return (
-            f"{len(every)} recordings of {sum(len(recording.signal) for recording in every):,} steps, "
-            f"{self.recordings.channels} channels, {len(self.recordings.exercises)} exercises, by {len(self.train)} "
-            f"people to train on and {len(self.held_out)} held out\n"
-            f"joined to sessions of {self.settings.sequence:,} steps or a few more"
-        )
+        return [recording for recording in self.recordings if recording.subject == subject]
 
     def model(self, backend: str) -> Tagger:
-        return Tagger(self.settings, backend, self.recordings.channels, len(self.recordings.exercises))
+        return Tagger(self.settings, backend, len(self.mean), len(self.exercises))
 
     def session(self, subjects: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One of these people's recordings, joined until there are enough steps: a signal (T, channels) and its tags
@@ -176,8 +218,7 @@ class Tagging(Workload):
     def loss(self, model: nn.Module, tensors: tuple[Tensor, ...], state: Any) -> tuple[Tensor, Any]:
         signals, lengths, tags = tensors
         logits, state = model(signals, lengths, state)
-        total = cross_entropy(logits.float().flatten(0, 1), tags.flatten(), ignore_index=NO_TARGET, reduction="sum")
-        return total, map_state(state, forward_only)
+        return summed_loss(logits, tags), map_state(state, forward_only)
 
     def tagged(self, model: nn.Module, session: tuple[Tensor, Tensor]) -> Tensor:
         """The log-probabilities (T, tags) of a session's tags, on the CPU; read as in training, piece by piece."""
@@ -195,7 +236,7 @@ class Tagging(Workload):
         return [self.session([subject], generator) for subject in self.held_out for _ in range(SESSIONS)]
 
     def evaluate(self, model: nn.Module) -> list[float]:
-        right = torch.zeros(len(self.recordings.exercises), dtype=torch.int64)
+        right = torch.zeros(len(self.exercises), dtype=torch.int64)
         count, loss = right.clone(), 0.0
         for session in bar(self.tests(), "held-out sessions"):
             found, tags = self.tagged(model, session), session[1]
@@ -205,20 +246,6 @@ class Tagging(Workload):
         shares = right[count > 0] / count[count > 0]
         return [int(right.sum()) / int(count.sum()), shares.min().item(), loss / int(count.sum())]
 
-    def finish(self, model: nn.Module, job: Namespace, folder: Path) -> None:
-        """One held-out session, exercise by exercise."""
-        session = self.tests()[0]
-        found, (_, tags) = self.tagged(model, session).argmax(-1), session
-        names = self.recordings.exercises
-        changes = [0, *((tags[1:] != tags[:-1]).nonzero()[:, 0] + 1).tolist(), len(tags)]
-        lines = []
-        for first, end in pairwise(changes):
-            tag, most = int(tags[first]), int(found[first:end].mode().values)
-            share = (found[first:end] == tag).float().mean().item()
-            lines.append(f"{first:>7,} to {end:>7,}  {names[tag]:<6}  {share:>6.1%} right, mostly tagged {names[most]}")
-        path = write_text(folder, "session.txt", "\n".join(lines) + "\n")
-        print(f"The steps of a held-out session (in {path}):\n\n" + "\n".join(lines) + "\n")
-
 
 def forward_only(state: Tensor) -> Tensor:
     """The state (layers*2, B, H) that the next piece begins with: the direction that reads backwards begins anew."""
@@ -227,8 +254,7 @@ def forward_only(state: Tensor) -> Tensor:
     return state
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return runner.main(Tagging, arguments)
+main = partial(command.main, Tagging)
 
 
 if __name__ == "__main__":

@@ -1,92 +1,72 @@
-"""The text that every machine has: the source of Python's own standard library, read on and on or line by line."""
+"""The text that every machine has: the source of Python's own standard library, as bytes or words, read on and on or
+line by line."""
 
-from __future__ import annotations
-
-import argparse
 import hashlib
 import os
-import sysconfig
-from dataclasses import dataclass
-from functools import partial
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from bench import UsageError
-from bench.train.held_out import held_out
-from bench.train.vocabulary import START
-from bench.train.workload import NO_TARGET
+from bench.train.batches import NO_TARGET, held_out
+from bench.train.progress import bar
+
+START = 0  # a NUL opens every file: Python source never contains one, so sampling can begin there
+UNKNOWN = "<unk>"  # stands for every word outside the vocabulary
+
+# Names, numbers, runs of spaces, and every other character alone: joined again they are the text.
+WORD = re.compile(r"[^\W\d]\w*|\d+| +|[^\w ]")
 
 # Other people's packages; tests (many systems leave them out, and the text should be the same with and
 # without); generated files (tables so alike that a held-out one is known from its neighbours, and the manual).
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Training and held-out text: 1-D uint8 tensors, whole files one after the other, each opened by START."""
-
-    train: Tensor
-    held_out: Tensor
-    train_files: tuple[str, ...]
-    held_out_files: tuple[str, ...]
-    fingerprint: str  # sha256 of both parts; a resumed run must read the very same bytes
-
-
-def standard_library() -> Path:
-    """The folder of the running Python's standard library, also from inside a virtual environment."""
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def source_folder(text: str) -> str:
-    """An argparse type: a folder, made absolute."""
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is no folder; allowed is any folder that holds .py files")
-    return str(Path(text).resolve())
-
-
-def source_files(folder: Path) -> list[str]:
-    """The name, relative to `folder`, of every .py file below, in the order of the names' hashes.
-
-    The order is arbitrary but the same everywhere, so every stretch of the text is a fair mix of it.
-    """
-    names = []
-    for root, folders, files in os.walk(folder, onerror=partial(unreadable, folder)):
-        folders[:] = [name for name in folders if name not in SKIPPED]
-        paths = [Path(root) / name for name in files if name.endswith(".py")]
-        names += [path.relative_to(folder).as_posix() for path in paths if path.is_file()]  # no pipe, no broken link
-    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-
-
-def unreadable(folder: Path, error: OSError) -> NoReturn:
-    raise UsageError(
-        f"--text {folder}: {error.filename} cannot be read ({error.strerror}); allowed is a folder of which every .py "
-        "file can be read: change its permissions, or name another"
-    ) from error
+class Corpus(NamedTuple):
+    texts: tuple[bytes, bytes]  # to train on, and held out: whole files one after the other, each opened by START
+    files: tuple[list[str], list[str]]
+    fingerprint: str  # sha256 of both texts; a resumed run must read the very same bytes
 
 
 def load_corpus(folder: Path) -> Corpus:
-    """Reads every source file below `folder`; a hash of its name alone decides on which side a file falls."""
-    texts = (bytearray(), bytearray())
-    names: tuple[list[str], list[str]] = ([], [])
-    for name in source_files(folder):
-        side = held_out(name)
-        names[side].append(name)
-        texts[side].append(START)
-        try:
+    """Reads every .py file below `folder`, in the order of the names' hashes: the same everywhere, and every stretch of
+    the text is a fair mix of it. A hash of its name decides on which side a file falls."""
+    texts = bytearray(), bytearray()
+    names: tuple[list[str], list[str]] = [], []
+    try:
+        for name in sorted(source_files(folder), key=lambda name: hashlib.sha256(name.encode()).digest()):
+            side = held_out(name)
+            names[side].append(name)
+            texts[side].append(START)
             texts[side].extend((folder / name).read_bytes())
-        except OSError as error:
-            unreadable(folder, error)
+    except OSError as error:
+        raise UsageError(
+            f"--text {folder}: {error.filename} cannot be read ({error.strerror}); allowed is a folder of which every "
+            ".py file can be read: change its permissions, or name another"
+        ) from error
     if not all(texts):
         raise UsageError(
             f"--text {folder}: {len(names[0])} training and {len(names[1])} held-out .py files found, at least one of "
             "each is needed; name a folder that holds more Python source"
         )
-    fingerprint = hashlib.sha256(texts[0] + texts[1]).hexdigest()
-    train, kept = (torch.frombuffer(text, dtype=torch.uint8) for text in texts)
-    return Corpus(train, kept, tuple(names[0]), tuple(names[1]), fingerprint)
+    return Corpus((bytes(texts[0]), bytes(texts[1])), names, hashlib.sha256(texts[0] + texts[1]).hexdigest())
+
+
+def source_files(folder: Path) -> Iterator[str]:
+    """The name, relative to `folder`, of every .py file below."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    for root, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if name not in SKIPPED]
+        paths = [Path(root) / name for name in files if name.endswith(".py")]
+        yield from (path.relative_to(folder).as_posix() for path in paths if path.is_file())  # no pipe, no broken link
 
 
 def window(text: Tensor, step: int, batch: int, sequence: int) -> tuple[Tensor, Tensor]:
@@ -129,3 +109,55 @@ class Lines:
         targets = tokens.masked_fill(positions >= lengths, NO_TARGET)
         inputs = torch.cat([torch.full_like(tokens[:1], START), tokens[:-1]]).masked_fill(positions >= lengths, START)
         return inputs, targets, lengths
+
+
+class Bytes:
+    """A token is one byte."""
+
+    name = "byte"
+    newline = ord("\n")
+
+    def __len__(self) -> int:
+        return 256
+
+    def encode(self, text: bytes) -> Tensor:
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+
+class Words:
+    """A token is one of the most frequent words of a text, START, or UNKNOWN.
+
+    Args:
+        text: of which the words are counted
+        size: of the vocabulary; it has fewer tokens where the text has fewer words
+    """
+
+    name = "word"
+
+    def __init__(self, text: bytes, size: int) -> None:
+        counts: Counter[str] = Counter()
+        for file in bar(text.split(b"\0"), "words"):
+            counts.update(WORD.findall(file.decode(errors="replace")))
+        counts["\n"] += 1  # --lines needs it
+        # Equal counts in the order of the alphabet: the same text gives the same numbers.
+        frequent = sorted(counts, key=lambda word: (word != "\n", -counts[word], word))
+        self.words = ["\0", UNKNOWN, *frequent[: size - 2]]
+        self.numbers = {word: number for number, word in enumerate(self.words)}
+        self.newline = self.numbers["\n"]
+        self.unknown = self.numbers[UNKNOWN]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: bytes) -> Tensor:
+        parts = []
+        for index, file in enumerate(bar(text.split(b"\0"), "words")):
+            words = ["\0"] * (index > 0) + WORD.findall(file.decode(errors="replace"))
+            parts.append(torch.tensor([self.numbers.get(word, self.unknown) for word in words], dtype=torch.int32))
+        return torch.cat(parts)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(self.words[token] for token in tokens)

@@ -1,33 +1,34 @@
-"""Sequence to sequence: numbers in digits become words, in several languages, character by character.
+"""Sequence to sequence: numbers in digits become words (of the package num2words), in several languages, character by
+character.
 
 An encoder reads the digits both ways, a decoder writes the words and attends to it (Luong et al. 2015, the score that
 they call general). `Translator` is the model; S source steps, T target steps, B rows, H hidden units.
 """
 
-from __future__ import annotations
-
+import hashlib
+import random
 import sys
-from argparse import Namespace
+from argparse import Namespace, _ArgumentGroup
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from bench import UsageError
-from bench.train import runner
-from bench.train.buckets import Buckets
-from bench.train.decoding import Hypothesis, beam_search, select_rows
-from bench.train.folder import write_text
+from bench.train import command
+from bench.train.batches import NO_TARGET, Buckets, held_out, summed_loss
+from bench.train.checkpoint import write_text
+from bench.train.decoding import Hypothesis, beam_search
 from bench.train.layers import recurrent, run_padded
-from bench.train.number_words import Pair, load_pairs
-from bench.train.options import OUT, Options, Settings, number, option
+from bench.train.options import Settings, number, option
 from bench.train.progress import bar
-from bench.train.workload import NO_TARGET, Metric, Piece, Workload
+from bench.train.workload import Piece, Workload
+from persistrnn.kernels.cells import CELLS
 
 END = 0  # the target's first input and its last token
 BEAM = 4  # hypotheses kept, of the measurement and by default
@@ -41,17 +42,12 @@ class TranslationSettings(Settings):
     steps: int = 3000
     learning_rate: float = 6e-3
     warmup: int = option(
-        None,
-        "steps over which the learning rate rises (default 100, or a tenth of --steps if that is less)",
-        type=number(int, 0),
-        metavar="N",
+        None, "steps over which the learning rate rises (default 100, at most a tenth of --steps)", type=number(int, 0)
     )
-    embedding: int = option(32, "width of a token's embedding", type=number(int, 1), metavar="N")
+    embedding: int = option(32, "width of a token's embedding", type=number(int, 1))
     languages: str = option("de,en,es,fr", "of the words, by num2words' names", metavar="NAME,NAME,...")
-    digits: int = option(6, "the most of a number", type=number(int, 1, 12), metavar="N")
-    pairs: int = option(
-        32_000, "numbers with their words, of which one in ten is held out", type=number(int, 2), metavar="N"
-    )
+    digits: int = option(6, "the most of a number", type=number(int, 1, 12))
+    pairs: int = option(32_000, "numbers with their words, of which one in ten is held out", type=number(int, 2))
 
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +61,59 @@ class TranslationSettings(Settings):
             )
 
 
+class Pair(NamedTuple):
+    language: str
+    number: int
+    words: str
+
+
+def load_pairs(languages: str, digits: int, count: int) -> tuple[list[Pair], list[Pair], str]:
+    """Up to `count` pairs: the same numbers of up to so many digits in each of the languages, num2words' names with
+    commas between them. A hash of the number decides on which side it falls, in all languages alike. Returns those to
+    train on, those held out and a sha256 of all."""
+    try:
+        from num2words import CONVERTER_CLASSES, num2words
+    except ImportError as error:
+        raise UsageError(
+            "num2words makes the words and is not installed: pip install 'persistrnn[translation]'"
+        ) from error
+    names = languages.split(",")
+    if not set(names) <= CONVERTER_CLASSES.keys():
+        raise UsageError(
+            f"--languages {languages} given: allowed are, with commas, {','.join(sorted(CONVERTER_CLASSES))}"
+        )
+    sides: tuple[list[Pair], list[Pair]] = ([], [])
+    for figure in bar(draw(digits, max(1, count // len(names))), "words of numbers"):
+        for name in names:
+            try:
+                words = str(num2words(figure, lang=name))
+            except (ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+                raise UsageError(
+                    f"num2words has no words for {figure} in {name!r} ({error!r}): leave it out of --languages, or "
+                    "lower --digits"
+                ) from error
+            sides[held_out(str(figure))].append(Pair(name, figure, words))
+    if not all(sides):
+        raise UsageError(
+            f"--pairs {count} of --digits {digits} in --languages {languages}: {len(sides[0])} to train on and "
+            f"{len(sides[1])} held out, at least one of each is needed; allowed is more --pairs and --digits"
+        )
+    return *sides, hashlib.sha256(repr(sides).encode()).hexdigest()
+
+
+def draw(digits: int, count: int) -> list[int]:
+    """`count` different numbers below 10**digits, always the same; all of them where there are no more. Numbers of few
+    digits are as frequent as those of many, as far as there are enough."""
+    if count >= 10**digits:
+        return list(range(10**digits))
+    source = random.Random(digits)
+    found: dict[int, None] = {}
+    while len(found) < count:
+        size = source.randint(1, digits)
+        found[source.randrange(10 ** (size - 1) if size > 1 else 0, 10**size)] = None
+    return list(found)
+
+
 class Translator(nn.Module):
     """Encoder, decoder and attention; the decoder begins with what the encoder has in the end."""
 
@@ -73,7 +122,7 @@ class Translator(nn.Module):
         hidden = settings.hidden
         self.source = nn.Embedding(sources, settings.embedding)
         self.encoder = recurrent(settings, backend, settings.embedding, bidirectional=True)
-        self.bridges = nn.ModuleList(nn.Linear(2 * hidden, hidden) for _ in range(2 if settings.cell == "lstm" else 1))
+        self.bridges = nn.ModuleList(nn.Linear(2 * hidden, hidden) for _ in range(CELLS[settings.cell].states))
         self.target = nn.Embedding(targets, settings.embedding)
         self.decoder = recurrent(settings, backend, settings.embedding)
         self.score = nn.Linear(2 * hidden, hidden, bias=False)
@@ -109,7 +158,7 @@ class Translation(Workload):
     name = "translation"
     description = "Trains a translator of numbers into words, with encoder, decoder and attention."
     settings_type = TranslationSettings
-    small = {"pairs": 200, "digits": 3, "hidden": 16}  # noqa: RUF012
+    using = "translate"
     loss_unit = "nats/char"
     unit = "characters"
 
@@ -118,55 +167,34 @@ class Translation(Workload):
     def __init__(self, settings: TranslationSettings) -> None:
         self.settings = settings
         self.data = f"the words of --languages {settings.languages}"
-        self.pairs = load_pairs(settings.languages, settings.digits, settings.pairs)
-        self.fingerprint = self.pairs.fingerprint
-        every = [*self.pairs.train, *self.pairs.held_out]
+        self.train, self.held_out, self.fingerprint = load_pairs(settings.languages, settings.digits, settings.pairs)
+        every = [*self.train, *self.held_out]
         names = [*"0123456789", *settings.languages.split(",")]
         self.source_numbers = {name: index for index, name in enumerate(names)}
         self.characters = ["", *sorted(set().union(*(pair.words for pair in every)))]
         self.target_numbers = {name: index for index, name in enumerate(self.characters)}
-        self.longest = max(len(pair.words) for pair in every) + 1
-        self.sequence = self.longest
-        lengths = torch.tensor([len(pair.words) for pair in self.pairs.train])
+        self.sequence = self.longest = max(len(pair.words) for pair in every) + 1
+        self.summary = f"{len(self.train):,} numbers with words to train on, {len(self.held_out):,} held out"
+        lengths = torch.tensor([len(pair.words) for pair in self.train])
         self.buckets = Buckets(lengths, settings.batch, settings.seed)
         self.metrics = (
-            Metric(f"of the held-out numbers exactly right, beam of {BEAM}", "higher"),
-            Metric("of them exactly right without a beam", "higher"),
-            Metric("nats per held-out character", "lower"),
+            f"of the held-out numbers exactly right, beam of {BEAM}",
+            "of them exactly right without a beam",
+            "nats per held-out character (lower is better)",
         )
 
     @classmethod
-    def add_options(cls, job: Options) -> None:
-        job.add_argument(
-            "--translate",
-            default=None,
-            metavar="'LANGUAGE NUMBER'",
-            help=f"do not train: say this number, by the model in {OUT}",
-        )
-        job.add_argument(
-            "--beam",
-            type=number(int, 1),
-            default=BEAM,
-            metavar="W",
-            help="hypotheses kept in translating; the quality is always that of the default (%(default)s)",
-        )
-
-    @classmethod
-    def model_option(cls, job: Namespace) -> str | None:
-        return None if job.translate is None else "--translate"
-
-    def describe(self) -> str:
-        return (
-            f"{len(self.pairs.train):,} numbers to train on, {len(self.pairs.held_out):,} held out, of up to "
-            f"{self.settings.digits} digits, with their words of up to {self.longest - 1} characters in "
-            f"{self.settings.languages}"
-        )
+    def add_options(cls, job: _ArgumentGroup) -> None:
+        say = "do not train: say this number, by the model in --output"
+        keep = "hypotheses kept in translating; the quality is always that of the default (%(default)s)"
+        job.add_argument("--translate", default=None, metavar="'LANGUAGE NUMBER'", help=say)
+        job.add_argument("--beam", type=number(int, 1), default=BEAM, metavar="W", help=keep)
 
     def model(self, backend: str) -> Translator:
         return Translator(self.settings, backend, len(self.source_numbers), len(self.characters))
 
     def pieces(self, step: int, rows: slice) -> list[Piece]:
-        pairs = [self.pairs.train[index] for index in self.buckets.batch(step)[rows].tolist()]
+        pairs = [self.train[index] for index in self.buckets.batch(step)[rows].tolist()]
         tensors = self.padded(pairs)
         return [Piece(tensors, int((tensors[-1] != NO_TARGET).sum()))]
 
@@ -181,13 +209,12 @@ class Translation(Workload):
     def loss(self, model: nn.Module, tensors: tuple[Tensor, ...], state: Any) -> tuple[Tensor, Any]:
         source, lengths, inputs, targets = tensors
         logits = model(source, lengths, inputs)
-        total = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
-        return total, None
+        return summed_loss(logits, targets), None
 
     def evaluate(self, model: nn.Module) -> list[float]:
         """Exact matches of whole words, with a beam and without, and the loss, on the first held-out pairs."""
         device = next(model.parameters()).device
-        pairs = self.pairs.held_out[:EVALUATED]
+        pairs = self.held_out[:EVALUATED]
         right, loss, count = [0, 0], 0.0, 0
         for first in bar(range(0, len(pairs), 100), "held-out numbers"):
             part = pairs[first : first + 100]
@@ -211,13 +238,13 @@ class Translation(Workload):
             return logits[0].float(), (after, state[1])
 
         start = torch.full((len(pairs),), END, device=device)
-        return beam_search(step, select_rows, begun, start, width=width, length=self.longest, stop=END)
+        return beam_search(step, begun, start, width=width, length=self.longest, stop=END)
 
     def text(self, hypothesis: Hypothesis) -> str:
         return "".join(self.characters[token] for token in hypothesis.tokens)
 
     def finish(self, model: nn.Module, job: Namespace, folder: Path) -> None:
-        pairs = self.pairs.held_out[-12:]
+        pairs = self.held_out[-12:]
         lines = []
         for pair, found in zip(pairs, self.translations(model, pairs, job.beam), strict=True):
             said = self.text(found[0])
@@ -231,14 +258,13 @@ class Translation(Workload):
         if language not in names or not (figures.isascii() and figures.isdigit() and len(figures) <= digits):
             raise UsageError(
                 f"--translate {job.translate!r} given: allowed is a language of {','.join(names)}, a space and a "
-                f"number of up to {digits} digits, which is what the model in {OUT} has learnt; 'de 42', say"
+                f"number of up to {digits} digits, which is what the model in --output has learnt; 'de 42', say"
             )
         for hypothesis in self.translations(model, [Pair(language, int(figures), "")], job.beam)[0]:
             print(f"{self.text(hypothesis)}   (log-probability {hypothesis.score:.2f})")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return runner.main(Translation, arguments)
+main = partial(command.main, Translation)
 
 
 if __name__ == "__main__":

@@ -1,96 +1,57 @@
-"""What a training program gives the runner: data, model, loss, quality and its finishing touches."""
+"""What a training program gives the loop: data, model, loss, quality and its finishing touches.
 
-from __future__ import annotations
+A program is a `Workload` and one line, `sys.exit(command.main(MyWorkload))`. Help for one: `options` (its settings),
+`layers` (recurrent layers by settings, padded rows), `batches` (of similar length), `decoding` (sampling, beam search).
+"""
 
 from abc import ABC, abstractmethod
-from argparse import Namespace
-from dataclasses import dataclass
+from argparse import Namespace, _ArgumentGroup
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from bench.train.options import Options, Settings
-
-NO_TARGET = -100  # what pads targets: cross_entropy leaves it out, and so does Piece.count
+from bench.train.options import Settings
 
 
-class Metric(NamedTuple):
-    """A measure of quality on held-out data. The first of a workload's metrics is the one that counts."""
-
-    name: str  # with its unit, as it reads after a number: "bits per byte", "exactly right (share of 1)"
-    better: Literal["lower", "higher"]
-
-
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """One process's part of a batch, or of a stretch of its time: what one call of `Workload.loss` gets."""
 
-    tensors: tuple[Tensor, ...]  # on the CPU; the runner moves them to the device
+    tensors: tuple[Tensor, ...]  # on the CPU; the loop moves them to the device
     count: int  # the terms that the loss sums: tokens, say
 
 
 class Workload(ABC):
-    """Everything about a training program that the runner (bench/train/runner.py) cannot know.
+    """Everything about a training program that the loop cannot know.
 
     Nothing in it changes while it trains: `pieces` follows from the settings and the number of the step alone. So a
     run that was killed, resumed by another process, takes the very same steps.
     """
 
-    name: ClassVar[str]  # of the module in bench/, and of the folder in runs/
-    command: ClassVar[str] = "python -m bench.{name} {options}"  # how a person runs it
+    name: ClassVar[str]  # of the module in bench/train, and of the folder in runs/
     description: ClassVar[str]  # one line for --help
-    settings_type: ClassVar[type[Settings]]  # this program's subclass of Settings
-
-    small: ClassVar[dict[str, int]] = {}  # settings of a moment's training: at most; --compare interpreted takes them
+    settings_type: ClassVar[type[Settings]]
+    using: ClassVar[str] = ""  # the option by which a command does not train but uses the model, see `use`: "generate"
 
     settings: Any  # of settings_type
-    metrics: tuple[Metric, ...]
+    metrics: tuple[str, ...]  # what `evaluate` returns, as it reads after a number; the first is the one that counts
     loss_unit: str = "nats"  # of the training loss as it is shown and kept
     loss_scale: float = 1.0  # from what `loss` returns to that unit: 1 / ln 2 makes bits of nats
     unit: str = "tokens"  # what `Piece.count` counts
     continues: bool = False  # whether a step's rows go on where the step before ended: then its last state is its first
     sequence: int  # T of a typical batch, for `persistrnn.explain`
     data: str  # names the data in messages, by the option that chooses it if there is one: "--text FOLDER"
+    summary: str  # of the data in a line, printed before training
     fingerprint: str  # sha256 of the data: a resumed run must train on the very same
 
     @abstractmethod
     def __init__(self, settings: Any) -> None:
-        """Keeps the settings (of settings_type) as self.settings and loads the data. Raises UsageError where they do
-        not fit."""
-
-    @classmethod
-    def add_options(cls, job: Options) -> None:
-        """Adds options that are not settings, as of the sample: they may differ at every call of the program.
-
-        Each needs a `default=` (the parser's own is argparse.SUPPRESS); `job.add_argument` as in argparse.
-        """
-        return None
-
-    @classmethod
-    def check_options(cls, job: Namespace) -> None:
-        """Raises UsageError where those options contradict each other."""
-        return None
-
-    @classmethod
-    def model_option(cls, job: Namespace) -> str | None:
-        """The option, if given, by which a command does not train but uses the model in --output: "--generate". None:
-        it trains. See `use`."""
-        return None
-
-    def use(self, model: nn.Module, job: Namespace) -> None:
-        """What the command does instead of training (generate, translate, ...): prints it. `model` has the checkpoint's
-        weights, is in eval mode, within no_grad and autocast."""
-        raise NotImplementedError
-
-    def describe(self) -> str:
-        """The data in a line or two, printed before training."""
-        return self.data
+        """Loads the data. Raises UsageError where the settings do not fit."""
 
     @abstractmethod
     def model(self, backend: str) -> nn.Module:
-        """A new model on the CPU, its recurrent layers made by `bench.train.layers.recurrent` with this backend. Its
-        parameters' names and shapes do not depend on the backend; weights are drawn from torch's generator."""
+        """A new model on the CPU, its recurrent layers made by `layers.recurrent` with this backend. Its parameters'
+        names and shapes do not depend on the backend; weights are drawn from torch's generator."""
 
     @abstractmethod
     def pieces(self, step: int, rows: slice) -> list[Piece]:
@@ -112,10 +73,24 @@ class Workload(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> list[float]:
-        """Each of `metrics` on the held-out data, with a progress bar (`bench.train.progress.bar`) if it may take over
-        a second. `model` as in `use`; its device is that of its parameters."""
+        """Each of `metrics` on the held-out data. `model` is in eval mode, within no_grad and autocast."""
+
+    # The rest is optional; `model` as in `evaluate`, and `job` has the options that are no settings.
 
     def finish(self, model: nn.Module, job: Namespace, folder: Path) -> None:
-        """Finishing touches after the training, as a sample: prints them, writes them into `folder`. Not called
-        by --compare. `model` as in `use`."""
+        """Finishing touches after a training, as a sample: prints them, writes them into `folder`."""
+        return None
+
+    def use(self, model: nn.Module, job: Namespace) -> None:
+        """What the command does instead of training (generate, translate, ...): prints it."""
+        raise NotImplementedError
+
+    @classmethod
+    def add_options(cls, job: _ArgumentGroup) -> None:
+        """Adds options that are no settings, each with a `default=`: they may differ at every call of the program."""
+        return None
+
+    @classmethod
+    def check_options(cls, job: Namespace) -> None:
+        """Raises UsageError where those options contradict each other."""
         return None

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
@@ -69,28 +69,6 @@ def kill_at_random(module: str, arguments: list[str], whole: Path, killed: Path,
     assert said["kills"] >= least, f"seed {seed}"
 
 
-class Replaced(BaseException):
-    """Of os.execve: the command and the environment that would have become this process."""
-
-
-def compare_interpreted(main: Callable[[list[str]], int], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """`--compare interpreted` of a training program, in a test marked `interpreter`: the command that would replace
-    the process runs in this one, which has interpreted kernels already. Returns its status."""
-
-    def execve(program: str, command: list[str], environment: dict[str, str]) -> NoReturn:
-        raise Replaced(program, command, environment)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "execve", execve)
-        patch.delenv("TRITON_INTERPRET")
-        with pytest.raises(Replaced) as replaced:
-            main([*arguments, "--compare=interpreted"])
-    program, command, environment = replaced.value.args
-    assert command[:3] == [program, "-m", main.__module__]
-    assert environment == dict(os.environ)  # TRITON_INTERPRET is back
-    return main(command[3:])
-
-
 # What torchrun does for two processes, but it loads torch once for all that it is given.
 TWO = """
 import importlib, json, os, socket, sys
@@ -125,6 +103,15 @@ def two_processes(module: str, *jobs: list[str], path: Path = ROOT) -> str:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("are the statuses") == len(jobs), done.stderr
     return done.stdout
+
+
+def refused(main: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message with which a training program turns a command down."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
 
 
 def python_source(folder: Path) -> Path:

@@ -8,17 +8,16 @@ from typing import Any
 import num2words
 import pytest
 import torch
-from killed_runs import assert_same, kill_at_random, saved
+from killed_runs import assert_same, kill_at_random, refused, saved
 from torch import nn
 
 from bench import UsageError
-from bench.train import number_words, translation
-from bench.train.number_words import Pair, draw, load_pairs
-from bench.train.training import Run
-from bench.train.translation import END, Translation, TranslationSettings
-from bench.train.workload import NO_TARGET
+from bench.train import translation
+from bench.train.batches import NO_TARGET
+from bench.train.loop import Run
+from bench.train.translation import END, Pair, Translation, TranslationSettings, draw, load_pairs
 
-SMALL = ["--hidden=12", "--embedding=6", "--batch=4", "--pairs=120", "--digits=2", "--languages=en,de", "--steps=10"]
+SMALL = ["--hidden=12", "--embedding=6", "--batch=4", "--pairs=120", "--digits=2", "--languages=en,de", "--steps=6"]
 SMALL += ["--device=cpu"]
 
 
@@ -34,38 +33,28 @@ def small(tmp_path: Path) -> list[str]:
     return [*SMALL, "--output", str(tmp_path / "run")]
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The message with which a command is turned down."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        translation.main(arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
-
-
 class TestPairs:
     def test_the_words_are_those_of_the_language(self) -> None:
-        pairs = load_pairs("en,fr_BE", 3, 300)
-        assert Pair("en", 42, "forty-two") in pairs.train + pairs.held_out
-        for pair in (*pairs.train, *pairs.held_out):
+        train, held_out, _ = load_pairs("en,fr_BE", 3, 300)
+        assert Pair("en", 42, "forty-two") in train + held_out
+        for pair in train + held_out:
             assert pair.words == num2words.num2words(pair.number, lang=pair.language)
 
     def test_a_held_out_number_is_so_in_every_language(self) -> None:
-        pairs = load_pairs("en,de,es", 4, 900)
-        sides = [{pair.number for pair in side} for side in (pairs.train, pairs.held_out)]
-        assert not sides[0] & sides[1]
-        assert len(pairs.train) + len(pairs.held_out) == 900 == len({*pairs.train, *pairs.held_out})
-        assert 0.05 < len(pairs.held_out) / 900 < 0.15
+        train, held_out, _ = load_pairs("en,de,es", 4, 900)
+        assert not {pair.number for pair in train} & {pair.number for pair in held_out}
+        assert len(train + held_out) == 900 == len({*train, *held_out})
+        assert 0.05 < len(held_out) / 900 < 0.15
 
     def test_they_are_always_the_same(self) -> None:
         one, other = load_pairs("en,de", 5, 200), load_pairs("en,de", 5, 200)
         assert one == other
-        assert load_pairs("en,nl", 5, 200).fingerprint != one.fingerprint
+        assert load_pairs("en,nl", 5, 200)[-1] != one[-1]
 
     def test_other_words_change_the_fingerprint(self, monkeypatch: pytest.MonkeyPatch) -> None:
         one = load_pairs("en", 2, 100)
         monkeypatch.setattr(num2words, "num2words", lambda number, lang: "seven" if number == 7 else str(number))
-        assert load_pairs("en", 2, 100).fingerprint != one.fingerprint
+        assert load_pairs("en", 2, 100)[-1] != one[-1]
 
     def test_few_digits_are_as_frequent_as_many(self) -> None:
         assert sorted(draw(2, 100)) == sorted(draw(2, 1000)) == list(range(100))
@@ -75,17 +64,10 @@ class TestPairs:
         assert sizes[:2] == [10, 90]
         assert all(300 < size < 1000 for size in sizes[2:])
 
-    @pytest.mark.parametrize(
-        ("languages", "message"),
-        [
-            ("en,xx", r"--languages en,xx given, of which 'xx' is none: allowed are different ones of .*,de,en,"),
-            ("en,en", r"--languages en,en given, of which one is there twice: allowed are different ones of"),
-            ("", r"--languages  given, of which '' is none"),
-        ],
-    )
-    def test_unknown_languages(self, languages: str, message: str) -> None:
-        with pytest.raises(UsageError, match=message):
-            load_pairs(languages, 2, 100)
+    def test_unknown_languages(self) -> None:
+        for languages in ("en,xx", ""):
+            with pytest.raises(UsageError, match=f"--languages {languages} given: allowed are, with commas, .*,de,en,"):
+                load_pairs(languages, 2, 100)
 
     def test_a_number_without_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def overflow(number: int, lang: str) -> str:
@@ -116,7 +98,7 @@ class TestModel:
         assert source.shape == (lengths.max(), 8)
         assert inputs.shape == targets.shape
         assert piece.count == (targets != NO_TARGET).sum()
-        known = {(pair.language, str(pair.number)): pair.words for pair in run.workload.pairs.train}
+        known = {(pair.language, str(pair.number)): pair.words for pair in run.workload.train}
         names = list(run.workload.source_numbers)
         for row, length in enumerate(lengths.tolist()):
             language, *digits = (names[token] for token in source[:length, row])
@@ -158,18 +140,9 @@ class TestModel:
                 changed[step] = 9 - changed[step] if step else 1
                 assert (run.model(changed, lengths, inputs) - before)[0].abs().max() > 1e-5
 
-    def test_torch_nn_trains_alike_from_the_same_weights(self, run: Run) -> None:
-        theirs = Run(Translation(settings(cell=run.settings.cell, layers=2, backend="torch.nn")))
-        assert type(theirs.model.encoder) is type(theirs.model.decoder) is getattr(nn, run.settings.cell.upper())
-        assert_same(run.model.state_dict(), theirs.model.state_dict())
-        for each in (run, theirs):
-            for _ in range(4):
-                each.train_step()
-        assert run.losses == pytest.approx(theirs.losses, rel=1e-5)
-
     def test_it_learns(self) -> None:
         """The numbers below a hundred in one language, half of which have one word or a rule."""
-        run = Run(Translation(settings(hidden=48, languages="en", pairs=100, batch=30, steps=300, learning_rate=0.02)))
+        run = Run(Translation(settings(hidden=48, languages="en", pairs=100, batch=30, steps=200, learning_rate=0.02)))
         before = run.evaluate()
         assert before[:2] == [0, 0]
         while not run.finished:
@@ -179,7 +152,7 @@ class TestModel:
         assert exact >= 0.5
         assert greedy >= 0.5
         with run.using() as model:
-            train = run.workload.pairs.train
+            train = run.workload.train
             found = [run.workload.text(best[0]) for best in run.workload.translations(model, train, 1)]
         assert sum(pair.words == text for pair, text in zip(train, found, strict=True)) > 0.95 * len(train)
 
@@ -188,7 +161,7 @@ class TestEvaluation:
     def test_exact_matches_are_counted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """With translations that are known: half of them are right with the beam, four of five without."""
         run = Run(Translation(settings(digits=3, pairs=600)))
-        held_out = run.workload.pairs.held_out
+        held_out = run.workload.held_out
         right = {4: 0, 1: 0}
 
         def translations(model: nn.Module, pairs: list[Pair], width: int) -> list[list[Any]]:
@@ -221,7 +194,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path: Path) -> N
     arguments = [*SMALL, "--layers=2", "--dropout=0.2"]
     kill_at_random("bench.train.translation", arguments, tmp_path / "whole", tmp_path / "killed")
     one, other = saved(tmp_path / "whole"), saved(tmp_path / "killed")
-    assert len(one["losses"]) == 10
+    assert len(one["losses"]) == 6
     assert one["quality"] is not None
     assert_same(one, other)
     texts = [(tmp_path / name / "translations.txt").read_text() for name in ("whole", "killed")]
@@ -238,33 +211,24 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ("--languages de,klingon", r"--languages de,klingon given, of which 'klingon' is none: allowed are"),
             ("--digits 13", r"--digits: '13' given, allowed is a whole number from 1 to 12"),
-            ("--digits 0", r"--digits: '0' given, allowed is a whole number from 1"),
-            ("--pairs 1", r"--pairs: '1' given, allowed is a whole number from 2"),
-            ("--pairs 2", r"--pairs 2 of --digits 2.*allowed is more --pairs"),
-            ("--beam 0", r"--beam: '0' given, allowed is a whole number from 1"),
             ("--beam 2 --compare torch", r"--beam given with --compare.*leave one of them out"),
-            ("--embedding -3", r"--embedding: '-3' given, allowed is a whole number from 1"),
             ("--truncate 8", r"--truncate 8 given: .*allowed is --truncate 0"),
-            ("--cell rnn", r"--cell.*'rnn'.*lstm.*gru"),
-            ("--translate", r"--translate: expected one argument"),
-            ("--translate=de --resume", r"--translate given with --resume.*leave one of them out"),
             ("--translate=de", r"--translate given, but .*run holds no checkpoint: train first, or name --output"),
         ],
     )
     def test_errors_at_the_door(
         self, small: list[str], capsys: pytest.CaptureFixture[str], arguments: str, message: str
     ) -> None:
-        assert re.search(message, refused([*small, *arguments.split()], capsys), re.DOTALL)
+        assert re.search(message, refused(translation.main, [*small, *arguments.split()], capsys), re.DOTALL)
 
     def test_from_training_to_a_translation(
         self, small: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
         assert translation.main(small) == 0
         output, errors = capsys.readouterr()
-        assert "numbers to train on" in output
-        assert re.search(r"10/10 .*nats/char, [\d,]+ characters/s", errors)
+        assert re.search(r"\d+ numbers with words to train on, \d+ held out", output)
+        assert re.search(r"6/6 .*nats/char, [\d,]+ characters/s", errors)
         assert re.search(r"0\.\d{4} of the held-out numbers exactly right, beam of 4", output)
         shown = (tmp_path / "run" / "translations.txt").read_text()
         assert shown in output
@@ -279,19 +243,21 @@ class TestCommand:
         assert translation.main([*out, "--translate", "de 42", "--beam", "2"]) == 0
         assert len(capsys.readouterr().out.splitlines()) == 2
         for wrong in ("fr 42", "de", "de 123", "de -1", "42", "de ٣"):
-            message = " ".join(refused([*out, "--translate", wrong], capsys).split())
+            message = refused(translation.main, [*out, "--translate", wrong], capsys)
             assert f"--translate {wrong!r} given: allowed is a language of en,de, a space and a number of" in message
 
     def test_both_arms(self, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert translation.main([*small, "--compare", "torch"]) == 0
         shown = capsys.readouterr().out
-        assert re.search(r"exactly right, beam of 4 \(higher is better\) +0\.\d{4} +0\.\d{4}", shown)
-        assert re.search(r"characters/s \(CPU\) +[\d,]+ +[\d,]+", shown)
+        assert re.search(r"exactly right, beam of 4 +0\.\d{4} +0\.\d{4}", shown)
+        assert re.search(r"characters/s \(cpu\) +[\d,]+ +[\d,]+", shown)
         assert float(re.search(r"largest difference (\S+) nats", shown)[1]) < 1e-5  # type: ignore[index]
 
     def test_changed_words_are_noticed(
         self, small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert translation.main(small) == 0
-        monkeypatch.setattr(number_words, "speaker", lambda languages: lambda number, name: f"{name}{number}")
-        assert "--languages en,de has changed since the checkpoint" in refused([*small, "--resume"], capsys)
+        monkeypatch.setattr(num2words, "num2words", lambda number, lang: f"{lang}{number}")
+        assert "--languages en,de has changed since the checkpoint" in refused(
+            translation.main, [*small, "--resume"], capsys
+        )
