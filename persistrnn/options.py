@@ -41,7 +41,7 @@ def check_options(options: Options) -> None:
     check_flag("batch_first", options.batch_first)
     check_flag("bidirectional", options.bidirectional)
     check_flag("training", options.training)
-    _check_count("num_layers", options.num_layers)
+    check_count("num_layers", options.num_layers)
     dropout = options.dropout
     is_number = type(dropout) is float or (isinstance(dropout, numbers.Real) and not isinstance(dropout, bool))
     if not is_number or not 0 <= dropout <= 1:
@@ -57,8 +57,8 @@ def check_options(options: Options) -> None:
 
 
 def check_sizes(input_size: object, hidden_size: object, proj_size: object) -> None:
-    _check_count("input_size", input_size)
-    hidden = _check_count("hidden_size", hidden_size)
+    check_count("input_size", input_size)
+    hidden = check_count("hidden_size", hidden_size)
     if not isinstance(proj_size, int) or isinstance(proj_size, bool):
         raise TypeError(f"proj_size should be of type int, got: {described(proj_size)}")
     if not 0 <= proj_size < hidden:
@@ -73,7 +73,7 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} should be of type bool, got: {described(value)}; give True or False")
 
 
-def _check_count(name: str, value: object) -> int:
+def check_count(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} should be of type int, got: {described(value)}")
     if value <= 0:

@@ -7,10 +7,11 @@ import itertools
 
 import pytest
 import torch
+from asked import asked
 from torch import nn
 
 import persistrnn
-from persistrnn import autograd, functional, ops, reference
+from persistrnn import autograd, decide, functional, reference
 from persistrnn.options import Options
 
 pytestmark = pytest.mark.torch_path
@@ -41,11 +42,11 @@ def kernels(monkeypatch):
         calls.append({"cell": cell, "dtype": x_gates.dtype, "precision": precision, "shape": x_gates.shape})
         return reference.recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0, marks, reset)
 
-    def unsupported(cell, hidden_size, batch, directions, dtype, device, precision):
-        return None if batch > 0 else "there is no plan for an empty batch."
+    def unsupported(call):
+        return None if call.batch > 0 else "there is no plan for an empty batch."
 
     monkeypatch.setattr(autograd, "recurrent", recurrent)
-    monkeypatch.setattr(ops, "unsupported", unsupported)
+    monkeypatch.setattr(decide, "unsupported", unsupported)
     return calls
 
 
@@ -215,24 +216,16 @@ def test_auto_runs_cpu_tensors_on_torch_path_even_where_kernels_could(kernels):
 
 
 def test_auto_follows_the_kernels_on_a_gpu(monkeypatch):
-    asked = []
-
-    def unsupported(*args):
-        asked.append(args)
-        return "H=7 is too odd." if args[1] == 7 else None
-
-    monkeypatch.setattr(ops, "unsupported", unsupported)
-    monkeypatch.setattr(ops, "slower", lambda *args: None)
-    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(decide, "unsupported", lambda call: "H=7 is odd." if call.hidden_size == 7 else None)
+    monkeypatch.setattr(decide, "slower", lambda call: None)
     for backend in ("auto", "persistent"):
-        assert functional.obstacle(backend, "gru", 8, 2, 1, torch.float16, gpu) is None
-        assert functional.obstacle(backend, "gru", 7, 2, 1, torch.float16, gpu) == "H=7 is too odd."
-    assert asked[0] == ("gru", 8, 2, 1, torch.float16, gpu, functional.precision())
-    assert functional.obstacle("torch", "gru", 8, 2, 1, torch.float16, gpu) is not None
+        assert decide.obstacle(asked("gru", 8, device="cuda", backend=backend)) is None
+        assert decide.obstacle(asked("gru", 7, device="cuda", backend=backend)) == "H=7 is odd."
+    assert decide.obstacle(asked("gru", 8, device="cuda", backend="torch")) is not None
 
 
 def test_persistent_says_why_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(ops, "unsupported", lambda *args: "there is no GPU; move the tensors to one.")
+    monkeypatch.setattr(decide, "unsupported", lambda call: "there is no GPU; move the tensors to one.")
     layer, x, _ = make("gru")
     with pytest.raises(RuntimeError, match=r'backend="persistent".*there is no GPU; move the tensors to one'):
         path_of(layer, x, "persistent")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import persistrnn
-from persistrnn import autograd, ops, reference
+from persistrnn import autograd, decide, reference
 
 pytestmark = pytest.mark.torch_path
 
@@ -302,7 +302,7 @@ def test_flatten_parameters_changes_nothing(cell):
 
 
 def test_last_path_tells_what_ran(monkeypatch):
-    monkeypatch.setattr(ops, "unsupported", lambda *args: None)
+    monkeypatch.setattr(decide, "unsupported", lambda call: None)
     monkeypatch.setattr(autograd, "recurrent", lambda *args, **_: reference.recurrent(*args))
     layer = persistrnn.LSTM(INPUT, HIDDEN, 2, backend="persistent")
     assert layer.last_path is None
@@ -323,16 +323,16 @@ def test_last_path_tells_what_ran(monkeypatch):
 
 @pytest.fixture
 def planned(monkeypatch):
-    """ops that support everything but H=7, with a plan to print. Yields what describe was asked."""
-    asked = []
+    """Kernels that support everything but H=7, with a plan to print. Yields the calls whose plan was printed."""
+    calls = []
 
-    def describe(*args):
-        asked.append(args)
+    def plan(decision):
+        calls.append(decision.call)
         return "8 slices\n16 rows"
 
-    monkeypatch.setattr(ops, "describe", describe)
-    monkeypatch.setattr(ops, "unsupported", lambda *args: "H=7 is odd." if args[1] == 7 else None)
-    return asked
+    monkeypatch.setattr(decide.Decision, "plan", property(plan))
+    monkeypatch.setattr(decide, "unsupported", lambda call: "H=7 is odd." if call.hidden_size == 7 else None)
+    return calls
 
 
 def test_explain_prints_the_plan(planned):
@@ -344,7 +344,7 @@ def test_explain_prints_the_plan(planned):
     kept_line = f'save="gates": {kept} bytes per step and row are kept; {most * 3 * 70:,} bytes at most in training, '
     kept_line += "without the input and the gradients of input and output (predicted)"
     assert lines[1:] == ["path: persistent", "8 slices", "16 rows", kept_line]
-    assert planned[0][:5] == ("gru", HIDDEN, 3, 2, torch.bfloat16)
+    assert (planned[0].cell, planned[0].batch, planned[0].dtype) == ("gru", 3, torch.bfloat16)
     assert layer.last_path is None
 
 
@@ -352,7 +352,7 @@ def test_explain_reads_autocast(planned):
     layer = persistrnn.LSTM(INPUT, HIDDEN, backend="persistent")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert "bfloat16 on cpu" in persistrnn.explain(layer, 1, 1)
-    assert planned[0][4] is torch.bfloat16
+    assert planned[0].dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -384,10 +384,10 @@ def test_explain_agrees_with_the_call(planned, backend):
     ("arguments", "exception", "message"),
     [
         ((nn.LSTM(2, 3), 1, 1), TypeError, "persistrnn.LSTM or persistrnn.GRU, got LSTM"),
-        ((persistrnn.GRU(2, 3), 0, 1), ValueError, "batch is at least 1, got 0"),
-        ((persistrnn.GRU(2, 3), 1, -2), ValueError, "steps is at least 1, got -2"),
-        ((persistrnn.GRU(2, 3), 1.0, 1), TypeError, "batch is an int, got float"),
-        ((persistrnn.GRU(2, 3), 1, True), TypeError, "steps is an int, got bool"),
+        ((persistrnn.GRU(2, 3), 0, 1), ValueError, "batch must be greater than zero, got 0"),
+        ((persistrnn.GRU(2, 3), 1, -2), ValueError, "steps must be greater than zero, got -2"),
+        ((persistrnn.GRU(2, 3), 1.0, 1), TypeError, "batch should be of type int, got: float"),
+        ((persistrnn.GRU(2, 3), 1, True), TypeError, "steps should be of type int, got: bool"),
     ],
 )
 def test_explain_refuses(arguments, exception, message):
