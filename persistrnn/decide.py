@@ -26,9 +26,6 @@ from persistrnn.kernels.planner.plan import Plan, PlanError, plan_layer
 
 MODES = memory.MODES
 
-# A compiled graph holds for every B and T: it is decided for some that most have. What fits with 16 rows fits with any.
-ROWS, MANY_ROWS, STEPS = 16, 128, 64
-
 
 class Call(NamedTuple):
     """What is asked of a stack of layers.
@@ -121,7 +118,8 @@ def expects_backward(tensors: Sequence[Tensor | None]) -> bool:
 
 def inside_torch_func() -> bool:
     """Whether the tensors are wrapped ones of torch.func, which do not tell whether they require a gradient."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    # Of the ways to ask, dynamo gives the right answer to this one (seen: 2.13).
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
 
 
 def decide(call: Call) -> Decision:
@@ -148,9 +146,15 @@ def obstacle(call: Call) -> str | None:
         return 'backend="torch" asks for torch\'s own kernels.'
     if call.backend == "auto" and call.device.type == "cpu":
         return 'backend="auto" runs CPU tensors on torch\'s own kernels; move the tensors to a GPU.'
-    # An empty batch takes the path of a batch of one.
-    batch, steps = (ROWS, STEPS) if torch.compiler.is_compiling() else (call.batch or 1, call.steps)
-    return _obstacle(*call._replace(batch=batch, steps=steps))
+    # A compiled graph holds for every B and T: it is decided for some that most have. What fits with 16 rows fits with
+    # any. An empty batch takes the path of a batch of one.
+    batch, steps = (16, 64) if torch.compiler.is_compiling() else (call.batch or 1, call.steps)
+    return _obstacle(*_without_symbols(call, batch, steps))
+
+
+def _without_symbols(call: Call, batch: int, steps: int) -> Call:
+    """What an answer may depend on that is a constant of a graph."""
+    return call._replace(batch=batch, steps=steps, dropout=1.0 if call.dropout > 0 else 0.0)
 
 
 @tracing.constant
@@ -265,8 +269,8 @@ def runs_as_pipeline(call: Call) -> bool:
     if not may_be_pipeline(call):
         return False
     compiling = torch.compiler.is_compiling()
-    sizes = ((ROWS, STEPS), (MANY_ROWS, STEPS)) if compiling else ((call.batch, call.steps),)
-    return all(_pipeline_wins(*call._replace(batch=batch, steps=steps)) for batch, steps in sizes)
+    sizes = ((16, 64), (128, 64)) if compiling else ((call.batch, call.steps),)
+    return all(_pipeline_wins(*_without_symbols(call, *size)) for size in sizes)
 
 
 @tracing.constant

@@ -105,7 +105,7 @@ def lstm(
         TypeError: something that is not a tensor in the place of one
     """
     options = Options(
-        num_layers, bias, dropout, training, bidirectional, batch_first, backend, cell_dtype, save, save_budget
+        num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training
     )
     check_options(options)
     found = run("lstm", input, weights, hx, options, Given(lengths, mask, resets, reset_state), return_cell_states)
@@ -151,9 +151,7 @@ def gru(
 
     All other arguments, dtypes and errors are those of `lstm`.
     """
-    options = Options(
-        num_layers, bias, dropout, training, bidirectional, batch_first, backend, save=save, save_budget=save_budget
-    )
+    options = Options(num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training)
     check_options(options)
     found = run("gru", input, weights, hx, options, Given(lengths, mask, resets, reset_state))
     return found.output, found.states[0]
@@ -237,7 +235,7 @@ def asked(
         options.backend, options.save, options.save_budget, options.cell_dtype, options.active_dropout,
         lengths=given.lengths is not None,
         marks=given.mask is not None or given.resets is not None,
-        return_c=return_c,
+        return_c=bool(return_c),  # read, so that dynamo makes a constant of it
     )  # fmt: skip
 
 

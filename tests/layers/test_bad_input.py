@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import persistrnn
-from persistrnn import ops, segments
+from persistrnn import decide, segments
 
 PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
 STEPS, BATCH, INPUT, HIDDEN = 5, 3, 4, 6
@@ -88,9 +88,9 @@ def test_constructor_refuses_an_unknown_backend():
         ({"save": None}, ValueError, "got None"),
         ({"save": "auto"}, ValueError, "goes with save_budget.* got save='auto' and save_budget=None"),
         ({"save": "state", "save_budget": 10}, ValueError, "got save='state' and save_budget=10"),
-        ({"save": "auto", "save_budget": 0}, ValueError, "positive number of bytes, got 0"),
-        ({"save": "auto", "save_budget": 1e9}, TypeError, "an int, got float"),
-        ({"save": "auto", "save_budget": True}, TypeError, "an int, got bool"),
+        ({"save": "auto", "save_budget": 0}, ValueError, "save_budget must be greater than zero, got 0"),
+        ({"save": "auto", "save_budget": 1e9}, TypeError, "save_budget should be of type int, got: float"),
+        ({"save": "auto", "save_budget": True}, TypeError, "save_budget should be of type int, got: bool"),
     ],
 )
 def test_save_is_a_mode_or_auto_with_a_budget(cell, options, error, message):
@@ -187,7 +187,7 @@ def test_call_refuses_other_types(cell, input, hx, message):
 
 
 def test_persistent_says_why_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(ops, "unsupported", lambda *args: "the tensors are on cpu; move them to a GPU.")
+    monkeypatch.setattr(decide, "unsupported", lambda call: "the tensors are on cpu; move them to a GPU.")
     with pytest.raises(RuntimeError, match="the tensors are on cpu; move them to a GPU"):
         persistrnn.GRU(INPUT, HIDDEN, backend="persistent")(X)
 
