@@ -74,6 +74,7 @@ def test_inside_torch_func(compiled):
     assert through(lambda x: vjp(answer, x)[0])(x).tolist() == [2, 2, 2]
     assert through(lambda x: vjp(without, x)[0])(x).tolist() == [1, 1, 1]
     assert through(lambda x: vmap(grad(answer))(x))(x).tolist() == [2, 2, 2]
+    assert through(lambda x: vmap(answer)(x))(torch.ones(3, requires_grad=True)).tolist() == [2, 2, 2]
     with torch.no_grad():
         assert through(lambda x: vmap(answer)(x))(x).tolist() == [1, 1, 1]
 
