@@ -174,13 +174,6 @@ def test_packed_sequences(cell, ordered, with_state):
     assert ours.last_path == "torch"
 
 
-@pytest.mark.parametrize("cell", PAIRS)
-def test_empty_batch(cell):
-    ours, theirs = make_pair(cell, num_layers=2)
-    x = torch.randn(STEPS, 0, INPUT)
-    assert_same_bits(ours(x), theirs(x))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cell", PAIRS)
 def test_other_dtypes(cell, dtype):
@@ -255,29 +248,6 @@ def test_functional_call_differentiates_the_given_weights(cell):
     for name, parameter in other.named_parameters():
         torch.testing.assert_close(weights[name].grad, parameter.grad)
     assert all(p.grad is None for p in layer.parameters())
-
-
-@pytest.mark.parametrize("cell", PAIRS)
-def test_weight_norm_trains(cell):
-    torch.manual_seed(0)
-    layer = PAIRS[cell][0](INPUT, HIDDEN)
-    x = torch.randn(STEPS, BATCH, INPUT)
-    expected = layer(x)
-    nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
-    torch.testing.assert_close(layer(x), expected)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
-    losses, before = [], layer.weight_hh_l0.detach().clone()
-    for _ in range(10):
-        loss = (layer(x)[0] - 0.25).square().mean()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    names = [name for name, _ in layer.named_parameters()]
-    assert {"parametrizations.weight_hh_l0.original0", "parametrizations.weight_hh_l0.original1"} <= set(names)
-    assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
-    assert losses == sorted(losses, reverse=True)
-    assert not torch.equal(layer.weight_hh_l0, before)
 
 
 @pytest.mark.parametrize("cell", PAIRS)
