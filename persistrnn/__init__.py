@@ -6,14 +6,27 @@ raises if a kernel's bounded wait ran out, `replace` swaps torch.nn's layers in 
 `Streaming` carries a layer's state from call to call, `profile` measures where training's time and memory go.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from persistrnn import functional
 from persistrnn.explain import explain
 from persistrnn.modules import GRU, LSTM
 from persistrnn.ops import check
-from persistrnn.profiling.run import profile
 from persistrnn.replacement import replace
 from persistrnn.streaming import Streaming
+
+if TYPE_CHECKING:
+    from persistrnn.profiling.run import profile
 
 __version__ = "0.1.0"
 
 __all__ = ["GRU", "LSTM", "Streaming", "__version__", "check", "explain", "functional", "profile", "replace"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "profile":  # imported when it is asked for: training needs none of it
+        from persistrnn.profiling.run import profile
+
+        globals()[name] = profile
+        return profile
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from persistrnn import double_backward, ops
+from persistrnn.decide import expects_backward
 from persistrnn.double_backward import NOTHING, Gradients, Kept
 from persistrnn.kernels.cells import CELLS
 from persistrnn.mapping import mapped
@@ -62,7 +63,7 @@ def recurrent(
     """
     reset_h, reset_c = (*reset, None, None)[:2]
     tensors = (x_gates, weight_hh, bias_hh, h0, c0, marks, reset_h, reset_c)
-    y, h_n, c_n, c, *_ = _Scan.apply(cell, precision, saves(tensors), return_c, cell_dtype, *tensors)
+    y, h_n, c_n, c, *_ = _Scan.apply(cell, precision, expects_backward(tensors), return_c, cell_dtype, *tensors)
     return y, h_n, c_n if CELLS[cell].states > 1 else None, c if return_c else None
 
 
@@ -97,20 +98,13 @@ def wave(
         with ``return_c``, else None. Differentiable in every floating argument, through every output (``second``).
 
     Raises:
-        ValueError: the stack does not fit the device (``ops.waves`` says so beforehand).
+        ValueError: the stack does not fit the device (``decide.pipeline_of`` says so beforehand).
         RuntimeError: an earlier launch gave up waiting (see ``ops.check``).
     """
     reset_h, reset_c = (*reset, None, None)[:2]
     tensors = (x_gates, weight_hh, bias_hh, weight_ih, bias_ih, h0, c0, marks, reset_h, reset_c)
-    y, h_n, c_n, c, *_ = _Wave.apply(cell, precision, saves(tensors), return_c, cell_dtype, *tensors)
+    y, h_n, c_n, c, *_ = _Wave.apply(cell, precision, expects_backward(tensors), return_c, cell_dtype, *tensors)
     return y, h_n, c_n if CELLS[cell].states > 1 else None, c if return_c else None
-
-
-def saves(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a backward may come. Under torch.func the wrapped tensors do not tell whether a gradient is asked for."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _Scan(Function):

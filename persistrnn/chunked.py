@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from persistrnn import autograd, chunks, segments
 from persistrnn.chunks import by_layer, cut, gates_of, layers_of
+from persistrnn.decide import expects_backward, inside_torch_func
 from persistrnn.kernels.cells import CELLS
 from persistrnn.mapping import each_sample, mapped
 
@@ -56,7 +57,7 @@ def recurrent(
     """
     reset_h, reset_c = (*reset, None, None)[:2]
     tensors = x, h0, c0, marks, reset_h, reset_c
-    keeps = autograd.saves((*tensors, *weights))
+    keeps = expects_backward((*tensors, *weights))
     how = cell, save, precision, chunk, cell_dtype, keeps, return_c
     if keeps or not torch.compiler.is_compiling():
         y, h_n, c_n, c, *_ = _Chunked.apply(*how, *tensors, *weights)
@@ -80,7 +81,7 @@ def again_in_chunks(recurrence: Callable[..., Any], chunk: int) -> Callable[...,
         reset: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         # Compiled, it does so as a whole; torch.func has no hooks for what is saved.
-        at_once = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        at_once = torch.compiler.is_compiling() or inside_torch_func()
         if at_once or not torch.is_grad_enabled():
             found: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
             found = recurrence(cell, x_gates, weight_hh, bias_hh, h0, c0, marks, reset)

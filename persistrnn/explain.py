@@ -1,11 +1,9 @@
 """Which path a call would take, with which plan, and why; in words and without running it."""
 
-import torch
-
-from persistrnn import functional, ops, stack, validate
+from persistrnn import decide, functional, validate
+from persistrnn.decide import Call, Decision, expects_backward
 from persistrnn.modules import GRU, LSTM
-from persistrnn.options import Options, check_options, check_save, check_sizes
-from persistrnn.validate import Stack
+from persistrnn.options import check_count, check_options, check_save, check_sizes
 
 
 def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
@@ -19,7 +17,7 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
     Returns:
         A few lines: the call, the path ("persistent" or "torch", or that the call would raise), the plan of the
         kernels or the reason why they do not run, and then the path ("persistent" or "stepwise") of calls that
-        torch's own kernels cannot run. Settings that a call would read (autocast,
+        torch's own kernels cannot run. Settings that a call would read (autocast, grad mode,
         `torch.backends.cudnn.rnn.fp32_precision`) are read now.
 
     Raises:
@@ -29,81 +27,59 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
     """
     if not isinstance(layer, (LSTM, GRU)):
         raise TypeError(f"layer is a persistrnn.LSTM or persistrnn.GRU, got {type(layer).__name__}")
-    for name, value in (("batch", batch), ("steps", steps)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} is an int, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name} is at least 1, got {value}")
-
+    check_count("batch", batch)
+    check_count("steps", steps)
     options, own = layer.options, (layer.input_size, layer.hidden_size, layer.proj_size)
     check_options(options)
     check_sizes(*own)
     weights = [weight for weights in layer.all_weights for weight in weights]
-    validate.check_attributes(validate.read_weights(layer.mode.lower(), weights, options), *own)
+    stack = validate.read_weights(layer.mode.lower(), weights, options)
+    validate.check_attributes(stack, *own)
     check_save(options.save, options.save_budget, layer.proj_size)
 
-    weight = weights[0]
-    dtype, device = functional.compute_dtype(weight, weight), weight.device
-    directions = 2 if layer.bidirectional else 1
-    cell, precision = layer.mode.lower(), functional.precision()
-    sizes = (layer.hidden_size, batch, directions)
-    options = _resolved(layer, batch, steps, dtype)
-    together = layer.num_layers if stack.may_wave(options, dtype, layer.proj_size, precision) else 1
-    reason = functional.obstacle(layer.backend, cell, *sizes, dtype, device, False, together, steps)
-    shape_of_stack, where = (cell, layer.hidden_size, layer.num_layers, batch), (dtype, device, precision)
-    grad = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
-    lines = [f"{layer}, batch {batch}, steps {steps}, {str(dtype).removeprefix('torch.')} on {device}"]
-    shape = (cell, layer.hidden_size, batch, directions, dtype, device, precision)
+    dtype = functional.compute_dtype(weights[0], weights[0])
+    where = dtype, weights[0].device, expects_backward(weights)
+    found = decide.decide(functional.asked(stack, options, batch, steps, *where))
+    call, reason = found.call, found.reason
+    lines = [f"{layer}, batch {batch}, steps {steps}, {str(dtype).removeprefix('torch.')} on {call.device}"]
     if reason is None:
-        lines += ["path: persistent", ops.describe(*shape)]
-        if together > 1 and ops.waves(*shape_of_stack, steps, *where, grad):
-            lines[-1] = ops.describe_wave(*shape_of_stack, *where)
-    elif layer.backend == "persistent":
+        lines += ["path: persistent", str(found.plan)]
+    elif call.backend == "persistent":
         lines += ['path: none, the call would raise, because backend="persistent"', f"why: {reason}"]
     else:
         lines += ["path: torch (cuDNN, oneDNN or ATen, as torch.nn would run it)", f"why: {reason}"]
-    lines.append(_kept(layer, options, batch, steps, dtype, on_kernels=reason is None))
-    if reason is not None and layer.backend != "persistent":
-        with_cuts = functional.obstacle(layer.backend, cell, *sizes, dtype, device, True)
-        path = "stepwise, a loop over torch's operations" if with_cuts is not None else "persistent"
-        packs = device.type == "cpu" and with_cuts is not None  # lengths run as a PackedSequence
+    lines.append(_kept(found, layer.dropout))
+    if reason is not None and call.backend != "persistent":
+        loop = decide.decide(call._replace(marks=True)).path == "stepwise"
+        path = "stepwise, a loop over torch's operations" if loop else "persistent"
+        packs = call._replace(lengths=True).packs
         lines.append(f"with {'' if packs else 'lengths, '}mask, resets or cell states: {path}")
-    if device.type == "cuda" and functional.obstacle("persistent", cell, *sizes, dtype, device) is None:
-        lines.append(ops.expected(*shape))
+    if call.device.type == "cuda" and decide.unsupported(call) is None:
+        lines += [_expected(call, backward) for backward in (False, True)]
     return "\n".join(lines)
 
 
-def _stack(layer: LSTM | GRU) -> Stack:
-    sizes = layer.input_size, layer.hidden_size, layer.proj_size
-    return Stack(layer.mode.lower(), layer.num_layers, layer.options.directions, layer.bias, *sizes)
+def _expected(call: Call, backward: bool) -> str:
+    found, what = decide.compare(call, backward), "forward and backward" if backward else "forward"
+    how = "corrected by measurements" if found.measured else "predicted"
+    return (
+        f"{what}: {found.persistent:.2f} us per time step on the kernels, {found.torch:.2f} on torch's own path ({how})"
+    )
 
 
-def _resolved(layer: LSTM | GRU, batch: int, steps: int, dtype: torch.dtype) -> Options:
-    """How a training call runs, save="auto" decided."""
-    options, device = layer.options._replace(training=True), layer.all_weights[0][0].device
-    save = functional.save_mode(_stack(layer), options, dtype, device, batch, steps)
-    return layer.options._replace(save=save)
-
-
-def _kept(layer: LSTM | GRU, options: Options, batch: int, steps: int, dtype: torch.dtype, on_kernels: bool) -> str:
+def _kept(found: Decision, dropout: float) -> str:
     """What a training call keeps for its backward."""
-    cell, save, device = layer.mode.lower(), options.save, layer.all_weights[0][0].device
-    training = options._replace(training=True)
-    need = functional.needed_bytes(_stack(layer), save, training, dtype, device, batch, steps)
+    call = found.call._replace(dropout=dropout)
+    need = decide.needed_bytes(call, call.save)
     most = f"{need:,.0f} bytes at most in training, without the input and the gradients of input and output (predicted)"
-    sizes = layer.hidden_size, batch, options.directions, dtype.itemsize, steps
-    chunk = ops.chunk_steps(save, cell, *sizes, on_kernels or device.type != "cpu")
-    if on_kernels:
-        of = ops.layers(
-            cell, layer.input_size, layer.hidden_size, layer.num_layers, options.directions, dtype, layer.cell_dtype,
-            layer.dropout > 0,
-        )  # fmt: skip
-        kept = f"{ops.kept_bytes(save, of, chunk):,.0f} bytes per step and row are kept"
-        cut = "" if save == "gates" and steps <= chunk else f", in chunks of {min(chunk, steps):,} steps"
-        return f'save="{save}": {kept}{cut}; {most}'
-    if save == "gates":
-        told = 'save="gates": torch\'s path keeps what it needs'
+    if found.path == "persistent":
+        chunk = found.chunk or decide.chunk_steps(call, call.save, True)
+        kept = f"{decide.kept_bytes(call, chunk):,.0f} bytes per step and row are kept"
+        cut = f", in chunks of {min(chunk, call.steps):,} steps" if found.chunk else ""
+        return f'save="{call.save}": {kept}{cut}; {most}'
+    told = f'save="{call.save}": torch\'s path keeps '
+    if call.save == "gates":
+        told += "what it needs"
     else:
-        told = f'save="{save}": torch\'s path keeps its state every {chunk:,} steps'
-        told += ", and runs the forward again between them"
-    return f"{told}; {most}" if device.type == "cpu" else told
+        told += f"its state every {found.chunk:,} steps, and runs the forward again between them"
+    return f"{told}; {most}" if call.device.type == "cpu" else told

@@ -1,9 +1,8 @@
-"""LSTM and GRU as functions: the choice of a path, and what goes in and out of it.
+"""LSTM and GRU as functions: what goes in and out of the path that is decided on.
 
 Letters: T steps, B batch, I input, H hidden, P projection, D directions, L layers.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from persistrnn import ops, torch_path, validate
 from persistrnn import stack as stacks
+from persistrnn import torch_path, validate
+from persistrnn.decide import Call, Decision, decide, expects_backward
 from persistrnn.options import Backend, Options, Save, check_flag, check_options, check_save
 from persistrnn.tracing import outside_of_graphs
-from persistrnn.validate import Batch, Given, Stack
+from persistrnn.validate import Batch, Cuts, Given, Stack
 
 NOTHING = Given()
 
@@ -63,7 +63,7 @@ def lstm(
         bidirectional: whether D is 2
         batch_first: whether input and output are [B, T, features]; the states never are
         backend: "auto": the persistent kernels on a GPU that can run them and where they are expected to be
-            faster (with gradients enabled: forward and backward together), else torch's own (cuDNN, oneDNN,
+            faster (forward and backward together where a backward may come), else torch's own (cuDNN, oneDNN,
             ATen); "persistent": the kernels or an error; "torch": torch's own. What torch's own cannot do (resets,
             every c, and lengths but for those of CPU tensors, which it runs as a PackedSequence) is a loop over torch's
             operations there, step by step.
@@ -105,7 +105,7 @@ def lstm(
         TypeError: something that is not a tensor in the place of one
     """
     options = Options(
-        num_layers, bias, dropout, training, bidirectional, batch_first, backend, cell_dtype, save, save_budget
+        num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training
     )
     check_options(options)
     found = run("lstm", input, weights, hx, options, Given(lengths, mask, resets, reset_state), return_cell_states)
@@ -151,9 +151,7 @@ def gru(
 
     All other arguments, dtypes and errors are those of `lstm`.
     """
-    options = Options(
-        num_layers, bias, dropout, training, bidirectional, batch_first, backend, save=save, save_budget=save_budget
-    )
+    options = Options(num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training)
     check_options(options)
     found = run("gru", input, weights, hx, options, Given(lengths, mask, resets, reset_state))
     return found.output, found.states[0]
@@ -178,7 +176,7 @@ def run(
     return_c: bool = False,
     sizes: tuple[int, int, int] | None = None,
 ) -> Found:
-    """Validate, choose a path and run it: "persistent", "torch", or "stepwise", a loop over torch's operations.
+    """Validate, decide and run.
 
     options: checked before. sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be.
     """
@@ -191,138 +189,125 @@ def run(
     check_save(options.save, options.save_budget, stack.proj_size)
     states = validate.read_states(stack, hx, batch)
     cuts = validate.read_cuts(stack, batch, hx is None, given)
-    if packed is not None and packed.sorted_indices is not None and hx is not None:
-        states = [s.index_select(1, packed.sorted_indices) for s in states]
+    if packed is not None and hx is not None:
+        states = _rows(states, packed.sorted_indices)
 
-    dtype = compute_dtype(data, weights[0])
-    if options.save == "auto":
-        keeps = torch_path.asks_for_gradients([data, *weights, *states, *cuts.reset])
-        save = save_mode(stack, options, dtype, data.device, batch.rows or 1, batch.steps, keeps)
-        options = options._replace(save=save, save_budget=None)
-    # an empty batch takes the path of a batch of one
-    of_layer = (stack.hidden_size, batch.rows or 1, stack.directions)
-    several = options.num_layers > 1 and stacks.may_wave(options, dtype, stack.proj_size, precision())
-    together = options.num_layers if several else 1
-    loops = given.any or return_c
-    reason = obstacle(options.backend, cell, *of_layer, dtype, data.device, loops, together, batch.steps)
-    if reason is not None and options.backend == "persistent":
-        raise RuntimeError(f'backend="persistent" cannot run this call: {reason}')
-    if reason is not None and given.lengths is not None and _packs(given, return_c, batch, options):
-        return _by_packing(cell, batch, weights, states, given.lengths, cuts.active, options)
-    if reason is None or loops:
-        path = "stepwise" if reason is not None else "persistent"
-        x = batch.time_major(data)
-        if packed is not None:
-            x, row_lengths = outside_of_graphs(_pad, data, packed.batch_sizes, batch.steps)
-            cuts = cuts._replace(active=_active_rows(packed, data.device))
-        dtypes = [dtype] * len(states)
-        if path == "stepwise":  # which has torch.nn's; the kernels have autocast's, as torch.nn on a GPU
-            dtypes = torch_path.output_dtypes(cell, data, states, torch_path.autocast_dtype(data))[1:]
-        initial, anew = (
-            [s.to(d).contiguous() for s, d in zip(given_states, dtypes, strict=False)]
-            for given_states in (states, cuts.reset)
-        )
-        cuts = cuts._replace(reset=anew)
-        tensors = [w.to(dtype) for w in weights], initial
-        products = precision() if reason is None else None
-        found = stacks.run(stack, x.to(dtype).contiguous(), *tensors, cuts, options, products, return_c)
-        outputs, states = [found.y] if found.c is None else [found.y, found.c], found.finals
-        if packed is not None:
-            outputs = [outside_of_graphs(_pack, t, row_lengths) for t in outputs]
-        outputs = [batch.time_major(t) for t in outputs]
-    else:
-        path = "torch"
+    backward = expects_backward([data, *weights, *states, *cuts.reset])
+    sizes_of_call = batch.rows, batch.steps, compute_dtype(data, weights[0]), data.device
+    decision = decide(asked(stack, options, *sizes_of_call, backward, given, return_c))
+    if decision.reason is not None and options.backend == "persistent":
+        raise RuntimeError(f'backend="persistent" cannot run this call: {decision.reason}')
+    c: Any = None
+    if decision.path == "torch" and given.lengths is not None:
+        assert cuts.active is not None
+        output, *states = _by_packing(decision, options, batch, weights, states, given.lengths, cuts.active)
+    elif decision.path == "torch":
         batch_sizes = None if packed is None else packed.batch_sizes
-        how = options.bias, options.num_layers, options.dropout, options.training, options.bidirectional
-        given_to = cell, data, batch_sizes, states, weights, *how, batch.batch_first
-        if options.save == "gates":
-            output, *states = torch_path.stack(*given_to)
-        else:
-            launches = data.device.type != "cpu"
-            chunk = ops.chunk_steps(options.save, cell, *of_layer, dtype.itemsize, batch.steps, launches)
-            output, *states = torch_path.stack_in_chunks(*given_to, chunk)
-        outputs = [output]
+        how = options._replace(batch_first=batch.batch_first)
+        output, *states = _on_torch(decision, how, data, batch_sizes, states, weights)
+    else:
+        output, c, states = _on_kernels_or_steps(decision, batch, weights, states, cuts)
 
-    formed: list[Any] = outputs
+    formed: list[Any] = [output] if c is None else [output, c]
     if packed is not None:
-        if packed.unsorted_indices is not None:
-            states = [s.index_select(1, packed.unsorted_indices) for s in states]
-        indices = (packed.sorted_indices, packed.unsorted_indices)
-        formed = [PackedSequence(t, packed.batch_sizes, *indices) for t in outputs]
+        states = _rows(states, packed.unsorted_indices)
+        formed = [PackedSequence(t, packed.batch_sizes, *packed[2:]) for t in formed]
     elif batch.unbatched:
-        formed, states = [t.squeeze(1) for t in outputs], [s.squeeze(1) for s in states]
+        formed, states = [t.squeeze(1) for t in formed], [s.squeeze(1) for s in states]
     output, c = (*formed, None)[:2]
-    return Found(output, states, c, path)
+    return Found(output, states, c, decision.path)
 
 
-def _packs(given: Given, return_c: bool, batch: Batch, options: Options) -> bool:
-    """Whether rows with lengths run as a PackedSequence on torch's own kernels: where the host knows the lengths."""
-    only_lengths = given.resets is None and not return_c and batch.rows > 0
-    chunks = options.save != "gates" and options.bidirectional  # which torch's path cannot cut out of packed rows
-    traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    return only_lengths and batch.data.device.type == "cpu" and not chunks and not traced
+def asked(
+    stack: Stack,
+    options: Options,
+    batch: int,
+    steps: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backward: bool,
+    given: Given = NOTHING,
+    return_c: bool = False,
+) -> Call:
+    """The call, as `decide` takes it."""
+    return Call(
+        *stack, batch, steps, dtype, device, precision(), backward,
+        options.backend, options.save, options.save_budget, options.cell_dtype, options.active_dropout,
+        lengths=given.lengths is not None,
+        marks=given.mask is not None or given.resets is not None,
+        return_c=bool(return_c),  # read, so that dynamo makes a constant of it
+    )  # fmt: skip
+
+
+def _on_kernels_or_steps(
+    decision: Decision, batch: Batch, weights: Sequence[Tensor], states: list[Tensor], cuts: Cuts
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """(output, every c or None, final states)."""
+    call, data, packed = decision.call, batch.data, batch.packed
+    x = batch.time_major(data)
+    if packed is not None:
+        x, row_lengths = outside_of_graphs(_pad, data, packed.batch_sizes, batch.steps)
+        cuts = cuts._replace(active=_active_rows(packed, data.device))
+    dtypes = [call.dtype] * len(states)
+    if decision.path == "stepwise":  # which has torch.nn's; the kernels have autocast's, as torch.nn on a GPU
+        dtypes = torch_path.output_dtypes(call.cell, data, states, torch_path.autocast_dtype(data))[1:]
+    initial, anew = (
+        [s.to(d).contiguous() for s, d in zip(given_states, dtypes, strict=False)]
+        for given_states in (states, cuts.reset)
+    )
+    tensors = x.to(call.dtype).contiguous(), [w.to(call.dtype) for w in weights], initial
+    found = stacks.run(decision, *tensors, cuts._replace(reset=anew))
+    outputs = [found.y] if found.c is None else [found.y, found.c]
+    if packed is not None:
+        outputs = [outside_of_graphs(_pack, t, row_lengths) for t in outputs]
+    y, c = (*(batch.time_major(t) for t in outputs), None)[:2]
+    assert y is not None
+    return y, c, found.finals
+
+
+def _on_torch(
+    decision: Decision,
+    options: Options,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+) -> list[Tensor]:
+    """[output, *states], on torch's own kernels."""
+    how = options.bias, options.num_layers, options.dropout, options.training, options.bidirectional
+    given_to = decision.call.cell, input, batch_sizes, states, weights, *how, options.batch_first
+    if decision.chunk:
+        return torch_path.stack_in_chunks(*given_to, decision.chunk)
+    return torch_path.stack(*given_to)
 
 
 def _by_packing(
-    cell: str,
+    decision: Decision,
+    options: Options,
     batch: Batch,
     weights: Sequence[Tensor],
     states: list[Tensor],
     lengths: Any,
-    active: Tensor | None,
-    options: Options,
-) -> Found:
-    """Rows with lengths on torch's own kernels."""
+    active: Tensor,
+) -> list[Tensor]:
+    """The same for rows with lengths."""
     x, some = batch.time_major(batch.data), lengths > 0
     initial = states
     if not some.all():  # a packed row has a step at least: of one without, no NaN may reach the weights' gradient
         x, *initial = (torch.where(some.unsqueeze(-1), t, 0.0) for t in (x, *states))
     packed = pack_padded_sequence(x, lengths.clamp(min=1), enforce_sorted=False)
-    hx = initial[0] if cell == "gru" else tuple(initial)
-    found = run(cell, packed, weights, hx, options._replace(batch_first=False))
-    y = pad_packed_sequence(found.output, total_length=batch.steps)[0]
-    assert active is not None
+    initial = _rows(initial, packed.sorted_indices)
+    how = options._replace(batch_first=False)
+    data, *finals = _on_torch(decision, how, packed.data, packed.batch_sizes, initial, weights)
+    y = pad_packed_sequence(PackedSequence(data, *packed[1:]), total_length=batch.steps)[0]
     y = torch.where(active.unsqueeze(-1), y, 0.0)
-    finals = [
-        torch.where(some.unsqueeze(-1), new, old.to(new.dtype)) for new, old in zip(found.states, states, strict=True)
-    ]
-    return Found(batch.time_major(y), finals, None, found.path)
+    finals = _rows(finals, packed.unsorted_indices)
+    finals = [torch.where(some.unsqueeze(-1), new, old.to(new.dtype)) for new, old in zip(finals, states, strict=True)]
+    return [batch.time_major(y), *finals]
 
 
-def save_mode(
-    stack: Stack,
-    options: Options,
-    dtype: torch.dtype,
-    device: torch.device,
-    batch: int,
-    steps: int,
-    keeps: bool = True,
-) -> str:
-    """What of a call is kept for its backward: "gates", "state" or "checkpoint"."""
-    if options.save != "auto":
-        return options.save
-    assert options.save_budget is not None
-    needs = {mode: needed_bytes(stack, mode, options, dtype, device, batch, steps) for mode in ops.MODES}
-    for mode, need in needs.items():
-        if need <= options.save_budget:
-            return mode
-    least, smallest = min((need, mode) for mode, need in needs.items())
-    if not keeps:
-        return smallest
-    raise RuntimeError(
-        f"save_budget={options.save_budget} bytes do not hold what {steps} steps of {batch} rows need at least, "
-        f"{math.ceil(least)} bytes with save='{smallest}'; raise the budget, or cut the sequence and carry the state"
-    )
-
-
-def needed_bytes(
-    stack: Stack, save: str, options: Options, dtype: torch.dtype, device: torch.device, batch: int, steps: int
-) -> float:
-    """``ops.needed_bytes`` of a call; of torch's path on a GPU, which nobody knows, that of the kernels."""
-    sizes = stack.input_size, stack.hidden_size, stack.num_layers, stack.directions
-    of = ops.layers(stack.cell, *sizes, dtype, options.cell_dtype, options.active_dropout > 0)
-    on_kernels = options.backend == "persistent" or device.type != "cpu"
-    return ops.needed_bytes(save, of, batch, steps, dtype, on_kernels)
+def _rows(states: list[Tensor], indices: Tensor | None) -> list[Tensor]:
+    return states if indices is None else [s.index_select(1, indices) for s in states]
 
 
 # Compiled, the graph breaks at both, as it does in torch.nn; on fake tensors they would fail.
@@ -341,35 +326,6 @@ def _active_rows(packed: PackedSequence, device: torch.device) -> Tensor:
     """Bool [T, B]: a PackedSequence has its first rows longest."""
     rows = torch.arange(int(packed.batch_sizes[0]))
     return (rows < packed.batch_sizes.unsqueeze(1)).to(device, non_blocking=True)
-
-
-def obstacle(
-    backend: str,
-    cell: str,
-    hidden_size: int,
-    batch: int,
-    directions: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    loops: bool = False,
-    layers: int = 1,
-    steps: int = 1,
-) -> str | None:
-    """What keeps a call from the persistent kernels, as one sentence; None: they run it.
-
-    All layers of a stack have the same H, so that the answer holds for the whole call: no stack is run in
-    part by one path and in part by the other. loops: torch's own kernels cannot do it, and what is left is a loop.
-    layers, steps: of a stack that may run in one launch, else 1.
-    """
-    if backend == "torch":
-        return 'backend="torch" asks for torch\'s own kernels.'
-    if backend == "auto" and device.type == "cpu":
-        return 'backend="auto" runs CPU tensors on torch\'s own kernels; move the tensors to a GPU.'
-    reason = ops.unsupported(cell, hidden_size, batch, directions, dtype, device, precision())
-    if reason is None and backend == "auto" and not loops:
-        sizes = hidden_size, batch, directions
-        return ops.slower(cell, *sizes, dtype, device, precision(), torch.is_grad_enabled(), layers, steps)
-    return reason
 
 
 def precision() -> str:

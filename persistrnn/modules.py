@@ -51,48 +51,22 @@ class _Recurrent(nn.Module):
     last_path: str | None
 
     def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int,
-        bias: bool,
-        batch_first: bool,
-        dropout: float,
-        bidirectional: bool,
-        proj_size: int,
-        device: Any,
-        dtype: Any,
-        backend: Backend,
-        cell_dtype: torch.dtype | None,
-        save: Save,
-        save_budget: int | None,
+        self, input_size: int, hidden_size: int, proj_size: int, options: Options, device: Any, dtype: Any
     ) -> None:
         super().__init__()
-        options = Options(
-            num_layers, bias, dropout, self.training, bidirectional, batch_first, backend, cell_dtype, save, save_budget
-        )
         check_options(options)
         check_sizes(input_size, hidden_size, proj_size)
-        check_save(save, save_budget, proj_size)
+        check_save(options.save, options.save_budget, proj_size)
+        num_layers, bias, dropout = options.num_layers, options.bias, float(options.dropout)
         if dropout > 0 and num_layers == 1:
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
-                f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
+                f"num_layers greater than 1, but got dropout={options.dropout} and num_layers={num_layers}",
                 stacklevel=3,
             )
-
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.bias = bias
-        self.batch_first = batch_first
-        self.dropout = float(dropout)
-        self.bidirectional = bidirectional
-        self.proj_size = proj_size
-        self.backend = backend
-        self.cell_dtype = cell_dtype
-        self.save = save
-        self.save_budget = save_budget
+        self.input_size, self.hidden_size, self.proj_size = input_size, hidden_size, proj_size
+        for name, value in options._replace(dropout=dropout)._asdict().items():
+            setattr(self, name, value)
         self.last_path = None
 
         rows = CELLS[self.mode.lower()].gates * hidden_size
@@ -214,20 +188,8 @@ class _Recurrent(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
-        defaults = {
-            "proj_size": 0,
-            "num_layers": 1,
-            "bias": True,
-            "batch_first": False,
-            "dropout": 0,
-            "bidirectional": False,
-            "backend": "auto",
-            "cell_dtype": None,
-            "save": "gates",
-            "save_budget": None,
-        }
-        for name, default in defaults.items():
-            if (value := getattr(self, name)) != default:
+        for name, default in {"proj_size": 0, **Options._field_defaults}.items():
+            if name != "training" and (value := getattr(self, name)) != default:
                 text += f", {name}={value}"
         return text
 
@@ -235,8 +197,8 @@ class _Recurrent(nn.Module):
     def options(self) -> Options:
         """How a call runs now."""
         return Options(
-            self.num_layers, self.bias, self.dropout, self.training, self.bidirectional, self.batch_first, self.backend,
-            self.cell_dtype, self.save, self.save_budget,
+            self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.backend,
+            self.cell_dtype, self.save, self.save_budget, self.training,
         )  # fmt: skip
 
     def _run(
@@ -344,22 +306,10 @@ class LSTM(_Recurrent):
         save: Save = "gates",
         save_budget: int | None = None,
     ) -> None:
-        super().__init__(
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            device,
-            dtype,
-            backend,
-            cell_dtype,
-            save,
-            save_budget,
+        options = Options(
+            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training=True
         )
+        super().__init__(input_size, hidden_size, proj_size, options, device, dtype)
 
     def forward(
         self,
@@ -425,22 +375,10 @@ class GRU(_Recurrent):
             raise ValueError(
                 f"proj_size argument is only supported for LSTM, not for GRU, got {proj_size}; leave it out"
             )
-        super().__init__(
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            0,
-            device,
-            dtype,
-            backend,
-            None,
-            save,
-            save_budget,
+        options = Options(
+            num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training=True
         )
+        super().__init__(input_size, hidden_size, 0, options, device, dtype)
 
     def forward(
         self,

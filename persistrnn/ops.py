@@ -1,5 +1,5 @@
-"""The kernels as ``torch.library`` operators, without autograd (``autograd`` has that), and what there is to ask about
-them before a call. The only importer of the kernels.
+"""The kernels as ``torch.library`` operators, without autograd (``autograd`` has that). Each imports the kernels, and
+Triton with them, when it first runs.
 
 ``persistrnn::scan_forward`` and ``scan_backward`` run one layer, ``persistrnn::wave_forward`` and ``wave_backward`` a
 stack in one launch.
@@ -7,75 +7,15 @@ stack in one launch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import segments, tracing
+from . import segments
 from .kernels.cells import CELLS
 from .kernels.planner import memory
-
-try:
-    from .kernels import launch, wave
-    from .kernels.inspect import outlook, reasons
-
-    MISSING = None
-except ImportError as error:
-    if error.name is None or error.name.split(".")[0] != "triton":
-        raise
-    MISSING = "Triton cannot be imported here; install triton >= 3.6 (Linux)"
-
-MODES = memory.MODES
-
-
-def layers(
-    cell: str,
-    input_size: int,
-    hidden_size: int,
-    num_layers: int,
-    directions: int,
-    dtype: torch.dtype,
-    cell_dtype: torch.dtype | None,
-    dropout: bool,
-) -> memory.Layers:
-    """A stack as ``memory`` asks for it."""
-    itemsizes = dtype.itemsize, (cell_dtype or dtype).itemsize
-    between = num_layers > 1 and (directions > 1 or dropout)
-    return memory.Layers(CELLS[cell], input_size, hidden_size, num_layers, directions, *itemsizes, between)
-
-
-def kept_bytes(save: str, of: memory.Layers, chunk: int) -> float:
-    """Bytes per step and row that the kernels keep for the backward: predicted."""
-    return memory.kept(save, of, chunk)
-
-
-def needed_bytes(save: str, of: memory.Layers, batch: int, steps: int, dtype: torch.dtype, on_kernels: bool) -> float:
-    """Predicted bytes of a training step at its highest point, without the input, the weights, and the gradients of the
-    input and the output: on the kernels, or on torch's own path on a CPU."""
-    sizes = of.hidden, batch, of.directions, of.itemsize, steps
-    chunk = chunk_steps(save, of.cell.name, *sizes, on_kernels)
-    if on_kernels:
-        return memory.needed(save, of, batch, steps, chunk)
-    mkldnn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    onednn = of.cell.name == "lstm" and mkldnn and dtype in (torch.float32, torch.bfloat16)
-    return memory.torch_peak(save, of, batch, steps, chunk, onednn, False) - steps * batch * of.y
-
-
-def chunk_steps(
-    save: str,
-    cell: str,
-    hidden_size: int,
-    batch: int,
-    directions: int,
-    itemsize: int,
-    steps: int,
-    launches: bool,
-) -> int:
-    """Steps of the chunks of time that a call of so many steps runs in; a rule that holds for every T and B of a graph.
-    launches: whether a chunk costs launches on a GPU."""
-    sizes = hidden_size, batch, directions, itemsize, steps
-    return memory.chunk_steps(save, CELLS[cell].gates, *sizes, launches, torch.sym_max, torch.sym_min)
 
 
 def scan_chunk(
@@ -93,6 +33,8 @@ def scan_chunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward of one layer over one chunk of time, with c in float32: what ``scan_forward`` gives, for use inside
     an operator. states: (h,) or (h, c), of which c may be float32; saved: where to put what the backward needs."""
+    from .kernels import launch
+
     c = states[1] if len(states) > 1 else None
     given = x_gates, weight_hh, bias_hh, states[0], c
     return launch.forward(CELLS[cell], *given, precision, save, keep, torch.float32, marks, reset, saved)
@@ -112,6 +54,8 @@ def scan_chunk_backward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Its backward: dx_gates, dr_gates (the same tensor where they do not differ), and the gradients of the states
     before it and, with ``resets``, of the reset states, in the dtype of ``d_final`` [D, B, H]."""
+    from .kernels import launch
+
     finals = [d.transpose(0, 1).contiguous() for d in d_final]
     given = [d.contiguous() for d in d_outputs], finals, weight_hh, y, c, saved, precision, marks, resets
     dx_gates, dr_gates, d_edges = launch.backward(CELLS[cell], *given)
@@ -120,6 +64,8 @@ def scan_chunk_backward(
 
 def with_edges(inner: Tensor, initial: Tensor, reset: Tensor | None) -> Tensor:
     """[T + 2, B, D, H] as a scan leaves it, from the states of all steps [T, B, D, H] and those at the edges."""
+    from .kernels import launch
+
     states = inner.new_empty(inner.shape[0] + 2, *inner.shape[1:])
     states[1:-1].copy_(inner)
     launch.edges(states, initial, reset)
@@ -128,105 +74,9 @@ def with_edges(inner: Tensor, initial: Tensor, reset: Tensor | None) -> Tensor:
 
 def gates_again(cell: str, x_gates: Tensor, r_gates: Tensor, bias_hh: Tensor) -> Tensor:
     """What ``scan_forward`` saves, from both halves of the gates: shapes are those of ``kernels.launch.recompute``."""
+    from .kernels import launch
+
     return launch.recompute(CELLS[cell], x_gates, r_gates, bias_hh)
-
-
-def unsupported(
-    cell: str,
-    hidden_size: int,
-    batch: int,
-    directions: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    precision: str,
-) -> str | None:
-    """Why the kernels cannot run this layer, with the remedy; None if they can, which no batch size changes."""
-    return _unsupported(cell, hidden_size, directions, dtype, device, precision)
-
-
-# torch.compile asks once, while it traces: the answer holds for all T and B.
-@tracing.constant
-def _unsupported(
-    cell: str, hidden_size: int, directions: int, dtype: torch.dtype, device: torch.device, precision: str
-) -> str | None:
-    if MISSING is not None:
-        return f"{MISSING}, or use backend='torch'."
-    return reasons.unsupported(CELLS[cell], hidden_size, directions, dtype, device, precision)
-
-
-def slower(
-    cell: str,
-    hidden_size: int,
-    batch: int,
-    directions: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    precision: str,
-    backward: bool,
-    layers: int = 1,
-    steps: int = 1,
-) -> str | None:
-    """Why the kernels, which can run this layer, had better not: torch's own path is expected to be faster.
-
-    layers: of a stack that may run as a wave, with its time steps; 1 for layers that run one after the other.
-    """
-    # A compiled graph holds for all sizes: it is decided for some that most have.
-    rows, steps = (16, 64) if torch.compiler.is_compiling() else (batch, steps)
-    return _slower(cell, hidden_size, rows, directions, dtype, device, precision, backward, layers, steps)
-
-
-@tracing.constant
-def _slower(
-    cell: str,
-    hidden_size: int,
-    batch: int,
-    directions: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    precision: str,
-    backward: bool,
-    layers: int,
-    steps: int,
-) -> str | None:
-    return reasons.slower(
-        CELLS[cell], hidden_size, batch, directions, dtype, device, precision, backward, layers, steps
-    )
-
-
-def expected(
-    cell: str,
-    hidden_size: int,
-    batch: int,
-    directions: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    precision: str,
-) -> str:
-    """Both paths' expected times in words, forward and forward with backward."""
-    return reasons.expected(CELLS[cell], hidden_size, batch, directions, dtype, device, precision)
-
-
-def describe(
-    cell: str,
-    hidden_size: int,
-    batch: int,
-    directions: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    precision: str,
-) -> str:
-    """The plan in words. Raises what ``unsupported`` would have said."""
-    return str(launch.choose(CELLS[cell], hidden_size, batch, directions, dtype, precision, device))
-
-
-def planned(cell: str, sizes: tuple[int, int, int, int, int], dtype: str, device: str | None) -> outlook.Outlook:
-    """The plan in numbers, for (H, L, B, D, T): see ``kernels.outlook``."""
-    return outlook.outlook(cell, *sizes, dtype, device)
-
-
-def check_planned_device(name: str) -> None:
-    """Raise ValueError for a device that the plan does not know."""
-    outlook.device_of(name)
 
 
 def check() -> None:
@@ -237,7 +87,7 @@ def check() -> None:
     launch, or set PERSISTRNN_DEBUG=1 to check after every launch.
     """
     segments.check()
-    if MISSING is None:
+    if launch := sys.modules.get(f"{__package__}.kernels.launch"):  # else nothing was launched
         launch.check()
 
 
@@ -258,6 +108,8 @@ def scan_forward(
     cell_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward of one layer, without autograd. Shapes are those of ``kernels.launch.forward``."""
+    from .kernels import launch
+
     segments.check()
     x_gates, weight_hh, bias_hh = x_gates.contiguous(), weight_hh.contiguous(), bias_hh.contiguous()
     reset = tuple(r for r in (reset_h, reset_c) if r is not None)
@@ -309,6 +161,8 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Its backward: (dx_gates, dr_gates, dh0, dc0, and with ``resets`` those of the reset states), dr_gates empty if it
     is dx_gates, what the cell has not or nobody asked for empty too."""
+    from .kernels import launch
+
     segments.check()
     d_final = tuple(d.transpose(0, 1).contiguous() for d in (dh_n, dc_n) if d is not None)
     d_outputs = tuple(d.contiguous() for d in (dy, dc) if d is not None)
@@ -352,53 +206,6 @@ def _(
     return dx_gates, dr_gates, edges[0], edges[1], edges[2], edges[3]
 
 
-def waves(
-    cell: str,
-    hidden_size: int,
-    layers: int,
-    batch: int,
-    steps: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    precision: str,
-    backward: bool,
-) -> bool:
-    """Whether a stack of several layers of one direction had better run as one launch: its layers fit the device
-    together, and are predicted to be faster so than one after the other."""
-    # A compiled graph holds for all sizes: it must win at few rows and at many. What fits with 16 fits with any number.
-    sizes = ((16, 64), (128, 64)) if torch.compiler.is_compiling() else ((batch, steps),)
-    return all(_waves(cell, hidden_size, layers, b, t, dtype, device, precision, backward) for b, t in sizes)
-
-
-@tracing.constant
-def _waves(
-    cell: str,
-    hidden_size: int,
-    layers: int,
-    batch: int,
-    steps: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    precision: str,
-    backward: bool,
-) -> bool:
-    found = wave.choose(CELLS[cell], hidden_size, layers, batch, dtype, precision, device)
-    return found is not None and found.faster(steps, backward)
-
-
-def describe_wave(
-    cell: str,
-    hidden_size: int,
-    layers: int,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    precision: str,
-) -> str:
-    """The plan of a stack that ``waves`` is true of, in words."""
-    return str(wave.choose(CELLS[cell], hidden_size, layers, batch, dtype, precision, device))
-
-
 @torch.library.custom_op("persistrnn::wave_forward", mutates_args=())
 def wave_forward(
     cell: str,
@@ -418,6 +225,8 @@ def wave_forward(
     cell_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward of a stack in one launch, without autograd. Shapes are those of ``kernels.wave.forward``."""
+    from .kernels import wave
+
     segments.check()
     x_gates, weight_hh, bias_hh = x_gates.contiguous(), weight_hh.contiguous(), bias_hh.contiguous()
     weight_ih, bias_ih = weight_ih.contiguous(), bias_ih.contiguous()
@@ -472,6 +281,8 @@ def wave_backward(
     resets: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Its backward, with the outputs of ``scan_backward``."""
+    from .kernels import wave
+
     segments.check()
     d_final = tuple(d.contiguous() for d in (dh_n, dc_n) if d is not None)
     d_outputs = tuple(d.contiguous() for d in (dy, dc) if d is not None)

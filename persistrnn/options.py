@@ -1,6 +1,7 @@
 """How a stack of layers runs: what constructors, functions and changed modules take, and refuse alike."""
 
 import numbers
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -17,14 +18,14 @@ class Options(NamedTuple):
 
     num_layers: int = 1
     bias: bool = True
-    dropout: float = 0.0
-    training: bool = False
-    bidirectional: bool = False
     batch_first: bool = False
+    dropout: float = 0.0
+    bidirectional: bool = False
     backend: str = "auto"
     cell_dtype: torch.dtype | None = None
     save: str = "gates"
     save_budget: int | None = None
+    training: bool = False
 
     @property
     def directions(self) -> int:
@@ -37,11 +38,9 @@ class Options(NamedTuple):
 
 def check_options(options: Options) -> None:
     """What a constructor, a function and a changed module refuse alike, on every path; ``check_save`` has the rest."""
-    check_flag("bias", options.bias)
-    check_flag("batch_first", options.batch_first)
-    check_flag("bidirectional", options.bidirectional)
-    check_flag("training", options.training)
-    _check_count("num_layers", options.num_layers)
+    for name in ("bias", "batch_first", "bidirectional", "training"):
+        check_flag(name, getattr(options, name))
+    check_count("num_layers", options.num_layers)
     dropout = options.dropout
     is_number = type(dropout) is float or (isinstance(dropout, numbers.Real) and not isinstance(dropout, bool))
     if not is_number or not 0 <= dropout <= 1:
@@ -49,7 +48,7 @@ def check_options(options: Options) -> None:
             "dropout should be a number in range [0, 1] representing the probability of an element being "
             f"zeroed, got {dropout!r}"
         )
-    check_backend(options.backend)
+    check_name("backend", options.backend, BACKENDS)
     if options.cell_dtype is not None and options.cell_dtype is not torch.float32:
         raise ValueError(
             f"cell_dtype is None (the dtype of the computation) or torch.float32, got {options.cell_dtype!r}"
@@ -57,48 +56,19 @@ def check_options(options: Options) -> None:
 
 
 def check_sizes(input_size: object, hidden_size: object, proj_size: object) -> None:
-    _check_count("input_size", input_size)
-    hidden = _check_count("hidden_size", hidden_size)
-    if not isinstance(proj_size, int) or isinstance(proj_size, bool):
-        raise TypeError(f"proj_size should be of type int, got: {described(proj_size)}")
-    if not 0 <= proj_size < hidden:
+    check_count("input_size", input_size)
+    hidden = check_count("hidden_size", hidden_size)
+    if not 0 <= _check_int("proj_size", proj_size) < hidden:
         raise ValueError(
             "proj_size should be zero (no projection) or a positive integer smaller than "
             f"hidden_size={hidden}, got {proj_size}"
         )
 
 
-def check_flag(name: str, value: object) -> None:
-    if type(value) is not bool:
-        raise TypeError(f"{name} should be of type bool, got: {described(value)}; give True or False")
-
-
-def _check_count(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} should be of type int, got: {described(value)}")
-    if value <= 0:
-        raise ValueError(f"{name} must be greater than zero, got {value}")
-    return value
-
-
-def described(value: object) -> str:
-    """Its type, and the value where that is short."""
-    shown = f" ({value!r})" if isinstance(value, (int, float, str)) else ""
-    return type(value).__name__ + (shown if len(shown) < 60 else "")
-
-
-def check_backend(backend: object) -> None:
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ValueError(f"backend is one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-
-
 def check_save(save: object, budget: object, proj_size: int = 0) -> None:
-    if not isinstance(save, str) or save not in SAVES:
-        raise ValueError(f"save is one of {', '.join(map(repr, SAVES))}, got {save!r}")
-    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool)):
-        raise TypeError(f"save_budget is a number of bytes, an int, got {type(budget).__name__}")
-    if budget is not None and budget <= 0:
-        raise ValueError(f"save_budget is a positive number of bytes, got {budget}")
+    check_name("save", save, SAVES)
+    if budget is not None:
+        check_count("save_budget", budget)
     if (save == "auto") != (budget is not None):
         raise ValueError(
             "save='auto' goes with save_budget, the bytes that a training step may need at most; got "
@@ -109,3 +79,31 @@ def check_save(save: object, budget: object, proj_size: int = 0) -> None:
             f"a layer with projections keeps its gates, got save={save!r} and proj_size={proj_size}; use save='gates', "
             "or torch.utils.checkpoint around the layer"
         )
+
+
+def check_flag(name: str, value: object) -> None:
+    if type(value) is not bool:
+        raise TypeError(f"{name} should be of type bool, got: {described(value)}; give True or False")
+
+
+def check_name(name: str, value: object, allowed: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} is one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_count(name: str, value: object) -> int:
+    if (count := _check_int(name, value)) <= 0:
+        raise ValueError(f"{name} must be greater than zero, got {value}")
+    return count
+
+
+def _check_int(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} should be of type int, got: {described(value)}")
+    return value
+
+
+def described(value: object) -> str:
+    """Its type, and the value where that is short."""
+    shown = f" ({value!r})" if isinstance(value, (int, float, str)) else ""
+    return type(value).__name__ + (shown if len(shown) < 60 else "")

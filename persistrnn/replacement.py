@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from persistrnn.modules import GRU, LSTM, take_over
-from persistrnn.options import Backend, check_backend
+from persistrnn.options import BACKENDS, Backend, check_name
 
 SWAPPED = {nn.LSTM: LSTM, nn.GRU: GRU}
 
@@ -58,7 +58,7 @@ def replace(model: nn.Module, *, backend: Backend = "auto") -> Replacement:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a torch.nn.Module, got {type(model).__name__}")
-    check_backend(backend)
+    check_name("backend", backend, BACKENDS)
     result = Replacement(model)
     made: dict[int, LSTM | GRU] = {}
     for name, module in model.named_modules():

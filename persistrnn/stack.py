@@ -1,7 +1,7 @@
 """A stack of layers, run one after the other or in one launch: input GEMMs, dropout between layers, projections.
 
 What comes in is validated, and of one dtype. The recurrence itself is `autograd.recurrent` on the persistent kernels or
-`stepwise.recurrent`, a loop over torch's operations; letters are those of `door`.
+`stepwise.recurrent`, a loop over torch's operations; letters are those of `validate`.
 
 Projections (Sak et al. 2014) need no kernel of their own. With h_t = W_hr s_t, s_t = o * tanh(c_t), the recurrent half
 of the gates is W_hh h_{t-1} = (W_hh W_hr) s_{t-1}: an LSTM over s with one more product before it, and one GEMM over
@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persistrnn import autograd, chunked, ops, reference, segments, stepwise, tracing
-from persistrnn.options import Options
+from persistrnn import autograd, chunked, reference, segments, stepwise
+from persistrnn.decide import Call, Decision
 from persistrnn.phases import INPUT_GEMM, phase
-from persistrnn.validate import Cuts, Stack
+from persistrnn.validate import Cuts
 
 
 class Result(NamedTuple):
@@ -47,102 +47,52 @@ class _OfLayer(NamedTuple):
 Recurrence = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
 
 
-def run(
-    stack: Stack,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    states: Sequence[Tensor],
-    cuts: Cuts,
-    options: Options,
-    precision: str | None,
-    return_c: bool,
-) -> Result:
-    """Run a stack: on the persistent kernels, or for precision None on torch's operations, step by step.
+def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cuts: Cuts) -> Result:
+    """Run a stack: on the persistent kernels, or on torch's operations, step by step.
 
     Args:
-        stack: its sizes
+        decision: what was decided
         x: [T, B, I], contiguous
         weights: all of them, in torch.nn's order
         states: [h0] or [h0, c0], each [L*D, B, features]
-        precision: of float32 products in the recurrence, "tf32" or "ieee"
-        return_c: whether every c of the highest layer is wanted
     """
-    marks = None
+    call, marks = decision.call, None
     if cuts.active is not None or cuts.resets is not None:
-        marks = segments.marks(cuts.active, cuts.resets, stack.directions)
+        marks = segments.marks(cuts.active, cuts.resets, call.directions)
     active = None
     if cuts.active is not None:
         active = cuts.active.unsqueeze(-1)
         x = torch.where(active, x, 0.0)  # a NaN there would reach the weights' gradient, as 0 * NaN
-    if precision is not None and _waves(stack, x, [*weights, *states, *cuts.reset], options, precision):
-        result = _wave(stack, x, weights, states, cuts, marks, options, precision, return_c)
-    elif precision is not None and (chunk := _chunk(stack, x, options)):
-        result = _in_chunks(stack, x, weights, states, cuts, marks, options, precision, return_c, chunk)
+    given = call, x, weights, states, cuts, marks
+    if decision.pipeline:
+        result = _wave(*given)
+    elif decision.path == "persistent" and decision.chunk:
+        result = _in_chunks(*given, decision.chunk)
     else:
         recurrence: Recurrence = stepwise.recurrent
-        if precision is not None:
+        if decision.path == "persistent":
             recurrence = functools.partial(
-                autograd.recurrent, precision=precision, return_c=return_c, cell_dtype=options.cell_dtype
+                autograd.recurrent, precision=call.precision, return_c=call.return_c, cell_dtype=call.cell_dtype
             )
-        elif options.save != "gates":
-            sizes = stack.hidden_size, x.size(1) or 1, stack.directions, x.element_size(), x.size(0)
-            chunk = ops.chunk_steps(options.save, stack.cell, *sizes, False)
-            recurrence = chunked.again_in_chunks(recurrence, chunk)
-        result = _layers(stack, x, weights, states, cuts, marks, options, recurrence)
+        elif decision.chunk:
+            recurrence = chunked.again_in_chunks(recurrence, decision.chunk)
+        result = _layers(*given, recurrence)
     y, c, finals = result
     if active is not None:
         y = torch.where(active, y, 0.0)
-        c = None if c is None or not return_c else torch.where(active, c, 0.0)
+        c = None if c is None or not call.return_c else torch.where(active, c, 0.0)
     if c is not None:
-        c = c.to(options.cell_dtype or c.dtype) if return_c else None
+        c = c.to(call.cell_dtype or c.dtype) if call.return_c else None
     return Result(y, c, finals)
 
 
-def _chunk(stack: Stack, x: Tensor, options: Options) -> int:
-    """Steps of the chunks of time that a call runs in; 0: it runs as a whole."""
-    if x.size(1) == 0 or stack.proj_size:
-        return 0
-    sizes = stack.hidden_size, x.size(1), stack.directions, x.element_size(), x.size(0)
-    chunk = ops.chunk_steps(options.save, stack.cell, *sizes, True)
-    if options.save != "gates":
-        return chunk
-    # An exported program may hold no condition on T: there it is one launch.
-    return chunk if not torch.compiler.is_exporting() and x.size(0) > chunk else 0
-
-
-def may_wave(options: Options, dtype: torch.dtype, proj_size: int, precision: str) -> bool:
-    """Whether a stack may run in one launch: nothing happens between its layers, and the products of the upper layers'
-    inputs, which are then inside, have the precision that they have outside."""
-    single = options.num_layers > 1 and not options.bidirectional and options.active_dropout == 0 and proj_size == 0
-    return single and options.save == "gates" and (dtype != torch.float32 or precision == _matmul_precision())
-
-
-@tracing.constant  # dynamo cannot read the setting
-def _matmul_precision() -> str:
-    """How float32 is multiplied outside of RNNs, "tf32" or "ieee"."""
-    setting: str = torch.backends.cuda.matmul.fp32_precision
-    return "tf32" if setting == "tf32" else "ieee"
-
-
-def _waves(stack: Stack, x: Tensor, others: Sequence[Tensor], options: Options, precision: str) -> bool:
-    """Whether it does: where that is predicted to win."""
-    if not may_wave(options, x.dtype, stack.proj_size, precision) or x.size(1) == 0:
-        return False
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
-    sizes = stack.hidden_size, stack.num_layers, x.size(1), x.size(0)
-    return ops.waves(stack.cell, *sizes, x.dtype, x.device, precision, grad)
-
-
 def _wave(
-    stack: Stack,
+    stack: Call,
     x: Tensor,
     weights: Sequence[Tensor],
     states: Sequence[Tensor],
     cuts: Cuts,
     marks: Tensor | None,
-    options: Options,
-    precision: str,
-    return_c: bool,
 ) -> Result:
     step = 4 if stack.bias else 2
     weight_hh = torch.stack(list(weights[1::step]))
@@ -153,20 +103,19 @@ def _wave(
     both = states[0], states[1] if len(states) > 1 else None
     marks = None if marks is None else marks.squeeze(2)
     y, h_n, c_n, c = autograd.wave(
-        stack.cell, x_gates, weight_hh, bias_hh, weight_ih, bias_ih, *both, precision,
-        marks, cuts.reset, return_c, options.cell_dtype,
+        stack.cell, x_gates, weight_hh, bias_hh, weight_ih, bias_ih, *both, stack.precision,
+        marks, cuts.reset, stack.return_c, stack.cell_dtype,
     )  # fmt: skip
     return Result(y, c, [h_n] if c_n is None else [h_n, c_n])
 
 
 def _layers(
-    stack: Stack,
+    stack: Call,
     x: Tensor,
     weights: Sequence[Tensor],
     states: Sequence[Tensor],
     cuts: Cuts,
     marks: Tensor | None,
-    options: Options,
     recurrence: Recurrence,
 ) -> Result:
     directions = stack.directions
@@ -174,8 +123,8 @@ def _layers(
     for layer in range(stack.num_layers):
         if layer > 0 and cuts.active is not None:
             y = segments.without_skipped(y, marks)
-        if layer > 0 and options.active_dropout > 0:
-            y = F.dropout(y, options.active_dropout)
+        if layer > 0 and stack.dropout > 0:
+            y = F.dropout(y, stack.dropout)
         rows = slice(layer * directions, (layer + 1) * directions)
         weight_ih, weight_hh, *others = _weights_of(stack, weights, layer)
         bias_ih = others[0].flatten() if stack.bias else None
@@ -193,27 +142,24 @@ def _layers(
 
 
 def _in_chunks(
-    stack: Stack,
+    stack: Call,
     x: Tensor,
     weights: Sequence[Tensor],
     states: Sequence[Tensor],
     cuts: Cuts,
     marks: Tensor | None,
-    options: Options,
-    precision: str,
-    return_c: bool,
     chunk: int,
 ) -> Result:
     """The layers one after the other, each in chunks of time; where nothing happens between them and none keeps more
     than its states now and then, the chunks one after the other, each through all layers."""
-    between = stack.directions > 1 or options.active_dropout > 0
-    together = 1 if between or options.save != "checkpoint" else stack.num_layers
+    between = stack.directions > 1 or stack.dropout > 0
+    together = 1 if between or stack.save != "checkpoint" else stack.num_layers
     y, c, finals = x, None, []
     for layer in range(0, stack.num_layers, together):
         if layer > 0 and cuts.active is not None:
             y = segments.without_skipped(y, marks)
-        if layer > 0 and options.active_dropout > 0:
-            y = F.dropout(y, options.active_dropout)
+        if layer > 0 and stack.dropout > 0:
+            y = F.dropout(y, stack.dropout)
         rows = slice(layer * stack.directions, (layer + together) * stack.directions)
         given: list[Tensor] = []
         for i in range(layer, layer + together):
@@ -223,13 +169,24 @@ def _in_chunks(
         h0, c0 = states[0][rows], states[1][rows] if len(states) > 1 else None
         reset = [r[rows] for r in cuts.reset]
         y, h_n, c_n, c = chunked.recurrent(
-            stack.cell, y, given, h0, c0, options.save, precision, chunk, marks, reset, return_c, options.cell_dtype
+            stack.cell,
+            y,
+            given,
+            h0,
+            c0,
+            stack.save,
+            stack.precision,
+            chunk,
+            marks,
+            reset,
+            stack.return_c,
+            stack.cell_dtype,
         )
         finals.append([h_n] if c_n is None else [h_n, c_n])
     return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
 
 
-def _weights_of(stack: Stack, weights: Sequence[Tensor], layer: int) -> list[Tensor]:
+def _weights_of(stack: Call, weights: Sequence[Tensor], layer: int) -> list[Tensor]:
     """A layer's weights in torch.nn's order, each [D, ...]."""
     each = (4 if stack.bias else 2) + (stack.proj_size > 0)
     first, last = layer * stack.directions * each, (layer + 1) * stack.directions * each

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from persistrnn import reference
-from persistrnn.torch_path import asks_for_gradients, autograd_inside_an_operator, unaliased
+from persistrnn.decide import expects_backward
+from persistrnn.torch_path import autograd_inside_an_operator, unaliased
 
 
 def recurrent(
@@ -28,7 +29,7 @@ def recurrent(
         return reference.recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0, marks, reset)
     tensors = [x_gates, weight_hh, bias_hh, h0, *([] if c0 is None else [c0]), *reset]
     fixed = cell, len(reset), marks
-    y, h_n, *rest = _Stepwise.apply(*fixed, *tensors) if asks_for_gradients(tensors) else forward(*fixed, tensors)
+    y, h_n, *rest = _Stepwise.apply(*fixed, *tensors) if expects_backward(tensors) else forward(*fixed, tensors)
     return y, h_n, rest[0] if rest else None, rest[1] if rest else None
 
 

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from persistrnn.decide import expects_backward, inside_torch_func
+
 FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {"lstm": torch._VF.lstm, "gru": torch._VF.gru}
 
 
@@ -50,7 +52,7 @@ def stack(
     if torch.compiler.is_compiling() and batch_sizes is None:
         run = functools.partial(_operator, cell, bias, bidirectional, autocast_dtype(input))
         return _by_layers(run, input, states, weights, num_layers, dropout if training else 0.0, batch_first)
-    if input.is_cuda and not training and asks_for_gradients([input, *states, *weights]):
+    if input.is_cuda and not training and expects_backward([input, *states, *weights]):
         dropout, training = 0.0, True  # the same numbers, from which cuDNN agrees to go back
     if input.is_cuda and training and dropout > 0 and num_layers > 1:
         run = functools.partial(_layer, cell, bias, bidirectional, batch_sizes)
@@ -81,8 +83,8 @@ def stack_in_chunks(
     """
     everything = cell, input, batch_sizes, states, weights, bias, num_layers, dropout, training, bidirectional
     # Nor inside torch.func, which has no hooks for what is saved.
-    whole = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    if whole or not asks_for_gradients([input, *states, *weights]):
+    whole = torch.compiler.is_compiling() or inside_torch_func()
+    if whole or not expects_backward([input, *states, *weights]):
         return stack(*everything, batch_first)
     if batch_sizes is not None and bidirectional:
         raise RuntimeError(
@@ -226,7 +228,8 @@ def _operator(
     fixed = cell, bias, bidirectional, autocast
     tensors = _distinct([input, *states, *weights])
     found: Sequence[Tensor] = (
-        _Layer.apply(*fixed, *tensors) if asks_for_gradients(tensors) else layer_forward(*fixed, tensors)
+        # Dynamo cannot trace a Function with ``*tensors`` where no gradient is asked for (seen: 2.13).
+        _Layer.apply(*fixed, *tensors) if expects_backward(tensors) else layer_forward(*fixed, tensors)
     )
     return found
 
@@ -234,11 +237,6 @@ def _operator(
 def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tied weights as views: dynamo refuses the same argument twice."""
     return [t.view_as(t) if any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors)]
-
-
-def asks_for_gradients(tensors: Sequence[Tensor]) -> bool:
-    """Whether an autograd.Function is needed. Dynamo cannot trace one with ``*tensors`` where not (seen: 2.13)."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:

@@ -77,8 +77,8 @@ def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stac
             f"{num_layers} layers x {directions} directions with bias={bias} take {groups * plain} weights "
             f"({groups * (plain + 1)} with projections), got {len(weights)}"
         )
-    if projection and cell == "gru":
-        raise ValueError(f"a GRU has no projections: it takes {groups * plain} weights, got {len(weights)}")
+    if projection and CELLS[cell].states == 1:
+        raise ValueError(f"a {cell.upper()} has no projections: it takes {groups * plain} weights, got {len(weights)}")
     per_group = plain + projection
 
     def name_of(k: int) -> str:
@@ -89,7 +89,7 @@ def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stac
         if not isinstance(weight, Tensor):
             raise TypeError(f"weights are tensors, got {described(weight)} as {name_of(k)}")
         if weight.layout is not torch.strided or weight.is_nested:
-            _refuse_layout(name_of(k), weight)
+            _check_dense(name_of(k), weight)
     dtype = weights[0].dtype
     if dtype not in FLOATS:
         raise ValueError(
@@ -147,8 +147,7 @@ def _refuse_shapes(stack: Stack, weights: Sequence[Tensor], names: Sequence[str]
 
 def check_attributes(stack: Stack, input_size: object, hidden_size: object, proj_size: object) -> None:
     """Raise RuntimeError where a module's sizes, changed since, are not those of its weights."""
-    given = {"input_size": input_size, "hidden_size": hidden_size, "proj_size": proj_size}
-    for name, value in given.items():
+    for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("proj_size", proj_size)):
         if value != (found := getattr(stack, name)):
             raise RuntimeError(
                 f"{name} of the layer is {value!r}, and its weights are those of {name}={found}; set it back, or make "
@@ -213,13 +212,15 @@ def _autocast_together(data: Tensor, other: torch.dtype) -> bool:
 
 
 def _check_packed(packed: PackedSequence) -> None:
+    """Raise RuntimeError for what `pack_padded_sequence` does not make."""
     data, sizes = packed.data, packed.batch_sizes
+    remedy = "make the sequence with pack_padded_sequence or pack_sequence"
     if data.dim() != 2:
-        raise RuntimeError(f"the data of a PackedSequence must be 2-D, got {data.dim()}-D")
+        raise RuntimeError(f"the data of a PackedSequence must be 2-D, got {data.dim()}-D; {remedy}")
     if not isinstance(sizes, Tensor) or sizes.dtype != torch.int64 or sizes.dim() != 1 or sizes.device.type != "cpu":
         raise RuntimeError(
             "batch_sizes of a PackedSequence is a 1-D int64 tensor on the CPU, got "
-            f"{_tensor_described(sizes)}; make the sequence with pack_padded_sequence or pack_sequence"
+            f"{_tensor_described(sizes)}; {remedy}"
         )
     if sizes.numel() == 0:
         raise RuntimeError(
@@ -228,20 +229,19 @@ def _check_packed(packed: PackedSequence) -> None:
         )
     if torch.compiler.is_compiling():
         return  # a graph has no values to look at
+    rows = int(sizes[0])
     if int(sizes[-1]) < 1 or bool((sizes.diff() > 0).any()) or int(sizes.sum()) != data.size(0):
         raise RuntimeError(
             "batch_sizes of a PackedSequence are at least 1, never grow and sum up to the rows of its data, "
-            f"{data.size(0)}, got {sizes.tolist()}; make the sequence with pack_padded_sequence or pack_sequence"
+            f"{data.size(0)}, got {sizes.tolist()}; {remedy}"
         )
     for name in ("sorted_indices", "unsorted_indices"):
         indices = getattr(packed, name)
-        if indices is None:
-            continue
-        of_rows = isinstance(indices, Tensor) and indices.dim() == 1 and indices.numel() == int(sizes[0])
-        if not of_rows or indices.dtype not in INTEGERS:
+        of_rows = isinstance(indices, Tensor) and indices.dim() == 1 and indices.numel() == rows
+        if indices is not None and not (of_rows and indices.dtype in INTEGERS):
             raise RuntimeError(
-                f"{name} of a PackedSequence is None or has an integer for each of its {int(sizes[0])} rows, got "
-                f"{_tensor_described(indices)}; make the sequence with pack_padded_sequence or pack_sequence"
+                f"{name} of a PackedSequence is None or has an integer for each of its {rows} rows, got "
+                f"{_tensor_described(indices)}; {remedy}"
             )
 
 
@@ -253,23 +253,23 @@ def _tensor_described(value: object) -> str:
 
 def read_states(stack: Stack, hx: object, batch: Batch, name: str = "hidden") -> list[Tensor]:
     """[h0] or [h0, c0], each [L*D, B, H], from what the caller gave as hx; zeros for None."""
-    data = batch.data
+    data, several = batch.data, CELLS[stack.cell].states > 1
     rows = stack.num_layers * stack.directions
-    sizes = [stack.proj_size or stack.hidden_size, stack.hidden_size][: 2 if stack.cell == "lstm" else 1]
+    sizes = [stack.proj_size or stack.hidden_size, stack.hidden_size][: CELLS[stack.cell].states]
     if hx is None:
         return [data.new_zeros(rows, batch.rows, size) for size in sizes]
-    states = state_tensors(stack.cell, hx, "hx" if name == "hidden" else name)
+    given = "hx" if name == "hidden" else name
+    states = state_tensors(stack.cell, hx, given)
     dims = 2 if batch.unbatched else 3
     if any(s.dim() != dims for s in states):
         kind = "unbatched 2-D" if batch.unbatched else "batched 3-D"
-        given = "hx" if name == "hidden" else name
-        names = f"both tensors of {given}" if stack.cell == "lstm" else given
+        names = f"both tensors of {given}" if several else given
         got = ", ".join(f"{s.dim()}-D" for s in states)
         raise RuntimeError(f"For {kind} input, {names} should also be {dims}-D but got {got}")
     if batch.unbatched:
         states = [s.unsqueeze(1) for s in states]
     for k, (state, size) in enumerate(zip(states, sizes, strict=True)):
-        which = f"{name}[{k}]" if stack.cell == "lstm" else name
+        which = f"{name}[{k}]" if several else name
         if state.shape != (rows, batch.rows, size):
             raise RuntimeError(
                 f"Expected {which} size {(rows, batch.rows, size)}, got {list(state.shape)} "
@@ -290,25 +290,21 @@ def read_states(stack: Stack, hx: object, batch: Batch, name: str = "hidden") ->
 
 def state_tensors(cell: str, hx: object, name: str) -> list[Tensor]:
     """[h] or [h, c], dense, of what was given as hx, or under another name."""
-    one, pair = ("h0", "(h0, c0)") if name == "hx" else ("h", "(h, c)")
-    if cell == "gru":
-        if not isinstance(hx, Tensor):
-            raise TypeError(f"GRU: {name} is one tensor {one}, got {type(hx).__name__}")
-        states = [hx]
-    elif isinstance(hx, Tensor):
+    several, initial = CELLS[cell].states > 1, "0" if name == "hx" else ""
+    form = f"a pair of tensors (h{initial}, c{initial})" if several else f"one tensor h{initial}"
+    if several and isinstance(hx, Tensor):
         raise RuntimeError(
-            f"LSTM: {name} is a pair of tensors {pair}, got one tensor of shape {tuple(hx.shape)}; "
-            "give both, or None for zeros"
+            f"{cell.upper()}: {name} is {form}, got one tensor of shape {tuple(hx.shape)}; give both, or None for zeros"
         )
-    elif not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
-        raise TypeError(f"LSTM: {name} is a pair of tensors {pair}, got {type(hx).__name__}")
-    elif len(hx) != 2:
-        raise RuntimeError(f"LSTM: {name} is a pair of tensors {pair}, got {len(hx)} of them")
-    else:
-        states = list(hx)
-    for state in states:
+    states = list(hx) if several and isinstance(hx, (tuple, list)) else [hx]
+    tensors = [s for s in states if isinstance(s, Tensor)]
+    if len(tensors) < len(states):
+        raise TypeError(f"{cell.upper()}: {name} is {form}, got {type(hx).__name__}")
+    if len(tensors) != CELLS[cell].states:
+        raise RuntimeError(f"{cell.upper()}: {name} is {form}, got {len(tensors)} of them")
+    for state in tensors:
         _check_dense(name, state)
-    return states
+    return tensors
 
 
 class Given(NamedTuple):
@@ -337,7 +333,7 @@ def read_cuts(stack: Stack, batch: Batch, fresh: bool, given: Given) -> Cuts:
             "reset_state is the state after a reset, got it without resets; give resets too, or hx instead"
         )
     return Cuts(
-        _active(_read_lengths(lengths, batch), batch) if lengths is not None else _read_bools("mask", mask, batch),
+        _read_bools("mask", mask, batch) if lengths is None else _read_lengths(lengths, batch),
         _read_bools("resets", resets, batch),
         () if reset_state is None else read_states(stack, reset_state, batch, "reset_state"),
         fresh,
@@ -345,7 +341,7 @@ def read_cuts(stack: Stack, batch: Batch, fresh: bool, given: Given) -> Cuts:
 
 
 def _read_lengths(lengths: object, batch: Batch) -> Tensor:
-    """Lengths [B] within [0, T]. On a GPU others are clamped there, and raised later (`segments.check`)."""
+    """Lengths as bool [T, B]. On a GPU those out of [0, T] are clamped there, and raised later (`segments.check`)."""
     if batch.packed is not None:
         raise ValueError("a PackedSequence has lengths of its own; leave lengths out, or give the padded tensor")
     if not isinstance(lengths, Tensor):
@@ -363,11 +359,7 @@ def _read_lengths(lengths: object, batch: Batch) -> Tensor:
             f"Expected lengths size ({batch.rows},), one for each row of the batch, got {list(lengths.shape)}"
         )
     _same_device("lengths", lengths, batch.data)
-    return segments.bounded(lengths, batch.steps)
-
-
-def _active(lengths: Tensor, batch: Batch) -> Tensor:
-    return torch.arange(batch.steps, device=lengths.device).unsqueeze(1) < lengths
+    return torch.arange(batch.steps, device=lengths.device).unsqueeze(1) < segments.bounded(lengths, batch.steps)
 
 
 def _read_bools(name: str, value: object, batch: Batch) -> Tensor | None:
@@ -390,17 +382,13 @@ def _read_bools(name: str, value: object, batch: Batch) -> Tensor | None:
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        _refuse_layout(name, tensor)
-
-
-def _refuse_layout(name: str, tensor: Tensor) -> None:
     if tensor.is_nested:
         raise RuntimeError(
             f"{name} is a dense tensor, got a nested one; pad it, torch.nested.to_padded_tensor({name}, 0.0), and give "
             "the rows' lengths as lengths=..."
         )
-    raise RuntimeError(f"{name} is a dense tensor, got layout {tensor.layout}; convert it: .to_dense()")
+    if tensor.layout is not torch.strided:
+        raise RuntimeError(f"{name} is a dense tensor, got layout {tensor.layout}; convert it: .to_dense()")
 
 
 def read_rows(rows: object, states: Sequence[Tensor]) -> Tensor:

@@ -30,9 +30,9 @@ from triton.runtime.jit import JITFunction
 from bench.gpu import micro, smoke
 from bench.race import arms, suites
 from bench.race.correctness import run as outputs_and_gradients
+from persistrnn import decide
 from persistrnn.kernels import launch
 from persistrnn.kernels.device.exchange import Exchange
-from persistrnn.kernels.inspect import reasons
 from persistrnn.kernels.inspect.audit import target_of
 from persistrnn.kernels.planner import hardware as devices
 from persistrnn.kernels.planner.hardware import Hardware
@@ -134,7 +134,7 @@ def compiling(hardware: Hardware, kernel: str, protocol: str, steps: int) -> Ite
             mock.patch.object(JITFunction, "run", compiled),
             mock.patch.object(launch, "hardware", return_value=hardware),
             mock.patch.object(launch, "exchange_for", return_value=Exchange(protocol=protocol, poll="ptx")),
-            mock.patch.object(reasons, "unsupported", return_value=None),
+            mock.patch.object(decide, "unsupported", return_value=None),
             mock.patch.object(Pipeline, "faster", lambda self, _, backward: faster(self, steps, backward)),
             mock.patch.object(micro, "_verify"),
         ):

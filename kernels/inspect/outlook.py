@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import launch
-from ..cells import CELLS, Cell
+from ..cells import CELLS
 from ..planner import cost
 from ..planner import hardware as devices
 from ..planner.hardware import Hardware
@@ -38,9 +37,9 @@ class Outlook:
     """The plan for a stack on a device.
 
     live: whether that is the device at hand. passes: "forward" and "backward". together: whether the stack runs as a
-    wave, all layers at once. resident: part of W_hh that stays on chip, the least of both passes. batches: the parts of
-    both passes at FACTORS times the batch; dtypes: both passes in dtype and in bf16. rate: dense TFLOP/s in dtype;
-    memory_rate: GB/s. text: the plan in words.
+    pipeline, all layers at once. resident: part of W_hh that stays on chip, the least of both passes. batches: the
+    parts of both passes at FACTORS times the batch; dtypes: both passes in dtype and in bf16. rate: dense TFLOP/s in
+    dtype; memory_rate: GB/s. text: the plan in words.
     """
 
     device: str
@@ -64,6 +63,8 @@ class Outlook:
 def device_of(name: str | None) -> Hardware:
     """A device by its name; without one the GPU at hand, or where there is none FALLBACK."""
     if name is None and torch.cuda.is_available():
+        from .. import launch
+
         return launch.hardware(torch.device("cuda", torch.cuda.current_device()))
     return devices.named(FALLBACK if name is None else name)
 
@@ -74,7 +75,7 @@ def outlook(
     """What the plan says.
 
     Args:
-        cell: "lstm" or "gru"
+        cell: of ``CELLS``
         hidden, layers, batch, directions, steps: H, L, B, D, T
         dtype: of ``plan.DTYPES``
         device: as in ``device_of``
@@ -83,53 +84,37 @@ def outlook(
         PlanError: the layer does not fit the device.
         ValueError: an unknown device, an argument out of range.
     """
-    hardware = device_of(device)
-    sizes = CELLS[cell], hidden, layers, batch, directions, steps
-    passes, together, resident, text = _planned(*sizes, dtype, hardware)
+    hardware, shape = device_of(device), CELLS[cell]
+
+    def planned(batch: int, dtype: str) -> tuple[dict[str, Predicted], bool, float, str]:
+        """(passes, together, resident, text) as in ``Outlook``."""
+        found = plan_layer(shape, hidden, batch, directions, dtype, hardware)
+        parts, text = {"forward": found.forward, "backward": found.backward}, str(found)
+        times, later = layers, 0
+        several = layers > 1 and directions == 1
+        stacked = plan_pipeline(shape, hidden, layers, batch, dtype, hardware) if several else None
+        if stacked is not None and stacked.faster(steps, True):
+            parts, text = {"forward": stacked.forward, "backward": stacked.backward}, f"{text}\n{stacked}"
+            times, later = 1, layers - 1
+        passes = {}
+        for name, part in parts.items():
+            backward = name == "backward"
+            # A pipeline is some steps longer than T (``Pipeline.microseconds``).
+            count = times * part.rounds * (1 + later * (2 if backward else 1) / steps)
+            own = {f.name: getattr(part.cost, f.name) * count for f in dataclasses.fields(part.cost)}
+            theirs = layers * cost.torch_step(shape, hidden, batch, directions, dtype, hardware, backward)
+            passes[name] = Predicted(sum(own.values()), own, times * found.floor, theirs)
+        return passes, later > 0, min(part.shares.resident for part in parts.values()), text
+
+    passes, together, resident, text = planned(batch, dtype)
     batches = {}
-    for factor in FACTORS:
-        rows = batch * factor
-        other, *_ = _planned(*sizes[:3], rows, *sizes[4:], dtype, hardware)
-        names = other["forward"].parts
-        batches[rows] = {name: sum(one.parts[name] for one in other.values()) for name in names}
+    for rows in (batch * factor for factor in FACTORS):
+        parts = [one.parts for one in planned(rows, dtype)[0].values()]
+        batches[rows] = {name: sum(part[name] for part in parts) for name in parts[0]}
     dtypes = {}
     for name in dict.fromkeys(("bf16", dtype)):
         with contextlib.suppress(PlanError):
-            other, *_ = _planned(*sizes, name, hardware)
-            dtypes[name] = sum(one.total for one in other.values())
-    return Outlook(
-        device=hardware.name,
-        live=device is None and torch.cuda.is_available(),
-        dtype=dtype,
-        batch=batch,
-        passes=passes,
-        together=together,
-        resident=resident,
-        batches=batches,
-        dtypes=dtypes,
-        rate=hardware.rate(dtype),
-        memory_rate=hardware.memory_rate,
-        text=text,
-    )
-
-
-def _planned(
-    shape: Cell, hidden: int, layers: int, batch: int, directions: int, steps: int, dtype: str, hardware: Hardware
-) -> tuple[dict[str, Predicted], bool, float, str]:
-    """(passes, together, resident, text) as in ``Outlook``."""
-    found = plan_layer(shape, hidden, batch, directions, dtype, hardware)
-    parts, text = {"forward": found.forward, "backward": found.backward}, str(found)
-    times, later = layers, 0
-    stacked = plan_pipeline(shape, hidden, layers, batch, dtype, hardware) if layers > 1 and directions == 1 else None
-    if stacked is not None and stacked.faster(steps, True):
-        parts, text = {"forward": stacked.forward, "backward": stacked.backward}, f"{text}\n{stacked}"
-        times, later = 1, layers - 1
-    passes = {}
-    for name, part in parts.items():
-        backward = name == "backward"
-        # A pipeline is some steps longer than T (``Pipeline.microseconds``).
-        count = times * part.rounds * (1 + later * (2 if backward else 1) / steps)
-        own = {f.name: getattr(part.cost, f.name) * count for f in dataclasses.fields(part.cost)}
-        theirs = layers * cost.torch_step(shape, hidden, batch, directions, dtype, hardware, backward)
-        passes[name] = Predicted(sum(own.values()), own, times * found.floor, theirs)
-    return passes, later > 0, min(part.shares.resident for part in parts.values()), text
+            dtypes[name] = sum(one.total for one in planned(batch, name)[0].values())
+    live = device is None and torch.cuda.is_available()
+    rates = hardware.rate(dtype), hardware.memory_rate
+    return Outlook(hardware.name, live, dtype, batch, passes, together, resident, batches, dtypes, *rates, text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .. import ops
+from ..decide import MODES
 from ..tables import number
 from .record import GIB, NO_KERNELS, Point, Profile
 from .subject import OURS, TORCH
@@ -215,7 +215,7 @@ def _smaller_mode(point: Point, kind: str) -> str:
     calls = [call for call in point.calls if call.save == "gates" and call.path in ("persistent", "torch")]
     # What cuDNN keeps is not known.
     calls = [call for call in calls if call.path == "persistent" or kind == "cpu"]
-    needs = {mode: sum(call.needed(mode) for call in calls) for mode in reversed(ops.MODES)}  # of equals the last
+    needs = {mode: sum(call.needed(mode) for call in calls) for mode in reversed(MODES)}  # of equals the last
     least = min(needs, key=lambda mode: needs[mode])
     if needs[least] > (1 - CLEARLY_LESS) * needs["gates"] or not calls:
         return ""

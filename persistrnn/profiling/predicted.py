@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import ops
+from .. import decide
 from .record import Profile
 from .subject import Call
 from .trace import INPUT_GEMM, SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, Phase
@@ -13,24 +13,17 @@ from .trace import INPUT_GEMM, SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, Phase
 def check_device(name: str | None) -> None:
     """Raises ValueError for a name that the plan does not know."""
     if name is not None:
-        _with_triton()
-        ops.check_planned_device(name)
-
-
-def _with_triton() -> None:
-    if ops.MISSING is not None:
-        raise ValueError(f"the plan needs Triton: {ops.MISSING}")
+        decide.check_device(name)
 
 
 def outlook(call: Call, device: str | None) -> Any:
-    """``kernels.outlook.outlook`` for one call; device: a name that the plan knows, None: the one at hand.
+    """``decide.outlook`` for one call; device: a name that the plan knows, None: the one at hand.
 
     Raises:
         ValueError: no plan for it; the message says why.
     """
-    _with_triton()
     sizes = call.hidden, call.layers, call.batch, call.directions, call.steps
-    return ops.planned(call.cell, sizes, call.dtype, device)
+    return decide.outlook(call.cell, *sizes, call.dtype, device)
 
 
 def add(profile: Profile, device: str | None) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import functional, ops, replacement
+from .. import decide, functional, replacement
 from ..kernels.cells import CELLS
 from ..modules import GRU, LSTM
 from ..options import Backend, Save
@@ -257,11 +257,11 @@ class Call:
         return float(self.layers * self.directions * self.hidden * rows * BYTES[self.dtype])
 
     def needed(self, save: str) -> float:
-        """Predicted bytes of its training with another ``save``: ``ops.needed_bytes``, on its path, without dropout."""
+        """Predicted bytes of its training with another ``save``, on its path and without dropout."""
         dtype = DTYPES.get(self.dtype, torch.float64)
-        sizes = self.input, self.hidden, self.layers, self.directions
-        of = ops.layers(self.cell, *sizes, dtype, None, False)
-        return ops.needed_bytes(save, of, self.batch, self.steps, dtype, self.path == "persistent")
+        sizes = self.layers, self.directions, True, self.input, self.hidden, 0, self.batch, self.steps
+        asked = decide.Call(self.cell, *sizes, dtype, torch.device("cpu"), "ieee", True)
+        return decide.needed_bytes(asked, save, self.path == "persistent")
 
 
 @contextlib.contextmanager

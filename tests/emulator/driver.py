@@ -15,9 +15,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from persistrnn import decide
 from persistrnn.kernels import launch
 from persistrnn.kernels.device.exchange import Exchange
-from persistrnn.kernels.inspect import reasons
 from persistrnn.kernels.planner import hardware
 
 from .counts import Report
@@ -136,5 +136,5 @@ def emulate(monkeypatch: pytest.MonkeyPatch, arch: str, mutate: Callable[[str], 
     monkeypatch.setattr(knobs.runtime, "kernel_load_start_hook", _loaded)
     monkeypatch.setattr(launch, "hardware", lambda _: device)
     monkeypatch.setattr(launch, "exchange_for", lambda _: Exchange())
-    monkeypatch.setattr(reasons, "unsupported", lambda *_: None)
+    monkeypatch.setattr(decide, "unsupported", lambda *_: None)
     return session

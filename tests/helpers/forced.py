@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from persistrnn import functional, stack
+from persistrnn import decide, functional
 from persistrnn.kernels import launch, wave
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import PATIENCE, Exchange
@@ -98,10 +98,10 @@ def force_waves(
             parts.append(plan.Pass(t, made, together, -(-jobs // together), 0, 0, 0, 0, 0, None, None))
         return pipeline.Pipeline(layers, parts[0], parts[1], (0.0, 0.0))
 
-    def may(of, x, others, options, precision):
-        return of.num_layers > 1 and options.active_dropout == 0
+    def may(call):
+        return call.num_layers > 1 and call.dropout == 0
 
     monkeypatch.setattr(wave, "choose", choose)
-    monkeypatch.setattr(stack, "_waves", may)
-    monkeypatch.setattr(stack, "_matmul_precision", functional.precision)
+    monkeypatch.setattr(decide, "runs_as_pipeline", may)
+    monkeypatch.setattr(decide, "matmul_precision", functional.precision)
     monkeypatch.setattr(launch, "exchange_for", lambda device: Exchange(protocol=protocol, poll=poll()))

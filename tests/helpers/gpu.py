@@ -6,9 +6,10 @@ import accuracy
 import pytest
 import torch
 from accuracy import Bound, Case
+from asked import asked
 
 import persistrnn
-from persistrnn import autograd, ops
+from persistrnn import autograd, decide
 from persistrnn.kernels import launch, wave
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.scan import scan_backward, scan_forward
@@ -25,21 +26,23 @@ def synchronize():
 def planned(cell, hidden, batch, directions, dtype):
     """The plan of one layer on this device."""
     device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
-    asked = persistrnn.functional.precision()
-    return launch.choose(CELLS[cell], hidden, batch, directions, dtype, asked, device)
+    return launch.choose(CELLS[cell], hidden, batch, directions, dtype, persistrnn.functional.precision(), device)
 
 
 def planned_wave(cell, hidden, layers, batch, dtype):
     """The plan of a stack in one launch on this device; None where there is none."""
     if layers == 1:
         return None
-    asked = persistrnn.functional.precision()
-    return wave.choose(CELLS[cell], hidden, layers, batch, dtype, asked, torch.device(DEVICE, 0))
+    precision = persistrnn.functional.precision()
+    return wave.choose(CELLS[cell], hidden, layers, batch, dtype, precision, torch.device(DEVICE, 0))
 
 
 def needs_plan(cell, hidden, dtype):
     """Skip where the device is too small for the size."""
-    reason = ops.unsupported(cell, hidden, 1, 1, dtype, torch.device(DEVICE, 0), persistrnn.functional.precision())
+    device = torch.device(DEVICE, 0)
+    reason = decide.unsupported(
+        asked(cell, hidden, dtype=dtype, device=device, precision=persistrnn.functional.precision())
+    )
     if reason is not None:
         pytest.skip(reason)
 

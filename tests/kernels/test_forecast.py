@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from asked import asked
 
 import persistrnn
-from persistrnn import functional, ops
+from persistrnn import decide
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import forecast as forecasting
 from persistrnn.kernels.planner import measurements as files
@@ -98,26 +99,26 @@ def test_a_measurement_of_something_else_corrects_nothing(measured, other):
 def a_gpu(monkeypatch):
     """A device that could run the kernels, and a forecast in our hands: a_gpu(persistent, torch, measured)."""
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(ops, "unsupported", lambda *_: None)
-    asked = []
+    monkeypatch.setattr(decide, "unsupported", lambda _: None)
+    compared = []
 
     def expect(persistent, on_torch, measured=False):
-        def compare(cell, hidden, batch, directions, dtype, precision, device, backward):
-            asked.append((cell.name, hidden, batch, directions, dtype, precision, backward))
+        def compare(call, backward):
+            compared.append((call.batch, call.steps, backward))
             return Forecast(persistent, on_torch, measured)
 
-        monkeypatch.setattr(ops.launch, "compare", compare)
-        return device, asked
+        monkeypatch.setattr(decide, "compare", compare)
+        return device, compared
 
     return expect
 
 
-def obstacle(backend, device):
-    return functional.obstacle(backend, "lstm", 512, 16, 1, torch.bfloat16, device)
+def obstacle(backend, device, **changed):
+    return decide.obstacle(asked(backend=backend, device=device, dtype=torch.bfloat16, **changed))
 
 
 def test_auto_takes_the_faster_path_and_says_both_numbers(a_gpu):
-    device, asked = a_gpu(2.0, 3.0)
+    device, compared = a_gpu(2.0, 3.0)
     assert obstacle("auto", device) is None
     device, _ = a_gpu(3.0, 3.0)
     assert obstacle("auto", device) is None, "equal: the kernels"
@@ -127,36 +128,34 @@ def test_auto_takes_the_faster_path_and_says_both_numbers(a_gpu):
     assert "backend='persistent'" in text
     device, _ = a_gpu(4.0, 3.0, measured=True)
     assert "(measured on this device)" in obstacle("auto", device)
-    assert asked[0] == ("lstm", 512, 16, 1, torch.bfloat16, functional.precision(), True)
-    with torch.no_grad():
-        obstacle("auto", device)
-    assert asked[-1][-1] is False, "without gradients only the forward counts"
+    assert compared[0] == (16, 64, True)
+    obstacle("auto", device, backward=False)
+    assert compared[-1][-1] is False, "without a backward only the forward counts"
 
 
 def test_persistent_always_runs_the_kernels(a_gpu):
-    device, asked = a_gpu(100.0, 1.0)
+    device, compared = a_gpu(100.0, 1.0)
     assert obstacle("persistent", device) is None
-    assert not asked
+    assert not compared
 
 
 def test_what_cannot_run_is_not_compared(a_gpu, monkeypatch):
-    device, asked = a_gpu(1.0, 100.0)
-    monkeypatch.setattr(ops, "unsupported", lambda *_: "no.")
+    device, compared = a_gpu(1.0, 100.0)
+    monkeypatch.setattr(decide, "unsupported", lambda _: "no.")
     assert obstacle("auto", device) == "no."
-    assert not asked
+    assert not compared
 
 
 def test_a_compiled_graph_is_not_decided_by_its_batch(a_gpu, monkeypatch):
-    device, asked = a_gpu(2.0, 3.0)
+    device, compared = a_gpu(2.0, 3.0)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for batch in (1, 500):
-        functional.obstacle("auto", "lstm", 512, batch, 1, torch.bfloat16, device)
-    assert len(set(asked)) == 1
+        obstacle("auto", device, batch=batch)
+    assert len(set(compared)) == 1
 
 
 def test_explain_says_both_numbers(a_gpu, monkeypatch):
     a_gpu(4.0, 3.0)
-    monkeypatch.setattr(ops, "describe", lambda *_: "the plan")
     layer = persistrnn.LSTM(8, 512, device="meta", dtype=torch.bfloat16)
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0), raising=False)
     text = persistrnn.explain(layer, batch=16, steps=10)

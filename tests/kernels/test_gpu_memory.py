@@ -3,11 +3,11 @@
 import accuracy
 import pytest
 import torch
+from asked import asked
 from gpu import DEVICE, synchronize
 from test_gpu import a_gpu
 from torch import nn
 
-from persistrnn import ops
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import memory
 
@@ -73,7 +73,7 @@ def test_predicted_bytes_are_those_that_are_allocated(cell, layers, save):
     steps, batch, hidden = 16_384, 32, 512
     layer = layer_of(cell, hidden, hidden, layers, save=save)
     x = torch.randn(steps, batch, hidden, device=DEVICE, dtype=torch.bfloat16)
-    of = ops.layers(cell, hidden, hidden, layers, 1, torch.bfloat16, None, False)
+    of = asked(cell, hidden, num_layers=layers, dtype=torch.bfloat16).layers
     chunk = memory.chunk_steps(save, CELLS[cell].gates, hidden, batch, 1, 2, steps)
     peak = memory.peak(save, of, batch, steps, chunk, False)
     assert peak_of(layer, x) == pytest.approx(peak, rel=0.1)

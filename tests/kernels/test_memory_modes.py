@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import accuracy
 import pytest
 import torch
+from asked import asked
 from grid import Delays, concurrent_grid
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import persistrnn
-from persistrnn import chunks, functional, ops, validate
+from persistrnn import chunks, decide
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner import forecast, memory
 from persistrnn.kernels.planner.hardware import named
@@ -307,7 +308,7 @@ def test_predicted_bytes_are_those_that_are_allocated(
     for p in layer.parameters():
         p.grad = torch.zeros_like(p)
     x = torch.zeros(steps, batch, H, dtype=dtype, requires_grad=needs_x)
-    of = ops.layers(cell, H, H, layers, 2 if bidirectional else 1, dtype, None, False)
+    of = asked(cell, H, num_layers=layers, directions=2 if bidirectional else 1, dtype=dtype).layers
     kept = []
 
     def keep(t):
@@ -358,7 +359,7 @@ def test_chunks_launches_are_a_small_part_of_them_by_the_model():
     """Ten launches and a load of W_hh for each chunk of the shortest, of a forward and a backward."""
     h200 = named("h200")
     for cell, hidden, batch in itertools.product(CELLS, (128, 256, 512, 1024, 1536), (1, 16, 64)):
-        of = ops.layers(cell, hidden, hidden, 1, 1, torch.bfloat16, None, False)
+        of = asked(cell, hidden, dtype=torch.bfloat16).layers
         step = forecast.forecast(of.cell, hidden, batch, 1, "bf16", h200, True).persistent
         load = 2 * of.cell.gates * hidden**2 * 2 / (h200.memory_rate * 1e3)
         assert 10 * h200.launch + load <= 0.16 * memory.SHORTEST_CHUNK * step, (cell, hidden, batch)
@@ -367,7 +368,8 @@ def test_chunks_launches_are_a_small_part_of_them_by_the_model():
 def test_modes_keep_less_and_less():
     for cell in CELLS:
         for layers, directions in ((1, 1), (3, 1), (2, 2)):
-            of = ops.layers(cell, 64, 128, layers, directions, torch.bfloat16, None, False)
+            given = {"input_size": 64, "num_layers": layers, "directions": directions}
+            of = asked(cell, 128, dtype=torch.bfloat16, **given).layers
             sizes = [memory.kept(mode, of, 256) for mode in MODES]
             gates, state, checkpoint = sizes
             # y is the output in any case, and of one layer's GRU there is nothing else
@@ -379,19 +381,18 @@ def test_modes_keep_less_and_less():
 
 
 def test_auto_takes_the_fastest_mode_within_the_budget():
-    of = ops.layers("lstm", 3, 8, 2, 1, torch.float32, None, False)
+    call = asked("lstm", 8, 2, 1000, input_size=3, num_layers=2)
     x = torch.randn(1000, 2, 3)
-    needs = {mode: int(ops.needed_bytes(mode, of, 2, 1000, torch.float32, on_kernels=False)) for mode in MODES}
+    needs = {mode: int(decide.needed_bytes(call, mode, on_kernels=False)) for mode in MODES}
     layer = persistrnn.LSTM(3, 8, 2, save="auto", save_budget=needs["gates"] + 1)
     for mode in ("gates", "state"):  # torch's path has two
         layer.save_budget = needs[mode] + 1
         assert f'save="{mode}"' in persistrnn.explain(layer, batch=2, steps=1000)
         layer(x)
-    stack = validate.Stack("lstm", 2, 1, True, 3, 8, 0)
     for mode in MODES:
-        need = int(ops.needed_bytes(mode, of, 2, 1000, torch.float32, on_kernels=True))
-        options = layer.options._replace(backend="persistent", save_budget=need + 1)
-        assert functional.save_mode(stack, options, torch.float32, x.device, 2, 1000) == mode
+        need = int(decide.needed_bytes(call, mode, on_kernels=True))
+        within = call._replace(backend="persistent", save="auto", save_budget=need + 1)
+        assert decide.decide(within).call.save == mode
     layer(x, lengths=torch.tensor([1000, 3]))  # which pack the rows on the CPU
     assert layer(x[:, :0])[0].shape == (1000, 0, 8)
     layer.save_budget = needs["checkpoint"] // 2
@@ -404,8 +405,7 @@ def test_auto_takes_the_fastest_mode_within_the_budget():
 def test_auto_takes_no_mode_that_needs_more():
     """Where one chunk holds all steps, running again needs more than keeping."""
     for on_kernels, steps in ((True, 128), (False, 32)):
-        of = ops.layers("gru", 64, 64, 1, 1, torch.float32, None, False)
-        needs = {mode: ops.needed_bytes(mode, of, 2, steps, torch.float32, on_kernels) for mode in MODES}
+        needs = {mode: decide.needed_bytes(asked("gru", 64, 2, steps), mode, on_kernels) for mode in MODES}
         assert min(needs, key=lambda mode: needs[mode]) == "gates", needs
 
 
@@ -442,8 +442,8 @@ def test_predicted_bytes_of_torchs_path_are_those_that_are_allocated(
     H, batch, directions = 32, max(2, 16_384 // steps), 2 if bidirectional else 1
     layer = getattr(persistrnn, cell.upper())(H, H, layers, bidirectional=bidirectional, dtype=dtype, save=save)
     x = torch.zeros(steps, batch, H, dtype=dtype, requires_grad=needs_x)
-    of = ops.layers(cell, H, H, layers, directions, dtype, None, False)
-    chunk = ops.chunk_steps(save, cell, H, batch, directions, dtype.itemsize, steps, launches=False)
+    call = asked(cell, H, batch, steps, num_layers=layers, directions=directions, dtype=dtype)
+    of, chunk = call.layers, decide.chunk_steps(call, save, launches=False)
     onednn = cell == "lstm" and dtype == torch.float32
     predicted = memory.torch_peak(save, of, batch, steps, chunk, onednn, needs_x)
     assert trained_peak(layer, x) == pytest.approx(predicted, rel=0.1)

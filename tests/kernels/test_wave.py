@@ -6,10 +6,11 @@ import threading
 import accuracy
 import pytest
 import torch
+from asked import asked
 from grid import Delays, concurrent_grid
 
 import persistrnn
-from persistrnn import autograd, stack
+from persistrnn import autograd, decide
 from persistrnn.kernels import launch, wave
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device import scan
@@ -17,8 +18,6 @@ from persistrnn.kernels.inspect import audit
 from persistrnn.kernels.planner import pipeline
 from persistrnn.kernels.planner.cost import BYTES
 from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
-from persistrnn.options import Options
-from persistrnn.validate import Stack
 
 H200 = DEVICES["h200"]
 SHAPES = CELLS
@@ -286,20 +285,20 @@ def test_compiles_as_one_graph(waves):
 
 def test_stacks_that_are_no_waves(monkeypatch):
     """One layer, two directions, dropout between, or float32 products of two precisions: layer after layer."""
-    monkeypatch.setattr(stack, "_matmul_precision", lambda: "ieee")
-    two, half, full = Options(num_layers=2), torch.bfloat16, torch.float32
-    assert stack.may_wave(two, half, 0, "tf32")
-    assert stack.may_wave(two._replace(dropout=0.1), half, 0, "tf32"), "not in training"
-    assert not stack.may_wave(Options(), half, 0, "tf32")
-    assert not stack.may_wave(two._replace(bidirectional=True), half, 0, "tf32")
-    assert not stack.may_wave(two._replace(dropout=0.1, training=True), half, 0, "tf32")
-    assert not stack.may_wave(two, half, 4, "tf32"), "projections"
-    assert not stack.may_wave(two._replace(save="state"), half, 0, "tf32"), "a wave keeps all gates"
-    assert not stack.may_wave(two, full, 0, "tf32")
-    monkeypatch.setattr(stack, "_matmul_precision", lambda: "tf32")
-    assert stack.may_wave(two, full, 0, "tf32")
-    sizes = Stack("lstm", 2, 1, True, 8, 16, 0)
-    assert not stack._waves(sizes, torch.zeros(3, 4, 8), [], two, "tf32"), "on a CPU"
+    monkeypatch.setattr(decide, "matmul_precision", lambda: "ieee")
+    two = asked(hidden=16, num_layers=2, dtype=torch.bfloat16, precision="tf32")
+    may = decide.may_be_pipeline
+    assert may(two)
+    assert not may(two._replace(num_layers=1))
+    assert not may(two._replace(directions=2))
+    assert not may(two._replace(dropout=0.1))
+    assert not may(two._replace(proj_size=4))
+    assert not may(two._replace(save="state")), "a pipeline keeps all gates"
+    full = two._replace(dtype=torch.float32)
+    assert not may(full)
+    monkeypatch.setattr(decide, "matmul_precision", lambda: "tf32")
+    assert may(full)
+    assert not decide.runs_as_pipeline(two), "on a CPU"
 
 
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
@@ -307,7 +306,7 @@ def test_precision_of_products_outside(setting):
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = setting
-        assert stack._matmul_precision() == setting
+        assert decide.matmul_precision() == setting
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import persistrnn
-from persistrnn import ops, segments
+from persistrnn import decide, segments
 
 PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
 STEPS, BATCH, INPUT, HIDDEN = 5, 3, 4, 6
@@ -75,11 +75,6 @@ def test_constructor_refuses_a_bidirectional_that_is_no_bool(cell):
         PAIRS[cell][1](INPUT, HIDDEN, bidirectional=1)(torch.randn(STEPS, BATCH, INPUT))
 
 
-def test_constructor_refuses_an_unknown_backend():
-    with pytest.raises(ValueError, match="'auto', 'persistent', 'torch', got 'cudnn'"):
-        persistrnn.LSTM(INPUT, HIDDEN, backend="cudnn")
-
-
 @pytest.mark.parametrize("cell", PAIRS)
 @pytest.mark.parametrize(
     ("options", "error", "message"),
@@ -88,9 +83,9 @@ def test_constructor_refuses_an_unknown_backend():
         ({"save": None}, ValueError, "got None"),
         ({"save": "auto"}, ValueError, "goes with save_budget.* got save='auto' and save_budget=None"),
         ({"save": "state", "save_budget": 10}, ValueError, "got save='state' and save_budget=10"),
-        ({"save": "auto", "save_budget": 0}, ValueError, "positive number of bytes, got 0"),
-        ({"save": "auto", "save_budget": 1e9}, TypeError, "an int, got float"),
-        ({"save": "auto", "save_budget": True}, TypeError, "an int, got bool"),
+        ({"save": "auto", "save_budget": 0}, ValueError, "save_budget must be greater than zero, got 0"),
+        ({"save": "auto", "save_budget": 1e9}, TypeError, "save_budget should be of type int, got: float"),
+        ({"save": "auto", "save_budget": True}, TypeError, "save_budget should be of type int, got: bool"),
     ],
 )
 def test_save_is_a_mode_or_auto_with_a_budget(cell, options, error, message):
@@ -187,7 +182,7 @@ def test_call_refuses_other_types(cell, input, hx, message):
 
 
 def test_persistent_says_why_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(ops, "unsupported", lambda *args: "the tensors are on cpu; move them to a GPU.")
+    monkeypatch.setattr(decide, "unsupported", lambda call: "the tensors are on cpu; move them to a GPU.")
     with pytest.raises(RuntimeError, match="the tensors are on cpu; move them to a GPU"):
         persistrnn.GRU(INPUT, HIDDEN, backend="persistent")(X)
 
@@ -220,49 +215,34 @@ def test_call_refuses_layouts_and_kinds_as_torch_nn(cell, input, message):
     assert re.search(message, str(ours))
 
 
+def wrong_weights():
+    """(what is wrong, cell, weights, options, exception, message)."""
+    lstm, gru = ([p.detach() for p in PAIRS[cell][0](INPUT, HIDDEN).parameters()] for cell in PAIRS)
+    w_ih, w_hh, *biases = lstm
+    deep = [p.detach() for p in persistrnn.GRU(INPUT, HIDDEN, 2, bidirectional=True).parameters()]
+    deep[13] = deep[13][:, :-1]
+    both = {"num_layers": 2, "bidirectional": True}
+    return [
+        ("too few", "lstm", lstm[:3], {}, ValueError, "take 4 weights .5 with projections., got 3"),
+        ("none", "lstm", [], {}, ValueError, "got 0"),
+        ("layers", "lstm", lstm, {"num_layers": 2}, ValueError, "2 layers x 1 directions .* take 8"),
+        ("no tensor", "lstm", [w_ih, w_hh, biases[0], None], {}, TypeError, "weights are tensors, got NoneType"),
+        ("dtypes", "lstm", [w_ih, w_hh.double(), *biases], {}, ValueError, r"weight_hh_l0 torch.float64; convert it"),
+        ("empty", "lstm", [w_ih[:0], w_hh[:0, :0], *(b[:0] for b in biases)], {}, RuntimeError, "H > 0"),
+        ("device", "lstm", [w_ih, w_hh.to("meta"), *biases], {}, RuntimeError, "parameter tensor at meta"),
+        ("projection", "lstm", [*lstm, torch.zeros(2, HIDDEN)], {}, RuntimeError, r"weight_hh_l0 .*\(24, 2\)"),
+        ("of a GRU", "gru", [*gru, gru[0]], {}, ValueError, "a GRU has no projections: it takes 4 weights, got 5"),
+        ("named", "gru", deep, both, RuntimeError, r"weight_hh_l1_reverse must have shape \(18, 6\), got \(18, 5\)"),
+    ]
+
+
 @pytest.mark.parametrize(
-    ("change", "exception", "message"),
-    [
-        (lambda w: w.double(), ValueError, r"weight_hh_l0 torch.float64; convert it: .to\(torch.float32\)"),
-        (lambda w: w[:, :-1], RuntimeError, r"weight_hh_l0 must have shape \(24, 6\), got \(24, 5\)"),
-        (lambda w: w.to_sparse(), RuntimeError, r"got layout torch.sparse_coo"),
-        (lambda w: w.to("meta"), RuntimeError, r"parameter tensor at meta"),
-    ],
-    ids=["dtype", "shape", "layout", "device"],
+    ("cell", "weights", "options", "exception", "message"),
+    [pytest.param(*row[1:], id=row[0]) for row in wrong_weights()],
 )
-def test_call_refuses_one_bad_parameter(change, exception, message):
-    layer = persistrnn.LSTM(INPUT, HIDDEN)
-    layer.weight_hh_l0 = nn.Parameter(change(layer.weight_hh_l0.detach()))
+def test_functional_refuses_weights(cell, weights, options, exception, message):
     with pytest.raises(exception, match=message):
-        layer(X)
-
-
-def test_functional_refuses_weights():
-    weights = list(persistrnn.GRU(INPUT, HIDDEN).parameters())
-    for given, exception, message in [
-        (weights[:-1], ValueError, r"take 4 weights \(5 with projections\), got 3"),
-        ([*weights, weights[0]], ValueError, r"a GRU has no projections: it takes 4 weights, got 5"),
-        ([*weights[:-1], "bias"], TypeError, r"weights are tensors, got str"),
-        (
-            [weights[0], weights[1][:0], *weights[2:]],
-            RuntimeError,
-            r"weight_hh_l0 must have shape \(18, 6\), got \(0, 6\)",
-        ),
-    ]:
-        with pytest.raises(exception, match=message):
-            persistrnn.functional.gru(X, given)
-    for options, exception, message in [
-        ({"dropout": 2.0}, ValueError, r"in range \[0, 1\] .* got 2.0"),
-        ({"num_layers": 0}, ValueError, r"num_layers must be greater than zero, got 0"),
-        ({"backend": "gpu"}, ValueError, r"'auto', 'persistent', 'torch', got 'gpu'"),
-    ]:
-        with pytest.raises(exception, match=message):
-            persistrnn.functional.gru(X, weights, **options)
-
-
-def test_cell_dtype_is_none_or_float32():
-    with pytest.raises(ValueError, match=r"None \(the dtype of the computation\) or torch.float32, got torch.float64"):
-        persistrnn.LSTM(INPUT, HIDDEN, cell_dtype=torch.float64)
+        getattr(persistrnn.functional, cell)(X, weights, **options)
 
 
 # ---- lengths, masks, resets ----------------------------------------------------------------------------------------
@@ -393,12 +373,3 @@ def test_lengths_out_of_range_on_a_device_are_clamped_and_raised_once(monkeypatc
     monkeypatch.setattr(segments, "check", lambda: (_ for _ in ()).throw(RuntimeError("as told")))
     with pytest.raises(RuntimeError, match="as told"):
         persistrnn.check()
-
-
-def test_a_meta_device_constructs_and_runs():
-    """Shapes without data."""
-    layer = persistrnn.LSTM(INPUT, HIDDEN, 2, device="meta")
-    assert all(p.is_meta for p in layer.parameters())
-    y, (h_n, c_n) = layer(X.to("meta"))
-    assert y.shape == (STEPS, BATCH, HIDDEN)
-    assert h_n.shape == c_n.shape == (2, BATCH, HIDDEN)

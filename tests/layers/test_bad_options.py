@@ -36,7 +36,7 @@ FLAGS = [
     ("cell_dtype", "x", ValueError, "cell_dtype is None .* or torch.float32, got 'x'"),
     ("save", 3, ValueError, "'gates', 'state', 'checkpoint', 'auto', got 3"),
     ("save", X, ValueError, "'gates', 'state', 'checkpoint', 'auto', got tensor"),
-    ("save_budget", "x", TypeError, "save_budget is a number of bytes, an int, got str"),
+    ("save_budget", "x", TypeError, "save_budget should be of type int, got: str"),
     ("return_cell_states", "no", TypeError, r"return_cell_states should be of type bool, got: str \('no'\)"),
     ("return_cell_states", 0, TypeError, "return_cell_states should be of type bool, got: int"),
 ]

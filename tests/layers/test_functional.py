@@ -7,10 +7,11 @@ import itertools
 
 import pytest
 import torch
+from asked import asked
 from torch import nn
 
 import persistrnn
-from persistrnn import autograd, functional, ops, reference
+from persistrnn import autograd, decide, functional, reference
 from persistrnn.options import Options
 
 pytestmark = pytest.mark.torch_path
@@ -41,11 +42,11 @@ def kernels(monkeypatch):
         calls.append({"cell": cell, "dtype": x_gates.dtype, "precision": precision, "shape": x_gates.shape})
         return reference.recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0, marks, reset)
 
-    def unsupported(cell, hidden_size, batch, directions, dtype, device, precision):
-        return None if batch > 0 else "there is no plan for an empty batch."
+    def unsupported(call):
+        return None if call.batch > 0 else "there is no plan for an empty batch."
 
     monkeypatch.setattr(autograd, "recurrent", recurrent)
-    monkeypatch.setattr(ops, "unsupported", unsupported)
+    monkeypatch.setattr(decide, "unsupported", unsupported)
     return calls
 
 
@@ -138,15 +139,6 @@ def test_empty_batch_gives_empty_outputs_and_zero_gradients(kernels, cell, backe
     assert kernels == []
 
 
-@pytest.mark.parametrize("backend", ["persistent", "torch", "auto"])
-@pytest.mark.parametrize("shape", [(0, BATCH, INPUT), (0, INPUT), (0, 0, INPUT)])
-@pytest.mark.parametrize("cell", PAIRS)
-def test_no_steps_is_torch_nn_error(kernels, cell, shape, backend):
-    layer, _, _ = make(cell)
-    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
-        PAIRS[cell][0](torch.randn(shape, dtype=torch.float64), list(layer.parameters()), backend=backend)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cell", PAIRS)
 def test_persistent_runs_in_autocast_dtype(kernels, cell, dtype):
@@ -215,27 +207,12 @@ def test_auto_runs_cpu_tensors_on_torch_path_even_where_kernels_could(kernels):
 
 
 def test_auto_follows_the_kernels_on_a_gpu(monkeypatch):
-    asked = []
-
-    def unsupported(*args):
-        asked.append(args)
-        return "H=7 is too odd." if args[1] == 7 else None
-
-    monkeypatch.setattr(ops, "unsupported", unsupported)
-    monkeypatch.setattr(ops, "slower", lambda *args: None)
-    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(decide, "unsupported", lambda call: "H=7 is odd." if call.hidden_size == 7 else None)
+    monkeypatch.setattr(decide, "slower", lambda call: None)
     for backend in ("auto", "persistent"):
-        assert functional.obstacle(backend, "gru", 8, 2, 1, torch.float16, gpu) is None
-        assert functional.obstacle(backend, "gru", 7, 2, 1, torch.float16, gpu) == "H=7 is too odd."
-    assert asked[0] == ("gru", 8, 2, 1, torch.float16, gpu, functional.precision())
-    assert functional.obstacle("torch", "gru", 8, 2, 1, torch.float16, gpu) is not None
-
-
-def test_persistent_says_why_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(ops, "unsupported", lambda *args: "there is no GPU; move the tensors to one.")
-    layer, x, _ = make("gru")
-    with pytest.raises(RuntimeError, match=r'backend="persistent".*there is no GPU; move the tensors to one'):
-        path_of(layer, x, "persistent")
+        assert decide.obstacle(asked("gru", 8, device="cuda", backend=backend)) is None
+        assert decide.obstacle(asked("gru", 7, device="cuda", backend=backend)) == "H=7 is odd."
+    assert decide.obstacle(asked("gru", 8, device="cuda", backend="torch")) is not None
 
 
 def test_projections_and_packed_sequences_run_on_the_kernels(kernels):
@@ -262,68 +239,6 @@ def test_persistent_checks_devices_before_it_launches(kernels, cell):
     with pytest.raises(RuntimeError, match="input tensor at cpu and hidden tensor at meta"):
         PAIRS[cell][0](x, weights, away, backend="persistent")
     assert kernels == []
-
-
-@pytest.mark.parametrize("cell", PAIRS)
-def test_torch_path_is_torch_nn_to_the_bit(cell):
-    layer, x, hx = make(cell, num_layers=2, bidirectional=True, dropout=0.5, batch_first=True)
-    torch.manual_seed(3)
-    expected = leaves_of(layer(x, hx))
-    torch.manual_seed(3)
-    actual = leaves_of(PAIRS[cell][0](x, list(layer.parameters()), hx, **options_of(layer)))
-    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-
-
-def wrong_weights():
-    """(what is wrong, weights, options, exception, message)."""
-    lstm = [p.detach() for p in nn.LSTM(INPUT, HIDDEN).parameters()]
-    w_ih, w_hh, b_ih, b_hh = lstm
-    return [
-        ("too few", lstm[:3], {}, ValueError, "take 4 weights .5 with projections., got 3"),
-        ("none", [], {}, ValueError, "got 0"),
-        ("layers", lstm, {"num_layers": 2}, ValueError, "2 layers x 1 directions .* take 8"),
-        ("no layer", lstm, {"num_layers": 0}, ValueError, "num_layers must be greater than zero, got 0"),
-        ("not a tensor", [w_ih, w_hh, b_ih, None], {}, TypeError, "weights are tensors, got NoneType"),
-        ("rows", [w_ih[:-1], w_hh, b_ih, b_hh], {}, RuntimeError, r"weight_ih_l0 must have shape \(24, 5\)"),
-        ("square", [w_ih, w_hh[:, :-1], b_ih, b_hh], {}, RuntimeError, r"weight_hh_l0 .*\(24, 6\), got \(24, 5\)"),
-        ("bias", [w_ih, w_hh, b_ih, b_hh[:-1]], {}, RuntimeError, r"bias_hh_l0 .*\(24,\), got \(23,\)"),
-        ("flat", [w_ih, w_hh.flatten(), b_ih, b_hh], {}, RuntimeError, "weight_hh_l0 must have shape"),
-        ("dtypes", [w_ih, w_hh.double(), b_ih, b_hh], {}, ValueError, "share one dtype"),
-        ("empty", [w_ih[:0], w_hh[:0, :0], b_ih[:0], b_hh[:0]], {}, RuntimeError, "H > 0"),
-        ("projection", [*lstm, torch.zeros(2, HIDDEN)], {}, RuntimeError, r"weight_hh_l0 .*\(24, 2\)"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("weights", "options", "exception", "message"),
-    [pytest.param(*row[1:], id=row[0]) for row in wrong_weights()],
-)
-def test_wrong_weights(weights, options, exception, message):
-    with pytest.raises(exception, match=message):
-        functional.lstm(torch.zeros(STEPS, BATCH, INPUT), weights, **options)
-
-
-def test_a_wrong_weight_is_named_by_layer_and_direction():
-    weights = list(nn.GRU(INPUT, HIDDEN, 2, bidirectional=True).parameters())
-    weights[13] = weights[13][:, :-1]
-    with pytest.raises(RuntimeError, match=r"weight_hh_l1_reverse must have shape \(18, 6\), got \(18, 5\)"):
-        functional.gru(torch.zeros(STEPS, BATCH, INPUT), weights, num_layers=2, bidirectional=True)
-
-
-def test_gru_refuses_projection_weights():
-    weights = [*nn.GRU(INPUT, HIDDEN).parameters(), torch.zeros(2, HIDDEN)]
-    with pytest.raises(ValueError, match="no projections"):
-        functional.gru(torch.zeros(STEPS, BATCH, INPUT), weights)
-
-
-def test_bad_options():
-    weights = list(nn.GRU(INPUT, HIDDEN).parameters())
-    x = torch.zeros(STEPS, BATCH, INPUT)
-    with pytest.raises(ValueError, match="'auto', 'persistent', 'torch', got 'triton'"):
-        functional.gru(x, weights, backend="triton")
-    for dropout in (-0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match=r"dropout should be a number in range \[0, 1\].*got"):
-            functional.gru(x, weights, dropout=dropout)
 
 
 def test_public_names():

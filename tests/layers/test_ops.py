@@ -12,20 +12,20 @@ import textwrap
 
 import pytest
 import torch
+from asked import asked
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import persistrnn
-from persistrnn import autograd, ops, reference
+from persistrnn import autograd, decide, reference
 from persistrnn.kernels import launch
-from persistrnn.kernels.planner import plan as planning
+from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner.hardware import DEVICES
 
 pytestmark = pytest.mark.interpreter
 
-CELLS = ("lstm", "gru")
 MODULES = {"lstm": persistrnn.LSTM, "gru": persistrnn.GRU}
 H, B, T, INPUT = 10, 3, 2, 5
 NAMES = ("x_gates", "weight_hh", "bias_hh", "h0", "c0")
@@ -432,11 +432,7 @@ def test_dual_numbers_are_refused():
 
 
 def unsupported(**changed):
-    arguments = {
-        "cell": "lstm", "hidden_size": H, "batch": B, "directions": 1, "dtype": torch.float32,
-        "device": torch.device("cpu"), "precision": "ieee",
-    }  # fmt: skip
-    return ops.unsupported(**(arguments | changed))
+    return decide.unsupported(asked(**({"hidden": H, "batch": B} | changed)))
 
 
 @pytest.fixture
@@ -452,7 +448,7 @@ def a_gpu(monkeypatch):
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_is_supported(cell, dtype, a_gpu):
     assert unsupported(cell=cell, dtype=dtype) is None
-    assert unsupported(cell=cell, dtype=dtype, device=a_gpu, hidden_size=512, directions=2) is None
+    assert unsupported(cell=cell, dtype=dtype, device=a_gpu, hidden=512, directions=2) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64, torch.float8_e4m3fn])
@@ -463,7 +459,7 @@ def test_refused_dtype(dtype):
 
 
 def test_refused_device():
-    text = unsupported(device=torch.device("meta"))
+    text = unsupported(device="meta")
     for part in ("NVIDIA GPUs", "got 'meta'", "'cuda'", "backend='torch'"):
         assert part in text, text
 
@@ -483,7 +479,7 @@ def test_refused_old_gpu(a_gpu, monkeypatch):
 
 
 def test_refused_size(a_gpu):
-    text = unsupported(device=a_gpu, hidden_size=30_000)
+    text = unsupported(device=a_gpu, hidden=30_000)
     for part in ("hidden_size=30000", "31 bits", "allow hidden_size up to", "backend='torch'"):
         assert part in text, text
 
@@ -492,13 +488,6 @@ def test_module_raises_what_unsupported_says():
     module = MODULES["gru"](INPUT, H, backend="persistent", dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"(?s)got torch.float64.*backend='torch'"):
         module(torch.randn(T, B, INPUT, dtype=torch.float64))
-
-
-def test_describe_is_the_plan_in_words(a_gpu):
-    text = ops.describe("gru", 512, 64, 2, torch.bfloat16, a_gpu, "tf32")
-    assert "gru H=512 B=64 D=2 bf16 on a100" in text
-    with pytest.raises(planning.PlanError, match="hidden_size=30000"):
-        ops.describe("gru", 30_000, 64, 2, torch.bfloat16, a_gpu, "tf32")
 
 
 # ---- the error word ------------------------------------------------------------------------------------------------
@@ -583,7 +572,6 @@ def test_without_triton_torchs_own_path_serves():
         WITHOUT_TRITON
         + """
     import persistrnn, torch
-    from persistrnn import ops
     assert not any(name.split(".")[0] == "triton" for name in sys.modules)
     persistrnn.check()
     for kind in (persistrnn.LSTM, persistrnn.GRU):
@@ -595,24 +583,24 @@ def test_without_triton_torchs_own_path_serves():
     print(persistrnn.explain(layer, 3, 2))
     layer = persistrnn.LSTM(5, 10, backend="persistent")
     print(persistrnn.explain(layer, 3, 2))
-    print(ops.unsupported("lstm", 10, 3, 1, torch.float32, torch.device("cuda"), "ieee"))
     try:
         layer(torch.randn(2, 3, 5))
     except RuntimeError as error:
         print(error)
         """
     )
-    assert text.count("Triton cannot be imported here; install triton >= 3.6 (Linux), or use backend='torch'.") == 3
+    assert text.count("Triton cannot be imported here; install triton >= 3.6 (Linux), or use backend='torch'.") == 2
     assert "path: torch" in text
 
 
 def test_an_import_error_of_our_own_is_not_taken_for_a_missing_triton():
     text = python(
         """
-        import sys
+        import sys, torch
         sys.modules["persistrnn.kernels.device.tiles"] = None
+        import persistrnn
         try:
-            import persistrnn
+            persistrnn.LSTM(5, 10, backend="persistent")(torch.zeros(2, 3, 5))
         except ImportError as error:
             print(error.name)
         """

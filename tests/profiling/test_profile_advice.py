@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from asked import asked
 
-from persistrnn import ops
+from persistrnn import decide
 from persistrnn.profiling import advice as profile_advice
 from persistrnn.profiling import page, tables
 from persistrnn.profiling.advice import RULES, advice
@@ -117,10 +118,8 @@ def test_memory():
     assert found.startswith(
         "64 KiB per token: about T = 143,000 fits in 140.0 GiB (extrapolated from what was measured)"
     )
-    of = ops.layers("lstm", 512, 512, 1, 1, torch.bfloat16, None, False)
-    gates, checkpoint = (
-        ops.needed_bytes(save, of, 16, 2048, torch.bfloat16, on_kernels=True) for save in ("gates", "checkpoint")
-    )
+    call = asked("lstm", 512, 16, 2048, dtype=torch.bfloat16)
+    gates, checkpoint = (decide.needed_bytes(call, save, on_kernels=True) for save in ("gates", "checkpoint"))
     assert found.endswith(
         f'; at T = 2,048 save="checkpoint" is predicted to need {number(checkpoint / 2**20)} MiB in the recurrent '
         f'layers, where save="gates" needs {number(gates / 2**20)}.'

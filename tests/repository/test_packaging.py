@@ -141,10 +141,24 @@ def test_a_checkout_runs_after_an_installation_over_an_editable_one(checkout: Pa
     runs_in(checkout, fresh_python)
 
 
-def test_the_package_does_not_bring_in_the_compiler(tmp_path: Path) -> None:
-    """torch._dynamo takes longer to import than torch, and most programs never compile."""
-    code = "import json, sys, persistrnn; print(json.dumps('torch._dynamo' in sys.modules))"
-    assert python(code, cwd=tmp_path) is False
+def test_the_package_brings_in_what_every_call_needs(tmp_path: Path) -> None:
+    """Neither the compilers, nor the kernels, nor the profile with its plots."""
+    code = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+before = set(sys.modules)
+import persistrnn
+persistrnn.LSTM(2, 3)(torch.ones(4, 1, 2))
+added = sorted(set(sys.modules) - before)
+print(json.dumps([added, callable(persistrnn.profile)]))
+"""
+    added, profiles = python(code, ROOT, cwd=tmp_path)  # type: ignore[misc]
+    parts = "persistrnn.kernels.device", "persistrnn.kernels.launch", "persistrnn.profiling"
+    others = "triton", "torch._dynamo", "torch._inductor", "matplotlib", "jinja2", "tqdm"
+    assert "persistrnn.decide" in added
+    assert [name for name in added if name.startswith((*parts, *others))] == []
+    assert profiles
 
 
 def origin(module: str, cwd: Path) -> Path | None:
