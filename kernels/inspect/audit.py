@@ -52,7 +52,7 @@ DEVICE_OF_ARCH = {
 ALIGNED = [["tt.divisibility", 16]]
 
 # What decides, with a plan, what is compiled.
-DEVICE = ("exchange", "pointwise", "product", "scan", "step_flags", "tile_tuples", "tiles")
+DEVICE = ("exchange", "marks", "pointwise", "product", "program", "scan", "tile_tuples", "tiles")
 KERNEL_FILES = ("launch", *(f"device/{name}" for name in DEVICE))
 
 

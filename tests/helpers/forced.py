@@ -8,7 +8,7 @@ import torch
 from persistrnn import functional, stack
 from persistrnn.kernels import launch, wave
 from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.device.exchange import PATIENCE, Exchange
+from persistrnn.kernels.device.exchange import SPIN_LIMIT, Exchange
 from persistrnn.kernels.planner import pipeline, plan
 from persistrnn.kernels.planner.hardware import INTERPRETER
 from persistrnn.kernels.planner.tiling import Choice, Tiling, make_tiling, smallest_chunk
@@ -65,7 +65,7 @@ def poll() -> str:
 def force(
     monkeypatch: pytest.MonkeyPatch,
     protocol: str = "counter",
-    patience: int = PATIENCE,
+    spin_limit: int = SPIN_LIMIT,
     groups: int | None = None,
     **chosen: str | int,
 ) -> None:
@@ -79,7 +79,7 @@ def force(
             passes.append(plan.Pass(t, made, together, -(-jobs // together), 0, 0, 0, 0, 0, None, None))
         return plan.Plan(cell.name, hidden, batch, directions, "fp32", INTERPRETER, *passes, 0.0)
 
-    exchange = Exchange(protocol=protocol, poll=poll(), patience=patience)
+    exchange = Exchange(protocol=protocol, poll=poll(), spin_limit=spin_limit)
     monkeypatch.setattr(launch, "choose", choose)
     monkeypatch.setattr(launch, "exchange_for", lambda device: exchange)
 

@@ -102,14 +102,13 @@ def test_a_layer_that_does_not_wait_for_its_neighbour_is_caught(waves, monkeypat
     waves()
     multiply, program = scan.multiply, threading.local()
 
-    def hasty(weights, ahead, stream, pointer, rows, j, place, once, step, told, channel, patience, tiling, how):
+    def hasty(weights, ahead, pointer, rows, j, who, step, steps_needed, sync, spin_limit, tiling, how):
         # Of the two products of a step the neighbour's comes first; the backward forms its first one before the loop.
         turn = program.__dict__.setdefault("turn", 0)
         program.turn = turn + 1
         if tiling.backward == backward and (turn == 0 or turn % 2 == backward):
-            told = told * 0
-        given = weights, ahead, stream, pointer, rows, j, place, once, step, told, channel, patience, tiling, how
-        return multiply(*given)
+            steps_needed = steps_needed * 0
+        return multiply(weights, ahead, pointer, rows, j, who, step, steps_needed, sync, spin_limit, tiling, how)
 
     monkeypatch.setattr(scan, "multiply", hasty)
     # A loaded machine may run the programs one after the other: the slow one is then slowed further.
@@ -137,9 +136,10 @@ def test_a_gradient_told_before_it_is_stored_is_caught(waves, monkeypatch):
             put_tiles(*program.dx)
             del program.dx
 
-    def reading(weights, ahead, stream, pointer, rows, j, place, once, step, told, *rest):
-        found = multiply(weights, ahead, stream, pointer, rows, j, place, once, step, told, *rest)
-        if rest[-2].backward and told.handle.data.item() > 0:
+    def reading(*given):
+        found = multiply(*given)
+        steps_needed, tiling = given[7], given[-2]
+        if tiling.backward and steps_needed.handle.data.item() > 0:
             read.set()
         return found
 

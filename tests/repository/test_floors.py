@@ -91,8 +91,11 @@ FLOORS = (
         "persistrnn.kernels.device.scan",
     ),
     (
+        "persistrnn.kernels.device.marks",
         "persistrnn.kernels.device.product",
-        "persistrnn.kernels.device.step_flags",
+    ),
+    (
+        "persistrnn.kernels.device.program",
         "persistrnn.kernels.device.tile_tuples",
     ),
     (

@@ -61,7 +61,7 @@ def test_changes_reach_the_launch_and_end(monkeypatch: pytest.MonkeyPatch) -> No
         assert launch.options(part, "sm_90") == usual | {"launch_cooperative_grid": False}
     with changed(device, maxnreg=False):
         assert launch.options(part, "sm_90") == {n: v for n, v in usual.items() if n != "maxnreg"}
-    with changed(device, poll="atomic", patience=5, protocol="flags"):
+    with changed(device, poll="atomic", spin_limit=5, protocol="flags"):
         assert launch.exchange_for(device) == Exchange("flags", "atomic", 5)
         assert launch.options(part, "sm_90") == usual
     with changed(CPU, word_on_device=True):
