@@ -15,8 +15,9 @@ from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import arrive, get, put, read, wait
 from persistrnn.kernels.device.product import accumulators, add, gather, load_rest, matrix_of, resident
 from persistrnn.kernels.device.tiles import k_index, operand_offsets
-from persistrnn.kernels.planner.tiling import Choice, Tiling
-from persistrnn.kernels.planner.tiling import make_tiling as tiling_of
+from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
+from persistrnn.kernels.planner.problem import Problem
+from persistrnn.kernels.planner.tiling import Choice, Tiling, make_tiling
 
 LINE = 16  # bytes
 WARPS = 8  # as most of the planned kernels
@@ -144,8 +145,8 @@ def swept(depth: int, interpreted: bool) -> Tiling:
         units=16, rows=1, batch_tile=8, subtiles=1, warps=WARPS, blocks=1, splits=WARPS, largest_chunk=256, burst=depth,
         in_registers=0, in_shared=depth, stream_chunk=256,
     )  # fmt: skip
-    shape = CELLS["lstm"]
-    return tiling_of(shape, depth, 1, choice, backward=False, size=2, precision="ieee", interpreted=interpreted)
+    problem = Problem(CELLS["lstm"], depth, 1, 1, "fp16", INTERPRETER if interpreted else DEVICES["h200"])
+    return make_tiling(problem, choice, backward=False)
 
 
 def bytes_swept(t: Tiling) -> int:

@@ -39,6 +39,7 @@ from ..launch import options
 from ..planner import hardware as devices
 from ..planner import plan as planning
 from ..planner.pipeline import plan_pipeline
+from ..planner.problem import Problem
 
 DTYPES = {"fp16": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
 DEVICE_OF_ARCH = {
@@ -115,12 +116,13 @@ class Row:
 def planned(case: Case) -> planning.Pass:
     """The pass that the plan has for a case."""
     hardware = devices.named(DEVICE_OF_ARCH[case.arch])
+    problem = Problem(CELLS[case.cell], case.hidden, case.batch, case.directions, case.dtype, hardware)
     if case.layers > 1:
-        found = plan_pipeline(CELLS[case.cell], case.hidden, case.layers, case.batch, case.dtype, hardware)
+        found = plan_pipeline(problem, case.layers)
         if found is None:
             raise planning.PlanError(f"{case.layers} layers of hidden_size={case.hidden} do not fit {hardware.name}")
         return found.backward if case.backward else found.forward
-    plan = planning.plan_layer(CELLS[case.cell], case.hidden, case.batch, case.directions, case.dtype, hardware)
+    plan = planning.plan_layer(problem)
     return plan.backward if case.backward else plan.forward
 
 

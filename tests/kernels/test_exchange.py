@@ -90,8 +90,7 @@ def features(backward):
     """What of the kernels each case runs: (split, protocol), (split, a home), and what is special."""
     found = set()
     for cell, dtype, protocol, hidden, batch, _, bidirectional, chosen in CASES:
-        size = accuracy.DTYPES[dtype].itemsize
-        t = tilings(cell, hidden, 2 if bidirectional else 1, size, **choice_of(chosen))[backward][1]
+        t = tilings(cell, hidden, 2 if bidirectional else 1, dtype, **choice_of(chosen))[backward][1]
         split = min(t.rows, 2)
         found |= {(split, cell), (split, dtype), (split, protocol), (t.subtiles, protocol), f"{t.rows} rows"}
         found |= {(split, cell, "registers")} if t.in_registers else set()

@@ -15,8 +15,8 @@ from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device import scan
 from persistrnn.kernels.inspect import audit
 from persistrnn.kernels.planner import pipeline
-from persistrnn.kernels.planner.cost import BYTES
 from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
+from persistrnn.kernels.planner.problem import BYTES, Problem
 from persistrnn.options import Options
 from persistrnn.validate import Stack
 
@@ -163,7 +163,7 @@ def test_plans_are_sound(cell, device, dtype):
     for hidden in (20, 64, 130, 256, 384, 512, 600):
         for layers in (2, 3, 4, 8):
             for batch in (1, 16, 64, 200):
-                waved = pipeline.plan_pipeline(SHAPES[cell], hidden, layers, batch, dtype, hardware)
+                waved = pipeline.plan_pipeline(Problem(SHAPES[cell], hidden, batch, 1, dtype, hardware), layers)
                 if waved is None:
                     continue
                 found += 1
@@ -182,11 +182,13 @@ def test_plans_are_sound(cell, device, dtype):
 
 
 def test_a_wave_is_taken_where_it_is_predicted_to_win():
-    found = pipeline.plan_pipeline(SHAPES["lstm"], 512, 4, 16, "bf16", H200)
+    found = pipeline.plan_pipeline(Problem(SHAPES["lstm"], 512, 16, 1, "bf16", H200), 4)
     assert found.forward.predicted < found.layered[0]
     assert found.faster(256, backward=True)
     assert not found.faster(1, backward=True), "three steps more than one"
-    assert pipeline.plan_pipeline(SHAPES["lstm"], 1024, 4, 16, "bf16", H200) is None, "16 matrices of 2 MiB and more"
+    assert pipeline.plan_pipeline(Problem(SHAPES["lstm"], 1024, 16, 1, "bf16", H200), 4) is None, (
+        "16 matrices of 2 MiB and more"
+    )
 
 
 def test_what_fits_with_16_rows_fits_with_any():
@@ -194,14 +196,17 @@ def test_what_fits_with_16_rows_fits_with_any():
     for cell in SHAPES:
         for hidden in range(16, 640, 24):
             for layers in (2, 3, 5):
-                if pipeline.plan_pipeline(SHAPES[cell], hidden, layers, 16, "bf16", H200) is not None:
+                if pipeline.plan_pipeline(Problem(SHAPES[cell], hidden, 16, 1, "bf16", H200), layers) is not None:
                     for batch in (1, 8, 9, 33, 64, 100, 500, 5000):
-                        assert pipeline.plan_pipeline(SHAPES[cell], hidden, layers, batch, "bf16", H200) is not None
+                        assert (
+                            pipeline.plan_pipeline(Problem(SHAPES[cell], hidden, batch, 1, "bf16", H200), layers)
+                            is not None
+                        )
 
 
 def test_a_wave_has_two_layers():
     with pytest.raises(ValueError, match=r"at least 2 layers, got 1"):
-        pipeline.plan_pipeline(SHAPES["gru"], 64, 1, 8, "bf16", H200)
+        pipeline.plan_pipeline(Problem(SHAPES["gru"], 64, 8, 1, "bf16", H200), 1)
 
 
 @pytest.mark.audit

@@ -110,16 +110,16 @@ FLOORS = (
         "persistrnn.kernels.planner.pipeline",
     ),
     ("persistrnn.kernels.planner.plan",),
+    ("persistrnn.kernels.planner.choices",),
     (
         "persistrnn.kernels.planner.cost",
         "persistrnn.kernels.planner.memory",
         "persistrnn.kernels.planner.occupancy",
     ),
+    ("persistrnn.kernels.planner.tiling",),
+    ("persistrnn.kernels.planner.problem",),
     ("persistrnn.kernels.planner.hardware",),
-    (
-        "persistrnn.kernels.planner.measurements",
-        "persistrnn.kernels.planner.tiling",
-    ),
+    ("persistrnn.kernels.planner.measurements",),
     (
         "persistrnn.kernels.planner",
         "persistrnn.kernels.cells",
