@@ -20,9 +20,8 @@ from .plan import Pass, Shares
 from .problem import Problem
 from .tiling import Choice, Tiling, make_tiling
 
-DEEPEST = (
-    4352  # bytes of K in the backward, above which it spills, and both products outlast the exchange that hides one
-)
+# Bytes of K in the backward, above which it spills, and both products take longer than the exchange that hides one.
+DEEPEST = 4352
 MOST_LAYERS = 32
 ROUNDING = 2  # registers by which tiles of whole powers of two may pass the estimate
 
