@@ -28,6 +28,7 @@ from .planner import occupancy
 from .planner import plan as planning
 from .planner.forecast import Forecast, forecast
 from .planner.memory import c_slots
+from .planner.problem import Problem
 
 # Number of launches per kernel name in this process: tests use it to prove which path made their numbers.
 LAUNCHES: Counter[str] = Counter()
@@ -78,7 +79,7 @@ def hardware(device: torch.device) -> devices.Hardware:
 def choose(
     cell: Cell, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, device: torch.device
 ) -> planning.Plan:
-    return planning.plan_layer(cell, hidden, batch, directions, label(dtype, precision), hardware(device))
+    return planning.plan_layer(Problem(cell, hidden, batch, directions, label(dtype, precision), hardware(device)))
 
 
 def compare(
@@ -86,7 +87,7 @@ def compare(
     backward: bool,
 ) -> Forecast:  # fmt: skip
     """What the kernels and torch's own path are expected to need per time step."""
-    return forecast(cell, hidden, batch, directions, label(dtype, precision), hardware(device), backward)
+    return forecast(Problem(cell, hidden, batch, directions, label(dtype, precision), hardware(device)), backward)
 
 
 def exchange_for(device: torch.device) -> Exchange:

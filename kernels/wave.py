@@ -18,6 +18,7 @@ from .device.scan import scan_backward, scan_forward
 from .planner import hardware as devices
 from .planner import pipeline
 from .planner.memory import c_slots
+from .planner.problem import Problem
 
 
 def choose(
@@ -27,7 +28,7 @@ def choose(
     hardware = launch.hardware(device)
     if hardware is devices.INTERPRETER:
         return None  # programs that run one after the other cannot wait for each other
-    return pipeline.plan_pipeline(cell, hidden, layers, batch, launch.label(dtype, precision), hardware)
+    return pipeline.plan_pipeline(Problem(cell, hidden, batch, 1, launch.label(dtype, precision), hardware), layers)
 
 
 def _packed(first: Tensor, second: Tensor, above: bool) -> Tensor:

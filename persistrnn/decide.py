@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from persistrnn import tracing
-from persistrnn.kernels.cells import CELLS, Cell
+from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.inspect import outlook as outlooks
 from persistrnn.kernels.inspect.outlook import Outlook
 from persistrnn.kernels.planner import memory
 from persistrnn.kernels.planner.forecast import Forecast, forecast
-from persistrnn.kernels.planner.hardware import INTERPRETER, Hardware
+from persistrnn.kernels.planner.hardware import INTERPRETER
 from persistrnn.kernels.planner.pipeline import Pipeline, plan_pipeline
 from persistrnn.kernels.planner.plan import Plan, PlanError, plan_layer
+from persistrnn.kernels.planner.problem import Problem
 
 MODES = memory.MODES
 
@@ -106,7 +107,7 @@ class Decision(NamedTuple):
         compiled graph does not know."""
         if self.path != "persistent":
             return None
-        return pipeline_of(self.call) if self.pipeline else plan_layer(*_for_planner(self.call))
+        return pipeline_of(self.call) if self.pipeline else plan_layer(problem_of(self.call))
 
 
 def expects_backward(tensors: Sequence[Tensor | None]) -> bool:
@@ -187,7 +188,7 @@ def unsupported(call: Call) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"the kernels need compute capability 8.0 or newer, got {name} with {capability}; use backend='torch'."
     try:
-        plan_layer(*_for_planner(call._replace(batch=1)))
+        plan_layer(problem_of(call._replace(batch=1)))
     except PlanError as error:
         return str(error)
     return None
@@ -226,14 +227,15 @@ def slower(call: Call) -> str | None:
 
 def compare(call: Call, backward: bool) -> Forecast:
     """What the kernels and torch's own path are expected to need per time step of one layer."""
-    return forecast(*_for_planner(call), backward)
+    return forecast(problem_of(call), backward)
 
 
-def _for_planner(call: Call) -> tuple[Cell, int, int, int, str, Hardware]:
+def problem_of(call: Call) -> Problem:
+    """What the planner is asked about one layer."""
     from persistrnn.kernels import launch
 
     dtype = launch.label(call.dtype, call.precision)
-    return CELLS[call.cell], call.hidden_size, call.batch, call.directions, dtype, launch.hardware(call.device)
+    return Problem(CELLS[call.cell], call.hidden_size, call.batch, call.directions, dtype, launch.hardware(call.device))
 
 
 # ---- all layers in one launch ---------------------------------------------------------------------------------------
@@ -260,8 +262,7 @@ def pipeline_of(call: Call) -> Pipeline | None:
 
     if launch.hardware(call.device) is INTERPRETER:
         return None  # programs that run one after the other cannot wait for each other
-    cell, hidden, batch, _, dtype, hardware = _for_planner(call)
-    return plan_pipeline(cell, hidden, call.num_layers, batch, dtype, hardware)
+    return plan_pipeline(problem_of(call), call.num_layers)
 
 
 def runs_as_pipeline(call: Call) -> bool:

@@ -26,6 +26,7 @@ from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner.forecast import Error, predict
 from persistrnn.kernels.planner.hardware import DEVICES, Hardware, live
 from persistrnn.kernels.planner.measurements import MEASURABLE, MEASURED, PROVENANCE, Measurements, Step, measurements
+from persistrnn.kernels.planner.problem import Problem
 from persistrnn.results import Provenance, Results, Timing, load
 
 PATHS = {"persistrnn": "persistent", "torch": "torch"}  # arm -> path of a step
@@ -161,7 +162,7 @@ def errors(found: Iterable[Step], hardware: Hardware) -> list[Error]:
     """Each step beside what the model says; the plan is the one that this record leads to now."""
 
     def predicted(s: Step) -> float:
-        return predict(CELLS[s.cell], s.hidden, s.batch, s.directions, s.dtype, hardware, s.backward, s.path)
+        return predict(Problem(CELLS[s.cell], s.hidden, s.batch, s.directions, s.dtype, hardware), s.backward, s.path)
 
     return [Error(step, predicted(step)) for step in found]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.gpu import micro_kernels as kernels
 from persistrnn.kernels import launch
-from persistrnn.kernels.device.exchange import PATIENCE, Exchange
+from persistrnn.kernels.device.exchange import SPIN_LIMIT, Exchange
 from persistrnn.kernels.planner import plan
 from persistrnn.results import Micro
 
@@ -42,7 +42,7 @@ class Scale:
         barriers, launches: in one timing. cycles: of a spin. copied: bytes.
         rounds: timings that count. warmups, settle: before them, so many and for so many seconds, those that do not,
             lest the clock is still on its way up from idle.
-        patience: polls before a wait gives up.
+        spin_limit: polls before a wait gives up.
     """
 
     programs: tuple[int, ...] = (2, 4, 16, 33, 66, 132)
@@ -60,14 +60,14 @@ class Scale:
     rounds: int = 15
     warmups: int = 3
     settle: float = 0.2
-    patience: int = PATIENCE
+    spin_limit: int = SPIN_LIMIT
 
 
 # In Triton's interpreter, where times say nothing. The programs of the exchange must run at the same time there too.
 REHEARSAL = Scale(
     programs=(2, 3, 132), payloads=(0, 100), exchanges=4, lines=4, broadcast=(64 * KIB, 128 * KIB), read=256 * KIB,
     sweep=(128,), steps=2, barriers=4, launches=4, cycles=640, copied=4 * KIB, rounds=2, warmups=0, settle=0.0,
-    patience=200_000,
+    spin_limit=200_000,
 )  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def _exchange(machine: Machine, protocol: str, programs: int, payload: int) -> C
     counter, stale = machine.new(1), machine.new(1)
     error = machine.error_word()
     sums = machine.new(programs, scale.lines, dtype=torch.float32)
-    how = Exchange(protocol=protocol, poll="ptx" if machine.cuda else "atomic", patience=scale.patience)
+    how = Exchange(protocol=protocol, poll="ptx" if machine.cuda else "atomic", spin_limit=scale.spin_limit)
     tiles = {"PUTS": -(-share // scale.lines), "GETS": -(-lines // scale.lines), "LINES": scale.lines}
     expected = lru_cache(lambda steps: kernels.received(steps, lines, scale.lines).to(machine.device))
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import arrive, get, put, read, wait
-from persistrnn.kernels.device.product import accumulators, add, gather, resident
+from persistrnn.kernels.device.product import accumulators, add, gather, load_rest, matrix_of, resident
 from persistrnn.kernels.device.tiles import k_index, operand_offsets
-from persistrnn.kernels.planner.tiling import Choice, Tiling
-from persistrnn.kernels.planner.tiling import make_tiling as tiling_of
+from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
+from persistrnn.kernels.planner.problem import Problem
+from persistrnn.kernels.planner.tiling import Choice, Tiling, make_tiling
 
 LINE = 16  # bytes
 WARPS = 8  # as most of the planned kernels
@@ -52,9 +53,9 @@ def put_lines(slot, i, first, share, step, LINES: tl.constexpr, exchange: tl.con
 
 
 @triton.jit
-def get_lines(slot, i, lines, patience, error, LINES: tl.constexpr, exchange: tl.constexpr):
+def get_lines(slot, i, lines, spin_limit, error, LINES: tl.constexpr, exchange: tl.constexpr):
     index = i * LINES + tl.arange(0, LINES)
-    return get(lines_at(slot, index), (index < lines)[:, None], patience, error, exchange)
+    return get(lines_at(slot, index), (index < lines)[:, None], spin_limit, error, exchange)
 
 
 @triton.jit(do_not_specialize=["steps", "share"])
@@ -73,7 +74,7 @@ def exchange_rounds(
     programs = tl.num_programs(0)
     line = tl.arange(0, LINES)
     lines = programs * share
-    patience = tl.full((), exchange.patience, tl.int32)
+    spin_limit = tl.full((), exchange.spin_limit, tl.int32)
     collected = tl.zeros((LINES,), tl.float32)
     step = program * 0
     while step < steps:
@@ -83,16 +84,16 @@ def exchange_rounds(
             for i in range(PUTS):
                 put_lines(slot, i, program * share, share, step, LINES, exchange)
             for i in range(GETS):
-                tile, patience = get_lines(slot, i, lines, patience, error, LINES, exchange)
+                tile, spin_limit = get_lines(slot, i, lines, spin_limit, error, LINES, exchange)
                 arrived += tl.sum(tile.to(tl.float32), axis=1)
         else:
             for i in tl.static_range(PUTS):
                 put_lines(slot, i, program * share, share, step, LINES, exchange)
             arrive(counter, exchange)
-            patience = wait(counter, (step + 1) * programs, patience, error, exchange)
+            spin_limit = wait(counter, (step + 1) * programs, spin_limit, error, exchange)
             tiles = ()
             for i in tl.static_range(GETS):  # all are on their way before the first is needed
-                tile, patience = get_lines(slot, i, lines, patience, error, LINES, exchange)
+                tile, spin_limit = get_lines(slot, i, lines, spin_limit, error, LINES, exchange)
                 tiles = tiles + (tile,)
             for i in tl.static_range(GETS):
                 arrived += tl.sum(tiles[i].to(tl.float32), axis=1)
@@ -144,8 +145,8 @@ def swept(depth: int, interpreted: bool) -> Tiling:
         units=16, rows=1, batch_tile=8, subtiles=1, warps=WARPS, blocks=1, splits=WARPS, largest_chunk=256, burst=depth,
         in_registers=0, in_shared=depth, stream_chunk=256,
     )  # fmt: skip
-    shape = CELLS["lstm"]
-    return tiling_of(shape, depth, 1, choice, backward=False, size=2, precision="ieee", interpreted=interpreted)
+    problem = Problem(CELLS["lstm"], depth, 1, 1, "fp16", INTERPRETER if interpreted else DEVICES["h200"])
+    return make_tiling(problem, choice, backward=False)
 
 
 def bytes_swept(t: Tiling) -> int:
@@ -167,19 +168,13 @@ def sweep_shared(weight, operand, sums, cycles, steps, tiling: tl.constexpr,
     n: tl.constexpr = len(tiling.chunks)
     program = tl.program_id(0)
     rows = tl.arange(0, BB)
-    m_rows = ()
-    m_masks = ()
-    for p in tl.static_range(len(tiling.packs)):
-        m = tl.arange(0, tiling.packs[p] * U)
-        m_rows = m_rows + ((tiling.first_gates[p] + m // U) * tiling.hidden + m % U,)
-        m_masks = m_masks + (m % U < tiling.hidden,)
-    base = program * 0
+    matrix = matrix_of(weight, program * 0, program * 0, tiling)
     accs = accumulators(tiling)
-    # As in the scan: a turn that the compiler cannot know keeps the weights in shared memory.
-    once = tl.minimum(steps, 1)
+    # As in the scan: a number of turns that the compiler cannot know keeps the weights in shared memory.
+    opaque_one = tl.minimum(steps, 1)
     turn = program * 0
-    while turn < once:
-        weights = resident(weight, m_rows, m_masks, base, 0, n, tiling, exchange)
+    while turn < opaque_one:
+        weights = load_rest(resident(matrix, 0, 0, tiling, exchange), matrix, opaque_one, tiling, exchange)
         operands = ()
         for i in tl.static_range(n):
             k = k_index(tiling.chunks[i].size, tiling.splits)
@@ -188,7 +183,7 @@ def sweep_shared(weight, operand, sums, cycles, steps, tiling: tl.constexpr,
         start = clock(tl.zeros((), tl.int64), PTX)
         step = program * 0
         while step < steps:
-            accs = add(weights, operands, 0, n, once, accs, tiling)
+            accs = add(weights, operands, 0, n, accs, tiling)
             step += 1
         tl.debug_barrier()
         tl.store(cycles + program, clock(start, PTX) - start)

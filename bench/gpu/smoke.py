@@ -24,7 +24,7 @@ from persistrnn.kernels.planner.plan import Pass
 from persistrnn.results import Case
 
 # Of a variant: half a second of polls, or so. A kernel that waits for nothing shall not take the time of the others.
-PATIENCE = 1 << 20
+SPIN_LIMIT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def vary(name: str, smoke: Smoke, device: torch.device) -> str:
         AssertionError: it is wrong too; the text says what was seen.
     """
     change, given = VARIANTS[name]
-    how = {"protocol": smoke.protocol, "patience": PATIENCE} | given
+    how = {"protocol": smoke.protocol, "spin_limit": SPIN_LIMIT} | given
     if how["protocol"] == "other":
         how["protocol"] = "counter" if smoke.protocol == "flags" else "flags"
     case = change(simplest(smoke.case))

@@ -19,7 +19,9 @@ from bench.race.engine import Race
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import plan as planning
+from persistrnn.kernels.planner.choices import choices
 from persistrnn.kernels.planner.hardware import Hardware
+from persistrnn.kernels.planner.problem import Problem
 from persistrnn.kernels.planner.tiling import Choice
 from persistrnn.results import Case, Tuning
 
@@ -40,14 +42,11 @@ def cases(dtype: str = "bf16") -> Iterator[Case]:
 
 def ranked(case: Case, backward: bool, hardware: Hardware) -> list[planning.Pass]:
     """The best passes by prediction, of different slices, splits or batch tiles: the planner's first."""
-    shape = CELLS[case.cell]
-    arguments = shape, case.hidden, case.batch, 1, case.dtype, hardware
-    found = planning.plan_layer(*arguments)
+    problem = Problem(CELLS[case.cell], case.hidden, case.batch, 1, case.dtype, hardware)
+    found = planning.plan_layer(problem)
     first = found.backward if backward else found.forward
-    choices = planning._choices(shape, case.hidden, case.batch, hardware, case.dtype, backward)
-    passes = [
-        part for part in (planning._finish(*arguments, backward, choice) for choice in choices) if part is not None
-    ]
+    finished = (planning.finish(problem, backward, choice) for choice in choices(problem, backward))
+    passes = [part for part in finished if part is not None]
     kinds = {_kind(first.choice): first}
     for part in sorted(passes, key=lambda part: part.predicted):
         kinds.setdefault(_kind(part.choice), part)

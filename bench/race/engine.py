@@ -16,6 +16,7 @@ from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner.hardware import INTERPRETER, Hardware
 from persistrnn.kernels.planner.pipeline import Pipeline, plan_pipeline
 from persistrnn.kernels.planner.plan import Pass, PlanError, plan_layer
+from persistrnn.kernels.planner.problem import Problem
 from persistrnn.results import Case, Check, Timing
 
 ROUNDS = 15
@@ -39,7 +40,8 @@ def expectation(case: Case, device: torch.device | Hardware) -> tuple[float, flo
     hardware = device if isinstance(device, Hardware) else launch.hardware(device)
     shape = CELLS[case.cell]
     try:
-        found = plan_layer(shape, case.hidden, case.batch, 2 if case.bidirectional else 1, case.dtype, hardware)
+        directions = 2 if case.bidirectional else 1
+        found = plan_layer(Problem(shape, case.hidden, case.batch, directions, case.dtype, hardware))
     except PlanError as error:
         return 0.0, 0.0, str(error)
     passes, times, how = [found.forward, found.backward], float(case.layers), ""
@@ -57,7 +59,7 @@ def expectation(case: Case, device: torch.device | Hardware) -> tuple[float, flo
 def _wave(case: Case, hardware: Hardware) -> Pipeline | None:
     if case.layers == 1 or case.bidirectional or hardware is INTERPRETER:
         return None
-    return plan_pipeline(CELLS[case.cell], case.hidden, case.layers, case.batch, case.dtype, hardware)
+    return plan_pipeline(Problem(CELLS[case.cell], case.hidden, case.batch, 1, case.dtype, hardware), case.layers)
 
 
 def words(part: Pass) -> str:

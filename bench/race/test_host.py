@@ -15,6 +15,7 @@ from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.inspect.audit import Case, compile_pass, planned
 from persistrnn.kernels.planner import plan as planning
 from persistrnn.kernels.planner.hardware import named
+from persistrnn.kernels.planner.problem import Problem
 
 HIDDEN, STEPS, BATCH = 128, 64, 16
 CALLS = 50
@@ -104,11 +105,11 @@ def test_plan(benchmark, compilation: float, cell: str, hidden: int) -> None:
 
     def forget() -> None:
         planning.plan_layer.cache_clear()
-        planning._best.cache_clear()
+        planning.best.cache_clear()
 
-    arguments = CELLS[cell], hidden, 64, 1, "bf16", named("h200")
+    problem = Problem(CELLS[cell], hidden, 64, 1, "bf16", named("h200"))
     benchmark.group = "CPU: plan"
-    benchmark.pedantic(planning.plan_layer, arguments, setup=forget, rounds=15)
+    benchmark.pedantic(planning.plan_layer, (problem,), setup=forget, rounds=15)
     share = min(benchmark.stats.stats.data) / compilation
     benchmark.extra_info["of_a_compilation"] = share
     assert share < OF_A_COMPILATION, f"{share:.2%} of {compilation:.2f} s"

@@ -13,8 +13,8 @@ Two protocols, chosen at compile time by ``exchange.protocol``:
     thread acquires for itself, or, where a single thread polls, a barrier follows. A line may have entered L1
     before a neighbour wrote its part of it, hence ``.cg``. No slot is written twice in a launch, so a fast program
     cannot overwrite what a slow one still reads. The counter counts up for the whole launch and is owned by it. A
-    neighbour of a wave may wait on it as well: the argument is that of any reader, and since nobody waits for the layer
-    after it, no two groups wait for each other.
+    neighbour in a pipeline may wait on it as well: the argument is that of any reader, and since nobody waits for the
+    layer after it, no two groups wait for each other.
 
 ``"flags"``
     The buffer is filled beforehand with a reserved NaN (all bits one). put: stores, with a computed NaN of that
@@ -27,8 +27,8 @@ Two protocols, chosen at compile time by ``exchange.protocol``:
     vectorised. Where there is no PTX (the interpreter, and AMD, whose model is another), stores are plain and loads
     volatile.
 
-Every wait is bounded: ``patience`` polls. Each thread whose wait runs out writes to the error word in host memory and
-has patience 0 from then on, so that the program runs to its end without waiting again, and the host raises.
+Every wait is bounded: ``spin_limit`` polls. Each thread whose wait runs out writes to the error word in host memory,
+and its limit is 0 from then on: the program runs to its end without waiting again, and the host raises.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 
 # About 6 seconds at the 0.7 us that one poll of L2 is assumed to take: far above any step, far below a hang.
-PATIENCE = 1 << 23
+SPIN_LIMIT = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Exchange:
         protocol: ``"counter"`` or ``"flags"``.
         poll: ``"ptx"``, a spin per thread with no barrier in it (seen: 5 to 6 barriers per step against 10), or
             ``"atomic"`` for the interpreter and for targets that have no PTX.
-        patience: polls before a wait gives up.
+        spin_limit: polls before a wait gives up.
         stride: elements between the counters of two jobs, so that they lie in different 128-byte lines.
         release: of an announcement: ``"ptx"``, behind one barrier, or ``"atomic"``, Triton's own.
     """
 
     protocol: str = "counter"
     poll: str = "ptx"
-    patience: int = PATIENCE
+    spin_limit: int = SPIN_LIMIT
     stride: int = 32
     release: str = "ptx"
 
@@ -95,12 +95,12 @@ def arrive(counter, exchange: tl.constexpr):
 
 
 @triton.jit
-def wait(counter, target, patience, error, exchange: tl.constexpr):
-    """Return once the group's counter has reached ``target``; the patience left over (0: it never did)."""
+def wait(counter, target, spin_limit, error, exchange: tl.constexpr):
+    """Return once the group's counter has reached ``target``: the spin limit from then on (0: it never did)."""
     if exchange.protocol == "counter":
-        return await_count(counter, target, patience, error, exchange)
+        return await_count(counter, target, spin_limit, error, exchange)
     else:
-        return patience
+        return spin_limit
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def announce(counter, exchange: tl.constexpr):
 
 # Every thread polls for itself, and one that gives up tells so itself: by the time thread 0 polls, the late program may
 # have come, while other threads have gone on with old data. The store stands behind the loop: within it the LSTM's
-# backward as a wave spilled (seen: H=512, bf16, sm_90, Triton 3.9.0).
+# backward in a pipeline spilled (seen: H=512, bf16, sm_90, Triton 3.9.0).
 _POLL = tl.constexpr(
     """{
     .reg .pred reached, more;
@@ -147,54 +147,54 @@ _POLL = tl.constexpr(
     @more st.relaxed.sys.global.u32 [$4], 1;
     """
 )
-# What follows in ``get`` has barriers inside a loop over the patience left, which all threads must agree on.
+# What follows in ``get`` has barriers inside a loop up to the spin limit, on which all threads must agree.
 _AGREE = tl.constexpr("bar.red.and.pred reached, 0, reached;\n")
 _LEFT = tl.constexpr("selp.b32 $0, $3, 0, reached;\n}")
 
 
 @triton.jit
-def await_count(counter, target, patience, error, exchange: tl.constexpr):
+def await_count(counter, target, spin_limit, error, exchange: tl.constexpr):
     if exchange.poll == "ptx":
         assembly: tl.constexpr = _POLL + (_AGREE if exchange.protocol == "flags" else "") + _LEFT
         return tl.inline_asm_elementwise(
             assembly,
             "=r,l,r,r,l",
-            [counter, target, patience, error],
+            [counter, target, spin_limit, error],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
     else:
-        polls = patience
+        polls = spin_limit
         seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
         while (seen < target) & (polls > 0):
             seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
             polls -= 1
-        left = tl.where(seen < target, 0, patience)
-        tl.store(error, 1, mask=left < patience)
+        left = tl.where(seen < target, 0, spin_limit)
+        tl.store(error, 1, mask=left < spin_limit)
         return left
 
 
 @triton.jit
-def get(pointers, mask, patience, error, exchange: tl.constexpr):
-    """Load a tile that other slices have put, and the patience left over. ``mask`` may be None."""
+def get(pointers, mask, spin_limit, error, exchange: tl.constexpr):
+    """Load a tile that other slices have put, and the spin limit from then on. ``mask`` may be None."""
     if exchange.protocol == "counter":
-        return _load(pointers, mask, ".cg", False), patience
+        return _load(pointers, mask, ".cg", False), spin_limit
     else:
         tile = _load_flagged(pointers, mask, exchange)
-        polls = patience
+        polls = spin_limit
         missing = _missing(tile)
         while (missing > 0) & (polls > 0):
             tile = _load_flagged(pointers, mask, exchange)
             missing = _missing(tile)
             polls -= 1
-        left = tl.where(missing > 0, 0, patience)
-        _tell(error, left < patience, exchange)
+        left = tl.where(missing > 0, 0, spin_limit)
+        _report(error, left < spin_limit, exchange)
         return tile, left
 
 
 @triton.jit
-def _tell(error, gave_up, exchange: tl.constexpr):
+def _report(error, gave_up, exchange: tl.constexpr):
     if exchange.poll == "ptx":
         tl.inline_asm_elementwise(
             """{

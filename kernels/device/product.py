@@ -5,12 +5,15 @@ of the dot's operand from it; Triton moves the latter in front of the loop, and 
 only use if that sits in another ``scf.for`` than its definition. So, with a ``while`` as the loop over time:
 
 * registers: a tile that is used directly in the loop stays in registers for all steps;
-* shared memory: a tile that is used inside a ``for`` of one turn (``once``) is read from shared memory in each step;
+* shared memory: a tile that is used inside a ``for`` of one turn (``Weights.opaque_one``) is read from shared memory in
+  each step;
 * streamed: a tile that is loaded in each step, one ahead of its use, so that the first one of a step is on its way
   while the program waits for the other slices.
 
 The audit proves from the compiled code that each tile is where ``tiling`` says it is.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -30,6 +33,63 @@ from .tiles import (
 )
 
 
+class Matrix(NamedTuple):
+    """What a program multiplies by, in global memory.
+
+    Attributes:
+        corner: pointer to the first element of the matrix.
+        outputs, masks: per pack of gates, which outputs of the product are the program's, and which of them exist.
+        k_start: first index of the program's part of K.
+    """
+
+    corner: tl.tensor
+    outputs: tl.tuple
+    masks: tl.tuple
+    k_start: tl.tensor
+
+
+class Weights(NamedTuple):
+    """What a program multiplies by, on chip.
+
+    Attributes:
+        tiles: the resident ones, a tuple per pack of gates.
+        matrix: where the streamed ones come from.
+        opaque_one: a 1 that the compiler cannot know, as the number of turns of a loop that must not be unrolled.
+    """
+
+    tiles: tl.tuple
+    matrix: Matrix
+    opaque_one: tl.tensor
+
+
+@triton.jit
+def corner_of(weight, program, tiling: tl.constexpr):
+    """Of the program's W_hh in [D, G*H, stride]; in a pipeline in [L, 2, G*H, stride], with the other matrix behind."""
+    size: tl.constexpr = tiling.gates * tiling.hidden * tiling.stride
+    if tiling.layers > 1:
+        return weight + program.layer.to(tl.int64) * (2 * size)
+    else:
+        return weight + program.direction.to(tl.int64) * size
+
+
+@triton.jit
+def matrix_of(corner, unit_group, k_start, tiling: tl.constexpr):
+    """The calling program's share of the matrix at ``corner``."""
+    outputs = ()
+    masks = ()
+    for p in tl.static_range(len(tiling.packs)):
+        m = tl.arange(0, tiling.packs[p] * tiling.wide)
+        if tiling.backward:
+            unit = unit_group * tiling.wide + m
+            output = unit
+        else:
+            unit = unit_group * tiling.wide + m % tiling.wide
+            output = (tiling.first_gates[p] + m // tiling.wide) * tiling.hidden + unit
+        outputs = outputs + (output,)
+        masks = masks + (unit < tiling.hidden,)
+    return Matrix(corner, outputs, masks, k_start)
+
+
 @triton.jit
 def dot(weight, moving, acc, tiling: tl.constexpr):
     if tiling.interpreted:
@@ -40,49 +100,53 @@ def dot(weight, moving, acc, tiling: tl.constexpr):
 
 
 @triton.jit
-def position(segment, start, base, tiling: tl.constexpr):
+def position(segment, start, k_start, tiling: tl.constexpr):
     """Index in K, over all of W_hh, of index ``start`` of a program's ``segment``."""
-    return segment * tiling.hidden + base + start
+    return segment * tiling.hidden + k_start + start
 
 
 @triton.jit
-def left_of(length, start, base, tiling: tl.constexpr):
+def left_of(length, start, k_start, tiling: tl.constexpr):
     """Of ``length`` indices of a segment from ``start`` on, those that are inside the matrix."""
     if tiling.ragged:
-        return tl.minimum(length, tiling.hidden - base - start)
+        return tl.minimum(length, tiling.hidden - k_start - start)
     else:
         return length
 
 
 @triton.jit
-def load_tile(corner, m, m_mask, k, length, whole: tl.constexpr, tiling: tl.constexpr):
-    offsets = weight_offsets(m, tiling.m_stride, k, tiling.k_stride, tiling.splits)
-    # Masks only where needed, offsets from zero: what the tiles of a program share costs registers once.
+def load_tile(matrix, p: tl.constexpr, segment, start, size: tl.constexpr, length, whole: tl.constexpr,
+              tiling: tl.constexpr):  # fmt: skip
+    """The weights of pack p for ``size`` indices of K, of which ``length`` are valid."""
+    k = k_index(size, tiling.splits)
+    # Offsets from zero, masks only where needed: what the tiles of a program share costs registers once.
+    corner = matrix.corner + position(segment, start, matrix.k_start, tiling) * tiling.k_stride
+    inside = left_of(length, start, matrix.k_start, tiling)
+    offsets = weight_offsets(matrix.outputs[p], tiling.m_stride, k, tiling.k_stride, tiling.splits)
     if whole:
         return tl.load(corner + offsets)
     else:
-        return tl.load(corner + offsets, mask=weight_mask(m_mask, k, length, tiling.splits), other=0.0)
+        return tl.load(corner + offsets, mask=weight_mask(matrix.masks[p], k, inside, tiling.splits), other=0.0)
 
 
 @triton.jit
-def resident(weight, m, m_mask, base, first: tl.constexpr, last: tl.constexpr, tiling: tl.constexpr,
-             exchange: tl.constexpr):  # fmt: skip
-    """This program's rows, resident chunks ``first`` to ``last`` of K: a tuple per pack, of one tile per chunk."""
+def resident(matrix, first: tl.constexpr, last: tl.constexpr, tiling: tl.constexpr, exchange: tl.constexpr):
+    """The resident tiles ``first`` to ``last`` of K: a tuple of them per pack of gates."""
     weights = ()
     for p in tl.static_range(len(tiling.packs)):
-        weights = weights + (resident_pack(weight, m[p], m_mask[p], base, first, last, tiling, exchange),)
+        weights = weights + (resident_pack(matrix, p, first, last, tiling, exchange),)
     return weights
 
 
 @triton.jit
-def resident_pack(weight, m, m_mask, base, first: tl.constexpr, last: tl.constexpr, tiling: tl.constexpr,
+def resident_pack(matrix, p: tl.constexpr, first: tl.constexpr, last: tl.constexpr, tiling: tl.constexpr,
                   exchange: tl.constexpr):  # fmt: skip
     tiles = ()
     for i in tl.static_range(first, last):
-        k = k_index(tiling.chunks[i].size, tiling.splits)
-        corner = weight + position(tiling.chunks[i].segment, tiling.chunks[i].start, base, tiling) * tiling.k_stride
-        length = left_of(tiling.chunks[i].length, tiling.chunks[i].start, base, tiling)
-        tile = load_tile(corner, m, m_mask, k, length, False, tiling)
+        tile = load_tile(
+            matrix, p, tiling.chunks[i].segment, tiling.chunks[i].start, tiling.chunks[i].size,
+            tiling.chunks[i].length, False, tiling,
+        )  # fmt: skip
         tiles = tiles + (operand(tile, tiling, exchange),)
         # Else all tiles are loaded into registers at once on their way to shared memory, and spill there.
         tl.debug_barrier()
@@ -90,17 +154,31 @@ def resident_pack(weight, m, m_mask, base, first: tl.constexpr, last: tl.constex
 
 
 @triton.jit
-def streamed(weight, m, m_mask, i, base, tiling: tl.constexpr):
-    """This program's rows of streamed tile ``i``, a tuple with one tile per pack."""
+def load_rest(in_registers, matrix, opaque_one, tiling: tl.constexpr, exchange: tl.constexpr):
+    """The weights of which those that stay in registers are there already."""
+    in_shared = resident(matrix, tiling.in_registers, len(tiling.chunks), tiling, exchange)
+    return Weights(join(in_registers, in_shared), matrix, opaque_one)
+
+
+@triton.jit
+def streamed(matrix, i, tiling: tl.constexpr):
+    """Streamed tile ``i``, a tuple with one tile per pack of gates."""
     segment, start = streamed_start(i, tiling)
-    k = k_index(tiling.stream_chunk, tiling.splits)
-    corner = weight + position(segment, start, base, tiling) * tiling.k_stride
-    length = left_of(tiling.depth - start, start, base, tiling)
     whole: tl.constexpr = stream_is_whole(tiling) and not units_are_ragged(tiling)
     tiles = ()
     for p in tl.static_range(len(tiling.packs)):
-        tiles = tiles + (load_tile(corner, m[p], m_mask[p], k, length, whole, tiling),)
+        tile = load_tile(matrix, p, segment, start, tiling.stream_chunk, tiling.depth - start, whole, tiling)
+        tiles = tiles + (tile,)
     return tiles
+
+
+@triton.jit
+def first_streamed(matrix, tiling: tl.constexpr):
+    """What is on its way before the first step: nothing where nothing is streamed."""
+    if tiling.streamed > 0:
+        return streamed(matrix, 0, tiling)
+    else:
+        return ()
 
 
 @triton.jit
@@ -123,6 +201,11 @@ def units_are_ragged(tiling):
 @triton.constexpr_function
 def is_whole(chunk, tiling):
     return chunk.length == chunk.size and not tiling.ragged
+
+
+@triton.constexpr_function
+def burst_start(tiling, i):
+    return (tiling.bursts + (len(tiling.chunks),))[i]
 
 
 @triton.jit
@@ -152,7 +235,8 @@ def join(weights, more):
 
 
 @triton.jit
-def of_chunk(weights, i: tl.constexpr, tiling: tl.constexpr):
+def nth_tile(weights, i: tl.constexpr, tiling: tl.constexpr):
+    """Resident tile i, one per pack."""
     tiles = ()
     for p in tl.static_range(len(tiling.packs)):
         tiles = tiles + (weights[p][i],)
@@ -169,127 +253,123 @@ def gather(accs, tiling: tl.constexpr):
 
 
 @triton.jit
-def add(weights, moving, first: tl.constexpr, last: tl.constexpr, once, accs, tiling: tl.constexpr):
+def add(weights, moving, first: tl.constexpr, last: tl.constexpr, accs, tiling: tl.constexpr):
     """Add the resident tiles ``first`` to ``last`` to the product, wherever they live."""
     if last <= tiling.in_registers:
         for i in tl.static_range(first, last):
-            accs = advance(of_chunk(weights, i, tiling), moving[i - first], accs, tiling)
+            accs = advance(nth_tile(weights.tiles, i, tiling), moving[i - first], accs, tiling)
     else:
-        for _ in range(once):
+        for _ in range(weights.opaque_one):
             for i in tl.static_range(first, last):
-                accs = advance(of_chunk(weights, i, tiling), moving[i - first], accs, tiling)
+                accs = advance(nth_tile(weights.tiles, i, tiling), moving[i - first], accs, tiling)
     return accs
 
 
 @triton.jit
-def product_local(weights, tiles, once, dtype: tl.constexpr, tiling: tl.constexpr, exchange: tl.constexpr):
+def product_local(weights, tiles, dtype: tl.constexpr, tiling: tl.constexpr, exchange: tl.constexpr):
     """One slice: the operand never leaves the chip."""
     narrowed = ()
     for i in tl.static_range(len(tiling.chunks)):
         narrowed = narrowed + (operand(narrow(tiles[i], dtype, tiling.interpreted), tiling, exchange),)
     accs = accumulators(tiling)
     for b in tl.static_range(len(tiling.bursts)):
-        accs = add_local(weights, narrowed, b, once, accs, tiling)
+        accs = add_local(weights, narrowed, b, accs, tiling)
     return gather(accs, tiling)
 
 
 @triton.jit
-def add_local(weights, tiles, b: tl.constexpr, once, accs, tiling: tl.constexpr):
+def add_local(weights, tiles, b: tl.constexpr, accs, tiling: tl.constexpr):
     first: tl.constexpr = burst_start(tiling, b)
     last: tl.constexpr = burst_start(tiling, b + 1)
-    return add(weights, tiles[first:last], first, last, once, accs, tiling)
+    return add(weights, tiles[first:last], first, last, accs, tiling)
 
 
 @triton.jit
-def operand_tile(pointer, rows, size: tl.constexpr, length, whole: tl.constexpr, patience, error,
-                 tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
+def operand_tile(pointer, rows, segment, start, size: tl.constexpr, length, whole: tl.constexpr, k_start, spin_limit,
+                 error, tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
+    """The moving operand for ``size`` indices of K, of which ``length`` are valid."""
+    inside = left_of(length, start, k_start, tiling)
+    corner = pointer + position(segment, start, k_start, tiling)
     k = k_index(size, tiling.splits)
     offsets = operand_offsets(k, rows, tiling.row_stride, tiling.splits)
     if whole:
-        return get(pointer + offsets, None, patience, error, exchange)
+        return get(corner + offsets, None, spin_limit, error, exchange)
     else:
-        return get(pointer + offsets, operand_mask(k, length, tiling.splits), patience, error, exchange)
+        return get(corner + offsets, operand_mask(k, inside, tiling.splits), spin_limit, error, exchange)
 
 
 @triton.jit
-def operand_tiles(pointer, rows, base, first: tl.constexpr, last: tl.constexpr, patience, error,
+def operand_tiles(pointer, rows, k_start, first: tl.constexpr, last: tl.constexpr, spin_limit, error,
                   tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
     """The moving operand of the resident tiles ``first`` to ``last``: all are on their way at once."""
     tiles = ()
     for i in tl.static_range(first, last):
-        length = left_of(tiling.chunks[i].length, tiling.chunks[i].start, base, tiling)
-        tile, patience = operand_tile(
-            pointer + position(tiling.chunks[i].segment, tiling.chunks[i].start, base, tiling), rows,
-            tiling.chunks[i].size, length, is_whole(tiling.chunks[i], tiling), patience, error, tiling, exchange,
+        tile, spin_limit = operand_tile(
+            pointer, rows, tiling.chunks[i].segment, tiling.chunks[i].start, tiling.chunks[i].size,
+            tiling.chunks[i].length, is_whole(tiling.chunks[i], tiling), k_start, spin_limit, error, tiling, exchange,
         )  # fmt: skip
         tiles = tiles + (tile,)
-    return tiles, patience
-
-
-@triton.constexpr_function
-def burst_start(tiling, i):
-    return (tiling.bursts + (len(tiling.chunks),))[i]
+    return tiles, spin_limit
 
 
 @triton.jit
-def add_burst(weights, b: tl.constexpr, accs, pointer, rows, base, once, patience, error, tiling: tl.constexpr,
+def add_burst(weights, b: tl.constexpr, accs, pointer, rows, spin_limit, error, tiling: tl.constexpr,
               exchange: tl.constexpr):  # fmt: skip
     first: tl.constexpr = burst_start(tiling, b)
     last: tl.constexpr = burst_start(tiling, b + 1)
-    tiles, patience = operand_tiles(pointer, rows, base, first, last, patience, error, tiling, exchange)
+    tiles, spin_limit = operand_tiles(
+        pointer, rows, weights.matrix.k_start, first, last, spin_limit, error, tiling, exchange
+    )
     # Only when all are on their way: each is waited for before it is rounded.
-    return add(weights, operands(tiles, tiling, exchange), first, last, once, accs, tiling), patience
+    return add(weights, operands(tiles, tiling, exchange), first, last, accs, tiling), spin_limit
 
 
 @triton.jit
-def product_shared(weights, ahead, stream, pointer, rows, base, once, patience, error, tiling: tl.constexpr,
-                   exchange: tl.constexpr):  # fmt: skip
+def product_shared(weights, ahead, pointer, rows, spin_limit, error, tiling: tl.constexpr, exchange: tl.constexpr):
     """Many slices: the operand is what all slices of the group have put at ``pointer``.
 
-    ahead: the streamed tile that is on its way; stream: (weight, m per pack, mask per pack).
-    Returns the tiles, what is on its way now, and the patience left.
+    ahead: the streamed tile that is on its way. Returns the tiles, what is on its way now, and the spin limit left.
     """
     accs = accumulators(tiling)
     for b in tl.static_range(len(tiling.bursts)):
-        accs, patience = add_burst(weights, b, accs, pointer, rows, base, once, patience, error, tiling, exchange)
+        accs, spin_limit = add_burst(weights, b, accs, pointer, rows, spin_limit, error, tiling, exchange)
     if tiling.streamed > 0:
-        weight, m, m_mask = stream
         n: tl.constexpr = tiling.streamed
         for i in range(n):
             current = ahead
-            ahead = streamed(weight, m, m_mask, (i + 1) % n, base, tiling)
+            ahead = streamed(weights.matrix, (i + 1) % n, tiling)
             segment, start = streamed_start(i, tiling)
-            moving, patience = operand_tile(
-                pointer + position(segment, start, base, tiling), rows, tiling.stream_chunk,
-                left_of(tiling.depth - start, start, base, tiling), stream_is_whole(tiling), patience, error,
-                tiling, exchange,
+            moving, spin_limit = operand_tile(
+                pointer, rows, segment, start, tiling.stream_chunk, tiling.depth - start, stream_is_whole(tiling),
+                weights.matrix.k_start, spin_limit, error, tiling, exchange,
             )  # fmt: skip
             accs = advance(operands(current, tiling, exchange), operand(moving, tiling, exchange), accs, tiling)
-    return gather(accs, tiling), ahead, patience
+    return gather(accs, tiling), ahead, spin_limit
 
 
 @triton.jit
-def add_parts(tiles, part, row, counter, target, patience, error, tiling: tl.constexpr, exchange: tl.constexpr):
-    """Two-dimensional split: hand the other slices of the column their rows of this partial product, and return the
-    sum over all R of this slice's own, in the order of the blocks.
+def add_parts(tiles, sums_of_group, k_part, counter, target, spin_limit, error, tiling: tl.constexpr,
+              exchange: tl.constexpr):  # fmt: skip
+    """Two-dimensional split: hand the other slices of the unit group their units of this partial product, and return
+    the sum over all R of this slice's own, in the order of the parts of K.
 
-    part: this column's fp32 buffer [R, gates, R*U, BB] of this step's parity.
+    sums_of_group: the unit group's fp32 buffer [R, gates, R*U, BB] of this step's parity.
     """
     n: tl.constexpr = len(tiles)
     BB: tl.constexpr = tiling.batch_tile
     U: tl.constexpr = tiling.units
     R: tl.constexpr = tiling.rows
     size: tl.constexpr = tiling.wide * BB
-    wide = tl.arange(0, tiling.wide)[:, None] * BB + tl.arange(0, BB)[None, :]
+    all_units = tl.arange(0, tiling.wide)[:, None] * BB + tl.arange(0, BB)[None, :]
     for g in tl.static_range(n):
-        tl.store(part + (row * n + g) * size + wide, tiles[g])
+        tl.store(sums_of_group + (k_part * n + g) * size + all_units, tiles[g])
     announce(counter, exchange)
-    patience = await_count(counter, target, patience, error, exchange)
-    own = (row * U + tl.arange(0, U))[:, None] * BB + tl.arange(0, BB)[None, :]
+    spin_limit = await_count(counter, target, spin_limit, error, exchange)
+    own_units = (k_part * U + tl.arange(0, U))[:, None] * BB + tl.arange(0, BB)[None, :]
     sums = ()
     for g in tl.static_range(n):
-        total = read(part + g * size + own)
+        total = read(sums_of_group + g * size + own_units)
         for r in tl.static_range(1, R):
-            total = total + read(part + (r * n + g) * size + own)
+            total = total + read(sums_of_group + (r * n + g) * size + own_units)
         sums = sums + (total,)
-    return sums, patience
+    return sums, spin_limit

@@ -14,17 +14,20 @@ Gates (or units) are the M of the product and the batch is its N. Rows past B re
 stored; units past H have zero weights and stay zero. The batch tiles of a job take turns within a step, so that one's
 exchange is on its way while another's product is formed.
 
-A stack of L layers as a wave (``tiling.layers``): each group takes a job in one layer, and all layers of a job are
+A stack of L layers as a pipeline (``tiling.layers``): each group takes a job in one layer, and all layers of a job are
 resident together. In every step a layer also multiplies what its neighbour, the layer below (in the backward: above),
 has put, while its own exchange is on its way. It is one step behind its neighbour in the forward and two in the
-backward, so that the wave takes T + L - 1 and T + 2L - 2 steps:
+backward, so that the pipeline takes T + L - 1 and T + 2L - 2 steps:
 
     forward    x^l_t = W_ih^l h^{l-1}_t + b_ih^l            backward    dy^l_t = (W_ih^{l+1})^T dx^{l+1}_t
 
-The first layer of the wave has zeros for this second matrix and a finite operand, so that all programs are alike.
+The layer without a neighbour has zeros for this second matrix and a finite operand, so that all programs are alike.
 
 Rows that begin anew or skip a step (``marks``) change which state a row goes on from and what it keeps, never the
 number of exchanges, which is the same for every program of a group.
+
+In names, ``own`` is of the layer itself, ``below`` and ``above`` of its neighbour; ``state`` and ``d_state`` are what
+goes from step to step in registers, in float32, for each batch tile a tuple of tiles [U, BB].
 """
 
 import triton
@@ -32,10 +35,22 @@ import triton.language as tl
 
 from ..planner.launch_metadata import launch_metadata
 from .exchange import arrive, put, wait
-from .product import add_parts, join, product_local, product_shared, resident, streamed
-from .step_flags import BEGINS, SKIPPED, cut, load_marks, reset_slot, rows_before, where_marked, with_begun, zero_marked
-from .tile_tuples import add_first, load, load_states, load_tiles, moved, part_of, store, store_tiles, sums, zero_where
-from .tiles import batch_rows, job_of, layer_of, narrow, previous_slot, row_offset, time_of, unit_offsets
+from .marks import BEGINS, SKIPPED, is_marked, load_marks, load_reset, rows_before
+from .product import add_parts, corner_of, first_streamed, load_rest, matrix_of, product_local, product_shared, resident
+from .program import Neighbour, locate, own_counter, sync_of_layer
+from .tile_tuples import (
+    add_tiles,
+    choose,
+    load,
+    load_states,
+    load_tiles,
+    moved,
+    only_where,
+    store,
+    store_tiles,
+    zero_where,
+)
+from .tiles import batch_tile, narrow, previous_slot, tile_offset, time_of, unit_offsets
 
 
 @triton.jit
@@ -46,39 +61,40 @@ def put_tiles(pointer, offsets, mask, stride: tl.constexpr, tiles, tiling: tl.co
 
 
 @triton.jit
-def publish(pointer, offsets, mask, stride: tl.constexpr, tiles, counter, tiling: tl.constexpr, exchange: tl.constexpr):
+def publish(pointer, offsets, mask, stride: tl.constexpr, tiles, arrival_counter, tiling: tl.constexpr,
+            exchange: tl.constexpr):  # fmt: skip
     """Store what the other slices need of this one; with one slice there are none to tell."""
     if tiling.slices == 1:
         store_tiles(pointer, offsets, mask, stride, tiles, tiling)
     else:
         put_tiles(pointer, offsets, mask, stride, tiles, tiling, exchange)
-        arrive(counter, exchange)
+        arrive(arrival_counter, exchange)
 
 
 @triton.jit
-def multiply(weights, ahead, stream, pointer, rows, j: tl.constexpr, place, once, step, told, channel, patience,
+def multiply(weights, ahead, pointer, rows, j: tl.constexpr, program, step, steps_needed, sync, spin_limit,
              tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
     """Wait for the other slices and form batch tile j's product with what they have put at ``pointer``.
 
-    place: (first index of this program's block of K, block, column); channel: (counters, partial products, error word).
-    told: how many steps of the group that puts it must be there.
+    steps_needed: how many steps of the group that puts it must be there. ahead: the streamed tile on its way.
+    Returns the product, what is on its way now, and the spin limit left.
     """
-    base, row, column = place
-    counters, parts, error = channel
     R: tl.constexpr = tiling.rows
-    lane: tl.constexpr = exchange.stride
-    counter = counters + j * (tiling.lanes * lane)
-    patience = wait(counter + row * lane, told * (tiling.slices // R), patience, error, exchange)
-    product, ahead, patience = product_shared(
-        weights, ahead, stream, pointer, rows, base, once, patience, error, tiling, exchange
-    )
+    stride: tl.constexpr = exchange.stride
+    counters = sync.counters + j * (tiling.lanes * stride)
+    arrivals = steps_needed * (tiling.slices // R)
+    spin_limit = wait(counters + program.k_part * stride, arrivals, spin_limit, sync.error, exchange)
+    product, ahead, spin_limit = product_shared(
+        weights, ahead, pointer, rows, spin_limit, sync.error, tiling, exchange
+    )  # fmt: skip
     if R > 1:
         size: tl.constexpr = tiling.outputs * tiling.wide * tiling.batch_tile
-        part = parts + ((j * 2 + step % 2) * tiling.slices + column * R) * size
-        product, patience = add_parts(
-            product, part, row, counter + (R + column) * lane, (step + 1) * R, patience, error, tiling, exchange
-        )
-    return product, ahead, patience
+        sums = sync.partial_sums + ((j * 2 + step % 2) * tiling.slices + program.unit_group * R) * size
+        product, spin_limit = add_parts(
+            product, sums, program.k_part, counters + (R + program.unit_group) * stride, (step + 1) * R, spin_limit,
+            sync.error, tiling, exchange,
+        )  # fmt: skip
+    return product, ahead, spin_limit
 
 
 @triton.jit(do_not_specialize=["first_job", "T", "B"], launch_metadata=launch_metadata)
@@ -101,161 +117,105 @@ def scan_forward(
     """states: tuple of [T + 2, B, D, H], of which those after h have few slots unless KEEP (the initial state in slot
     0, or 1 in reverse; the final one in 1; with marks the reset state in 2). saved: [T, B, D, n, H] or None.
     marks: uint8 [T, B, D] or None. sync: (counters int32 [jobs * L * subtiles * lanes * exchange.stride],
-    error word int32 [1], partial products fp32 [groups * subtiles, 2, S, outputs * R*U * BB]).
-    For a stack as a wave: states [L, T + 2, ...], saved [L, T, ...], weight [L, 2, G*H, stride] and bias [L, 2, G*H],
-    of h first and of what comes from below second; x_gates of the lowest layer."""
+    error word int32 [1], partial sums fp32 [groups * subtiles, 2, S, outputs * R*U * BB]).
+    For a stack as a pipeline: states [L, T + 2, ...], saved [L, T, ...], weight [L, 2, G*H, stride] and bias
+    [L, 2, G*H], of h first and of what comes from below second; x_gates of the lowest layer."""
     H: tl.constexpr = tiling.hidden
-    D: tl.constexpr = tiling.directions
     G: tl.constexpr = tiling.gates
-    U: tl.constexpr = tiling.units
-    BB: tl.constexpr = tiling.batch_tile
-    K: tl.constexpr = tiling.saved
-    N: tl.constexpr = tiling.subtiles
-    R: tl.constexpr = tiling.rows
-    W: tl.constexpr = tiling.wide
-    n: tl.constexpr = len(states)
-    lane: tl.constexpr = exchange.stride
-    in_registers: tl.constexpr = tiling.in_registers
-    chunks: tl.constexpr = len(tiling.chunks)
-    counters, error, parts = sync
     L: tl.constexpr = tiling.layers
-    group = tl.program_id(1)
-    turn_of_job, layer = layer_of(group, tiling)
-    job, direction, b0 = job_of(first_job + turn_of_job, B, N * BB)
-    counters += (job * L + layer) * (N * tiling.lanes * lane)
-    parts += group.to(tl.int64) * (N * 2 * tiling.slices * tiling.outputs * W * BB)
-    patience = tl.full((), exchange.patience, tl.int32)
-    slice_id = tl.program_id(0)
-    column = slice_id // R
-    row = slice_id % R
-    own_block = slice_id // tiling.columns
-    base = row * tiling.block
-    place = (base, row, column)
-    channel = (counters, parts, error)
-    units = slice_id * U + tl.arange(0, U)
-    mask = (units < H)[:, None]
-
-    corner = weight + direction.to(tl.int64) * (G * H * tiling.stride)
+    N: tl.constexpr = tiling.subtiles
+    n: tl.constexpr = len(states)
+    program, own_sync = locate(sync, first_job, B, tiling, exchange)
+    spin_limit = tl.full((), exchange.spin_limit, tl.int32)
+    units, unit_mask = program.units, program.unit_mask
+    x_mask = unit_mask
+    corner = corner_of(weight, program, tiling)
     if L > 1:
-        corner = weight + layer.to(tl.int64) * (2 * G * H * tiling.stride)
+        layer = program.layer
         bias += layer * (2 * G * H)
         # One factor after the other in 64 bits: B*K*H alone may pass 2**31.
         if saved is not None:
-            saved += layer.to(tl.int64) * T * B * (K * H)
-        # From the layer below comes its h of this step; the lowest one multiplies its own h0 by zero.
-        rises = tl.minimum(layer, 1)
-        given = (units < H * (1 - rises))[:, None]
-        lower = states[0] + (layer - rises).to(tl.int64) * (T + 2) * B * H
-        channel_below = (counters - rises * (N * tiling.lanes * lane), parts, error)
+            saved += layer.to(tl.int64) * T * B * (tiling.saved * H)
+        # The lowest layer has x_gates, and multiplies its own h0 by zero; to the others comes the h of the layer below.
+        exists = tl.minimum(layer, 1)
+        x_mask = (units < H * (1 - exists))[:, None]
+        h_below = states[0] + (layer - exists).to(tl.int64) * (T + 2) * B * H
+        below = Neighbour(exists, h_below, sync_of_layer(own_sync, -exists, tiling, exchange))
         slots = T + 2
         if not KEEP:
             slots = 2 if marks is None else 3
         slot_size = layer.to(tl.int64) * B * H
         states = moved(states[:1], slot_size * (T + 2)) + moved(states[1:], slot_size * slots)
-    m_rows = ()
-    m_masks = ()
-    for p in tl.static_range(len(tiling.packs)):
-        m = tl.arange(0, tiling.packs[p] * W)
-        unit = column * W + m % W
-        m_rows = m_rows + ((tiling.first_gates[p] + m // W) * H + unit,)
-        m_masks = m_masks + (unit < H,)
-    held = resident(corner, m_rows, m_masks, base, 0, in_registers, tiling, exchange)
-    if L > 1:
-        second = corner + G * H * tiling.stride
-        held_below = resident(second, m_rows, m_masks, base, 0, in_registers, tiling, exchange)
-    t = time_of(0, direction, T)
-    state = ()
-    for j in tl.static_range(N):
-        first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-        for i in tl.static_range(n):
-            slot = previous_slot(t, direction)
-            if i > 0 and not KEEP:
-                slot = tl.minimum(slot, 1)
-            offsets = row_offset(slot, first, direction, B, D, H) + unit_offsets(units, rows, D * H)
-            state = state + (load(states[i] + offsets, mask),)
 
-    # One turn, which the compiler cannot know: what goes to registers has left shared memory before the rest is loaded.
-    once = tl.minimum(T, 1)
+    own_matrix = matrix_of(corner, program.unit_group, program.k_start, tiling)
+    own_in_registers = resident(own_matrix, 0, tiling.in_registers, tiling, exchange)
+    if L > 1:
+        below_matrix = matrix_of(corner + G * H * tiling.stride, program.unit_group, program.k_start, tiling)
+        below_in_registers = resident(below_matrix, 0, tiling.in_registers, tiling, exchange)
+    state = load_initial(states, program, T, B, KEEP, tiling)
+
+    # A loop of one turn, which the compiler cannot know: it keeps apart the weights that live in registers, which pass
+    # through shared memory above, and those that then live there.
+    opaque_one = tl.minimum(T, 1)
     turn = 0
-    while turn < once:
-        shared = resident(corner, m_rows, m_masks, base, in_registers, chunks, tiling, exchange)
-        weights = join(held, shared)
+    while turn < opaque_one:
+        own_weights = load_rest(own_in_registers, own_matrix, opaque_one, tiling, exchange)
         if L > 1:
-            shared_below = resident(second, m_rows, m_masks, base, in_registers, chunks, tiling, exchange)
-            weights_below = join(held_below, shared_below)
-            biases_below = ()
-            for g in tl.static_range(G):
-                biases_below = biases_below + (load(bias + (G + g) * H + units, units < H)[:, None],)
-        stream = (corner, m_rows, m_masks)
-        ahead = ()
-        if tiling.streamed > 0:
-            ahead = streamed(corner, m_rows, m_masks, 0, base, tiling)
-        biases = ()
-        for g in tl.static_range(G):
-            biases = biases + (load(bias + direction * (G * H) + g * H + units, units < H)[:, None],)
+            below_weights = load_rest(below_in_registers, below_matrix, opaque_one, tiling, exchange)
+            below_bias = load_bias(bias + G * H, program, tiling)
+        ahead = first_streamed(own_matrix, tiling)
+        own_bias = load_bias(bias + program.direction * (G * H), program, tiling)
 
         step = 0
         while step < T:
-            t = time_of(step, direction, T)
+            t = time_of(step, program.direction, T)
             after = ()
             for j in tl.static_range(N):
-                first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-                counter = counters + j * (tiling.lanes * lane)
-                before = part_of(state, j, n)
-                rows_of_h = rows
+                tile = batch_tile(program, j, B, tiling)
+                before = state[j]
+                rows_of_h = tile.rows
                 if marks is not None:
-                    mark = load_marks(marks, t, first, rows, direction, B, D)
-                    edge = reset_slot(direction, T)
-                    rows_of_h = rows_before(mark, rows, previous_slot(t, direction), edge, B)
-                    new_offsets = unit_offsets(units, rows, D * H)
-                    begins = mask & (mark == BEGINS)[None, :]
-                    anew = (load(states[0] + row_offset(edge, first, direction, B, D, H) + new_offsets, begins),)
-                    if not KEEP:
-                        edge = direction * 0 + 2
-                    anew = anew + load_states(
-                        states[1:], row_offset(edge, first, direction, B, D, H), new_offsets, begins
-                    )
-                    before = where_marked(mark, BEGINS, anew, before)
+                    mark = load_marks(marks, t, tile, program, B, tiling)
+                    rows_of_h = rows_before(mark, tile.rows, t, program.direction, T, B)
+                    reset = load_reset(states, mark, tile, program, T, B, KEEP, tiling)
+                    before = choose(is_marked(mark, BEGINS), reset, before)
                 # Loaded before the wait: the exchange's latency hides it.
-                gates = x_gates + row_offset(t, first, direction, B, D, G * H)
-                if L == 1:
-                    x = load_tiles(gates, unit_offsets(units, rows, D * G * H), mask, H, G)
-                else:
-                    x = load_tiles(gates, unit_offsets(units, rows, D * G * H), given, H, G)
-                    slot = (t + 1) * rises
-                    below = lower + row_offset(slot, first, direction, B, D, H)
-                    risen, ahead, patience = multiply(
-                        weights_below, ahead, stream, below, rows, j, place, once, step, (step + 1) * rises,
-                        channel_below, patience, tiling, exchange,
+                x_tile = x_gates + tile_offset(t, tile, program, B, G * H, tiling)
+                x = load_tiles(x_tile, unit_offsets(program, tile.rows, G * H, tiling), x_mask, H, G)
+                if L > 1:
+                    h = below.pointer + tile_offset((t + 1) * below.exists, tile, program, B, H, tiling)
+                    from_below, ahead, spin_limit = multiply(
+                        below_weights, ahead, h, tile.rows, j, program, step, (step + 1) * below.exists, below.sync,
+                        spin_limit, tiling, exchange,
                     )  # fmt: skip
-                    # Into the lowest layer nothing rises: zero times its own h0, which may be a NaN that nobody reads.
-                    x = sums(x, zero_where(rises == 0, risen), biases_below)
+                    # Into the lowest layer nothing comes: zero times its own h0, which may be a NaN that nobody reads.
+                    from_below = zero_where(below.exists == 0, from_below)
+                    x = add_tiles(add_tiles(x, from_below), below_bias)
                 if tiling.slices == 1:
-                    product = product_local(weights, before, once, weight.dtype.element_ty, tiling, exchange)
+                    product = product_local(own_weights, before, weight.dtype.element_ty, tiling, exchange)
                 else:
-                    h = states[0] + row_offset(previous_slot(t, direction), first, direction, B, D, H)
-                    product, ahead, patience = multiply(
-                        weights, ahead, stream, h, rows_of_h, j, place, once, step, step, channel, patience, tiling,
+                    h = states[0] + tile_offset(previous_slot(t, program.direction), tile, program, B, H, tiling)
+                    product, ahead, spin_limit = multiply(
+                        own_weights, ahead, h, rows_of_h, j, program, step, step, own_sync, spin_limit, tiling,
                         exchange,
                     )  # fmt: skip
-                r = ()
-                for g in tl.static_range(G):
-                    r = r + (product[g] + biases[g],)
-                new, kept = cell(x, r, before)
+                new, to_save = cell(x, add_tiles(product, own_bias), before)
                 if marks is not None:
-                    new = where_marked(mark, SKIPPED, before, new)
-                store_mask = mask & own
-                state_offsets = unit_offsets(units, rows, D * H)
-                position = row_offset(t + 1, first, direction, B, D, H)
-                told = counter + own_block * lane
-                publish(states[0] + position, state_offsets, store_mask, 0, (new[0],), told, tiling, exchange)
+                    new = choose(is_marked(mark, SKIPPED), before, new)
+
+                mask = unit_mask & tile.own
+                offsets = unit_offsets(program, tile.rows, H, tiling)
+                position = tile_offset(t + 1, tile, program, B, H, tiling)
+                counter = own_counter(program, j, own_sync, tiling, exchange)
+                publish(states[0] + position, offsets, mask, 0, (new[0],), counter, tiling, exchange)
                 if KEEP:
                     for i in tl.static_range(1, n):
-                        store(states[i] + position + state_offsets, new[i], store_mask, tiling)
+                        store(states[i] + position + offsets, new[i], mask, tiling)
                 if saved is not None:
-                    position = row_offset(t, first, direction, B, D, K * H)
-                    store_tiles(saved + position, unit_offsets(units, rows, D * K * H), store_mask, H, kept, tiling)
-                after = after + new
+                    to = saved + tile_offset(t, tile, program, B, tiling.saved * H, tiling)
+                    offsets = unit_offsets(program, tile.rows, tiling.saved * H, tiling)
+                    store_tiles(to, offsets, mask, H, to_save, tiling)
+                after = after + (new,)
             state = after
             step += 1
 
@@ -263,33 +223,90 @@ def scan_forward(
 
     if not KEEP:
         for j in tl.static_range(N):
-            first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-            position = row_offset(direction * 0 + 1, first, direction, B, D, H)
+            tile = batch_tile(program, j, B, tiling)
+            position = tile_offset(program.direction * 0 + 1, tile, program, B, H, tiling)
             for i in tl.static_range(1, n):
-                pointers = states[i] + position + unit_offsets(units, rows, D * H)
-                store(pointers, state[j * n + i], mask & own, tiling)
+                pointers = states[i] + position + unit_offsets(program, tile.rows, H, tiling)
+                store(pointers, state[j][i], unit_mask & tile.own, tiling)
 
 
 @triton.jit
-def load_saved(d_outputs, heard, saved, states, marks, t, first, rows, units, mask, direction, T, B,
-               tiling: tl.constexpr):  # fmt: skip
-    """What a step of the backward reads: (gradients of the states that were given, where ``heard``; saved tiles; states
-    before; the rows' marks, if any)."""
+def load_initial(states, program, T, B, KEEP: tl.constexpr, tiling: tl.constexpr):
+    """The initial states of all batch tiles."""
+    N: tl.constexpr = tiling.subtiles
+    n: tl.constexpr = len(states)
+    all_tiles = ()
+    t = time_of(0, program.direction, T)
+    for j in tl.static_range(N):
+        tile = batch_tile(program, j, B, tiling)
+        state = ()
+        for i in tl.static_range(n):
+            slot = previous_slot(t, program.direction)
+            if i > 0 and not KEEP:
+                slot = tl.minimum(slot, 1)
+            position = tile_offset(slot, tile, program, B, tiling.hidden, tiling)
+            offsets = position + unit_offsets(program, tile.rows, tiling.hidden, tiling)
+            state = state + (load(states[i] + offsets, program.unit_mask),)
+        all_tiles = all_tiles + (state,)
+    return all_tiles
+
+
+@triton.jit
+def load_bias(bias, program, tiling: tl.constexpr):
+    """Per gate [U, 1], of the program's units."""
     H: tl.constexpr = tiling.hidden
-    D: tl.constexpr = tiling.directions
+    G: tl.constexpr = tiling.gates
+    tiles = ()
+    for g in tl.static_range(G):
+        tiles = tiles + (load(bias + g * H + program.units, program.units < H)[:, None],)
+    return tiles
+
+
+@triton.jit
+def load_saved(d_outputs, dy_mask, saved, states, marks, t, tile, program, T, B, tiling: tl.constexpr):
+    """What the backward of time t needs of a batch tile: (gradients of h, and of c where it was given out; the cell's
+    saved tiles; the states before; (marks of the rows,), or empty). dy_mask: units of which d_outputs are given."""
+    H: tl.constexpr = tiling.hidden
     K: tl.constexpr = tiling.saved
-    offsets = unit_offsets(units, rows, D * H)
-    position = row_offset(t, first, direction, B, D, H)
-    given = load_states(d_outputs, position, offsets, heard)
-    kept = load_tiles(saved + position * K, unit_offsets(units, rows, D * K * H), mask, H, K)
-    slot = previous_slot(t, direction)
-    rows_of_states = rows
+    position = tile_offset(t, tile, program, B, H, tiling)
+    given = load_states(d_outputs, position, unit_offsets(program, tile.rows, H, tiling), dy_mask)
+    tiles = load_tiles(
+        saved + position * K, unit_offsets(program, tile.rows, K * H, tiling), program.unit_mask, H, K
+    )  # fmt: skip
+    slot = previous_slot(t, program.direction)
+    rows = tile.rows
     mark = ()
     if marks is not None:
-        mark = (load_marks(marks, t, first, rows, direction, B, D),)
-        rows_of_states = rows_before(mark[0], rows, slot, reset_slot(direction, T), B)
-    before = row_offset(slot, first, direction, B, D, H)
-    return given + kept + load_states(states, before, unit_offsets(units, rows_of_states, D * H), mask) + mark
+        mark = (load_marks(marks, t, tile, program, B, tiling),)
+        rows = rows_before(mark[0], tile.rows, t, program.direction, T, B)
+    position = tile_offset(slot, tile, program, B, H, tiling)
+    before = load_states(states, position, unit_offsets(program, rows, H, tiling), program.unit_mask)
+    return given, tiles, before, mark
+
+
+@triton.jit
+def load_final(d_states, program, B, tiling: tl.constexpr):
+    """The gradients of the final states of all batch tiles."""
+    N: tl.constexpr = tiling.subtiles
+    final = ()
+    for j in tl.static_range(N):
+        tile = batch_tile(program, j, B, tiling)
+        position = tile_offset(program.direction * 0, tile, program, B, tiling.hidden, tiling)
+        offsets = unit_offsets(program, tile.rows, tiling.hidden, tiling)
+        final = final + (load_states(d_states, position, offsets, program.unit_mask),)
+    return final
+
+
+@triton.jit
+def zeros_like_states(states):
+    """Zeros of the same shapes."""
+    all_tiles = ()
+    for j in tl.static_range(len(states)):
+        zeros = ()
+        for i in tl.static_range(len(states[j])):
+            zeros = zeros + (tl.zeros_like(states[j][i]),)
+        all_tiles = all_tiles + (zeros,)
+    return all_tiles
 
 
 @triton.jit(do_not_specialize=["first_job", "T", "B"], launch_metadata=launch_metadata)
@@ -311,191 +328,162 @@ def scan_backward(
 ):
     """d_outputs: gradients of h, and of c where it was given out, of every step, [T, B, D, H] each. d_states: tuple of
     [B, D, H], for each state that of the final one, then room for those of the initial ones, then, where they are asked
-    for, of the reset ones. d_gates: (dx, dr), [T, B, D, G*H] each,
-    the same tensor where the cell's two gradients are the same. Others as in the forward, with KEEP. For a stack as a
-    wave: d_outputs of the highest layer, d_states [L, B, D, H], d_gates [L*T + 1, B, D, G*H], its last row zero,
-    and the second matrix is that of the layer above."""
+    for, of the reset ones. d_gates: (dx, dr), [T, B, D, G*H] each, the same tensor where the cell's two gradients are
+    the same. Others as in the forward, with KEEP. For a stack as a pipeline: d_outputs of the highest layer, d_states
+    [L, B, D, H], d_gates [L*T + 1, B, D, G*H], its last row zero, and the second matrix is that of the layer above."""
     H: tl.constexpr = tiling.hidden
-    D: tl.constexpr = tiling.directions
     G: tl.constexpr = tiling.gates
-    U: tl.constexpr = tiling.units
-    BB: tl.constexpr = tiling.batch_tile
-    K: tl.constexpr = tiling.saved
-    N: tl.constexpr = tiling.subtiles
-    R: tl.constexpr = tiling.rows
-    W: tl.constexpr = tiling.wide
-    n: tl.constexpr = len(states)
-    m: tl.constexpr = len(d_outputs)
-    resets: tl.constexpr = len(d_states) == 3 * n
-    lane: tl.constexpr = exchange.stride
-    in_registers: tl.constexpr = tiling.in_registers
-    chunks: tl.constexpr = len(tiling.chunks)
-    counters, error, parts = sync
-    dx_gates, dr_gates = d_gates
     L: tl.constexpr = tiling.layers
-    group = tl.program_id(1)
-    turn_of_job, layer = layer_of(group, tiling)
-    job, direction, b0 = job_of(first_job + turn_of_job, B, N * BB)
-    counters += (job * L + layer) * (N * tiling.lanes * lane)
-    parts += group.to(tl.int64) * (N * 2 * tiling.slices * tiling.outputs * W * BB)
-    patience = tl.full((), exchange.patience, tl.int32)
-    slice_id = tl.program_id(0)
-    column = slice_id // R
-    row = slice_id % R
-    own_block = slice_id // tiling.columns
-    base = row * tiling.block
-    place = (base, row, column)
-    channel = (counters, parts, error)
-    units = slice_id * U + tl.arange(0, U)
-    mask = (units < H)[:, None]
-    heard = mask
-
-    corner = weight + direction.to(tl.int64) * (G * H * tiling.stride)
+    N: tl.constexpr = tiling.subtiles
+    n: tl.constexpr = len(states)
+    resets: tl.constexpr = len(d_states) == 3 * n
+    dx_gates, dr_gates = d_gates
+    program, own_sync = locate(sync, first_job, B, tiling, exchange)
+    spin_limit = tl.full((), exchange.spin_limit, tl.int32)
+    units, unit_mask = program.units, program.unit_mask
+    dy_mask = unit_mask
+    corner = corner_of(weight, program, tiling)
     if L > 1:
-        corner = weight + layer.to(tl.int64) * (2 * G * H * tiling.stride)
-        saved += layer.to(tl.int64) * T * B * (K * H)
-        # From the layer above comes its dx of this step; above the highest is a row of zeros, and nobody to wait for.
-        falls = tl.minimum(L - 1 - layer, 1)
-        upper = dx_gates + (layer + 1).to(tl.int64) * T * B * (G * H)
-        channel_above = (counters + falls * (N * tiling.lanes * lane), parts, error)
+        layer = program.layer
+        saved += layer.to(tl.int64) * T * B * (tiling.saved * H)
+        # The highest layer has d_outputs, and a row of zeros above it; to the others comes the dx of the layer above.
+        exists = tl.minimum(L - 1 - layer, 1)
+        dx_above = dx_gates + (layer + 1).to(tl.int64) * T * B * (G * H)
+        above = Neighbour(exists, dx_above, sync_of_layer(own_sync, exists, tiling, exchange))
         dx_gates += layer.to(tl.int64) * T * B * (G * H)
         dr_gates += layer.to(tl.int64) * T * B * (G * H)
-        heard = (units < H * (1 - falls))[:, None]
+        dy_mask = (units < H * (1 - exists))[:, None]
         slot_size = layer.to(tl.int64) * B * H
         states = moved(states, slot_size * (T + 2))
         d_states = moved(d_states, slot_size)
-    outputs = (column * W + tl.arange(0, W),)
-    m_mask = (outputs[0] < H,)
-    held = resident(corner, outputs, m_mask, base, 0, in_registers, tiling, exchange)
+
+    own_matrix = matrix_of(corner, program.unit_group, program.k_start, tiling)
+    own_in_registers = resident(own_matrix, 0, tiling.in_registers, tiling, exchange)
     if L > 1:
-        second = corner + G * H * tiling.stride
-        held_above = resident(second, outputs, m_mask, base, 0, in_registers, tiling, exchange)
-    d_state = ()
-    for j in tl.static_range(N):
-        first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-        edge = row_offset(direction * 0, first, direction, B, D, H)
-        d_state = d_state + load_states(d_states[:n], edge, unit_offsets(units, rows, D * H), mask)
-    d_reset = ()
+        above_matrix = matrix_of(corner + G * H * tiling.stride, program.unit_group, program.k_start, tiling)
+        above_in_registers = resident(above_matrix, 0, tiling.in_registers, tiling, exchange)
+    d_state = load_final(d_states[:n], program, B, tiling)
+    d_reset = ()  # if asked for
     if resets:
-        for _ in tl.static_range(N * n):
-            d_reset = d_reset + (tl.zeros((U, BB), tl.float32),)
+        d_reset = zeros_like_states(d_state)
 
-    # One turn, which the compiler cannot know: what goes to registers has left shared memory before the rest is loaded.
-    once = tl.minimum(T, 1)
+    # A loop of one turn, which the compiler cannot know: it keeps apart the weights that live in registers, which pass
+    # through shared memory above, and those that then live there.
+    opaque_one = tl.minimum(T, 1)
     turn = 0
-    while turn < once:
-        shared = resident(corner, outputs, m_mask, base, in_registers, chunks, tiling, exchange)
-        weights = join(held, shared)
+    while turn < opaque_one:
+        own_weights = load_rest(own_in_registers, own_matrix, opaque_one, tiling, exchange)
         if L > 1:
-            shared_above = resident(second, outputs, m_mask, base, in_registers, chunks, tiling, exchange)
-            weights_above = join(held_above, shared_above)
-        stream = (corner, outputs, m_mask)
-        ahead = ()
-        if tiling.streamed > 0:
-            ahead = streamed(corner, outputs, m_mask, 0, base, tiling)
+            above_weights = load_rest(above_in_registers, above_matrix, opaque_one, tiling, exchange)
+        ahead = first_streamed(own_matrix, tiling)
 
-        read_ahead = ()
-        t = time_of(T - 1, direction, T)
+        loaded = ()  # per batch tile what the next step needs of the forward
+        t = time_of(T - 1, program.direction, T)
         for j in tl.static_range(N):
-            first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-            read_ahead = read_ahead + load_saved(
-                d_outputs, heard, saved, states, marks, t, first, rows, units, mask, direction, T, B, tiling
-            )
-        width: tl.constexpr = len(read_ahead) // N
+            tile = batch_tile(program, j, B, tiling)
+            loaded = loaded + (load_saved(d_outputs, dy_mask, saved, states, marks, t, tile, program, T, B, tiling),)
 
         if L > 1:
             after = ()
             for j in tl.static_range(N):
-                first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-                d = part_of(d_state, j, n)
-                above = upper + row_offset(t * falls, first, direction, B, D, G * H)
-                fallen, ahead, patience = multiply(
-                    weights_above, ahead, stream, above, rows, j, place, once, 0, falls, channel_above, patience,
-                    tiling, exchange,
+                tile = batch_tile(program, j, B, tiling)
+                dx = above.pointer + tile_offset(t * above.exists, tile, program, B, G * H, tiling)
+                from_above, ahead, spin_limit = multiply(
+                    above_weights, ahead, dx, tile.rows, j, program, 0, above.exists, above.sync, spin_limit, tiling,
+                    exchange,
                 )  # fmt: skip
-                after = after + (d[0] + fallen[0],) + d[1:]
+                after = after + (add_tiles(d_state[j], from_above),)
             d_state = after
 
         step = 0
         while step < T:
-            t = time_of(T - 1 - step, direction, T)
-            t_next = time_of(tl.maximum(T - 2 - step, 0), direction, T)
-            after = ()
-            read_next = ()
-            codes = ()
+            t = time_of(T - 1 - step, program.direction, T)
+            t_next = time_of(tl.maximum(T - 2 - step, 0), program.direction, T)
+            # First what is elementwise, of all batch tiles: the gate gradients are on their way to the other slices
+            # while what the next step needs is loaded.
+            before = ()
+            next_loaded = ()
             for j in tl.static_range(N):
-                first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-                counter = counters + j * (tiling.lanes * lane)
-                read = part_of(read_ahead, j, width)
-                d = add_first(part_of(d_state, j, n), read, m)
-                dx, dr, d_previous = cell(d, read[m : m + K], read[m + K : m + K + n])
+                tile = batch_tile(program, j, B, tiling)
+                given, saved_tiles, states_before, mark = loaded[j]
+                d = add_tiles(d_state[j], given)
+                dx, dr, d_before = cell(d, saved_tiles, states_before)
                 if marks is not None:
-                    mark = read[m + K + n]
-                    codes = codes + (mark,)
-                    dx = zero_marked(mark, SKIPPED, dx)
-                    dr = zero_marked(mark, SKIPPED, dr)
-                    d_previous = where_marked(mark, SKIPPED, d, d_previous)
-                store_mask = mask & own
-                gate_offsets = unit_offsets(units, rows, D * G * H)
-                gates = row_offset(t, first, direction, B, D, G * H)
-                told = counter + own_block * lane
+                    skipped = is_marked(mark[0], SKIPPED)
+                    dx = zero_where(skipped, dx)
+                    dr = zero_where(skipped, dr)
+                    d_before = choose(skipped, d, d_before)
+                mask = unit_mask & tile.own
+                offsets = unit_offsets(program, tile.rows, G * H, tiling)
+                position = tile_offset(t, tile, program, B, G * H, tiling)
+                counter = own_counter(program, j, own_sync, tiling, exchange)
                 if tiling.recurrent_gradient and L > 1:
-                    # Told together with dr: the layer below multiplies it.
-                    put_tiles(dx_gates + gates, gate_offsets, store_mask, H, dx, tiling, exchange)
-                publish(dr_gates + gates, gate_offsets, store_mask, H, dr, told, tiling, exchange)
+                    # Announced together with dr: the layer below multiplies it.
+                    put_tiles(dx_gates + position, offsets, mask, H, dx, tiling, exchange)
+                publish(dr_gates + position, offsets, mask, H, dr, counter, tiling, exchange)
                 if tiling.recurrent_gradient and L == 1:
-                    store_tiles(dx_gates + gates, gate_offsets, store_mask, H, dx, tiling)
-                # What the next step reads from the forward is loaded before the wait: the exchange's latency hides it.
-                read_next = read_next + load_saved(
-                    d_outputs, heard, saved, states, marks, t_next, first, rows, units, mask, direction, T, B, tiling
+                    store_tiles(dx_gates + position, offsets, mask, H, dx, tiling)
+                next_loaded = next_loaded + (
+                    load_saved(d_outputs, dy_mask, saved, states, marks, t_next, tile, program, T, B, tiling),
                 )
                 if tiling.slices == 1:
-                    product = product_local(weights, dr, once, weight.dtype.element_ty, tiling, exchange)
-                    after = after + (d_previous[0] + product[0],) + d_previous[1:]
-                else:
-                    after = after + d_previous
-            read_ahead = read_next
+                    product = product_local(own_weights, dr, weight.dtype.element_ty, tiling, exchange)
+                    d_before = add_tiles(d_before, product)
+                before = before + (d_before,)
+            # Then the products.
             neighbours = ()
             if tiling.slices > 1:
-                d_state = after
-                after = ()
+                elementwise = before
+                before = ()
                 for j in tl.static_range(N):
-                    first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-                    d = part_of(d_state, j, n)
-                    gates = row_offset(t, first, direction, B, D, G * H)
-                    dh = d[0]
+                    tile = batch_tile(program, j, B, tiling)
+                    d = elementwise[j]
                     if L > 1:
                         # The neighbour's part of the next step, while this group's own exchange is on its way.
-                        above = upper + row_offset(t_next * falls, first, direction, B, D, G * H)
-                        fallen, ahead, patience = multiply(
-                            weights_above, ahead, stream, above, rows, j, place, once, step,
-                            tl.minimum(step + 2, T) * falls, channel_above, patience, tiling, exchange,
+                        dx = above.pointer + tile_offset(t_next * above.exists, tile, program, B, G * H, tiling)
+                        from_above, ahead, spin_limit = multiply(
+                            above_weights, ahead, dx, tile.rows, j, program, step,
+                            tl.minimum(step + 2, T) * above.exists, above.sync, spin_limit, tiling, exchange,
                         )  # fmt: skip
-                        fallen = (tl.where(step + 1 < T, fallen[0], 0.0),)
+                        from_above = (tl.where(step + 1 < T, from_above[0], 0.0),)
                         if marks is None:
-                            dh = dh + fallen[0]  # at once: two tiles alive through the product would cost registers
+                            d = add_tiles(d, from_above)  # at once: two tiles alive would cost registers
                         else:
-                            neighbours = neighbours + fallen
-                    product, ahead, patience = multiply(
-                        weights, ahead, stream, dr_gates + gates, rows, j, place, once, step, step + 1, channel,
-                        patience, tiling, exchange,
+                            neighbours = neighbours + (from_above,)
+                    dr = dr_gates + tile_offset(t, tile, program, B, G * H, tiling)
+                    product, ahead, spin_limit = multiply(
+                        own_weights, ahead, dr, tile.rows, j, program, step, step + 1, own_sync, spin_limit, tiling,
+                        exchange,
                     )  # fmt: skip
-                    after = after + (dh + product[0],) + d[1:]
+                    before = before + (add_tiles(d, product),)
             if marks is not None:
-                if resets:
-                    d_reset = with_begun(d_reset, after, codes, n)
-                after = cut(after, codes, neighbours, n)
-            d_state = after
+                # To the step before goes nothing of the rows that began anew, but for the neighbour's part of it.
+                uncut = before
+                before = ()
+                resets_before = d_reset
+                d_reset = ()
+                for j in tl.static_range(N):
+                    _given, _saved, _before, mark = loaded[j]
+                    begins = is_marked(mark[0], BEGINS)
+                    if resets:
+                        d_reset = d_reset + (add_tiles(resets_before[j], only_where(begins, uncut[j])),)
+                    d = zero_where(begins, uncut[j])
+                    if L > 1:
+                        d = add_tiles(d, neighbours[j])
+                    before = before + (d,)
+            loaded = next_loaded
+            d_state = before
             step += 1
 
         turn += 1
 
     # Outside the loops, lest its addresses stay alive in them, and spill (seen: LSTM backward, H=4096).
     for j in tl.static_range(N):
-        first, rows, own = batch_rows(b0 + j * BB, B, tiling)
-        edge = row_offset(direction * 0, first, direction, B, D, H)
+        tile = batch_tile(program, j, B, tiling)
+        position = tile_offset(program.direction * 0, tile, program, B, H, tiling)
         for i in tl.static_range(n):
-            offsets = unit_offsets(units, rows, D * H)
-            store(d_states[n + i] + edge + offsets, d_state[j * n + i], mask & own, tiling)
+            offsets = unit_offsets(program, tile.rows, H, tiling)
+            mask = unit_mask & tile.own
+            store(d_states[n + i] + position + offsets, d_state[j][i], mask, tiling)
             if resets:
-                store(d_states[2 * n + i] + edge + offsets, d_reset[j * n + i], mask & own, tiling)
+                store(d_states[2 * n + i] + position + offsets, d_reset[j][i], mask, tiling)

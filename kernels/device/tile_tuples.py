@@ -41,11 +41,12 @@ def store_tiles(pointer, offsets, mask, stride: tl.constexpr, tiles, tiling: tl.
 
 
 @triton.jit
-def sums(a, b, c):
+def add_tiles(a, b):
+    """Tile by tile, as many as b has; what a has more stays as it is."""
     tiles = ()
-    for i in tl.static_range(len(a)):
-        tiles = tiles + (a[i] + b[i] + c[i],)
-    return tiles
+    for i in tl.static_range(len(b)):
+        tiles = tiles + (a[i] + b[i],)
+    return tiles + a[len(b) :]
 
 
 @triton.jit
@@ -57,21 +58,20 @@ def zero_where(condition, tiles):
 
 
 @triton.jit
-def add_first(a, b, m: tl.constexpr):
-    """a, with b added to its first m tiles."""
-    tiles = ()
-    for i in tl.static_range(m):
-        tiles = tiles + (a[i] + b[i],)
-    return tiles + a[m:]
+def only_where(condition, tiles):
+    chosen = ()
+    for i in tl.static_range(len(tiles)):
+        chosen = chosen + (tl.where(condition, tiles[i], 0.0),)
+    return chosen
 
 
 @triton.jit
-def part_of(states, j: tl.constexpr, n: tl.constexpr):
-    """The n tiles of batch tile j."""
-    tiles = ()
-    for i in tl.static_range(n):
-        tiles = tiles + (states[j * n + i],)
-    return tiles
+def choose(condition, a, b):
+    """a where the condition holds, else b."""
+    chosen = ()
+    for i in tl.static_range(len(a)):
+        chosen = chosen + (tl.where(condition, a[i], b[i]),)
+    return chosen
 
 
 @triton.jit

@@ -8,32 +8,33 @@ T*B*D*G*H may pass 2**31; offsets inside a tile stay below BB*D*G*H and are 32-b
 one per warp: a 2-D dot never splits K over warps, a 3-D dot with P leading does.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 
-@triton.jit
-def job_of(job, B, rows: tl.constexpr):
-    """A job of ``rows`` rows of the batch: its number, its direction, its first row."""
-    jobs_of_direction = tl.cdiv(B, rows)
-    return job, job // jobs_of_direction, (job % jobs_of_direction) * rows
+class BatchTile(NamedTuple):
+    """Rows of the batch that one product takes. Those past the end repeat the last row.
+
+    Attributes:
+        first: a row that exists.
+        rows: [BB], the tile's, counted from there.
+        own: [1, BB], whether a row is the tile's own.
+    """
+
+    first: tl.tensor
+    rows: tl.tensor
+    own: tl.tensor
 
 
 @triton.jit
-def layer_of(group, tiling: tl.constexpr):
-    """(number of the group's job in this launch, its layer): the layers of a batch tile are neighbours."""
-    if tiling.layers == 1:
-        return group, 0
-    else:
-        return group // tiling.layers, group % tiling.layers
-
-
-@triton.jit
-def batch_rows(b0, B, tiling: tl.constexpr):
-    """Of the batch tile at b0: a row that exists, the rows from there on, and which of them are the tile's own."""
-    first = tl.minimum(b0, B - 1)
+def batch_tile(program, j: tl.constexpr, B, tiling: tl.constexpr):
+    """Tile j of the program's job."""
+    start = program.first_row + j * tiling.batch_tile
+    first = tl.minimum(start, B - 1)
     index = tl.arange(0, tiling.batch_tile)
-    return first, tl.minimum(index, B - 1 - first), (b0 + index < B)[None, :]
+    return BatchTile(first, tl.minimum(index, B - 1 - first), (start + index < B)[None, :])
 
 
 @triton.jit
@@ -55,9 +56,15 @@ def row_offset(t, b, direction, B, D: tl.constexpr, width: tl.constexpr):
 
 
 @triton.jit
-def unit_offsets(units, rows, row_stride: tl.constexpr):
-    """Offsets [U, BB] of a tile with units contiguous in memory."""
-    return units[:, None] + rows[None, :] * row_stride
+def tile_offset(t, tile, program, B, width: tl.constexpr, tiling: tl.constexpr):
+    """The same of a batch tile's first row, in the program's direction."""
+    return row_offset(t, tile.first, program.direction, B, tiling.directions, width)
+
+
+@triton.jit
+def unit_offsets(program, rows, width: tl.constexpr, tiling: tl.constexpr):
+    """Offsets [U, BB] from there of the program's units, in the given rows of a tensor [*, B, D, width]."""
+    return program.units[:, None] + rows[None, :] * (tiling.directions * width)
 
 
 @triton.jit
@@ -106,7 +113,7 @@ def operand(tile, tiling: tl.constexpr, exchange: tl.constexpr):
 
     By an instruction that Triton takes no change of layout past. With plain arithmetic it rounded in the product's
     layout, whose threads hold copies (seen: 7 PTX instructions per element of h; all weights in registers in the GRU's
-    backward as a wave, sm_80).
+    backward in a pipeline, sm_80).
     """
     if tiling.precision == "tf32" and exchange.poll == "ptx":
         assembly: tl.constexpr = "cvt.rna.tf32.f32 $0, $1;"

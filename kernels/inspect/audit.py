@@ -39,6 +39,7 @@ from ..launch import options
 from ..planner import hardware as devices
 from ..planner import plan as planning
 from ..planner.pipeline import plan_pipeline
+from ..planner.problem import Problem
 
 DTYPES = {"fp16": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
 DEVICE_OF_ARCH = {
@@ -50,10 +51,6 @@ DEVICE_OF_ARCH = {
     "gfx942": "mi300x",
 }
 ALIGNED = [["tt.divisibility", 16]]
-
-# What decides, with a plan, what is compiled.
-DEVICE = ("exchange", "pointwise", "product", "scan", "step_flags", "tile_tuples", "tiles")
-KERNEL_FILES = ("launch", *(f"device/{name}" for name in DEVICE))
 
 
 @dataclass(frozen=True)
@@ -115,31 +112,23 @@ class Row:
 def planned(case: Case) -> planning.Pass:
     """The pass that the plan has for a case."""
     hardware = devices.named(DEVICE_OF_ARCH[case.arch])
+    problem = Problem(CELLS[case.cell], case.hidden, case.batch, case.directions, case.dtype, hardware)
     if case.layers > 1:
-        found = plan_pipeline(CELLS[case.cell], case.hidden, case.layers, case.batch, case.dtype, hardware)
+        found = plan_pipeline(problem, case.layers)
         if found is None:
             raise planning.PlanError(f"{case.layers} layers of hidden_size={case.hidden} do not fit {hardware.name}")
         return found.backward if case.backward else found.forward
-    plan = planning.plan_layer(CELLS[case.cell], case.hidden, case.batch, case.directions, case.dtype, hardware)
+    plan = planning.plan_layer(problem)
     return plan.backward if case.backward else plan.forward
 
 
 def key(case: Case, part: planning.Pass) -> str:
     """Of what is compiled: two cases with the same key are the same kernel."""
-    sources = [(Path(__file__).parents[1] / f"{name}.py").read_bytes() for name in KERNEL_FILES]
-    what = (
-        case.cell,
-        case.backward,
-        case.dtype,
-        case.arch,
-        case.marks,
-        case.chunked,
-        part.tiling,
-        part.choice.warps,
-        part.choice.blocks,
-    )
-    text = f"{triton.__version__} {what}".encode()
-    return hashlib.sha256(b"".join(sources) + text).hexdigest()[:16]
+    kernels = Path(__file__).parents[1]
+    sources = [path.read_bytes() for path in (kernels / "launch.py", *sorted((kernels / "device").glob("*.py")))]
+    choice = part.choice.warps, part.choice.blocks
+    what = case.cell, case.backward, case.dtype, case.arch, case.marks, case.chunked, part.tiling, *choice
+    return hashlib.sha256(b"".join(sources) + f"{triton.__version__} {what}".encode()).hexdigest()[:16]
 
 
 def compile_pass(case: Case, part: planning.Pass) -> Any:
@@ -295,22 +284,19 @@ def disassemble(cubin: bytes) -> tuple[int, Counter[str]]:
     return int(registers.group(1)), Counter(found)
 
 
+def row_of(case: Case, **found: Any) -> Row:
+    """A row that says what was compiled, and what of it was found."""
+    kernel = f"{case.cell} {'backward' if case.backward else 'forward'}"
+    shape = case.dtype, case.hidden, case.batch, case.directions, case.arch
+    return Row(kernel, *shape, str(triton.__version__), **found)
+
+
 def audit(case: Case) -> Row:
     """Compile one case and read it."""
-    name = f"{case.cell} {'backward' if case.backward else 'forward'}"
-    identity: dict[str, Any] = {
-        "kernel": name,
-        "dtype": case.dtype,
-        "H": case.hidden,
-        "B": case.batch,
-        "D": case.directions,
-        "arch": case.arch,
-        "triton": triton.__version__,
-    }
     try:
         part = planned(case)
     except planning.PlanError as error:
-        return Row(**identity, refused=str(error))
+        return row_of(case, refused=str(error))
     compiled = compile_pass(case, part)
     where = homes(compiled.asm["ttgir"])
     limit = devices.named(DEVICE_OF_ARCH[case.arch]).shared
@@ -338,7 +324,7 @@ def audit(case: Case) -> Row:
         sass_found, sass_failures = read_machine_code(compiled, case, part)
         found |= sass_found
         failures += sass_failures
-    return Row(**identity, **found, failures="; ".join(failures))
+    return row_of(case, **found, failures="; ".join(failures))
 
 
 def read_machine_code(compiled: Any, case: Case, part: planning.Pass) -> tuple[dict[str, Any], list[str]]:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ..cells import CELLS
 from ..planner import plan as planning
-from .audit import DEVICE_OF_ARCH, DTYPES, Case, Row, audit, key, planned
+from .audit import DEVICE_OF_ARCH, DTYPES, Case, Row, audit, key, planned, row_of
 
 FIELDS = [f.name for f in fields(Row)]
 SHOWN = [name for name in FIELDS if name not in ("failures", "refused")]
@@ -80,16 +80,7 @@ def attempt(case: Case) -> Row:
     except Exception as error:
         while error.__cause__ is not None and isinstance(error.__cause__, Exception):
             error = error.__cause__
-        name = f"{case.cell} {'backward' if case.backward else 'forward'}"
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        version = key_version()
-        return Row(name, case.dtype, case.hidden, case.batch, case.directions, case.arch, version, failures=reason)
-
-
-def key_version() -> str:
-    import triton
-
-    return str(triton.__version__)
+        return row_of(case, failures=" ".join(f"{type(error).__name__}: {error}".split())[:300])
 
 
 def kept(path: Path) -> dict[str, Row]:

@@ -17,6 +17,7 @@ from ..planner import hardware as devices
 from ..planner.hardware import Hardware
 from ..planner.pipeline import plan_pipeline
 from ..planner.plan import PlanError, plan_layer
+from ..planner.problem import Problem
 
 FALLBACK = "h200"
 FACTORS = (1, 2, 4, 8, 16)  # other batches, as multiples
@@ -88,11 +89,12 @@ def outlook(
 
     def planned(batch: int, dtype: str) -> tuple[dict[str, Predicted], bool, float, str]:
         """(passes, together, resident, text) as in ``Outlook``."""
-        found = plan_layer(shape, hidden, batch, directions, dtype, hardware)
+        problem = Problem(shape, hidden, batch, directions, dtype, hardware)
+        found = plan_layer(problem)
         parts, text = {"forward": found.forward, "backward": found.backward}, str(found)
         times, later = layers, 0
         several = layers > 1 and directions == 1
-        stacked = plan_pipeline(shape, hidden, layers, batch, dtype, hardware) if several else None
+        stacked = plan_pipeline(problem, layers) if several else None
         if stacked is not None and stacked.faster(steps, True):
             parts, text = {"forward": stacked.forward, "backward": stacked.backward}, f"{text}\n{stacked}"
             times, later = 1, layers - 1
@@ -102,7 +104,7 @@ def outlook(
             # A pipeline is some steps longer than T (``Pipeline.microseconds``).
             count = times * part.rounds * (1 + later * (2 if backward else 1) / steps)
             own = {f.name: getattr(part.cost, f.name) * count for f in dataclasses.fields(part.cost)}
-            theirs = layers * cost.torch_step(shape, hidden, batch, directions, dtype, hardware, backward)
+            theirs = layers * cost.torch_step(problem, backward)
             passes[name] = Predicted(sum(own.values()), own, times * found.floor, theirs)
         return passes, later > 0, min(part.shares.resident for part in parts.values()), text
 

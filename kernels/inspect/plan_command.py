@@ -20,6 +20,7 @@ from ..planner import cost, forecast, memory, occupancy
 from ..planner import hardware as devices
 from ..planner.hardware import DEVICES, Hardware
 from ..planner.plan import DTYPES, Pass, Plan, PlanError, plan_layer
+from ..planner.problem import Problem
 from . import picture
 
 FALLBACK = "h200"
@@ -127,12 +128,8 @@ def device_of(name: str | None) -> tuple[Hardware, str]:
 
 def torch_steps(found: Plan, cell: Cell) -> dict[str, float]:
     """Predicted microseconds per time step of torch's own path, per pass."""
-    return {
-        name: cost.torch_step(
-            cell, found.hidden, found.batch, found.directions, found.dtype, found.hardware, name == "backward"
-        )
-        for name in picture.PASSES
-    }
+    problem = Problem(cell, found.hidden, found.batch, found.directions, found.dtype, found.hardware)
+    return {name: cost.torch_step(problem, name == "backward") for name in picture.PASSES}
 
 
 def clocked(found: Plan, name: str) -> dict[str, Any] | None:
@@ -185,7 +182,7 @@ def as_json(found: Plan, cell: Cell, steps: int, origin: str) -> dict[str, Any]:
 def expected(found: Plan, cell: Cell) -> dict[str, forecast.Forecast]:
     """What ``backend="auto"`` compares, without gradients and with them."""
     shape = cell, found.hidden, found.batch, found.directions, found.dtype, found.hardware
-    return {name: forecast.forecast(*shape, name == "training") for name in ("inference", "training")}
+    return {name: forecast.forecast(Problem(*shape), name == "training") for name in ("inference", "training")}
 
 
 def bytes_of(found: Plan, cell: Cell, steps: int) -> dict[str, dict[str, float]]:
@@ -296,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hardware, origin = device_of(given.device)
     cell = CELLS[given.cell]
     try:
-        found = plan_layer(cell, given.hidden, given.batch, given.directions, given.dtype, hardware)
+        found = plan_layer(Problem(cell, given.hidden, given.batch, given.directions, given.dtype, hardware))
     except PlanError as error:
         print(f"persistrnn plan: {error}", file=sys.stderr)
         return 1

@@ -17,13 +17,10 @@ A step is one exchange, then a product, then the cell, and the sum of five parts
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..cells import Cell
-from .hardware import Hardware
+from .problem import Problem
 from .tiling import Choice, Tiling
-
-BYTES = {"fp16": 2, "bf16": 2, "tf32": 4, "fp32": 4}  # per element of W_hh on chip
 
 # Assumed, not measured; a device's data file replaces those that are in its record.
 MATRIX_EFFICIENCY = 0.5  # of the dense rate, by mma on tiles of 16 columns
@@ -63,16 +60,16 @@ class Work:
     programs: int
 
 
-def step(cell: Cell, hidden: int, dtype: str, hardware: Hardware, choice: Choice, work: Work, backward: bool) -> Cost:
+def step(problem: Problem, choice: Choice, work: Work, backward: bool) -> Cost:
     """Predicted microseconds per time step of one round."""
-    size = BYTES[dtype]
+    cell, hardware, size = problem.cell, problem.hardware, problem.size
     cycle = 1e-3 / hardware.clock  # microseconds
     # Programs on one multiprocessor share its rates.
     share = min(choice.blocks, -(-work.programs // hardware.multiprocessors))
     tiles, columns = choice.subtiles, choice.batch_tile
     exchanged = work.slices > 1
 
-    rate = hardware.rate(dtype) * 1e6 / hardware.multiprocessors * MATRIX_EFFICIENCY  # flop per microsecond
+    rate = hardware.rate(problem.dtype) * 1e6 / hardware.multiprocessors * MATRIX_EFFICIENCY  # flop per microsecond
     compute = share * tiles * 2 * max(work.m, 16) * work.k * max(columns, 8) / rate
 
     l2 = hardware.l2_rate / cycle / share  # bytes per microsecond and program
@@ -120,54 +117,54 @@ def work_of(t: Tiling, groups: int) -> Work:
     return Work(t.m, resident + streamed, in_shared, streamed, t.slices, t.slices * groups)
 
 
-def floor(cell: Cell, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware) -> float:
+def floor(problem: Problem) -> float:
     """Microseconds per step that no plan can beat under this record: all multiprocessors share the arithmetic; what
     of W_hh exceeds registers and shared memory is streamed; unless W_hh fits one multiprocessor, there is one exchange
     and each multiprocessor reads its share of the batch's state once."""
-    if directions > 1:
+    if problem.directions > 1:
         # One direction after the other has the whole device to itself.
-        one = floor(cell, hidden, batch, 1, dtype, hardware)
-        return min(directions * one, _floor(cell, hidden, batch, directions, dtype, hardware))
-    return _floor(cell, hidden, batch, directions, dtype, hardware)
+        one = _floor(replace(problem, directions=1))
+        return min(problem.directions * one, _floor(problem))
+    return _floor(problem)
 
 
-def _floor(cell: Cell, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware) -> float:
-    size = BYTES[dtype]
+def _floor(problem: Problem) -> float:
+    hardware, batch, directions = problem.hardware, problem.batch, problem.directions
     count = hardware.multiprocessors
     cycle = 1e-3 / hardware.clock
-    total = directions * cell.gates * hidden * hidden * size
-    compute = 2 * directions * cell.gates * hidden * hidden * batch / (hardware.rate(dtype) * 1e6)
+    weights = problem.weight_bytes
+    total = directions * weights
+    compute = 2 * total // problem.size * batch / (hardware.rate(problem.dtype) * 1e6)
     capacity = hardware.shared + hardware.registers * 2  # half of the registers work
     pointwise = CELL_CYCLES * cycle
-    if cell.gates * hidden * hidden * size <= capacity:
+    if weights <= capacity:
         return compute + pointwise
     streamed = max(0, total - count * capacity)
     rate = hardware.memory_rate * 1e3 if streamed > hardware.l2 / 2 else hardware.l2_rate * count / cycle
     # Each group of slices needs its batch tile only: as many groups as copies of W_hh fit share the batch.
-    copies = max(1, min(batch * directions, count * capacity // (total // directions)))
-    state = directions * batch * hidden * size / copies / (hardware.l2_rate / cycle)
+    copies = max(1, min(batch * directions, count * capacity // weights))
+    state = directions * batch * problem.hidden * problem.size / copies / (hardware.l2_rate / cycle)
     # These may overlap; the exchange and the cell follow one another.
     return max(compute, streamed / rate, state) + hardware.exchange + pointwise
 
 
-def torch_step(
-    cell: Cell, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware, backward: bool
-) -> float:
+def torch_step(problem: Problem, backward: bool) -> float:
     """Microseconds per step that torch's own path is taken to need: a product and a pointwise kernel per step and
     direction, or, where cuDNN has a persistent kernel (float16, LSTM, H a multiple of 128 up to 1024, B a
     multiple of 8 up to 128, one direction), 1.96 forward as published for an H100 at H=768, B=16 (3.1 backward)."""
-    size = BYTES[dtype]
+    hardware, batch, directions, hidden = problem.hardware, problem.batch, problem.directions, problem.hidden
     persistent = (
-        hardware.arch.startswith("sm_") and cell.name == "lstm" and dtype == "fp16" and directions == 1
+        hardware.arch.startswith("sm_") and problem.cell.name == "lstm" and problem.dtype == "fp16" and directions == 1
         and hidden % 128 == 0 and hidden <= 1024 and batch % 8 == 0 and batch <= 128
     )  # fmt: skip
     if persistent:
         return 3.11 if backward else 1.96
-    weights = cell.gates * hidden * hidden * size
+    weights = problem.weight_bytes
     rate = (
         hardware.memory_rate * 1e3
         if directions * weights > hardware.l2 / 2
         else hardware.l2_rate * (hardware.multiprocessors * hardware.clock * 1e3)
     )
-    product = max(weights / rate, 2 * weights / size * batch / (hardware.rate(dtype) * 1e6 * MATRIX_EFFICIENCY))
+    flops = 2 * weights / problem.size * batch
+    product = max(weights / rate, flops / (hardware.rate(problem.dtype) * 1e6 * MATRIX_EFFICIENCY))
     return directions * (2 * hardware.launch + product)

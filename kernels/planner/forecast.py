@@ -15,6 +15,7 @@ from .cost import torch_step
 from .hardware import Hardware
 from .measurements import Step, measurements
 from .plan import plan_layer
+from .problem import Problem
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,11 @@ class Error:
         return self.step.microseconds / self.predicted
 
 
-def predict(
-    cell: Cell, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware, backward: bool, path: str
-) -> float:
+def predict(problem: Problem, backward: bool, path: str) -> float:
     """Microseconds per step of one pass on one path, by the model alone."""
     if path == "torch":
-        return torch_step(cell, hidden, batch, directions, dtype, hardware, backward)
-    found = plan_layer(cell, hidden, batch, directions, dtype, hardware)
+        return torch_step(problem, backward)
+    found = plan_layer(problem)
     return (found.backward if backward else found.forward).predicted
 
 
@@ -58,39 +57,37 @@ def errors(cell: Cell, hardware: Hardware) -> tuple[Error, ...]:
     """The model against every measured step of a cell on a device; empty where nothing was measured."""
     found = measurements(hardware.name)
     return tuple(
-        Error(s, predict(cell, s.hidden, s.batch, s.directions, s.dtype, hardware, s.backward, s.path))
+        Error(s, predict(Problem(cell, s.hidden, s.batch, s.directions, s.dtype, hardware), s.backward, s.path))
         for s in (found.steps if found else ())
         if s.cell == cell.name
     )
 
 
-def _distance(step: Step, hidden: int, batch: int) -> float:
-    return max(abs(math.log2(step.hidden / hidden)), abs(math.log2(step.batch / batch)))
+def _distance(step: Step, problem: Problem) -> float:
+    return max(abs(math.log2(step.hidden / problem.hidden)), abs(math.log2(step.batch / problem.batch)))
 
 
 @lru_cache(maxsize=4096)
-def forecast(
-    cell: Cell, hidden: int, batch: int, directions: int, dtype: str, hardware: Hardware, backward: bool
-) -> Forecast:
+def forecast(problem: Problem, backward: bool) -> Forecast:
     """Both paths, the forward alone or with the backward.
 
     Raises:
-        PlanError, ValueError: as ``plan``.
+        PlanError: as ``plan_layer``.
     """
     times = {"persistent": 0.0, "torch": 0.0}
     measured = False
     for path in times:
         for of_backward in (False, True) if backward else (False,):
-            predicted = predict(cell, hidden, batch, directions, dtype, hardware, of_backward, path)
+            predicted = predict(problem, of_backward, path)
             alike = [
                 e
-                for e in errors(cell, hardware)
+                for e in errors(problem.cell, problem.hardware)
                 if (e.step.dtype, e.step.backward, e.step.path, e.step.directions)
-                == (dtype, of_backward, path, directions)
-                and _distance(e.step, hidden, batch) <= 1
+                == (problem.dtype, of_backward, path, problem.directions)
+                and _distance(e.step, problem) <= 1
             ]
             if alike:
-                predicted *= min(alike, key=lambda e: _distance(e.step, hidden, batch)).ratio
+                predicted *= min(alike, key=lambda e: _distance(e.step, problem)).ratio
                 measured = True
             times[path] += predicted
     return Forecast(times["persistent"], times["torch"], measured)

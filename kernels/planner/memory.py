@@ -19,7 +19,7 @@ from ..cells import Cell
 MODES = ("gates", "state", "checkpoint")
 
 # Bytes of the input half of one chunk's gates, at most. A chunk costs a launch, which loads W_hh anew; "gates" has the
-# most memory and the least patience.
+# most memory, and the fewest chunks.
 CHUNK_BYTES = {"gates": 1 << 30, "state": 1 << 27, "checkpoint": 1 << 27}
 # Where less is kept, what a chunk needs shall not be as much again: there are so many of them, if each is long enough
 # for its launches. Torch's operations on a CPU, and a loop over them, cost the same in every chunk.

@@ -15,6 +15,13 @@ PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
+# Registers per thread that a layer of a pipeline needs more than a layer alone: the product of what comes from its
+# neighbour, and the addresses of that. By bytes per element.
+FORWARD_REGISTERS = {2: 24, 4: 24}
+BACKWARD_REGISTERS = {2: 36, 4: 92}
+DEPTH = 256  # bytes of K per further register in the backward
+STATE_REGISTERS = 6  # more for each further element of the state that a thread owns, in the backward
+
 # Bytes of shared memory with which a fifth-generation product says that it is done (8 seen on sm_100).
 SIGNALS = 64
 
@@ -60,6 +67,13 @@ def registers_needed(
     if masked:
         need += MASK_REGISTERS * (1 + choice.subtiles) // 2
     return need + ELEMENT_REGISTERS * (elements - 1)
+
+
+def pipeline_registers(backward: bool, depth: int, size: int, elements: int) -> int:
+    """More than a layer alone. elements: of the state that a thread owns."""
+    if not backward:
+        return FORWARD_REGISTERS[size]
+    return BACKWARD_REGISTERS[size] + depth * size // DEPTH + STATE_REGISTERS * (elements - 1)
 
 
 def shared_bound(t: Tiling, size: int) -> tuple[int, int, int]:

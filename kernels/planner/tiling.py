@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..cells import Cell
+from .hardware import INTERPRETER
+from .problem import Problem
 
 
 @dataclass(frozen=True)
@@ -188,18 +189,9 @@ def smallest_chunk(splits: int) -> int:
     return 16 * splits
 
 
-def make_tiling(
-    cell: Cell,
-    hidden: int,
-    directions: int,
-    choice: Choice,
-    *,
-    backward: bool,
-    size: int,
-    precision: str,
-    interpreted: bool = False,
-) -> Tiling:
-    """The compile-time record for one choice; one slice if the units cover H. ``size``: bytes per element of W_hh."""
+def make_tiling(problem: Problem, choice: Choice, *, backward: bool) -> Tiling:
+    """The compile-time record for one choice; one slice if the units cover H."""
+    cell, hidden, size = problem.cell, problem.hidden, problem.size
     units, rows, gates = choice.units, choice.rows, cell.gates
     slices = -(-hidden // units)
     if slices == 1:
@@ -232,7 +224,7 @@ def make_tiling(
         hidden=hidden,
         backward=backward,
         stride=-(-hidden // aligned) * aligned if slices > 1 else hidden,
-        directions=directions,
+        directions=problem.directions,
         gates=gates,
         saved=cell.saved,
         recurrent_gradient=cell.recurrent_gradient,
@@ -253,6 +245,6 @@ def make_tiling(
         streamed=streamed,
         packs=packs,
         first_gates=tuple(sum(packs[:i]) for i in range(len(packs))),
-        precision=precision,
-        interpreted=interpreted,
+        precision=problem.precision,
+        interpreted=problem.hardware is INTERPRETER,
     )

@@ -26,6 +26,7 @@ from emulator.trace import Trace
 import persistrnn
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import hardware, plan
+from persistrnn.kernels.planner.problem import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "clock.csv"
@@ -66,7 +67,7 @@ def row(cell: str, hidden: int, batch: int, way: str, trace: Trace, predicted: f
 
 def rows(cell: str, hidden: int, batch: int) -> list[dict[str, str]]:
     """Of the forward and of the backward of one layer."""
-    planned = plan.plan_layer(CELLS[cell], hidden, batch, 1, DTYPE, hardware.named(DEVICE))
+    planned = plan.plan_layer(Problem(CELLS[cell], hidden, batch, 1, DTYPE, hardware.named(DEVICE)))
     torch.manual_seed(0)
     x = torch.randn(STEPS, batch, 16, dtype=torch.bfloat16)
     layer = MODULES[cell](16, hidden, dtype=torch.bfloat16, backend="persistent")

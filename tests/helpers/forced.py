@@ -8,9 +8,10 @@ import torch
 from persistrnn import decide, functional
 from persistrnn.kernels import launch, wave
 from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.device.exchange import PATIENCE, Exchange
+from persistrnn.kernels.device.exchange import SPIN_LIMIT, Exchange
 from persistrnn.kernels.planner import pipeline, plan
-from persistrnn.kernels.planner.hardware import INTERPRETER
+from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
+from persistrnn.kernels.planner.problem import Problem
 from persistrnn.kernels.planner.tiling import Choice, Tiling, make_tiling, smallest_chunk
 
 ALL = 1 << 20
@@ -40,22 +41,21 @@ def choice(gates: int, backward: bool, homes: str = "registers", **changed: int)
 
 
 def tilings(
-    cell: str, hidden: int, directions: int = 1, size: int = 4, precision: str = "ieee", **chosen: str | int
+    cell: str, hidden: int, directions: int = 1, dtype: str = "fp32", **chosen: str | int
 ) -> tuple[tuple[Choice, Tiling], tuple[Choice, Tiling]]:
     """The choice and the tiling of the forward and of the backward."""
-    shape = CELLS[cell]
+    hardware = INTERPRETER if launch.INTERPRETED else DEVICES["h200"]
+    problem = Problem(CELLS[cell], hidden, 1, directions, dtype, hardware)
     found = []
     for backward in (False, True):
-        made = choice(shape.gates, backward, **chosen)
-        how = {"backward": backward, "size": size, "precision": precision, "interpreted": launch.INTERPRETED}
-        found.append((made, make_tiling(shape, hidden, directions, made, **how)))
+        made = choice(problem.cell.gates, backward, **chosen)
+        found.append((made, make_tiling(problem, made, backward=backward)))
     return found[0], found[1]
 
 
-def multiplied(dtype: torch.dtype, precision: str) -> dict[str, int | str]:
-    """How ``tilings`` is to multiply: the interpreter always in full float32."""
-    tf32 = dtype == torch.float32 and precision == "tf32" and not launch.INTERPRETED
-    return {"size": dtype.itemsize, "precision": "tf32" if tf32 else "ieee"}
+def multiplied(dtype: torch.dtype, precision: str) -> str:
+    """The dtype of ``tilings``: the interpreter always multiplies in full float32."""
+    return launch.label(dtype, "ieee" if launch.INTERPRETED else precision)
 
 
 def poll() -> str:
@@ -65,7 +65,7 @@ def poll() -> str:
 def force(
     monkeypatch: pytest.MonkeyPatch,
     protocol: str = "counter",
-    patience: int = PATIENCE,
+    spin_limit: int = SPIN_LIMIT,
     groups: int | None = None,
     **chosen: str | int,
 ) -> None:
@@ -73,13 +73,13 @@ def force(
 
     def choose(cell, hidden, batch, directions, dtype, precision, device):
         passes = []
-        for made, t in tilings(cell.name, hidden, directions, **multiplied(dtype, precision), **chosen):
+        for made, t in tilings(cell.name, hidden, directions, multiplied(dtype, precision), **chosen):
             jobs = t.jobs(batch)
             together = min(groups or jobs, jobs)
             passes.append(plan.Pass(t, made, together, -(-jobs // together), 0, 0, 0, 0, 0, None, None))
         return plan.Plan(cell.name, hidden, batch, directions, "fp32", INTERPRETER, *passes, 0.0)
 
-    exchange = Exchange(protocol=protocol, poll=poll(), patience=patience)
+    exchange = Exchange(protocol=protocol, poll=poll(), spin_limit=spin_limit)
     monkeypatch.setattr(launch, "choose", choose)
     monkeypatch.setattr(launch, "exchange_for", lambda device: exchange)
 
@@ -91,7 +91,7 @@ def force_waves(
 
     def choose(cell, hidden, layers, batch, dtype, precision, device):
         parts = []
-        for made, alone in tilings(cell.name, hidden, 1, **multiplied(dtype, precision), **chosen):
+        for made, alone in tilings(cell.name, hidden, 1, multiplied(dtype, precision), **chosen):
             t = dataclasses.replace(alone, layers=layers)
             jobs = t.jobs(batch)
             together = min(groups or jobs, jobs)

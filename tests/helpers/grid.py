@@ -44,7 +44,7 @@ class _ThreadLocalGrid(type(interpreter.interpreter_builder)):
     def grid_idx(self, index):
         self.local.index = index
 
-    # What a wait repeats. A program that waits for one that has failed would do so until its patience is spent.
+    # What a wait repeats. A program that waits for one that has failed would do so until its spin limit is reached.
     def create_atomic_rmw(self, *arguments):
         self.end_if_another_failed()
         return super().create_atomic_rmw(*arguments)

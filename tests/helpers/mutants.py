@@ -13,7 +13,7 @@ from persistrnn.kernels.device import exchange, product, scan
 
 
 def wait_removed(monkeypatch):
-    monkeypatch.setattr(scan, "wait", lambda counter, target, patience, *_: patience)
+    monkeypatch.setattr(scan, "wait", lambda counter, target, spin_limit, *_: spin_limit)
 
 
 def counter_off_by_one(monkeypatch):
@@ -28,7 +28,7 @@ def store_after_release(monkeypatch):
     program, read = threading.local(), threading.Event()
 
     def put(*arguments):
-        if scan.tl.program_id(0).handle.data.item() == 1 and not program.__dict__.get("told"):
+        if scan.tl.program_id(0).handle.data.item() == 1 and not program.__dict__.get("arrived"):
             program.__dict__.setdefault("stores", []).append(arguments)
         else:
             exchange.put(*arguments)
@@ -36,7 +36,7 @@ def store_after_release(monkeypatch):
     def arrive(counter, how):
         stores = program.__dict__.pop("stores", ())
         if stores:
-            program.told = True
+            program.arrived = True
             read.clear()
         exchange.arrive(counter, how)
         if stores:
@@ -45,12 +45,12 @@ def store_after_release(monkeypatch):
             exchange.put(*arguments)
 
     def wait(counter, target, *others):
-        program.heard = getattr(target, "handle", None) is not None and target.handle.data.item() > 0
+        program.awaited = getattr(target, "handle", None) is not None and target.handle.data.item() > 0
         return exchange.wait(counter, target, *others)
 
     def get(*arguments):
         found = exchange.get(*arguments)
-        if program.heard:
+        if program.awaited:
             read.set()
         return found
 
@@ -65,7 +65,7 @@ def flag_reset_forgotten(monkeypatch):
     monkeypatch.setattr(launch, "flag", leave)
 
 
-def told_the_wrong_block(monkeypatch):
+def counted_for_the_wrong_part(monkeypatch):
     """Two dimensions: a program counts for the block of K that it reads, and not for the one that its units are in."""
     publish = scan.publish
 
@@ -81,7 +81,7 @@ def told_the_wrong_block(monkeypatch):
 
 
 def sum_without_wait(monkeypatch):
-    monkeypatch.setattr(product, "await_count", lambda counter, target, patience, *_: patience)
+    monkeypatch.setattr(product, "await_count", lambda counter, target, spin_limit, *_: spin_limit)
 
 
 def sum_off_by_one(monkeypatch):
@@ -94,11 +94,11 @@ def sum_off_by_one(monkeypatch):
 def _sum_without_parity(monkeypatch, backward):
     """The partial products of two steps in a row go to the same place."""
 
-    def add_parts(tiles, part, row, counter, target, patience, error, tiling, how):
+    def add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how):
         if (len(tiles) == 1) == backward:
             parity = (target // tiling.rows - 1) % 2
-            part = part - parity * (tiling.slices * len(tiles) * tiling.wide * tiling.batch_tile)
-        return product.add_parts(tiles, part, row, counter, target, patience, error, tiling, how)
+            sums = sums - parity * (tiling.slices * len(tiles) * tiling.wide * tiling.batch_tile)
+        return product.add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how)
 
     monkeypatch.setattr(scan, "add_parts", add_parts)
 
@@ -114,9 +114,9 @@ def sum_without_parity_in_the_backward(monkeypatch):
 def sum_without_one_block(monkeypatch):
     reads = threading.local()
 
-    def add_parts(tiles, part, row, counter, target, patience, error, tiling, how):
+    def add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how):
         reads.count, reads.last = 0, tiling.rows
-        return product.add_parts(tiles, part, row, counter, target, patience, error, tiling, how)
+        return product.add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how)
 
     def read(pointers):
         reads.count += 1
@@ -133,33 +133,37 @@ def prefetch_not_advanced(monkeypatch):
     """The tile that is loaded ahead is the one in use."""
     original = product.streamed
 
-    def streamed(weight, m, m_mask, i, base, tiling):
-        return original(weight, m, m_mask, (i - 1) % tiling.streamed, base, tiling)
+    def streamed(matrix, i, tiling):
+        return original(matrix, (i - 1) % tiling.streamed, tiling)
+
+    def first_streamed(matrix, tiling):
+        return original(matrix, 0, tiling) if tiling.streamed else ()
 
     monkeypatch.setattr(product, "streamed", streamed)
+    monkeypatch.setattr(scan, "first_streamed", first_streamed)
 
 
 def batch_tiles_share_a_counter(monkeypatch):
     """All batch tiles of a program use the first one's counters."""
     program = threading.local()
-    batch_rows, publish = scan.batch_rows, scan.publish
+    batch_tile, publish = scan.batch_tile, scan.publish
 
     def first(name, counter, how):
         turn = program.__dict__.get(name, 0)
         setattr(program, name, turn + 1)
         return counter - turn % program.tiling.subtiles * program.tiling.lanes * how.stride
 
-    def rows(b0, B, tiling):
+    def tile(who, j, B, tiling):
         program.tiling = tiling
-        return batch_rows(b0, B, tiling)
+        return batch_tile(who, j, B, tiling)
 
     def published(pointer, offsets, mask, stride, tiles, counter, tiling, how):
         publish(pointer, offsets, mask, stride, tiles, first("publish", counter, how), tiling, how)
 
-    def wait(counter, target, patience, error, how):
-        return exchange.wait(first("wait", counter, how), target, patience, error, how)
+    def wait(counter, target, spin_limit, error, how):
+        return exchange.wait(first("wait", counter, how), target, spin_limit, error, how)
 
-    monkeypatch.setattr(scan, "batch_rows", rows)
+    monkeypatch.setattr(scan, "batch_tile", tile)
     monkeypatch.setattr(scan, "publish", published)
     monkeypatch.setattr(scan, "wait", wait)
 
@@ -168,11 +172,11 @@ def batch_tiles_share_partial_products(monkeypatch):
     """All batch tiles of a program put their partial products at the first one's place."""
     program = threading.local()
 
-    def add_parts(tiles, part, row, counter, target, patience, error, tiling, how):
+    def add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how):
         turn = program.__dict__.get("turn", 0)
         program.turn = turn + 1
         size = 2 * tiling.slices * len(tiles) * tiling.wide * tiling.batch_tile
-        part = part - turn % tiling.subtiles * size
-        return product.add_parts(tiles, part, row, counter, target, patience, error, tiling, how)
+        sums = sums - turn % tiling.subtiles * size
+        return product.add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how)
 
     monkeypatch.setattr(scan, "add_parts", add_parts)

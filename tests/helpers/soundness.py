@@ -7,9 +7,10 @@ from pathlib import Path
 
 from persistrnn.kernels.cells import CELLS, Cell
 from persistrnn.kernels.planner import plan as planning
-from persistrnn.kernels.planner.cost import BYTES
+from persistrnn.kernels.planner.choices import choices
 from persistrnn.kernels.planner.hardware import INTERPRETER, Hardware
 from persistrnn.kernels.planner.plan import Pass, Plan
+from persistrnn.kernels.planner.problem import BYTES, Problem
 from persistrnn.kernels.planner.tiling import Tiling
 
 SHAPES = CELLS
@@ -177,10 +178,11 @@ def check_registers(part: Pass, found: Plan, shape: Cell, backward: bool) -> Non
     """A plan that is expected to spill is better than none, and worse than any other."""
     if found.hardware is INTERPRETER or keeps_its_registers(part):
         return
-    batch = next((size for size in planning.BATCH_CLASSES if found.batch <= size), planning.BATCH_CLASSES[-1])
-    layer = shape, found.hidden, batch, found.directions, found.dtype, found.hardware, backward
-    for choice in planning._choices(shape, found.hidden, batch, found.hardware, found.dtype, backward):
-        other = planning._finish(*layer, choice)
+    problem = planning.of_class(
+        Problem(shape, found.hidden, found.batch, found.directions, found.dtype, found.hardware)
+    )
+    for choice in choices(problem, backward):
+        other = planning.finish(problem, backward, choice)
         assert other is None or not keeps_its_registers(other), f"{choice} keeps its registers"
 
 

@@ -257,7 +257,7 @@ def test_a_wrong_access_is_told(emulated, forced, pattern, by, message):
 )
 def test_a_program_that_never_arrives_ends_in_an_exception(emulated, forced, protocol, chosen):
     emulated("sm_90", absent=(1,), tolerate=True, units="warps")
-    forced(protocol, patience=20, **chosen)
+    forced(protocol, spin_limit=20, **chosen)
     layer = persistrnn.LSTM(4, 32, backend="persistent")
     with pytest.raises(RuntimeError, match="gave up waiting for another program"):
         layer(torch.randn(3, 2, 4))
@@ -266,7 +266,7 @@ def test_a_program_that_never_arrives_ends_in_an_exception(emulated, forced, pro
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_wait_that_runs_out_is_told_by_the_thread_that_gave_up(emulated, forced, rows):
-    """The warps of program 0 run out of patience, all but the first one; then the late program comes."""
+    """The warps of program 0 reach their spin limit, all but the first one; then the late program comes."""
     layer = persistrnn.LSTM(4, 16 * rows, backend="persistent")
     x, told = torch.randn(3, 2, 4), []
     for seed in range(6):
@@ -275,7 +275,7 @@ def test_a_wait_that_runs_out_is_told_by_the_thread_that_gave_up(emulated, force
         expected = layer(x)[0]
         late = Schedule(seed, slow=((1, None, None), (0, 0, None)), rarely=80, burst=1)
         emulated("sm_90", tolerate=True, units="warps", schedule=late)
-        forced(patience=30, rows=rows)
+        forced(spin_limit=30, rows=rows)
         try:
             assert torch.equal(layer(x)[0], expected), f"seed {seed}: wrong, and nothing said"
         except RuntimeError as error:
@@ -284,14 +284,14 @@ def test_a_wait_that_runs_out_is_told_by_the_thread_that_gave_up(emulated, force
     assert all("gave up waiting" in text for text in told)
 
 
-def test_all_threads_agree_on_the_patience_left(emulated, forced):
+def test_all_threads_agree_on_the_spin_limit_left(emulated, forced):
     """All but the first warp give up at once: what follows has barriers in a loop over what is left of it."""
     impatient = cases.replaced("done:", "done:\nmov.u32 polls, %tid.x;\nsetp.lt.and.s32 reached, polls, 32, reached;")
     told = []
     for seed in range(3):
         late = Schedule(seed, slow=((1, None, None),), burst=1)
         emulated("sm_90", mutate=impatient, tolerate=True, units="warps", schedule=late)
-        forced("flags", patience=100, rows=2)
+        forced("flags", spin_limit=100, rows=2)
         try:
             persistrnn.LSTM(4, 32, backend="persistent")(torch.randn(3, 2, 4))
         except RuntimeError as error:
@@ -303,7 +303,7 @@ def test_all_threads_agree_on_the_patience_left(emulated, forced):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nan_in_the_data_is_not_the_reserved_one(emulated, forced, dtype):
     emulated("sm_90")
-    forced("flags", patience=200, rows=2)
+    forced("flags", spin_limit=200, rows=2)
     layer = persistrnn.GRU(4, 32, backend="persistent", dtype=dtype)
     x = torch.randn(3, 2, 4, dtype=dtype)
     x[1, 0] = torch.full((4,), -1, dtype=torch.int32 if dtype == torch.float32 else torch.int16).view(dtype)

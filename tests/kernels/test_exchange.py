@@ -90,8 +90,7 @@ def features(backward):
     """What of the kernels each case runs: (split, protocol), (split, a home), and what is special."""
     found = set()
     for cell, dtype, protocol, hidden, batch, _, bidirectional, chosen in CASES:
-        size = accuracy.DTYPES[dtype].itemsize
-        t = tilings(cell, hidden, 2 if bidirectional else 1, size, **choice_of(chosen))[backward][1]
+        t = tilings(cell, hidden, 2 if bidirectional else 1, dtype, **choice_of(chosen))[backward][1]
         split = min(t.rows, 2)
         found |= {(split, cell), (split, dtype), (split, protocol), (t.subtiles, protocol), f"{t.rows} rows"}
         found |= {(split, cell, "registers")} if t.in_registers else set()
@@ -190,10 +189,10 @@ SCENARIOS = {
 }
 
 
-def is_wrong(forced, scenario, operation, slow, patience, stretch=1):
+def is_wrong(forced, scenario, operation, slow, spin_limit, stretch=1):
     """Whether the result under one schedule, ``stretch`` times as long, is wrong, or there is none."""
     protocol, cell, hidden, batch, chosen, _, (seconds, every) = SCENARIOS[scenario]
-    forced(protocol, patience=patience * stretch, **chosen)
+    forced(protocol, spin_limit=spin_limit * stretch, **chosen)
     case = accuracy.Case(cell, "fp32", hidden, batch, 3, 1, False, True, True)
     bound = accuracy.Bound(torch.float32)
     try:
@@ -210,7 +209,7 @@ def is_wrong(forced, scenario, operation, slow, patience, stretch=1):
     ("scenario", "operation", "slow"), [(name, *schedule) for name in SCENARIOS for schedule in SCENARIOS[name][5]]
 )
 def test_every_schedule_passes_without_a_mutant(forced, scenario, operation, slow):
-    assert not is_wrong(forced, scenario, operation, slow, patience=1 << 23)
+    assert not is_wrong(forced, scenario, operation, slow, spin_limit=1 << 23)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,7 @@ def test_every_schedule_passes_without_a_mutant(forced, scenario, operation, slo
         (mutants.flag_reset_forgotten, "flags", "put"),
         (mutants.wait_removed, "two dimensions", "get"),
         (mutants.counter_off_by_one, "two dimensions", "get"),
-        (mutants.told_the_wrong_block, "two dimensions", "put"),
+        (mutants.counted_for_the_wrong_part, "two dimensions", "put"),
         (mutants.sum_without_wait, "two dimensions", "get"),
         (mutants.sum_off_by_one, "two dimensions", "get"),
         (mutants.sum_without_parity_in_the_forward, "two dimensions", "read"),
@@ -239,7 +238,7 @@ def test_mutant_is_caught(forced, monkeypatch, mutant, scenario, first):
     mutant(monkeypatch)
     schedules = sorted(SCENARIOS[scenario][5], key=lambda schedule: schedule[0] != first)
     # A loaded machine may happen to run the programs in the right order: the slow one is then slowed further.
-    assert any(is_wrong(forced, scenario, *at, patience=20_000, stretch=n) for n in (1, 10, 100) for at in schedules)
+    assert any(is_wrong(forced, scenario, *at, spin_limit=20_000, stretch=n) for n in (1, 10, 100) for at in schedules)
 
 
 # ---- what flows through, and what does not ------------------------------------------------------------------------
@@ -250,7 +249,7 @@ def test_mutant_is_caught(forced, monkeypatch, mutant, scenario, first):
 )
 def test_wait_that_runs_out_ends_in_an_exception(forced, monkeypatch, protocol, rows, mute):
     """A program that says nothing: its group ends, and the call raises."""
-    forced(protocol, patience=50, rows=rows)
+    forced(protocol, spin_limit=50, rows=rows)
     module, name = (scan, "publish") if mute == "put" else (product, "announce")
     original = getattr(module, name)
 
@@ -268,7 +267,7 @@ def test_wait_that_runs_out_ends_in_an_exception(forced, monkeypatch, protocol, 
 @pytest.mark.parametrize("protocol", ["counter", "flags"])
 @pytest.mark.timeout(60)
 def test_program_that_fails_ends_its_launch(forced, monkeypatch, protocol):
-    """The others do not spend their patience on it, and its error is the one that is raised."""
+    """The others do not poll to their limit for it, and its error is the one that is raised."""
     forced(protocol)
     original = scan.publish
 
@@ -286,7 +285,7 @@ def test_program_that_fails_ends_its_launch(forced, monkeypatch, protocol):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_nan_in_the_data_is_not_the_reserved_one(forced, rows):
     """A NaN input reaches the output, and no reader waits for it."""
-    forced("flags", patience=2000, rows=rows)
+    forced("flags", spin_limit=2000, rows=rows)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         layer = persistrnn.GRU(4, 2 * UNITS, backend="persistent", dtype=dtype)
         x = torch.randn(3, 2, 4, dtype=dtype)

@@ -15,6 +15,7 @@ from persistrnn.kernels.planner.cost import torch_step
 from persistrnn.kernels.planner.forecast import Forecast, forecast
 from persistrnn.kernels.planner.hardware import DEVICES
 from persistrnn.kernels.planner.plan import plan_layer
+from persistrnn.kernels.planner.problem import Problem
 
 LSTM = CELLS["lstm"]
 H200 = DEVICES["h200"]
@@ -52,17 +53,17 @@ def step(microseconds, path="persistent", hidden=1024, batch=16, dtype="bf16", b
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_without_measurements_it_is_the_models_prediction(backward):
-    found = forecast(LSTM, 1024, 16, 1, "bf16", H200, backward)
-    p = plan_layer(LSTM, 1024, 16, 1, "bf16", H200)
+    found = forecast(Problem(LSTM, 1024, 16, 1, "bf16", H200), backward)
+    p = plan_layer(Problem(LSTM, 1024, 16, 1, "bf16", H200))
     passes = (False, True) if backward else (False,)
     assert found.persistent == pytest.approx(sum((p.backward if b else p.forward).predicted for b in passes))
-    assert found.torch == pytest.approx(sum(torch_step(LSTM, 1024, 16, 1, "bf16", H200, b) for b in passes))
+    assert found.torch == pytest.approx(sum(torch_step(Problem(LSTM, 1024, 16, 1, "bf16", H200), b) for b in passes))
     assert not found.measured
 
 
 def test_a_measured_shape_is_what_was_measured(measured):
     measured(step(7.5), step(3.25, "torch"))
-    assert forecast(LSTM, 1024, 16, 1, "bf16", H200, False) == Forecast(
+    assert forecast(Problem(LSTM, 1024, 16, 1, "bf16", H200), False) == Forecast(
         pytest.approx(7.5), pytest.approx(3.25), measured=True
     )
     assert {e.step.path: round(e.ratio * e.predicted, 6) for e in forecasting.errors(LSTM, H200)} == {
@@ -72,9 +73,9 @@ def test_a_measured_shape_is_what_was_measured(measured):
 
 
 def test_shapes_nearby_take_its_ratio_and_others_do_not(measured):
-    alone = {h: forecast(LSTM, h, 16, 1, "bf16", H200, False).persistent for h in (512, 768, 1024, 2560)}
+    alone = {h: forecast(Problem(LSTM, h, 16, 1, "bf16", H200), False).persistent for h in (512, 768, 1024, 2560)}
     measured(step(2 * alone[1024]), step(5 * alone[512], hidden=512))
-    with_ratio = {h: forecast(LSTM, h, 16, 1, "bf16", H200, False).persistent / alone[h] for h in alone}
+    with_ratio = {h: forecast(Problem(LSTM, h, 16, 1, "bf16", H200), False).persistent / alone[h] for h in alone}
     assert with_ratio == {
         512: pytest.approx(5),
         768: pytest.approx(2),  # 1024 is nearer than 512 by ratio
@@ -87,9 +88,9 @@ def test_shapes_nearby_take_its_ratio_and_others_do_not(measured):
     "other", [{"cell": "gru"}, {"dtype": "fp16"}, {"backward": True}, {"batch": 64}, {"path": "torch"}]
 )
 def test_a_measurement_of_something_else_corrects_nothing(measured, other):
-    alone = forecast(LSTM, 1024, 16, 1, "bf16", H200, False).persistent
+    alone = forecast(Problem(LSTM, 1024, 16, 1, "bf16", H200), False).persistent
     measured(step(100.0, **other))
-    assert forecast(LSTM, 1024, 16, 1, "bf16", H200, False).persistent == alone
+    assert forecast(Problem(LSTM, 1024, 16, 1, "bf16", H200), False).persistent == alone
 
 
 # ---- the choice of a path ------------------------------------------------------------------------------------------

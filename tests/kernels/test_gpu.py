@@ -304,7 +304,7 @@ def test_nan_and_inf_flow_through(cell, hidden, protocol, value, exchange):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_an_initial_state_of_any_nan_is_no_hang(protocol, exchange):
     """All bits one is the pattern that the flags protocol reserves; here the caller gives it."""
-    exchange(protocol=protocol, patience=1 << 18)
+    exchange(protocol=protocol, spin_limit=1 << 18)
     made, cotangents = operands("gru", 512, 3, 4, 1, torch.float16)
     with torch.no_grad():
         made["h0"].view(torch.int16)[0, 1, 5] = -1
@@ -320,7 +320,7 @@ def test_a_wait_that_runs_out_is_an_error_and_not_a_hang(protocol, exchange):
     made, _ = operands("lstm", 512, 64, 200, 1, torch.bfloat16)
     arguments = [t.detach() for t in made.values()]
     expected, *_ = autograd.recurrent("lstm", *arguments, "ieee")
-    exchange(protocol=protocol, patience=1)
+    exchange(protocol=protocol, spin_limit=1)
     autograd.recurrent("lstm", *arguments, "ieee")
     synchronize()
     with pytest.raises(RuntimeError, match="gave up waiting"):

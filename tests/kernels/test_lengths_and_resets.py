@@ -11,7 +11,7 @@ from torch import nn
 import persistrnn
 from persistrnn import segments
 from persistrnn.kernels import launch
-from persistrnn.kernels.device import step_flags as marks
+from persistrnn.kernels.device import marks
 
 CELLS = ("lstm", "gru")
 WAYS = [  # (lengths, resets, state, reset_state)

@@ -18,6 +18,7 @@ from persistrnn import chunks, decide
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner import forecast, memory
 from persistrnn.kernels.planner.hardware import named
+from persistrnn.kernels.planner.problem import Problem
 
 CELLS = ("lstm", "gru")
 MODES = memory.MODES
@@ -360,7 +361,7 @@ def test_chunks_launches_are_a_small_part_of_them_by_the_model():
     h200 = named("h200")
     for cell, hidden, batch in itertools.product(CELLS, (128, 256, 512, 1024, 1536), (1, 16, 64)):
         of = asked(cell, hidden, dtype=torch.bfloat16).layers
-        step = forecast.forecast(of.cell, hidden, batch, 1, "bf16", h200, True).persistent
+        step = forecast.forecast(Problem(of.cell, hidden, batch, 1, "bf16", h200), True).persistent
         load = 2 * of.cell.gates * hidden**2 * 2 / (h200.memory_rate * 1e3)
         assert 10 * h200.launch + load <= 0.16 * memory.SHORTEST_CHUNK * step, (cell, hidden, batch)
 

@@ -14,6 +14,7 @@ from persistrnn.kernels.device.scan import scan_backward, scan_forward
 from persistrnn.kernels.inspect import audit
 from persistrnn.kernels.planner import hardware, pipeline
 from persistrnn.kernels.planner import launch_metadata as metadata
+from persistrnn.kernels.planner.problem import Problem
 
 SHAPES = [
     # cell, H, B, D, T, dtype
@@ -125,7 +126,7 @@ def test_wave(launches, monkeypatch):
     """A stack in one launch: a second matrix for all layers but one, what enters at one end only."""
     layers, steps, batch, hidden = 3, 4, 6, 64
     shape = CELLS["gru"]
-    found = pipeline.plan_pipeline(shape, hidden, layers, batch, "fp16", hardware.named("h200"))
+    found = pipeline.plan_pipeline(Problem(shape, hidden, batch, 1, "fp16", hardware.named("h200")), layers)
     assert found is not None
     monkeypatch.setattr(wave, "choose", lambda *given: found)
     monkeypatch.setattr(launch, "hardware", lambda device: hardware.named("h200"))

@@ -30,13 +30,14 @@ from persistrnn.kernels.inspect.picture import (
 )
 from persistrnn.kernels.planner.hardware import DEVICES, live, named
 from persistrnn.kernels.planner.plan import DTYPES, Pass, Plan, PlanError, plan_layer, register_limit
+from persistrnn.kernels.planner.problem import Problem
 
 WORKLOADS = Path(__file__).resolve().parents[2] / "bench" / "workloads"
 PASSES = ("forward", "backward")
 
 
 def planned(cell: str, hidden: int, batch: int, directions: int = 1, dtype: str = "bf16", device: str = "h200") -> Plan:
-    return plan_layer(CELLS[cell], hidden, batch, directions, dtype, named(device))
+    return plan_layer(Problem(CELLS[cell], hidden, batch, directions, dtype, named(device)))
 
 
 def workload_plans() -> Iterator[Plan]:
@@ -233,7 +234,7 @@ def to_draw(name: str) -> Plan:
         return shared_in_two(planned("lstm", 256, 8192, 2))
     if name == "small chip":
         part_of_a_device = live("NVIDIA GeForce RTX 5090 D Laptop GPU", "sm_120", 7, 101_376, 65_536, 1 << 20)
-        return plan_layer(CELLS["gru"], 100, 5, 1, "fp16", part_of_a_device)
+        return plan_layer(Problem(CELLS["gru"], 100, 5, 1, "fp16", part_of_a_device))
     return planned(*DRAWN[name])
 
 

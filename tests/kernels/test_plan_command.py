@@ -22,6 +22,7 @@ from persistrnn.kernels.planner.forecast import Error
 from persistrnn.kernels.planner.hardware import DEVICES, Hardware, corrected, live, named
 from persistrnn.kernels.planner.measurements import Step
 from persistrnn.kernels.planner.plan import DTYPES, Plan, plan_layer
+from persistrnn.kernels.planner.problem import Problem
 
 WORKLOADS = Path(__file__).resolve().parents[2] / "bench" / "workloads"
 PASSES = ("forward", "backward")
@@ -99,7 +100,7 @@ def test_text_of_every_workload_adds_up(table: str) -> None:
     shapes = rows(table)
     assert len(shapes) >= {"deepbench": 60, "flashrnn": 8, "models": 15}[table]
     for cell, hidden, batch, directions in shapes:
-        found = plan_layer(CELLS[cell], hidden, batch, directions, "bf16", named("h200"))
+        found = plan_layer(Problem(CELLS[cell], hidden, batch, directions, "bf16", named("h200")))
         check_text(as_text(found, CELLS[cell], 1024, "for a test"), found)
 
 
@@ -109,7 +110,7 @@ def test_text_for_every_device_and_dtype(capsys: pytest.CaptureFixture[str], dev
     arguments = ("--cell", "lstm", "--hidden", "320", "--batch", "33", "--directions", "2")
     status, out, err = call(capsys, *arguments, "--device", device, "--dtype", dtype)
     assert (status, err) == (0, "")
-    found = plan_layer(CELLS["lstm"], 320, 33, 2, dtype, named(device))
+    found = plan_layer(Problem(CELLS["lstm"], 320, 33, 2, dtype, named(device)))
     assert out.startswith(f"lstm H=320 B=33 D=2 {dtype} on {device} ")
     check_text(out, found)
     assumed = sourced(found.hardware, "assumed")
@@ -118,7 +119,7 @@ def test_text_for_every_device_and_dtype(capsys: pytest.CaptureFixture[str], dev
 
 def test_the_models_error_is_printed_where_there_are_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = CELLS["lstm"]
-    found = plan_layer(cell, 1024, 16, 1, "bf16", DEVICES["h200"])
+    found = plan_layer(Problem(cell, 1024, 16, 1, "bf16", DEVICES["h200"]))
     assert "measured over predicted" not in as_text(found, cell, 1024, "a test")
     steps = [Step("lstm", 1024, 16, 1, "bf16", False, "persistent", us) for us in (2.0, 4.0, 9.0)]
     errors = tuple(Error(step, predicted=2.0) for step in steps)
@@ -135,7 +136,7 @@ def test_measured_numbers_are_named(tmp_path: Path) -> None:
     (tmp_path / "h200.json").write_text(
         json.dumps({"provenance": provenance, "constants": {"exchange": 0.5}, "steps": []})
     )
-    found = plan_layer(CELLS["gru"], 64, 1, 1, "bf16", corrected(DEVICES["h200"], tmp_path))
+    found = plan_layer(Problem(CELLS["gru"], 64, 1, 1, "bf16", corrected(DEVICES["h200"], tmp_path)))
     text = as_text(found, CELLS["gru"], 1024, "for a test")
     assert "Measured, in the record of h200: exchange.\n" in text + "\n"
     assert "Assumed in the record of h200: barrier, launch." in text
@@ -158,7 +159,7 @@ def test_json_has_the_whole_plan(
     )  # fmt: skip
     assert (status, err) == (0, "")
     given = json.loads(out)
-    found = plan_layer(CELLS[cell], hidden, batch, directions, "tf32", named("h200"))
+    found = plan_layer(Problem(CELLS[cell], hidden, batch, directions, "tf32", named("h200")))
 
     def contains(whole: Any, part: Any) -> bool:
         if isinstance(part, dict):
@@ -216,7 +217,7 @@ def test_with_a_gpu_it_plans_for_what_that_has(
     status, out, _ = call(capsys, "--cell", "gru", "--hidden", "512")
     assert status == 0
     assert "on NVIDIA H200 MIG 1g.18gb (sm_90, 16 multiprocessors; the GPU at hand)" in out
-    check_text(out, plan_layer(CELLS["gru"], 512, 16, 1, "bf16", hardware(torch.device("cuda", 3))))
+    check_text(out, plan_layer(Problem(CELLS["gru"], 512, 16, 1, "bf16", hardware(torch.device("cuda", 3)))))
 
 
 # Errors
@@ -321,7 +322,7 @@ def test_command_draws_the_same_in_every_process(tmp_path: Path) -> None:
     done = run(*SMALL, "--draw", str(path), "--json", PYTHONHASHSEED="1")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["cell"] == "gru"
-    expected = picture.svg(plan_layer(CELLS["gru"], 64, 16, 1, "bf16", named("h200")))
+    expected = picture.svg(plan_layer(Problem(CELLS["gru"], 64, 16, 1, "bf16", named("h200"))))
     assert path.read_text(encoding="utf-8") == expected
 
 
@@ -365,7 +366,7 @@ CLOCKED = "scan.py:1 a,0.5,cells.py:2 b,0.3,tuples.py:3 c,0.1"
 
 @pytest.mark.parametrize(("times", "apart"), [(1.5, "+50%"), (1.1, "+10%"), (0.7, "-30%")])
 def test_the_clock_beside_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, times: float, apart: str) -> None:
-    found = plan_layer(CELLS["lstm"], 256, 16, 1, "bf16", named("h200"))
+    found = plan_layer(Problem(CELLS["lstm"], 256, 16, 1, "bf16", named("h200")))
     model = found.forward.predicted
     row = f"h200,bf16,lstm,256,16,forward,{times * model:.4f},{model:.2f},{CLOCKED}"
     monkeypatch.setattr(plan_command, "CLOCK", tmp_path / "clock.csv")
@@ -399,9 +400,9 @@ def test_the_clock_says_nothing_of_another_plan(
 
     def text(asked: dict[str, Any]) -> str:
         cell = CELLS[asked["cell"]]
-        return as_text(plan_layer(cell, *list(asked.values())[1:]), cell, 8, "")
+        return as_text(plan_layer(Problem(cell, *list(asked.values())[1:])), cell, 8, "")
 
-    own = plan_layer(CELLS["lstm"], *list(asked.values())[1:])
+    own = plan_layer(Problem(CELLS["lstm"], *list(asked.values())[1:]))
     plan_command.CLOCK.write_text(f"{FIELDS}\n{row.format(own.forward.predicted)}\n")
     assert "clock" in text(asked)
     assert "clock" not in text(asked | other)

@@ -8,13 +8,16 @@ import pytest
 from soundness import SHAPES, check_tiling, is_power_of_two, read_indices
 
 from persistrnn.kernels.cells import Cell
-from persistrnn.kernels.planner.tiling import Choice, Chunk, Tiling, bursts, chunks, make_tiling, smallest_chunk
+from persistrnn.kernels.planner.hardware import DEVICES
+from persistrnn.kernels.planner.problem import Problem
+from persistrnn.kernels.planner.tiling import Choice, Chunk, Tiling, bursts, chunks, make_tiling
 
 SIZES = (1, 2, 7, 8, 9, 16, 17, 100, 127, 128, 129, 320, 640, 1000, 1024, 1150, 1840, 2048, 2049, 3000, 4096)
 
 
 def made(cell: Cell, hidden: int, choice: Choice, backward: bool, size: int = 2, directions: int = 1) -> Tiling:
-    return make_tiling(cell, hidden, directions, choice, backward=backward, size=size, precision="ieee")
+    problem = Problem(cell, hidden, 16, directions, "bf16" if size == 2 else "fp32", DEVICES["h200"])
+    return make_tiling(problem, choice, backward=backward)
 
 
 def random_choice(random: random.Random, cell: Cell, hidden: int, backward: bool) -> Choice:
@@ -105,12 +108,6 @@ def test_chunks_as_documented():
     assert [c.size for c in chunks(0, 0, 768, 16, 512)] == [512, 256]
     assert chunks(1, 8, 8, 16, 512) == ()
     assert chunks(0, 0, 100, 16, 512) == (Chunk(0, 0, 128, 100),), "a quarter of padding for one tile less"
-
-
-@pytest.mark.parametrize("splits", [1, 2, 4, 8])
-def test_the_smallest_chunk_gives_each_part_an_instruction(splits):
-    assert smallest_chunk(splits) >= 16 * splits
-    assert is_power_of_two(smallest_chunk(splits))
 
 
 @pytest.mark.parametrize("kept", range(6))

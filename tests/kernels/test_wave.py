@@ -16,8 +16,8 @@ from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device import scan
 from persistrnn.kernels.inspect import audit
 from persistrnn.kernels.planner import pipeline
-from persistrnn.kernels.planner.cost import BYTES
 from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
+from persistrnn.kernels.planner.problem import BYTES, Problem
 
 H200 = DEVICES["h200"]
 SHAPES = CELLS
@@ -101,14 +101,13 @@ def test_a_layer_that_does_not_wait_for_its_neighbour_is_caught(waves, monkeypat
     waves()
     multiply, program = scan.multiply, threading.local()
 
-    def hasty(weights, ahead, stream, pointer, rows, j, place, once, step, told, channel, patience, tiling, how):
+    def hasty(weights, ahead, pointer, rows, j, who, step, steps_needed, sync, spin_limit, tiling, how):
         # Of the two products of a step the neighbour's comes first; the backward forms its first one before the loop.
         turn = program.__dict__.setdefault("turn", 0)
         program.turn = turn + 1
         if tiling.backward == backward and (turn == 0 or turn % 2 == backward):
-            told = told * 0
-        given = weights, ahead, stream, pointer, rows, j, place, once, step, told, channel, patience, tiling, how
-        return multiply(*given)
+            steps_needed = steps_needed * 0
+        return multiply(weights, ahead, pointer, rows, j, who, step, steps_needed, sync, spin_limit, tiling, how)
 
     monkeypatch.setattr(scan, "multiply", hasty)
     # A loaded machine may run the programs one after the other: the slow one is then slowed further.
@@ -136,9 +135,10 @@ def test_a_gradient_told_before_it_is_stored_is_caught(waves, monkeypatch):
             put_tiles(*program.dx)
             del program.dx
 
-    def reading(weights, ahead, stream, pointer, rows, j, place, once, step, told, *rest):
-        found = multiply(weights, ahead, stream, pointer, rows, j, place, once, step, told, *rest)
-        if rest[-2].backward and told.handle.data.item() > 0:
+    def reading(*given):
+        found = multiply(*given)
+        steps_needed, tiling = given[7], given[-2]
+        if tiling.backward and steps_needed.handle.data.item() > 0:
             read.set()
         return found
 
@@ -162,7 +162,7 @@ def test_plans_are_sound(cell, device, dtype):
     for hidden in (20, 64, 130, 256, 384, 512, 600):
         for layers in (2, 3, 4, 8):
             for batch in (1, 16, 64, 200):
-                waved = pipeline.plan_pipeline(SHAPES[cell], hidden, layers, batch, dtype, hardware)
+                waved = pipeline.plan_pipeline(Problem(SHAPES[cell], hidden, batch, 1, dtype, hardware), layers)
                 if waved is None:
                     continue
                 found += 1
@@ -181,11 +181,13 @@ def test_plans_are_sound(cell, device, dtype):
 
 
 def test_a_wave_is_taken_where_it_is_predicted_to_win():
-    found = pipeline.plan_pipeline(SHAPES["lstm"], 512, 4, 16, "bf16", H200)
+    found = pipeline.plan_pipeline(Problem(SHAPES["lstm"], 512, 16, 1, "bf16", H200), 4)
     assert found.forward.predicted < found.layered[0]
     assert found.faster(256, backward=True)
     assert not found.faster(1, backward=True), "three steps more than one"
-    assert pipeline.plan_pipeline(SHAPES["lstm"], 1024, 4, 16, "bf16", H200) is None, "16 matrices of 2 MiB and more"
+    assert pipeline.plan_pipeline(Problem(SHAPES["lstm"], 1024, 16, 1, "bf16", H200), 4) is None, (
+        "16 matrices of 2 MiB and more"
+    )
 
 
 def test_what_fits_with_16_rows_fits_with_any():
@@ -193,14 +195,18 @@ def test_what_fits_with_16_rows_fits_with_any():
     for cell in SHAPES:
         for hidden in range(16, 640, 24):
             for layers in (2, 3, 5):
-                if pipeline.plan_pipeline(SHAPES[cell], hidden, layers, 16, "bf16", H200) is not None:
+                if pipeline.plan_pipeline(Problem(SHAPES[cell], hidden, 16, 1, "bf16", H200), layers) is not None:
                     for batch in (1, 8, 9, 33, 64, 100, 500, 5000):
-                        assert pipeline.plan_pipeline(SHAPES[cell], hidden, layers, batch, "bf16", H200) is not None
+                        assert (
+                            pipeline.plan_pipeline(Problem(SHAPES[cell], hidden, batch, 1, "bf16", H200), layers)
+                            is not None
+                        )
 
 
-def test_a_wave_has_two_layers():
-    with pytest.raises(ValueError, match=r"at least 2 layers, got 1"):
-        pipeline.plan_pipeline(SHAPES["gru"], 64, 1, 8, "bf16", H200)
+@pytest.mark.parametrize(("layers", "directions"), [(1, 1), (2, 2)])
+def test_a_pipeline_has_two_layers_of_one_direction(layers, directions):
+    with pytest.raises(ValueError, match=rf"at least 2 layers and one direction, got {layers} and {directions}"):
+        pipeline.plan_pipeline(Problem(SHAPES["gru"], 64, 8, directions, "bf16", H200), layers)
 
 
 @pytest.mark.audit

@@ -9,6 +9,7 @@ from persistrnn.kernels.inspect import outlook
 from persistrnn.kernels.planner import hardware
 from persistrnn.kernels.planner.pipeline import plan_pipeline
 from persistrnn.kernels.planner.plan import plan_layer
+from persistrnn.kernels.planner.problem import Problem
 from persistrnn.profiling import page as profile_page
 from persistrnn.profiling import predicted as profile_predicted
 from persistrnn.profiling import tables as profile_tables
@@ -46,7 +47,7 @@ def on_h200(monkeypatch):
 def test_one_layer_is_the_plans():
     found = outlook.outlook("gru", 1024, 1, 32, 2, 2048, "bf16", "h200")
     shape = CELLS["gru"]
-    expected = plan_layer(shape, 1024, 32, 2, "bf16", hardware.named("h200"))
+    expected = plan_layer(Problem(shape, 1024, 32, 2, "bf16", hardware.named("h200")))
     for name, part in (("forward", expected.forward), ("backward", expected.backward)):
         assert found.passes[name].total == pytest.approx(part.predicted)
         assert found.passes[name].floor == expected.floor
@@ -60,7 +61,7 @@ def test_one_layer_is_the_plans():
 
 def test_a_stack_is_a_wave_where_that_is_faster():
     found = outlook.outlook("lstm", 256, 3, 8, 1, 100, "bf16", "h200")
-    together = plan_pipeline(CELLS["lstm"], 256, 3, 8, "bf16", hardware.named("h200"))
+    together = plan_pipeline(Problem(CELLS["lstm"], 256, 8, 1, "bf16", hardware.named("h200")), 3)
     assert together is not None
     assert found.together
     assert found.total * 100 == pytest.approx(together.microseconds(100, True))
@@ -97,13 +98,13 @@ def test_floors_on_the_live_device(on_h200):
     (point,) = profile.points
     record = hardware.named("h200")
     shape = CELLS["gru"]
-    floors = [plan_layer(shape, call.hidden, 32, 2, "bf16", record).floor * call.steps for call in point.calls]
+    floors = [plan_layer(Problem(shape, call.hidden, 32, 2, "bf16", record)).floor * call.steps for call in point.calls]
     assert point.phases["scan forward"].floor == pytest.approx(sum(floors) / 1e6)
     assert point.phases["scan backward"].floor == point.phases["scan forward"].floor
     assert point.phases["input GEMM"].floor == pytest.approx(4e11 / (record.rate("bf16") * 1e12)), "arithmetic"
     assert point.phases["weight GEMMs"].floor == pytest.approx(9e9 / (record.memory_rate * 1e9)), "memory"
     assert point.phases["optimizer"].floor == 0
-    assert profile.outlook.passes["forward"].floor == plan_layer(shape, 1024, 32, 2, "bf16", record).floor, (
+    assert profile.outlook.passes["forward"].floor == plan_layer(Problem(shape, 1024, 32, 2, "bf16", record)).floor, (
         "of the largest"
     )
 

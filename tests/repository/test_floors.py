@@ -89,8 +89,11 @@ FLOORS = (
         "persistrnn.kernels.device.scan",
     ),
     (
+        "persistrnn.kernels.device.marks",
         "persistrnn.kernels.device.product",
-        "persistrnn.kernels.device.step_flags",
+    ),
+    (
+        "persistrnn.kernels.device.program",
         "persistrnn.kernels.device.tile_tuples",
     ),
     (
@@ -105,16 +108,16 @@ FLOORS = (
         "persistrnn.kernels.planner.pipeline",
     ),
     ("persistrnn.kernels.planner.plan",),
+    ("persistrnn.kernels.planner.choices",),
     (
         "persistrnn.kernels.planner.cost",
         "persistrnn.kernels.planner.memory",
         "persistrnn.kernels.planner.occupancy",
     ),
+    ("persistrnn.kernels.planner.tiling",),
+    ("persistrnn.kernels.planner.problem",),
     ("persistrnn.kernels.planner.hardware",),
-    (
-        "persistrnn.kernels.planner.measurements",
-        "persistrnn.kernels.planner.tiling",
-    ),
+    ("persistrnn.kernels.planner.measurements",),
     (
         "persistrnn.kernels.planner",
         "persistrnn.kernels.cells",

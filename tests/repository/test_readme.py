@@ -14,6 +14,7 @@ from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.inspect import plan_command
 from persistrnn.kernels.planner.hardware import named
 from persistrnn.kernels.planner.plan import PlanError, plan_layer
+from persistrnn.kernels.planner.problem import Problem
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -74,7 +75,7 @@ def test_plan_that_is_shown_wins_and_is_what_the_command_draws():
     command = re.search(r"`persistrnn plan (--cell .*?)`", README)[1].split()
     given = plan_command.parser().parse_args(command)
     cell, hardware = CELLS[given.cell], named(given.device)
-    found = plan_layer(cell, given.hidden, given.batch, given.directions, given.dtype, hardware)
+    found = plan_layer(Problem(cell, given.hidden, given.batch, given.directions, given.dtype, hardware))
     expected = plan_command.expected(found, cell)
     assert all(one.persistent < one.torch for one in expected.values())
     training = expected["training"]
@@ -92,8 +93,8 @@ def test_largest_hidden_sizes_are_those_of_the_plan():
     for cell, largest in (("lstm", 23_166), ("gru", 26_750)):
         assert f"{largest:,} ({cell.upper()}" in README
         with pytest.raises(PlanError, match=f"up to {largest};"):
-            plan_layer(CELLS[cell], largest + 1, 16, 1, "bf16", named("h200"))
-        assert plan_layer(CELLS[cell], largest, 16, 1, "bf16", named("h200")).hidden == largest
+            plan_layer(Problem(CELLS[cell], largest + 1, 16, 1, "bf16", named("h200")))
+        assert plan_layer(Problem(CELLS[cell], largest, 16, 1, "bf16", named("h200"))).hidden == largest
 
 
 def test_readme_keeps_its_size():

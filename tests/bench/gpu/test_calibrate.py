@@ -17,6 +17,7 @@ from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner.forecast import predict
 from persistrnn.kernels.planner.hardware import DEVICES, corrected
 from persistrnn.kernels.planner.measurements import MEASURABLE, Step, measurements
+from persistrnn.kernels.planner.problem import Problem
 from persistrnn.results import Case, Check, Micro, Results, Timing
 
 RECORD = DEVICES["h200"]
@@ -177,7 +178,7 @@ def test_changes_are_told(call: Callable[..., Any]) -> None:
 def test_error_of_the_model_is_told(call: Callable[..., Any]) -> None:
     """Three forwards, of which one is predicted exactly, one takes twice as long and one a tenth."""
     shape = CELLS["lstm"]
-    predicted = {h: predict(shape, h, 16, 1, "bf16", RECORD, False, "persistent") for h in (256, 512, 1024)}
+    predicted = {h: predict(Problem(shape, h, 16, 1, "bf16", RECORD), False, "persistent") for h in (256, 512, 1024)}
     rows = {h: timing(replace(ROW, hidden=h), "persistrnn", predicted[h] * 100 * f)
             for h, f in ((256, 1.0), (512, 2.0), (1024, 0.1))}  # fmt: skip
     found = add(h200(), *rows.values())
@@ -192,7 +193,9 @@ def test_error_of_the_model_is_told(call: Callable[..., Any]) -> None:
     _, out, _ = call(found, "--force")
     old, new = (line.split() for line in out.splitlines() if line.startswith(("old ", "new ")))
     assert old == ["old", *told]
-    slower = predict(shape, 1024, 16, 1, "bf16", replace(RECORD, exchange=2 * RECORD.exchange), False, "persistent")
+    slower = predict(
+        Problem(shape, 1024, 16, 1, "bf16", replace(RECORD, exchange=2 * RECORD.exchange)), False, "persistent"
+    )
     assert new[-2:] == [f"{slower:.2f}", numbers[1]]
     assert float(new[-2]) > predicted[1024]
 

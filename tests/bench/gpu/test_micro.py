@@ -31,8 +31,8 @@ PROTOCOLS = ("counter", "flags")
 
 
 def quick(**changed: Any) -> Machine:
-    """Of the interpreter, with a patience that a test can outlast."""
-    scale = {"exchanges": 4, "lines": 4, "steps": 2, "patience": 20_000, "read": 64 * 1024} | changed
+    """Of the interpreter, with a spin limit that a test can outlast."""
+    scale = {"exchanges": 4, "lines": 4, "steps": 2, "spin_limit": 20_000, "read": 64 * 1024} | changed
     return Machine(CPU, Scale(**scale))
 
 
@@ -64,7 +64,7 @@ def test_every_program_gets_what_all_have_put(delayed, programs, payload, protoc
 
 
 def wait_removed(monkeypatch):
-    monkeypatch.setattr(micro_kernels, "wait", lambda counter, target, patience, *_: patience)
+    monkeypatch.setattr(micro_kernels, "wait", lambda counter, target, spin_limit, *_: spin_limit)
 
 
 def counter_off_by_one(monkeypatch):
@@ -73,8 +73,8 @@ def counter_off_by_one(monkeypatch):
 
 
 def get_does_not_look(monkeypatch):
-    monkeypatch.setattr(micro_kernels, "get", lambda pointers, mask, patience, *_: (
-        micro_kernels.tl.load(pointers, mask=mask, other=0.0), patience
+    monkeypatch.setattr(micro_kernels, "get", lambda pointers, mask, spin_limit, *_: (
+        micro_kernels.tl.load(pointers, mask=mask, other=0.0), spin_limit
     ))  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def never_announced(monkeypatch):
 )
 def test_a_broken_exchange_is_an_error_and_no_number(delayed, monkeypatch, mutant, protocol, operation, message):
     mutant(monkeypatch)
-    once = micro._exchange(quick(patience=200 if "gave up" in message else 20_000), protocol, 2, 128)
+    once = micro._exchange(quick(spin_limit=200 if "gave up" in message else 20_000), protocol, 2, 128)
     with delayed(operation, 1), pytest.raises(RuntimeError, match=message):
         once()
 

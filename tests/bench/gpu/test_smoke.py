@@ -16,6 +16,7 @@ from persistrnn.kernels.device.exchange import Exchange
 from persistrnn.kernels.planner.hardware import DEVICES
 from persistrnn.kernels.planner.pipeline import plan_pipeline
 from persistrnn.kernels.planner.plan import plan_layer
+from persistrnn.kernels.planner.problem import Problem
 from persistrnn.results import Case
 
 CPU = torch.device("cpu")
@@ -32,12 +33,12 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 def test_a_case_is_of_its_kind_on_an_h200(one: smoke.Smoke) -> None:
     case, shape = one.case, CELLS[one.case.cell]
     if one.wanted == "wave":
-        found = plan_pipeline(shape, case.hidden, case.layers, case.batch, case.dtype, DEVICES["h200"])
+        found = plan_pipeline(Problem(shape, case.hidden, case.batch, 1, case.dtype, DEVICES["h200"]), case.layers)
         assert found is not None
         assert found.faster(case.steps, case.mode == "training")
         return
     directions = 2 if case.bidirectional else 1
-    found = plan_layer(shape, case.hidden, case.batch, directions, case.dtype, DEVICES["h200"])
+    found = plan_layer(Problem(shape, case.hidden, case.batch, directions, case.dtype, DEVICES["h200"]))
     assert KINDS[one.wanted](found), str(found)
 
 
@@ -53,7 +54,7 @@ def test_names_are_of_one_case_each_and_the_simplest_come_first() -> None:
 def test_changes_reach_the_launch_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
     monkeypatch.setattr(launch, "hardware", lambda _: DEVICES["h200"])
-    part = plan_layer(CELLS["lstm"], 256, 16, 1, "fp16", DEVICES["h200"]).forward
+    part = plan_layer(Problem(CELLS["lstm"], 256, 16, 1, "fp16", DEVICES["h200"])).forward
     usual = launch.options(part, "sm_90")
     assert usual["launch_cooperative_grid"]
     assert "maxnreg" in usual
@@ -61,7 +62,7 @@ def test_changes_reach_the_launch_and_end(monkeypatch: pytest.MonkeyPatch) -> No
         assert launch.options(part, "sm_90") == usual | {"launch_cooperative_grid": False}
     with changed(device, maxnreg=False):
         assert launch.options(part, "sm_90") == {n: v for n, v in usual.items() if n != "maxnreg"}
-    with changed(device, poll="atomic", patience=5, protocol="flags"):
+    with changed(device, poll="atomic", spin_limit=5, protocol="flags"):
         assert launch.exchange_for(device) == Exchange("flags", "atomic", 5)
         assert launch.options(part, "sm_90") == usual
     with changed(CPU, word_on_device=True):
@@ -75,7 +76,7 @@ def test_every_variant_changes_something(monkeypatch: pytest.MonkeyPatch) -> Non
     one, seen = SMOKE[4], {}
 
     def watch(case: Case, device: torch.device) -> list[str]:
-        part = plan_layer(CELLS["lstm"], 256, 16, 1, "fp16", DEVICES["h200"]).forward
+        part = plan_layer(Problem(CELLS["lstm"], 256, 16, 1, "fp16", DEVICES["h200"])).forward
         exchange = launch.exchange_for(torch.device("cuda", 0))
         word = launch._errors.get(device)
         seen[name] = case, exchange, tuple(launch.options(part, "sm_90").items()), word is None

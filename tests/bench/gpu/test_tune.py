@@ -15,6 +15,7 @@ from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import plan
 from persistrnn.kernels.planner.hardware import INTERPRETER, named
 from persistrnn.kernels.planner.plan import Pass
+from persistrnn.kernels.planner.problem import Problem
 from persistrnn.results import Case, Tuning
 
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ def test_cases() -> None:
 )
 def test_ranked(case: Case, backward: bool) -> None:
     """The planner's own choice, then others of another kind by prediction."""
-    planned = plan.plan_layer(CELLS[case.cell], case.hidden, case.batch, 1, case.dtype, H200)
+    planned = plan.plan_layer(Problem(CELLS[case.cell], case.hidden, case.batch, 1, case.dtype, H200))
     found = tune.ranked(case, backward, H200)
     assert found[0] == (planned.backward if backward else planned.forward)
     assert 1 < len(found) <= tune.MOST
@@ -51,9 +52,9 @@ def test_the_planners_choice_is_first_even_if_another_is_predicted_to_be_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = next(tune.cases())
-    planned = plan.plan_layer(CELLS[case.cell], case.hidden, case.batch, 1, case.dtype, H200)
+    planned = plan.plan_layer(Problem(CELLS[case.cell], case.hidden, case.batch, 1, case.dtype, H200))
     fastest, _, slower, *_ = tune.ranked(case, False, H200)
-    monkeypatch.setattr(plan, "plan", lambda *_: replace(planned, forward=slower))
+    monkeypatch.setattr(plan, "plan_layer", lambda *_: replace(planned, forward=slower))
     found = tune.ranked(case, False, H200)
     assert found[:2] == [slower, fastest]
     assert found.count(slower) == 1

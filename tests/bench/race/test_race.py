@@ -20,6 +20,7 @@ from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner.hardware import INTERPRETER, named
 from persistrnn.kernels.planner.pipeline import plan_pipeline
+from persistrnn.kernels.planner.problem import Problem
 from persistrnn.results import MODES, Case
 
 CPU = torch.device("cpu")
@@ -410,7 +411,7 @@ def test_expectation_of_a_stack_that_runs_at_once(mode: str) -> None:
     to be faster. No step is shorter than the floor of one layer's."""
     hardware, training = named("h200"), mode == "training"
     stack = replace(CASE, hidden=512, input=512, batch=16, layers=4, steps=256, dtype="bf16", mode=mode)
-    found = plan_pipeline(CELLS["lstm"], 512, 4, 16, "bf16", hardware)
+    found = plan_pipeline(Problem(CELLS["lstm"], 512, 16, 1, "bf16", hardware), 4)
     assert found is not None
     assert found.faster(256, training)
     step = (found.forward.predicted * 259 + training * found.backward.predicted * 262) / 256

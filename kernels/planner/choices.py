@@ -1,0 +1,245 @@
+"""Which choices there are for a pass: slices, splits, batch tiles and, for each of them, the homes of the weights.
+
+``choices`` are those of a layer alone, ``pipeline_choices`` those of each layer of a pipeline: it has a second matrix
+of the same size in the same homes, streams nothing and is not split in two dimensions. Pure Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from .hardware import INTERPRETER
+from .occupancy import SIGNALS, masked, pipeline_registers, register_limit, registers_needed
+from .problem import Problem
+from .tiling import Choice, next_power_of_2, smallest_chunk
+
+WARPS = 8
+WORDS = 4 * 32 * WARPS  # bytes of one register of every thread
+
+# Full float32 has no tensor cores: a thread holds both operands of its outputs for all of a tile's part of K. So many
+# numbers, the outputs among them, are the most that never spilled (272; 320 did).
+MULTIPLY_ADD_REGISTERS = 280
+# Bytes of K in a pipeline's backward where a thread owns several elements of the state (3072 spills 20, 3360 33).
+DEEPEST_OF_SEVERAL = 2560
+
+
+def power_of_2_at_most(n: int) -> int:
+    return 1 << max(n, 1).bit_length() - 1
+
+
+def room(problem: Problem, blocks: int) -> int:
+    """Bytes of shared memory for each of so many programs of a multiprocessor."""
+    return problem.hardware.shared if blocks == 1 else problem.hardware.shared // blocks - 1024
+
+
+def elements(choice: Choice) -> int:
+    """Of the state that a thread owns, in all batch tiles."""
+    return max(1, choice.units * choice.batch_tile * choice.subtiles // (32 * choice.warps))
+
+
+def choices(problem: Problem, backward: bool, strict: bool = True) -> Iterator[Choice]:
+    """All that may fit; not strict: also where the estimate of the registers says that it does not."""
+    if problem.hardware is INTERPRETER:
+        # Its programs run one after the other, and its time goes by the number of operations, not by their size.
+        units = max(16, next_power_of_2(problem.hidden))
+        k = units * (problem.cell.gates if backward else 1)
+        yield Choice(units, 1, 64 if problem.batch >= 32 else 16, 1, 4, 1, 1, units, k, k, 0, units)
+        return
+    if problem.weight_bytes <= problem.hardware.shared * 2:
+        yield from _local(problem, backward)
+    yield from _sliced(problem, backward, strict)
+
+
+def _local(problem: Problem, backward: bool) -> Iterator[Choice]:
+    """One slice: K is the tile of units."""
+    units = max(16, next_power_of_2(problem.hidden))
+    k = units * (problem.cell.gates if backward else 1)
+    # Warp-group products, which Triton takes from 64 rows on, read the weights from shared memory.
+    in_memory = problem.dtype == "fp32" or (units >= 64 and problem.hardware.arch in ("sm_90", "sm_100"))
+    homes = (0, k) if in_memory else (k, 0)
+    for warps, blocks, batch_tile in product((4, 8), (1, 2, 4), (16, 32)):
+        yield Choice(units, 1, batch_tile, 1, warps, blocks, 1, units, k, *homes, units)
+
+
+def _batch_tiles(problem: Problem, narrow: bool) -> list[tuple[int, int]]:
+    """(rows of the batch in a tile, tiles of a program)."""
+    tiles = [(8, 1)] if narrow else []
+    tiles += [(16, 1)] + [(16, n) for n in (2, 4) if 16 * n <= next_power_of_2(problem.batch)]
+    # Full float32 spills on wider tiles (2 to 600 instructions).
+    return tiles + ([(32, 1)] if problem.batch > 16 and problem.dtype != "fp32" else [])
+
+
+def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
+    """Many slices: the homes are filled in turn, registers, shared memory, and the rest is streamed."""
+    count = problem.hardware.multiprocessors
+    # Where most of W_hh is streamed, a narrow tile may be all that the registers hold.
+    streams = problem.weight_bytes > 2 * count * problem.hardware.shared
+    tiles = _batch_tiles(problem, problem.batch <= 8 or streams or not strict)
+    all_splits = (8, 4, 2, 1) if streams or problem.size == 4 else (8, 4, 2)
+    for units in (8, 16, 32, 64, 128):
+        needed = -(-problem.hidden // units)
+        if needed < 2 or needed > count * 2:
+            continue
+        for rows in (1, 2, 4, 8):
+            slices = -(-needed // rows) * rows
+            # Two programs share a multiprocessor only where there are more slices than multiprocessors.
+            blocks = 1 if slices <= count else 2
+            if (slices < 2 * rows and rows > 1) or slices > count * blocks:
+                continue
+            m = (1 if backward else problem.cell.gates) * units * rows
+            for batch_tile, subtiles in tiles:
+                # Fewer parts of K where M is large: the accumulators of all parts are in registers.
+                for splits in all_splits if m >= 128 else (8,):
+                    if splits * m * batch_tile > 128 * 256:
+                        continue
+                    start = Choice(units, rows, batch_tile, subtiles, WARPS, blocks, splits, 0, 0, 0, 0, 0)
+                    found = _filled(problem, backward, start, slices, strict)
+                    if found is not None:
+                        yield found
+
+
+def _multiply_add_depth(outputs: int) -> int:
+    """The deepest part of K, a power of two, for which a thread holds both operands of so many outputs in full float32;
+    0 if there is none."""
+    high = 1 << (max(outputs, 1).bit_length()) // 2
+    edges = high + -(-outputs // high)
+    left = MULTIPLY_ADD_REGISTERS - outputs
+    return power_of_2_at_most(left // edges) if left >= edges else 0
+
+
+@dataclass(frozen=True)
+class _Product:
+    """What one program multiplies, before its weights have homes.
+
+    Attributes:
+        m, packs: outputs, and the dots that they are formed in.
+        depth, segments, k: K in each segment, segments, and all of K padded to the smallest tiles.
+        quantum: K of the smallest tiles of all segments.
+        largest: K of the largest tile to be multiplied at once; less than the smallest if none should.
+        reduction: bytes of shared memory in which the parts of K are summed.
+        masked: whether the operand is loaded under a mask.
+    """
+
+    m: int
+    packs: int
+    depth: int
+    segments: int
+    k: int
+    quantum: int
+    largest: int
+    reduction: int
+    masked: bool
+
+
+def _product(problem: Problem, backward: bool, c: Choice, slices: int) -> _Product:
+    gates, size = problem.cell.gates, problem.size
+    m = (1 if backward else gates) * c.rows * c.units
+    packs = 1 if backward or gates & (gates - 1) == 0 else 2
+    segments = gates if backward and c.rows > 1 else 1
+    depth = (gates if backward else 1) * problem.hidden if c.rows == 1 else slices // c.rows * c.units
+    smallest = smallest_chunk(c.splits)
+    # At most 32 registers per thread are on their way, of weights and of the operand.
+    largest = min(512, max(smallest, power_of_2_at_most(32 * WORDS // (size * max(m, c.batch_tile)))))
+    if problem.dtype == "fp32":
+        outputs = c.splits * m * c.batch_tile // (32 * WARPS)
+        largest = min(largest, c.splits * _multiply_add_depth(outputs) // packs)
+    padded = c.rows > 1 and slices * c.units > problem.hidden
+    return _Product(
+        m=m,
+        packs=packs,
+        depth=depth,
+        segments=segments,
+        k=-(-depth // smallest) * smallest * segments,
+        quantum=smallest * segments,
+        largest=largest,
+        reduction=c.splits * (1 if backward else power_of_2_at_most(gates)) * c.rows * c.units * c.batch_tile * 4,
+        masked=masked(problem.hidden, depth, padded, c.splits, size),
+    )
+
+
+def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict: bool) -> Choice | None:
+    """The choice with its homes filled, or None if it does not fit; not strict: the registers' estimate may fail."""
+    p, size, smallest = _product(problem, backward, start, slices), problem.size, smallest_chunk(start.splits)
+    if p.largest < smallest and strict:
+        return None
+    chunk = max(p.largest, smallest)
+    stream = min(chunk if problem.dtype == "fp32" else 512, power_of_2_at_most(24 * WORDS // (size * p.m)))
+    choice = replace(
+        start, largest_chunk=chunk, burst=max(chunk, 32 * WORDS // (size * start.batch_tile)),
+        stream_chunk=max(smallest, stream),
+    )  # fmt: skip
+    limit, total = register_limit(choice), room(problem, choice.blocks)
+
+    def homes(choice: Choice, streamed: bool) -> tuple[int, int]:
+        spare = limit - registers_needed(p.m, p.packs, choice, size, 0, streamed, True, p.masked)
+        if spare < 0 and strict:
+            return 0, -1
+        # Where several warps share a part of K, Triton 3.6.0 gives each of them all of its weights: 8 / splits times
+        # the registers (seen: hundreds of spills). And one part of K is a product of warp groups on sm_90, which reads
+        # its weights from shared memory.
+        unfit = problem.dtype == "fp32" or choice.splits < WARPS
+        kept = 0 if unfit else max(spare, 0) * WORDS // (p.m * size) // p.quantum * p.quantum
+        stream = (p.m + choice.batch_tile) * choice.stream_chunk * size if streamed else 0
+        working = max(choice.burst * choice.batch_tile * size, stream, p.reduction) + SIGNALS
+        shared = (total - working) // (p.m * size) // p.quantum * p.quantum
+        most = (total - choice.units * choice.batch_tile * 4) // (p.m * size) // p.quantum * p.quantum
+        return min(kept, most), shared
+
+    registers, shared = homes(choice, False)
+    if shared >= 0 and registers + shared >= p.k:
+        return replace(choice, in_registers=min(registers, p.k), in_shared=max(0, p.k - registers))
+    if choice.subtiles > 1:
+        return None  # each batch tile would stream the weights again
+    # A step that streams is long: more trips through L2 do not count as much as the registers do.
+    burst = max(chunk, choice.burst // 2)
+    if p.packs > 1 and choice.splits == 1 and size == 4 and not p.masked:
+        burst = max(chunk, burst // 4)  # or Triton 3.6.0 spills (124 instructions, GRU forward, tf32, H=2048, sm_90)
+    choice = replace(choice, burst=burst)
+    registers, shared = homes(choice, True)
+    if shared < 0:
+        return None
+    return replace(choice, in_registers=min(registers, p.k), in_shared=min(shared, max(0, p.k - registers)))
+
+
+def pipeline_choices(problem: Problem, layers: int, backward: bool) -> Iterator[Choice]:
+    """All that may fit for each of so many layers at the same time."""
+    for units in (8, 16, 32, 64):
+        slices = -(-problem.hidden // units)
+        if slices < 2 or slices * layers > problem.hardware.multiprocessors:
+            continue
+        m = (1 if backward else problem.cell.gates) * units
+        for batch_tile, subtiles in _batch_tiles(problem, problem.batch <= 8):
+            for splits in (8, 4, 2) if m >= 128 else (8,):
+                start = Choice(units, 1, batch_tile, subtiles, WARPS, 1, splits, 0, 0, 0, 0, smallest_chunk(splits))
+                found = _filled_twice(problem, backward, start, slices)
+                if found is not None:
+                    yield found
+
+
+def _filled_twice(problem: Problem, backward: bool, start: Choice, slices: int) -> Choice | None:
+    """The choice with its homes filled, or None if both matrices do not fit."""
+    p, size, smallest = _product(problem, backward, start, slices), problem.size, smallest_chunk(start.splits)
+    if p.largest < smallest:
+        return None
+    # Twice as many bursts as in a layer alone: with two products the operand on its way is what spills.
+    burst = max(p.largest, (16 if backward else 32) * WORDS // (size * start.batch_tile))
+    choice = replace(start, largest_chunk=p.largest, burst=burst)
+    if backward and elements(choice) > 1 and p.depth * size > DEEPEST_OF_SEVERAL:
+        return None
+    need = registers_needed(p.m, p.packs, choice, size, 0, False, True, p.masked)
+    need += pipeline_registers(backward, p.depth, size, elements(choice))
+    spare = register_limit(choice) - need
+    if spare < 0:
+        return None
+    unfit = problem.dtype == "fp32" or choice.splits < WARPS
+    kept = 0 if unfit else spare * WORDS // (2 * p.m * size) // smallest * smallest
+    working = max(burst * choice.batch_tile * size, p.reduction) + SIGNALS
+    shared = (problem.hardware.shared - working) // (2 * p.m * size) // smallest * smallest
+    # Weights pass through shared memory on their way to registers.
+    most = (problem.hardware.shared - choice.units * choice.batch_tile * 4) // (2 * p.m * size) // smallest * smallest
+    kept = min(kept, most, p.k)
+    if shared < 0 or kept + shared < p.k:
+        return None
+    return replace(choice, in_registers=kept, in_shared=p.k - kept)

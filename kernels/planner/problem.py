@@ -1,0 +1,58 @@
+"""What is asked of the planner, as one record. Pure Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..cells import Cell
+from .hardware import Hardware
+
+BYTES = {"fp16": 2, "bf16": 2, "tf32": 4, "fp32": 4}  # per element of W_hh on chip
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One recurrent layer, or each layer of a stack, on one device.
+
+    Attributes:
+        cell: the cell's numbers.
+        hidden: H >= 1.
+        batch: B >= 1.
+        directions: 1 or 2.
+        dtype: "fp16", "bf16", "tf32" (float32 tensors, tf32 products) or "fp32" (full float32).
+        hardware: the device.
+
+    Raises:
+        ValueError: a number or the dtype is out of range.
+    """
+
+    cell: Cell
+    hidden: int
+    batch: int
+    directions: int
+    dtype: str
+    hardware: Hardware
+
+    def __post_init__(self) -> None:
+        for name, value in (("hidden_size", self.hidden), ("batch", self.batch)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.directions not in (1, 2):
+            raise ValueError(f"directions must be 1 or 2, got {self.directions}")
+        if self.dtype not in BYTES:
+            raise ValueError(f"dtype must be one of {', '.join(BYTES)}, got {self.dtype!r}")
+
+    @property
+    def size(self) -> int:
+        """Bytes per element of W_hh."""
+        return BYTES[self.dtype]
+
+    @property
+    def precision(self) -> str:
+        """Of products in float32."""
+        return "tf32" if self.dtype == "tf32" else "ieee"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of W_hh of one direction."""
+        return self.cell.gates * self.hidden**2 * self.size
