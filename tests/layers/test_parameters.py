@@ -6,33 +6,31 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import CELLS, PAIRS, PATHS, as_hx, assert_close, ours, tensors
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils._pytree import tree_leaves
 
-import persistrnn
 from persistrnn import functional
 
-PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
 FUNCTIONS = {"lstm": functional.lstm, "gru": functional.gru}
-CELLS = list(PAIRS)
-PATHS = ["torch", pytest.param("persistent", marks=pytest.mark.interpreter)]
 STEPS, BATCH, INPUT, HIDDEN = 2, 2, 4, 6
 
 
 def make(cell, backend="torch", **options):
-    torch.manual_seed(0)
-    return PAIRS[cell][0](INPUT, HIDDEN, backend=backend, **options)
+    return ours(cell, INPUT, HIDDEN, backend=backend, **options)
+
+
+def plain_of(layer, **options):
+    """torch.nn's with the same weights."""
+    plain = PAIRS[layer.mode.lower()][1](INPUT, HIDDEN, **options)
+    plain.load_state_dict(layer.state_dict())
+    return plain
 
 
 def run(layer, x, hx=None):
     """(outputs, a loss that every output is in)."""
-    outputs = tree_leaves(layer(x, hx))
+    outputs = tensors(layer(x, hx))
     return outputs, sum((k + 1) * t.sin().sum() for k, t in enumerate(outputs))
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
 
 
 # --- parametrizations -------------------------------------------------------------------------------------------
@@ -207,8 +205,7 @@ def test_tied_layers_get_the_sum_of_their_gradients(backend):
 def test_frozen_parameters_get_no_gradient_and_the_others_theirs(cell, frozen, options, backend):
     layer = make(cell, backend, **options)
     x = torch.randn(STEPS, BATCH, INPUT)
-    plain = PAIRS[cell][1](INPUT, HIDDEN, **options)
-    plain.load_state_dict(layer.state_dict())
+    plain = plain_of(layer, **options)
     run(plain, x)[1].backward()
     chosen = [name for name, _ in layer.named_parameters() if frozen in name]
     assert 0 < len(chosen) < len(list(layer.parameters()))
@@ -269,7 +266,7 @@ def test_any_strides_give_torch_nn_values_and_gradients(cell, layout, backend):
     def split(tensors):
         x, *rest = tensors
         hx, weights = rest[: len(states)], rest[len(states) :]
-        return x, tuple(hx) if cell == "lstm" else hx[0], weights
+        return x, as_hx(hx), weights
 
     x, hx, weights = split(tensors)
     outputs, loss = run(lambda x, hx: FUNCTIONS[cell](x, weights, hx, bidirectional=True, backend=backend), x, hx)

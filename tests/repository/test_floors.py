@@ -33,7 +33,9 @@ FROM_THE_TOP = (
     *("tests/helpers", "bench/gpu", "bench/verdict", "bench/race", "bench/train", "bench/report", "bench"),
     *("surface", "profiling", "layers", "inspect", "launch", "device", "planner", "cells"),
 )
-BESIDE = {(over, "bench/train") for over in ("bench/gpu", "bench/verdict", "bench/race")} | {("bench/train", "bench/report")}
+BESIDE = {(over, "bench/train") for over in ("bench/gpu", "bench/verdict", "bench/race")} | {
+    ("bench/train", "bench/report")
+}
 # Outside the kernels one file of the package imports them; the table of cells is everyone's.
 IMPORTER, TABLE = "persistrnn.ops", "persistrnn.kernels.cells"
 # Of bench/ those that measure the kernels themselves, and not what users call.
