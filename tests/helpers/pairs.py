@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import persistrnn
+from persistrnn.kernels.cells import CELLS
+
+__all__ = ["CELLS"]
 
 PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
-CELLS = tuple(PAIRS)
 ON_KERNELS = pytest.param("persistent", marks=pytest.mark.interpreter)
 PATHS = ["torch", ON_KERNELS]
 BACKENDS = ["auto", ON_KERNELS]
@@ -32,7 +34,7 @@ def pair(cell: str, *sizes: int, backend: str = "torch", truth: bool = False, **
 
 def states(cell: str, *shape: int, **options: Any) -> list[Tensor]:
     """[h, c] or [h], drawn."""
-    return [torch.randn(shape, **options) for _ in range(2 if cell == "lstm" else 1)]
+    return [torch.randn(shape, **options) for _ in range(CELLS[cell].states)]
 
 
 def as_hx(states: Iterable[Tensor]) -> Any:

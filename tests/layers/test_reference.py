@@ -3,23 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import CELLS, PAIRS, as_hx, tensors
+from pairs import states as drawn
 from torch import nn
 
 from persistrnn import reference
 
-CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
 STEPS, BATCH, INPUT, HIDDEN = 5, 3, 4, 6
 
 
 def make(cell: str, directions: int, seed: int = 0) -> tuple[nn.Module, torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(seed)
-    layer = CELLS[cell](INPUT, HIDDEN, bidirectional=directions == 2).double()
+    layer = PAIRS[cell][1](INPUT, HIDDEN, bidirectional=directions == 2).double()
     x = torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64, requires_grad=True)
-    states = [
-        torch.randn(directions, BATCH, HIDDEN, dtype=torch.float64, requires_grad=True)
-        for _ in range(2 if cell == "lstm" else 1)
-    ]
-    return layer, x, states
+    return layer, x, drawn(cell, directions, BATCH, HIDDEN, dtype=torch.float64, requires_grad=True)
 
 
 def through_reference(cell, x, states, weights):
@@ -36,8 +33,7 @@ def through_reference(cell, x, states, weights):
 def test_equals_torch_nn_with_all_gradients(cell, directions):
     layer, x, states = make(cell, directions)
     weights = list(layer.parameters())
-    y, final = layer(x, tuple(states) if cell == "lstm" else states[0])
-    expected = [y, *(final if cell == "lstm" else [final])]
+    expected = tensors(layer(x, as_hx(states)))
     actual = through_reference(cell, x, states, weights)
     cotangents = [torch.randn_like(t) for t in expected]
     leaves = [x, *states, *weights]
