@@ -1,5 +1,6 @@
 """What the tests on a GPU share: plans, operands, and the bound of accuracy.py on the kernels and on nothing else."""
 
+import contextlib
 import itertools
 
 import accuracy
@@ -20,6 +21,26 @@ SEEDS = 3
 def synchronize():
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def no_waits():
+    """Inside, the host that waits for the device is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def elapsed(call):
+    """Milliseconds on the device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    synchronize()
+    return start.elapsed_time(end)
 
 
 def planned(cell, hidden, batch, directions, dtype):

@@ -19,14 +19,14 @@ PATHS = ["torch", ON_KERNELS]
 BACKENDS = ["auto", ON_KERNELS]
 
 
-def ours(cell: str, *sizes: int, **options: Any) -> nn.Module:
+def make_layer(cell: str, *sizes: int, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     return PAIRS[cell][0](*sizes, **options)
 
 
 def pair(cell: str, *sizes: int, backend: str = "torch", truth: bool = False, **options: Any) -> tuple[Any, Any]:
     """Our layer and torch.nn's with the same weights, which ``truth`` has in float64."""
-    layer = ours(cell, *sizes, backend=backend, **options)
+    layer = make_layer(cell, *sizes, backend=backend, **options)
     theirs = PAIRS[cell][1](*sizes, **options | ({"dtype": torch.float64} if truth else {}))
     theirs.load_state_dict(layer.state_dict())
     return layer, theirs

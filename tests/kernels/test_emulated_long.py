@@ -4,7 +4,6 @@ H=1024, offsets past 31 bits, more schedules. Run by `make emulate`."""
 import dataclasses
 
 import accuracy
-import cuts
 import pytest
 import test_exchange
 import test_lengths_and_resets
@@ -44,12 +43,6 @@ def check(bound_failures, arch):
         pytest.skip(f"not modelled: {error}")
 
 
-def cut_failures(case):
-    bound = accuracy.Bound(accuracy.DTYPES[case.dtype])
-    bound.add(case, *cuts.run(case, 0))
-    return bound.failures
-
-
 @pytest.mark.parametrize("index", range(len(test_exchange.CASES)))
 @pytest.mark.parametrize("arch", EVERY)
 def test_exchange_cases(emulated, forced, monkeypatch, arch, index):
@@ -77,7 +70,7 @@ def test_marks_of_slices(emulated, forced, monkeypatch, arch, index):
     precise(monkeypatch, "ieee")
     emulated(arch, schedule=schedule(index))
     forced(protocol, **chosen)
-    check(lambda: cut_failures(case), arch)
+    check(lambda: failures(case), arch)
 
 
 @pytest.mark.parametrize("index", range(len(test_lengths_and_resets.WAVES)))
@@ -87,7 +80,7 @@ def test_marks_of_waves(emulated, monkeypatch, arch, index):
     precise(monkeypatch, "ieee")
     emulated(arch, schedule=schedule(index))
     force_waves(monkeypatch, protocol, **chosen)
-    check(lambda: cut_failures(case), arch)
+    check(lambda: failures(case), arch)
 
 
 @pytest.mark.parametrize("case", test_memory_modes.CASES, ids=str)

@@ -5,7 +5,8 @@ import cuts
 import pytest
 import torch
 from cuts import Case
-from gpu import DEVICE, synchronize
+from gpu import DEVICE, elapsed, no_waits, synchronize
+from pairs import PAIRS, make_layer, pair
 from test_gpu import PROTOCOLS, REPEATS, a_gpu, exchange, precision
 from torch import nn
 
@@ -55,10 +56,7 @@ def test_projections_keep_the_bound(dtype, precision):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_packed_sequences_agree_with_torch_nn(cell):
-    torch.manual_seed(0)
-    layer = accuracy.MODULES[cell][0](24, 256, 2, bidirectional=True, device=DEVICE, backend="persistent")
-    truth = accuracy.MODULES[cell][1](24, 256, 2, bidirectional=True, device=DEVICE)
-    truth.load_state_dict(layer.state_dict())
+    layer, truth = pair(cell, 24, 256, 2, bidirectional=True, device=DEVICE, backend="persistent")
     lengths = torch.randint(1, 60, (19,))
     packed = nn.utils.rnn.pack_padded_sequence(torch.randn(60, 19, 24, device=DEVICE), lengths, enforce_sorted=False)
     found, expected = layer(packed), truth(packed)
@@ -68,8 +66,7 @@ def test_packed_sequences_agree_with_torch_nn(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_results_do_not_change_between_runs(cell):
-    torch.manual_seed(1)
-    layer = accuracy.MODULES[cell][0](64, 256, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
+    layer = make_layer(cell, 64, 256, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
     x = torch.randn(50, 24, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     cut = {"lengths": torch.randint(0, 51, (24,), device=DEVICE), "resets": torch.rand(50, 24, device=DEVICE) < 0.1}
 
@@ -86,7 +83,7 @@ def test_results_do_not_change_between_runs(cell):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_host_never_waits_for_lengths(cell):
-    layer = accuracy.MODULES[cell][0](32, 256, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
+    layer = make_layer(cell, 32, 256, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
     x = torch.randn(20, 17, 32, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     lengths, resets = torch.randint(0, 21, (17,), device=DEVICE), torch.rand(20, 17, device=DEVICE) < 0.2
 
@@ -96,11 +93,8 @@ def test_the_host_never_waits_for_lengths(cell):
 
     step()
     synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_lengths_out_of_range_are_clamped_and_raised_once():
@@ -120,8 +114,7 @@ def test_lengths_out_of_range_are_clamped_and_raised_once():
 @pytest.mark.parametrize("cell", CELLS)
 def test_cuda_graph_of_a_training_step(cell, hidden):
     """Captured once, replayed with other numbers: what the eager step gives, bit for bit."""
-    torch.manual_seed(0)
-    layer = accuracy.MODULES[cell][0](32, hidden, 2, device=DEVICE, dtype=torch.bfloat16, backend="persistent")
+    layer = make_layer(cell, 32, hidden, 2, device=DEVICE, dtype=torch.bfloat16, backend="persistent")
     x = torch.randn(30, 8, 32, device=DEVICE, dtype=torch.bfloat16)
     lengths = torch.full((8,), 30, device=DEVICE)
 
@@ -171,10 +164,7 @@ def test_layers_on_several_streams_do_not_deadlock():
 @pytest.mark.parametrize("cell", CELLS)
 def test_second_derivative(cell, hidden, precision):
     precision("ieee")
-    torch.manual_seed(0)
-    layer = accuracy.MODULES[cell][0](16, hidden, device=DEVICE, backend="persistent")
-    truth = accuracy.MODULES[cell][1](16, hidden, dtype=torch.float64)
-    truth.load_state_dict(layer.state_dict())
+    layer, truth = pair(cell, 16, hidden, device=DEVICE, backend="persistent", truth=True)
     x = torch.randn(6, 3, 16)
     found = []
     for of in (layer, truth):
@@ -189,8 +179,8 @@ def test_second_derivative(cell, hidden, precision):
 @pytest.mark.parametrize("cell", CELLS)
 def test_backward_in_eval_mode(cell, backend):
     """cuDNN refuses it of torch.nn."""
-    layer = accuracy.MODULES[cell][0](16, 64, 2, dropout=0.5, device=DEVICE, backend=backend)
-    truth = accuracy.MODULES[cell][1](16, 64, 2, dtype=torch.float64)
+    layer, _ = pair(cell, 16, 64, 2, dropout=0.5, device=DEVICE, backend=backend)
+    truth = PAIRS[cell][1](16, 64, 2, dtype=torch.float64)
     truth.load_state_dict(layer.state_dict())
     x = torch.randn(20, 8, 16)
     grads = []
@@ -203,7 +193,7 @@ def test_backward_in_eval_mode(cell, backend):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_dropout_is_the_same_on_all_paths(cell):
-    layer = accuracy.MODULES[cell][0](16, 64, 3, dropout=0.5, device=DEVICE, backend="persistent")
+    layer = make_layer(cell, 16, 64, 3, dropout=0.5, device=DEVICE, backend="persistent")
     x = torch.randn(20, 8, 16, device=DEVICE)
     found = []
     for backend in ("persistent", "torch", "torch"):
@@ -216,20 +206,12 @@ def test_dropout_is_the_same_on_all_paths(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_resets_cost_at_most_five_percent(cell):
-    torch.manual_seed(0)
-    layer = accuracy.MODULES[cell][0](128, 512, device=DEVICE, dtype=torch.bfloat16, backend="persistent")
+    layer = make_layer(cell, 128, 512, device=DEVICE, dtype=torch.bfloat16, backend="persistent")
     x = torch.randn(2000, 16, 128, device=DEVICE, dtype=torch.bfloat16)
     resets = torch.rand(2000, 16, device=DEVICE) < 0.01
 
     def milliseconds(options):
-        times = []
-        for _ in range(12):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            layer(x, **options)[0].sum().backward()
-            end.record()
-            synchronize()
-            times.append(start.elapsed_time(end))
+        times = [elapsed(lambda: layer(x, **options)[0].sum().backward()) for _ in range(12)]
         return sorted(times[2:])[5]
 
     plain, cut = milliseconds({}), milliseconds({"resets": resets})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cuts import Case
 from grid import Delays, concurrent_grid
-from pairs import BACKENDS, CELLS, as_hx, ours, pair, states, tensors
+from pairs import BACKENDS, CELLS, as_hx, make_layer, pair, states, tensors
 from torch import nn
 
 import persistrnn
@@ -112,7 +112,7 @@ def test_waves_keep_the_bound(waves, index):
 @pytest.mark.parametrize("cell", CELLS)
 def test_without_gradients_the_same_bits(cell):
     """c then has three slots: initial, final, reset."""
-    layer = ours(cell, 5, 10, bidirectional=True, backend="persistent")
+    layer = make_layer(cell, 5, 10, bidirectional=True, backend="persistent")
     hx, reset = (as_hx(states(cell, 2, 3, 10)) for _ in range(2))
     cut = {"lengths": torch.tensor([4, 0, 3]), "resets": torch.rand(4, 3) < 0.5, "reset_state": reset}
     x = torch.randn(4, 3, 5)
@@ -128,7 +128,7 @@ def test_without_gradients_the_same_bits(cell):
 def test_padding_is_zero_and_takes_no_gradient(cell, backend):
     """Whatever stands there, NaN included: no weight's gradient hears of it."""
     torch.manual_seed(0)
-    layer = ours(cell, 3, 6, 2, bidirectional=True, backend=backend)
+    layer = make_layer(cell, 3, 6, 2, bidirectional=True, backend=backend)
     lengths = torch.tensor([4, 0, 2])
     padding = torch.arange(4)[:, None] >= lengths
     x = torch.randn(4, 3, 3)
@@ -168,7 +168,7 @@ def test_gradient_does_not_cross_a_reset(backend):
 def test_mask_is_the_sequence_without_its_gaps(cell, proj, backend):
     torch.manual_seed(0)
     T, B, options = 6, 4, {"proj_size": proj} if proj else {}
-    layer = ours(cell, 3, 6, 2, bidirectional=True, batch_first=True, backend=backend, **options)
+    layer = make_layer(cell, 3, 6, 2, bidirectional=True, batch_first=True, backend=backend, **options)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]]).bool()
     x = torch.randn(B, T, 3, requires_grad=True)
     states = [torch.randn(4, B, n, requires_grad=True) for n in (proj or 6, 6)][: CELLS[cell].states]
@@ -327,7 +327,7 @@ def test_marks():
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 @pytest.mark.parametrize("where", ["before a reset", "of no step", "of a reset that never comes"])
 def test_a_nan_that_no_step_reads_goes_nowhere(where, cell, proj, backend):
-    layer = ours(cell, 3, 6, backend=backend, **({"proj_size": proj} if proj else {}))
+    layer = make_layer(cell, 3, 6, backend=backend, **({"proj_size": proj} if proj else {}))
     states = [[torch.zeros(1, 2, n) for n in (proj or 6, 6)][: CELLS[cell].states] for _ in range(2)]
     for s in states[where == "of a reset that never comes"]:
         s[:, 0] = torch.nan
@@ -361,7 +361,7 @@ def test_lengths_out_of_range_are_told_by_the_next_call(monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 def test_an_empty_batch(cell, proj, backend):
-    layer = ours(cell, 3, 6, 2, backend=backend, **({"proj_size": proj} if proj else {}))
+    layer = make_layer(cell, 3, 6, 2, backend=backend, **({"proj_size": proj} if proj else {}))
     x = torch.randn(4, 0, 3, requires_grad=True)
     nothing = torch.zeros(4, 0, dtype=torch.bool)
     y, _ = layer(x, lengths=torch.zeros(0, dtype=torch.long), resets=nothing)
@@ -376,7 +376,7 @@ def test_an_empty_batch(cell, proj, backend):
 @pytest.mark.parametrize("cell", CELLS)
 def test_rows_without_a_step(cell, backend):
     """All of length zero: the initial state comes out, and its gradient is the final one's."""
-    layer = ours(cell, 3, 6, bidirectional=True, backend=backend)
+    layer = make_layer(cell, 3, 6, bidirectional=True, backend=backend)
     states = [torch.randn(2, 2, 6, requires_grad=True) for _ in range(CELLS[cell].states)]
     y, final = layer(torch.randn(3, 2, 3), as_hx(states), lengths=torch.zeros(2).int())
     assert not y.any()
@@ -390,7 +390,7 @@ def test_rows_without_a_step(cell, backend):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("cell", CELLS)
 def test_one_step_with_a_reset(cell):
-    layer = ours(cell, 3, 6, bidirectional=True, backend="persistent")
+    layer = make_layer(cell, 3, 6, bidirectional=True, backend="persistent")
     x, state = torch.randn(1, 2, 3), torch.randn(2, 2, 6)
     hx = as_hx([state] * CELLS[cell].states)
     y, _ = layer(x, hx, resets=torch.tensor([[True, False]]))
@@ -405,7 +405,7 @@ def test_one_step_with_a_reset(cell):
 def test_lengths_of_cpu_tensors_run_on_torchs_kernels(cell, proj, bidirectional):
     """What a mask, which they cannot run, gives step by step."""
     options = {"proj_size": proj} if proj else {}
-    layer = ours(cell, 3, 6, 2, bidirectional=bidirectional, batch_first=True, **options)
+    layer = make_layer(cell, 3, 6, 2, bidirectional=bidirectional, batch_first=True, **options)
     x, lengths = torch.randn(4, 5, 3, requires_grad=True), torch.tensor([2, 5, 0, 4])
     results, paths = [], []
     for given in ({"lengths": lengths}, {"mask": torch.arange(5) < lengths.unsqueeze(1)}):

@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 import torch
-from pairs import CELLS, ours
+from pairs import CELLS, make_layer
 from pairs import tensors as values
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
@@ -30,7 +30,7 @@ NAMES = ("x_gates", "weight_hh", "bias_hh", "h0", "c0")
 
 
 def layer(cell, **options):
-    return ours(cell, INPUT, H, backend="persistent", **options)
+    return make_layer(cell, INPUT, H, backend="persistent", **options)
 
 
 def tensors(cell, directions=1, steps=T, batch=B, requires_grad=False):

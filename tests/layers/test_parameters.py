@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from pairs import CELLS, PAIRS, PATHS, as_hx, assert_close, ours, tensors
+from pairs import CELLS, PAIRS, PATHS, as_hx, assert_close, make_layer, tensors
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -17,7 +17,7 @@ STEPS, BATCH, INPUT, HIDDEN = 2, 2, 4, 6
 
 
 def make(cell, backend="torch", **options):
-    return ours(cell, INPUT, HIDDEN, backend=backend, **options)
+    return make_layer(cell, INPUT, HIDDEN, backend=backend, **options)
 
 
 def plain_of(layer, **options):

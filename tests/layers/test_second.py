@@ -3,7 +3,7 @@
 import pytest
 import torch
 from grid import concurrent_grid
-from pairs import CELLS, ours, pair, tensors
+from pairs import CELLS, make_layer, pair, tensors
 
 import persistrnn
 from persistrnn import double_backward, reference, segments
@@ -88,8 +88,8 @@ def test_formula_is_the_derivative_of_the_reference(cell, directions, marked):
 def test_gradient_penalty_on_the_kernels(cell, bidirectional, cut):
     """A penalty on the gradient by the input and by the state, differentiated by all parameters, third order too."""
     torch.manual_seed(0)
-    module = ours(cell, INPUT, H, 2, bidirectional=bidirectional, backend="persistent")
-    truth = ours(cell, INPUT, H, 2, bidirectional=bidirectional, dtype=torch.float64)
+    module = make_layer(cell, INPUT, H, 2, bidirectional=bidirectional, backend="persistent")
+    truth = make_layer(cell, INPUT, H, 2, bidirectional=bidirectional, dtype=torch.float64)
     truth.load_state_dict(module.state_dict())
     x, h0 = torch.randn(T, B, INPUT), torch.randn(4 if bidirectional else 2, B, H)
     options = {"lengths": torch.tensor([4, 0, 3]), "resets": torch.rand(T, B) < 0.3} if cut else {}
@@ -151,8 +151,8 @@ def test_torch_func_twice(cell):
 def test_of_a_wave(waves, cell, cut):
     """The same as of layers that run one after the other."""
     torch.manual_seed(0)
-    module = ours(cell, INPUT, 13, 3, backend="persistent")
-    plain = ours(cell, INPUT, 13, 3, dtype=torch.float64)
+    module = make_layer(cell, INPUT, 13, 3, backend="persistent")
+    plain = make_layer(cell, INPUT, 13, 3, dtype=torch.float64)
     plain.load_state_dict(module.state_dict())
     options = {"lengths": torch.tensor([4, 0, 3]), "resets": torch.rand(T, B) < 0.3} if cut else {}
     x = torch.randn(T, B, INPUT)

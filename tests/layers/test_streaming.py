@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pairs import BACKENDS, CELLS, ours, tensors
+from pairs import BACKENDS, CELLS, make_layer, tensors
 
 import persistrnn
 
@@ -12,7 +12,7 @@ import persistrnn
 @pytest.mark.parametrize("cell", CELLS)
 def test_pieces_are_the_whole_with_its_gradients(cell, batch_first, backend):
     torch.manual_seed(0)
-    layer = ours(cell, 3, 6, 2, batch_first=batch_first, backend=backend)
+    layer = make_layer(cell, 3, 6, 2, batch_first=batch_first, backend=backend)
     x = torch.randn((2, 7, 3) if batch_first else (7, 2, 3), requires_grad=True)
     stream, time = persistrnn.Streaming(layer, detach=False), 1 if batch_first else 0
     y = torch.cat([stream(piece) for piece in x.split([3, 1, 3], dim=time)], dim=time)
@@ -26,7 +26,7 @@ def test_pieces_are_the_whole_with_its_gradients(cell, batch_first, backend):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_steps_unbatched_and_batched(cell):
-    layer = ours(cell, 3, 6)
+    layer = make_layer(cell, 3, 6)
     stream = persistrnn.Streaming(layer)
     for x in (torch.randn(4, 2, 3), torch.randn(4, 3)):
         stream.reset()
@@ -35,7 +35,7 @@ def test_steps_unbatched_and_batched(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradient_ends_at_a_call_unless_asked(cell):
-    layer = ours(cell, 3, 6)
+    layer = make_layer(cell, 3, 6)
     for detach in (True, False):
         stream = persistrnn.Streaming(layer, detach=detach)
         first, second = torch.randn(2, 2, 3, requires_grad=True), torch.randn(2, 2, 3)
@@ -46,7 +46,7 @@ def test_gradient_ends_at_a_call_unless_asked(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_reset_of_some_rows(cell):
-    layer = ours(cell, 3, 6, 2)
+    layer = make_layer(cell, 3, 6, 2)
     stream = persistrnn.Streaming(layer)
     stream(torch.randn(4, 3, 3))
     before = [s.clone() for s in tensors(stream.state)]
@@ -95,7 +95,7 @@ def test_refuses_what_has_no_stream():
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_state_follows_the_layer(cell):
-    stream = persistrnn.Streaming(ours(cell, 3, 6))
+    stream = persistrnn.Streaming(make_layer(cell, 3, 6))
     x = torch.randn(2, 2, 3)
     with torch.inference_mode():
         stream(x)
