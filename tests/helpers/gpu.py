@@ -16,6 +16,7 @@ from persistrnn.kernels.device.scan import scan_backward, scan_forward
 
 DEVICE = "cuda"
 SEEDS = 3
+REPEATS = 200
 
 
 def synchronize():
@@ -31,16 +32,6 @@ def no_waits():
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def elapsed(call):
-    """Milliseconds on the device."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    synchronize()
-    return start.elapsed_time(end)
 
 
 def planned(cell, hidden, batch, directions, dtype):
@@ -137,6 +128,19 @@ def outputs_and_gradients(cell, made, cotangents):
     outputs = [t for t in autograd.recurrent(cell, *made.values(), persistrnn.functional.precision()) if t is not None]
     leaves = [t for t in made.values() if t is not None]
     return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, leaves, cotangents))
+
+
+def check_same_bits(layer, x, **given):
+    """Outputs and gradients do not change from run to run: a stale or half-written tile would show."""
+
+    def run():
+        y, _ = layer(x, **given)
+        return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))]
+
+    expected = run()
+    assert layer.last_path == "persistent"
+    assert all(t.isfinite().all() for t in expected)
+    assert sum(count_differences(run(), expected) for _ in range(REPEATS)) == 0
 
 
 def count_differences(found, expected):

@@ -19,15 +19,20 @@ PATHS = ["torch", ON_KERNELS]
 BACKENDS = ["auto", ON_KERNELS]
 
 
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "proj_size" or value}
+
+
 def make_layer(cell: str, *sizes: int, **options: Any) -> nn.Module:
+    """Ours; a GRU takes no proj_size, not even 0."""
     torch.manual_seed(0)
-    return PAIRS[cell][0](*sizes, **options)
+    return PAIRS[cell][0](*sizes, **_known(options))
 
 
 def pair(cell: str, *sizes: int, backend: str = "torch", truth: bool = False, **options: Any) -> tuple[Any, Any]:
     """Our layer and torch.nn's with the same weights, which ``truth`` has in float64."""
     layer = make_layer(cell, *sizes, backend=backend, **options)
-    theirs = PAIRS[cell][1](*sizes, **options | ({"dtype": torch.float64} if truth else {}))
+    theirs = PAIRS[cell][1](*sizes, **_known(options) | ({"dtype": torch.float64} if truth else {}))
     theirs.load_state_dict(layer.state_dict())
     return layer, theirs
 

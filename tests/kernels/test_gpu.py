@@ -11,6 +11,7 @@ import pytest
 import torch
 from gpu import (
     DEVICE,
+    REPEATS,
     SEEDS,
     check_bound,
     compiled_kernels,
@@ -37,7 +38,6 @@ from persistrnn.kernels.planner.plan import BATCH_CLASSES
 
 pytestmark = pytest.mark.gpu
 
-REPEATS = 200
 PROTOCOLS = ("counter", "flags")
 
 # (hidden, batch, steps, layers, bidirectional, bias, state)

@@ -5,9 +5,9 @@ import cuts
 import pytest
 import torch
 from cuts import Case
-from gpu import DEVICE, elapsed, no_waits, synchronize
+from gpu import DEVICE, check_same_bits, no_waits, synchronize
 from pairs import PAIRS, make_layer, pair
-from test_gpu import PROTOCOLS, REPEATS, a_gpu, exchange, precision
+from test_gpu import PROTOCOLS, a_gpu, exchange, precision
 from torch import nn
 
 import persistrnn
@@ -69,15 +69,7 @@ def test_results_do_not_change_between_runs(cell):
     layer = make_layer(cell, 64, 256, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
     x = torch.randn(50, 24, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     cut = {"lengths": torch.randint(0, 51, (24,), device=DEVICE), "resets": torch.rand(50, 24, device=DEVICE) < 0.1}
-
-    def run():
-        y, _ = layer(x, **cut)
-        return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))]
-
-    expected = run()
-    assert layer.last_path == "persistent"
-    for _ in range(REPEATS):
-        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+    check_same_bits(layer, x, **cut)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
@@ -142,24 +134,6 @@ def test_cuda_graph_of_a_training_step(cell, hidden):
         assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
 
 
-def test_layers_on_several_streams_do_not_deadlock():
-    """Each launch is cooperative: it begins when all of its programs can, so two of them never hold half each."""
-    layers = [persistrnn.LSTM(64, n, device=DEVICE, dtype=torch.bfloat16) for n in (256, 512, 1024, 640)]
-    x = torch.randn(100, 16, 64, device=DEVICE, dtype=torch.bfloat16)
-    with torch.no_grad():
-        expected = [layer(x)[0] for layer in layers]
-        streams = [torch.cuda.Stream() for _ in layers]
-        synchronize()
-        for _ in range(10):
-            found = []
-            for stream, layer in zip(streams, layers, strict=True):
-                with torch.cuda.stream(stream):
-                    found.append(layer(x)[0])
-            synchronize()
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    persistrnn.check()
-
-
 @pytest.mark.parametrize("hidden", [64, 512])
 @pytest.mark.parametrize("cell", CELLS)
 def test_second_derivative(cell, hidden, precision):
@@ -202,17 +176,3 @@ def test_dropout_is_the_same_on_all_paths(cell):
         found.append(layer(x)[0])
     assert torch.equal(found[1], found[2])
     torch.testing.assert_close(found[0], found[1], rtol=5e-3, atol=5e-3)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_resets_cost_at_most_five_percent(cell):
-    layer = make_layer(cell, 128, 512, device=DEVICE, dtype=torch.bfloat16, backend="persistent")
-    x = torch.randn(2000, 16, 128, device=DEVICE, dtype=torch.bfloat16)
-    resets = torch.rand(2000, 16, device=DEVICE) < 0.01
-
-    def milliseconds(options):
-        times = [elapsed(lambda: layer(x, **options)[0].sum().backward()) for _ in range(12)]
-        return sorted(times[2:])[5]
-
-    plain, cut = milliseconds({}), milliseconds({"resets": resets})
-    assert cut <= 1.05 * plain, f"{cut:.3f} ms with resets, {plain:.3f} without"

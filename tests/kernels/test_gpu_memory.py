@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu import DEVICE, elapsed, synchronize
+from gpu import DEVICE, synchronize
 from pairs import make_layer
 from test_gpu import a_gpu
 from torch import nn
@@ -89,13 +89,3 @@ def test_long_training_takes_a_quarter_of_cudnns_memory():
     found = peak_of(ours, torch.randn(steps, batch, hidden, device=DEVICE, dtype=torch.bfloat16))
     assert all(p.grad.isfinite().all() for p in ours.parameters())
     assert found <= cudnn / 4, f"{found / 2**30:.1f} GiB against {cudnn / 2**30:.1f}"
-
-
-def test_state_is_at_most_a_quarter_slower():
-    x = torch.randn(8192, 32, 1024, device=DEVICE, dtype=torch.bfloat16)
-    seconds = {}
-    for save in ("gates", "state"):
-        layer = layer_of("lstm", 1024, 1024, save=save)
-        times = [elapsed(lambda layer=layer: train(layer, x)) for _ in range(6)]
-        seconds[save] = sorted(times[1:])[2]
-    assert seconds["state"] <= 1.25 * seconds["gates"], seconds

@@ -50,6 +50,7 @@ KERNEL_CASES = [
     Case("gru", "bf16", 10, 17, 5, 1, False, 0, False, True, False, False),
     Case("lstm", "fp32", 10, 5, 6, 2, True, 4, True, True, True, True),
     Case("lstm", "bf16", 18, 3, 5, 1, False, 7),
+    Case("gru", "fp32", 10, 3, 1, 1, True, 0, True, True, True, True),  # one step
     Case("lstm", "bf16", 18, 3, 5, 2, True, 7, False, False, True, False),
 ]
 
@@ -167,8 +168,8 @@ def test_gradient_does_not_cross_a_reset(backend):
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 def test_mask_is_the_sequence_without_its_gaps(cell, proj, backend):
     torch.manual_seed(0)
-    T, B, options = 6, 4, {"proj_size": proj} if proj else {}
-    layer = make_layer(cell, 3, 6, 2, bidirectional=True, batch_first=True, backend=backend, **options)
+    T, B = 6, 4
+    layer = make_layer(cell, 3, 6, 2, bidirectional=True, batch_first=True, backend=backend, proj_size=proj)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]]).bool()
     x = torch.randn(B, T, 3, requires_grad=True)
     states = [torch.randn(4, B, n, requires_grad=True) for n in (proj or 6, 6)][: CELLS[cell].states]
@@ -253,7 +254,7 @@ def test_every_c_without_gradients_and_in_float32():
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 def test_packed_sequences_on_the_kernels(cell, proj, batch_first, sort):
     torch.manual_seed(0)
-    options = {"bidirectional": True, "batch_first": batch_first} | ({"proj_size": proj} if proj else {})
+    options = {"bidirectional": True, "batch_first": batch_first, "proj_size": proj}
     layer, truth = pair(cell, 4, 10, backend="persistent", **options)
     lengths = torch.tensor([5, 4, 2] if sort else [2, 5, 4])
     states = [torch.randn(2, 3, n) for n in (proj or 10, 10)]
@@ -327,7 +328,7 @@ def test_marks():
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 @pytest.mark.parametrize("where", ["before a reset", "of no step", "of a reset that never comes"])
 def test_a_nan_that_no_step_reads_goes_nowhere(where, cell, proj, backend):
-    layer = make_layer(cell, 3, 6, backend=backend, **({"proj_size": proj} if proj else {}))
+    layer = make_layer(cell, 3, 6, backend=backend, proj_size=proj)
     states = [[torch.zeros(1, 2, n) for n in (proj or 6, 6)][: CELLS[cell].states] for _ in range(2)]
     for s in states[where == "of a reset that never comes"]:
         s[:, 0] = torch.nan
@@ -361,7 +362,7 @@ def test_lengths_out_of_range_are_told_by_the_next_call(monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 def test_an_empty_batch(cell, proj, backend):
-    layer = make_layer(cell, 3, 6, 2, backend=backend, **({"proj_size": proj} if proj else {}))
+    layer = make_layer(cell, 3, 6, 2, backend=backend, proj_size=proj)
     x = torch.randn(4, 0, 3, requires_grad=True)
     nothing = torch.zeros(4, 0, dtype=torch.bool)
     y, _ = layer(x, lengths=torch.zeros(0, dtype=torch.long), resets=nothing)
@@ -387,25 +388,11 @@ def test_rows_without_a_step(cell, backend):
     assert all(torch.equal(a, b) for a, b in zip(grads, cotangents, strict=True))
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("cell", CELLS)
-def test_one_step_with_a_reset(cell):
-    layer = make_layer(cell, 3, 6, bidirectional=True, backend="persistent")
-    x, state = torch.randn(1, 2, 3), torch.randn(2, 2, 6)
-    hx = as_hx([state] * CELLS[cell].states)
-    y, _ = layer(x, hx, resets=torch.tensor([[True, False]]))
-    forward = layer(x)[0][:, :1, :6]
-    torch.testing.assert_close(y[:, :1, :6], forward)
-    torch.testing.assert_close(y[:, 1:], layer(x, hx)[0][:, 1:])
-    torch.testing.assert_close(y[:, :1, 6:], layer(x, hx)[0][:, :1, 6:], msg="nothing ends after the last step")
-
-
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 def test_lengths_of_cpu_tensors_run_on_torchs_kernels(cell, proj, bidirectional):
     """What a mask, which they cannot run, gives step by step."""
-    options = {"proj_size": proj} if proj else {}
-    layer = make_layer(cell, 3, 6, 2, bidirectional=bidirectional, batch_first=True, **options)
+    layer = make_layer(cell, 3, 6, 2, bidirectional=bidirectional, batch_first=True, proj_size=proj)
     x, lengths = torch.randn(4, 5, 3, requires_grad=True), torch.tensor([2, 5, 0, 4])
     results, paths = [], []
     for given in ({"lengths": lengths}, {"mask": torch.arange(5) < lengths.unsqueeze(1)}):

@@ -55,8 +55,7 @@ def test_vmaps_over_samples(cell):
 
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 def test_differentiates_twice_step_by_step(cell, proj):
-    options = {"proj_size": proj} if proj else {}
-    layer = make_layer(cell, 2, 4, bidirectional=True, dtype=torch.float64, **options)
+    layer = make_layer(cell, 2, 4, bidirectional=True, dtype=torch.float64, proj_size=proj)
     cut = {"lengths": torch.tensor([3, 0, 2]), "resets": torch.rand(3, 3) < 0.5}
     x = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: layer(x, **cut)[0], x)

@@ -82,32 +82,6 @@ def test_backward_operator_keeps_the_contract_of_torch_library(cell, directions)
     torch.library.opcheck(torch.ops.persistrnn.scan_backward.default, given)
 
 
-@pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("cell", CELLS)
-def test_every_element_of_an_output_is_written(cell, directions, monkeypatch):
-    """What a fresh buffer held before must not show: an operator is a function of its arguments."""
-    arguments = tensors(cell, directions)
-    found = []
-    original = torch.Tensor.new_empty
-    for garbage in (1.0, -7.0):
-
-        def new_empty(self, *size, garbage=garbage, **options):
-            return original(self, *size, **options).fill_(garbage)
-
-        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-        for save in (True, False):
-            found.append(torch.ops.persistrnn.scan_forward(cell, "ieee", save, *arguments))
-    torch.testing.assert_close(found[:2], found[2:], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_arguments_need_not_be_contiguous(cell):
-    plain = tensors(cell, 2)
-    strided = [None if t is None else t.mT.contiguous().mT for t in plain]
-    assert not any(t.is_contiguous() for t in strided if t is not None)
-    torch.testing.assert_close(run(cell, strided), run(cell, plain), rtol=0, atol=0)
-
-
 # ---- saving only what is needed ------------------------------------------------------------------------------------
 
 
@@ -352,6 +326,19 @@ def test_gradient_of_a_mapped_loss_equals_a_batch(cell, launches):
     assert launches() == {"scan_forward": 1, "scan_backward": 1}
     expected = grad(loss_of(module))(parameters, xs.transpose(0, 1).flatten(1, 2))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_of_an_ensemble_equal_a_loop(cell, launches):
+    """vmap over weights and inputs at once."""
+    module = layer(cell)
+    xs = torch.randn(3, T, B, INPUT)
+    parameters = {n: torch.stack([p.detach() * k for k in (1, -1, 2)]) for n, p in module.named_parameters()}
+    found = vmap(grad(loss_of(module)))(parameters, xs)
+    assert launches() == {"scan_forward": 3, "scan_backward": 3}
+    for i, x in enumerate(xs):
+        expected = grad(loss_of(module))({n: p[i] for n, p in parameters.items()}, x)
+        torch.testing.assert_close({n: g[i] for n, g in found.items()}, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("cell", CELLS)

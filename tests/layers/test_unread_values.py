@@ -47,8 +47,9 @@ class Case:
         return 2 if self.bidirectional else 1
 
     def layer(self, backend: str) -> torch.nn.Module:
-        options = {name: getattr(self, name) for name in ("bidirectional", "dropout", "save")}
-        options |= {"proj_size": self.proj} if self.proj else {}
+        options = {name: getattr(self, name) for name in ("bidirectional", "dropout", "save")} | {
+            "proj_size": self.proj
+        }
         return make_layer(self.cell, INPUT, self.hidden, self.layers, backend=backend, **options)
 
 

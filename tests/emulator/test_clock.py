@@ -7,11 +7,11 @@ import clock_table
 import numpy as np
 import pytest
 import torch
+
+import persistrnn
 from emulator import EmulatorError, clock, latencies, order
 from emulator.ptx import Kernel
 from emulator.trace import Event, Trace, transactions
-
-import persistrnn
 
 # Cycles are nanoseconds; an exchange takes 1000, a barrier 50; L2 gives a sector of 32 bytes a clock.
 HARDWARE = SimpleNamespace(clock=1.0, exchange=1.0, barrier=0.05, l2_rate=32.0)
