@@ -109,20 +109,6 @@ def test_weight_drop_draws_once_in_a_call_and_not_in_eval(cell, backend):
 
 
 @pytest.mark.parametrize("backend", PATHS)
-def test_cached_parametrization_serves_two_calls(backend):
-    layer = make("gru", backend)
-    parametrizations.weight_norm(layer, "weight_hh_l0")
-    twin = copy.deepcopy(layer)
-    first, second = torch.randn(2, STEPS, BATCH, INPUT)
-    with parametrize.cached():
-        (run(layer, first)[1] + run(layer, second)[1]).backward()
-    for x in (first, second):
-        run(twin, x)[1].backward()
-    for actual, expected in zip(layer.parameters(), twin.parameters(), strict=True):
-        assert_close(actual.grad, expected.grad)
-
-
-@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_weight_set_by_a_hook_is_used(cell, backend):
     """As weight drop was written before there were parametrizations: a plain tensor in the Parameter's place."""

@@ -56,33 +56,3 @@ def test_differentiates_twice(cell):
 
     inputs = (x[:2].detach().requires_grad_(), *states)
     assert torch.autograd.gradgradcheck(scalar, inputs)
-
-
-# jvp loads decompositions that torch still scripts
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("cell", CELLS)
-def test_maps_and_differentiates_under_torch_func(cell):
-    layer, x, states = make(cell, directions=2)
-    weights = [w.detach() for w in layer.parameters()]
-    states = [s.detach() for s in states]
-
-    def output(x):
-        return through_reference(cell, x, states, weights)[0]
-
-    xs = torch.stack([x.detach(), 2 * x.detach()])
-    torch.testing.assert_close(torch.vmap(output)(xs), torch.stack([output(x) for x in xs]))
-    gradient = torch.func.vmap(torch.func.grad(lambda x: output(x).sum()))(xs)
-    torch.testing.assert_close(gradient[0], torch.autograd.grad(output(x).sum(), x)[0])
-    tangent = torch.func.jvp(output, (xs[0],), (torch.ones_like(xs[0]),))[1]
-    step = 1e-6
-    difference = (output(xs[0] + step) - output(xs[0] - step)) / (2 * step)
-    torch.testing.assert_close(tangent, difference, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_second_direction_reads_from_the_end(cell):
-    layer, x, states = make(cell, directions=2)
-    with torch.no_grad():
-        y, h_n, *_ = through_reference(cell, x, states, list(layer.parameters()))
-    assert torch.equal(y[-1, :, :HIDDEN], h_n[0])
-    assert torch.equal(y[0, :, HIDDEN:], h_n[1])

@@ -1,6 +1,5 @@
 """`persistrnn.replace` and `to_torch`: the same parameters, results and hooks, and a reason for what is left."""
 
-import copy
 import warnings
 
 import pytest
@@ -175,14 +174,6 @@ def test_to_torch_is_torchs_layer_with_the_same_parameters(cls, options):
         ours.weight_hh_l0.mul_(2)
     assert torch.equal(theirs(X)[0], ours(X)[0]), "what it multiplies is the parameter, not a copy"
     assert not {"backend", "last_path"} & vars(theirs).keys()
-
-
-def test_there_and_back_again():
-    old = nn.LSTM(7, 8, 2, dropout=0.5, bidirectional=True)
-    back = persistrnn.replace(old).model.to_torch()
-    assert repr(back) == repr(old)
-    assert list(back.state_dict()) == list(old.state_dict())
-    copy.deepcopy(back)(X)
 
 
 def test_to_torch_refuses_what_torch_has_not():

@@ -103,17 +103,6 @@ def test_compiled_training_equals_eager(cell, bias, batch_first):
 
 
 @pytest.mark.parametrize("cell", PAIRS)
-def test_compiled_dropout_is_drawn_between_layers_only(cell):
-    layer = PAIRS[cell][0](INPUT, HIDDEN, 3, dropout=0.5)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = torch.randn(6, 4, INPUT)
-    assert not torch.equal(compiled(x)[0], compiled(x)[0])
-    assert not (compiled(x)[0] == 0).any()
-    layer.eval()
-    torch.testing.assert_close(compiled(x)[0], layer(x)[0])
-
-
-@pytest.mark.parametrize("cell", PAIRS)
 def test_steps_and_batch_do_not_recompile(cell):
     """Two graphs, the first call's static one and the dynamic one, serve every T and B."""
     counter = CompileCounterWithBackend("aot_eager")
