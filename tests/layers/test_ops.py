@@ -354,6 +354,11 @@ def test_jacrev_equals_the_reference(cell, launches):
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
+def of_dual_numbers(f, x):
+    with torch.autograd.forward_ad.dual_level():
+        f(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(
     "differentiate",
@@ -361,15 +366,14 @@ def test_jacrev_equals_the_reference(cell, launches):
         lambda f, x: jvp(f, (x,), (torch.ones_like(x),)),
         lambda f, x: jacfwd(f)(x),
         lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
-        lambda f, x: f(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))),
+        of_dual_numbers,
     ],
     ids=["jvp", "jacfwd", "hessian", "dual numbers"],
 )
 def test_forward_mode_is_refused(cell, differentiate):
     """Never tangents of zero."""
     module = layer(cell)
-    dual_level = torch.autograd.forward_ad.dual_level()
-    with dual_level, pytest.raises(NotImplementedError, match=r"(?i)forward.mode"):
+    with pytest.raises(NotImplementedError, match=r"(?i)forward.mode"):
         differentiate(lambda x: module(x)[0], torch.randn(T, B, INPUT))
 
 
