@@ -12,12 +12,12 @@ ifndef PYTHON
 PYTHON := $(shell for p in python3.11 python3; do "$$p" -c '$(USABLE)' 2>/dev/null && echo "$$p" && break; done)
 endif
 
-PYTEST := -m pytest -n $(JOBS)
+PYTEST := -m pytest -n $(JOBS) --durations=15
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test lint types test-newest test-oldest emulate train audit gpu rehearse bench format clean
+.PHONY: help check test lint types test-newest test-oldest emulate train audit gpu rehearse bench format clean
 
 # Tests say themselves whether they want the interpreter.
 unexport TRITON_INTERPRET
@@ -25,6 +25,20 @@ unexport TRITON_INTERPRET
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PYTHON=... chooses the interpreter (default: python3.11, else python3); ARGS='...' is passed on."
+
+# What `make check` runs: the library's logic, and a few cases each in the interpreter and in the emulator.
+QUICK := tests/repository/test_floors.py tests/repository/test_readme.py tests/repository/test_command_line.py \
+  $(patsubst %,tests/kernels/test_%.py,plan tiling hardware cost measurements metadata forecast counts) \
+  $(patsubst %,tests/layers/test_%.py,functional modules bad_input bad_options bad_tensors step streaming replacement \
+    reference parameters)
+QUICK_INTERPRETED := tests/layers/test_parameters.py tests/layers/test_streaming.py \
+  $(patsubst %,tests/kernels/test_scan.py::test_%,equal_inputs_give_equal_bits bound_rejects_a_lost_term) \
+  tests/kernels/test_scan.py::test_one_slice_keeps_the_bound_with_any_choice
+QUICK_EMULATED := tests/kernels/test_emulated.py::test_as_planned tests/kernels/test_emulated.py::test_a_stack_in_one_launch
+
+check: lint types ## in under 3 minutes on two idle cores: lint, types and the quick tests, for the daily loop
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(NEWEST)/bin/python $(PYTEST) -m interpreter $(QUICK_INTERPRETED) $(ARGS)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "not interpreter and not gpu" $(QUICK) $(QUICK_EMULATED) $(ARGS)
 
 test: lint types test-newest test-oldest ## all that needs no GPU, on both Triton versions; what CI runs
 
@@ -36,8 +50,8 @@ test-newest: $(NEWEST)/.dev ## every test that needs no GPU, newest Triton
 
 test-oldest: $(OLDEST)/.dev ## the kernels' tests, oldest Triton; not those of torch around them
 	@echo "== $(OLDEST): $$(tr '\n' ' ' <$(OLDEST)/versions.txt)"
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(OLDEST)/bin/python $(PYTEST) -m "interpreter and not gpu" -k "not compile" tests \
-	  $(patsubst %,--ignore=tests/test_%.py,scale parameters mixed_precision third_party second cut_transforms profile language_model signals) $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(OLDEST)/bin/python $(PYTEST) -m "interpreter and not gpu" -k "not compile" \
+	  tests/kernels tests/layers/test_unread_values.py $(ARGS)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "(audit or emulator) and not gpu" tests $(ARGS)
 
 emulate: $(NEWEST)/.dev $(OLDEST)/.dev ## more of the compiled kernels in the emulator, on both Triton versions (about half an hour)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from checkout import changes, listing
+from checkout import listing
 
 if TYPE_CHECKING:
     from emulator import Session
@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkout_before() -> list[dict[str, int]]:
+def checkout_before() -> list[set[tuple[str, int]]]:
     """What lay in the checkout when the test before ended, and before the first one."""
     return [listing()]
 
@@ -37,7 +37,7 @@ def working_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(autouse=True)
 def outside_the_checkout(
     request: pytest.FixtureRequest,
-    checkout_before: list[dict[str, int]],
+    checkout_before: list[set[tuple[str, int]]],
     working_folders: list[Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[None]:
@@ -55,9 +55,10 @@ def outside_the_checkout(
     earlier, now = checkout_before[0], listing()
     checkout_before[:] = [now]
     if earlier != now:
+        paths = ", ".join(sorted({path for path, _ in earlier ^ now}))
         pytest.fail(
             "left in the checkout, by this test (with -n perhaps by one that another worker runs: -n 0 tells) or by "
-            f"something else meanwhile: {', '.join(changes(earlier, now))}; a test writes to its tmp_path",
+            f"something else meanwhile: {paths}; a test writes to its tmp_path",
             pytrace=False,
         )
 

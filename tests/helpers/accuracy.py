@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from pairs import PAIRS, as_hx, states, tensors
 from torch import Tensor
 
-import persistrnn
 from persistrnn import autograd
 
-MODULES = {"lstm": (persistrnn.LSTM, torch.nn.LSTM), "gru": (persistrnn.GRU, torch.nn.GRU)}
+MODULES = PAIRS
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -51,9 +51,9 @@ FACTORS = {
     "cell": ("lstm", "gru"),
     "dtype": ("fp32", "fp16", "bf16"),
     # One unit has a test of its own: its gates are nearly the same at all steps, so that their rounding errors add up.
-    "hidden": (2, 10, 18, 25, 64, 100, 128, 200),
-    "batch": (1, 3, 17, 33),
-    "steps": (1, 2, 9),
+    "hidden": (2, 10, 18, 25, 64, 136),
+    "batch": (1, 3, 17),
+    "steps": (1, 2, 7),
     "layers": (1, 2, 3),
     "bidirectional": (False, True),
     "bias": (True, False),
@@ -79,18 +79,15 @@ def pairwise(factors: dict[str, tuple], seed: int = 0, candidates: int = 40) -> 
 
 
 def cases() -> list[Case]:
-    return [Case(**row) for row in pairwise(FACTORS)]
+    """With a seed that gives each class of cell and dtype three cases at least, none of them tiny in all."""
+    return [Case(**row) for row in pairwise(FACTORS, seed=51)]
 
 
-def _run(module, dtype, device, tensors: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+def _run(module, dtype, device, given: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Outputs and gradients by name, in float64 on the CPU."""
-    leaves = {n: t.to(device, dtype).requires_grad_() for n, t in tensors.items()}
-    hx = None
-    if "h0" in leaves:
-        hx = (leaves["h0"], leaves["c0"]) if "c0" in leaves else leaves["h0"]
-    y, final = module(leaves["x"], hx)
-    h_n, c_n = final if isinstance(final, tuple) else (final, None)
-    outputs = {"y": y, "h_n": h_n} | ({} if c_n is None else {"c_n": c_n})
+    leaves = {n: t.to(device, dtype).requires_grad_() for n, t in given.items()}
+    hx = as_hx(leaves[n] for n in ("h0", "c0") if n in leaves)
+    outputs = dict(zip(("y", "h_n", "c_n"), tensors(module(leaves["x"], hx)), strict=False))
     inputs = leaves | dict(module.named_parameters())
     grads = torch.autograd.grad(
         list(outputs.values()), list(inputs.values()), [gradients[n].to(device, dtype) for n in outputs]
@@ -126,23 +123,21 @@ def run(case: Case, seed: int, device: str = "cpu") -> tuple[dict[str, Tensor], 
         module.load_state_dict(ours.state_dict())
     directions = 2 if case.bidirectional else 1
     state = (case.layers * directions, case.batch, case.hidden)
-    tensors = {"x": torch.randn(case.steps, case.batch, case.input)}
+    given = {"x": torch.randn(case.steps, case.batch, case.input)}
     if case.state:
-        tensors["h0"] = torch.randn(state)
-        if case.cell == "lstm":
-            tensors["c0"] = torch.randn(state)
+        given |= zip(("h0", "c0"), states(case.cell, *state), strict=False)
     gradients = {
         "y": torch.randn(case.steps, case.batch, directions * case.hidden),
         "h_n": torch.randn(state),
         "c_n": torch.randn(state),
     }
     # The same rounded numbers for all three.
-    tensors, gradients = ({n: t.to(dtype) for n, t in d.items()} for d in (tensors, gradients))
+    given, gradients = ({n: t.to(dtype) for n, t in d.items()} for d in (given, gradients))
     with exact_gemms(device):
-        results = [_run(ours, dtype, device, tensors, gradients)]
-    results.append(_run(truth, torch.float64, "cpu", tensors, gradients))
+        results = [_run(ours, dtype, device, given, gradients)]
+    results.append(_run(truth, torch.float64, "cpu", given, gradients))
     with torch.backends.mkldnn.flags(enabled=False):
-        results.append(_run(witness, dtype, device, tensors, gradients))
+        results.append(_run(witness, dtype, device, given, gradients))
     return results[0], results[1], results[2]
 
 

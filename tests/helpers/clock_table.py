@@ -42,14 +42,14 @@ MODULES = {"lstm": persistrnn.LSTM, "gru": persistrnn.GRU}
 @lru_cache
 def functions(file: str) -> list[tuple[int, int, str]]:
     """(first line, last line, name) of the functions of a file of the kernels."""
-    tree = ast.parse((ROOT / "kernels" / file).read_text())
+    tree = ast.parse((ROOT / "kernels" / "device" / file).read_text())
     return [(n.lineno, n.end_lineno or 0, n.name) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
 
 
 def named(line: str) -> str:
-    """ "cells.py:28" as "cells.py:28 sigmoid"."""
+    """ "pointwise.py:28" as "cells.py:28 sigmoid"."""
     file, _, row = line.partition(":")
-    if not row.isdecimal() or not (ROOT / "kernels" / file).exists():
+    if not row.isdecimal() or not (ROOT / "kernels" / "device" / file).exists():
         return line
     return " ".join([line, *(name for first, last, name in functions(file) if first <= int(row) <= last)])
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import accuracy
 import torch
+from pairs import CELLS, as_hx, tensors
 from torch import Tensor
 
 
@@ -39,7 +40,7 @@ def episodes(case: Case, lengths: Tensor | None, resets: Tensor | None, row: int
 def by_pieces(module: torch.nn.Module, case: Case, leaves: dict[str, Tensor], lengths, resets) -> list[Tensor]:
     """[y, h_n] or [y, h_n, c_n] of torch.nn's ``module``, row by row and episode by episode."""
     D = 2 if case.bidirectional else 1
-    names = ["h", "c"] if case.cell == "lstm" else ["h"]
+    names = "hc"[: CELLS[case.cell].states]
     widths = {"h": case.proj or case.hidden, "c": case.hidden}
 
     def given(kind: str, name: str, row: int) -> Tensor:
@@ -60,10 +61,10 @@ def by_pieces(module: torch.nn.Module, case: Case, leaves: dict[str, Tensor], le
                 n: torch.stack([given(kind, n, row)[:, d] for d, kind in enumerate(kinds)], 1).flatten(0, 1)
                 for n in names
             }
-            hx = tuple(states[n].unsqueeze(1) for n in names)
-            y, out = module(leaves["x"][a:b, row : row + 1], hx if case.cell == "lstm" else hx[0])
+            hx = as_hx(states[n].unsqueeze(1) for n in names)
+            y, *out = tensors(module(leaves["x"][a:b, row : row + 1], hx))
             parts.append(y[:, 0])
-            for n, s in zip(names, out if case.cell == "lstm" else [out], strict=True):
+            for n, s in zip(names, out, strict=True):
                 ends = s[:, 0].unflatten(0, (case.layers, D))
                 final[n][0] = ends[:, 0]  # of the last episode
                 if D == 2 and number == 0:
@@ -75,14 +76,8 @@ def by_pieces(module: torch.nn.Module, case: Case, leaves: dict[str, Tensor], le
 
 
 def ours(module: torch.nn.Module, case: Case, leaves: dict[str, Tensor], lengths, resets) -> list[Tensor]:
-    names = ["h", "c"] if case.cell == "lstm" else ["h"]
-
-    def pair(kind: str):
-        found = tuple(leaves[f"{kind}_{n}"] for n in names if f"{kind}_{n}" in leaves)
-        return None if not found else found if case.cell == "lstm" else found[0]
-
-    y, final = module(leaves["x"], pair("initial"), lengths=lengths, resets=resets, reset_state=pair("reset"))
-    return [y, *(final if case.cell == "lstm" else [final])]
+    initial, reset = (as_hx(t for name, t in leaves.items() if name.startswith(kind)) for kind in ("initial", "reset"))
+    return tensors(module(leaves["x"], initial, lengths=lengths, resets=resets, reset_state=reset))
 
 
 def run(case: Case, seed: int, backend: str = "persistent", device: str = "cpu") -> tuple[dict[str, Tensor], ...]:
@@ -112,12 +107,12 @@ def run(case: Case, seed: int, backend: str = "persistent", device: str = "cpu")
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    tensors = {"x": numbers(case.steps, case.batch, 5)}
+    given = {"x": numbers(case.steps, case.batch, 5)}
     for kind, there in (("initial", case.state), ("reset", case.reset_state)):
         if there:
-            tensors[f"{kind}_h"] = numbers(rows, case.batch, features)
-            if case.cell == "lstm":
-                tensors[f"{kind}_c"] = numbers(rows, case.batch, case.hidden)
+            given[f"{kind}_h"] = numbers(rows, case.batch, features)
+            if CELLS[case.cell].states > 1:
+                given[f"{kind}_c"] = numbers(rows, case.batch, case.hidden)
     cotangents = {
         "y": numbers(case.steps, case.batch, D * features),
         "h_n": numbers(rows, case.batch, features),
@@ -126,7 +121,7 @@ def run(case: Case, seed: int, backend: str = "persistent", device: str = "cpu")
     results = []
     for call, module in zip((ours, by_pieces, by_pieces), modules, strict=True):
         like = next(module.parameters())
-        leaves = {n: t.to(like.device, like.dtype).requires_grad_() for n, t in tensors.items()}
+        leaves = {n: t.to(like.device, like.dtype).requires_grad_() for n, t in given.items()}
         cut = [t if t is None or call is by_pieces else t.to(like.device) for t in (lengths, resets)]
         with torch.backends.mkldnn.flags(enabled=False):
             outputs = dict(zip(cotangents, call(module, case, leaves, *cut), strict=False))

@@ -1,5 +1,6 @@
 """What the tests on a GPU share: plans, operands, and the bound of accuracy.py on the kernels and on nothing else."""
 
+import contextlib
 import itertools
 
 import accuracy
@@ -16,11 +17,22 @@ from persistrnn.kernels.device.scan import scan_backward, scan_forward
 
 DEVICE = "cuda"
 SEEDS = 3
+REPEATS = 200
 
 
 def synchronize():
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def no_waits():
+    """Inside, the host that waits for the device is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def planned(cell, hidden, batch, directions, dtype):
@@ -119,6 +131,19 @@ def outputs_and_gradients(cell, made, cotangents):
     outputs = [t for t in autograd.recurrent(cell, *made.values(), persistrnn.functional.precision()) if t is not None]
     leaves = [t for t in made.values() if t is not None]
     return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, leaves, cotangents))
+
+
+def check_same_bits(layer, x, **given):
+    """Outputs and gradients do not change from run to run: a stale or half-written tile would show."""
+
+    def run():
+        y, _ = layer(x, **given)
+        return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))]
+
+    expected = run()
+    assert layer.last_path == "persistent"
+    assert all(t.isfinite().all() for t in expected)
+    assert sum(count_differences(run(), expected) for _ in range(REPEATS)) == 0
 
 
 def count_differences(found, expected):

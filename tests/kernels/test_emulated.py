@@ -9,15 +9,13 @@ import emulated as cases
 import pytest
 import torch
 from emulated import ARCHITECTURES, COUNTER, FLAGS, GROUPS, failures, precise
-from emulator import EmulatorError, Schedule
+from emulator import Schedule
 from emulator.opcodes import ACQUIRE, LOAD, RELEASE, STORE
 from forced import force_waves
 from gpu import operands, outputs_and_gradients
 
 import persistrnn
 from persistrnn import reference
-from persistrnn.kernels import launch
-from persistrnn.kernels.device.exchange import Exchange
 from persistrnn.kernels.planner import memory
 
 pytestmark = pytest.mark.emulator
@@ -76,9 +74,7 @@ def test_rows_that_begin_anew_or_end(emulated, forced, monkeypatch, arch, protoc
     precise(monkeypatch, "ieee")
     emulated(arch)
     forced(protocol)
-    bound = accuracy.Bound(accuracy.DTYPES[case.dtype])
-    bound.add(case, *cuts.run(case, 0))
-    assert bound.failures == []
+    assert failures(case) == []
 
 
 @pytest.mark.parametrize(("cell", "dtype"), [("lstm", torch.bfloat16), ("gru", torch.float32)])
@@ -224,31 +220,6 @@ def test_each_announcement_has_one_barrier(emulated, forced):
     assert before[-2:] == ["st", "bar"], "stored, one barrier, told"
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("pattern", "by", "message"),
-    [
-        (r"(ld\.global\.cg[.\w]*\s+[^\[]*\[ ?%rd\d+ \+ )0( \])", r"\g<1>1048576\2", "outside of every tensor; nearest"),
-        (r"(st\.global\.b16 \[ %rd\d+ \+ )0( \])", r"\g<1>1\2", "misaligned"),
-        (r"(ldmatrix[^;]*\[%r\d+)[^\]]*\]", r"\1+1048576]", "shared access of 16 bytes"),
-        (r"st\.shared\S*\s[^;]*;", "", "which nobody wrote"),
-        (r"ldmatrix", "ldmatrices", "ldmatrices.*does not know"),
-        (r"add\.f32", "add.sat.f32", "add.sat.f32.*a modifier that the emulator does not know: sat"),
-    ],
-)
-def test_a_wrong_access_is_told(emulated, forced, pattern, by, message):
-    def mutate(ptx):
-        return cases.replaced(pattern, by)(ptx) if "scan_forward" in ptx else ptx
-
-    emulated("sm_90", mutate=mutate)
-    forced(homes="shared")
-    layer = persistrnn.LSTM(4, 24, backend="persistent", dtype=torch.bfloat16)
-    with torch.no_grad(), pytest.raises(EmulatorError, match=message):
-        layer(torch.randn(3, 3, 4, dtype=torch.bfloat16))
-
-
 # ---- waits that run out, NaN --------------------------------------------------------------------------------------
 
 
@@ -327,9 +298,3 @@ def test_nan_passes_tf32(emulated, forced, monkeypatch):
             y = persistrnn.GRU(4, 24, backend="persistent")(torch.randn(2, 2, 4), h0)[0]
         assert y[:, 0].isnan().all()
         assert not y[:, 1].isnan().any()
-
-
-def test_the_interpreter_is_not_meant(emulated):
-    emulated("sm_90")
-    assert not launch.INTERPRETED
-    assert launch.exchange_for(torch.device("cpu")) == Exchange()

@@ -4,7 +4,6 @@ H=1024, offsets past 31 bits, more schedules. Run by `make emulate`."""
 import dataclasses
 
 import accuracy
-import cuts
 import pytest
 import test_exchange
 import test_lengths_and_resets
@@ -14,7 +13,7 @@ import torch
 from emulated import ARCHITECTURES, failures, precise
 from emulator import EmulatorError, Schedule
 from emulator.opcodes import ACQUIRE, LOAD, RELEASE, STORE
-from forced import force_waves
+from forced import force, force_waves
 
 import persistrnn
 from persistrnn.kernels import launch
@@ -44,50 +43,29 @@ def check(bound_failures, arch):
         pytest.skip(f"not modelled: {error}")
 
 
-def cut_failures(case):
-    bound = accuracy.Bound(accuracy.DTYPES[case.dtype])
-    bound.add(case, *cuts.run(case, 0))
-    return bound.failures
+# What the interpreter runs in a concurrent grid: (how it is forced, protocol, choice, case).
+CASES = [
+    *(
+        (force, protocol, chosen, accuracy.Case(cell, dtype, hidden, batch, 3, layers, bidirectional, True, True))
+        for cell, dtype, protocol, hidden, batch, layers, bidirectional, chosen in test_exchange.CASES
+    ),
+    *(
+        (force_waves, protocol, chosen, accuracy.Case(cell, dtype, hidden, batch, 4, layers, False, bias, state))
+        for cell, dtype, protocol, hidden, batch, layers, bias, state, chosen in test_wave.CASES
+    ),
+    *((force, *marked) for marked in test_lengths_and_resets.SLICED),
+    *((force_waves, *marked) for marked in test_lengths_and_resets.WAVES),
+]
 
 
-@pytest.mark.parametrize("index", range(len(test_exchange.CASES)))
+@pytest.mark.parametrize("index", range(len(CASES)))
 @pytest.mark.parametrize("arch", EVERY)
-def test_exchange_cases(emulated, forced, monkeypatch, arch, index):
-    cell, dtype, protocol, hidden, batch, layers, bidirectional, chosen = test_exchange.CASES[index]
+def test_cases_of_the_interpreter(emulated, monkeypatch, arch, index):
+    how, protocol, chosen, case = CASES[index]
     precise(monkeypatch, "ieee")
     emulated(arch, units=("programs", "warps")[index % 2], schedule=schedule(index))
-    forced(protocol, **chosen)
-    check(lambda: failures(accuracy.Case(cell, dtype, hidden, batch, 3, layers, bidirectional, True, True)), arch)
-
-
-@pytest.mark.parametrize("index", range(len(test_wave.CASES)))
-@pytest.mark.parametrize("arch", EVERY)
-def test_wave_cases(emulated, monkeypatch, arch, index):
-    cell, dtype, protocol, hidden, batch, layers, bias, state, chosen = test_wave.CASES[index]
-    precise(monkeypatch, "ieee")
-    emulated(arch, schedule=schedule(index))
-    force_waves(monkeypatch, protocol, **chosen)
-    check(lambda: failures(accuracy.Case(cell, dtype, hidden, batch, 4, layers, False, bias, state)), arch)
-
-
-@pytest.mark.parametrize("index", range(len(test_lengths_and_resets.SLICED)))
-@pytest.mark.parametrize("arch", EVERY)
-def test_marks_of_slices(emulated, forced, monkeypatch, arch, index):
-    protocol, chosen, case = test_lengths_and_resets.SLICED[index]
-    precise(monkeypatch, "ieee")
-    emulated(arch, schedule=schedule(index))
-    forced(protocol, **chosen)
-    check(lambda: cut_failures(case), arch)
-
-
-@pytest.mark.parametrize("index", range(len(test_lengths_and_resets.WAVES)))
-@pytest.mark.parametrize("arch", EVERY)
-def test_marks_of_waves(emulated, monkeypatch, arch, index):
-    protocol, chosen, case = test_lengths_and_resets.WAVES[index]
-    precise(monkeypatch, "ieee")
-    emulated(arch, schedule=schedule(index))
-    force_waves(monkeypatch, protocol, **chosen)
-    check(lambda: cut_failures(case), arch)
+    how(monkeypatch, protocol, **chosen)
+    check(lambda: failures(case), arch)
 
 
 @pytest.mark.parametrize("case", test_memory_modes.CASES, ids=str)

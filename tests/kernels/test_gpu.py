@@ -11,11 +11,14 @@ import pytest
 import torch
 from gpu import (
     DEVICE,
+    REPEATS,
+    SEEDS,
     check_bound,
     compiled_kernels,
     count_differences,
     many_slices,
     needs_plan,
+    no_waits,
     one_slice,
     operands,
     outputs_and_gradients,
@@ -24,6 +27,7 @@ from gpu import (
     synchronize,
     two_dimensions,
 )
+from pairs import make_layer
 
 import persistrnn
 from persistrnn import autograd
@@ -34,7 +38,6 @@ from persistrnn.kernels.planner.plan import BATCH_CLASSES
 
 pytestmark = pytest.mark.gpu
 
-REPEATS = 200
 PROTOCOLS = ("counter", "flags")
 
 # (hidden, batch, steps, layers, bidirectional, bias, state)
@@ -118,48 +121,38 @@ def choices(monkeypatch):
     return keep
 
 
+# Name: (shapes, of what kind the plans are, whether the bound is pooled, seeds). Case by case where a ratio of two
+# rounding errors of a few numbers says little, and where each class of batch sizes has a plan of its own.
+BOUNDS = {
+    "tiny": (TINY, one_slice, False, SEEDS),
+    "small": (SMALL, None, True, SEEDS),
+    **{f"large {shape[0]}": ([shape], many_slices, True, SEEDS) for shape in LARGE},
+    "batches": ([(1024, batch, 12, 1, False, True, True) for batch in BATCHES], many_slices, False, 1),
+    "long": ([(1024, 2, 2048, 1, False, True, True)], many_slices, True, SEEDS),
+}
+OF_PROTOCOLS = {"sliced": (SLICED, many_slices), "two dimensions": (TWO_DIMENSIONS, two_dimensions)}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
 @pytest.mark.parametrize(("dtype", "asked"), PRECISION)
 @pytest.mark.parametrize("cell", CELLS)
-def test_tiny_sizes_keep_the_bound(cell, dtype, asked, precision):
-    """Case by case: a ratio of two rounding errors of a few numbers says little."""
+def test_sizes_keep_the_bound(cell, dtype, asked, name, precision):
     precision(asked)
-    check_bound(cell, dtype, asked, TINY, one_slice, pooled=False)
+    shapes, expected, pooled, seeds = BOUNDS[name]
+    needs_plan(cell, max(shape[0] for shape in shapes), accuracy.DTYPES[dtype])
+    check_bound(cell, dtype, asked, shapes, expected, pooled, seeds)
 
 
-@pytest.mark.parametrize(("dtype", "asked"), PRECISION)
-@pytest.mark.parametrize("cell", CELLS)
-def test_small_sizes_keep_the_bound(cell, dtype, asked, precision):
-    """One slice or a few, as planned."""
-    precision(asked)
-    check_bound(cell, dtype, asked, SMALL)
-
-
+@pytest.mark.parametrize("name", OF_PROTOCOLS)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize(("dtype", "asked"), PRECISION)
 @pytest.mark.parametrize("cell", CELLS)
-def test_many_slices_keep_the_bound(cell, dtype, asked, protocol, precision, exchange):
+def test_protocols_keep_the_bound(cell, dtype, asked, protocol, name, precision, exchange):
     precision(asked)
     exchange(protocol=protocol)
-    check_bound(cell, dtype, asked, SLICED, many_slices)
-
-
-@pytest.mark.parametrize("shape", LARGE, ids=lambda shape: f"{shape[0]}")
-@pytest.mark.parametrize(("dtype", "asked"), PRECISION)
-@pytest.mark.parametrize("cell", CELLS)
-def test_large_sizes_keep_the_bound(cell, dtype, asked, shape, precision):
-    precision(asked)
-    needs_plan(cell, shape[0], accuracy.DTYPES[dtype])
-    check_bound(cell, dtype, asked, [shape], many_slices)
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize(("dtype", "asked"), PRECISION)
-@pytest.mark.parametrize("cell", CELLS)
-def test_two_dimensions_keep_the_bound(cell, dtype, asked, protocol, precision, exchange):
-    precision(asked)
-    exchange(protocol=protocol)
-    needs_plan(cell, 1024, accuracy.DTYPES[dtype])
-    check_bound(cell, dtype, asked, TWO_DIMENSIONS, two_dimensions)
+    shapes, expected = OF_PROTOCOLS[name]
+    needs_plan(cell, max(shape[0] for shape in shapes), accuracy.DTYPES[dtype])
+    check_bound(cell, dtype, asked, shapes, expected)
 
 
 @pytest.mark.parametrize(("cell", "shape"), STREAMED, ids=lambda x: x if isinstance(x, str) else f"{x[0]}")
@@ -168,24 +161,6 @@ def test_streamed_sizes_keep_the_bound(cell, dtype, asked, shape, precision):
     precision(asked)
     needs_plan(cell, shape[0], accuracy.DTYPES[dtype])
     check_bound(cell, dtype, asked, [shape], streams)
-
-
-@pytest.mark.parametrize(("dtype", "asked"), PRECISION)
-@pytest.mark.parametrize("cell", CELLS)
-def test_every_plan_of_a_batch_keeps_the_bound(cell, dtype, asked, precision):
-    """Each class of batch sizes has a plan of its own."""
-    precision(asked)
-    needs_plan(cell, 1024, accuracy.DTYPES[dtype])
-    shapes = [(1024, batch, 12, 1, False, True, True) for batch in BATCHES]
-    check_bound(cell, dtype, asked, shapes, many_slices, pooled=False, seeds=1)
-
-
-@pytest.mark.parametrize(("dtype", "asked"), PRECISION)
-@pytest.mark.parametrize("cell", CELLS)
-def test_long_sequences_keep_the_bound(cell, dtype, asked, precision):
-    precision(asked)
-    needs_plan(cell, 1024, accuracy.DTYPES[dtype])
-    check_bound(cell, dtype, asked, [(1024, 2, 2048, 1, False, True, True)], many_slices)
 
 
 REPEATED = [
@@ -369,7 +344,7 @@ def test_a_busy_device_delays_and_does_not_break():
 @pytest.mark.parametrize("hidden", [64, 512])
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_host_never_waits(cell, hidden):
-    module = accuracy.MODULES[cell][0](32, hidden, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
+    module = make_layer(cell, 32, hidden, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
     x = torch.randn(20, 17, 32, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
 
     def step():
@@ -381,13 +356,10 @@ def test_the_host_never_waits(cell, hidden):
 
     step()
     synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         with pytest.raises(RuntimeError, match="synchroniz"):
             x.sum().item()  # the trap is armed
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("hidden", [100, 512, 1024])

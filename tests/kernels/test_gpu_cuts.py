@@ -5,8 +5,9 @@ import cuts
 import pytest
 import torch
 from cuts import Case
-from gpu import DEVICE, synchronize
-from test_gpu import PROTOCOLS, REPEATS, a_gpu, exchange, precision
+from gpu import DEVICE, check_same_bits, no_waits, synchronize
+from pairs import PAIRS, make_layer, pair
+from test_gpu import PROTOCOLS, a_gpu, exchange, precision
 from torch import nn
 
 import persistrnn
@@ -55,10 +56,7 @@ def test_projections_keep_the_bound(dtype, precision):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_packed_sequences_agree_with_torch_nn(cell):
-    torch.manual_seed(0)
-    layer = accuracy.MODULES[cell][0](24, 256, 2, bidirectional=True, device=DEVICE, backend="persistent")
-    truth = accuracy.MODULES[cell][1](24, 256, 2, bidirectional=True, device=DEVICE)
-    truth.load_state_dict(layer.state_dict())
+    layer, truth = pair(cell, 24, 256, 2, bidirectional=True, device=DEVICE, backend="persistent")
     lengths = torch.randint(1, 60, (19,))
     packed = nn.utils.rnn.pack_padded_sequence(torch.randn(60, 19, 24, device=DEVICE), lengths, enforce_sorted=False)
     found, expected = layer(packed), truth(packed)
@@ -68,25 +66,16 @@ def test_packed_sequences_agree_with_torch_nn(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_results_do_not_change_between_runs(cell):
-    torch.manual_seed(1)
-    layer = accuracy.MODULES[cell][0](64, 256, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
+    layer = make_layer(cell, 64, 256, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
     x = torch.randn(50, 24, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     cut = {"lengths": torch.randint(0, 51, (24,), device=DEVICE), "resets": torch.rand(50, 24, device=DEVICE) < 0.1}
-
-    def run():
-        y, _ = layer(x, **cut)
-        return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))]
-
-    expected = run()
-    assert layer.last_path == "persistent"
-    for _ in range(REPEATS):
-        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+    check_same_bits(layer, x, **cut)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_host_never_waits_for_lengths(cell):
-    layer = accuracy.MODULES[cell][0](32, 256, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
+    layer = make_layer(cell, 32, 256, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
     x = torch.randn(20, 17, 32, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     lengths, resets = torch.randint(0, 21, (17,), device=DEVICE), torch.rand(20, 17, device=DEVICE) < 0.2
 
@@ -96,11 +85,8 @@ def test_the_host_never_waits_for_lengths(cell):
 
     step()
     synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_lengths_out_of_range_are_clamped_and_raised_once():
@@ -120,8 +106,7 @@ def test_lengths_out_of_range_are_clamped_and_raised_once():
 @pytest.mark.parametrize("cell", CELLS)
 def test_cuda_graph_of_a_training_step(cell, hidden):
     """Captured once, replayed with other numbers: what the eager step gives, bit for bit."""
-    torch.manual_seed(0)
-    layer = accuracy.MODULES[cell][0](32, hidden, 2, device=DEVICE, dtype=torch.bfloat16, backend="persistent")
+    layer = make_layer(cell, 32, hidden, 2, device=DEVICE, dtype=torch.bfloat16, backend="persistent")
     x = torch.randn(30, 8, 32, device=DEVICE, dtype=torch.bfloat16)
     lengths = torch.full((8,), 30, device=DEVICE)
 
@@ -149,32 +134,11 @@ def test_cuda_graph_of_a_training_step(cell, hidden):
         assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
 
 
-def test_layers_on_several_streams_do_not_deadlock():
-    """Each launch is cooperative: it begins when all of its programs can, so two of them never hold half each."""
-    layers = [persistrnn.LSTM(64, n, device=DEVICE, dtype=torch.bfloat16) for n in (256, 512, 1024, 640)]
-    x = torch.randn(100, 16, 64, device=DEVICE, dtype=torch.bfloat16)
-    with torch.no_grad():
-        expected = [layer(x)[0] for layer in layers]
-        streams = [torch.cuda.Stream() for _ in layers]
-        synchronize()
-        for _ in range(10):
-            found = []
-            for stream, layer in zip(streams, layers, strict=True):
-                with torch.cuda.stream(stream):
-                    found.append(layer(x)[0])
-            synchronize()
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    persistrnn.check()
-
-
 @pytest.mark.parametrize("hidden", [64, 512])
 @pytest.mark.parametrize("cell", CELLS)
 def test_second_derivative(cell, hidden, precision):
     precision("ieee")
-    torch.manual_seed(0)
-    layer = accuracy.MODULES[cell][0](16, hidden, device=DEVICE, backend="persistent")
-    truth = accuracy.MODULES[cell][1](16, hidden, dtype=torch.float64)
-    truth.load_state_dict(layer.state_dict())
+    layer, truth = pair(cell, 16, hidden, device=DEVICE, backend="persistent", truth=True)
     x = torch.randn(6, 3, 16)
     found = []
     for of in (layer, truth):
@@ -189,8 +153,8 @@ def test_second_derivative(cell, hidden, precision):
 @pytest.mark.parametrize("cell", CELLS)
 def test_backward_in_eval_mode(cell, backend):
     """cuDNN refuses it of torch.nn."""
-    layer = accuracy.MODULES[cell][0](16, 64, 2, dropout=0.5, device=DEVICE, backend=backend)
-    truth = accuracy.MODULES[cell][1](16, 64, 2, dtype=torch.float64)
+    layer, _ = pair(cell, 16, 64, 2, dropout=0.5, device=DEVICE, backend=backend)
+    truth = PAIRS[cell][1](16, 64, 2, dtype=torch.float64)
     truth.load_state_dict(layer.state_dict())
     x = torch.randn(20, 8, 16)
     grads = []
@@ -203,7 +167,7 @@ def test_backward_in_eval_mode(cell, backend):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_dropout_is_the_same_on_all_paths(cell):
-    layer = accuracy.MODULES[cell][0](16, 64, 3, dropout=0.5, device=DEVICE, backend="persistent")
+    layer = make_layer(cell, 16, 64, 3, dropout=0.5, device=DEVICE, backend="persistent")
     x = torch.randn(20, 8, 16, device=DEVICE)
     found = []
     for backend in ("persistent", "torch", "torch"):
@@ -212,25 +176,3 @@ def test_dropout_is_the_same_on_all_paths(cell):
         found.append(layer(x)[0])
     assert torch.equal(found[1], found[2])
     torch.testing.assert_close(found[0], found[1], rtol=5e-3, atol=5e-3)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_resets_cost_at_most_five_percent(cell):
-    torch.manual_seed(0)
-    layer = accuracy.MODULES[cell][0](128, 512, device=DEVICE, dtype=torch.bfloat16, backend="persistent")
-    x = torch.randn(2000, 16, 128, device=DEVICE, dtype=torch.bfloat16)
-    resets = torch.rand(2000, 16, device=DEVICE) < 0.01
-
-    def milliseconds(options):
-        times = []
-        for _ in range(12):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            layer(x, **options)[0].sum().backward()
-            end.record()
-            synchronize()
-            times.append(start.elapsed_time(end))
-        return sorted(times[2:])[5]
-
-    plain, cut = milliseconds({}), milliseconds({"resets": resets})
-    assert cut <= 1.05 * plain, f"{cut:.3f} ms with resets, {plain:.3f} without"

@@ -20,7 +20,7 @@ def run(name: str) -> subprocess.CompletedProcess[str]:
     """A program of gsan_runs; the test is skipped, with the reason, where GSan is not there or cannot be enabled."""
     if reason := gsan_runs.missing():
         pytest.skip(reason)
-    command = [sys.executable, str(ROOT / "tests" / "gsan_runs.py"), name]
+    command = [sys.executable, gsan_runs.__file__, name]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, env=environment)

@@ -1,10 +1,10 @@
 """``save=`` on a real GPU: equal results, the predicted bytes, and what long sequences take."""
 
-import accuracy
 import pytest
 import torch
 from asked import asked
 from gpu import DEVICE, synchronize
+from pairs import make_layer
 from test_gpu import a_gpu
 from torch import nn
 
@@ -17,8 +17,7 @@ __all__ = ["a_gpu"]  # a fixture
 
 
 def layer_of(cell, *sizes, **options):
-    torch.manual_seed(0)
-    return accuracy.MODULES[cell][0](*sizes, device=DEVICE, dtype=torch.bfloat16, backend="persistent", **options)
+    return make_layer(cell, *sizes, device=DEVICE, dtype=torch.bfloat16, backend="persistent", **options)
 
 
 class Loss(torch.autograd.Function):
@@ -90,20 +89,3 @@ def test_long_training_takes_a_quarter_of_cudnns_memory():
     found = peak_of(ours, torch.randn(steps, batch, hidden, device=DEVICE, dtype=torch.bfloat16))
     assert all(p.grad.isfinite().all() for p in ours.parameters())
     assert found <= cudnn / 4, f"{found / 2**30:.1f} GiB against {cudnn / 2**30:.1f}"
-
-
-def test_state_is_at_most_a_quarter_slower():
-    x = torch.randn(8192, 32, 1024, device=DEVICE, dtype=torch.bfloat16)
-    seconds = {}
-    for save in ("gates", "state"):
-        layer = layer_of("lstm", 1024, 1024, save=save)
-        times = []
-        for _ in range(6):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            train(layer, x)
-            end.record()
-            synchronize()
-            times.append(start.elapsed_time(end))
-        seconds[save] = sorted(times[1:])[2]
-    assert seconds["state"] <= 1.25 * seconds["gates"], seconds

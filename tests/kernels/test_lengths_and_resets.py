@@ -6,6 +6,7 @@ import pytest
 import torch
 from cuts import Case
 from grid import Delays, concurrent_grid
+from pairs import BACKENDS, CELLS, as_hx, make_layer, pair, states, tensors
 from torch import nn
 
 import persistrnn
@@ -13,7 +14,6 @@ from persistrnn import segments
 from persistrnn.kernels import launch
 from persistrnn.kernels.device import marks
 
-CELLS = ("lstm", "gru")
 WAYS = [  # (lengths, resets, state, reset_state)
     (True, False, False, False),
     (True, False, True, False),
@@ -50,6 +50,7 @@ KERNEL_CASES = [
     Case("gru", "bf16", 10, 17, 5, 1, False, 0, False, True, False, False),
     Case("lstm", "fp32", 10, 5, 6, 2, True, 4, True, True, True, True),
     Case("lstm", "bf16", 18, 3, 5, 1, False, 7),
+    Case("gru", "fp32", 10, 3, 1, 1, True, 0, True, True, True, True),  # one step
     Case("lstm", "bf16", 18, 3, 5, 2, True, 7, False, False, True, False),
 ]
 
@@ -112,24 +113,23 @@ def test_waves_keep_the_bound(waves, index):
 @pytest.mark.parametrize("cell", CELLS)
 def test_without_gradients_the_same_bits(cell):
     """c then has three slots: initial, final, reset."""
-    layer = getattr(persistrnn, cell.upper())(5, 10, bidirectional=True, backend="persistent")
-    state = [torch.randn(2, 3, 10) for _ in range(4)]
-    hx, reset = (state[:2], state[2:]) if cell == "lstm" else (state[0], state[1])
+    layer = make_layer(cell, 5, 10, bidirectional=True, backend="persistent")
+    hx, reset = (as_hx(states(cell, 2, 3, 10)) for _ in range(2))
     cut = {"lengths": torch.tensor([4, 0, 3]), "resets": torch.rand(4, 3) < 0.5, "reset_state": reset}
     x = torch.randn(4, 3, 5)
     expected = layer(x, hx, **cut)
     with torch.no_grad():
         found = layer(x, hx, **cut)
-    for a, b in zip(*(torch.utils._pytree.tree_leaves(t) for t in (found, expected)), strict=True):
+    for a, b in zip(*(map(tensors, (found, expected))), strict=True):
         assert torch.equal(a, b.detach())
 
 
-@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_padding_is_zero_and_takes_no_gradient(cell, backend):
     """Whatever stands there, NaN included: no weight's gradient hears of it."""
     torch.manual_seed(0)
-    layer = getattr(persistrnn, cell.upper())(3, 6, 2, bidirectional=True, backend=backend)
+    layer = make_layer(cell, 3, 6, 2, bidirectional=True, backend=backend)
     lengths = torch.tensor([4, 0, 2])
     padding = torch.arange(4)[:, None] >= lengths
     x = torch.randn(4, 3, 3)
@@ -138,7 +138,7 @@ def test_padding_is_zero_and_takes_no_gradient(cell, backend):
         given = torch.where(padding[..., None], filler, x).requires_grad_()
         y, final = layer(given, lengths=lengths)
         assert not y[padding].any()
-        final = final if cell == "lstm" else [final]
+        final = tensors(final)
         outputs = [y, *final]
         grads = torch.autograd.grad(outputs, [given, *layer.parameters()], [torch.ones_like(t) for t in outputs])
         assert not grads[0][padding].any()
@@ -147,7 +147,7 @@ def test_padding_is_zero_and_takes_no_gradient(cell, backend):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_does_not_cross_a_reset(backend):
     layer = persistrnn.LSTM(3, 6, backend=backend)
     x = torch.randn(5, 2, 3, requires_grad=True)
@@ -164,23 +164,23 @@ def test_gradient_does_not_cross_a_reset(backend):
     assert gc[:, 1].all()
 
 
-@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 def test_mask_is_the_sequence_without_its_gaps(cell, proj, backend):
     torch.manual_seed(0)
-    T, B, options = 6, 4, {"proj_size": proj} if proj else {}
-    layer = getattr(persistrnn, cell.upper())(3, 6, 2, bidirectional=True, batch_first=True, backend=backend, **options)
+    T, B = 6, 4
+    layer = make_layer(cell, 3, 6, 2, bidirectional=True, batch_first=True, backend=backend, proj_size=proj)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]]).bool()
     x = torch.randn(B, T, 3, requires_grad=True)
-    states = [torch.randn(4, B, n, requires_grad=True) for n in (proj or 6, 6)][: 2 if cell == "lstm" else 1]
-    hx = tuple(states) if cell == "lstm" else states[0]
+    states = [torch.randn(4, B, n, requires_grad=True) for n in (proj or 6, 6)][: CELLS[cell].states]
+    hx = as_hx(states)
     y, final = layer(x, hx, mask=mask)
-    final = final if cell == "lstm" else [final]
+    final = tensors(final)
     counts = mask.sum(1)
     order = torch.argsort(~mask, dim=1, stable=True)  # each row's steps first
     dense = x.gather(1, order[..., None].expand_as(x))
     y_dense, expected = layer(dense, hx, lengths=counts)
-    expected = expected if cell == "lstm" else [expected]
+    expected = tensors(expected)
     back = torch.argsort(order, dim=1)[..., None].expand_as(y_dense)
     outputs = [y, *final], [y_dense.gather(1, back), *expected]
     for a, b in zip(*outputs, strict=True):
@@ -198,7 +198,7 @@ def prefixes(layer, x, hx):
     return torch.cat([layer(x[: t + 1], hx)[1][1][-1:] for t in range(x.shape[0])])
 
 
-@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("proj", [0, 3])
 def test_every_c_and_its_gradients(backend, layers, proj):
@@ -254,13 +254,11 @@ def test_every_c_without_gradients_and_in_float32():
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 def test_packed_sequences_on_the_kernels(cell, proj, batch_first, sort):
     torch.manual_seed(0)
-    options = {"bidirectional": True, "batch_first": batch_first} | ({"proj_size": proj} if proj else {})
-    layer = getattr(persistrnn, cell.upper())(4, 10, backend="persistent", **options)
-    truth = getattr(nn, cell.upper())(4, 10, **options)
-    truth.load_state_dict(layer.state_dict())
+    options = {"bidirectional": True, "batch_first": batch_first, "proj_size": proj}
+    layer, truth = pair(cell, 4, 10, backend="persistent", **options)
     lengths = torch.tensor([5, 4, 2] if sort else [2, 5, 4])
     states = [torch.randn(2, 3, n) for n in (proj or 10, 10)]
-    hx = tuple(states) if cell == "lstm" else states[0]
+    hx = as_hx(states)
     x = torch.randn((3, 5, 4) if batch_first else (5, 3, 4))
     results = []
     for module in (layer, truth):
@@ -270,7 +268,7 @@ def test_packed_sequences_on_the_kernels(cell, proj, batch_first, sort):
         assert isinstance(output, nn.utils.rnn.PackedSequence)
         y, found = nn.utils.rnn.pad_packed_sequence(output, batch_first)
         assert torch.equal(found, lengths)
-        outputs = [y, *(final if cell == "lstm" else [final])]
+        outputs = [y, *tensors(final)]
         grads = torch.autograd.grad(outputs, [leaf, *module.parameters()], [torch.ones_like(o) for o in outputs])
         results.append([*outputs, *grads])
     assert layer.last_path == "persistent"
@@ -281,7 +279,7 @@ def test_packed_sequences_on_the_kernels(cell, proj, batch_first, sort):
 # ---- reinforcement learning ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_recurrent_policy_is_the_loop_over_steps(backend):
     """As a recurrent PPO evaluates a rollout: one call with resets against a step at a time, its state masked."""
     torch.manual_seed(0)
@@ -326,15 +324,15 @@ def test_marks():
     assert not segments.first_steps(active, 2)[:, 1].any()
 
 
-@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 @pytest.mark.parametrize("where", ["before a reset", "of no step", "of a reset that never comes"])
 def test_a_nan_that_no_step_reads_goes_nowhere(where, cell, proj, backend):
-    layer = getattr(persistrnn, cell.upper())(3, 6, backend=backend, **({"proj_size": proj} if proj else {}))
-    states = [[torch.zeros(1, 2, n) for n in (proj or 6, 6)][: 2 if cell == "lstm" else 1] for _ in range(2)]
+    layer = make_layer(cell, 3, 6, backend=backend, proj_size=proj)
+    states = [[torch.zeros(1, 2, n) for n in (proj or 6, 6)][: CELLS[cell].states] for _ in range(2)]
     for s in states[where == "of a reset that never comes"]:
         s[:, 0] = torch.nan
-    hx, reset = (tuple(s) if cell == "lstm" else s[0] for s in states)
+    hx, reset = map(as_hx, states)
     resets = torch.zeros(3, 2, dtype=torch.bool)
     resets[0, 0] = where == "before a reset"
     cut = {"lengths": torch.tensor([0, 3])} if where == "of no step" else {"resets": resets, "reset_state": reset}
@@ -345,7 +343,7 @@ def test_a_nan_that_no_step_reads_goes_nowhere(where, cell, proj, backend):
 
 
 @pytest.mark.parametrize("batch", [0, 2])
-@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_c_has_its_dtype_on_every_path(batch, backend):
     layer = persistrnn.LSTM(3, 6, dtype=torch.bfloat16, cell_dtype=torch.float32, backend=backend)
     x = torch.zeros(4, batch, 3, dtype=torch.bfloat16)
@@ -361,10 +359,10 @@ def test_lengths_out_of_range_are_told_by_the_next_call(monkeypatch):
 # ---- limits --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 def test_an_empty_batch(cell, proj, backend):
-    layer = getattr(persistrnn, cell.upper())(3, 6, 2, backend=backend, **({"proj_size": proj} if proj else {}))
+    layer = make_layer(cell, 3, 6, 2, backend=backend, proj_size=proj)
     x = torch.randn(4, 0, 3, requires_grad=True)
     nothing = torch.zeros(4, 0, dtype=torch.bool)
     y, _ = layer(x, lengths=torch.zeros(0, dtype=torch.long), resets=nothing)
@@ -375,45 +373,31 @@ def test_an_empty_batch(cell, proj, backend):
     assert layer(x, mask=nothing)[0].shape == (4, 0, proj or 6)
 
 
-@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_rows_without_a_step(cell, backend):
     """All of length zero: the initial state comes out, and its gradient is the final one's."""
-    layer = getattr(persistrnn, cell.upper())(3, 6, bidirectional=True, backend=backend)
-    states = [torch.randn(2, 2, 6, requires_grad=True) for _ in range(2 if cell == "lstm" else 1)]
-    y, final = layer(torch.randn(3, 2, 3), tuple(states) if cell == "lstm" else states[0], lengths=torch.zeros(2).int())
+    layer = make_layer(cell, 3, 6, bidirectional=True, backend=backend)
+    states = [torch.randn(2, 2, 6, requires_grad=True) for _ in range(CELLS[cell].states)]
+    y, final = layer(torch.randn(3, 2, 3), as_hx(states), lengths=torch.zeros(2).int())
     assert not y.any()
-    final = list(final) if cell == "lstm" else [final]
+    final = tensors(final)
     assert all(torch.equal(a, b) for a, b in zip(final, states, strict=True))
     cotangents = [torch.randn_like(s) for s in states]
     grads = torch.autograd.grad(final, states, cotangents)
     assert all(torch.equal(a, b) for a, b in zip(grads, cotangents, strict=True))
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("cell", CELLS)
-def test_one_step_with_a_reset(cell):
-    layer = getattr(persistrnn, cell.upper())(3, 6, bidirectional=True, backend="persistent")
-    x, state = torch.randn(1, 2, 3), torch.randn(2, 2, 6)
-    hx = (state, state) if cell == "lstm" else state
-    y, _ = layer(x, hx, resets=torch.tensor([[True, False]]))
-    forward = layer(x)[0][:, :1, :6]
-    torch.testing.assert_close(y[:, :1, :6], forward)
-    torch.testing.assert_close(y[:, 1:], layer(x, hx)[0][:, 1:])
-    torch.testing.assert_close(y[:, :1, 6:], layer(x, hx)[0][:, :1, 6:], msg="nothing ends after the last step")
-
-
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 def test_lengths_of_cpu_tensors_run_on_torchs_kernels(cell, proj, bidirectional):
     """What a mask, which they cannot run, gives step by step."""
-    options = {"proj_size": proj} if proj else {}
-    layer = getattr(persistrnn, cell.upper())(3, 6, 2, bidirectional=bidirectional, batch_first=True, **options)
+    layer = make_layer(cell, 3, 6, 2, bidirectional=bidirectional, batch_first=True, proj_size=proj)
     x, lengths = torch.randn(4, 5, 3, requires_grad=True), torch.tensor([2, 5, 0, 4])
     results, paths = [], []
     for given in ({"lengths": lengths}, {"mask": torch.arange(5) < lengths.unsqueeze(1)}):
         y, final = layer(x, **given)
-        found = [y, *(final if cell == "lstm" else [final])]
+        found = [y, *tensors(final)]
         grads = torch.autograd.grad(sum(t.square().sum() for t in found), [x, *layer.parameters()])
         results.append([*found, *grads])
         paths.append(layer.last_path)

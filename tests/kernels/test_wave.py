@@ -32,7 +32,7 @@ CASES = [
     ("gru", "bf16", "counter", 29, 2, 3, True, False, {"homes": "registers and shared", "units": 16}),
     ("lstm", "fp16", "counter", 13, 19, 2, True, True, {"subtiles": 2, "batch_tile": 8}),
     ("gru", "fp16", "flags", 21, 11, 2, False, True, {"subtiles": 2, "batch_tile": 8, "homes": "shared"}),
-    ("gru", "fp32", "counter", 16, 33, 3, True, True, {"groups": 1}),
+    ("gru", "fp32", "counter", 16, 18, 3, True, True, {"groups": 1}),
     ("lstm", "fp32", "flags", 16, 17, 2, True, True, {"groups": 1, "homes": "registers and shared"}),
 ]
 

@@ -2,25 +2,26 @@
 
 import pytest
 import torch
+from pairs import BACKENDS, CELLS, PATHS, make_layer, states, tensors
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import persistrnn
 from persistrnn import segments
 
-CELLS = ("lstm", "gru")
 SHAPES = [("lstm", 0), ("lstm", 3), ("gru", 0)]
 
 
-@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("cell", "backend"), [("lstm", "auto"), pytest.param("gru", "persistent", marks=pytest.mark.interpreter)]
+)
 def test_compiles_as_one_graph_for_all_lengths(cell, backend):
     torch._dynamo.reset()
-    layer = getattr(persistrnn, cell.upper())(7, 9, backend=backend)
+    layer = make_layer(cell, 7, 9, backend=backend)
     counter = CompileCounterWithBackend("aot_eager")
 
     def call(x, lengths, resets):
-        return torch.utils._pytree.tree_leaves(layer(x, lengths=lengths, resets=resets))
+        return tensors(layer(x, lengths=lengths, resets=resets))
 
     # One graph for all sizes, and one for each way in which they can be 1: torch itself makes those.
     compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=True)
@@ -40,7 +41,7 @@ def test_compiles_as_one_graph_for_all_lengths(cell, backend):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("cell", CELLS)
 def test_vmaps_over_samples(cell):
-    layer = getattr(persistrnn, cell.upper())(3, 6, backend="persistent")
+    layer = make_layer(cell, 3, 6, backend="persistent")
     x, resets = torch.randn(4, 5, 2, 3), torch.rand(4, 5, 2) < 0.4
     lengths = torch.randint(0, 6, (4, 2))
 
@@ -54,8 +55,7 @@ def test_vmaps_over_samples(cell):
 
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 def test_differentiates_twice_step_by_step(cell, proj):
-    options = {"proj_size": proj} if proj else {}
-    layer = getattr(persistrnn, cell.upper())(2, 4, bidirectional=True, dtype=torch.float64, **options)
+    layer = make_layer(cell, 2, 4, bidirectional=True, dtype=torch.float64, proj_size=proj)
     cut = {"lengths": torch.tensor([3, 0, 2]), "resets": torch.rand(3, 3) < 0.5}
     x = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: layer(x, **cut)[0], x)
@@ -63,7 +63,7 @@ def test_differentiates_twice_step_by_step(cell, proj):
 
 # dynamo's own, on any tensor with a history that crosses a graph break
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("backend", ["torch", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("proj", [0, 2])
 @pytest.mark.parametrize("return_c", [False, True])
 def test_compiles_packed_sequences(return_c, proj, backend):
@@ -80,7 +80,7 @@ def test_compiles_packed_sequences(return_c, proj, backend):
     assert all(p.grad is not None for p in layer.parameters())
 
 
-@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("way", ["reset", "mask"])
 def test_compiles_projections_with_everything(way, backend):
     torch._dynamo.reset()
@@ -99,7 +99,7 @@ def test_compiles_projections_with_everything(way, backend):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_exports(cell):
-    layer = getattr(persistrnn, cell.upper())(3, 6)
+    layer = make_layer(cell, 3, 6)
 
     class Model(nn.Module):
         def __init__(self):
@@ -116,13 +116,12 @@ def test_exports(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_operators_keep_the_contract_of_torch_library(cell):
-    rows = 4 if cell == "lstm" else 3
-    shapes = [(3, 2, 1, rows * 5), (1, rows * 5, 5), (1, rows * 5)] + [(1, 2, 5)] * (4 if cell == "lstm" else 2)
-    tensors = [torch.randn(shape) for shape in shapes]
+    rows, resets = CELLS[cell].gates, CELLS[cell].states
+    given = [torch.randn(shape) for shape in ((3, 2, 1, rows * 5), (1, rows * 5, 5), (1, rows * 5))]
+    given += states(cell, 1, 2, 5) + states(cell, 1, 2, 5)
     marks = segments.marks(None, torch.rand(3, 2) < 0.5, 1)
-    resets = 2 if cell == "lstm" else 1
     operators = torch.ops.persistrnn
-    torch.library.opcheck(operators.stepwise.default, (cell, resets, marks, tensors))
-    grads = [torch.randn_like(t) for t in operators.stepwise(cell, resets, marks, tensors)]
-    torch.library.opcheck(operators.stepwise_backward.default, (cell, resets, marks, tensors, grads))
+    torch.library.opcheck(operators.stepwise.default, (cell, resets, marks, given))
+    grads = [torch.randn_like(t) for t in operators.stepwise(cell, resets, marks, given)]
+    torch.library.opcheck(operators.stepwise_backward.default, (cell, resets, marks, given, grads))
     torch.library.opcheck(operators.bounded_lengths.default, (torch.tensor([3, 0]), 3))

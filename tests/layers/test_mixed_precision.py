@@ -2,40 +2,26 @@
 
 import copy
 import inspect
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from anywhere import anywhere
-from torch import nn
+from pairs import CELLS, PATHS, as_hx, assert_same_bits, pair, results, states, tensors
 from torch.nn.utils.rnn import pack_padded_sequence
-from torch.utils._pytree import tree_leaves, tree_map
-
-import persistrnn
+from torch.utils._pytree import tree_map
 
 pytestmark = pytest.mark.torch_path
 
-PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
-CELLS = list(PAIRS)
 HALVES = [torch.float16, torch.bfloat16]
-PATHS = ["torch", pytest.param("persistent", marks=pytest.mark.interpreter)]
 STEPS, BATCH, INPUT, HIDDEN = 3, 2, 4, 6
 
 
 def make_pair(cell, backend="torch", **options):
-    """Ours and torch.nn's, with the same weights."""
-    torch.manual_seed(0)
-    theirs = PAIRS[cell][1](INPUT, HIDDEN, **options)
-    ours = PAIRS[cell][0](INPUT, HIDDEN, backend=backend, **options)
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
+    return pair(cell, INPUT, HIDDEN, backend=backend, **options)
 
 
-def state_of(cell, *shape):
-    h, c = torch.randn(2, *shape)
-    return (h, c) if cell == "lstm" else h
+def state_of(cell, *shape, dtype=torch.float32):
+    return as_hx(states(cell, *shape, dtype=dtype))
 
 
 def to_dtype(state, dtype):
@@ -43,18 +29,17 @@ def to_dtype(state, dtype):
 
 
 def run(layer, x, hx=None, autocast=None, parameters=None):
-    """(outputs, gradients of the input, the states and the parameters) of fresh leaves."""
-    x = x.clone().requires_grad_()
-    hx = None if hx is None else tree_map(lambda t: t.clone().requires_grad_(), hx)
-    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-        outputs = tree_leaves(layer(x, hx))
-    loss = sum((k + 1) * t.float().sin().sum() for k, t in enumerate(outputs))
-    inputs = [x, *(() if hx is None else tree_leaves(hx)), *(parameters or layer.parameters())]
-    return [t.detach() for t in outputs], list(torch.autograd.grad(loss, inputs))
+    """(outputs, gradients of the input, the states and the parameters); the loss is outside of autocast."""
+
+    def call(*given):
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            return layer(*given)
+
+    return results(call, x, hx, parameters or layer.parameters())
 
 
-def assert_same_bits(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)  # dtypes too
+def dtypes(outputs):
+    return [t.dtype for t in tensors(outputs)]
 
 
 # --- autocast -------------------------------------------------------------------------------------------------
@@ -65,9 +50,9 @@ def assert_same_bits(actual, expected):
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_autocast_outputs_and_gradients_are_torch_nn(cell, half, input_dtype, state_dtype):
-    dtypes = {"float32": torch.float32, "half": half}
-    x = torch.randn(STEPS, BATCH, INPUT).to(dtypes[input_dtype])
-    hx = None if state_dtype is None else to_dtype(state_of(cell, 4, BATCH, HIDDEN), dtypes[state_dtype])
+    given = {"float32": torch.float32, "half": half}
+    x = torch.randn(STEPS, BATCH, INPUT).to(given[input_dtype])
+    hx = None if state_dtype is None else state_of(cell, 4, BATCH, HIDDEN, dtype=given[state_dtype])
     ours, theirs = make_pair(cell, num_layers=2, bidirectional=True)
     parameters = list(theirs.parameters())
     actual, expected = run(ours, x, hx, half), run(anywhere(theirs), x, hx, half, parameters)
@@ -82,10 +67,6 @@ SHAPES = {
     "gru stack": {"num_layers": 2, "bidirectional": True},
     "projected": {"num_layers": 2, "proj_size": 2},
 }
-
-
-def dtypes(outputs):
-    return [t.dtype for t in tree_leaves(outputs)]
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
@@ -153,38 +134,11 @@ def test_autocast_of_a_packed_sequence_is_torch_nn(cell, half, lengths):
     with torch.autocast("cpu", dtype=half):
         output, final = ours(packed)
         expected = anywhere(theirs)(packed)
-        assert_same_bits([output.data, *tree_leaves(final)], [expected[0].data, *tree_leaves(expected[1])])
+        assert_same_bits([output.data, *tensors(final)], [expected[0].data, *tensors(expected[1])])
         assert set(dtypes((output.data, final))) == {half if cell == "lstm" else torch.float32}
         if cell == "lstm":
             output, final, c = ours(packed, return_cell_states=True)
             assert set(dtypes((output.data, final, c.data))) == {half}
-
-
-TRAINS = """
-import torch, persistrnn
-torch.manual_seed(0)
-layer, x = persistrnn.LSTM(4, 8, 2, bidirectional=True), torch.randn(5, 3, 4)
-optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
-for half in (torch.bfloat16, torch.float16):
-    losses = []
-    for _ in range(10):
-        with torch.autocast("cpu", dtype=half):
-            y, state = layer(x)
-        assert {t.dtype for t in (y, *state)} == {half}
-        loss = (y.float() - 0.25).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0], losses
-"""
-
-
-def test_autocast_trains_an_lstm_without_avx512():
-    """The variable is read once in a process."""
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
-    ended = subprocess.run([sys.executable, "-c", TRAINS], env=environment, capture_output=True, text=True, timeout=200)
-    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.interpreter
@@ -215,9 +169,9 @@ def test_autocast_on_the_kernels_is_the_cast_layer(cell, half, input_dtype):
 def test_autocast_switched_off_inside_gives_float32(cell, backend):
     layer, _ = make_pair(cell, backend)
     x = torch.randn(STEPS, BATCH, INPUT)
-    expected = tree_leaves(layer(x))
+    expected = tensors(layer(x))
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
-        assert_same_bits(tree_leaves(layer(x)), expected)
+        assert_same_bits(tensors(layer(x)), expected)
 
 
 @pytest.mark.parametrize("backend", PATHS)
@@ -230,7 +184,7 @@ def test_autocast_takes_the_state_it_returned(cell, backend):
         whole, last = layer(x)
         first, state = layer(x[:STEPS])
         second, end = layer(x[STEPS:], state)
-    assert first.dtype == tree_leaves(state)[0].dtype == second.dtype
+    assert first.dtype == tensors(state)[0].dtype == second.dtype
     torch.testing.assert_close((torch.cat([first, second]), end), (whole, last), rtol=0.02, atol=5e-3)
 
 
@@ -316,9 +270,9 @@ def test_step_with_overflow_is_skipped(cell, backend):
 @pytest.mark.parametrize("cell", CELLS)
 def test_half_parameters_have_torch_nn_gradients(cell, half):
     ours, theirs = make_pair(cell, num_layers=2, bidirectional=True, dtype=half)
-    x, hx = torch.randn(STEPS, BATCH, INPUT).to(half), to_dtype(state_of(cell, 4, BATCH, HIDDEN), half)
+    x, hx = torch.randn(STEPS, BATCH, INPUT).to(half), state_of(cell, 4, BATCH, HIDDEN, dtype=half)
     actual = run(ours, x, hx)
-    assert {t.dtype for t in tree_leaves(actual)} == {half}
+    assert {t.dtype for t in tensors(actual)} == {half}
     assert_same_bits(actual, run(theirs, x, hx))
 
 
@@ -327,9 +281,9 @@ def test_half_parameters_have_torch_nn_gradients(cell, half):
 @pytest.mark.parametrize("cell", CELLS)
 def test_half_parameters_on_the_kernels_are_near_float32(cell, half):
     ours, theirs = make_pair(cell, "persistent", bidirectional=True, dtype=half)
-    x, hx = torch.randn(STEPS, BATCH, INPUT).to(half), to_dtype(state_of(cell, 2, BATCH, HIDDEN), half)
+    x, hx = torch.randn(STEPS, BATCH, INPUT).to(half), state_of(cell, 2, BATCH, HIDDEN, dtype=half)
     actual = run(ours, x, hx)
-    assert {t.dtype for t in tree_leaves(actual)} == {half}
+    assert {t.dtype for t in tensors(actual)} == {half}
     expected = run(theirs.float(), x.float(), to_dtype(hx, torch.float32))
     tolerance = 0.01 if half is torch.float16 else 0.06
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
@@ -338,17 +292,9 @@ def test_half_parameters_on_the_kernels_are_near_float32(cell, half):
 # --- float32 --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def rnn_precision():
-    """torch's setting for RNNs, put back afterwards."""
-    before = torch.backends.cudnn.rnn.fp32_precision
-    yield torch.backends.cudnn.rnn
-    torch.backends.cudnn.rnn.fp32_precision = before
-
-
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("cell", "compiled"), [("lstm", False), ("gru", False), ("lstm", True)])
-def test_fp32_precision_reaches_forward_and_backward(cell, compiled, rnn_precision, monkeypatch):
+def test_fp32_precision_reaches_forward_and_backward(cell, compiled, monkeypatch):
     """As it is at the forward: a backward has its forward's precision, and a compiled layer follows the setting."""
     from persistrnn.kernels import launch
 
@@ -364,15 +310,12 @@ def test_fp32_precision_reaches_forward_and_backward(cell, compiled, rnn_precisi
     for name in ("forward", "backward"):
         monkeypatch.setattr(launch, name, recorded(name, getattr(launch, name)))
     layer, _ = make_pair(cell, "persistent")
-    call = layer
-    if compiled:
-        torch._dynamo.reset()
-        call = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = torch.randn(STEPS, BATCH, INPUT)
+    torch._dynamo.reset()
+    call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
     for setting, other in (("ieee", "tf32"), ("tf32", "ieee")):
-        rnn_precision.fp32_precision = setting
-        y, _ = call(x)
-        rnn_precision.fp32_precision = other
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", setting)
+        y, _ = call(torch.randn(STEPS, BATCH, INPUT))
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", other)
         y.sum().backward()
         assert seen == [("forward", setting), ("backward", setting)]
         seen.clear()

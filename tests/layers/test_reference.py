@@ -3,23 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import CELLS, PAIRS, as_hx, tensors
+from pairs import states as drawn
 from torch import nn
 
 from persistrnn import reference
 
-CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
 STEPS, BATCH, INPUT, HIDDEN = 5, 3, 4, 6
 
 
 def make(cell: str, directions: int, seed: int = 0) -> tuple[nn.Module, torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(seed)
-    layer = CELLS[cell](INPUT, HIDDEN, bidirectional=directions == 2).double()
+    layer = PAIRS[cell][1](INPUT, HIDDEN, bidirectional=directions == 2).double()
     x = torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64, requires_grad=True)
-    states = [
-        torch.randn(directions, BATCH, HIDDEN, dtype=torch.float64, requires_grad=True)
-        for _ in range(2 if cell == "lstm" else 1)
-    ]
-    return layer, x, states
+    return layer, x, drawn(cell, directions, BATCH, HIDDEN, dtype=torch.float64, requires_grad=True)
 
 
 def through_reference(cell, x, states, weights):
@@ -36,8 +33,7 @@ def through_reference(cell, x, states, weights):
 def test_equals_torch_nn_with_all_gradients(cell, directions):
     layer, x, states = make(cell, directions)
     weights = list(layer.parameters())
-    y, final = layer(x, tuple(states) if cell == "lstm" else states[0])
-    expected = [y, *(final if cell == "lstm" else [final])]
+    expected = tensors(layer(x, as_hx(states)))
     actual = through_reference(cell, x, states, weights)
     cotangents = [torch.randn_like(t) for t in expected]
     leaves = [x, *states, *weights]
@@ -60,33 +56,3 @@ def test_differentiates_twice(cell):
 
     inputs = (x[:2].detach().requires_grad_(), *states)
     assert torch.autograd.gradgradcheck(scalar, inputs)
-
-
-# jvp loads decompositions that torch still scripts
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("cell", CELLS)
-def test_maps_and_differentiates_under_torch_func(cell):
-    layer, x, states = make(cell, directions=2)
-    weights = [w.detach() for w in layer.parameters()]
-    states = [s.detach() for s in states]
-
-    def output(x):
-        return through_reference(cell, x, states, weights)[0]
-
-    xs = torch.stack([x.detach(), 2 * x.detach()])
-    torch.testing.assert_close(torch.vmap(output)(xs), torch.stack([output(x) for x in xs]))
-    gradient = torch.func.vmap(torch.func.grad(lambda x: output(x).sum()))(xs)
-    torch.testing.assert_close(gradient[0], torch.autograd.grad(output(x).sum(), x)[0])
-    tangent = torch.func.jvp(output, (xs[0],), (torch.ones_like(xs[0]),))[1]
-    step = 1e-6
-    difference = (output(xs[0] + step) - output(xs[0] - step)) / (2 * step)
-    torch.testing.assert_close(tangent, difference, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_second_direction_reads_from_the_end(cell):
-    layer, x, states = make(cell, directions=2)
-    with torch.no_grad():
-        y, h_n, *_ = through_reference(cell, x, states, list(layer.parameters()))
-    assert torch.equal(y[-1, :, :HIDDEN], h_n[0])
-    assert torch.equal(y[0, :, HIDDEN:], h_n[1])

@@ -1,6 +1,5 @@
 """`persistrnn.replace` and `to_torch`: the same parameters, results and hooks, and a reason for what is left."""
 
-import copy
 import warnings
 
 import pytest
@@ -27,7 +26,7 @@ class Tagger(nn.Module):
 
 def test_every_layer_is_swapped_and_computes_the_same():
     model = Tagger()
-    expected, keys = model(X), list(model.state_dict())
+    expected, keys, random = model(X), list(model.state_dict()), torch.get_rng_state()
     found = persistrnn.replace(model)
     assert found.model is model
     assert set(found.swapped) == {"encoder", "rest.a.0"}
@@ -36,6 +35,7 @@ def test_every_layer_is_swapped_and_computes_the_same():
     assert type(model.rest["a"][0]) is persistrnn.GRU
     assert list(model.state_dict()) == keys
     assert torch.equal(model(X), expected)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_optimizer_made_before_the_swap_trains_the_new_layers():
@@ -65,16 +65,8 @@ def test_options_survive():
     old.weight_hh_l0.requires_grad_(False)
     old.note = "mine"
     new = persistrnn.replace(old).model
-    for name in (
-        "input_size",
-        "hidden_size",
-        "num_layers",
-        "bias",
-        "batch_first",
-        "dropout",
-        "bidirectional",
-        "proj_size",
-    ):
+    sizes = "input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size"
+    for name in sizes.split():
         assert getattr(new, name) == getattr(old, name), name
     assert not new.training
     assert new.weight_ih_l0.dtype == torch.float64
@@ -107,15 +99,6 @@ def test_hooks_still_fire_and_still_come_off():
         handle.remove()
     model(x)[0].sum().backward()
     assert len(seen) == 3
-
-
-def test_random_numbers_are_left_alone():
-    model = Tagger()
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    persistrnn.replace(model)
-    assert torch.equal(torch.rand(3), expected)
 
 
 def test_dropout_without_effect_is_not_warned_of_again():
@@ -191,14 +174,6 @@ def test_to_torch_is_torchs_layer_with_the_same_parameters(cls, options):
         ours.weight_hh_l0.mul_(2)
     assert torch.equal(theirs(X)[0], ours(X)[0]), "what it multiplies is the parameter, not a copy"
     assert not {"backend", "last_path"} & vars(theirs).keys()
-
-
-def test_there_and_back_again():
-    old = nn.LSTM(7, 8, 2, dropout=0.5, bidirectional=True)
-    back = persistrnn.replace(old).model.to_torch()
-    assert repr(back) == repr(old)
-    assert list(back.state_dict()) == list(old.state_dict())
-    copy.deepcopy(back)(X)
 
 
 def test_to_torch_refuses_what_torch_has_not():

@@ -2,8 +2,8 @@
 
 import contextlib
 import copy
-import functools
 import io
+import itertools
 import os
 import pickle
 import shutil
@@ -13,41 +13,26 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from pairs import CELLS, PATHS, assert_close, assert_same_bits, pair, results, tensors
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import persistrnn
 
-PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
-CELLS = list(PAIRS)
-PATHS = ["torch", pytest.param("persistent", marks=pytest.mark.interpreter)]
 HAS_COMPILER = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
 STEPS, BATCH, INPUT, HIDDEN = 2, 4, 4, 6
 LR = 0.5
 
 
 def make_pair(cell, backend="torch", **options):
-    """Ours and torch.nn's, with the same weights."""
-    torch.manual_seed(0)
-    theirs = PAIRS[cell][1](INPUT, HIDDEN, **options)
-    ours = PAIRS[cell][0](INPUT, HIDDEN, backend=backend, **options)
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
+    return pair(cell, INPUT, HIDDEN, backend=backend, **options)
 
 
-def run(call, parameters, x, seed=1):
-    """(outputs, gradients of x and the parameters, state of the generator after the forward)."""
+def run(call, layer, x=None, seed=1):
+    """(outputs, gradients of x and the parameters, state of the generator after the call)."""
     torch.manual_seed(seed)
-    x = x.clone().requires_grad_()
-    outputs = tree_leaves(call(x))
-    after = torch.get_rng_state()
-    loss = sum((k + 1) * t.sin().sum() for k, t in enumerate(outputs))
-    return [t.detach() for t in outputs], list(torch.autograd.grad(loss, [x, *parameters])), after
-
-
-def assert_same_bits(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    found = results(call, batch() if x is None else x, None, layer.parameters())
+    return *found, torch.get_rng_state()
 
 
 # --- many processes ---------------------------------------------------------------------------------------------
@@ -108,25 +93,12 @@ def one_of_two(rank, backend, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """two_processes(backend): what each process found."""
-
-    @functools.cache
-    def start(backend):
-        folder = tmp_path_factory.mktemp("ranks")
-        mp.spawn(one_of_two, (backend, folder), nprocs=2)
-        return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
-
-    return start
-
-
 @pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("wrap", WRAPPED)
-def test_two_processes_train_as_one_on_the_joined_batch(wrap, backend, two_processes):
-    expected = train(Model(WRAPPED[wrap], backend), batch())
-    for found in two_processes(backend):
-        torch.testing.assert_close(found[wrap], expected, rtol=1e-4, atol=1e-6)
+def test_two_processes_train_as_one_on_the_joined_batch(backend, tmp_path):
+    mp.spawn(one_of_two, (backend, tmp_path), nprocs=2)
+    for rank, (wrap, cell) in itertools.product(range(2), WRAPPED.items()):
+        found = torch.load(tmp_path / f"rank{rank}.pt")[wrap]
+        torch.testing.assert_close(found, train(Model(cell, backend), batch()), rtol=1e-4, atol=1e-6)
 
 
 def train_seeded(backend):
@@ -148,44 +120,24 @@ def read_train_and_change(layer, may_read, folder):
         layer.weight_hh_l0.mul_(-1)
 
 
-@pytest.fixture(scope="module")
-def other_process(tmp_path_factory):
-    """other_process(backend): (the output that is expected there, the output there, parameters trained there, the
-    shared weight before and after a change there)."""
-
-    @functools.cache
-    def start(backend):
-        folder = tmp_path_factory.mktemp("other")
-        layer = make_pair("gru", backend)[0].share_memory()
-        assert all(p.is_shared() for p in layer.parameters())
-        spawn = mp.get_context("spawn")
-        may_read = spawn.Event()
-        process = spawn.Process(target=read_train_and_change, args=(layer, may_read, folder))
-        process.start()
-        before = layer(batch())[0].detach()
-        with torch.no_grad():
-            layer.weight_hh_l0.add_(0.5)
-        expected, weight = layer(batch())[0].detach(), layer.weight_hh_l0.detach().clone()
-        assert not torch.allclose(expected, before, rtol=0.01)
-        may_read.set()
-        process.join()
-        assert process.exitcode == 0
-        return expected, *torch.load(folder / "found.pt"), weight, layer.weight_hh_l0.detach()
-
-    return start
-
-
 @pytest.mark.parametrize("backend", PATHS)
-def test_shared_memory_shows_an_update_to_the_other_process(backend, other_process):
-    expected, there, _, before, after = other_process(backend)
-    assert_same_bits(there, expected)
-    assert_same_bits(after, -before)
-
-
-@pytest.mark.parametrize("backend", PATHS)
-def test_another_process_trains_to_the_same_bits(backend, other_process):
-    _, _, there, _, _ = other_process(backend)
-    assert_same_bits(there, train_seeded(backend))
+def test_another_process_sees_updates_shows_its_own_and_trains_to_the_same_bits(backend, tmp_path):
+    layer = make_pair("gru", backend)[0].share_memory()
+    assert all(p.is_shared() for p in layer.parameters())
+    spawn = mp.get_context("spawn")
+    may_read = spawn.Event()
+    process = spawn.Process(target=read_train_and_change, args=(layer, may_read, tmp_path))
+    process.start()
+    before = layer(batch())[0].detach()
+    with torch.no_grad():
+        layer.weight_hh_l0.add_(0.5)
+    expected, weight = layer(batch())[0].detach(), layer.weight_hh_l0.detach().clone()
+    assert not torch.allclose(expected, before, rtol=0.01)
+    may_read.set()
+    process.join()
+    assert process.exitcode == 0
+    assert_same_bits(torch.load(tmp_path / "found.pt"), (expected, train_seeded(backend)))
+    assert_same_bits(layer.weight_hh_l0.detach(), -weight)
 
 
 # --- little memory ----------------------------------------------------------------------------------------------
@@ -197,9 +149,8 @@ def test_checkpointing_gives_the_same_bits(backend):
     layer, _ = make_pair("lstm", backend, num_layers=2, dropout=0.5)
     calls = []
     layer.register_forward_pre_hook(lambda *args: calls.append(None))
-    parameters = list(layer.parameters())
-    expected = run(layer, parameters, batch())
-    actual = run(lambda x: checkpoint(layer, x, use_reentrant=False), parameters, batch())
+    expected = run(layer, layer)
+    actual = run(lambda *given: checkpoint(layer, *given, use_reentrant=False), layer)
     assert_same_bits(actual, expected)
     assert len(calls) == 3, "the checkpointed forward runs twice"
 
@@ -226,7 +177,7 @@ def test_saved_state_dict_loads_into_ours_and_torch_nn(cell, through, tmp_path):
     for source, target in ((ours, theirs), (theirs, ours)):
         source.reset_parameters()
         target.load_state_dict(through(source.state_dict(), tmp_path / "weights"))
-        assert_same_bits(tree_leaves(target(batch())), tree_leaves(source(batch())))
+        assert_same_bits(target(batch()), source(batch()))
 
 
 def test_safetensors_keeps_tied_weights(tmp_path):
@@ -241,10 +192,6 @@ def test_safetensors_keeps_tied_weights(tmp_path):
     assert_same_bits(other(batch()), layer(batch()))
 
 
-def through_pickle(layer):
-    return pickle.loads(pickle.dumps(layer))
-
-
 def through_file(layer):
     file = io.BytesIO()
     torch.save(layer, file)
@@ -256,7 +203,7 @@ def through_file(layer):
     ("duplicate", "backend"),
     [
         (copy.deepcopy, "torch"),
-        (through_pickle, "torch"),
+        (lambda layer: pickle.loads(pickle.dumps(layer)), "torch"),
         (through_file, "torch"),
         pytest.param(copy.deepcopy, "persistent", marks=pytest.mark.interpreter),
     ],
@@ -294,11 +241,10 @@ def deterministic():
 @pytest.mark.parametrize("cell", CELLS)
 def test_deterministic_mode_is_accepted_and_gives_the_same_bits(cell, backend, request):
     layer, _ = make_pair(cell, backend, **({"num_layers": 2} if cell == "lstm" else {"bidirectional": True}))
-    parameters = list(layer.parameters())
-    expected = run(layer, parameters, batch())
+    expected = run(layer, layer)
     request.getfixturevalue("deterministic")
-    actual = run(layer, parameters, batch())
-    assert all(t.isfinite().all() for t in tree_leaves(actual))
+    actual = run(layer, layer)
+    assert all(t.isfinite().all() for t in tensors(actual))
     assert_same_bits(actual, expected)
 
 
@@ -311,15 +257,15 @@ def test_seed_decides_every_bit(compiled, backend):
     layer, _ = make_pair("lstm", backend, num_layers=2, dropout=0.5)
     torch._dynamo.reset()
     call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
-    first, second, other = (run(call, list(layer.parameters()), batch(), seed) for seed in (1, 1, 2))
+    first, second, other = (run(call, layer, seed=seed) for seed in (1, 1, 2))
     assert_same_bits(first, second)
     assert not torch.allclose(first[0][0], other[0][0], rtol=0.01)
 
 
 def assert_masks_are_torch_nn(call, theirs, x):
     """Another mask moves outputs and gradients by far more than rounding does."""
-    actual, expected = (run(layer, list(layer.parameters()), x) for layer in (call, theirs))
-    torch.testing.assert_close(actual[:2], expected[:2], rtol=1e-5, atol=2e-6)
+    actual, expected = (run(layer, layer, x) for layer in (call, theirs))
+    assert_close(actual[:2], expected[:2])
     assert torch.equal(actual[2], expected[2]), "the generator goes on from another state"
 
 
@@ -375,6 +321,6 @@ def test_compiled_layer_runs_without_gradients(how, cut, backend):
         x = batch()
         # Every row has all steps: the same result, by another operator.
         options = {"lengths": torch.full((x.shape[1],), x.shape[0])} if cut else {}
-        actual, expected = tree_leaves(compiled(x, **options)), tree_leaves(theirs(x))
+        actual, expected = tensors(compiled(x, **options)), tensors(theirs(x))
     assert not any(t.requires_grad for t in actual)
-    torch.testing.assert_close(actual, [t.detach() for t in expected], rtol=1e-5, atol=2e-6)
+    assert_close(actual, [t.detach() for t in expected])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairs import as_hx, states
 
 import persistrnn
 
@@ -16,11 +17,6 @@ def stepwise(layer, x, hx, time):
     return torch.stack(outputs, time), hx
 
 
-def states(layer, *batch):
-    h0, c0 = torch.randn(2, 2, *batch, 8)
-    return (h0, c0) if isinstance(layer, persistrnn.LSTM) else h0
-
-
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "state"])
 @pytest.mark.parametrize("cls", CLASSES)
@@ -28,7 +24,7 @@ def test_steps_are_the_sequence(cls, given, batch_first):
     torch.manual_seed(0)
     layer = cls(5, 8, 2, batch_first=batch_first)
     x = torch.randn(3, 4, 5)
-    hx = states(layer, 3 if batch_first else 4) if given else None
+    hx = as_hx(states(layer.mode.lower(), 2, 3 if batch_first else 4, 8)) if given else None
     found = stepwise(layer, x, hx, 1 if batch_first else 0)
     torch.testing.assert_close(found, layer(x, hx))
 
@@ -37,7 +33,7 @@ def test_steps_are_the_sequence(cls, given, batch_first):
 def test_unbatched(cls):
     layer = cls(5, 8, 2, batch_first=True)
     x = torch.randn(6, 5)
-    hx = states(layer)
+    hx = as_hx(states(layer.mode.lower(), 2, 8))
     torch.testing.assert_close(stepwise(layer, x, hx, 0), layer(x, hx))
 
 

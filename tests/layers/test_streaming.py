@@ -2,27 +2,22 @@
 
 import pytest
 import torch
+from pairs import BACKENDS, CELLS, make_layer, tensors
 
 import persistrnn
 
-CELLS = ("LSTM", "GRU")
 
-
-def states_of(state):
-    return list(state) if isinstance(state, tuple) else [state]
-
-
-@pytest.mark.parametrize("backend", ["auto", pytest.param("persistent", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_pieces_are_the_whole_with_its_gradients(cell, batch_first, backend):
     torch.manual_seed(0)
-    layer = getattr(persistrnn, cell)(3, 6, 2, batch_first=batch_first, backend=backend)
+    layer = make_layer(cell, 3, 6, 2, batch_first=batch_first, backend=backend)
     x = torch.randn((2, 7, 3) if batch_first else (7, 2, 3), requires_grad=True)
     stream, time = persistrnn.Streaming(layer, detach=False), 1 if batch_first else 0
     y = torch.cat([stream(piece) for piece in x.split([3, 1, 3], dim=time)], dim=time)
     expected, final = layer(x)
-    torch.testing.assert_close([y, *states_of(stream.state)], [expected, *states_of(final)])
+    torch.testing.assert_close([y, *tensors(stream.state)], [expected, *tensors(final)])
     leaves = [x, *layer.parameters()]
     torch.testing.assert_close(
         torch.autograd.grad(y.square().sum(), leaves), torch.autograd.grad(expected.square().sum(), leaves)
@@ -31,7 +26,7 @@ def test_pieces_are_the_whole_with_its_gradients(cell, batch_first, backend):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_steps_unbatched_and_batched(cell):
-    layer = getattr(persistrnn, cell)(3, 6)
+    layer = make_layer(cell, 3, 6)
     stream = persistrnn.Streaming(layer)
     for x in (torch.randn(4, 2, 3), torch.randn(4, 3)):
         stream.reset()
@@ -40,7 +35,7 @@ def test_steps_unbatched_and_batched(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradient_ends_at_a_call_unless_asked(cell):
-    layer = getattr(persistrnn, cell)(3, 6)
+    layer = make_layer(cell, 3, 6)
     for detach in (True, False):
         stream = persistrnn.Streaming(layer, detach=detach)
         first, second = torch.randn(2, 2, 3, requires_grad=True), torch.randn(2, 2, 3)
@@ -51,12 +46,12 @@ def test_gradient_ends_at_a_call_unless_asked(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_reset_of_some_rows(cell):
-    layer = getattr(persistrnn, cell)(3, 6, 2)
+    layer = make_layer(cell, 3, 6, 2)
     stream = persistrnn.Streaming(layer)
     stream(torch.randn(4, 3, 3))
-    before = [s.clone() for s in states_of(stream.state)]
+    before = [s.clone() for s in tensors(stream.state)]
     stream.reset(torch.tensor([True, False, True]))
-    for s, old in zip(states_of(stream.state), before, strict=True):
+    for s, old in zip(tensors(stream.state), before, strict=True):
         assert not s[:, [0, 2]].any()
         assert torch.equal(s[:, 1], old[:, 1])
     with pytest.raises(ValueError, match=r"size \(3,\).*got torch.bool of size \(2,\)"):
@@ -100,7 +95,7 @@ def test_refuses_what_has_no_stream():
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_state_follows_the_layer(cell):
-    stream = persistrnn.Streaming(getattr(persistrnn, cell)(3, 6))
+    stream = persistrnn.Streaming(make_layer(cell, 3, 6))
     x = torch.randn(2, 2, 3)
     with torch.inference_mode():
         stream(x)

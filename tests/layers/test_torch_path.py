@@ -1,11 +1,11 @@
 """torch's own path: torch.nn's bits when eager, one operator per layer when compiled."""
 
 import functools
-import shutil
 import warnings
 
 import pytest
 import torch
+from pairs import CELLS, PAIRS, as_hx, states, tensors
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,8 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
-PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
-HAS_COMPILER = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
 INPUT, HIDDEN = 3, 8
 
 
@@ -31,16 +29,15 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def leaves_of(outputs):
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
-
-
 def tensors_for(cell: str, directions: int, bias: bool, steps: int = 4, batch: int = 2) -> list[torch.Tensor]:
     """What the layer operator takes: input, states, weights."""
     torch.manual_seed(0)
     layer = PAIRS[cell][1](INPUT, HIDDEN, bias=bias, bidirectional=directions == 2)
-    states = [torch.randn(directions, batch, HIDDEN) for _ in range(2 if cell == "lstm" else 1)]
-    return [torch.randn(steps, batch, INPUT), *states, *(p.detach() for p in layer.parameters())]
+    return [
+        torch.randn(steps, batch, INPUT),
+        *states(cell, directions, batch, HIDDEN),
+        *(p.detach() for p in layer.parameters()),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -48,22 +45,12 @@ def tensors_for(cell: str, directions: int, bias: bool, steps: int = 4, batch: i
 )
 @pytest.mark.parametrize("cell", PAIRS)
 def test_operators_pass_opcheck(cell, directions, bias, autocast):
-    tensors = tensors_for(cell, directions, bias)
+    given = tensors_for(cell, directions, bias)
     options = (cell, bias, directions == 2, autocast)
-    outputs = torch_path.layer_forward(*options, tensors)
+    outputs = torch_path.layer_forward(*options, given)
     grads = [torch.randn_like(t) for t in outputs]
-    torch.library.opcheck(torch_path.layer_forward, (*options, tensors))
-    torch.library.opcheck(torch_path.layer_backward, (*options, tensors, grads))
-
-
-@pytest.mark.parametrize("cell", PAIRS)
-def test_operators_share_no_storage(cell):
-    tensors = tensors_for(cell, 2, True)
-    outputs = torch_path.layer_forward(cell, True, True, None, tensors)
-    grads = torch_path.layer_backward(cell, True, True, None, tensors, outputs)
-    storages = [t.untyped_storage().data_ptr() for t in (*tensors, *outputs, *grads)]
-    assert len(set(storages)) == len(storages)
-    assert all(t.is_contiguous() for t in (*outputs, *grads))
+    torch.library.opcheck(torch_path.layer_forward, (*options, given))
+    torch.library.opcheck(torch_path.layer_backward, (*options, given, grads))
 
 
 def test_shared_storage_is_copied():
@@ -104,26 +91,15 @@ def test_compiled_training_equals_eager(cell, bias, batch_first):
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(5, 4, INPUT, requires_grad=True)
     state = torch.randn(4, 5 if batch_first else 4, HIDDEN, requires_grad=True)
-    hx = (state, state) if cell == "lstm" else state
+    hx = as_hx([state] * CELLS[cell].states)
     results = []
     for call in (layer, compiled):
         torch.manual_seed(1)
-        outputs = leaves_of(call(x, hx))
+        outputs = tensors(call(x, hx))
         loss = sum(((k + 1) * t).sin().sum() for k, t in enumerate(outputs))
         results.append((outputs, torch.autograd.grad(loss, [x, state, *layer.parameters()])))
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
     assert results[0][0][0].stride() == results[1][0][0].stride()
-
-
-@pytest.mark.parametrize("cell", PAIRS)
-def test_compiled_dropout_is_drawn_between_layers_only(cell):
-    layer = PAIRS[cell][0](INPUT, HIDDEN, 3, dropout=0.5)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = torch.randn(6, 4, INPUT)
-    assert not torch.equal(compiled(x)[0], compiled(x)[0])
-    assert not (compiled(x)[0] == 0).any()
-    layer.eval()
-    torch.testing.assert_close(compiled(x)[0], layer(x)[0])
 
 
 @pytest.mark.parametrize("cell", PAIRS)
@@ -138,17 +114,6 @@ def test_steps_and_batch_do_not_recompile(cell):
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("cell", PAIRS)
-def test_marked_dynamic_sizes_compile_once(cell):
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(PAIRS[cell][0](INPUT, HIDDEN), backend=counter, fullgraph=True)
-    for steps, batch in ((5, 4), (6, 7), (31, 16)):
-        x = torch.randn(steps, batch, INPUT)
-        torch._dynamo.mark_dynamic(x, (0, 1))
-        compiled(x)
-    assert counter.frame_count == 1
-
-
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cell", PAIRS)
@@ -157,11 +122,11 @@ def test_compiled_autocast_equals_eager(cell, input_dtype, with_state):
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(5, 4, INPUT, dtype=input_dtype, requires_grad=True)
     state = torch.randn(4, 4, HIDDEN)
-    hx = None if not with_state else (state, state) if cell == "lstm" else state
+    hx = as_hx([state] * CELLS[cell].states * with_state)
     results = []
     for call in (layer, compiled):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = leaves_of(call(x, hx))
+            outputs = tensors(call(x, hx))
         gradients = torch.autograd.grad(outputs[0].float().sin().sum(), [x, *layer.parameters()])
         results.append((outputs, gradients))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-6)
@@ -188,20 +153,6 @@ def test_compiled_projection_equals_eager():
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(5, 4, INPUT)
     torch.testing.assert_close(compiled(x), layer(x))
-
-
-@pytest.mark.skipif(not HAS_COMPILER, reason="inductor on the CPU needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own
-def test_inductor_runs_the_graph():
-    layer = persistrnn.LSTM(INPUT, HIDDEN, 2, bidirectional=True)
-    compiled = torch.compile(layer, fullgraph=True)
-    x = torch.randn(5, 4, INPUT, requires_grad=True)
-    expected, actual = layer(x), compiled(x)
-    torch.testing.assert_close(actual, expected)
-    parameters = [x, *layer.parameters()]
-    torch.testing.assert_close(
-        torch.autograd.grad(actual[0].sum(), parameters), torch.autograd.grad(expected[0].sum(), parameters)
-    )
 
 
 @pytest.mark.parametrize("cell", PAIRS)
@@ -236,7 +187,7 @@ def test_packed_sequence_compiles_with_a_graph_break(cell):
     layer = PAIRS[cell][0](INPUT, HIDDEN)
     packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, INPUT), [5, 3, 2])
     actual = torch.compile(layer, backend="aot_eager")(packed)
-    assert all(torch.equal(a, e) for a, e in zip(leaves_of(actual), leaves_of(layer(packed)), strict=True))
+    assert all(torch.equal(a, e) for a, e in zip(tensors(actual), tensors(layer(packed)), strict=True))
 
 
 def test_silences_the_flat_weight_warning_and_no_other():
@@ -257,13 +208,13 @@ def test_layer_by_layer_is_the_stack(cell, batch_first, packed):
     if packed:
         sequence = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]))
         x, batch_sizes = sequence.data, sequence.batch_sizes
-    states = [torch.randn(6, 2, 6) for _ in range(2 if cell == "lstm" else 1)]
+    state = states(cell, 6, 2, 6)
     weights = [w for layer in module.all_weights for w in layer]
     torch.manual_seed(1)
     run = functools.partial(torch_path._layer, cell, True, True, batch_sizes)
-    found = torch_path._by_layers(run, x, states, weights, 3, 0.4, batch_first)
+    found = torch_path._by_layers(run, x, state, weights, 3, 0.4, batch_first)
     torch.manual_seed(1)
-    expected = torch_path.stack(cell, x, batch_sizes, states, weights, True, 3, 0.4, True, True, batch_first)
+    expected = torch_path.stack(cell, x, batch_sizes, state, weights, True, 3, 0.4, True, True, batch_first)
     torch.testing.assert_close(found, expected)
 
 

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from grid import concurrent_grid
+from pairs import as_hx, make_layer, tensors
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-import persistrnn
 from persistrnn.kernels.planner import memory
 
 STEPS, INPUT, HIDDEN = 4, 3, 4
@@ -48,13 +47,10 @@ class Case:
         return 2 if self.bidirectional else 1
 
     def layer(self, backend: str) -> torch.nn.Module:
-        torch.manual_seed(0)
-        options = {"proj_size": self.proj} if self.proj else {}
-        sizes = INPUT, self.hidden, self.layers
-        module = getattr(persistrnn, self.cell.upper())
-        return module(
-            *sizes, bidirectional=self.bidirectional, dropout=self.dropout, backend=backend, save=self.save, **options
-        )
+        options = {name: getattr(self, name) for name in ("bidirectional", "dropout", "save")} | {
+            "proj_size": self.proj
+        }
+        return make_layer(self.cell, INPUT, self.hidden, self.layers, backend=backend, **options)
 
 
 def unread(case: Case) -> dict[str, Tensor]:
@@ -97,11 +93,11 @@ def run(case: Case, backend: str, junk: float, second: bool = False, compiled: b
     states = {kind: tuple(t for n, t in leaves.items() if n.startswith(kind)) for kind in ("initial", "reset")}
     options = dict(CUTS[case.cut]) | ({"return_cell_states": True} if case.every_c else {})
     if states["reset"]:
-        options["reset_state"] = states["reset"] if case.cell == "lstm" else states["reset"][0]
+        options["reset_state"] = as_hx(states["reset"])
     call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
     torch.manual_seed(2)
-    output, final, *c = call(leaves["x"], states["initial"] if case.cell == "lstm" else states["initial"][0], **options)
-    outputs = {"output": output} | {f"final {n}": t for n, t in zip(names, tree_leaves(final), strict=True)}
+    output, final, *c = call(leaves["x"], as_hx(states["initial"]), **options)
+    outputs = {"output": output} | {f"final {n}": t for n, t in zip(names, tensors(final), strict=True)}
     outputs |= {"every c": c[0]} if c else {}
     spoilt = {"output": where["d"], "every c": where["d"]}
     nowhere = torch.zeros(rows, ROWS, dtype=torch.bool)

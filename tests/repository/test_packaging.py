@@ -1,14 +1,13 @@
 """``persistrnn.kernels`` is the folder kernels/, once: in a wheel, in an editable install, and under no other name."""
 
-import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -88,19 +87,19 @@ print(json.dumps({name: module.__file__ for name, module in sys.modules.items() 
     assert [name for name, file in files.items() if not Path(file).is_relative_to(target)] == []
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout, its link as a link."""
-    tree = tmp_path / "checkout"
+    tree = tmp_path_factory.mktemp("copy") / "checkout"
     shutil.copytree(ROOT, tree, ignore=NOT_SOURCE, symlinks=True)
     return tree
 
 
-@pytest.fixture
-def fresh_python(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def fresh_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of a new environment that sees torch, Triton and pip, and no persistrnn."""
-    environment = tmp_path / "environment"
-    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
+    environment = tmp_path_factory.mktemp("fresh") / "environment"
+    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=environment.parent)
     (site,) = environment.glob("lib/python*/site-packages")
     # What an editable install put into this folder works in the environment it belongs to only.
     (site / "around.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
@@ -112,33 +111,31 @@ USE = "import persistrnn, torch; print(persistrnn.__version__); persistrnn.LSTM(
 
 
 def runs_in(checkout: Path, fresh_python: Path) -> None:
-    """Everything that a person types in a checkout's root."""
-    for arguments in (
-        ("-c", USE),
-        ("-m", "persistrnn", "plan", "--cell", "gru", "--hidden", "64", "--batch", "1", "--device", "h200"),
-        ("-m", "bench.train.language_model", "--help"),
-    ):
-        run(fresh_python, *arguments, cwd=checkout)
+    """Everything that a person types in a checkout's root, in one process."""
+    code = f"""
+import runpy, sys
+{USE}
+plan = "plan --cell gru --hidden 64 --batch 1 --device h200"
+for module, arguments in (("persistrnn", plan), ("bench.train.language_model", "--help")):
+    sys.argv = [module, *arguments.split()]
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, module
+"""
+    run(fresh_python, "-c", code, cwd=checkout)
 
 
-def test_a_checkout_runs_without_an_installation(checkout: Path, fresh_python: Path) -> None:
+def test_a_checkout_runs_before_beside_and_after_installations_of_itself(checkout: Path, fresh_python: Path) -> None:
+    """Without one; after `pip install -e '.[train]'`, as `make train` does; after `pip install '.[profile]'` over it,
+    where Python finds the folder persistrnn before the installed package; and then without the checkout."""
     runs_in(checkout, fresh_python)
-
-
-def test_a_checkout_runs_beside_its_own_installation(checkout: Path, fresh_python: Path) -> None:
-    """In its root Python finds the folder persistrnn before the installed package."""
-    run(fresh_python, *PIP_INSTALL, ".", cwd=checkout)
-    runs_in(checkout, fresh_python)
-    shutil.rmtree(checkout)
-    run(fresh_python, "-c", USE, cwd=checkout.parent)
-
-
-def test_a_checkout_runs_after_an_installation_over_an_editable_one(checkout: Path, fresh_python: Path) -> None:
-    """As `make train`, `pip install '.[profile]'` into its environment, `make train` again."""
     run(fresh_python, *PIP_INSTALL, "-e", ".[train]", cwd=checkout)
     runs_in(checkout, fresh_python)
     run(fresh_python, *PIP_INSTALL, ".[profile]", cwd=checkout)
     runs_in(checkout, fresh_python)
+    shutil.rmtree(checkout)
+    run(fresh_python, "-c", USE, cwd=checkout.parent)
 
 
 def test_the_package_brings_in_what_every_call_needs(tmp_path: Path) -> None:
@@ -175,36 +172,8 @@ def test_editable_install_finds_the_kernels_of_the_checkout(tmp_path: Path) -> N
     assert origin("persistrnn.kernels", cwd=tmp_path) == ROOT / "kernels" / "__init__.py"
 
 
-def test_our_kernels_are_not_found_as_a_global_package(tmp_path: Path) -> None:
-    found = origin("kernels", cwd=tmp_path)
-    assert found is None or not found.is_relative_to(ROOT / "kernels")
-
-
-def global_names(tree: ast.AST) -> Iterator[str]:
-    """The absolute names that a file imports, by statement or by a call with a literal name."""
-    for node in ast.walk(tree):
-        match node:
-            case ast.Import(names=names):
-                yield from (alias.name for alias in names)
-            case ast.ImportFrom(module=str(module), level=0):
-                yield module
-            case ast.Call(
-                func=ast.Name(id=name) | ast.Attribute(attr=name), args=[ast.Constant(value=str(module)), *_]
-            ) if name in {"__import__", "import_module", "run_module", "importorskip"}:
-                yield module
-
-
-def sources() -> Iterator[Path]:
-    for folder, folders, files in os.walk(ROOT):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in {"build", "dist", "runs"}]
-        yield from (Path(folder) / name for name in files if name.endswith(".py"))
-
-
 def test_no_file_imports_a_second_copy_of_the_kernels() -> None:
-    second = [
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in sources()
-        for name in global_names(ast.parse(path.read_text(), str(path)))
-        if name.split(".")[0] == "kernels"
-    ]
-    assert second == [], "kernels/ is imported as persistrnn.kernels"
+    """kernels/ is imported as persistrnn.kernels."""
+    wrong = re.compile(r"""^\s*(from|import) kernels\b|(import_module|run_module|importorskip)\(.kernels\b""", re.M)
+    found = [path for path in ROOT.glob("[!.]*/**/*.py") if "runs" not in path.parts and wrong.search(path.read_text())]
+    assert found == []

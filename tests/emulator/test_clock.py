@@ -7,11 +7,11 @@ import clock_table
 import numpy as np
 import pytest
 import torch
+
+import persistrnn
 from emulator import EmulatorError, clock, latencies, order
 from emulator.ptx import Kernel
 from emulator.trace import Event, Trace, transactions
-
-import persistrnn
 
 # Cycles are nanoseconds; an exchange takes 1000, a barrier 50; L2 gives a sector of 32 bytes a clock.
 HARDWARE = SimpleNamespace(clock=1.0, exchange=1.0, barrier=0.05, l2_rate=32.0)
@@ -49,14 +49,22 @@ CHAIN = "\n".join(f"add.f32 %r{n + 1}, %r{n}, %r{n};" for n in range(4))
 APART = "\n".join(f"add.f32 %r{n + 10}, %r{n}, %r{n};" for n in range(4))
 
 
-def test_a_dependent_chain_takes_the_latency_each_time():
-    made = kernel(CHAIN)
-    assert times(made, [events(made)]) == [[0, 4, 8, 12]]
-
-
-@pytest.mark.parametrize(("arch", "expected"), [("sm_80", [0, 2, 4, 6]), ("sm_90", [0, 1, 2, 3])])
-def test_independent_instructions_take_their_pipe(arch, expected):
-    made = kernel(APART)
+@pytest.mark.parametrize(
+    ("body", "arch", "expected"),
+    [
+        (CHAIN, "sm_90", [0, 4, 8, 12]),  # the latency each time
+        (APART, "sm_80", [0, 2, 4, 6]),  # their pipe
+        (APART, "sm_90", [0, 1, 2, 3]),
+        # A pipe of a scheduler is kept.
+        ("ex2.approx.f32 %r1, %r0;\nex2.approx.f32 %r2, %r0;\nadd.f32 %r3, %r1, %r2;", "sm_90", [0, 8, 26]),
+        # Moves between registers cost nothing.
+        ("add.f32 %r1, %r0, %r0;\nmov.b32 %r2, %r1;\nadd.f32 %r3, %r2, %r2;", "sm_90", [0, 4]),
+        # An access without an active lane takes a slot only.
+        ("@%p1 ld.global.b32 %r1, [%rd0];\nadd.f32 %r5, %r1, %r1;", "sm_90", [0, 1]),
+    ],
+)
+def test_one_warp(body, arch, expected):
+    made = kernel(body)
     assert times(made, [events(made)], arch) == [expected]
 
 
@@ -75,28 +83,14 @@ def test_two_warps_of_one_scheduler_share_it():
     assert times(wide, [some[:3], [], [], [], some[4:]]) == [[0, 4, 9], [], [], [], [1, 7]]
 
 
-def test_a_pipe_of_a_scheduler_is_kept():
-    made = kernel("ex2.approx.f32 %r1, %r0;\nex2.approx.f32 %r2, %r0;\nadd.f32 %r3, %r1, %r2;")
-    assert times(made, [events(made)]) == [[0, 8, 26]]
-
-
-def test_moves_between_registers_cost_nothing():
-    made = kernel("add.f32 %r1, %r0, %r0;\nmov.b32 %r2, %r1;\nadd.f32 %r3, %r2, %r2;")
-    assert times(made, [events(made)]) == [[0, 4]]
-
-
 def test_a_barrier_waits_for_the_last_warp():
     made = kernel(f"{CHAIN}\nbar.sync 0;\nadd.f32 %r9, %r8, %r8;")
     late = events(made)
     early = late[4:5] + late[5:6]
     early = [Event(event.instruction) for event in early]
     assert times(made, [early, late]) == [[0, 63], [0, 4, 8, 12, 13, 63]]
-
-
-def test_warps_that_do_not_meet_are_an_error():
-    made = kernel("bar.sync 0;\nadd.f32 %r9, %r8, %r8;")
     with pytest.raises(EmulatorError, match="stands still"):
-        times(made, [events(made), events(made)[1:]])
+        times(made, [events(made), events(made)[:4]])
 
 
 def test_shared_memory_moves_128_bytes_a_clock():
@@ -106,11 +100,6 @@ def test_shared_memory_moves_128_bytes_a_clock():
         load.amount = 4
     # 23 cycles, and 2 more for each further transaction; the second warp's begin when the first's have gone.
     assert times(made, warps) == [[0, 29], [0, 33]]
-
-
-def test_an_access_without_an_active_lane_takes_a_slot_only():
-    made = kernel("@%p1 ld.global.b32 %r1, [%rd0];\nadd.f32 %r5, %r1, %r1;")
-    assert times(made, [events(made)]) == [[0, 1]]
 
 
 def test_l2_gives_what_the_record_says():
@@ -177,14 +166,24 @@ def in_order(body: str) -> list[str]:
     return [event.instruction.source.split(":")[1] for event in order.ordered(some, made, latency)]
 
 
-def test_loads_go_before_the_uses_of_others():
-    load = "ld.global.b16 %rs{0}, [%rd{0}];\ncvt.f32.bf16 %r{0}, %rs{0};\n"
-    assert in_order(load.format(1) + load.format(2)) == ["1", "3", "2", "4"]
+TWO_LOADS = "".join(f"ld.global.b16 %rs{n}, [%rd{n}];\ncvt.f32.bf16 %r{n}, %rs{n};\n" for n in (1, 2))
 
 
-def test_what_need_not_wait_does_not():
-    body = "ex2.approx.f32 %r1, %r0;\nadd.f32 %r2, %r1, %r1;\nex2.approx.f32 %r3, %r2;\nadd.f32 %r5, %r4, %r4;"
-    assert in_order(body) == ["1", "4", "2", "3"]
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (TWO_LOADS, "1324"),  # loads go before the uses of others
+        # What need not wait does not.
+        ("ex2.approx.f32 %r1, %r0;\nadd.f32 %r2, %r1, %r1;\nex2.approx.f32 %r3, %r2;\nadd.f32 %r5, %r4, %r4;", "1423"),
+        # A register is not written before it was read.
+        (
+            "add.f32 %r1, %r0, %r0;\nadd.f32 %r2, %r1, %r1;\nld.global.b32 %r1, [%rd1];\nex2.approx.f32 %r3, %r1;",
+            "1234",
+        ),
+    ],
+)
+def test_order(body, expected):
+    assert "".join(in_order(body)) == expected
 
 
 @pytest.mark.parametrize(
@@ -198,24 +197,15 @@ def test_nothing_passes_what_keeps_it_back(between):
     assert found.index("2") < found.index("3") < found.index("4")
 
 
-def test_a_register_is_not_written_before_it_was_read():
-    body = "add.f32 %r1, %r0, %r0;\nadd.f32 %r2, %r1, %r1;\nld.global.b32 %r1, [%rd1];\nex2.approx.f32 %r3, %r1;"
-    assert in_order(body) == ["1", "2", "3", "4"]
-
-
 # ---- trace and costs ----------------------------------------------------------------------------------------------
 
 
 def test_transactions_of_shared_memory():
     lanes = np.arange(32)
-    assert transactions(4 * lanes, 4) == 1
-    assert transactions(0 * lanes, 4) == 1  # one word for all
-    assert transactions(8 * lanes, 4) == 2
-    assert transactions(2 * lanes, 2) == 1
-    assert transactions(128 * lanes, 4) == 32
-    assert transactions(16 * lanes, 16) == 4
-    assert transactions(1024 * lanes, 16) == 32
-    assert transactions(1024 * (lanes % 8) + 16 * (lanes // 8), 16) == 32  # eight lanes at a time
+    addresses = [4 * lanes, 0 * lanes, 8 * lanes, 2 * lanes, 128 * lanes, 16 * lanes, 1024 * lanes]
+    addresses.append(1024 * (lanes % 8) + 16 * (lanes // 8))  # eight lanes at a time
+    widths = [4, 4, 4, 2, 4, 16, 16, 16]
+    assert [transactions(*each) for each in zip(addresses, widths, strict=True)] == [1, 1, 2, 1, 32, 4, 32, 32]
 
 
 def test_lines_of_our_source():

@@ -1,0 +1,40 @@
+"""What the emulator says of wrong programs, and what it changes."""
+
+import emulated as cases
+import pytest
+import torch
+
+import persistrnn
+from emulator import EmulatorError
+from persistrnn.kernels import launch
+from persistrnn.kernels.device.exchange import Exchange
+
+pytestmark = pytest.mark.emulator
+
+
+@pytest.mark.parametrize(
+    ("pattern", "by", "message"),
+    [
+        (r"(ld\.global\.cg[.\w]*\s+[^\[]*\[ ?%rd\d+ \+ )0( \])", r"\g<1>1048576\2", "outside of every tensor; nearest"),
+        (r"(st\.global\.b16 \[ %rd\d+ \+ )0( \])", r"\g<1>1\2", "misaligned"),
+        (r"(ldmatrix[^;]*\[%r\d+)[^\]]*\]", r"\1+1048576]", "shared access of 16 bytes"),
+        (r"st\.shared\S*\s[^;]*;", "", "which nobody wrote"),
+        (r"ldmatrix", "ldmatrices", "ldmatrices.*does not know"),
+        (r"add\.f32", "add.sat.f32", "add.sat.f32.*a modifier that the emulator does not know: sat"),
+    ],
+)
+def test_a_wrong_access_is_told(emulated, forced, pattern, by, message):
+    def mutate(ptx):
+        return cases.replaced(pattern, by)(ptx) if "scan_forward" in ptx else ptx
+
+    emulated("sm_90", mutate=mutate)
+    forced(homes="shared")
+    layer = persistrnn.LSTM(4, 24, backend="persistent", dtype=torch.bfloat16)
+    with torch.no_grad(), pytest.raises(EmulatorError, match=message):
+        layer(torch.randn(3, 3, 4, dtype=torch.bfloat16))
+
+
+def test_the_interpreter_is_not_meant(emulated):
+    emulated("sm_90")
+    assert not launch.INTERPRETED
+    assert launch.exchange_for(torch.device("cpu")) == Exchange()
