@@ -28,11 +28,10 @@ from bench import UsageError
 from bench.gpu import first, micro, recorder, stress, tune
 from bench.race import engine as race
 from bench.race import suites
-from bench.report import provenance
-from persistrnn import results
+from bench.report import provenance, results
+from bench.report.results import ARMS, DTYPES, Micro, Results, Stress
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner import hardware as devices
-from persistrnn.results import ARMS, DTYPES, Micro, Results, Stress
 
 ROOT = Path(__file__).resolve().parents[2]  # bench may be a link
 TESTS = tuple(f"tests/kernels/test_gpu{name}.py" for name in ("", "_wave", "_cuts", "_memory", "_gsan"))

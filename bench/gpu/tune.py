@@ -16,12 +16,12 @@ import torch
 
 from bench.race import arms, timing
 from bench.race.engine import Race
+from bench.report.results import Case, Tuning
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import plan as planning
 from persistrnn.kernels.planner.hardware import Hardware
 from persistrnn.kernels.planner.tiling import Choice
-from persistrnn.results import Case, Tuning
 
 STEPS = 256
 MOST = 6  # choices per shape and pass

@@ -17,9 +17,8 @@ from bench.race import suites
 from bench.race.arithmetic import bytes_moved
 from bench.race.arms import Skip
 from bench.race.engine import REHEARSED, Race, skipped
-from bench.report import provenance
-from persistrnn import results
-from persistrnn.results import ARMS, DTYPES, Case, Check, Results, Timing
+from bench.report import provenance, results
+from bench.report.results import ARMS, DTYPES, Case, Check, Results, Timing
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

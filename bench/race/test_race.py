@@ -17,7 +17,7 @@ from bench.race.timing import EventClock
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-    from persistrnn.results import Case
+    from bench.report.results import Case
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from bench import UsageError
-from persistrnn.results import Provenance
+from bench.report.results import Provenance
 
 ROOT = Path(__file__).resolve().parents[2]  # bench may be a link
 UNKNOWN = "unknown"

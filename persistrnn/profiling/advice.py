@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .. import ops
-from ..tables import number
+from .page import MIB, number
 from .record import GIB, NO_KERNELS, Point, Profile
 from .subject import OURS, TORCH
 from .trace import IDLE, INPUT_GEMM, RECOMPUTE, WEIGHT_GEMMS
@@ -14,7 +14,6 @@ from .trace import IDLE, INPUT_GEMM, RECOMPUTE, WEIGHT_GEMMS
 FREE = 1.15  # times the step's time at which a larger batch is nearly free
 IDLE_SHARE, GEMM_SHARE, OPTIMIZER_SHARE, RECOMPUTE_SHARE, FIXED_SHARE = 0.15, 0.5, 0.15, 0.25, 0.2
 CLEARLY_LESS = 0.2  # more than the predictions may be wrong by
-MIB = 1 << 20
 EQUAL = 0.05  # times that differ by less are equal
 
 

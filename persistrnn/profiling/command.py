@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from ..options import BACKENDS, SAVES
-from ..plots import MissingMatplotlib
-from . import page, plots, predicted, progress, tables
+from . import drawing, predicted, progress, report, tables
 from .advice import advice
 from .measure import OPTIMIZERS
 from .run import COMPARISONS, device_problem, profile
@@ -178,16 +177,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     subject = _subject(options, given)
     try:
-        plots.check()
+        drawing.check()
         progress.check()
-    except (MissingMatplotlib, progress.MissingTqdm) as error:
+    except (drawing.MissingMatplotlib, progress.MissingTqdm) as error:
         options.error(str(error))
     try:
         predicted.check_device(given.device_model)
     except ValueError as error:
         options.error(f"argument --device-model: {given.device_model!r} given, and {error}")
     try:
-        page.folder(given.output)
+        report.folder(given.output)
     except OSError as error:
         options.error(f"argument --output: {given.output!r} given, and {error}; allowed: a folder to write into")
     try:
@@ -210,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"persistrnn profile: {error}", file=sys.stderr)
         return 1
     print(tables.report(found, advice(found)))
-    print(f"\nwrote {', '.join(map(str, page.files(found, given.output)))}")
+    print(f"\nwrote {', '.join(map(str, report.files(found, given.output)))}")
     return 0
 
 

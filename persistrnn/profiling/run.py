@@ -65,7 +65,7 @@ def profile(
         SubjectError (a ValueError): the subject cannot be run as asked, with the reason and the remedy
         ValueError: an argument out of range
         MissingMatplotlib, MissingTqdm: one of them is not installed, and needed
-        OSError: the report cannot be written; see ``page.folder``
+        OSError: the report cannot be written; see ``report.folder``
     """
     if not isinstance(subject, Sizes) and not callable(subject):
         raise SubjectError(
@@ -97,10 +97,10 @@ def profile(
     if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
         raise ValueError(f"seconds is {seconds!r}, allowed: a finite number, at least 0")
     if output is not None:
-        from . import page, plots  # only here: they need jinja2 and matplotlib
+        from . import drawing, report  # only here: they need jinja2 and matplotlib
 
-        plots.check()
-        folder = page.folder(output)
+        drawing.check()
+        folder = report.folder(output)
     arms = _arms(subject, compare, where)
     bar = Bar(len(arms), steps, 2 + sum(counts)) if progress else None  # 2: built, and profiled
     told = bar or (lambda arm, steps, what: None)
@@ -117,7 +117,7 @@ def profile(
             predicted.add(found, device_model)
         if output is not None:
             told(found.arms[-1], max(steps), "write the report")
-            page.write(found, folder, Path(traces))
+            report.write(found, folder, Path(traces))
         if bar is not None:
             bar.finish()
     return found

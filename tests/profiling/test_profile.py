@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from persistrnn.plots import MissingMatplotlib
+
 from persistrnn.profiling import command as profile_command
 from persistrnn.profiling import page as profile_page
 from persistrnn.profiling import progress as profile_progress

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from persistrnn.tables import number
 
 from persistrnn import ops
 from persistrnn.profiling import advice as profile_advice
@@ -13,7 +14,6 @@ from persistrnn.profiling.advice import RULES, advice
 from persistrnn.profiling.record import NO_KERNELS, UNTRACED, Machine, Point, Profile, Settings
 from persistrnn.profiling.subject import Call
 from persistrnn.profiling.trace import Phase
-from persistrnn.tables import number
 
 GPU = Machine("cuda", "NVIDIA H200", 140 << 30, 8, False, "2.13", "3.9.0", "3.11", "2026-01-31")
 CPU = Machine("cpu", "CPU: some", 16 << 30, 2, False, "2.13", "3.9.0", "3.11", "2026-01-31")

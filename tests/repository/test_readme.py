@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from persistrnn import report, results
+from bench.report import results, tables
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.inspect import plan_command
 from persistrnn.kernels.planner.hardware import named
@@ -66,7 +66,7 @@ def test_race_table_is_made_from_the_results():
     """From the newest file that was measured on a GPU; before there is one, from the rehearsal, which has no speeds."""
     found = [results.load(path) for path in RESULTS.glob("*.json")]
     newest = max(found, key=lambda one: (not one.provenance.rehearsal, one.provenance.date))
-    assert report.markdown(newest) in README
+    assert tables.markdown(newest) in README
 
 
 def test_plan_that_is_shown_wins_and_is_what_the_command_draws():

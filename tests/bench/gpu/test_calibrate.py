@@ -13,11 +13,11 @@ from synthetic import add, case, skipped, timing
 from synthetic import results as empty
 
 from bench.gpu import calibrate, micro
+from bench.report.results import Case, Check, Micro, Results, Timing
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner.forecast import predict
 from persistrnn.kernels.planner.hardware import DEVICES, corrected
 from persistrnn.kernels.planner.measurements import MEASURABLE, Step, measurements
-from persistrnn.results import Case, Check, Micro, Results, Timing
 
 RECORD = DEVICES["h200"]
 ROW = case(input=256, steps=100)

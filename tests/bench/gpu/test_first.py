@@ -18,9 +18,9 @@ from bench.gpu import command as gpu
 from bench.gpu import first, first_steps, smoke
 from bench.gpu.first import STEPS, First, Step
 from bench.race import suites
+from bench.report.results import Results, Stress, entry, line, load
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner.hardware import named
-from persistrnn.results import Results, Stress, entry, line, load
 
 # A step's process without torch: it does what its items are called, and keeps the journal as `first_steps` does.
 FAKE = """

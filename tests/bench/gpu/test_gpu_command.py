@@ -18,9 +18,9 @@ from bench.gpu import command as gpu
 from bench.gpu import micro, recorder, stress, tune
 from bench.race import suites
 from bench.report import provenance
+from bench.report.results import Check, Micro, Results, Stress, Tuning, load
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner.hardware import named
-from persistrnn.results import Check, Micro, Results, Stress, Tuning, load
 
 CPU = torch.device("cpu")
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from bench.gpu import tune
 from bench.race.engine import Race
+from bench.report.results import Case, Tuning
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import plan
 from persistrnn.kernels.planner.hardware import INTERPRETER, named
 from persistrnn.kernels.planner.plan import Pass
-from persistrnn.results import Case, Tuning
 
 CPU = torch.device("cpu")
 H200 = named("h200")

@@ -20,7 +20,7 @@ from bench.race import arithmetic, conftest
 from bench.race.correctness import Truth
 from bench.race.engine import REHEARSED, Race
 from bench.report import provenance
-from persistrnn.results import ARMS, MODES, Check, Results, load
+from bench.report.results import ARMS, MODES, Check, Results, load
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")

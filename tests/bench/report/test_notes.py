@@ -12,8 +12,8 @@ from bench import UsageError
 from bench.gpu import calibrate
 from bench.race import suites
 from bench.report import notes, targets
+from bench.report.results import Check, Micro, Results, Stress
 from persistrnn import report
-from persistrnn.results import Check, Micro, Results, Stress
 
 NOTES = Path(__file__).parents[3] / "bench" / "NOTES.md"
 

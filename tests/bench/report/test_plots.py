@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from synthetic import add, many, pair, predicted, raced, results
 
+from bench.report.results import ARMS, DTYPES, MODES, Results
 from persistrnn import plots
-from persistrnn.results import ARMS, DTYPES, MODES, Results
 
 
 def drawn(found: Results, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from persistrnn.rows import rows, summaries
 from synthetic import CASE, add, case, everything, many, pair, predicted, raced, results, skipped, timing
 
+from bench.report.results import ARMS, Check, Results, Stress, Tuning
 from persistrnn import report, tables
-from persistrnn.results import ARMS, Check, Results, Stress, Tuning
-from persistrnn.rows import rows, summaries
 
 HERE = Path(report.__file__).parent
 

@@ -11,7 +11,7 @@ import pytest
 from synthetic import CASE, add, case, everything, skipped, timing
 from synthetic import results as empty
 
-from persistrnn.results import ARMS, DTYPES, MARKS, MODES, Check, Results, Stress, entry, line, load
+from bench.report.results import ARMS, DTYPES, MARKS, MODES, Check, Results, Stress, entry, line, load
 
 # Round trip
 

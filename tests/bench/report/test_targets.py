@@ -13,8 +13,8 @@ from synthetic import skipped, timing
 from bench import UsageError
 from bench.gpu import command as gpu
 from bench.race import suites
+from bench.report.results import Case, Micro, Results, Stress, Timing
 from bench.report.targets import NOTHING, TESTED, Target, main, markdown, newest, persistent_dtypes, targets, window
-from persistrnn.results import Case, Micro, Results, Stress, Timing
 
 ROOT = Path(__file__).parents[3]
 README = ROOT / "bench" / "README.md"
