@@ -4,9 +4,9 @@
     make gpu ARGS="first --minutes 4"            the same order, cut where the time is over
     make rehearse ARGS=first                     every line of it on a CPU
 
-Each step is a process of its own (`bench.gpu.first_steps`, the tests under pytest). What it finds is in the results
-file at once; one that hangs, dies or is too slow is killed with its process group, leaves a line that says so, and the
-next one begins. Within a step the item that did it is left out, and the others go on in another process.
+Each step is a process of its own (`bench.gpu.first_steps`, the tests under pytest), which puts what it finds into the
+results file at once. One that hangs, dies or is too slow is killed with its process group, leaves a line that says so,
+and the next one begins. Within a step the item that did it is left out, and the others go on in another process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.gpu import first_steps, recorder, smoke
-from bench.report import provenance, results
+from bench.report import provenance
 from bench.report.results import Stress, Timing
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 START = 15  # seconds: this program's own imports, the driver, the end
 LEAST = 15  # below so many seconds a step is not begun
-CACHE = Path("runs") / "first-cache"
 NOT_RUN = "not run: "
 # What the names of the most telling tests contain, the first of them first.
 TELLING = (
@@ -44,18 +43,16 @@ TELLING = (
 
 @dataclass(frozen=True)
 class Step:
-    """seconds: of the whole step, at most; item: of one of its items, at most. beside: runs beside the next one."""
+    """seconds: of the whole step, at most; item: of one of its items, at most."""
 
     name: str
     seconds: int
     item: int
     what: str
-    beside: bool = False
 
 
 STEPS = (
-    Step("machine", 30, 15, "device, versions, clocks; cooperative launch, pinned memory", beside=True),
-    Step("compile", 60, 60, "all kernels that follow, on all cores"),
+    Step("machine", 30, 15, "device, versions, clocks; cooperative launch, pinned memory"),
     Step("smoke", 60, 20, f"{len(smoke.SMOKE)} cases against float64, from the simplest up"),
     Step("exchange", 40, 10, "both protocols among 4, 16, 64 and 128 programs"),
     Step("constants", 20, 10, "clock, L2, shared memory, barrier, launch, memory"),
@@ -74,7 +71,7 @@ def plan(minutes: float) -> list[tuple[Step, float]]:
         seconds = left if step.name == "tests" else min(step.seconds, left)
         seconds = seconds if seconds >= LEAST else 0.0
         found.append((step, seconds))
-        left -= 0 if step.beside else seconds
+        left -= seconds
     return found
 
 
@@ -82,29 +79,27 @@ def printed(minutes: float) -> str:
     """The plan; what a step does not need goes to those that follow."""
     lines = [f"{START:5.0f} s  start and end"]
     for step, seconds in plan(minutes):
-        time_of = "beside the next" if step.beside else f"{seconds:5.0f} s"
-        lines.append(f"{time_of if seconds else 'only if time is left'}  {step.name}: {step.what}")
+        time_of = f"{seconds:5.0f} s" if seconds else "only if time is left"
+        lines.append(f"{time_of}  {step.name}: {step.what}")
     lines.append(f"in place of what follows, {CAUSES.seconds} s  {CAUSES.name}: {CAUSES.what}")
-    total = START + sum(seconds for step, seconds in plan(minutes) if not step.beside)
+    total = START + sum(seconds for _, seconds in plan(minutes))
     return "\n".join([*lines, f"{total:5.0f} s at most"])
 
 
 class Child:
-    """A step's process, with the journal that it writes."""
+    """A step's process. running: the file in which it says what it is at."""
 
-    def __init__(self, step: Step, command: list[str], until: float, journal: Path, running: Path) -> None:
-        self.step, self.until, self.journal, self.running = step, until, journal, running
-        self.read, self.started = 0, time.monotonic()
+    def __init__(self, step: Step, command: list[str], until: float, running: Path) -> None:
+        self.step, self.until, self.running = step, until, running
+        self.started = time.monotonic()
         self.item, self.since = "", self.started
         self.how = ""  # how it was ended, or ended badly
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        environment.setdefault("TRITON_CACHE_DIR", str(provenance.ROOT / CACHE))
-        if step.name == "compile":
-            environment.pop("TRITON_INTERPRET", None)  # which compiles nothing
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
+        running.unlink(missing_ok=True)
         self.process = subprocess.Popen(
-            command, cwd=provenance.ROOT, env=environment, start_new_session=True, stderr=self.errors
-        )
+            command, cwd=provenance.ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,
+            stderr=self.errors,
+        )  # fmt: skip
 
     def state(self) -> list[str]:
         """The item that is running ("": none), and those that are left."""
@@ -140,6 +135,14 @@ class Child:
         except subprocess.TimeoutExpired:  # stuck in the driver of the device
             self.how += "; not even a kill ends it"
 
+    def wait(self) -> None:
+        try:
+            while not self.over():
+                time.sleep(0.05)
+        except BaseException:  # an interrupt, say
+            self.kill()
+            raise
+
     def said(self) -> str:
         """Once, after its end: the end of what it wrote to stderr, which is shown here as well."""
         with self.errors as file:
@@ -151,23 +154,6 @@ class Child:
         return text.strip()[-1000:]
 
 
-def journal_of(results_file: Path, step: str) -> Path:
-    return results_file.with_name(f"{results_file.stem}-{step}.journal")
-
-
-def set_aside(path: Path) -> str:
-    """Move a file away that a kill has cut short; what to say about it, "" if it is whole, or not there."""
-    try:
-        results.load(path)
-    except FileNotFoundError:
-        return ""
-    except ValueError as error:
-        broken = path.with_suffix(".broken")
-        os.replace(path, broken)
-        return f"{broken.name} is what was there, and no results file: {error}"
-    return ""
-
-
 class First:
     """One run of all steps."""
 
@@ -176,6 +162,7 @@ class First:
         self.end = time.monotonic() + 60 * run.arguments.minutes - START
         stress = run.results.stress
         stress[:] = [entry for entry in stress if not entry.name.startswith(NOT_RUN)]
+        run.save()
         self.tried: set[str] = set()
         self.left: list[str] = []  # tests without an outcome
 
@@ -187,36 +174,10 @@ class First:
         if not ok:
             say(f"{name}: {'' if name.startswith(NOT_RUN) else 'WRONG: '}{message}")
 
-    def fold(self, journal: Path, start: int, ended: bool) -> int:
-        """Take what a journal has from ``start`` on into the results; where the next reading starts."""
-        try:
-            content = journal.read_bytes()[start:]
-        except FileNotFoundError:
-            return start
-        whole, _, rest = content.rpartition(b"\n")
-        for text in whole.splitlines():
-            try:
-                entry = results.entry(text.decode())
-                self.run.results.add(entry)
-            except ValueError as error:  # a speed without its check, say
-                self.note(f"{journal.stem}: an entry", False, 0.0, str(error))
-                continue
-            if isinstance(entry, Stress):
-                self.tried.add(entry.name)
-        if whole:
-            self.run.save()
-        if ended:
-            if rest:
-                self.note(f"{journal.stem}: journal", False, 0.0, f"cut short by a kill; its last line is {rest!r}")
-            journal.unlink()
-        return start + len(content) - len(rest)
-
     def done(self) -> set[str]:
-        """What is not run: all that was tried in this run, and what was green, or raced, in an earlier one. Kernels are
-        compiled again: this machine may be another one."""
+        """What is not run: all that was tried in this run, and what was green, or raced, in an earlier one."""
         before = recorder.outcomes(self.run.results)
-        kept = {name for name, ok in before.items() if ok or name.startswith("race-")}
-        return self.tried | {name for name in kept if not name.startswith("compile:")}
+        return self.tried | {name for name, ok in before.items() if ok or name.startswith("race-")}
 
     # -- processes
 
@@ -224,46 +185,24 @@ class First:
         path, options = self.run.path, self.run.arguments
         names = path.with_name(f"{path.stem}.done")
         names.write_text("\n".join(sorted(self.done())))
-        command = [
-            sys.executable,
-            "-m",
-            "bench.gpu.first_steps",
-            step.name,
-            "--journal",
-            str(journal_of(path, step.name)),
-        ]
+        command = [sys.executable, "-m", "bench.gpu.first_steps", step.name, "--output", str(path)]
         command += ["--until", str(until - 2), "--done", str(names), "--red", red]
         command += ["--rehearse", options.rehearse] if options.rehearse else []
         return command + (["--inject", *options.inject] if options.inject else [])
 
-    def begin(self, step: Step, until: float, red: str = "") -> Child:
-        journal = journal_of(self.run.path, step.name)
-        first_steps.running(journal).unlink(missing_ok=True)
-        return Child(step, self.command(step, until, red), until, journal, first_steps.running(journal))
-
-    def watch(self, steps: list[tuple[Step, float]], red: str = "") -> None:
-        """Run steps beside each other, each again without the item that ended it, until they are through."""
-        limits = {step.name: time.monotonic() + seconds for step, seconds in steps}
-        children = [self.begin(step, limits[step.name], red) for step, _ in steps]
-        try:
-            while children:
-                time.sleep(0.05)
-                for child in list(children):
-                    over = child.over()
-                    child.read = self.fold(child.journal, child.read, over)
-                    if not over:
-                        continue
-                    children.remove(child)
-                    if self.ended(child) and child.until - time.monotonic() >= LEAST:
-                        children.append(self.begin(child.step, child.until, red))
-        finally:
-            for child in children:  # on the way out by an exception
-                child.kill()
-                child.said()
+    def watch(self, step: Step, seconds: float, red: str = "") -> None:
+        """Run a step, and again without the item that ended it, until it is through."""
+        until, again = time.monotonic() + seconds, True
+        while again:
+            child = Child(step, self.command(step, until, red), until, recorder.running(self.run.path))
+            child.wait()
+            again = self.ended(child)
 
     def ended(self, child: Child) -> bool:
-        """Note how a process ended; whether there are items left for another one."""
-        said = child.said()
+        """Take what a process found, and note how it ended; whether there are items left for another one."""
+        said, count = child.said(), len(self.run.results.stress)
+        self.run.reload()
+        self.tried |= {entry.name for entry in self.run.results.stress[count:]}
         item, *left = child.state() or [""]
         child.running.unlink(missing_ok=True)
         # Of a lost device the item has told already.
@@ -286,17 +225,10 @@ class First:
             minutes = str(max(until - time.monotonic() - 10, 1) / 60)
             command += ["-p", "bench.gpu.recorder", "--outcomes", str(path.resolve()), "--within", minutes, "--tb=line"]
             command += ["-q", "--collected", str(collected), "--telling", *TELLING]
-        run.save()
-        recorder.running(path).unlink(missing_ok=True)
-        child = Child(STEPS[-1], command, until, path, recorder.running(path))
-        while not child.over():
-            time.sleep(0.05)
+        child = Child(STEPS[-1], command, until, recorder.running(path))
+        child.wait()
         said, (item, *_) = child.said(), child.state() or [""]
         child.running.unlink(missing_ok=True)
-        broken = set_aside(path)
-        if broken:
-            run.save()  # what was known before
-            self.note("tests: results", False, 0.0, broken)
         run.reload()
         # 1: some are red, which stands in the file; 5: none are left.
         if child.how and child.process.returncode not in (1, 5):
@@ -310,15 +242,11 @@ class First:
 
     # -- all of it
 
-    def all(self, broken: str = "") -> bool:
-        """Whether all that was run is right. broken: what was found in place of the results file."""
+    def all(self) -> bool:
+        """Whether all that was run is right."""
         options = self.run.arguments
-        if broken:
-            self.note("results", False, 0.0, broken)
-        for journal in self.run.path.parent.glob(f"{self.run.path.stem}-*.journal"):  # of a run that was killed
-            self.fold(journal, 0, True)
         say(f"the plan:\n{printed(options.minutes)}")
-        stopped, waiting = "", []
+        stopped = ""
         for step in STEPS:
             if options.steps and step.name not in options.steps:
                 continue
@@ -326,21 +254,15 @@ class First:
             if stopped or seconds < LEAST:
                 self.note(NOT_RUN + step.name, False, 0.0, stopped or "no time was left")
                 continue
-            if step.beside:
-                waiting.append((step, seconds))
-                continue
             start = time.monotonic()
             if step.name == "tests":
                 while self.pytest(self.end) and self.end - time.monotonic() >= LEAST:
                     pass
             else:
-                self.watch([*waiting, (step, seconds)])
-                waiting = []
+                self.watch(step, seconds)
             say(f"== {step.name}: {time.monotonic() - start:.0f} s")
             if step.name == "smoke":
                 stopped = self.after_smoke()
-        if waiting:  # beside nothing
-            self.watch(waiting)
         files = Counter(name.partition("::")[0] for name in self.left)
         for file, count in files.items():
             self.note(f"{NOT_RUN}{file}", False, 0.0, f"{count} tests: no time was left, or they were skipped")
@@ -363,7 +285,7 @@ class First:
             return ""
         seconds = min(CAUSES.seconds, self.end - time.monotonic())
         if seconds >= LEAST:
-            self.watch([(CAUSES, seconds)], red[0])
+            self.watch(CAUSES, seconds, red[0])
         return f"the simplest cases are wrong: {red[0]}" if red[0] in smoke.FIRST else ""
 
     def summary(self) -> str:

@@ -71,8 +71,10 @@ def _span(values: Iterable[float], least: tuple[float, float]) -> tuple[float, f
 def speedups(found: Sequence[Row], provenance: Provenance) -> Part:
     section = Part(
         "Speed-up per case",
-        "Time of the other over time of persistrnn, whole call, median; left of the line at 1 persistrnn loses. "
-        "Sorted by the speed-up over torch; cases of one suite, dtype and mode share their scale.",
+        [
+            "Time of the other over time of persistrnn, whole call, median; left of the line at 1 persistrnn loses. "
+            "Sorted by the speed-up over torch; cases of one suite, dtype and mode share their scale."
+        ],
     )
     name, absent = _Names(), 0
     for (suite, dtype, mode), members in groups(found).items():
@@ -122,9 +124,11 @@ class _Panel(NamedTuple):
 def times(found: Sequence[Row], provenance: Provenance) -> Part:
     section = Part(
         "Time per step",
-        "Microseconds per step of the whole stack against the hidden size; a panel has one cell and batch (and layers "
-        "L, directions D; I=0: without the product of the input). Measured times are whole calls over T, with that "
-        "product where a case has one; predicted times and the floor are the plan's, without it.",
+        [
+            "Microseconds per step of the whole stack against the hidden size; a panel has one cell and batch (and "
+            "layers L, directions D; I=0: without the product of the input). Measured times are whole calls over T, "
+            "with that product where a case has one; predicted times and the floor are the plan's, without it."
+        ],
     )
     name, alone = _Names(), 0
     for dtype, mode in itertools.product(DTYPES, MODES):
@@ -210,9 +214,11 @@ def _suites(found: Iterable[Row]) -> dict[str, tuple[str, str]]:
 def floors(found: Sequence[Row], provenance: Provenance) -> Part:
     section = Part(
         "Share of the floor",
-        "Time per step over the floor, the least that any plan can take; 1 is the floor. Filled: measured over floor "
-        "(whole call, with the product of the input where a case has one). Hollow: predicted over floor, of cases that "
-        "are not measured.",
+        [
+            "Time per step over the floor, the least that any plan can take; 1 is the floor. Filled: measured over "
+            "floor (whole call, with the product of the input where a case has one). Hollow: predicted over floor, of "
+            "cases that are not measured."
+        ],
     )
     members = [row for row in found if row.floor and row.case.hidden]
     if not members:
@@ -253,8 +259,10 @@ def floors(found: Sequence[Row], provenance: Provenance) -> Part:
 def memory(found: Sequence[Row], provenance: Provenance) -> Part:
     section = Part(
         "Peak memory",
-        "Device memory above what was allocated before the call, persistrnn against torch; below the line persistrnn "
-        "needs less.",
+        [
+            "Device memory above what was allocated before the call, persistrnn against torch; below the line "
+            "persistrnn needs less."
+        ],
     )
     points: dict[str, list[tuple[Row, float, float]]] = {}
     for row in found:

@@ -88,4 +88,4 @@ def refuse_another(path: Path, before: Provenance, now: Provenance) -> None:
     for name in SAME:
         was, is_now = getattr(before, name), getattr(now, name)
         if was != is_now and UNKNOWN not in (was, is_now):
-            raise UsageError(f"{path} was measured with {name} {was!r}, now it is {is_now!r}; name another --results")
+            raise UsageError(f"{path} was measured with {name} {was!r}, now it is {is_now!r}; name another --output")

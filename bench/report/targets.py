@@ -241,10 +241,16 @@ def newest(folder: Path = FOLDER) -> tuple[Results | None, str]:
     Raises:
         ValueError: a file there is no results file, or has no date.
     """
-    found = [(load(path), path.name) for path in sorted(folder.glob("*.json"))]
-    return max(
-        ((r, name) for r, name in found if suitable(r)), key=lambda pair: pair[0].provenance.when, default=(None, "")
-    )
+    newest: tuple[Results | None, str] = None, ""
+    for path in sorted(folder.glob("*.json")):
+        found = load(path)
+        try:
+            when = found.provenance.when
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
+        if suitable(found) and (newest[0] is None or when > newest[0].provenance.when):
+            newest = found, path.name
+    return newest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

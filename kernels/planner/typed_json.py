@@ -101,7 +101,7 @@ def _dataclass(kind: Any, given: Any, place: str) -> Any:
     names = [f.name for f in fields(kind)]
     if not isinstance(given, dict):
         raise refused(place, given, f"an object with {', '.join(names)}")
-    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    needed = {f.name for f in fields(kind) if f.default is MISSING}
     if not needed <= set(given) <= set(names):
         raise refused(f"the list of keys of {place}", sorted(given), f"exactly {', '.join(names)}")
     values = {name: read(_hints(kind)[name], given[name], f"{place}.{name}") for name in names if name in given}

@@ -45,7 +45,7 @@ def measured(monkeypatch, tmp_path):
 def step(microseconds, path="persistent", hidden=1024, batch=16, dtype="bf16", backward=False, cell="lstm"):
     return {
         "cell": cell, "hidden": hidden, "batch": batch, "directions": 1, "dtype": dtype,
-        "pass": "backward" if backward else "forward", "path": path, "microseconds": microseconds,
+        "backward": backward, "path": path, "microseconds": microseconds,
     }  # fmt: skip
 
 

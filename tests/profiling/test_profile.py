@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from persistrnn.plots import MissingMatplotlib
 
 from persistrnn.profiling import command as profile_command
-from persistrnn.profiling import page as profile_page
+from persistrnn.profiling import drawing
+from persistrnn.profiling import plots as profile_plots
 from persistrnn.profiling import progress as profile_progress
+from persistrnn.profiling import report as profile_report
 from persistrnn.profiling import run as profile_run
+from persistrnn.profiling.drawing import MissingMatplotlib
 from persistrnn.profiling.measure import measure
 from persistrnn.profiling.progress import Bar, MissingTqdm
 from persistrnn.profiling.record import Point, Profile, Settings, machine
@@ -40,7 +42,7 @@ def report(tmp_path_factory) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Without plots, which take seconds: `report` has them."""
-    monkeypatch.setattr(profile_page.profile_plots, "draw", lambda profile: [])
+    monkeypatch.setattr(profile_plots, "draw", lambda profile: [])
 
 
 def test_everything_is_written(report):
@@ -120,16 +122,16 @@ def test_page_is_sound(report):
     found.feed(page)
     found.close()
     assert found.open == []
-    assert found.references - {"fff", "ffffff"} <= found.ids | {"advice"}
+    assert found.references - {"fff", "ffffff"} <= found.ids
     assert "script" not in found.seen
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.S)
     assert len(drawings) == 4, "time and memory, phases, timeline, batches"
-    for drawing in drawings:
-        root = ET.fromstring(drawing)
+    for svg in drawings:
+        root = ET.fromstring(svg)
         space = "{http://www.w3.org/2000/svg}"
         assert root.get("aria-label")
         assert len(root.findall(f".//{space}path")) > 10
-        assert "nan" not in drawing.lower().split("aria-label")[0]
+        assert "nan" not in svg.lower().split("aria-label")[0]
     assert {"CPU" in text for text in re.findall(r"<text[^>]*>([^<]*measured[^<]*)</text>", page)} == {True, False}
     # Measured and predicted stand under different heads, and cards of predictions look different.
     assert '<div class="predicted"><dt><b>h200, fp32, predicted</b> per time step' in page
@@ -142,14 +144,14 @@ def test_page_is_sound(report):
 def test_equal_curves_are_both_seen(monkeypatch):
     """The first arm is drawn wider than the second, over it; a logarithmic axis says so."""
     drawn = []
-    monkeypatch.setattr(profile_page.profile_plots, "_finish", lambda figure, *_: drawn.append(figure))
+    monkeypatch.setattr(drawing, "finish", lambda figure, *_: drawn.append(figure))
     calls = [Call("lstm", 4, 4, 1, 1, 8, 2, "fp32", "torch")]
     points = [
         Point(arm, steps, "", steps, steps / 8, steps / 9, steps / 7, 2, 10, steps, calls=calls)
         for arm in (OURS, TORCH)
         for steps in (8, 16)
     ]
-    profile_page.profile_plots.against_steps(Profile("a layer", machine("cpu"), Settings("none", 2, 1, 1.0), points))
+    profile_plots.against_steps(Profile("a layer", machine("cpu"), Settings("none", 2, 1, 1.0), points))
     for axes in drawn[0].axes:
         first, second = (next(line for line in axes.lines if line.get_color() == c) for c in ("#4477AA", "#EE6677"))
         assert first.get_linewidth() > 2 * second.get_linewidth()
@@ -372,7 +374,7 @@ def test_other_peoples_files_stay(tmp_path, capsys):
     theirs.write_text("{}")
     with pytest.raises(SystemExit):
         profile_command.main([*COMMAND.split(), "--output", str(tmp_path)])
-    assert "is there, and no profile wrote it: move it, or name another folder" in " ".join(
+    assert "is there, and no report wrote it: move it, or name another folder" in " ".join(
         capsys.readouterr().err.split()
     )
     assert theirs.read_text() == "{}"
@@ -435,16 +437,16 @@ def test_a_report_that_fails_leaves_its_folder_to_the_next(broken, left, tmp_pat
     traces = tmp_path / "traces"
     traces.mkdir()
     (traces / "trace.json").write_text("{}")
-    folder = profile_page.folder(tmp_path / "out")
+    folder = profile_report.folder(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(f"persistrnn.profiling.page.{broken}", fail)
+        patch.setattr(f"persistrnn.profiling.report.{broken}", fail)
         with pytest.raises(OSError, match="no space left"):
-            profile_page.write(found, folder, traces)
+            profile_report.write(found, folder, traces)
     names = {path.name for path in folder.iterdir()}
     assert left <= names
     assert bool(left) == bool(names)
-    assert profile_page.folder(folder) == folder
-    profile_page.write(found, folder, traces)
+    assert profile_report.folder(folder) == folder
+    profile_report.write(found, folder, traces)
     assert {path.name for path in folder.iterdir()} == {"profile.html", "profile.txt", "profile.json", "trace.json"}
 
 
@@ -454,7 +456,7 @@ def test_the_page_comes_first_and_whole(tmp_path, undrawn, monkeypatch):
     replace, order = Path.replace, []
     monkeypatch.setattr(Path, "replace", lambda own, other: (order.append(other.name), replace(own, other)))
     (tmp_path / "traces").mkdir()
-    profile_page.write(found, tmp_path, tmp_path / "traces")
+    profile_report.write(found, tmp_path, tmp_path / "traces")
     assert order == ["profile.html", "profile.txt", "profile.json"]
 
 

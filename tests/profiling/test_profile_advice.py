@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from persistrnn.tables import number
 
 from persistrnn import ops
 from persistrnn.profiling import advice as profile_advice
-from persistrnn.profiling import page, tables
+from persistrnn.profiling import report, tables
 from persistrnn.profiling.advice import RULES, advice
+from persistrnn.profiling.page import number
 from persistrnn.profiling.record import NO_KERNELS, UNTRACED, Machine, Point, Profile, Settings
 from persistrnn.profiling.subject import Call
 from persistrnn.profiling.trace import Phase
@@ -152,7 +152,7 @@ def test_untraced():
 
 def test_a_peak_is_one_number_in_the_table_and_on_the_page():
     found = profile(point(512, 1.0, peak=3 << 20), point(1024, 2.0, peak=6 << 20))
-    card = next(card for card in page.cards(found) if card.what.startswith("peak memory"))
+    card = next(card for card in report.cards(found) if card.what.startswith("peak memory"))
     table = tables.summary(found)
     row = dict(zip((column.name for column in table.columns), table.rows[-1].cells, strict=True))
     assert (card.value, row["peak MiB"], row["of it held MiB"]) == ("7.000", "7.000", "1.000")

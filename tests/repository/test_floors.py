@@ -213,7 +213,7 @@ def test_kernels_import_kernels_only() -> None:
 
 # Benchmarks that measure the kernels themselves, and not what users call.
 NAMES = (
-    "gpu/calibrate", "gpu/command", "gpu/compile_first", "gpu/first_steps", "gpu/micro", "gpu/micro_kernels",
+    "gpu/calibrate", "gpu/command", "gpu/first_steps", "gpu/micro", "gpu/micro_kernels",
     "gpu/smoke", "gpu/stress", "gpu/tune", "race/arms", "race/engine", "race/test_host",
 )  # fmt: skip
 MEASURE_KERNELS = {f"bench/{name}.py" for name in NAMES}

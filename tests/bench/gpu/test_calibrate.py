@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +119,10 @@ def test_of_equal_lengths_the_narrowest_input_counts(turn: int) -> None:
 
 
 def test_constants_are_the_measurable_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert calibrate.document(filled())["constants"] == {"exchange": 0.91, "clock": 1.5}
+    assert calibrate.measured(filled()).constants == {"exchange": 0.91, "clock": 1.5}
     monkeypatch.setattr(micro, "constants", lambda _: {"barrier": 0.02, "shared": 1.0})
     assert "shared" not in MEASURABLE
-    assert calibrate.document(filled())["constants"] == {"barrier": 0.02}
+    assert calibrate.measured(filled()).constants == {"barrier": 0.02}
 
 
 # The command.
@@ -157,9 +157,9 @@ def test_file_is_what_the_plan_reads(call: Callable[..., Any], tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["h200.json", "in"], "nothing unfinished is left"
     found = measurements("h200", tmp_path)
     assert found is not None
-    assert found.steps == tuple(calibrate.steps(filled()))
+    assert found.steps == calibrate.steps(filled())
     where = filled().provenance
-    assert dict(found.provenance) == {
+    assert asdict(found.provenance) == {
         "device": "NVIDIA H200", "driver": where.driver, "torch": where.torch, "triton": where.triton,
         "commit": where.commit, "date": where.date, "command": where.command,
     }  # fmt: skip
@@ -228,7 +228,7 @@ def test_what_was_there_is_replaced_when_forced(call: Callable[..., Any], tmp_pa
     )
     after = measurements("h200", tmp_path)
     assert after is not None
-    assert dict(after.constants)["exchange"] == 0.5, "this process reads it too"
+    assert after.constants["exchange"] == 0.5, "this process reads it too"
 
 
 def test_output_may_be_anywhere(call: Callable[..., Any], tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def wrong_elsewhere() -> Results:
         (add(h200(), timing(case())), (), ("1 timings", "allowed: one at least")),
         (filled(driver=""), (), ("provenance.driver is ''", "allowed: a text")),
         ("nothing.json", (), ("nothing.json' given", "No such file", "allowed: a file that `make gpu` wrote")),
-        ("broken.json", (), ("broken.json: not JSON", "make gpu")),
+        ("broken.json", (), ("broken.json: not JSON",)),
     ],
 )
 def test_refusals(

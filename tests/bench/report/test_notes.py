@@ -11,9 +11,9 @@ from synthetic import results as empty
 from bench import UsageError
 from bench.gpu import calibrate
 from bench.race import suites
+from bench.report import __main__ as report
 from bench.report import notes, targets
 from bench.report.results import Check, Micro, Results, Stress
-from persistrnn import report
 
 NOTES = Path(__file__).parents[3] / "bench" / "NOTES.md"
 

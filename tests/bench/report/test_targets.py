@@ -283,7 +283,7 @@ def test_newest_is_the_latest_of_the_device(tmp_path: Path) -> None:
 
 def test_newest_needs_dates(tmp_path: Path) -> None:
     empty(device="NVIDIA H200", date="yesterday").save(tmp_path / "r.json")
-    with pytest.raises(ValueError, match=r"r\.json: the date is 'yesterday', allowed: one like"):
+    with pytest.raises(ValueError, match=r"r\.json: provenance.date is 'yesterday', allowed: a date like"):
         newest(tmp_path)
 
 
