@@ -12,9 +12,8 @@ import argparse
 import json
 import math
 import os
-import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, fields, replace
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from bench.gpu import micro
 from bench.report.results import Provenance, Results, Timing, named
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import measurements as measurements_file
-from persistrnn.kernels.planner.forecast import Error, predict
 from persistrnn.kernels.planner.hardware import DEVICES, Hardware, live
 from persistrnn.kernels.planner.measurements import MEASURABLE, MEASURED, Measurements, Step, measurements
 from persistrnn.kernels.planner.typed_json import read
@@ -141,43 +139,11 @@ def write(found: Measurements, output: Path) -> Measurements:
     return found
 
 
-def errors(found: Iterable[Step], hardware: Hardware) -> list[Error]:
-    """Each step beside what the model says; the plan is the one that this record leads to now."""
-
-    def predicted(s: Step) -> float:
-        return predict(CELLS[s.cell], s.hidden, s.batch, s.directions, s.dtype, hardware, s.backward, s.path)
-
-    return [Error(step, predicted(step)) for step in found]
-
-
 def changes(record: Hardware, found: Measurements) -> str:
     """Each measured constant against the record's own."""
     pairs = [(name, getattr(record, name), new) for name, new in found.constants.items()]
     lines = [Line((name, f"{old:.4g}", "->", f"{new:.4g}", f"{new / old:.2f}")) for name, old, new in pairs]
     return str(table("", words("constant", "old", "", "new", "new/old"), lines))
-
-
-def accuracy(record: Hardware, found: Measurements) -> str:
-    """Measured over predicted for each pass and path, by the record's own constants and by the measured ones."""
-    lines = []
-    corrected = replace(record, **found.constants)
-    for name, hardware in (("old", record), ("new", corrected)):
-        all_of_them = errors(found.steps, hardware)
-        for path in PATHS.values():
-            for backward in (False, True):
-                some = [e for e in all_of_them if (e.step.path, e.step.backward) == (path, backward)]
-                if not some:
-                    continue
-                worst = max(some, key=lambda e: abs(math.log(e.ratio)))
-                s = worst.step
-                where = f"{s.cell} {s.dtype} H={s.hidden} B={s.batch} D={s.directions}"
-                lines.append(Line((
-                    name, path, "backward" if backward else "forward", str(len(some)),
-                    f"{statistics.median(e.ratio for e in some):.2f}", f"{worst.ratio:.2f}", where,
-                    f"{worst.predicted:.2f}", f"{s.microseconds:.2f}",
-                )))  # fmt: skip
-    header = ("constants", "path", "pass", "steps", "median", "worst", "the worst", "predicted us", "measured us")
-    return str(table("", words(*header), lines))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -211,8 +177,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error(str(error))
     if found.constants:
         print(f"{record.name}: the record's own constants, and the measured ones\n\n{changes(record, found)}\n")
-    if found.steps:
-        print(f"measured over predicted, microseconds per step\n\n{accuracy(record, found)}\n")
     print(f"wrote {output}: {len(found.constants)} constants, {len(found.steps)} steps")
     return 0
 

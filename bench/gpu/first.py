@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,12 +42,14 @@ TELLING = (
 
 @dataclass(frozen=True)
 class Step:
-    """seconds: of the whole step, at most; item: of one of its items, at most."""
+    """seconds: of the whole step, at most; item: of one of its items, at most. told: exit statuses that say no more
+    than the results."""
 
     name: str
     seconds: int
     item: int
     what: str
+    told: tuple[int, ...] = (first_steps.LOST,)
 
 
 STEPS = (
@@ -59,7 +60,7 @@ STEPS = (
     Step("race-1", 60, 25, "persistrnn and torch, checked, then timed: fp16 and bf16"),
     Step("race-2", 60, 25, "layers, directions, small batches"),
     Step("race-3", 60, 25, "one step, fp32, resets, lengths"),
-    Step("tests", 60, 60, "the GPU tests, the most telling first, until the time is over"),
+    Step("tests", 60, 60, "the GPU tests, the most telling first, until the time is over", (1, 5)),
 )
 CAUSES = Step("causes", 60, 15, "only where smoke is red: what the first red case depends on")
 
@@ -94,6 +95,7 @@ class Child:
         self.started = time.monotonic()
         self.item, self.since = "", self.started
         self.how = ""  # how it was ended, or ended badly
+        self.late = False  # whether its item was begun too late, and is not to blame
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
         running.unlink(missing_ok=True)
         self.process = subprocess.Popen(
@@ -120,9 +122,9 @@ class Child:
         now, item = time.monotonic(), (self.state() or [""])[0]
         if item != self.item:
             self.item, self.since = item, now
-        late = now >= self.until
-        if late or (item and now - self.since >= self.step.item):
-            seconds = now - (self.since if item else self.started)
+        seconds = now - (self.since if item else self.started)
+        if now >= self.until or (item and seconds >= self.step.item):
+            self.late = bool(item) and seconds < self.step.item / 2
             self.how = f"was killed after {seconds:.0f} s: it hung, or was too slow"
             self.kill()
             return True
@@ -164,7 +166,6 @@ class First:
         stress[:] = [entry for entry in stress if not entry.name.startswith(NOT_RUN)]
         run.save()
         self.tried: set[str] = set()
-        self.left: list[str] = []  # tests without an outcome
 
     # -- what is found
 
@@ -183,6 +184,14 @@ class First:
 
     def command(self, step: Step, until: float, red: str) -> list[str]:
         path, options = self.run.path, self.run.arguments
+        if step.name == "tests":
+            command = [sys.executable, "-m", "pytest", "-m", "gpu", *self.tests]
+            if self.run.hardware is not None:
+                return [*command, "--collect-only", "-qq"]
+            minutes = str(max(until - time.monotonic() - 10, 1) / 60)
+            command += ["-p", "bench.gpu.recorder", "--outcomes", str(path.resolve()), "--within", minutes]
+            command += [f"--deselect={name}" for name in sorted(self.tried) if "::" in name]
+            return [*command, "-q", "--tb=line", "--telling", *TELLING]
         names = path.with_name(f"{path.stem}.done")
         names.write_text("\n".join(sorted(self.done())))
         command = [sys.executable, "-m", "bench.gpu.first_steps", step.name, "--output", str(path)]
@@ -205,40 +214,15 @@ class First:
         self.tried |= {entry.name for entry in self.run.results.stress[count:]}
         item, *left = child.state() or [""]
         child.running.unlink(missing_ok=True)
-        # Of a lost device the item has told already.
-        if child.how and child.process.returncode != first_steps.LOST:
-            name = f"{child.step.name}: {item}" if item else child.step.name
+        if child.late:
+            item, left = "", [item, *left]
+        elif child.how and child.process.returncode not in child.step.told:
+            name = f"{child.step.name}: {item}" if item and "::" not in item else item or child.step.name
             self.note(name, False, time.monotonic() - child.since, f"{child.how}. {said}".strip())
         again = bool(child.how and left and child.until - time.monotonic() >= LEAST)
         if left and not again:
             self.note(NOT_RUN + child.step.name, False, 0.0, f"its time was over: {'; '.join(left)}"[:2000])
         return again
-
-    def pytest(self, until: float) -> bool:
-        """The GPU tests until then, or until one hangs or dies; whether some are left."""
-        run, path = self.run, self.run.path
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", *self.tests]
-        collected = path.with_name(f"{path.stem}.collected")
-        if run.hardware is not None:
-            command += ["--collect-only", "-qq"]
-        else:
-            minutes = str(max(until - time.monotonic() - 10, 1) / 60)
-            command += ["-p", "bench.gpu.recorder", "--outcomes", str(path.resolve()), "--within", minutes, "--tb=line"]
-            command += ["-q", "--collected", str(collected), "--telling", *TELLING]
-        child = Child(STEPS[-1], command, until, recorder.running(path))
-        child.wait()
-        said, (item, *_) = child.said(), child.state() or [""]
-        child.running.unlink(missing_ok=True)
-        run.reload()
-        # 1: some are red, which stands in the file; 5: none are left.
-        if child.how and child.process.returncode not in (1, 5):
-            seconds = time.monotonic() - child.since
-            cut = time.monotonic() >= until and item and seconds < child.step.item / 2
-            if not cut:  # no fault of a test that was begun late
-                self.note(item or "tests", False, seconds, f"{child.how}. {said}".strip())
-        names = collected.read_text().splitlines() if collected.exists() else []
-        self.left = [name for name in names if name not in recorder.outcomes(run.results)]
-        return bool(self.left and item)
 
     # -- all of it
 
@@ -250,24 +234,17 @@ class First:
         for step in STEPS:
             if options.steps and step.name not in options.steps:
                 continue
-            seconds = min(step.seconds, self.end - time.monotonic())
+            left = self.end - time.monotonic()
+            seconds = left if step.name == "tests" else min(step.seconds, left)
             if stopped or seconds < LEAST:
                 self.note(NOT_RUN + step.name, False, 0.0, stopped or "no time was left")
                 continue
             start = time.monotonic()
-            if step.name == "tests":
-                while self.pytest(self.end) and self.end - time.monotonic() >= LEAST:
-                    pass
-            else:
-                self.watch(step, seconds)
+            self.watch(step, seconds)
             say(f"== {step.name}: {time.monotonic() - start:.0f} s")
             if step.name == "smoke":
                 stopped = self.after_smoke()
-        files = Counter(name.partition("::")[0] for name in self.left)
-        for file, count in files.items():
-            self.note(f"{NOT_RUN}{file}", False, 0.0, f"{count} tests: no time was left, or they were skipped")
-        for suffix in ("done", "collected"):
-            self.run.path.with_name(f"{self.run.path.stem}.{suffix}").unlink(missing_ok=True)
+        self.run.path.with_name(f"{self.run.path.stem}.done").unlink(missing_ok=True)
         self.run.results.provenance = replace(self.run.results.provenance, clocks_after=provenance.clock())
         self.run.save()
         say(self.summary())

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from bench.gpu import micro, micro_kernels, recorder, smoke
-from bench.race import arms, suites, timing
 from bench.race import engine as race
+from bench.race import suites
 from bench.report import provenance, results
-from bench.report.results import Case, Entry, Stress
+from bench.report.results import Case, Entry, Stress, Timing
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner import hardware as devices
 
@@ -159,31 +159,17 @@ def raced(job: Job, number: int) -> Iterator[Item]:
         if not kept or kept[0].case != case:
             kept.clear()  # its memory first
             kept.append(race.Race(case, job.device))
-        try:
-            runner = kept[0].runner(arm)
-        except arms.Skip as reason:
-            job.add(race.skipped(case, arm, str(reason), job.hardware or job.device))
-            return f"skipped: {reason}"
-        check = kept[0].check(arm, runner)
-        job.add(check)
-        if not check.ok:
-            job.add(race.skipped(case, arm, f"wrong: {check.message}", job.hardware or job.device))
-            raise AssertionError(check.message)
-        found = kept[0].time(arm, runner, timed)
-        smoke.synchronize(job.device)
-        launch.check()  # no wait ran out while it was timed
-        job.add(race.skipped(case, arm, race.REHEARSED, job.hardware) if job.hardware else found)
-        return race.REHEARSED if job.hardware else f"{found.per_step:.3f} us per step; {found.plan or found.dtype}"
+        for entry in kept[0].entries(arm, job.hardware):
+            job.add(entry)
+        assert isinstance(entry, Timing)  # which comes last
+        if entry.skipped.startswith("wrong"):
+            raise AssertionError(entry.skipped)
+        return entry.skipped or f"{entry.per_step:.3f} us per step; {entry.plan or entry.dtype}"
 
     rows = suites.miniatures(suites.first()) if job.hardware else suites.first()
     for case in rows[PER_STEP * number :][:PER_STEP]:
         for arm in RACED:
             yield f"{case.key}, {arm}", lambda case=case, arm=arm: take(case, arm)  # type: ignore[misc]
-
-
-def timed(call: Callable[[], object], rounds: int, calls: int) -> list[float]:
-    clock = timing.EventClock()
-    return [timing.seconds_of(call, clock, calls) for _ in range(rounds)]
 
 
 STEPS: dict[str, Callable[[Job], Iterator[Item]]] = {
@@ -199,13 +185,6 @@ STEPS: dict[str, Callable[[Job], Iterator[Item]]] = {
 
 
 # ---- one after the other ------------------------------------------------------------------------------------------
-
-
-def leave(path: Path, items: list[str]) -> None:
-    """Say which item is running ("": none) and which are left."""
-    at = recorder.running(path)
-    at.with_suffix(".part").write_text("\n".join(items))
-    os.replace(at.with_suffix(".part"), at)
 
 
 def say(text: str) -> None:
@@ -239,7 +218,7 @@ def work(step: str, job: Job, done: set[str], until: float) -> None:
     for i, (name, run) in enumerate(items):
         if time.monotonic() >= until:
             return  # what is left stays in the file
-        leave(job.path, [name for name, _ in items[i:]])
+        recorder.leave(job.path, [name for name, _ in items[i:]])
         start = time.monotonic()
         try:
             with injected(job, job.inject.get(f"{step}: {name}")):
@@ -249,7 +228,7 @@ def work(step: str, job: Job, done: set[str], until: float) -> None:
             message, ok = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"[:2000], False
         job.add(Stress(f"{step}: {name}", ok, time.monotonic() - start, message))
         say(f"{step}: {name}: {'ok' if ok else 'WRONG'}: {message}")
-        leave(job.path, ["", *(name for name, _ in items[i + 1 :])])
+        recorder.leave(job.path, ["", *(name for name, _ in items[i + 1 :])])
         if not ok and not usable(job.device):
             raise SystemExit(LOST)
     recorder.running(job.path).unlink(missing_ok=True)

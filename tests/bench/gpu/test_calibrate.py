@@ -14,8 +14,6 @@ from synthetic import results as empty
 
 from bench.gpu import calibrate, micro
 from bench.report.results import Case, Check, Micro, Results, Timing
-from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.planner.forecast import predict
 from persistrnn.kernels.planner.hardware import DEVICES, corrected
 from persistrnn.kernels.planner.measurements import MEASURABLE, Step, measurements
 
@@ -172,37 +170,6 @@ def test_changes_are_told(call: Callable[..., Any]) -> None:
     assert re.search(r"^exchange +0\.7 +-> +0\.91 +1\.30$", out, re.MULTILINE)
     assert re.search(r"^clock +1\.98 +-> +1\.5 +0\.76$", out, re.MULTILINE)
     assert "barrier" not in out
-
-
-def test_error_of_the_model_is_told(call: Callable[..., Any]) -> None:
-    """Three forwards, of which one is predicted exactly, one takes twice as long and one a tenth."""
-    shape = CELLS["lstm"]
-    predicted = {h: predict(shape, h, 16, 1, "bf16", RECORD, False, "persistent") for h in (256, 512, 1024)}
-    rows = {h: timing(replace(ROW, hidden=h), "persistrnn", predicted[h] * 100 * f)
-            for h, f in ((256, 1.0), (512, 2.0), (1024, 0.1))}  # fmt: skip
-    found = add(h200(), *rows.values())
-    _, out, _ = call(found)
-    lines = [line.split() for line in out.splitlines() if line.startswith(("old", "new"))]
-    worst = ["lstm", "bf16", "H=1024", "B=16", "D=1"]
-    numbers = [f"{predicted[1024]:.2f}", f"{predicted[1024] / 10:.2f}"]
-    told = ["persistent", "forward", "3", "1.00", "0.10", *worst, *numbers]
-    assert lines == [["old", *told], ["new", *told]], "no constant was measured, so both are the same"
-
-    found.add(measured("exchange counter", 2 * RECORD.exchange, payload=4096))
-    _, out, _ = call(found, "--force")
-    old, new = (line.split() for line in out.splitlines() if line.startswith(("old ", "new ")))
-    assert old == ["old", *told]
-    slower = predict(shape, 1024, 16, 1, "bf16", replace(RECORD, exchange=2 * RECORD.exchange), False, "persistent")
-    assert new[-2:] == [f"{slower:.2f}", numbers[1]]
-    assert float(new[-2]) > predicted[1024]
-
-
-def test_passes_and_paths_are_told_apart(call: Callable[..., Any]) -> None:
-    _, out, _ = call(filled())
-    assert re.findall(r"^old +(\w+) +(\w+) +(\d+) ", out, re.MULTILINE) == [
-        ("persistent", "forward", "1"), ("persistent", "backward", "1"),
-        ("torch", "forward", "1"), ("torch", "backward", "1"),
-    ]  # fmt: skip
 
 
 def test_constants_alone_or_steps_alone_will_do(call: Callable[..., Any], tmp_path: Path) -> None:

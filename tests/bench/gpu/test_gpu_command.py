@@ -224,7 +224,7 @@ def test_a_suite_and_its_status(status: int, ok: bool, process: Callable[..., Pr
     run, made = run_of(path), process(suite)
     assert gpu.correctness(run) is ok
     assert [entry.name for entry in run.results.stress] == ["test_it"]
-    assert made.commands[0][:3] == [sys.executable, "-m", "pytest"]
+    assert made.commands[0][:3] == (sys.executable, "-m", "pytest")
     assert "tests/kernels/test_gpu.py" in made.commands[0]
     assert following(made.commands[0], "--outcomes") == str(path)
     assert following(made.commands[0], "--within") == "8.0"
@@ -267,13 +267,12 @@ def test_race(process: Callable[..., Process], path: Path) -> None:
     run, made = run_of(path, suite=["short", "models"], arm=["torch", "xma"]), process(lambda command: 0)
     assert gpu.race_part(run)
     (command,) = made.commands
-    assert "bench/race/test_race.py" in command
+    assert command[1:3] == ("-m", "bench.race")
     assert following(command, "--output") == str(path)
     assert following(command, "--minutes") == "8.0"
     for option, given in (("--suite", ["short", "models"]), ("--dtype", ["fp16"]), ("--arm", ["torch", "xma"])):
         at = command.index(option) + 1
-        assert command[at : at + len(given)] == given
-        assert command[at + len(given)].startswith("--")
+        assert list(command[at : at + len(given)]) == given
     run.add(Check(CASE, "torch", False, 37.0, "y is wrong"))
     assert not gpu.race_part(run)
 
@@ -289,7 +288,7 @@ def test_race_of_a_rehearsal(process: Callable[..., Process], path: Path) -> Non
             ("persistrnn", "not measured: a rehearsal without a GPU")
         }
         assert all(t.predicted > t.floor > 0 for t in found.timings)
-    assert {"--rehearse", "--benchmark-quiet"} < set(made.commands[0])
+    assert "--rehearse" in made.commands[0]
     assert following(made.commands[0], "--output") != str(path)
 
 

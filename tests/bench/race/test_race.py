@@ -338,20 +338,20 @@ def test_ours_never_takes_torchs_path() -> None:
 
 def test_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Median and quartiles over the rounds, and what follows from the median."""
-    asked: list[tuple[int, int]] = []
+    asked, rounds = [], iter([5e-4, 6e-4, 4e-6, 2e-6, 6e-6])
 
-    def timer(call: Callable[[], object], rounds: int, calls: int) -> list[float]:
+    def seconds_of(call: Callable[[], object], clock: object, calls: int = 1) -> float:
         call()
-        asked.append((rounds, calls))
-        return [5e-6, 1e-6, 4e-6, 2e-6, 3e-6, 6e-6, 7e-6]
+        asked.append(calls)
+        return next(rounds)
 
-    monkeypatch.setattr(timing, "seconds_of", lambda call, clock: 5e-4)
+    monkeypatch.setattr(timing, "seconds_of", seconds_of)
     contest = Race(CASE, CPU)
-    found = contest.time("torch", contest.runner("torch"), timer)
-    assert asked == [(3, 4)]
+    found = contest.time("torch", contest.runner("torch"))
+    assert asked == [1, 1, 4, 4, 4], "calls of a round by the quicker of two"
     assert (found.case, found.arm, found.skipped, found.dtype, found.path) == (CASE, "torch", "", "fp32", "torch")
     assert (found.low, found.microseconds, found.high) == pytest.approx((2.0, 4.0, 6.0))
-    assert (found.rounds, found.peak) == (7, 0)
+    assert (found.rounds, found.peak) == (3, 0)
     # 3 * 2 * 16 * (4 + 5) * 3 * 6 operations in 4 us.
     assert found.tflops == pytest.approx(15552 / 4e-6 / 1e12)
     assert (found.predicted, found.floor, found.plan) == race.expectation(CASE, CPU)
