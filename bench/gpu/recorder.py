@@ -60,6 +60,7 @@ class Outcomes:
         self.left: list[str] = []
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
 
+    @pytest.hookimpl(trylast=True)  # after --deselect
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         telling = config.getoption("--telling")
 

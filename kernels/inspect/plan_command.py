@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"{', '.join(DEVICES)} (default: the GPU at hand; without one, {FALLBACK})",
     )
-    result.add_argument("--draw", type=_drawing, metavar="FILE.svg", help="also draw the chip (needs matplotlib)")
+    result.add_argument("--draw", type=_drawing, metavar="FILE.svg", help="also draw the chip")
     result.add_argument("--json", action="store_true", help="print one JSON object with everything instead of text")
     return result
 
@@ -277,8 +277,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Before anything is printed: a drawing that cannot be written leaves no half of an answer.
         try:
             given.draw.write_text(picture.svg(found), encoding="utf-8")
-        except picture.MissingMatplotlib as error:
-            options.error(f"argument --draw: {error}")
         except OSError as error:
             options.error(
                 f"argument --draw: {str(given.draw)!r} given, and it cannot be written ({error.strerror}); allowed: a "

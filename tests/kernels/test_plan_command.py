@@ -285,18 +285,6 @@ def test_layer_without_a_plan_is_an_error_and_draws_nothing(capsys: pytest.Captu
     assert not drawing.exists()
 
 
-def test_drawing_without_matplotlib_says_what_to_install(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    drawing = tmp_path / "chip.svg"
-    status, out, err = call(capsys, *SMALL, "--draw", str(drawing))
-    assert (status, out) == (2, "")
-    assert "pip install 'persistrnn[draw]'" in err
-    assert not drawing.exists()
-    assert call(capsys, *SMALL)[0] == 0, "text needs none"
-
-
 def test_help_names_every_option_and_that_times_are_predicted(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = call(capsys, "--help")
     assert status == 0

@@ -53,7 +53,7 @@ def test_the_planners_choice_is_first_even_if_another_is_predicted_to_be_faster(
     case = next(tune.cases())
     planned = plan.plan_layer(CELLS[case.cell], case.hidden, case.batch, 1, case.dtype, H200)
     fastest, _, slower, *_ = tune.ranked(case, False, H200)
-    monkeypatch.setattr(plan, "plan", lambda *_: replace(planned, forward=slower))
+    monkeypatch.setattr(plan, "plan_layer", lambda *_: replace(planned, forward=slower))
     found = tune.ranked(case, False, H200)
     assert found[:2] == [slower, fastest]
     assert found.count(slower) == 1
