@@ -16,13 +16,7 @@ from .measure import OPTIMIZERS
 from .run import COMPARISONS, device_problem, profile
 from .subject import DTYPES, LAYERS, Sizes, SubjectError, load, working_folder
 
-REMEDIES = {
-    "float16": "say fp16",
-    "half": "say fp16",
-    "bfloat16": "say bf16",
-    "float32": "say fp32, or on a GPU tf32 for float32 tensors with tf32 products",
-    "float": "say fp32, or on a GPU tf32 for float32 tensors with tf32 products",
-}
+NAMES = {"half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float": "fp32", "float32": "fp32"}  # torch's
 # Of a layer; a model of the user's has its own.
 OF_SIZES = ("hidden", "input", "layers", "bidirectional", "dtype", "batch", "save", "save_budget", "backend")
 
@@ -52,14 +46,9 @@ def _at_least(least: int, kind: Callable[[str], Any] = int) -> Callable[[str], A
     return check
 
 
-def _one_of(names: Sequence[str], what: str) -> Callable[[str], str]:
-    def check(given: str) -> str:
-        if given.lower() not in names:
-            remedy = REMEDIES.get(given.lower().removeprefix("torch."), what)
-            raise argparse.ArgumentTypeError(f"{given!r} given, allowed: {', '.join(names)}; {remedy}")
-        return given.lower()
-
-    return check
+def _dtype(given: str) -> str:
+    name = given.lower().removeprefix("torch.")
+    return NAMES.get(name, name)
 
 
 def _device(given: str) -> str:
@@ -76,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     what = result.add_mutually_exclusive_group(required=True)
-    what.add_argument("--cell", type=_one_of(tuple(LAYERS), "or --model for a model of yours"), help="lstm or gru")
+    what.add_argument("--cell", type=str.lower, choices=list(LAYERS), help="or --model for a model of yours")
     what.add_argument(
         "--model",
         metavar="MODULE:CALLABLE",
@@ -89,31 +78,21 @@ def parser() -> argparse.ArgumentParser:
     sizes.add_argument("--layers", type=_at_least(1), metavar="L", help="num_layers (default: 1)")
     sizes.add_argument("--bidirectional", action="store_const", const=True, help="both directions")
     sizes.add_argument("--batch", type=_at_least(1), metavar="B", help="sequences side by side (default: 16)")
-    dtype = _one_of(tuple(DTYPES), "bf16 is the default on a GPU, fp32 on a CPU")
-    sizes.add_argument("--dtype", type=dtype, help=f"{', '.join(DTYPES)} (default: bf16 on a GPU, fp32 on a CPU)")
-    save = _one_of(SAVES, "gates is the default")
-    sizes.add_argument(
-        "--save", type=save, metavar="MODE", help=f"what the layer keeps: {', '.join(SAVES)} (default: gates)"
-    )
+    sizes.add_argument("--dtype", type=_dtype, choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
+    sizes.add_argument("--save", type=str.lower, choices=SAVES, help="what the layer keeps (default: gates)")
     sizes.add_argument(
         "--save-budget", type=_at_least(1), metavar="BYTES", help="with --save auto: what a call may keep"
     )
-    backend = _one_of(BACKENDS, "auto is the default")
-    sizes.add_argument("--backend", type=backend, help=f"{', '.join(BACKENDS)} (default: auto)")
-    result.add_argument(
-        "--compare",
-        type=_one_of(COMPARISONS, "leave it out to compare with nothing"),
-        metavar="WITH",
-        help="torch: the same with torch.nn's layers; persistrnn: a --model of torch.nn's with ours",
-    )
+    sizes.add_argument("--backend", type=str.lower, choices=BACKENDS, help="default: auto")
+    text = "torch: the same with torch.nn's layers; persistrnn: a --model of torch.nn's with ours"
+    result.add_argument("--compare", type=str.lower, choices=COMPARISONS, help=text)
     result.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     result.add_argument(
         "--device-model",
         metavar="NAME",
         help="plan for this device, such as h200 (default: the GPU at hand, else h200)",
     )
-    optimizer = _one_of(tuple(OPTIMIZERS), "adam is the default")
-    result.add_argument("--optimizer", type=optimizer, default="adam", help=f"{', '.join(OPTIMIZERS)} (default: adam)")
+    result.add_argument("--optimizer", type=str.lower, choices=list(OPTIMIZERS), default="adam", help="default: adam")
     result.add_argument(
         "--iterations", type=_at_least(1), metavar="N", help="timed at each T (default: 10 on a GPU, 3 on a CPU)"
     )
