@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from . import trace
 from .record import GIB, NO_KERNELS, UNTRACED, Point, Profile, Settings, machine
@@ -114,7 +115,7 @@ class _Training:
         if self.cuda:
             return torch.cuda.memory_allocated()
         module, state = self.built.module, self.optimizer.state if self.optimizer else {}
-        every = [*module.parameters(), *module.buffers(), *_tensors([*self.built.args, self.built.kwargs])]
+        every = [*module.parameters(), *module.buffers(), *_tensors([self.built.args, self.built.kwargs])]
         every += _tensors([dict(own) for own in state.values()])
         return sum(
             storage.nbytes() for storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in every}.values()
@@ -147,16 +148,8 @@ def _loss(output: Any) -> Tensor:
     raise SubjectError("the model's output holds no tensor with a gradient, allowed: a scalar loss, or a tensor")
 
 
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, dict):
-            found += _tensors(list(value.values()))
-        elif isinstance(value, (list, tuple)):
-            found += _tensors(value)
-    return found
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _out_of_memory(error: BaseException) -> bool:

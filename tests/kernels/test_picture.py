@@ -108,13 +108,6 @@ def test_two_programs_hold_twice_as_much_of_a_multiprocessor() -> None:
     assert registers["working"] == 2 * (4 * 256 * 110 - 8192)
 
 
-def test_second_program_shares_only_when_all_have_one() -> None:
-    found = planned("lstm", 256, 8192, 2)
-    part = dataclasses.replace(shared_in_two(found).forward, groups=132 // found.forward.tiling.slices)
-    assert running(part, found.hardware) <= 132
-    assert crowd(part, found.hardware) == 1
-
-
 @pytest.mark.parametrize("parts", [(("a", 3), ("b", 4)), (("a", 9), ("b", -1)), (("a", 7),)])
 def test_budget_that_does_not_add_up_is_refused(parts: tuple[tuple[str, int], ...]) -> None:
     with pytest.raises(AssertionError, match="add up to 8 bytes"):
@@ -129,21 +122,14 @@ def test_shares_that_do_not_add_up_are_refused() -> None:
         picture.whole_of(found, dataclasses.replace(found.forward, shares=wrong))
 
 
+# Text
+
+
 def test_shares_of_all_workloads_are_all_of_the_weights() -> None:
     for found in workload_plans():
         gates = {"lstm": 4, "gru": 3}[found.cell]
         for _, part in passes(found):
             assert picture.whole_of(found, part) == gates * found.hidden**2 * DTYPES[found.dtype]
-
-
-def test_resident_says_100_percent_only_if_nothing_is_streamed() -> None:
-    part = planned("lstm", 1024, 64).forward
-    assert picture.resident(part) == "100%"
-    nearly = dataclasses.replace(part.shares, registers=10**6, shared=0, streamed=1)
-    assert picture.resident(dataclasses.replace(part, shares=nearly)) == "99.9%"
-
-
-# Text
 
 
 def test_apportioned_lengths_add_up_and_follow_the_parts() -> None:
@@ -165,21 +151,6 @@ def test_bar_and_key_tell_the_same_bytes() -> None:
         "shared memory [########====....] 1,600 bytes",
         "               # weights 800   = staging 400   . free 400",
     ]
-
-
-def test_bars_of_all_workloads_add_up() -> None:
-    for found in workload_plans():
-        for _, part in passes(found):
-            for budget in budgets(part, found.hardware):
-                drawn, key = bar(budget)
-                signs = Counter(drawn[drawn.index("[") + 1 : drawn.index("]")])
-                assert signs.total() == 64
-                assert numbers(drawn.partition("]")[2]) == [budget.whole]
-                told = {key_part.split()[0]: numbers(key_part)[0] for key_part in key.strip().split("   ")}
-                assert sum(told.values()) == budget.whole
-                assert signs.keys() == {sign for sign, n in told.items() if n}
-                for sign, n in told.items():
-                    assert abs(signs[sign] - 64 * n / budget.whole) < 2
 
 
 # Programs and jobs
@@ -208,11 +179,6 @@ def test_grid_holds_every_multiprocessor_and_no_empty_row(count: int) -> None:
     columns, rows = grid(count)
     assert columns * (rows - 1) < count <= columns * rows
     assert 0.5 <= columns / rows <= 4 or count < 8
-
-
-def test_grids_of_known_chips_are_full() -> None:
-    assert grid(named("h200").multiprocessors) == (12, 11)
-    assert grid(named("mi300x").multiprocessors) == (19, 16)
 
 
 # The drawing

@@ -115,6 +115,9 @@ def test_text_for_every_device_and_dtype(capsys: pytest.CaptureFixture[str], dev
     assert f"Assumed in the record of {device}: {', '.join(assumed)}.\n" in out
 
 
+# JSON
+
+
 def test_the_models_error_is_printed_where_there_are_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = CELLS["lstm"]
     found = plan_layer(cell, 1024, 16, 1, "bf16", DEVICES["h200"])
@@ -138,9 +141,6 @@ def test_measured_numbers_are_named(tmp_path: Path) -> None:
     text = as_text(found, CELLS["gru"], 1024, "for a test")
     assert "Measured, in the record of h200: exchange.\n" in text + "\n"
     assert "Assumed in the record of h200: barrier, launch." in text
-
-
-# JSON
 
 
 def as_read(value: object) -> Any:
@@ -179,15 +179,6 @@ def test_json_has_the_whole_plan(
         for memory in ("shared_memory", "registers"):
             held = dict(part["multiprocessor"][memory])
             assert held.pop("whole") == sum(held.values())
-
-
-def test_json_is_all_of_stdout_without_a_gpu_too(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    status, out, err = call(capsys, "--cell", "gru", "--hidden", "64", "--json")
-    assert (status, err) == (0, "")
-    assert "no GPU here" in json.loads(out)["device_from"]
 
 
 # The device
@@ -258,22 +249,6 @@ def test_torchs_names_of_dtypes_are_understood(capsys: pytest.CaptureFixture[str
     assert status == 0
     expected = {"half": "fp16", "torch.float16": "fp16", "BFLOAT16": "bf16", "float32": "fp32", "tf32": "tf32"}
     assert f" {expected[name]} on h200" in out
-
-
-def test_folder_is_no_file_to_draw_into(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    folder = tmp_path / "chip.svg"
-    folder.mkdir()
-    status, out, err = call(capsys, *SMALL, "--draw", str(folder))
-    assert (status, out) == (2, "")
-    assert "Is a directory" in err
-
-
-@pytest.mark.parametrize("missing", ["--cell", "--hidden"])
-def test_cell_and_hidden_size_must_be_given(capsys: pytest.CaptureFixture[str], missing: str) -> None:
-    at = SMALL.index(missing)
-    status, out, err = call(capsys, *SMALL[:at], *SMALL[at + 2 :])
-    assert (status, out) == (2, "")
-    assert f"required: {missing}" in err
 
 
 def test_layer_without_a_plan_is_an_error_and_draws_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

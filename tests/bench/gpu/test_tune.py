@@ -22,15 +22,6 @@ H200 = named("h200")
 TINY = Case("tune", "H=10", "lstm", 0, 10, 1, False, 2, 3, "fp32", "training")
 
 
-def test_cases() -> None:
-    found = list(tune.cases("fp16"))
-    assert [(c.cell, c.hidden, c.batch) for c in found] == tune.SHAPES
-    assert {(c.input, c.layers, c.bidirectional, c.steps, c.dtype, c.mode) for c in found} == {
-        (0, 1, False, 256, "fp16", "training")
-    }
-    assert len({c.key for c in found}) == len(tune.SHAPES)
-
-
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(
     "case", [next(tune.cases()), list(tune.cases())[3], list(tune.cases())[8]], ids=lambda c: c.key

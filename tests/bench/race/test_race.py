@@ -210,6 +210,9 @@ def test_another_dtype_is_held_to_the_coarser() -> None:
     assert not truth(of).check("torch-best", replace(runner, forward=lambda x: runner.forward(x.half()))).ok
 
 
+# The same work
+
+
 def test_a_check_leaves_the_truth_alone() -> None:
     of = replace(CASE, dtype="fp16")
     made = Truth(of, CPU)
@@ -217,9 +220,6 @@ def test_a_check_leaves_the_truth_alone() -> None:
     made.check("torch", right(of))
     assert torch.equal(made.x, x)
     assert not made.x.requires_grad
-
-
-# The same work
 
 
 def test_parameters_and_inputs_are_the_same_in_every_dtype() -> None:
@@ -232,13 +232,6 @@ def test_parameters_and_inputs_are_the_same_in_every_dtype() -> None:
     assert torch.equal(one.x, other.x.half())
     assert torch.equal(one.dy, other.dy.half())
     assert not torch.equal(other.x[0], other.x[1])
-
-
-def test_initial_parameters_take_no_random_numbers() -> None:
-    state = torch.random.get_rng_state()
-    first = arms.source(CASE)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert not torch.equal(arms.source(CASE, seed=1)["bias_hh_l0"], first["bias_hh_l0"])
 
 
 def test_the_reference_without_input_product() -> None:
@@ -453,14 +446,3 @@ def test_marks_are_of_several_kinds_of_rows() -> None:
     assert arms.lengths(of).tolist() == [8, 7, 6, 5]
     assert [row.nonzero().flatten().tolist() for row in arms.resets(of).T] == [[4], [2], [4], [2]]
     assert arms.lengths(replace(of, steps=1)).tolist() == [1, 1, 1, 1]
-
-
-def test_arms_that_have_marks() -> None:
-    lengths, resets = (replace(CASE, marks=marks) for marks in ("lengths", "resets"))
-    made = Truth(lengths, CPU)
-    assert made.check("torch", arms.torch_nn(lengths, made.parameters, CPU)).ok
-    with pytest.raises(Skip, match=r"torch\.nn has no resets"):
-        arms.torch_nn(resets, made.parameters, CPU)
-    for name in ("torchrl", "flashrnn", "xma"):
-        with pytest.raises(Skip, match=r"lengths are raced against torch\.nn only"):
-            ARMS[name](lengths, made.parameters, CPU)

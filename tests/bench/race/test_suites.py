@@ -117,12 +117,6 @@ def test_equal_work_is_there_once() -> None:
     assert {c.key for c in directions} <= {c.key for c in suites.cases(["stacked", "directions"], ["fp16"])}
 
 
-def test_the_first_dtype_comes_first() -> None:
-    found = suites.cases(["short", "stacked"], ["bf16", "fp32"])
-    order = list(dict.fromkeys((c.dtype, c.suite) for c in found))
-    assert order == [("bf16", "short"), ("bf16", "stacked"), ("fp32", "short"), ("fp32", "stacked")]
-
-
 def test_miniatures_reach_every_kind() -> None:
     everything = suites.cases()
     small = suites.miniatures(everything)

@@ -65,24 +65,12 @@ def test_a_first_run_fills_the_notebook() -> None:
     assert notes.filled(after, found) == after
 
 
-def test_a_part_of_a_first_run_fills_a_part() -> None:
-    assert notes.cells(empty(device="NVIDIA H200"), "r.json") == {}
-    only = empty(device="NVIDIA H200")
-    only.micro += [one for one in first_run().micro if one.name == "l2"]
-    assert list(notes.cells(only, "r.json")) == ["staggered reads of h"]
-
-
 @pytest.mark.parametrize("change", [{"rehearsal": True}, {"device": "NVIDIA A100"}])
 def test_other_results_fill_nothing(change: dict[str, object]) -> None:
     run = first_run()
     run.provenance = replace(run.provenance, **change)
     with pytest.raises(UsageError, match="allowed: a run on a whole H200"):
         notes.cells(run, "r.json")
-
-
-def test_a_notebook_without_the_row() -> None:
-    with pytest.raises(UsageError, match="the notebook has 0 rows that begin with 'CUDA graphs'; allowed: one"):
-        notes.filled("# nothing", {"CUDA graphs": "x"})
 
 
 def test_the_rest_takes_a_first_run_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

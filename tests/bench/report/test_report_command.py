@@ -113,13 +113,6 @@ def test_wrong_arguments_are_refused_at_the_door(
     assert sorted(file.parent.iterdir()) == before
 
 
-def test_two_runs_without_dates_are_refused(capsys: pytest.CaptureFixture[str], file: Path) -> None:
-    results(date="").save(file.with_name("other.json"))
-    status, _, err = call(capsys, file, file.with_name("other.json"), "--output", file.parent / "out")
-    assert status == 2
-    assert "argument RESULTS.json: provenance.date is ''" in err
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_folder_that_may_not_be_written_is_an_error(capsys: pytest.CaptureFixture[str], file: Path) -> None:
     file.parent.chmod(0o500)
@@ -137,8 +130,3 @@ def test_without_matplotlib_the_error_says_what_to_install(
     assert (status, out) == (2, "")
     assert "pip install 'persistrnn[profile]'" in err
     assert not (file.parent / "out").exists()
-
-
-def test_no_results_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no results given"):
-        report.write([], tmp_path)
