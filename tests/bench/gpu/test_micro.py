@@ -43,8 +43,8 @@ def delayed(monkeypatch: pytest.MonkeyPatch):
     """delayed(operation, slow): the concurrent grid, with that program late at that operation of the exchange."""
     monkeypatch.setattr(grid, "EXCHANGE", dict.fromkeys(("put", "arrive", "wait", "get"), micro_kernels))
 
-    def start(operation: str, slow: int):
-        return concurrent_grid(Delays(operation, slow, seconds=0.02))
+    def start(operation: str, slow: int, seconds: float = 0.02):
+        return concurrent_grid(Delays(operation, slow, seconds=seconds))
 
     return start
 
@@ -125,7 +125,7 @@ def never_announced(monkeypatch):
 def test_a_broken_exchange_is_an_error_and_no_number(delayed, monkeypatch, mutant, protocol, operation, message):
     mutant(monkeypatch)
     once = micro._exchange(quick(patience=200 if "gave up" in message else 20_000), protocol, 2, 128)
-    with delayed(operation, 1), pytest.raises(RuntimeError, match=message):
+    with delayed(operation, 1, 0.1), pytest.raises(RuntimeError, match=message):  # long beside any other delay
         once()
 
 
