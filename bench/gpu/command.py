@@ -91,6 +91,7 @@ class Run:
         self.reload()
         at = recorder.running(self.path)
         item = at.read_text().split("\n")[0] if at.exists() else ""
+        at.unlink(missing_ok=True)
         if status < 0 or item:
             self.add(Stress(item or name, False, time.monotonic() - start, f"{name} {how}"))
         return status == 0

@@ -54,9 +54,9 @@ class Step:
 
 STEPS = (
     Step("machine", 30, 15, "device, versions, clocks; cooperative launch, pinned memory"),
-    Step("smoke", 60, 20, f"{len(smoke.SMOKE)} cases against float64, from the simplest up"),
-    Step("exchange", 40, 10, "both protocols among 4, 16, 64 and 128 programs"),
-    Step("constants", 20, 10, "clock, L2, shared memory, barrier, launch, memory"),
+    Step("smoke", 90, 20, f"{len(smoke.SMOKE)} cases against float64, from the simplest up"),
+    Step("exchange", 50, 10, "both protocols among 4, 16, 64 and 128 programs"),
+    Step("constants", 30, 10, "clock, L2, shared memory, barrier, launch, memory"),
     Step("race-1", 60, 25, "persistrnn and torch, checked, then timed: fp16 and bf16"),
     Step("race-2", 60, 25, "layers, directions, small batches"),
     Step("race-3", 60, 25, "one step, fp32, resets, lengths"),

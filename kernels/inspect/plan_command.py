@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = result.add_argument
-    add("--cell", type=str.lower, choices=list(CELLS), required=True)
+    add("--cell", type=str.lower, choices=list(CELLS), required=True, help="of the layer")
     add("--hidden", type=_count, required=True, metavar="H", help="hidden_size")
     add("--batch", type=_count, default=16, metavar="B", help="sequences side by side (default: 16)")
     text = "time steps, on which the memory of training depends (default: 1024)"

@@ -11,8 +11,7 @@ from synthetic import results as empty
 from bench import UsageError
 from bench.gpu import calibrate
 from bench.race import suites
-from bench.report import __main__ as report
-from bench.report import notes, targets
+from bench.report import notes, tables, targets
 from bench.report.results import Check, Micro, Results, Stress
 
 NOTES = Path(__file__).parents[3] / "bench" / "NOTES.md"
@@ -84,7 +83,7 @@ def test_the_rest_takes_a_first_run_as_it_is(tmp_path: Path, capsys: pytest.Capt
     assert '"backward"' in content
     shown = {one.text: one.met for one in targets.targets(first_run(), "h200.json")}
     assert sum(met != targets.NOTHING for met in shown.values()) >= 8
-    assert "lstm H=768 B=16 T=1024" in report.markdown(first_run())
+    assert "lstm H=768 B=16 T=1024" in tables.markdown(first_run())
     wrong = first_run()
     wrong.timings = [one for one in wrong.timings if one.case != suites.first()[0]]
     wrong.add(Check(suites.first()[0], "persistrnn", False, 9.0, "y is wrong"))
