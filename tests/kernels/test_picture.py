@@ -132,6 +132,13 @@ def test_shares_of_all_workloads_are_all_of_the_weights() -> None:
             assert picture.whole_of(found, part) == gates * found.hidden**2 * DTYPES[found.dtype]
 
 
+def test_resident_says_100_percent_only_if_nothing_is_streamed() -> None:
+    part = planned("lstm", 1024, 64).forward
+    assert picture.resident(part) == "100%"
+    nearly = dataclasses.replace(part.shares, registers=10**6, shared=0, streamed=1)
+    assert picture.resident(dataclasses.replace(part, shares=nearly)) == "99.9%"
+
+
 def test_apportioned_lengths_add_up_and_follow_the_parts() -> None:
     source = random.Random(0)
     for _ in range(2000):
@@ -154,6 +161,21 @@ def test_bar_and_key_tell_the_same_bytes() -> None:
 
 
 # Programs and jobs
+
+
+def test_bars_of_all_workloads_add_up() -> None:
+    for found in workload_plans():
+        for _, part in passes(found):
+            for budget in budgets(part, found.hardware):
+                drawn, key = bar(budget)
+                signs = Counter(drawn[drawn.index("[") + 1 : drawn.index("]")])
+                assert signs.total() == 64
+                assert numbers(drawn.partition("]")[2]) == [budget.whole]
+                told = {key_part.split()[0]: numbers(key_part)[0] for key_part in key.strip().split("   ")}
+                assert sum(told.values()) == budget.whole
+                assert signs.keys() == {sign for sign, n in told.items() if n}
+                for sign, n in told.items():
+                    assert abs(signs[sign] - 64 * n / budget.whole) < 2
 
 
 def test_jobs_are_in_the_kernels_order() -> None:

@@ -407,6 +407,16 @@ def test_a_report_that_fails_leaves_its_folder_to_the_next(broken, left, tmp_pat
 # What is measured.
 
 
+def test_the_page_comes_first_and_whole(tmp_path, undrawn, monkeypatch):
+    """Killed after any step, the folder has the mark or nothing of the report's names."""
+    found = measure("lstm", {OURS: SIZES}, [4], "cpu", TWICE)
+    replace, order = Path.replace, []
+    monkeypatch.setattr(Path, "replace", lambda own, other: (order.append(other.name), replace(own, other)))
+    (tmp_path / "traces").mkdir()
+    profile_report.write(found, tmp_path, tmp_path / "traces")
+    assert order == ["profile.html", "profile.txt", "profile.json"]
+
+
 @pytest.mark.interpreter
 def test_phases_of_the_kernels(tmp_path, undrawn):
     """Interpreted: the times say nothing, the phases and the work in them are those of a GPU."""

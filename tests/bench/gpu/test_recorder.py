@@ -154,3 +154,10 @@ def test_outcomes_without_a_file(run: Callable[..., tuple[int, str]], path: Path
     assert status == 4, output
     assert "--outcomes must be a results file, as `make gpu` writes it: " in output
     assert "Traceback" not in output
+
+
+def test_the_last_outcome_counts() -> None:
+    found = results()
+    for name, ok in (("a", True), ("b", False), ("a", False), ("b", True)):
+        found.add(Stress(name, ok, 1.0, ""))
+    assert recorder.outcomes(found) == {"a": False, "b": True}

@@ -118,6 +118,13 @@ def test_unmeasured_is_drawn_as_predicted_or_left_out_with_a_sentence() -> None:
         assert section.missing
 
 
+def test_rehearsal_is_written_on_every_plot() -> None:
+    found = add(results(rehearsal=True), *pair(256, 100, 400))
+    made = [plot for section in plots.draw(found) for plot in section.plots]
+    assert len(made) == 4
+    assert all("Rehearsal, no GPU" in plot.svg for plot in made)
+
+
 def test_names_of_dtypes_modes_and_arms_have_places_in_the_plots() -> None:
     assert plots.COLOURS.keys() == set(ARMS)
     assert len(set(plots.CYCLE)) == len(plots.CYCLE) == len({marker for _, marker in plots.CYCLE})

@@ -102,6 +102,11 @@ def test_every_loss_to_every_arm_is_listed_the_worst_first() -> None:
     assert "loses 145 of 650 comparisons" in page.sections["Summary"]
 
 
+def test_speed_up_just_below_one_does_not_look_like_one() -> None:
+    page = read(add(results(), *pair(256, 1000.0, 999.9)))
+    assert [row[5] for row in page.rows("Losses")] == ["0.999x"]
+
+
 def test_skipped_arms_have_no_speed_up() -> None:
     found = add(results(), timing(CASE), skipped(CASE, "torch", "why not"))
     assert rows(found)[0].speedup("torch") is None
@@ -220,6 +225,11 @@ def test_history_compares_runs_of_the_same_device_in_order_of_time() -> None:
     assert lines[1][3:] == ["not yet measured", "not yet measured", "5.000", "", ""]
     assert lines[2][3:6] == ["not yet measured"] * 3
     assert "1 of 4 runs are of other devices" in page.sections["History"]
+
+
+def test_overlapping_quartiles_are_not_called_slower() -> None:
+    runs = [add(results(), timing(CASE, microseconds=us)) for us in (100.0, 115.0)]
+    assert read(*runs).tables["Time per step over the runs"][2][-2:] == ["1.15x", ""]
 
 
 def test_latest_run_is_the_page(tmp_path: Path) -> None:

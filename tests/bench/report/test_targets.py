@@ -194,6 +194,12 @@ def test_floor_is_compared_with_the_input_product_only_for_want_of_better() -> N
     assert one_of(targets(race(without)), FLOOR).measured.startswith("2.000 (2.000 to 2.000 in ")
 
 
+def test_floor_of_0_is_unknown() -> None:
+    found = race()
+    found.timings = [replace(one, floor=0.0) for one in found.timings]
+    assert met(found)[FLOOR] == NOTHING
+
+
 def test_missing_rows_leave_a_target_open() -> None:
     assert met(race(lambda case, arm: None if OUTSIDE(case) and arm == "torch" else 1.0)) == {
         text: "so far" if text.startswith(("outside", "the same rows")) else "yes" for text in met(race())
