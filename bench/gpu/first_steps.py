@@ -1,9 +1,9 @@
 """The steps of the first run, each in a process of its own: what there is to do, one item after the other.
 
-    python -m bench.gpu.first_steps STEP --output FILE --until TIME       what `bench.gpu.first` starts
+    python -m bench.gpu.first_steps STEP --journal FILE --until TIME       what `bench.gpu.first` starts
 
-Every outcome is in the results file as soon as there is one. The item that is running stands in FILE.running, and those
-that are left below it, so that whoever has to kill this process knows where it hung.
+Every outcome is a line of the journal as soon as there is one. The item that is running stands in JOURNAL.running, and
+those that are left below it, so that whoever has to kill this process knows where it hung.
 """
 
 from __future__ import annotations
@@ -22,38 +22,36 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 
-from bench.gpu import micro, micro_kernels, recorder, smoke
+from bench.gpu import compile_first, micro, micro_kernels, smoke
+from bench.race import arms, suites, timing
 from bench.race import engine as race
-from bench.race import suites
 from bench.report import provenance, results
-from bench.report.results import Case, Entry, Stress, Timing
+from bench.report.results import Case, Entry, Stress
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner import hardware as devices
 
 LOST = 3  # exit status of a process that can do nothing more on the device
 RACED = ("persistrnn", "torch")
 PER_STEP = 5  # rows of the race
-EXCHANGE = micro.Scale(programs=(4, 16, 64, 128), payloads=(0, 4 * micro.KIB, 64 * micro.KIB))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
     """What a step's process is told."""
 
-    path: Path  # of the results
+    journal: Path
     device: torch.device
     hardware: devices.Hardware | None  # of a rehearsal
     red: str  # the smoke case whose variants are run
     inject: dict[str, str]
 
-    def __post_init__(self) -> None:
-        self.results = results.load(self.path)
-
     def add(self, entry: Entry) -> None:
-        self.results.add(entry)
-        self.results.save(self.path)
+        """In one write, so that a kill cuts a line and never mixes two."""
+        with self.journal.open("ab", buffering=0) as file:
+            file.write(results.line(entry).encode())
 
 
 Item = tuple[str, Callable[[], str]]
@@ -102,6 +100,22 @@ def machine(job: Job) -> Iterator[Item]:
     yield "pinned memory", pinned
 
 
+def compile_step(job: Job) -> Iterator[Item]:
+    """A rehearsal compiles the first kernel only."""
+    hardware = job.hardware or launch.hardware(job.device)
+    jobs = len(os.sched_getaffinity(0))
+
+    def compiled() -> str:
+        start = time.monotonic()
+        chosen = compile_first.tasks(hardware)[: 1 if job.hardware else None]
+        seconds, wrong = compile_first.fill(hardware, jobs, say, chosen)
+        if wrong:
+            raise RuntimeError("; ".join(wrong))
+        return compile_first.summary(seconds, time.monotonic() - start, jobs)
+
+    yield "kernels", compiled
+
+
 # ---- is it right --------------------------------------------------------------------------------------------------
 
 
@@ -124,7 +138,7 @@ def causes(job: Job) -> Iterator[Item]:
 
 def measured(job: Job, wanted: Callable[[str], bool]) -> Iterator[Item]:
     # In the interpreter programs run one after the other: one that waits for another waits for ever.
-    scale = replace(micro.REHEARSAL, programs=(1,)) if job.hardware else EXCHANGE
+    scale = replace(micro.REHEARSAL, programs=(1,)) if job.hardware else compile_first.EXCHANGE
     here = micro.Machine(job.device, scale)
 
     def take(item: micro.Item) -> str:
@@ -159,12 +173,21 @@ def raced(job: Job, number: int) -> Iterator[Item]:
         if not kept or kept[0].case != case:
             kept.clear()  # its memory first
             kept.append(race.Race(case, job.device))
-        for entry in kept[0].entries(arm, job.hardware):
-            job.add(entry)
-        assert isinstance(entry, Timing)  # which comes last
-        if entry.skipped.startswith("wrong"):
-            raise AssertionError(entry.skipped)
-        return entry.skipped or f"{entry.per_step:.3f} us per step; {entry.plan or entry.dtype}"
+        try:
+            runner = kept[0].runner(arm)
+        except arms.Skip as reason:
+            job.add(race.skipped(case, arm, str(reason), job.hardware or job.device))
+            return f"skipped: {reason}"
+        check = kept[0].check(arm, runner)
+        job.add(check)
+        if not check.ok:
+            job.add(race.skipped(case, arm, f"wrong: {check.message}", job.hardware or job.device))
+            raise AssertionError(check.message)
+        found = kept[0].time(arm, runner, timed)
+        smoke.synchronize(job.device)
+        launch.check()  # no wait ran out while it was timed
+        job.add(race.skipped(case, arm, race.REHEARSED, job.hardware) if job.hardware else found)
+        return race.REHEARSED if job.hardware else f"{found.per_step:.3f} us per step; {found.plan or found.dtype}"
 
     rows = suites.miniatures(suites.first()) if job.hardware else suites.first()
     for case in rows[PER_STEP * number :][:PER_STEP]:
@@ -172,8 +195,14 @@ def raced(job: Job, number: int) -> Iterator[Item]:
             yield f"{case.key}, {arm}", lambda case=case, arm=arm: take(case, arm)  # type: ignore[misc]
 
 
+def timed(call: Callable[[], object], rounds: int, calls: int) -> list[float]:
+    clock = timing.EventClock()
+    return [timing.seconds_of(call, clock, calls) for _ in range(rounds)]
+
+
 STEPS: dict[str, Callable[[Job], Iterator[Item]]] = {
     "machine": machine,
+    "compile": compile_step,
     "smoke": smoke_step,
     "causes": causes,
     "exchange": exchange,
@@ -187,6 +216,11 @@ STEPS: dict[str, Callable[[Job], Iterator[Item]]] = {
 # ---- one after the other ------------------------------------------------------------------------------------------
 
 
+def running(journal: Path) -> Path:
+    """Where the item that is running stands, and below it those that are left."""
+    return journal.with_suffix(".running")
+
+
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}   {text}", flush=True)
 
@@ -198,6 +232,10 @@ def injected(job: Job, how: str | None) -> Iterator[None]:
         signal.pause()
     elif how == "die":
         os.kill(os.getpid(), signal.SIGSEGV)
+    elif how == "cut":
+        with job.journal.open("ab", buffering=0) as file:
+            file.write(results.line(Stress("cut", True, 0.0, "")).encode()[:20])
+        os.kill(os.getpid(), signal.SIGKILL)
     elif how == "wrong":
         forward = launch.forward
 
@@ -213,12 +251,16 @@ def injected(job: Job, how: str | None) -> Iterator[None]:
 
 
 def work(step: str, job: Job, done: set[str], until: float) -> None:
-    """All items that are not done, each with its outcome in the file; none is begun when the time is over."""
+    """All items that are not done, each with its outcome in the journal; none is begun when the time is over."""
     items = [item for item in STEPS[step](job) if f"{step}: {item[0]}" not in done]
+    compiled: list[bool] = []  # what was not compiled beforehand
+    triton.knobs.compilation.listener = lambda *, cache_hit, **_: compiled.append(not cache_hit)
     for i, (name, run) in enumerate(items):
         if time.monotonic() >= until:
             return  # what is left stays in the file
-        recorder.leave(job.path, [name for name, _ in items[i:]])
+        at = running(job.journal)
+        at.with_suffix(".tmp").write_text("\n".join(name for name, _ in items[i:]))
+        os.replace(at.with_suffix(".tmp"), at)
         start = time.monotonic()
         try:
             with injected(job, job.inject.get(f"{step}: {name}")):
@@ -226,12 +268,15 @@ def work(step: str, job: Job, done: set[str], until: float) -> None:
         except Exception as error:  # whatever it is, the other items still have their turn
             where = traceback.extract_tb(error.__traceback__)[-1]
             message, ok = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"[:2000], False
+        message += f" [compiled here: {sum(compiled)}]" if any(compiled) else ""
+        compiled.clear()
         job.add(Stress(f"{step}: {name}", ok, time.monotonic() - start, message))
         say(f"{step}: {name}: {'ok' if ok else 'WRONG'}: {message}")
-        recorder.leave(job.path, ["", *(name for name, _ in items[i + 1 :])])
+        at.with_suffix(".tmp").write_text("\n".join(["", *(name for name, _ in items[i + 1 :])]))
+        os.replace(at.with_suffix(".tmp"), at)
         if not ok and not usable(job.device):
             raise SystemExit(LOST)
-    recorder.running(job.path).unlink(missing_ok=True)
+    running(job.journal).unlink(missing_ok=True)
 
 
 def usable(device: torch.device) -> bool:
@@ -249,7 +294,7 @@ def usable(device: torch.device) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bench.gpu.first_steps", description=__doc__.split("\n")[0])
     p.add_argument("step", choices=list(STEPS))
-    p.add_argument("--output", type=Path, required=True, help="the results file")
+    p.add_argument("--journal", type=Path, required=True, help="a file of lines, one per outcome")
     p.add_argument("--until", type=float, required=True, help="begin nothing then, by time.monotonic()")
     p.add_argument("--done", type=Path, help="names of what is not run again, one a line")
     p.add_argument("--red", default="", help="the smoke case whose variants are run")
@@ -261,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hardware = devices.named(given.rehearse) if given.rehearse else None
     inject = dict(text.rsplit("=", 1) for text in given.inject)
     done = set(given.done.read_text().splitlines()) if given.done else set()
-    work(given.step, Job(given.output, device, hardware, given.red, inject), done, given.until)
+    work(given.step, Job(given.journal, device, hardware, given.red, inject), done, given.until)
     return 0
 
 

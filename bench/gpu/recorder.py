@@ -3,13 +3,11 @@
     pytest tests/kernels/test_gpu.py -m gpu -p bench.gpu.recorder --outcomes FILE [--within MINUTES]
 
 What is green in the file is not run again, what is not comes last: a test that hangs keeps none from its turn. The
-test that is running stands in FILE.running, and those that are left below it, so that whoever has to kill a hanging
-process knows where it hung.
+test that is running stands in FILE.running, so that whoever has to kill a hanging process knows where it hung.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,15 +19,8 @@ from bench.report.results import Results, Stress
 
 
 def running(path: Path) -> Path:
-    """Where it stands what is running, and what is left."""
+    """Where the name of the test that is running stands."""
     return path.with_suffix(".running")
-
-
-def leave(path: Path, items: list[str]) -> None:
-    """Say which item is running ("": none) and which are left, one a line."""
-    part = path.with_suffix(".part")
-    part.write_text("\n".join(items))
-    os.replace(part, running(path))
 
 
 def outcomes(found: Results) -> dict[str, bool]:
@@ -41,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, required=True, help="a results file, which must exist")
     parser.addoption("--within", type=float, help="begin no test after so many minutes")
     parser.addoption("--telling", nargs="+", default=[], help="tests whose names contain one of these come first")
+    parser.addoption("--collected", type=Path, help="a file for the names of all tests that there are")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,11 +49,11 @@ class Outcomes:
         self.results: Results = results.load(path)
         self.before = outcomes(self.results)
         self.green: list[pytest.Item] = []
-        self.left: list[str] = []
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
 
-    @pytest.hookimpl(trylast=True)  # after --deselect
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        if (collected := config.getoption("--collected")) is not None:
+            collected.write_text("\n".join(item.nodeid for item in items))
         telling = config.getoption("--telling")
 
         def turn(item: pytest.Item) -> tuple[bool, int]:
@@ -71,25 +63,21 @@ class Outcomes:
         self.green = [item for item in items if self.before.get(item.nodeid)]
         config.hook.pytest_deselected(items=self.green)
         items[:] = sorted((item for item in items if not self.before.get(item.nodeid)), key=turn)
-        self.left = [item.nodeid for item in items]
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.green:
             session.exitstatus = pytest.ExitCode.OK  # all that there is was green before
-        if session.shouldstop:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED if session.testsfailed else pytest.ExitCode.OK
-        if not self.left:
-            running(self.path).unlink(missing_ok=True)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        leave(self.path, self.left)
-        self.left.remove(item.nodeid)
+        running(self.path).write_text(item.nodeid)
         result = yield
-        leave(self.path, ["", *self.left])
-        if self.left and self.deadline is not None and time.monotonic() >= self.deadline:
-            item.session.shouldstop = "out of time; the next run goes on here"
+        running(self.path).unlink()
         return result
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            pytest.skip("out of time; the next run goes on here")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A call's outcome, and what went wrong before or after it."""

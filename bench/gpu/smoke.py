@@ -13,10 +13,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
+from bench.race.correctness import Truth
 from bench.race.engine import Race, expectation
 from bench.report.results import Case
 from persistrnn.kernels import launch
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.device.exchange import Exchange
 from persistrnn.kernels.planner.plan import Pass
 
 # Of a variant: half a second of polls, or so. A kernel that waits for nothing shall not take the time of the others.
@@ -67,19 +71,14 @@ def run(smoke: Smoke, device: torch.device) -> str:
         AssertionError: the case is wrong.
         RuntimeError: a program gave up waiting for another.
     """
-    return checked(smoke.case, device, protocol=smoke.protocol)
-
-
-def checked(case: Case, device: torch.device, **how: Any) -> str:
-    """The same of a case with launches that are changed."""
-    with changed(device, **how):
-        race = Race(case, device)
+    with changed(device, protocol=smoke.protocol):
+        race = Race(smoke.case, device)
         check = race.check("persistrnn", race.runner("persistrnn"))
         synchronize(device)
         launch.check()
     if not check.ok:
-        raise AssertionError(f"{case.key}: {check.message}")
-    return f"error {check.error:.2f} of what is allowed; {expectation(case, device)[2]}"
+        raise AssertionError(check.message)
+    return f"error {check.error:.2f} of what is allowed; {expectation(smoke.case, device)[2]}"
 
 
 def synchronize(device: torch.device) -> None:
@@ -139,10 +138,86 @@ VARIANTS: dict[str, Variant] = {
 
 
 def vary(name: str, smoke: Smoke, device: torch.device) -> str:
-    """What one variant of a red case computes. Raises AssertionError or RuntimeError: it is wrong too."""
+    """What one variant of a red case computes.
+
+    Raises:
+        AssertionError: it is wrong too; the text says what was seen.
+    """
     change, given = VARIANTS[name]
     how = {"protocol": smoke.protocol, "patience": PATIENCE} | given
     if how["protocol"] == "other":
         how["protocol"] = "counter" if smoke.protocol == "flags" else "flags"
     case = change(simplest(smoke.case))
-    return f"{case.key}: {checked(case, device, **how)}"
+    with changed(device, **how):
+        seen = observe(case, device)
+    if seen:
+        raise AssertionError(f"{case.key}: {'; '.join(seen)}")
+    return f"{case.key}: right"
+
+
+def observe(case: Case, device: torch.device) -> list[str]:
+    """Run one layer as the operators do, on buffers full of the reserved NaN, and say what is wrong; empty if nothing
+    is: the error word, which programs did not put their part and of which step, where the first wrong numbers are."""
+    truth, cell = Truth(case, device), CELLS[case.cell]
+    x = truth.x.unsqueeze(2)
+    weight, bias = (truth.parameters[f"{name}_l0"][None].to(x) for name in ("weight_hh", "bias_hh"))
+    h0 = x.new_zeros(1, case.batch, case.hidden)
+    c0 = h0 if cell.states > 1 else None
+    training, asked = case.mode == "training", "tf32" if case.dtype == "tf32" else "ieee"
+    plan = launch.choose(cell, case.hidden, case.batch, 1, x.dtype, asked, device)
+    with mock.patch.object(launch, "flag", _fill):
+        y, c, saved = launch.forward(cell, x, weight, bias, h0, c0, asked, save=training)
+        seen = _said(device, "forward") + _missing("forward", y[1:-1, :, 0], plan.forward, case.hidden)
+        if not seen:
+            seen = _wrong("y", y[1:-1, :, 0], truth.true["y"], truth.witness["y"])
+        if training and not seen:
+            d_final = tuple(h0[0].unsqueeze(1) for _ in range(cell.states))
+            _, dr_gates, _ = launch.backward(cell, (truth.dy.unsqueeze(2),), d_final, weight, y, c, saved, asked)
+            gates = dr_gates[:, :, 0].unflatten(-1, (cell.gates, case.hidden)).flip(0)
+            seen = _said(device, "backward")
+            seen += _missing("backward, steps from the end,", gates.flatten(1, 2), plan.backward, case.hidden)
+    if not seen and training:
+        race = Race(case, device)
+        check = race.check("persistrnn", race.runner("persistrnn"))
+        seen = [] if check.ok else [check.message]
+    return seen
+
+
+def _fill(buffer: Tensor, part: Pass, exchange: Exchange) -> None:
+    buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(-1)
+
+
+def _said(device: torch.device, which: str) -> list[str]:
+    """What the error word says, which is then taken back."""
+    synchronize(device)
+    told = [f"{which}: error word {int(word[0])} (a wait ran out)" for word in launch._errors.values() if word[0]]
+    for word in launch._errors.values():
+        word.zero_()
+    return told
+
+
+def _missing(which: str, found: Tensor, part: Pass, hidden: int) -> list[str]:
+    """Which programs never put their units of which step. found: [T, rows, H], buffers as ``_fill`` left them."""
+    bits = found.contiguous().view(torch.int16 if found.element_size() == 2 else torch.int32)
+    absent = (bits == -1).any(1)  # [T, H]
+    if not absent.any():
+        return []
+    step = int(absent.any(1).nonzero()[0])
+    t = part.tiling
+    columns = sorted({int(unit) // t.units for unit in absent[step].nonzero().flatten()})
+    programs = f"columns {columns} of {-(-hidden // t.units)} ({t.slices} programs, R={t.rows})"
+    return [
+        f"{which}: step {step} was not put by {programs}; {int(absent.any(1).sum())} steps of {len(bits)} lack some"
+    ]
+
+
+def _wrong(name: str, found: Tensor, true: Tensor, witness: Tensor) -> list[str]:
+    """Where a tensor [T, B, H] first leaves the truth by far more than the witness does."""
+    error = (found.double() - true).abs().nan_to_num(torch.inf)
+    allowed = 8 * float((witness - true).abs().max()) + 1e-6
+    where = (error > allowed).nonzero()
+    if not len(where):
+        return []
+    t, b, unit = (int(i) for i in where[0])
+    values = f"{float(found[t, b, unit]):.6g} instead of {float(true[t, b, unit]):.6g}"
+    return [f"{name}: {len(where)} of {found.numel()} wrong, the first at t={t}, row {b}, unit {unit}: {values}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ ROUNDS = 15
 REHEARSED = "not measured: a rehearsal without a GPU"
 # torch.nn's dtypes, of which "torch-best" is the fastest.
 CANDIDATES = ("fp16", "bf16", "tf32")
+
+# Times rounds of calls: (call, rounds, calls per round) -> seconds per call of each round.
+Timer = Callable[[Callable[[], object], int, int], list[float]]
 
 
 def skipped(case: Case, arm: str, reason: str, device: torch.device | Hardware) -> Timing:
@@ -111,36 +114,16 @@ class Race:
 
         return timing.rotated(training, [x.requires_grad_() for x in xs])
 
-    def entries(self, arm: str, rehearsed: Hardware | None = None) -> Iterator[Check | Timing]:
-        """What the results keep of an arm: its check, then its time, or the reason why there is none.
-
-        rehearsed: the device that is predicted for, where this one is a CPU.
-        """
-        where = rehearsed or self.device
-        try:
-            runner = self.runner(arm)
-        except arms.Skip as reason:
-            yield skipped(self.case, arm, str(reason), where)
-            return
-        check = self.check(arm, runner)
-        yield check
-        if not check.ok:
-            yield skipped(self.case, arm, f"wrong: {check.message}", where)
-            return
-        found = self.time(arm, runner)
-        launch.check()  # no wait ran out while it was timed
-        yield skipped(self.case, arm, REHEARSED, where) if self.device.type == "cpu" else found
-
-    def time(self, arm: str, runner: Runner) -> Timing:
+    def time(self, arm: str, runner: Runner, timer: Timer) -> Timing:
         """Median and quartiles of a call, and the device memory that it takes."""
         call, clock = self.call(runner), timing.EventClock()
         call()  # compiles
         peak = self._peak(call)
         calls = timing.per_round(min(timing.seconds_of(call, clock) for _ in range(2)))
-        rounds = ROUNDS if self.device.type == "cuda" else 3
-        seconds = [timing.seconds_of(call, clock, calls) for _ in range(rounds)]
+        seconds = timer(call, ROUNDS if self.device.type == "cuda" else 3, calls)
         low, median, high = statistics.quantiles(seconds, n=4)
         predicted, floor, plan = expectation(self.case, self.device)
+        rounds = len(seconds)
         return Timing(
             self.case, arm, "", runner.dtype, median * 1e6, low * 1e6, high * 1e6, rounds, peak,
             arithmetic.operations(self.case) / median / 1e12, predicted, floor, plan, runner.path(),

@@ -7,10 +7,11 @@ serve. The other suites are ours: one question each.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from bench import UsageError
 from bench.report.results import DTYPES, MODES, Case
 from persistrnn.kernels.cells import CELLS  # rows of other cells are left out
 
@@ -134,8 +135,17 @@ SUITES = {
 }
 
 
-def cases(suites: Sequence[str] = tuple(SUITES), dtypes: Sequence[str] = DTYPES) -> list[Case]:
-    """All cases of some suites and dtypes, equal work once; all suites in the first dtype come first."""
+def cases(suites: Iterable[str] = tuple(SUITES), dtypes: Iterable[str] = DTYPES) -> list[Case]:
+    """All cases of some suites and dtypes, equal work once; all suites in the first dtype come first.
+
+    Raises:
+        UsageError: an unknown suite or dtype.
+    """
+    suites, dtypes = list(suites), list(dtypes)
+    for what, given, allowed in (("suite", suites, tuple(SUITES)), ("dtype", dtypes, DTYPES)):
+        for name in given:
+            if name not in allowed:
+                raise UsageError(f"{what} must be one of {', '.join(allowed)}, got {name!r}")
     found: dict[str, Case] = {}
     for dtype in dtypes:
         for name in suites:

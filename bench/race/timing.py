@@ -1,4 +1,4 @@
-"""How long device work takes, and on which buffers: by CUDA events, and rotation."""
+"""How long device work takes, and on which buffers: CUDA events as the timer of pytest-benchmark, and rotation."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from bench import UsageError
-from bench.report.results import Provenance, Results, load
+from bench.report.results import Provenance
 
 ROOT = Path(__file__).resolve().parents[2]  # bench may be a link
 UNKNOWN = "unknown"
@@ -79,17 +79,13 @@ def provenance(device: torch.device, command: list[str] | None = None, commit: s
     )
 
 
-def opened(path: Path, now: Provenance) -> Results:
-    """The results that a file has, or new ones. Numbers of two machines, or of two versions, do not go into one file;
-    what is unknown may be the same.
+def refuse_another(path: Path, before: Provenance, now: Provenance) -> None:
+    """Numbers of two machines, or of two versions, do not go into one file; what is unknown may be the same.
 
     Raises:
         UsageError: something else than before.
-        OSError, ValueError: it is no results file.
     """
-    found = load(path) if path.exists() else Results(now)
     for name in SAME:
-        was, is_now = getattr(found.provenance, name), getattr(now, name)
+        was, is_now = getattr(before, name), getattr(now, name)
         if was != is_now and UNKNOWN not in (was, is_now):
             raise UsageError(f"{path} was measured with {name} {was!r}, now it is {is_now!r}; name another --output")
-    return found

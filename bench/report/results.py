@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from persistrnn.kernels.planner.typed_json import load as load_typed
-from persistrnn.kernels.planner.typed_json import refused
+from persistrnn.kernels.planner.typed_json import read, refused
 
 Dtype: TypeAlias = Literal["fp16", "bf16", "tf32", "fp32"]
 Mode: TypeAlias = Literal["forward", "training"]
@@ -242,6 +242,28 @@ class Results:
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
         os.replace(unfinished, path)
+
+
+def line(entry: Entry) -> str:
+    """An entry by itself, as a line of text that `entry` reads."""
+    return json.dumps({type(entry).__name__: asdict(entry)}) + "\n"
+
+
+def entry(text: str) -> Entry:
+    """What `line` wrote.
+
+    Raises:
+        ValueError: it is anything else, such as the first half of a line.
+    """
+    given = json.loads(text)
+    if not isinstance(given, dict) or len(given) != 1:
+        raise refused("an entry", given, "an object with the entry under the name of its kind")
+    ((name, value),) = given.items()
+    kinds = {kind.__name__: kind for kind in get_args(Entry)}
+    if name not in kinds:
+        raise refused("the kind of an entry", name, ", ".join(kinds))
+    found: Entry = read(kinds[name], value, name)
+    return found
 
 
 def load(path: Path) -> Results:

@@ -7,41 +7,42 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
 from synthetic import results as empty
 
 from bench.gpu import command as gpu
-from bench.gpu import first, first_steps, recorder, smoke
+from bench.gpu import first, first_steps, smoke
 from bench.gpu.first import STEPS, First, Step
 from bench.race import suites
-from bench.report.results import Results, Stress, load
+from bench.report.results import Results, Stress, entry, line, load
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner.hardware import named
 
-# A step's process without torch: it does what its items are called, and keeps the results as `first_steps` does.
+# A step's process without torch: it does what its items are called, and keeps the journal as `first_steps` does.
 FAKE = """
 import json, os, signal, subprocess, sys, time
-path, done, items = sys.argv[1], open(sys.argv[2]).read().splitlines(), sys.argv[3:]
-state = os.path.splitext(path)[0] + ".running"
+journal, done, items = sys.argv[1], open(sys.argv[2]).read().splitlines(), sys.argv[3:]
+state = os.path.splitext(journal)[0] + ".running"
 items = [item for item in items if f"step: {item}" not in done]
 for i, item in enumerate(items):
-    open(state + ".part", "w").write("\\n".join(items[i:]))
-    os.replace(state + ".part", state)
+    open(state + ".tmp", "w").write("\\n".join(items[i:]))
+    os.replace(state + ".tmp", state)
     if "hang" in item:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        open(path + ".pid", "w").write(str(child.pid))
+        open(journal + ".pid", "w").write(str(child.pid))
         time.sleep(600)
     if "die" in item:
         print("it broke", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGSEGV)
-    content = json.load(open(path))
-    content["stress"].append({"name": f"step: {item}", "ok": "red" not in item, "seconds": 0.5, "message": "seen"})
-    open(path + ".part", "w").write(json.dumps(content))
-    os.replace(path + ".part", path)
+    text = json.dumps({"Stress": {"name": f"step: {item}", "ok": "red" not in item, "seconds": 0.5, "message": "seen"}})
+    if "cut" in item:
+        open(journal, "a").write(text[:20])
+        os.kill(os.getpid(), signal.SIGKILL)
+    open(journal, "a").write(text + "\\n")
     if "lost" in item:
         open(state, "w").write("\\n".join(["", *items[i + 1 :]]))
         sys.exit(3)
@@ -77,7 +78,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, path: Path) -> Callable[..., First]:
         def command(self: First, step: Step, until: float, red: str) -> list[str]:
             names = path.with_name("done")
             names.write_text("\n".join(self.done()))
-            return [sys.executable, str(program), str(path), str(names), *items]
+            return [sys.executable, str(program), str(first.journal_of(path, step.name)), str(names), *items]
 
         monkeypatch.setattr(First, "command", command)
         return found
@@ -99,12 +100,12 @@ def alive(pid: int) -> bool:
 # The plan
 
 
-@pytest.mark.parametrize("minutes", [0.5, 4, 8, 15])
+@pytest.mark.parametrize("minutes", [0.5, 1, 2, 4, 8, 15])
 def test_the_plan_adds_up(minutes: float) -> None:
-    """What comes last is cut first."""
+    """What is beside another step takes no time of its own; what comes last is cut first."""
     plan = first.plan(minutes)
     assert [step for step, _ in plan] == list(STEPS)
-    total = first.START + sum(seconds for _, seconds in plan)
+    total = first.START + sum(seconds for step, seconds in plan if not step.beside)
     assert total <= 60 * minutes
     assert f"{total:5.0f} s at most" in first.printed(minutes)
     granted = [bool(seconds) for step, seconds in plan]
@@ -114,8 +115,8 @@ def test_the_plan_adds_up(minutes: float) -> None:
 def test_eight_minutes_hold_every_step() -> None:
     plan = dict(first.plan(8))
     assert all(plan[step] >= 20 for step in STEPS)
-    assert first.START + sum(seconds for seconds in plan.values()) <= 480
-    assert all(20 <= step.seconds <= 90 for step in (*STEPS, first.CAUSES))
+    assert first.START + sum(seconds for step, seconds in plan.items() if not step.beside) == 480
+    assert all(20 <= step.seconds <= 60 for step in (*STEPS, first.CAUSES))
     assert all(step.item <= step.seconds for step in (*STEPS, first.CAUSES))
     assert all(first.plan(4)[i][1] for i, step in enumerate(STEPS) if step.name in ("smoke", "exchange", "race-1"))
 
@@ -161,7 +162,7 @@ def test_arguments_that_are_refused(
 
 
 def test_all_goes_well(fake: Callable[..., First], path: Path) -> None:
-    fake("a", "b").watch(STEP, 60)
+    fake("a", "b").watch([(STEP, 60)])
     assert outcomes(path) == {"step: a": (True, "seen"), "step: b": (True, "seen")}
     assert sorted(p.name for p in path.parent.iterdir()) == ["done", "fake.py", "results.json"]
 
@@ -169,13 +170,13 @@ def test_all_goes_well(fake: Callable[..., First], path: Path) -> None:
 def test_an_item_that_hangs_is_killed_with_its_children_and_the_others_go_on(
     fake: Callable[..., First], path: Path
 ) -> None:
-    fake("a", "hang", "b").watch(STEP, 60)
+    fake("a", "hang", "b").watch([(STEP, 60)])
     found = outcomes(path)
     ok, message = found.pop("step: hang")
     assert not ok
     assert message.startswith("was killed after 1 s: it hung, or was too slow")
     assert found == {"step: a": (True, "seen"), "step: b": (True, "seen")}
-    child = int(path.with_suffix(".json.pid").read_text())
+    child = int(first.journal_of(path, "step").with_suffix(".journal.pid").read_text())
     for _ in range(100):
         if not alive(child):
             break
@@ -184,7 +185,7 @@ def test_an_item_that_hangs_is_killed_with_its_children_and_the_others_go_on(
 
 
 def test_an_item_that_dies_by_a_signal(fake: Callable[..., First], path: Path) -> None:
-    fake("a", "die", "b").watch(STEP, 60)
+    fake("a", "die", "b").watch([(STEP, 60)])
     found = outcomes(path)
     assert found.pop("step: die") == (False, "died by SIGSEGV. it broke")
     assert found == {"step: a": (True, "seen"), "step: b": (True, "seen")}
@@ -192,7 +193,7 @@ def test_an_item_that_dies_by_a_signal(fake: Callable[..., First], path: Path) -
 
 def test_a_process_that_has_lost_the_device(fake: Callable[..., First], path: Path) -> None:
     """Its item is red, and the others have their turn in a new process, in which they may be right."""
-    fake("a", "red and lost", "b").watch(STEP, 60)
+    fake("a", "red and lost", "b").watch([(STEP, 60)])
     assert outcomes(path) == {
         "step: a": (True, "seen"),
         "step: red and lost": (False, "seen"),
@@ -206,19 +207,23 @@ def test_items_after_one_that_lost_the_device(path: Path, monkeypatch: pytest.Mo
 
     def item(name: str) -> str:
         begun.append(name)
+        if name == "c":
+            for hit in (True, False, False):
+                triton.knobs.compilation.listener(src=None, cache_hit=hit)
         if name == "b":
             launch._error_word(job.device).fill_(1)
             raise ValueError("something is wrong")
         return "seen"
 
-    empty().save(path)
-    job = first_steps.Job(path, torch.device("cpu"), None, "", {})
+    job = first_steps.Job(first.journal_of(path, "step"), torch.device("cpu"), None, "", {})
     items = [(name, lambda name=name: item(name)) for name in "abc"]
     monkeypatch.setitem(first_steps.STEPS, "step", lambda job: iter(items))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)  # which a step sets for its process
     first_steps.work("step", job, set(), time.monotonic() + 60)
     assert begun == ["a", "b", "c"]
     assert not launch._error_word(job.device).any()
-    assert [one.ok for one in load(path).stress] == [True, False, True]
+    told = [entry(text) for text in job.journal.read_text().splitlines()]
+    assert [one.message for one in told if one.ok] == ["seen", "seen [compiled here: 2]"]
 
     begun.clear()
 
@@ -230,27 +235,61 @@ def test_items_after_one_that_lost_the_device(path: Path, monkeypatch: pytest.Mo
         first_steps.work("step", job, set(), time.monotonic() + 60)
     assert stop.value.code == first_steps.LOST
     assert begun == ["a", "b"]
-    assert recorder.running(path).read_text() == "\nc"
+    assert first_steps.running(job.journal).read_text() == "\nc"
     launch._errors.clear()
 
 
-def test_a_step_whose_time_is_over(fake: Callable[..., First], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was left is named, and so is what was begun too late; no other process begins."""
-    fake("a", "hang", "b", "c").watch(replace(STEP, item=60), 1.5)
+def test_a_step_beside_nothing(steps: Callable[..., tuple[list[str], bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first, "STEPS", STEPS[:1])
+    assert steps() == (["machine"], True)
+
+
+def test_a_journal_cut_short_by_a_kill(fake: Callable[..., First], path: Path) -> None:
+    fake("a", "cut", "b").watch([(STEP, 60)])
     found = outcomes(path)
-    assert found.pop("not run: step") == (False, "its time was over: hang; b; c")
+    assert found.pop("results-step: journal")[1].startswith('cut short by a kill; its last line is b\'{"Stress"')
+    assert found.pop("step: cut") == (False, "died by SIGKILL.")
+    assert found == {"step: a": (True, "seen"), "step: b": (True, "seen")}
+
+
+def test_a_step_whose_time_is_over(fake: Callable[..., First], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was running is red, what was left is named, and no other process begins."""
+    fake("a", "hang", "b", "c").watch([(replace(STEP, item=60), 1.5)])
+    found = outcomes(path)
+    assert found.pop("step: hang")[0] is False
+    assert found.pop("not run: step") == (False, "its time was over: b; c")
     assert found == {"step: a": (True, "seen")}
 
 
 def test_a_process_that_cannot_begin(fake: Callable[..., First], path: Path) -> None:
     run = fake("a")
     path.with_name("fake.py").write_text("raise SystemExit('no such driver')")
-    run.watch(STEP, 60)
+    run.watch([(STEP, 60)])
     assert outcomes(path) == {"step": (False, "ended with status 1. no such driver")}
 
 
+def test_two_beside_each_other(fake: Callable[..., First], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake("a", "die").watch([(replace(STEP, name="one"), 60), (replace(STEP, name="two"), 60)])
+    found = outcomes(path)
+    assert {name for name, (ok, _) in found.items() if not ok} == {"one: die", "two: die"}
+
+
+def test_a_speed_without_a_check_is_red_and_not_kept(fake: Callable[..., First], path: Path) -> None:
+    from synthetic import CASE, timing
+
+    run = fake()
+    journal = first.journal_of(path, "step")
+    journal.write_text(line(timing(CASE)) + line(Stress("step: a", True, 1.0, "")) + "nonsense\n")
+    assert run.fold(journal, 0, True) > 0
+    assert not load(path).timings
+    found = outcomes(path)
+    assert found["step: a"][0]
+    assert not found["results-step: an entry"][0]
+    assert not journal.exists()
+
+
 def test_the_same_file_again(fake: Callable[..., First], path: Path) -> None:
-    """Green ones are not run again, red ones are; what was not run is forgotten."""
+    """Green ones are not run again, red ones are; of a run that was killed the journal is taken, and not-run is not."""
     before = empty()
     before.add(Stress("step: hang", True, 1.0, "before"))
     before.add(Stress("step: red", False, 1.0, "before"))
@@ -258,7 +297,7 @@ def test_the_same_file_again(fake: Callable[..., First], path: Path) -> None:
     before.add(Stress("race-1: a row, torch", False, 0.0, "wrong"))
     run = fake("hang", "red", "b", before=before)
     assert "race-1: a row, torch" in run.done(), "what was wrong in the race stays so"
-    run.watch(STEP, 60)
+    run.watch([(STEP, 60)])
     found = outcomes(path)
     assert found["step: hang"] == (True, "before")
     assert found["step: red"] == (False, "seen")
@@ -276,19 +315,20 @@ def steps(monkeypatch: pytest.MonkeyPatch, path: Path) -> Callable[..., tuple[li
         begun: list[str] = []
         made = First(run_of(path, before, minutes=minutes), ())
 
-        def watch(self: First, step: Step, seconds: float, case: str = "") -> None:
-            begun.append(f"{step.name} {case}".strip())
-            if step.name == "smoke":
+        def watch(self: First, steps: list[tuple[Step, float]], case: str = "") -> None:
+            begun.append(" ".join([*(step.name for step, _ in steps), case]).strip())
+            if steps[-1][0].name == "smoke":
                 for one in smoke.SMOKE:
                     self.note(f"smoke: {one.name}", one.name not in red, 0.0, "seen")
 
         monkeypatch.setattr(First, "watch", watch)
+        monkeypatch.setattr(First, "pytest", lambda self, until: begun.append("tests") or False)
         return begun, made.all()
 
     return run
 
 
-EVERY = ["machine", "smoke", "exchange", "constants", "race-1", "race-2", "race-3", "tests"]
+EVERY = ["machine compile", "smoke", "exchange", "constants", "race-1", "race-2", "race-3", "tests"]
 
 
 def test_every_step_in_its_order(steps: Callable[..., tuple[list[str], bool]]) -> None:
@@ -298,7 +338,7 @@ def test_every_step_in_its_order(steps: Callable[..., tuple[list[str], bool]]) -
 def test_where_the_first_case_is_wrong_it_stops(steps: Callable[..., tuple[list[str], bool]], path: Path) -> None:
     red = smoke.FIRST[1]
     begun, ok = steps(red)
-    assert (begun, ok) == (["machine", "smoke", f"causes {red}"], False)
+    assert (begun, ok) == (["machine compile", "smoke", f"causes {red}"], False)
     for name in EVERY[2:]:
         assert outcomes(path)[f"not run: {name}"] == (False, f"the simplest cases are wrong: {red}")
 
@@ -314,11 +354,27 @@ def test_without_time_the_last_steps_say_so(steps: Callable[..., tuple[list[str]
     assert outcomes(path) == {f"not run: {step.name}": (False, "no time was left") for step in STEPS}
 
 
+def test_a_results_file_cut_short(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is set aside, and the new one says so."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu.provenance, "provenance", lambda *_: empty().provenance)
+    monkeypatch.setattr(First, "watch", lambda *_: None)
+    monkeypatch.setattr(First, "pytest", lambda *_: False)
+    empty().save(path)
+    path.write_text(path.read_text()[:200])
+    assert gpu.main(["first", "--output", str(path)]) == 1
+    assert path.with_suffix(".broken").exists()
+    ok, message = outcomes(path)["results"]
+    assert not ok
+    assert message.startswith("results.broken is what was there, and no results file: ")
+
+
 # The GPU tests
 
 
 def test_tests_that_hang_and_tests_that_are_left(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each in its turn, most telling first; what had no turn is named."""
+    """Each in its turn, most telling first; what had no turn is counted by file."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     (folder / "test_it.py").write_text(
@@ -329,19 +385,22 @@ def test_tests_that_hang_and_tests_that_are_left(path: Path, monkeypatch: pytest
     monkeypatch.setattr(first.provenance, "ROOT", folder)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
     run = First(run_of(path), (str(folder / "test_it.py"),))
-    run.watch(replace(STEPS[-1], item=3), 60)
+    run.run.save()
+    monkeypatch.setattr(first, "STEPS", (replace(STEPS[-1], item=3),))
+    assert run.pytest(time.monotonic() + 60), "two tests are left"
     found = outcomes(path)
-    ok, message = found.pop("test_it.py::test_nan_and_inf_flow")
+    ((name, (ok, message)),) = found.items()
+    assert name == "test_it.py::test_nan_and_inf_flow", "the more telling one comes first"
     assert not ok
     assert message.startswith("was killed after ")
-    assert found == {"test_it.py::test_plain": (True, ""), "test_it.py::test_two_streams": (True, "")}
-    assert load(path).stress[0].name == "test_it.py::test_nan_and_inf_flow", "the more telling first"
+    assert run.left == ["test_it.py::test_plain", "test_it.py::test_two_streams"]
 
-    path.unlink()
-    run = First(run_of(path), (str(folder / "test_it.py"),))
-    run.watch(replace(STEPS[-1], item=60), 8)
-    left = [f"test_it.py::test_{name}" for name in ("nan_and_inf_flow", "two_streams", "plain")]
-    assert outcomes(path) == {"not run: tests": (False, f"its time was over: {'; '.join(left)}")}
+    # Without it the others go on; none is left.
+    assert not run.pytest(time.monotonic() + 60) or run.left == []
+    assert {name for name, (ok, _) in outcomes(path).items() if ok} == {
+        "test_it.py::test_plain",
+        "test_it.py::test_two_streams",
+    }
 
 
 # The rehearsal, for real: every step's own process, on the CPU
@@ -349,7 +408,7 @@ def test_tests_that_hang_and_tests_that_are_left(path: Path, monkeypatch: pytest
 
 def kept(*steps_and_items: str) -> Results:
     """A rehearsal's file in which all items of smoke, causes and race-1 are green but these."""
-    job = SimpleNamespace(device=torch.device("cpu"), hardware=named("h200"), red=smoke.SMOKE[3].name)
+    job = first_steps.Job(Path("none"), torch.device("cpu"), named("h200"), smoke.SMOKE[3].name, {})
     found = empty(
         rehearsal=True, device="unknown", driver="unknown", torch="unknown", triton="unknown", commit="unknown"
     )
@@ -362,34 +421,35 @@ def kept(*steps_and_items: str) -> Results:
 
 @pytest.mark.interpreter
 def test_a_rehearsal_in_which_all_goes_wrong(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that hangs, one that dies, wrong numbers: each is a line, and the others go on."""
+    """A step that hangs, one that dies, wrong numbers, a file cut short: each is a line, and the others go on."""
     assert launch.INTERPRETED
     one, two, three = (f"smoke: {smoke.SMOKE[i].name}" for i in (3, 4, 5))
     cause = f"causes: {smoke.SMOKE[3].name}: T=2"
     row = f"race-1: {suites.miniatures(suites.first())[0].key}, persistrnn"
     facts, plain, pinned = (f"machine: {name}" for name in ("facts", "plain launch", "pinned memory"))
     kept(facts, plain, pinned, one, two, three, cause, row).save(path)
-    inject = [f"{facts}=die", f"{plain}=hang", f"{one}=wrong", f"{two}=die", f"{row}=wrong"]
+    inject = [f"{facts}=cut", f"{plain}=hang", f"{one}=wrong", f"{two}=die", f"{row}=wrong"]
     steps = ["machine", "smoke", "race-1"]
     # Short only where something hangs: the others may share their cores.
-    alone = (replace(s, seconds=150, item=5 if s.name == "machine" else 60) for s in STEPS)
+    alone = (replace(s, beside=False, seconds=150, item=5 if s.name == "machine" else 60) for s in STEPS)
     monkeypatch.setattr(first, "STEPS", tuple(alone))
     command = ["--rehearse", "h200", "first", "--output", str(path), "--steps", *steps]
     command += ["--minutes", "20", "--inject", *inject]
     assert gpu.main(command) == 1
     found = outcomes(path)
-    assert found[facts][1].startswith("died by SIGSEGV")
+    assert found["results-machine: journal"][1].startswith("cut short by a kill")
+    assert found[facts][1].startswith("died by SIGKILL")
     assert found[plain][1].startswith("was killed after 5 s")
     assert found[pinned][0]
-    assert found[one][1].startswith("AssertionError: ")
+    assert found[one][1].startswith("AssertionError: y has error ")
     assert found[two][1].startswith("died by SIGSEGV")
     assert found[three][0]
     assert found[cause][0], "the variants of the red case have run"
-    assert found[row][1].startswith("AssertionError: ")
-    assert sum(ok is False for ok, _ in found.values()) == 5
+    assert found[row][1].startswith("AssertionError: y has error ")
+    assert sum(ok is False for ok, _ in found.values()) == 6
     (red,) = (check for check in load(path).checks if not check.ok)
     assert red.case == suites.miniatures(suites.first())[0]
     (skipped,) = load(path).timings
     assert skipped.skipped.startswith("wrong: y has error ")
-    assert not [p.name for p in path.parent.iterdir() if p.suffix in (".running", ".done")]
+    assert not [p.name for p in path.parent.iterdir() if p.suffix in (".journal", ".running", ".done")]
     json.loads(path.read_text())

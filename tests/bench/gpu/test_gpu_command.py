@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import CASE, PROVENANCE, results
+from synthetic import CASE, PROVENANCE, add, everything, results, timing
 
 from bench.gpu import command as gpu
 from bench.gpu import micro, recorder, stress, tune
 from bench.race import suites
 from bench.report import provenance
-from bench.report.results import Check, Micro, Results, Stress, load
+from bench.report.results import Check, Micro, Results, Stress, Tuning, load
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner.hardware import named
 
@@ -161,6 +162,16 @@ def test_a_part_that_raises_is_red_and_ends_no_other(
 
 
 @pytest.mark.usefixtures("parts")
+def test_a_part_that_is_not_green(
+    machine: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(gpu.DO, "race", lambda run: False)
+    assert machine() == 1
+    assert "== race: NOT OK" in capsys.readouterr().out
+    assert machine("tune") == 0
+
+
+@pytest.mark.usefixtures("parts")
 def test_names_of_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, machine: Callable[..., int]) -> None:
     """By device and commit, or by what is rehearsed."""
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
@@ -213,7 +224,7 @@ def test_a_suite_and_its_status(status: int, ok: bool, process: Callable[..., Pr
     run, made = run_of(path), process(suite)
     assert gpu.correctness(run) is ok
     assert [entry.name for entry in run.results.stress] == ["test_it"]
-    assert made.commands[0][:3] == (sys.executable, "-m", "pytest")
+    assert made.commands[0][:3] == [sys.executable, "-m", "pytest"]
     assert "tests/kernels/test_gpu.py" in made.commands[0]
     assert following(made.commands[0], "--outcomes") == str(path)
     assert following(made.commands[0], "--within") == "8.0"
@@ -256,12 +267,13 @@ def test_race(process: Callable[..., Process], path: Path) -> None:
     run, made = run_of(path, suite=["short", "models"], arm=["torch", "xma"]), process(lambda command: 0)
     assert gpu.race_part(run)
     (command,) = made.commands
-    assert command[1:3] == ("-m", "bench.race")
+    assert "bench/race/test_race.py" in command
     assert following(command, "--output") == str(path)
     assert following(command, "--minutes") == "8.0"
     for option, given in (("--suite", ["short", "models"]), ("--dtype", ["fp16"]), ("--arm", ["torch", "xma"])):
         at = command.index(option) + 1
-        assert list(command[at : at + len(given)]) == given
+        assert command[at : at + len(given)] == given
+        assert command[at + len(given)].startswith("--")
     run.add(Check(CASE, "torch", False, 37.0, "y is wrong"))
     assert not gpu.race_part(run)
 
@@ -277,8 +289,14 @@ def test_race_of_a_rehearsal(process: Callable[..., Process], path: Path) -> Non
             ("persistrnn", "not measured: a rehearsal without a GPU")
         }
         assert all(t.predicted > t.floor > 0 for t in found.timings)
-    assert "--rehearse" in made.commands[0]
+    assert {"--rehearse", "--benchmark-quiet"} < set(made.commands[0])
     assert following(made.commands[0], "--output") != str(path)
+
+
+def test_correctness_of_a_rehearsal_is_collected(process: Callable[..., Process], path: Path) -> None:
+    made = process(lambda command: 0)
+    assert gpu.correctness(run_of(path, rehearse="h200"))
+    assert "--collect-only" in made.commands[0]
 
 
 # Stress
@@ -314,6 +332,21 @@ def test_stress(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked[4:] == [("two", 15.0), ("three", 15.0)]
     assert gpu.stress_part(run)
     assert len(asked) == 6
+
+
+def test_stress_without_time(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(stress, "ITEMS", {"one": lambda device, seconds: "seen"})
+    run = run_of(path)
+    monkeypatch.setattr(gpu.Run, "deadline", lambda run: time.monotonic())
+    assert gpu.stress_part(run)
+    assert load(path).stress == []
+    assert "out of time before one" in capsys.readouterr().out
+
+
+def test_deadline(path: Path) -> None:
+    before = time.monotonic()
+    deadline = run_of(path, minutes=2.0).deadline()
+    assert before <= deadline - 120 <= time.monotonic()
 
 
 # Micro and tune
@@ -363,6 +396,27 @@ def test_the_first_call(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(environments) == 2
 
 
+def test_tune_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of(path, minutes=2.0)
+    run.add(Tuning(CASE, True, "U=8", True, 1.0, 2.0))
+    seen = {}
+
+    def tuned(
+        keep: Callable[[Tuning], None], done: set[object], device: torch.device, progress: object, deadline: float
+    ) -> list[str]:
+        seen.update(done=done, deadline=deadline)
+        keep(Tuning(CASE, True, "U=16", False, 1.0, 2.0))
+        return ["one", "two"]
+
+    monkeypatch.setattr(gpu.Run, "deadline", lambda run: 17.0)
+    monkeypatch.setattr(tune, "tune", tuned)
+    assert gpu.tune_part(run)
+    assert seen["done"] == {(CASE.key, True, "U=8")}
+    assert seen["deadline"] == 17.0
+    assert [entry.choice for entry in load(path).tuning] == ["U=8", "U=16"]
+    assert "tune: out of time before 2 choices" in capsys.readouterr().out
+
+
 def test_micro_and_tune_of_a_rehearsal(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -383,3 +437,13 @@ def test_a_rehearsal(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found.provenance.rehearsal
     assert found == Results(found.provenance)
     assert "outputs and all gradients within the bound; nothing kept" in capsys.readouterr().out
+
+
+def test_entries_are_saved_at_once(path: Path) -> None:
+    run = run_of(path)
+    for entry in everything().micro + everything().stress + everything().tuning:
+        run.add(entry)
+        assert load(path) == run.results
+    add(run.results, timing(CASE))
+    run.save()
+    assert load(path).timings == [timing(CASE)]

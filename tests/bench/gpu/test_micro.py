@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 import time
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,8 @@ def delayed(monkeypatch: pytest.MonkeyPatch):
     """delayed(operation, slow): the concurrent grid, with that program late at that operation of the exchange."""
     monkeypatch.setattr(grid, "EXCHANGE", dict.fromkeys(("put", "arrive", "wait", "get"), micro_kernels))
 
-    def start(operation: str, slow: int, seconds: float = 0.02):
-        return concurrent_grid(Delays(operation, slow, seconds=seconds))
+    def start(operation: str, slow: int):
+        return concurrent_grid(Delays(operation, slow, seconds=0.02))
 
     return start
 
@@ -125,7 +126,7 @@ def never_announced(monkeypatch):
 def test_a_broken_exchange_is_an_error_and_no_number(delayed, monkeypatch, mutant, protocol, operation, message):
     mutant(monkeypatch)
     once = micro._exchange(quick(patience=200 if "gave up" in message else 20_000), protocol, 2, 128)
-    with delayed(operation, 1, 0.1), pytest.raises(RuntimeError, match=message):  # long beside any other delay
+    with delayed(operation, 1), pytest.raises(RuntimeError, match=message):
         once()
 
 
@@ -498,6 +499,18 @@ def test_warmups_do_not_count():
     assert micro.measured(Machine(CPU, Scale(rounds=5, warmups=3, settle=0.0)), item).value == 6.0  # of 4 to 8
 
 
+def test_warmups_last_until_it_has_settled(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(micro, "time", clock)
+
+    def work():
+        clock.now += 0.25
+        return clock.now
+
+    item = Item("clock", 4, 0, "GHz", lambda: work)
+    assert micro.measured(Machine(CPU, Scale(rounds=3, warmups=1, settle=1.0)), item).value == 1.5  # of 1.25 to 1.75
+
+
 @pytest.mark.parametrize(("steps", "lines", "tile"), [(3, 5, 4), (1, 4, 4), (7, 0, 4), (64, 33, 8), (5, 2, 8)])
 def test_expected_sums(steps, lines, tile):
     expected = [0] * tile
@@ -531,6 +544,30 @@ def test_what_the_device_is_too_small_for_is_skipped_with_the_reason(gpu, name, 
         assert reasons["exchange flags", 132, 0] == f"132 programs on {record.multiprocessors} multiprocessors"
         assert reasons["shared", record.multiprocessors, 196608].endswith(f"there are {record.shared:,}")
     assert len(found) == len({item.key for item in found}) == 36 + 4 + 4 + 5
+
+
+def test_a_copy_needs_memory(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 << 30, 140 << 30))
+    (item,) = [item for item in micro.items(gpu("h200")) if item.name == "memory"]
+    assert item.skip == "5,368,709,120 bytes of memory are free"
+
+
+def test_skips_are_told_and_are_not_left_over(gpu, monkeypatch):
+    machine = gpu("a100")
+    monkeypatch.setattr(micro, "Machine", lambda device, scale: machine)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: micro.contextlib.nullcontext())
+    said: list[str] = []
+    left = micro.measure(lambda entry: None, set(), torch.device("cuda"), said.append, time.monotonic())
+    assert sum("skipped: 132 programs on 108 multiprocessors" in line for line in said) == 6
+    assert len(left) == 49 - 6 - 1
+    assert not [name for name in left if "132 programs" in name]
+    assert "exchange counter, 66 programs, 4,096 bytes" in left
+
+
+def test_without_gpu_and_interpreter_nothing_is_measured():
+    said: list[str] = []
+    assert micro.measure(lambda entry: pytest.fail("a number"), set(), CPU, said.append, None) == []
+    assert said == ["microbenchmarks skipped: they need a CUDA device, or TRITON_INTERPRET=1 for a rehearsal"]
 
 
 def test_time_counts_only_if_the_host_was_ahead(monkeypatch):

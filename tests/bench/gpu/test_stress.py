@@ -70,6 +70,10 @@ def test_shapes_on_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         stress.random_shapes(CPU, 0.0, largest=5, longest=3, seed=1)
 
 
+def test_streams_need_a_gpu() -> None:
+    assert stress.many_streams(CPU, 1.0) == "not run: no CUDA device"
+
+
 # The sanitizer
 
 
@@ -122,6 +126,16 @@ def test_sanitizer_finds_something(script: str, says: str, program: Callable[[st
     program(script)
     with pytest.raises(AssertionError, match=says):
         stress.sanitizer("synccheck")(CPU, 30.0)
+
+
+def test_no_sanitizer(program: Callable[[str], None]) -> None:
+    assert stress.sanitizer("memcheck")(CPU, 1.0) == "not run: there is no compute-sanitizer on this machine"
+
+
+def test_what_the_sanitizer_is_asked(program: Callable[[str], None]) -> None:
+    """The tool by name, a status of its own for errors, and a program that Python can read."""
+    program('echo "ERROR SUMMARY: $1 $2 $3 $4 $6"')
+    assert stress.ITEMS["compute-sanitizer racecheck"](CPU, 30.0).endswith("--tool racecheck --error-exitcode 66 -c")
 
 
 @pytest.mark.parametrize("program", [stress.SANITIZED, gpu.FIRST_CALL], ids=["sanitized", "first call"])

@@ -210,9 +210,6 @@ def test_another_dtype_is_held_to_the_coarser() -> None:
     assert not truth(of).check("torch-best", replace(runner, forward=lambda x: runner.forward(x.half()))).ok
 
 
-# The same work
-
-
 def test_a_check_leaves_the_truth_alone() -> None:
     of = replace(CASE, dtype="fp16")
     made = Truth(of, CPU)
@@ -220,6 +217,9 @@ def test_a_check_leaves_the_truth_alone() -> None:
     made.check("torch", right(of))
     assert torch.equal(made.x, x)
     assert not made.x.requires_grad
+
+
+# The same work
 
 
 def test_parameters_and_inputs_are_the_same_in_every_dtype() -> None:
@@ -232,6 +232,13 @@ def test_parameters_and_inputs_are_the_same_in_every_dtype() -> None:
     assert torch.equal(one.x, other.x.half())
     assert torch.equal(one.dy, other.dy.half())
     assert not torch.equal(other.x[0], other.x[1])
+
+
+def test_initial_parameters_take_no_random_numbers() -> None:
+    state = torch.random.get_rng_state()
+    first = arms.source(CASE)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not torch.equal(arms.source(CASE, seed=1)["bias_hh_l0"], first["bias_hh_l0"])
 
 
 def test_the_reference_without_input_product() -> None:
@@ -331,20 +338,20 @@ def test_ours_never_takes_torchs_path() -> None:
 
 def test_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Median and quartiles over the rounds, and what follows from the median."""
-    asked, rounds = [], iter([5e-4, 6e-4, 4e-6, 2e-6, 6e-6])
+    asked: list[tuple[int, int]] = []
 
-    def seconds_of(call: Callable[[], object], clock: object, calls: int = 1) -> float:
+    def timer(call: Callable[[], object], rounds: int, calls: int) -> list[float]:
         call()
-        asked.append(calls)
-        return next(rounds)
+        asked.append((rounds, calls))
+        return [5e-6, 1e-6, 4e-6, 2e-6, 3e-6, 6e-6, 7e-6]
 
-    monkeypatch.setattr(timing, "seconds_of", seconds_of)
+    monkeypatch.setattr(timing, "seconds_of", lambda call, clock: 5e-4)
     contest = Race(CASE, CPU)
-    found = contest.time("torch", contest.runner("torch"))
-    assert asked == [1, 1, 4, 4, 4], "calls of a round by the quicker of two"
+    found = contest.time("torch", contest.runner("torch"), timer)
+    assert asked == [(3, 4)]
     assert (found.case, found.arm, found.skipped, found.dtype, found.path) == (CASE, "torch", "", "fp32", "torch")
     assert (found.low, found.microseconds, found.high) == pytest.approx((2.0, 4.0, 6.0))
-    assert (found.rounds, found.peak) == (3, 0)
+    assert (found.rounds, found.peak) == (7, 0)
     # 3 * 2 * 16 * (4 + 5) * 3 * 6 operations in 4 us.
     assert found.tflops == pytest.approx(15552 / 4e-6 / 1e12)
     assert (found.predicted, found.floor, found.plan) == race.expectation(CASE, CPU)
@@ -446,3 +453,14 @@ def test_marks_are_of_several_kinds_of_rows() -> None:
     assert arms.lengths(of).tolist() == [8, 7, 6, 5]
     assert [row.nonzero().flatten().tolist() for row in arms.resets(of).T] == [[4], [2], [4], [2]]
     assert arms.lengths(replace(of, steps=1)).tolist() == [1, 1, 1, 1]
+
+
+def test_arms_that_have_marks() -> None:
+    lengths, resets = (replace(CASE, marks=marks) for marks in ("lengths", "resets"))
+    made = Truth(lengths, CPU)
+    assert made.check("torch", arms.torch_nn(lengths, made.parameters, CPU)).ok
+    with pytest.raises(Skip, match=r"torch\.nn has no resets"):
+        arms.torch_nn(resets, made.parameters, CPU)
+    for name in ("torchrl", "flashrnn", "xma"):
+        with pytest.raises(Skip, match=r"lengths are raced against torch\.nn only"):
+            ARMS[name](lengths, made.parameters, CPU)

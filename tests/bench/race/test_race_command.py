@@ -1,5 +1,6 @@
 """The race as it is started: its options, what it writes, and that a second run repeats nothing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,173 +8,233 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from synthetic import CASE, results
+from synthetic import CASE, PROVENANCE, timing
 
-from bench.race import __main__ as race
-from bench.race import engine
+from bench.gpu import command as gpu
+from bench.race import arithmetic, conftest
 from bench.race.correctness import Truth
 from bench.race.engine import REHEARSED, Race
-from bench.report.results import MODES, Check, Results, load
+from bench.report import provenance
+from bench.report.results import ARMS, MODES, Check, Results, load
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 TINY = replace(CASE, input=3, hidden=2, batch=2, steps=4, dtype="fp32", mode="training")
+SMALL = ["-k", "lstm", "--rehearse", "--suite", "short", "--dtype", "fp16", "--arm", "persistrnn", "torch"]
 
 
-@pytest.mark.interpreter
-def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Green checks, no speeds; a second run finds all of it."""
-    path = tmp_path / "results.json"
-    arguments = ["--rehearse", "--suite", "short", "--dtype", "fp16", "--arm", "persistrnn", "torch"]
-    assert race.main([*arguments, "--output", str(path)]) == 0
+def environment(**more: str) -> dict[str, str]:
+    """Without what tells a pytest that it is a worker of this one, where pytest-benchmark measures nothing."""
+    return {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")} | {"OMP_NUM_THREADS": "1"} | more
+
+
+def race(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "bench/race/test_race.py", "-m", "gpu", "--benchmark-only", "-rs"]
+    command += [*arguments, "-p", "no:cacheprovider"]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=240
+    )
+
+
+def test_a_rehearsal(tmp_path: Path) -> None:
+    """Green checks, no speeds; a second run finds all of it; times per call and not per round."""
+    path, table = tmp_path / "results.json", tmp_path / "benchmark.json"
+    done = race(*SMALL, "--output", str(path), f"--benchmark-json={table}")
+    assert done.returncode == 0, done.stdout + done.stderr
     found = load(path)
     assert found.provenance.rehearsal
-    lstm = [(c.case.mode, c.arm) for c in found.checks if c.case.cell == "lstm"]
-    assert lstm == [(mode, arm) for mode in MODES for arm in ("persistrnn", "torch")]
+    assert found.provenance.command.startswith("pytest bench/race/test_race.py -m gpu")
+    assert [(c.case.mode, c.arm) for c in found.checks] == [(m, arm) for m in MODES for arm in ("persistrnn", "torch")]
+    assert len(found.timings) == 4
     assert all(check.ok for check in found.checks)
     assert {(t.skipped, t.microseconds) for t in found.timings} == {(REHEARSED, 0.0)}
     assert max(check.case.hidden for check in found.checks) < 20
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["results.json"]
+    measured = json.loads(table.read_text())["benchmarks"]
+    assert len(measured) == 4
+    assert max(entry["stats"]["iterations"] for entry in measured) > 1
+    for entry in measured:
+        seconds = entry["extra_info"]["us_per_step"] * 4 / 1e6
+        assert seconds == pytest.approx(entry["stats"]["median"]), "of a round, or of a call?"
+        assert entry["extra_info"]["path"] == {"persistrnn": "persistent"}.get(entry["extra_info"]["arm"], "torch")
 
-    capsys.readouterr()
     found.provenance = replace(found.provenance, commit="unknown")  # in case someone commits meanwhile
     found.save(path)
     before = path.read_bytes()
-    assert race.main([*arguments, "--output", str(path)]) == 0
-    assert capsys.readouterr().out == ""
+    again = race(*SMALL, "--output", str(path))
+    assert again.returncode == 0, again.stdout
+    assert "[4] bench/race/conftest.py" in again.stdout
+    assert "measured before in this results file" in again.stdout
     assert path.read_bytes() == before
 
 
-def test_the_command_without_an_installation(tmp_path: Path) -> None:
-    """On a GPU machine persistrnn is not installed: the tests, and all else, come from the checkout."""
+def test_a_wrong_name() -> None:
+    done = race("--suite", "deepbensh")
+    assert done.returncode == 4
+    assert done.stderr.startswith("ERROR: --suite must be of flashrnn, models, ")
+    assert "got 'deepbensh'" in done.stderr
+
+
+def uninstalled(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A program in the checkout's root where, as on a GPU machine, persistrnn is not installed."""
     # -S leaves out what puts an editable installation on the path.
     site = Path(pytest.__file__).parents[1]
-    code = f"import sys; sys.path.append({str(site)!r}); from bench.gpu import command; sys.exit(command.main())"
+    prepare = f"import sys; sys.path.append({str(site)!r}); "
+    command = [sys.executable, "-S", "-c", prepare + code, *arguments]
+    variables = environment(PYTHONPATH=str(site), TRITON_INTERPRET="1")
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
+
+
+def test_the_suites_without_an_installation() -> None:
+    """They come from the checkout."""
+    arguments = [*gpu.RACE, "-m", "gpu", "--rehearse", "--suite", "short", "--collect-only", "-q"]
+    done = uninstalled("import pytest; sys.exit(pytest.main(sys.argv[1:]))", *arguments, "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_layer[short-" in done.stdout
+
+
+def test_the_command_without_an_installation(tmp_path: Path) -> None:
+    """It finds the tests of the checkout."""
     arguments = ["correctness", "--rehearse", "h200", "--output", str(tmp_path / "results.json")]
-    variables = os.environ | {"PYTHONPATH": str(site), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True,
-        timeout=240,
-    )  # fmt: skip
+    done = uninstalled("from bench.gpu.command import main; sys.exit(main(sys.argv[1:]))", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tests/kernels/test_gpu_wave.py::" in done.stdout
 
 
+# Its pieces
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "given", "message"),
     [
-        (["--rehearse"], "set TRITON_INTERPRET=1"),
-        ([], "torch sees no CUDA device; run this on a machine with one, or --rehearse"),
-        (["--suite", "short", "long"], "argument --suite: invalid choice: 'long' (choose from"),
-        (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8' (choose from"),
-        (["--arm", "torch", "jax"], "argument --arm: invalid choice: 'jax' (choose from"),
+        ("suite", ["short", "long"], r"--suite must be of flashrnn, .*, deepbench_skip_input, got 'long'"),
+        ("dtype", ["fp8"], r"--dtype must be of fp16, bf16, tf32, fp32, got 'fp8'"),
+        ("arm", ["torch", "jax"], r"--arm must be of persistrnn, torch, torch-best, torchrl, flashrnn, xma, got 'jax'"),
     ],
 )
-def test_arguments_that_are_refused(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_names(name: str, given: list[str], message: str) -> None:
+    right = {"suite": ["short"], "dtype": ["fp16"], "arm": list(ARMS)}
+    conftest.pytest_configure(SimpleNamespace(getoption=right.get))
+    with pytest.raises(pytest.UsageError, match=message):
+        conftest.pytest_configure(SimpleNamespace(getoption=(right | {name: given}).get))
+
+
+def options(**changed: Any) -> Callable[[str], Any]:
+    found = {"--rehearse": True, "--output": None, "--minutes": None} | {f"--{n}": v for n, v in changed.items()}
+    return found.__getitem__
+
+
+def refused(option: Callable[[str], Any]) -> str:
+    with pytest.raises(pytest.exit.Exception) as stop:
+        conftest.opened(option)
+    assert stop.value.returncode == 4
+    return str(stop.value)
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as stop:
-        race.main(["--output", "results.json", *arguments])
-    assert stop.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    message = refused(options(rehearse=False))
+    assert "need a CUDA device, torch sees none; without one leave out `-m gpu`" in message
+    assert "or add --rehearse" in message
 
 
-def test_results_that_do_not_belong_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_that_do_not_belong_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "set TRITON_INTERPRET=1" in refused(options())
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    (tmp_path / "broken.json").write_text("{")
-    results().save(tmp_path / "other.json")
-    for name, message in (
-        ("broken.json", "broken.json: not JSON"),
-        ("other.json", "was measured with device 'Test GPU', now it is 'CPU"),
-        (".", "Is a directory"),
-    ):
-        with pytest.raises(SystemExit):
-            race.main(["--rehearse", "--output", str(tmp_path / name)])
-        assert f"argument --output: {tmp_path / name}"[:18] in (err := capsys.readouterr().err)
-        assert message in err
+    path = tmp_path / "results.json"
+    assert conftest.opened(options(output=path)).results.provenance.rehearsal
+    path.write_text("{")
+    assert "results.json: not JSON" in refused(options(output=path))
+    Results(PROVENANCE).save(path)
+    assert "was measured with device 'Test GPU', now it is 'CPU" in refused(options(output=path))
+    now = provenance.provenance(CPU)
+    Results(replace(now, commit="another")).save(path)
+    assert "was measured with commit 'another', now it is" in refused(options(output=path))
+    Results(replace(now, commit="unknown", date="")).save(path)
+    assert conftest.opened(options(output=path)).results.provenance.date == ""
+    assert "--output: " in refused(options(output=tmp_path))
 
 
-def run(path: Path, *arms: str, cases: tuple = (TINY,), until: float = float("inf")) -> tuple[bool, Results]:
-    found = load(path) if path.exists() else results()
-    ok = race.run(found, path, cases, arms, CPU, until)
-    return ok, found
+class Benchmark:
+    """pytest-benchmark's fixture: every call takes 2 ms."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+        self.asked: list[tuple[int, int]] = []
+
+    def pedantic(self, call: Callable[[], object], rounds: int, iterations: int) -> None:
+        call()
+        self.asked.append((rounds, iterations))
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[2e-3] * rounds))
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "results.json"
+def recorder(tmp_path: Path) -> conftest.Recorder:
+    """As on a GPU, of which the recorder knows no more than that times count."""
+    made = conftest.Recorder(tmp_path / "results.json", None, CPU)
+    made._race = Race(TINY, CPU)
+    made.device = SimpleNamespace(type="cuda")
+    return made
 
 
-@pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: times count, and every call takes 2 ms."""
-    monkeypatch.setattr(engine, "REHEARSED", "")
-    monkeypatch.setattr(engine, "skipped", lambda case, arm, reason, device: race_time(case, arm, reason))
-    monkeypatch.setattr(engine.timing, "seconds_of", lambda call, clock, calls=1: call() is None or 2e-3)
-
-
-def race_time(case: object, arm: str, reason: str) -> object:
-    from synthetic import skipped, timing
-
-    return skipped(case, arm, reason) if reason else timing(case, arm, 2000.0)
-
-
-@pytest.mark.usefixtures("timed")
-def test_a_timing_is_kept_and_not_repeated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(path, "torch")[0]
-    found = load(path)
+def test_a_timing_is_kept(recorder: conftest.Recorder) -> None:
+    benchmark = Benchmark()
+    conftest.run(recorder, benchmark, TINY, "torch")
+    found = load(recorder.path)
     (check,), (kept,) = found.checks, found.timings
     assert check.ok
-    assert (kept.microseconds, kept.skipped) == (2000, "")
-    monkeypatch.setattr(Race, "entries", lambda *_: pytest.fail("measured again"))
-    assert run(path, "torch") == (True, found)
+    assert (kept.microseconds, kept.skipped, kept.rounds) == (pytest.approx(2000), "", 3)
+    assert benchmark.asked[0][0] == 3
+    info = benchmark.extra_info
+    assert info["us_per_step"] == pytest.approx(500)
+    assert info["gigabytes_per_second"] == pytest.approx(arithmetic.bytes_moved(TINY) / 2e-3 / 1e9)
+    assert info["share_of_floor"] == pytest.approx(kept.floor / 500)
+    with pytest.raises(pytest.skip.Exception, match="measured before"):
+        conftest.run(recorder, None, TINY, "torch")
 
 
-@pytest.mark.usefixtures("timed")
-def test_a_wrong_arm_has_no_speed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_arm_has_no_speed(recorder: conftest.Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is red, once; what is wrong stands beside it."""
     monkeypatch.setattr(Truth, "check", lambda self, arm, runner: Check(TINY, arm, False, 37.0, "y is upside down"))
-    assert not run(path, "torch")[0]
-    found = load(path)
+    monkeypatch.setattr(conftest, "skipped", lambda case, arm, reason, device: replace(
+        timing(case, arm), skipped=reason, microseconds=0.0
+    ))  # fmt: skip
+    with pytest.raises(pytest.fail.Exception, match=r"torch is wrong on training lstm fp32 .*: y is upside down"):
+        conftest.run(recorder, None, TINY, "torch")
+    found = load(recorder.path)
     assert [(c.ok, c.error) for c in found.checks] == [(False, 37.0)]
     assert [(t.skipped, t.microseconds) for t in found.timings] == [("wrong: y is upside down", 0.0)]
 
 
-def test_an_arm_that_does_not_run_says_why(path: Path) -> None:
-    assert run(path, "torch", cases=(replace(TINY, input=0),))[0]
-    assert load(path).checks == []
-    assert [t.skipped for t in load(path).timings] == ["torch.nn cannot leave the input's product out"]
+def test_an_arm_that_does_not_run_says_why(tmp_path: Path) -> None:
+    recorder = conftest.Recorder(tmp_path / "results.json", None, CPU)
+    with pytest.raises(pytest.skip.Exception, match="cannot leave the input's product out"):
+        conftest.run(recorder, None, replace(TINY, input=0), "torch")
+    found = load(tmp_path / "results.json")
+    assert found.checks == []
+    assert [t.skipped for t in found.timings] == ["torch.nn cannot leave the input's product out"]
 
 
-def test_an_error_is_red_and_ends_no_other(
-    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runner: Callable[..., object] = Race.runner
-
-    def broken(self: Race, arm: str) -> object:
-        if arm == "torch-best":
-            assert path.with_suffix(".running").read_text() == f"race: {TINY.key}, torch-best"
-            raise TypeError("no such size")
-        return runner(self, arm)
-
-    monkeypatch.setattr(Race, "runner", broken)
-    ok, found = run(path, "torch-best", "torch")
-    assert not ok
-    assert [t.arm for t in found.timings] == ["torch"]
-    assert "torch-best: TypeError: no such size" in capsys.readouterr().out
-    assert not path.with_suffix(".running").exists()
+@pytest.mark.parametrize("minutes", [0.0, 1.0])
+def test_nothing_begins_after_the_deadline(minutes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    before = time.monotonic()
+    recorder = conftest.opened(options(minutes=minutes, output=tmp_path / "results.json"))
+    assert before <= recorder.deadline - 60 * minutes <= time.monotonic()
+    recorder.deadline -= 60 * minutes
+    with pytest.raises(pytest.skip.Exception, match="out of time; the next run with the same --output goes on here"):
+        conftest.run(recorder, None, TINY, "torch")
+    assert recorder._race is None
+    assert not (tmp_path / "results.json").exists()
 
 
-def test_nothing_begins_after_the_deadline(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ok, found = run(path, "torch", until=time.monotonic())
-    assert ok
-    assert not found.timings
-    assert "out of time; the next run with the same --output goes on here" in capsys.readouterr().out
-    assert not path.exists()
+def test_the_truth_of_a_case_is_made_once() -> None:
+    recorder = conftest.Recorder(None, None, CPU)
+    first = recorder.race(TINY)
+    assert recorder.race(replace(TINY)) is first
+    assert recorder.race(replace(TINY, mode="forward")) is not first

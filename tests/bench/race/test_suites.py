@@ -5,9 +5,11 @@ from collections import Counter
 from dataclasses import astuple, replace
 
 import pytest
+import torch
 
+from bench import UsageError
 from bench.race import suites
-from bench.race.arithmetic import input_bytes, operations
+from bench.race.arithmetic import bytes_moved, input_bytes, operations, parameter_bytes
 from bench.report.results import DTYPES, Case
 
 
@@ -41,12 +43,35 @@ def test_operations_of_layers_and_directions() -> None:
     assert operations(replace(stack, bidirectional=False)) == 2016 + 2 * 9 * (3 + 3) * 14
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_parameters_are_torchs(cell: str, bidirectional: bool, layers: int) -> None:
+    module = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[cell](5, 3, layers, bidirectional=bidirectional)
+    count = sum(p.numel() for p in module.parameters())
+    for dtype, size in (("fp16", 2), ("bf16", 2), ("tf32", 4), ("fp32", 4)):
+        assert parameter_bytes(case(cell, 5, 3, layers, bidirectional, dtype=dtype)) == count * size
+
+
 def test_without_the_inputs_product() -> None:
     """No W_ih and no b_ih; the input is as wide as the gates."""
     bare = case("gru", input=0)
+    assert parameter_bytes(bare) == (9 * 3 + 9) * 2
     assert input_bytes(bare) == 7 * 2 * 9 * 2
     assert input_bytes(replace(bare, input=5)) == 7 * 2 * 5 * 2
     assert input_bytes(replace(bare, dtype="tf32")) == 7 * 2 * 9 * 4
+
+
+def test_bytes_moved() -> None:
+    """LSTM, I=H=3: 12 rows of 3 + 3 + 2 numbers; x and y of 7 * 2 * 3 each."""
+    forward = case()
+    assert bytes_moved(forward) == 2 * (96 + 42 + 42)
+    assert bytes_moved(replace(forward, mode="training")) == 3 * 2 * (96 + 42 + 42)
+    assert bytes_moved(replace(forward, layers=2)) == 2 * (96 + 96 + 42 + 42 + 42)
+    assert bytes_moved(replace(forward, bidirectional=True)) == 2 * (2 * 96 + 42 + 84)
+
+
+# Suites
 
 
 @pytest.mark.parametrize("skip_input", [False, True])
@@ -115,6 +140,24 @@ def test_equal_work_is_there_once() -> None:
     shared = [c for c in suites.cases(["stacked", "directions"], ["fp16"]) if c.layers == 1 and not c.bidirectional]
     assert {c.suite for c in shared if c.hidden == 256} == {"stacked"}, "the first suite has it"
     assert {c.key for c in directions} <= {c.key for c in suites.cases(["stacked", "directions"], ["fp16"])}
+
+
+def test_the_first_dtype_comes_first() -> None:
+    found = suites.cases(["short", "stacked"], ["bf16", "fp32"])
+    order = list(dict.fromkeys((c.dtype, c.suite) for c in found))
+    assert order == [("bf16", "short"), ("bf16", "stacked"), ("fp32", "short"), ("fp32", "stacked")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["short", "long"], ["fp16"]), r"suite must be one of flashrnn, .*deepbench_skip_input, got 'long'"),
+        ((["short"], ["fp8"]), r"dtype must be one of fp16, bf16, tf32, fp32, got 'fp8'"),
+    ],
+)
+def test_unknown_names_are_refused(arguments: tuple[list[str], list[str]], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        suites.cases(*arguments)
 
 
 def test_miniatures_reach_every_kind() -> None:

@@ -1,5 +1,7 @@
 """How device work is timed: differences between events, calls per round, and buffers in turn."""
 
+import time
+
 import pytest
 import torch
 
@@ -51,6 +53,12 @@ def test_event_clock(device_clock: Clock, gap: float) -> None:
         start = clock()
         device_clock.now += milliseconds
         assert clock() - start == pytest.approx(milliseconds / 1e3, rel=1e-6)
+
+
+def test_event_clock_on_a_cpu() -> None:
+    clock = timing.EventClock()
+    readings = [read() for read in (time.perf_counter, clock) * 3]
+    assert readings == sorted(readings), "one clock, in the same seconds"
 
 
 def test_seconds_of_a_call(device_clock: Clock) -> None:

@@ -16,7 +16,6 @@ from synthetic import PROVENANCE
 
 from bench import UsageError
 from bench.report import provenance
-from bench.report.results import Results
 
 CPU = torch.device("cpu")
 
@@ -105,15 +104,13 @@ def test_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert later == replace(found, dirty=True, date=later.date)
 
 
-def test_what_may_share_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    before = provenance.opened(path, PROVENANCE)
-    assert before == Results(PROVENANCE)
-    before.save(path)
-    assert provenance.opened(path, replace(PROVENANCE, date="x", command="y", dirty=True, python="4")) == before
+def test_what_may_share_a_file() -> None:
+    path = Path("results.json")
+    for same in (PROVENANCE, replace(PROVENANCE, date="x", command="y", dirty=True, clocks_before=7, python="4")):
+        provenance.refuse_another(path, PROVENANCE, same)
     for name in provenance.SAME:
-        assert provenance.opened(path, replace(PROVENANCE, **{name: "unknown"})) == before
+        provenance.refuse_another(path, PROVENANCE, replace(PROVENANCE, **{name: "unknown"}))
         with pytest.raises(
             UsageError, match=f"results.json was measured with {name} '.*', now it is 'x'; name another"
         ):
-            provenance.opened(path, replace(PROVENANCE, **{name: "x"}))
+            provenance.refuse_another(path, PROVENANCE, replace(PROVENANCE, **{name: "x"}))

@@ -11,7 +11,7 @@ import pytest
 from synthetic import CASE, add, case, everything, skipped, timing
 from synthetic import results as empty
 
-from bench.report.results import ARMS, DTYPES, MARKS, MODES, Check, Results, Stress, load
+from bench.report.results import ARMS, DTYPES, MARKS, MODES, Check, Results, Stress, entry, line, load
 
 # Round trip
 
@@ -228,3 +228,30 @@ def test_what_is_no_json_is_refused(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON") as caught:
         load(path)
     assert str(caught.value).startswith(f"{path}: not JSON (")
+
+
+@pytest.mark.parametrize("kind", ["checks", "timings", "micro", "stress", "tuning"])
+def test_an_entry_by_itself_is_a_line(kind: str) -> None:
+    for one in getattr(everything(), kind):
+        text = line(one)
+        assert text.count("\n") == 1
+        assert text.endswith("\n")
+        assert entry(text) == one
+        for cut in range(0, len(text) - 2, 7):
+            with pytest.raises(ValueError, match=r"allowed: |line 1 column"):
+                entry(text[:cut])
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("[]", "an object with the entry under the name of its kind"),
+        ('{"Stress": {}, "Micro": {}}', "an object with the entry"),
+        ('{"Provenance": {}}', "Check, Timing, Micro, Stress, Tuning"),
+        ('{"Stress": {"name": "x"}}', "exactly name, ok, seconds, message"),
+    ],
+)
+def test_other_lines_are_refused(text: str, allowed: str) -> None:
+    with pytest.raises(ValueError, match="allowed: ") as caught:
+        entry(text)
+    assert allowed in str(caught.value)

@@ -1,0 +1,133 @@
+"""Kernels that are compiled beforehand, without a GPU, are the very ones that a launch will ask for."""
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.gpu import compile_first, micro, smoke
+from bench.gpu.compile_first import Driver, Task, compile_task, fill, summary, tasks
+from bench.race import suites
+from bench.report.results import Case
+from persistrnn.kernels import launch
+from persistrnn.kernels.device.exchange import Exchange
+from persistrnn.kernels.planner.hardware import DEVICES
+
+pytestmark = pytest.mark.audit
+
+H200 = DEVICES["h200"]
+SMALL = Case("smoke", "", "gru", 16, 16, 1, False, 2, 9, "fp16", "training")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """An empty cache on disk, and at each compilation a device whose kernels nobody holds in memory."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    devices = itertools.count(100)
+    monkeypatch.setattr(Driver, "get_current_device", lambda self: next(devices))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_tasks_are_all_that_the_first_run_launches() -> None:
+    found = tasks(H200)
+    assert len(set(found)) == len(found)
+    asked = {(one.work, one.protocol, one.kernel) for one in found if isinstance(one.work, Case)}
+    cases = [(one.case, one.protocol) for one in smoke.SMOKE] + [(case, "counter") for case in suites.first()]
+    for case, protocol in cases:
+        assert (case, protocol, "scan_forward") in asked
+        assert ((case, protocol, "scan_backward") in asked) == (case.mode == "training")
+    measured = [one.work for one in found if not isinstance(one.work, Case)]
+    assert {(name, n) for name, n, _ in measured if name.startswith("exchange")} == {
+        (f"exchange {protocol}", n) for protocol in ("counter", "flags") for n in (4, 16, 64, 128)
+    }
+    assert {"l2", "shared", "barrier", "launch", "launch cooperative"} <= {name for name, _, _ in measured}
+
+
+def test_the_exchange_is_that_of_a_launch_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel's key has it: with another one nothing would be found."""
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(launch, "hardware", lambda _: H200)
+    assert launch.exchange_for(cuda) == Exchange(protocol="counter", poll="ptx")
+    for protocol in ("counter", "flags"):
+        with smoke.changed(cuda, protocol=protocol):
+            launched = launch.exchange_for(cuda)
+        with compile_first.compiling(H200, "", protocol, 1):
+            assert launch.exchange_for(torch.device("cpu")) == launched == Exchange(protocol=protocol, poll="ptx")
+
+
+def test_a_second_time_all_is_in_the_cache() -> None:
+    """Whatever T is; and forward and backward are tasks of their own."""
+    forward, backward = (Task(SMALL, kernel) for kernel in ("scan_forward", "scan_backward"))
+    assert len(compile_task(forward, H200)) == 1
+    assert compile_task(forward, H200) == []
+    assert compile_task(replace(forward, work=replace(SMALL, steps=1)), H200) == []
+    assert len(compile_task(backward, H200)) == 1
+    assert compile_task(backward, H200) == []
+    assert len(compile_task(replace(forward, work=replace(SMALL, mode="forward")), H200)) == 1, "it saves nothing"
+    assert len(compile_task(replace(forward, work=replace(SMALL, marks="resets")), H200)) == 1
+
+
+BARRIER = Task(("barrier", 132, 0))
+
+
+def test_a_measurements_kernels() -> None:
+    task = BARRIER
+    assert task in tasks(H200)
+    assert len(compile_task(task, H200)) == 2, "the barriers, and the spin that is ahead of all that is timed"
+    assert compile_task(task, H200) == []
+
+
+def test_whether_a_stack_is_a_wave_is_that_of_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not of the two that are run here."""
+    stack = next(one.case for one in smoke.SMOKE if one.wanted == "wave")
+    asked: list[int] = []
+    faster, layers = compile_first.Pipeline.faster, []
+
+    def watched(self: compile_first.Pipeline, steps: int, backward: bool) -> bool:
+        asked.append(steps)
+        return faster(self, steps, backward)
+
+    monkeypatch.setattr(compile_first.Pipeline, "faster", watched)
+    monkeypatch.setattr(compile_first.JITFunction, "run", lambda *_, tiling, **__: layers.append(tiling.layers))
+    compile_task(Task(stack, "scan_forward"), H200)
+    assert asked
+    assert set(asked) == {stack.steps}
+    assert set(layers) == {stack.layers}
+
+
+@pytest.mark.parametrize("marks", ["", "lengths", "resets"])
+def test_marks_reach_the_kernels(marks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU rows with lengths would else run as a PackedSequence."""
+    seen = []
+    monkeypatch.setattr(compile_first.JITFunction, "run", lambda *_, marks, **__: seen.append(marks))
+    compile_task(Task(replace(SMALL, marks=marks), "scan_forward"), H200)
+    assert [one is not None for one in seen] == [bool(marks)]
+
+
+def test_what_cannot_be_compiled_is_said_and_the_others_are() -> None:
+    said: list[str] = []
+    seconds, wrong = fill(H200, 2, said.append, [Task(("no such thing", 1, 0)), BARRIER])
+    assert len(seconds) == 2
+    assert len(said) == 1
+    assert len(wrong) == 1
+    assert wrong[0].startswith("no such thing 1 0: ValueError: ")
+    assert any(Path(os.environ["TRITON_CACHE_DIR"]).iterdir())
+
+
+def test_summary() -> None:
+    assert summary([], 3.0, 2) == "all in the cache, 3 s"
+    told = summary([1.0, 3.0, 2.0], 4.0, 2)
+    assert told == "3 kernels in 4 s on 2 cores: 6 s of one core, median 2.00 s, longest 3.0 s"
+
+
+def test_the_compilers_machine_measures_nothing() -> None:
+    machine = compile_first.Compiler(H200)
+    assert machine.multiprocessors == 132
+    assert isinstance(machine, micro.Machine)
+    assert machine.options(8)["maxnreg"] == 255
