@@ -16,7 +16,6 @@ COMMANDS = {
         "prove from compiled code where the kernels keep the weights; no GPU",
     ),
     "profile": ("persistrnn.profiling.command", "measure where time and memory of training go, as a page with advice"),
-    "report": ("persistrnn.report", "what the benchmarks measured, as a page with plots and tables"),
 }
 
 

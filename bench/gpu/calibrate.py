@@ -12,22 +12,20 @@ import argparse
 import json
 import math
 import os
-import statistics
 import sys
-import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, replace
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, fields, replace
 from pathlib import Path
-from typing import Any
 
 from bench import UsageError
 from bench.gpu import micro
+from bench.report.results import Provenance, Results, Timing, named
 from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.planner.forecast import Error, predict
+from persistrnn.kernels.planner import measurements as measurements_file
 from persistrnn.kernels.planner.hardware import DEVICES, Hardware, live
-from persistrnn.kernels.planner.measurements import MEASURABLE, MEASURED, PROVENANCE, Measurements, Step, measurements
-from persistrnn.kernels.planner.problem import Problem
-from persistrnn.results import Provenance, Results, Timing, load
+from persistrnn.kernels.planner.measurements import MEASURABLE, MEASURED, Measurements, Step, measurements
+from persistrnn.kernels.planner.typed_json import read
+from persistrnn.profiling.page import Line, table, words
 
 PATHS = {"persistrnn": "persistent", "torch": "torch"}  # arm -> path of a step
 NOWHERE = Path(os.devnull)  # a folder without measurements
@@ -108,7 +106,7 @@ def check(results: Results, allow_dirty: bool) -> None:
         )
 
 
-def document(results: Results) -> dict[str, Any]:
+def measured(results: Results) -> Measurements:
     """The content of the data file.
 
     Raises:
@@ -121,87 +119,31 @@ def document(results: Results) -> dict[str, Any]:
             f"the results have {len(results.micro)} microbenchmarks and {len(results.timings)} timings, none of them "
             "of a constant or of one layer; allowed: one at least; run `make gpu ARGS='micro race'`"
         )
-    return {
-        "provenance": {name: getattr(results.provenance, name) for name in PROVENANCE},
-        "constants": constants,
-        "steps": [
-            {
-                "cell": step.cell,
-                "hidden": step.hidden,
-                "batch": step.batch,
-                "directions": step.directions,
-                "dtype": step.dtype,
-                "pass": "backward" if step.backward else "forward",
-                "path": step.path,
-                "microseconds": step.microseconds,
-            }
-            for step in found
-        ],
-    }
+    of = {field.name: getattr(results.provenance, field.name) for field in fields(measurements_file.Provenance)}
+    return Measurements(measurements_file.Provenance(**of), constants, found)
 
 
-def write(content: dict[str, Any], output: Path) -> Measurements:
+def write(found: Measurements, output: Path) -> Measurements:
     """Write the file, whole and readable or not at all; what reading it gives.
 
     Raises:
         ValueError: a reader would refuse it.
         OSError: it cannot be written.
     """
+    read(Measurements, asdict(found), str(output))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        unfinished = Path(folder) / output.name
-        unfinished.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        found = measurements(output.stem, unfinished.parent)
-        assert found is not None
-        os.replace(unfinished, output)
+    unfinished = output.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(asdict(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, output)
     measurements.cache_clear()
     return found
 
 
-def errors(found: Iterable[Step], hardware: Hardware) -> list[Error]:
-    """Each step beside what the model says; the plan is the one that this record leads to now."""
-
-    def predicted(s: Step) -> float:
-        return predict(Problem(CELLS[s.cell], s.hidden, s.batch, s.directions, s.dtype, hardware), s.backward, s.path)
-
-    return [Error(step, predicted(step)) for step in found]
-
-
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell."""
-    rows = [header, *lines]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
 def changes(record: Hardware, found: Measurements) -> str:
     """Each measured constant against the record's own."""
-    pairs = [(name, getattr(record, name), new) for name, new in found.constants]
-    lines = [(name, f"{old:.4g}", "->", f"{new:.4g}", f"{new / old:.2f}") for name, old, new in pairs]
-    return table(("constant", "old", "", "new", "new/old"), lines)
-
-
-def accuracy(record: Hardware, found: Measurements) -> str:
-    """Measured over predicted for each pass and path, by the record's own constants and by the measured ones."""
-    lines = []
-    corrected = replace(record, **dict[str, Any](found.constants))
-    for name, hardware in (("old", record), ("new", corrected)):
-        all_of_them = errors(found.steps, hardware)
-        for path in PATHS.values():
-            for backward in (False, True):
-                some = [e for e in all_of_them if (e.step.path, e.step.backward) == (path, backward)]
-                if not some:
-                    continue
-                worst = max(some, key=lambda e: abs(math.log(e.ratio)))
-                s = worst.step
-                where = f"{s.cell} {s.dtype} H={s.hidden} B={s.batch} D={s.directions}"
-                lines.append((
-                    name, path, "backward" if backward else "forward", str(len(some)),
-                    f"{statistics.median(e.ratio for e in some):.2f}", f"{worst.ratio:.2f}", where,
-                    f"{worst.predicted:.2f}", f"{s.microseconds:.2f}",
-                ))  # fmt: skip
-    header = ("constants", "path", "pass", "steps", "median", "worst", "the worst", "predicted us", "measured us")
-    return table(header, lines)
+    pairs = [(name, getattr(record, name), new) for name, new in found.constants.items()]
+    lines = [Line((name, f"{old:.4g}", "->", f"{new:.4g}", f"{new / old:.2f}")) for name, old, new in pairs]
+    return str(table("", words("constant", "old", "", "new", "new/old"), lines))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -221,15 +163,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     arguments = p.parse_args(argv)
-    try:
-        results = load(arguments.results)
-    except OSError as error:
-        p.error(
-            f"argument RESULTS.json: {str(arguments.results)!r} given, and it cannot be read ({error.strerror}); "
-            "allowed: a file that `make gpu` wrote"
-        )
-    except ValueError as error:
-        p.error(f"argument RESULTS.json: {error}")
+    results = named(arguments.output, p)
     try:
         check(results, arguments.allow_dirty)
         record = record_of(results.provenance, arguments.device)
@@ -238,13 +172,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"--output {str(output)!r} given, allowed: a name that ends in .json, as its reader wants")
         if output.exists() and not arguments.force:
             raise UsageError(f"{str(output)!r} is there; allowed: a new file; name another --output, or say --force")
-        found = write(document(results), output)
+        found = write(measured(results), output)
     except (UsageError, ValueError, OSError) as error:
         p.error(str(error))
     if found.constants:
         print(f"{record.name}: the record's own constants, and the measured ones\n\n{changes(record, found)}\n")
-    if found.steps:
-        print(f"measured over predicted, microseconds per step\n\n{accuracy(record, found)}\n")
     print(f"wrote {output}: {len(found.constants)} constants, {len(found.steps)} steps")
     return 0
 

@@ -28,11 +28,10 @@ from bench import UsageError
 from bench.gpu import first, micro, recorder, stress, tune
 from bench.race import engine as race
 from bench.race import suites
-from bench.report import provenance
-from persistrnn import results
+from bench.report import provenance, results
+from bench.report.results import ARMS, DTYPES, Micro, Results, Stress
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner import hardware as devices
-from persistrnn.results import ARMS, DTYPES, Micro, Results, Stress
 
 ROOT = Path(__file__).resolve().parents[2]  # bench may be a link
 TESTS = tuple(f"tests/kernels/test_gpu{name}.py" for name in ("", "_wave", "_cuts", "_memory", "_gsan"))
@@ -174,10 +173,10 @@ def race_part(run: Run) -> bool:
         run.save()
         say(f"race: {len(cases)} cases predicted for {run.hardware.name}; some in miniature:")
         with tempfile.TemporaryDirectory() as folder:
-            small = ("--rehearse", "--results", f"{folder}/rehearsal.json", "--suite", "models", "--dtype", "fp16")
+            small = ("--rehearse", "--output", f"{folder}/rehearsal.json", "--suite", "models", "--dtype", "fp16")
             # Quiet: the interpreter's times are not anyone's.
             return run.pytest("race", *RACE, "--benchmark-quiet", "-q", "-rN", *small)
-    names = ("--results", str(run.path.resolve()), "--minutes", str(options.minutes), "-v")
+    names = ("--output", str(run.path.resolve()), "--minutes", str(options.minutes), "-v")
     chosen = ("--suite", *options.suite, "--dtype", *options.dtype, "--arm", *options.arm)
     passed = run.pytest("race", *RACE, *names, *chosen, "--benchmark-columns=median,iqr,rounds")
     return passed and all(check.ok for check in run.results.checks)
@@ -205,7 +204,7 @@ DO: dict[str, Callable[[Run], bool]] = dict(
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
     p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all); or first")
-    p.add_argument("--results", type=Path, help="the file (default: bench/results/DEVICE-COMMIT.json)")
+    p.add_argument("--output", type=Path, help="the file (default: bench/results/DEVICE-COMMIT.json)")
     p.add_argument("--minutes", type=float, default=8.0, help="per part, of first in all (default: 8)")
     p.add_argument("--suite", nargs="+", choices=list(suites.SUITES), default=list(suites.SUITES))
     p.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16", "fp16", "tf32", "fp32"])
@@ -234,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.rehearse is not None and not launch.INTERPRETED:
         p.error("--rehearse runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1 (make rehearse does)")
     device = torch.device("cpu") if arguments.rehearse else torch.device("cuda", torch.cuda.current_device())
-    path = arguments.results
+    path = arguments.output
     if path is None:
         name = provenance.provenance(device, [], arguments.commit)
         what = f"rehearsal-{arguments.rehearse}" if arguments.rehearse else name.device
@@ -260,5 +259,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         green &= ok
     run.results.provenance = replace(run.results.provenance, clocks_after=provenance.clock())
     run.save()
-    say(f"{path}: {len(run.results.timings)} timings, {len(run.results.stress)} outcomes; persistrnn report draws it")
+    say(f"{path}: {len(run.results.timings)} timings, {len(run.results.stress)} outcomes; bench.report draws it")
     return 0 if green else 1

@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from bench.gpu import micro, smoke
 from bench.race import arms, suites
 from bench.race.correctness import run as outputs_and_gradients
+from bench.report.results import Case
 from persistrnn import decide
 from persistrnn.kernels import launch
 from persistrnn.kernels.device.exchange import Exchange
@@ -37,7 +38,6 @@ from persistrnn.kernels.inspect.audit import target_of
 from persistrnn.kernels.planner import hardware as devices
 from persistrnn.kernels.planner.hardware import Hardware
 from persistrnn.kernels.planner.pipeline import Pipeline
-from persistrnn.results import Case
 
 # What is measured of the exchange, and all else that the plan takes for granted.
 EXCHANGE = micro.Scale(programs=(4, 16, 64, 128), payloads=(0, 4 * micro.KIB, 64 * micro.KIB))

@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.gpu import first_steps, recorder, smoke
-from bench.report import provenance
-from persistrnn import results
-from persistrnn.results import Stress, Timing
+from bench.report import provenance, results
+from bench.report.results import Stress, Timing
 
 if TYPE_CHECKING:
     from bench.gpu.command import Run

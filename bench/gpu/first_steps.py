@@ -28,11 +28,10 @@ from torch import Tensor
 from bench.gpu import compile_first, micro, micro_kernels, smoke
 from bench.race import arms, suites, timing
 from bench.race import engine as race
-from bench.report import provenance
-from persistrnn import results
+from bench.report import provenance, results
+from bench.report.results import Case, Entry, Stress
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner import hardware as devices
-from persistrnn.results import Case, Entry, Stress
 
 LOST = 3  # exit status of a process that can do nothing more on the device
 RACED = ("persistrnn", "torch")

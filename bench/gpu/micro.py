@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from bench.gpu import micro_kernels as kernels
+from bench.report.results import Micro
 from persistrnn.kernels import launch
 from persistrnn.kernels.device.exchange import SPIN_LIMIT, Exchange
 from persistrnn.kernels.planner import plan
-from persistrnn.results import Micro
 
 KIB = 1024
 LINES_READ = 4 * KIB  # in one tile of the broadcast

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from persistrnn import results
-from persistrnn.results import Results, Stress
+from bench.report import results
+from bench.report.results import Results, Stress
 
 
 def running(path: Path) -> Path:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from bench.race.correctness import Truth
 from bench.race.engine import Race, expectation
+from bench.report.results import Case
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import Exchange
 from persistrnn.kernels.planner.plan import Pass
-from persistrnn.results import Case
 
 # Of a variant: half a second of polls, or so. A kernel that waits for nothing shall not take the time of the others.
 SPIN_LIMIT = 1 << 20

@@ -14,8 +14,8 @@ import torch
 
 import persistrnn
 from bench.race.engine import Race
+from bench.report.results import Case
 from persistrnn.kernels import launch
-from persistrnn.results import Case
 
 SECONDS = 90.0
 SANITIZED = """

@@ -16,6 +16,7 @@ import torch
 
 from bench.race import arms, timing
 from bench.race.engine import Race
+from bench.report.results import Case, Tuning
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import plan as planning
@@ -23,7 +24,6 @@ from persistrnn.kernels.planner.choices import choices
 from persistrnn.kernels.planner.hardware import Hardware
 from persistrnn.kernels.planner.problem import Problem
 from persistrnn.kernels.planner.tiling import Choice
-from persistrnn.results import Case, Tuning
 
 STEPS = 256
 MOST = 6  # choices per shape and pass

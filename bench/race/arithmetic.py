@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from bench.report.results import Case
 from persistrnn.kernels.cells import CELLS
-from persistrnn.results import Case
 
 BYTES = {"fp16": 2, "bf16": 2, "tf32": 4, "fp32": 4}
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import persistrnn
+from bench.report.results import Case
 from persistrnn import autograd
 from persistrnn.kernels.cells import CELLS
-from persistrnn.results import Case
 
 TORCH = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
 OURS = {"lstm": persistrnn.LSTM, "gru": persistrnn.GRU}

@@ -17,9 +17,8 @@ from bench.race import suites
 from bench.race.arithmetic import bytes_moved
 from bench.race.arms import Skip
 from bench.race.engine import REHEARSED, Race, skipped
-from bench.report import provenance
-from persistrnn import results
-from persistrnn.results import ARMS, DTYPES, Case, Check, Results, Timing
+from bench.report import provenance, results
+from bench.report.results import ARMS, DTYPES, Case, Check, Results, Timing
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -30,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     group.addoption("--suite", nargs="+", default=list(suites.SUITES), help=f"of {', '.join(suites.SUITES)}")
     group.addoption("--dtype", nargs="+", default=["bf16", "fp16", "tf32", "fp32"], help=f"of {', '.join(DTYPES)}")
     group.addoption("--arm", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}")
-    group.addoption("--results", type=Path, help="keep what is measured in this file; what is in it is not repeated")
+    group.addoption("--output", type=Path, help="keep what is measured in this file; what is in it is not repeated")
     group.addoption("--minutes", type=float, help="begin nothing after so many minutes")
     group.addoption("--rehearse", action="store_true", help="in Triton's interpreter, in small, without speeds")
     if not pluginmanager.hasplugin("timeout"):  # as on a GPU machine without a package index
@@ -105,9 +104,9 @@ def opened(option: Callable[[str], Any]) -> Recorder:
             "measure, or add --rehearse and set TRITON_INTERPRET=1"
         )
     try:
-        return Recorder(option("--results"), option("--minutes"), device)
+        return Recorder(option("--output"), option("--minutes"), device)
     except (UsageError, ValueError, OSError) as error:
-        _end(f"--results: {error}")
+        _end(f"--output: {error}")
 
 
 def _end(message: str) -> NoReturn:
@@ -125,7 +124,7 @@ def run(recorder: Recorder, benchmark: BenchmarkFixture, case: Case, arm: str) -
     if recorder.results.timing(case, arm) is not None:
         pytest.skip("measured before in this results file")
     if recorder.deadline is not None and time.monotonic() >= recorder.deadline:
-        pytest.skip("out of time; the next run with the same --results goes on here")
+        pytest.skip("out of time; the next run with the same --output goes on here")
     race = recorder.race(case)
     try:
         runner = race.runner(arm)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.race import arms
 from bench.race.arms import DTYPES, TORCH, Runner
-from persistrnn.results import Case, Check
+from bench.report.results import Case, Check
 
 FACTOR = 1.5
 

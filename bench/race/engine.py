@@ -11,13 +11,13 @@ from torch import Tensor
 from bench.race import arithmetic, arms, timing
 from bench.race.arms import DTYPES, Runner
 from bench.race.correctness import Truth
+from bench.report.results import Case, Check, Timing
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner.hardware import INTERPRETER, Hardware
 from persistrnn.kernels.planner.pipeline import Pipeline, plan_pipeline
 from persistrnn.kernels.planner.plan import Pass, PlanError, plan_layer
 from persistrnn.kernels.planner.problem import Problem
-from persistrnn.results import Case, Check, Timing
 
 ROUNDS = 15
 REHEARSED = "not measured: a rehearsal without a GPU"

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import UsageError
+from bench.report.results import DTYPES, MODES, Case
 from persistrnn.kernels.cells import CELLS  # rows of other cells are left out
-from persistrnn.results import DTYPES, MODES, Case
 
 WORKLOADS = Path(__file__).parents[1] / "workloads"
 

@@ -1,6 +1,6 @@
 """The race on a GPU: every arm on every case of the suites, checked against float64 before it is timed.
 
-    pytest bench/race -m gpu --benchmark-only --suite deepbench --dtype bf16 --results results.json
+    pytest bench/race -m gpu --benchmark-only --suite deepbench --dtype bf16 --output results.json
 
 ``bench/race/suites.py`` has the cases; each suite is forward only or forward and backward as its cases say.
 """
@@ -17,7 +17,7 @@ from bench.race.timing import EventClock
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-    from persistrnn.results import Case
+    from bench.report.results import Case
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from pathlib import Path
 from bench import UsageError
 from bench.race import suites
 from bench.report import targets
-from persistrnn.results import Case, Micro, Results, Timing, load
+from bench.report.results import Case, Micro, Results, Timing, load
 
 NOTES = Path(__file__).parents[1] / "NOTES.md"
 COLUMN = 3  # of the cells of a row

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from bench import UsageError
-from persistrnn.results import Provenance
+from bench.report.results import Provenance
 
 ROOT = Path(__file__).resolve().parents[2]  # bench may be a link
 UNKNOWN = "unknown"
@@ -88,4 +88,4 @@ def refuse_another(path: Path, before: Provenance, now: Provenance) -> None:
     for name in SAME:
         was, is_now = getattr(before, name), getattr(now, name)
         if was != is_now and UNKNOWN not in (was, is_now):
-            raise UsageError(f"{path} was measured with {name} {was!r}, now it is {is_now!r}; name another --results")
+            raise UsageError(f"{path} was measured with {name} {was!r}, now it is {is_now!r}; name another --output")

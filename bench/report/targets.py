@@ -13,13 +13,12 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import geometric_mean
 
 from bench import UsageError
 from bench.race import suites
-from persistrnn.results import Case, Results, Timing, load
+from bench.report.results import Case, Results, Timing, load, named
 
 DEVICE = "H200"
 FOLDER = Path(__file__).parents[1] / "results"
@@ -242,17 +241,16 @@ def newest(folder: Path = FOLDER) -> tuple[Results | None, str]:
     Raises:
         ValueError: a file there is no results file, or has no date.
     """
-    found = [(load(path), path.name) for path in sorted(folder.glob("*.json"))]
-    return max(((r, name) for r, name in found if suitable(r)), key=lambda pair: _date(*pair), default=(None, ""))
-
-
-def _date(results: Results, name: str) -> datetime:
-    given = results.provenance.date
-    try:
-        found = datetime.fromisoformat(given.replace("Z", "+00:00"))
-    except ValueError as error:
-        raise ValueError(f"{name}: the date is {given!r}, allowed: one like 2026-01-31T12:00:00+00:00") from error
-    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+    newest: tuple[Results | None, str] = None, ""
+    for path in sorted(folder.glob("*.json")):
+        found = load(path)
+        try:
+            when = found.provenance.when
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
+        if suitable(found) and (newest[0] is None or when > newest[0].provenance.when):
+            newest = found, path.name
+    return newest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -260,12 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("results", type=Path, nargs="?", metavar="RESULTS.json", help="default: the newest in bench/results")
     path = p.parse_args(argv).results
     try:
-        print(markdown(targets(*(newest() if path is None else (load(path), path.name)))))
-    except OSError as error:
-        p.error(
-            f"argument RESULTS.json: {str(path)!r} given, and it cannot be read ({error.strerror}); allowed: a file "
-            "that `make gpu` wrote"
-        )
+        print(markdown(targets(*(newest() if path is None else (named(path, p), path.name)))))
     except (UsageError, ValueError) as error:
         p.error(f"argument RESULTS.json: {error}")
     return 0

@@ -1,29 +1,17 @@
-"""A plan to look at: text bars of what one multiprocessor holds, and a drawing of the chip. No torch, no Triton.
-
-matplotlib is imported when something is drawn, not before.
-"""
+"""A plan to look at: text bars of what one multiprocessor holds, and a drawing of the chip. No torch, no Triton."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from html import escape
 
 from ..planner import occupancy
 from ..planner import plan as planning
 from ..planner.hardware import Hardware
 from ..planner.plan import Pass, Plan
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 PASSES = ("forward", "backward")
-
-
-class MissingMatplotlib(RuntimeError):
-    """There is nothing to draw with."""
 
 
 # What programs there are, and where.
@@ -143,54 +131,48 @@ def bar(budget: Budget, width: int = 64) -> list[str]:
     return [f"{budget.name:13} [{drawn}] {budget.whole:,} bytes", f"{'':13}  {key}"]
 
 
-# The drawing. Lengths are in inches, y downward.
+# The drawing. Lengths are in points, y downward.
 
 # Paul Tol's "light" scheme, safe for the colour-blind and light enough for labels on it.
-GROUPS = ("#77AADD", "#EE8866", "#EEDD88", "#44BB99", "#FFAABB", "#BBCC33", "#99DDFF", "#AAAA00")
-REGISTERS, SHARED, BUSY, FREE, BEYOND, IDLE, INK, FAINT = (
-    "#222255", "#AA3377", "#8C8C8C", "#FFFFFF", "#D5D5D5", "#E9E9E9", "#1A1A1A", "#777777",
+GROUPS = ("#77aadd", "#ee8866", "#eedd88", "#44bb99", "#ffaabb", "#bbcc33", "#99ddff", "#aaaa00")
+REGISTERS, SHARED, STREAMED, BUSY, FREE, BEYOND, IDLE = (
+    "#222255", "#aa3377", "url(#streamed)", "#8c8c8c", "#ffffff", "#d5d5d5", "#e9e9e9",
 )  # fmt: skip
 COLOURS = {
-    "registers": {"weights": REGISTERS, "working": BUSY, "free": FREE, "out of reach": BEYOND},
-    "shared memory": {"weights": SHARED, "staging": BUSY, "reserved": BEYOND, "free": FREE},
+    "registers": {"weights": REGISTERS, "working": BUSY, "out of reach": BEYOND},
+    "shared memory": {"weights": SHARED, "staging": BUSY, "reserved": BEYOND},
 }
-MARGIN, GUTTER, PANEL = 0.4, 0.5, 6.8
-LARGEST_CELL = 0.8
+MARGIN, GUTTER, PANEL = 29, 36, 490
+LARGEST_CELL = 58
+DIGIT = 0.64  # width of a digit over the size of its font
+HEAD = """<style>text{font-family:'DejaVu Sans',Verdana,sans-serif;fill:#1a1a1a}rect{stroke:#1a1a1a;stroke-width:.4}\
+.idle{stroke:#c8c8c8}.plain{stroke:none}.bold{font-weight:bold}.faint{fill:#777}.mid{text-anchor:middle}\
+.end{text-anchor:end}</style>
+<defs><pattern id="streamed" width="4" height="4" patternUnits="userSpaceOnUse"><path d="M0 4L4 0M-1 1L1 -1M3 5L5 3" \
+stroke="#1a1a1a" stroke-width=".6"/></pattern></defs>
+<rect width="100%" height="100%" fill="#fff" class="plain"/>"""
+
+
+def _tenth(points: float) -> str:
+    return f"{round(points, 1):g}"
 
 
 class _Sheet:
-    """A figure on which one draws in inches from its upper left corner."""
+    """What is drawn, in order."""
 
-    def __init__(self, width: float, height: float) -> None:
-        from matplotlib.figure import Figure
+    def __init__(self) -> None:
+        self.drawn: list[str] = []
 
-        self.figure = Figure(figsize=(width, height), facecolor="white")
-        self.height = height
+    def box(self, x: float, y: float, width: float, height: float, fill: str, kind: str = "", name: str = "") -> None:
+        place = f'x="{_tenth(x)}" y="{_tenth(y)}" width="{_tenth(width)}" height="{_tenth(height)}"'
+        more = f' class="{kind}"' * bool(kind) + f' id="{name}"' * bool(name)
+        self.drawn.append(f'<rect {place} fill="{fill}"{more}/>')
 
-    def box(
-        self, x: float, y: float, width: float, height: float, face: str, edge: str = "none", line: float = 0.5,
-        name: str | None = None, hatch: str | None = None,
-    ) -> None:  # fmt: skip
-        from matplotlib.patches import Rectangle
-
-        patch = Rectangle(
-            (x, self.height - y - height),
-            width,
-            height,
-            facecolor=face,
-            edgecolor=edge,
-            linewidth=line,
-            hatch=hatch,
-            transform=self.figure.dpi_scale_trans,
-            gid=name,
-        )
-        self.figure.add_artist(patch)
-
-    def text(self, x: float, y: float, text: str, size: float, colour: str = INK, **style: Any) -> None:
-        style = {"va": "center", "ha": "left"} | style
-        self.figure.text(
-            x, self.height - y, text, fontsize=size, color=colour, transform=self.figure.dpi_scale_trans, **style
-        )
+    def text(self, x: float, y: float, text: str, size: float, kind: str = "") -> None:
+        """With the middle of its letters at y."""
+        more = f' class="{kind}"' * bool(kind)
+        place = f'x="{_tenth(x)}" y="{_tenth(y + 0.36 * size)}" font-size="{size:.3g}"'
+        self.drawn.append(f"<text {place}{more}>{escape(text, quote=False)}</text>")
 
 
 def grid(count: int) -> tuple[int, int]:
@@ -204,18 +186,10 @@ def grid(count: int) -> tuple[int, int]:
     return columns, -(-count // columns)
 
 
-def cell_height(width: float) -> float:
-    return min(0.95 * width, 0.5)
-
-
-def _gauge(sheet: _Sheet, budget: Budget, x: float, y: float, width: float, height: float) -> None:
-    sheet.box(x, y, width, height, FREE, INK, 0.4)
-    left = x
-    for name, n in budget.parts:
-        length = width * n / budget.whole
-        if n and name != "free":
-            sheet.box(left, y, length, height, COLOURS[budget.name][name])
-        left += length
+def _cell(hardware: Hardware) -> tuple[float, float]:
+    """Width and height of a multiprocessor."""
+    width = min(PANEL / grid(hardware.multiprocessors)[0], LARGEST_CELL)
+    return width, min(0.95 * width, 36)
 
 
 def _label(part: Pass, program: int) -> str:
@@ -232,55 +206,60 @@ def _multiprocessors(sheet: _Sheet, plan: Plan, name: str, part: Pass, left: flo
     """All of them in a grid; returns where it ends."""
     hardware = plan.hardware
     columns, rows = grid(hardware.multiprocessors)
-    width = min(PANEL / columns, LARGEST_CELL)
-    height = cell_height(width)
+    width, height = _cell(hardware)
     left += (PANEL - columns * width) / 2
     gap = 0.06 * width
     slots, programs = crowd(part, hardware), running(part, hardware)
     for i in range(hardware.multiprocessors):
         x, y = left + i % columns * width, top + i // columns * height
         w, h = width - gap, height - gap
-        sheet.box(x, y, w, h, IDLE, "#C8C8C8", 0.4, name=f"{name}-multiprocessor-{i}")
+        sheet.drawn.append(f'<g id="{name}-multiprocessor-{i}">')
+        if i + (slots - 1) * hardware.multiprocessors >= programs:  # else they cover it
+            sheet.box(x, y, w, h, IDLE, "idle")
         for slot in range(slots):
             program = slot * hardware.multiprocessors + i
             if program >= programs:
                 continue
             colour = GROUPS[program // part.tiling.slices % len(GROUPS)]
             own, at = w / slots, x + slot * w / slots
-            sheet.box(at, y, own, h, colour, INK, 0.4, name=f"{name}-program-{program}")
+            sheet.box(at, y, own, h, colour, name=f"{name}-program-{program}")
             label = _label(part, program)
-            # As large as fits: a digit is about 0.64 of the font's size wide.
-            size = min(9.0, 72 * 0.5 * h, 72 * 0.9 * own / (0.64 * len(label)))
-            sheet.text(at + own / 2, y + 0.5 * h, label, size, ha="center")
+            size = min(9.0, 0.5 * h, 0.9 * own / (DIGIT * len(label)))  # as large as fits
+            sheet.text(at + own / 2, y + 0.5 * h, label, size, "mid")
+        sheet.drawn.append("</g>")
     return top + rows * height
 
 
 def _homes(sheet: _Sheet, plan: Plan, part: Pass, left: float, top: float) -> float:
     """W_hh as one bar, cut by where its bytes are."""
     total = whole_of(plan, part)
-    homes = (
-        ("registers", part.shares.registers, REGISTERS, None),
-        ("shared memory", part.shares.shared, SHARED, None),
-        ("streamed", part.shares.streamed, FREE, "//////"),
-    )
+    homes = {
+        "registers": (part.shares.registers, REGISTERS),
+        "shared memory": (part.shares.shared, SHARED),
+        "streamed": (part.shares.streamed, STREAMED),
+    }
     at = left
-    for _, n, colour, hatch in homes:
+    for n, colour in homes.values():
         if n:
-            sheet.box(at, top, PANEL * n / total, 0.17, colour, INK, 0.4, hatch=hatch)
+            sheet.box(at, top, PANEL * n / total, 12, colour)
         at += PANEL * n / total
-    told = "  +  ".join(f"{n:,} {name}" for name, n, _, _ in homes)
-    sheet.text(left, top + 0.29, f"W_hh of one direction, bytes:  {told}  =  {total:,}", 7.5)
-    return top + 0.46
+    told = " + ".join(f"{n:,} {name}" for name, (n, _) in homes.items())
+    sheet.text(left, top + 21, f"W_hh of one direction, bytes: {told} = {total:,}", 7.5)
+    return top + 33
 
 
 def _one(sheet: _Sheet, part: Pass, hardware: Hardware, left: float, top: float) -> float:
     """What one multiprocessor's memories hold: all with a program are alike."""
-    half = PANEL / 2
     for n, budget in enumerate(reversed(budgets(part, hardware))):
-        x = left + n * half
-        sheet.text(x, top + 0.08, budget.name, 7.5)
-        _gauge(sheet, budget, x + 0.95, top, half - 1.1, 0.16)
-    return top + 0.24
+        x, width = left + n * PANEL / 2 + 68, PANEL / 2 - 79
+        sheet.text(x - 68, top + 6, budget.name, 7.5)
+        sheet.box(x, top, width, 12, FREE)
+        for name, bytes_ in budget.parts:
+            length = width * bytes_ / budget.whole
+            if bytes_ and name != "free":
+                sheet.box(x, top, length, 12, COLOURS[budget.name][name], "plain")
+            x += length
+    return top + 18
 
 
 def _name_of(found: Job, directions: int) -> str:
@@ -288,37 +267,31 @@ def _name_of(found: Job, directions: int) -> str:
     return rows if directions == 1 else f"direction {found.direction}{' (reverse)' * found.direction}, {rows}"
 
 
-def _group_entries(plan: Plan, part: Pass) -> list[tuple[str | None, str]]:
+def _group_entries(plan: Plan, part: Pass) -> list[tuple[str, str]]:
     """(colour, what it stands for) of the groups of the first round, and remarks without a colour."""
-    hardware = plan.hardware
-    at_once = running(part, hardware) // part.tiling.slices
-    jobs = [job(part, plan.batch, n) for n in range(min(at_once, len(GROUPS)))]
-    entries: list[tuple[str | None, str]] = []
-    if at_once <= len(GROUPS):
-        entries += [(GROUPS[n], f"group {n}: {_name_of(found, plan.directions)}") for n, found in enumerate(jobs)]
-    else:
-        last = job(part, plan.batch, at_once - 1)
-        entries += [(GROUPS[0], f"group 0: {_name_of(jobs[0], plan.directions)}")]
-        entries += [(GROUPS[1], f"group 1: {_name_of(jobs[1], plan.directions)}")]
-        entries += [(GROUPS[(at_once - 1) % len(GROUPS)], f"group {at_once - 1}: {_name_of(last, plan.directions)}")]
-        entries += [(None, f"{at_once} groups in order; their colours repeat")]
+    hardware, slices = plan.hardware, part.tiling.slices
+    at_once = running(part, hardware) // slices
+    shown = range(at_once) if at_once <= len(GROUPS) else (0, 1, at_once - 1)
+    entries = [
+        (GROUPS[n % len(GROUPS)], f"group {n}: {_name_of(job(part, plan.batch, n), plan.directions)}") for n in shown
+    ]
+    if at_once > len(GROUPS):
+        entries.append(("", f"{at_once} groups in order; their colours repeat"))
     if part.groups > at_once:
-        entries += [(None, f"{part.groups - at_once} more groups take the places of those that end")]
+        entries.append(("", f"{part.groups - at_once} more groups take the places of those that end"))
     if part.rounds > 1:
-        entries += [(None, f"round 1 of {part.rounds}; the next take the other jobs")]
-    free = hardware.multiprocessors - min(running(part, hardware), hardware.multiprocessors)
-    entries += [(IDLE, f"{free} of {hardware.multiprocessors} multiprocessors idle")]
-    return entries
+        entries.append(("", f"round 1 of {part.rounds}; the next take the other jobs"))
+    idle = hardware.multiprocessors - min(running(part, hardware), hardware.multiprocessors)
+    return [*entries, (IDLE, f"{idle} of {hardware.multiprocessors} multiprocessors idle")]
 
 
-def _legend(sheet: _Sheet, entries: list[tuple[str | None, str]], left: float, top: float) -> float:
+def _legend(sheet: _Sheet, entries: list[tuple[str, str]], left: float, top: float) -> None:
     """Two columns, filled row by row."""
     for n, (colour, text) in enumerate(entries):
-        x, y = left + n % 2 * PANEL / 2, top + n // 2 * 0.19
+        x, y = left + n % 2 * PANEL / 2, top + n // 2 * 14
         if colour:
-            sheet.box(x, y + 0.02, 0.2, 0.13, colour, INK, 0.4)
-        sheet.text(x + 0.28, y + 0.09, text, 7.5)
-    return top + -(-len(entries) // 2) * 0.19
+            sheet.box(x, y + 1.5, 14, 9.5, colour)
+        sheet.text(x + 20, y + 6.5, text, 7.5)
 
 
 def describe(part: Pass, hardware: Hardware) -> str:
@@ -342,115 +315,54 @@ def _key(sheet: _Sheet, plan: Plan, top: float) -> None:
     """What the bars' colours stand for, once for both panels."""
     found = [budget for name in PASSES for budget in budgets(getattr(plan, name), plan.hardware)]
     beyond = any(n > budget.whole // 100 for budget in found for name, n in budget.parts if name == "out of reach")
-    entries: list[tuple[str, str | None, str]] = [
-        (REGISTERS, None, "weights in registers"),
-        (SHARED, None, "weights in shared memory"),
-        (FREE, "//////", "weights streamed each step"),
-        (BUSY, None, "working registers, staging"),
-        (FREE, None, "free"),
-    ]
-    if beyond:
-        entries += [(BEYOND, None, "registers beyond a thread's limit")]
-    x = MARGIN
-    for colour, hatch, text in entries:
-        sheet.box(x, top, 0.26, 0.14, colour, INK, 0.4, hatch=hatch)
-        sheet.text(x + 0.33, top + 0.075, text, 8)
-        x += 0.33 + 0.068 * len(text) + 0.3
+    entries = {
+        "weights in registers": REGISTERS,
+        "weights in shared memory": SHARED,
+        "weights streamed each step": STREAMED,
+        "working registers, staging": BUSY,
+        "free": FREE,
+    } | ({"registers beyond a thread's limit": BEYOND} if beyond else {})
+    x = float(MARGIN)
+    for text, colour in entries.items():
+        sheet.box(x, top, 19, 10, colour)
+        sheet.text(x + 24, top + 5.5, text, 8)
+        x += 24 + 4.9 * len(text) + 22
     registers, shared = 4 * plan.hardware.registers, plan.hardware.shared
     sheet.text(
         MARGIN,
-        top + 0.32,
+        top + 23,
         f"The bars: W_hh by its homes; a multiprocessor's {registers:,} bytes of registers and {shared:,} of shared "
         "memory. A rectangle is a multiprocessor with its program's slice (s), column and row (c, r) or group (g). "
         "Which program is where is the device's choice: drawn in order.",
         7.5,
-        FAINT,
+        "faint",
     )
-
-
-def figure(plan: Plan) -> Figure:
-    """The chip in the forward and in the backward pass, every multiprocessor of it."""
-    parts = [(name, getattr(plan, name)) for name in PASSES]
-    columns, rows = grid(plan.hardware.multiprocessors)
-    body = 2.03 + rows * cell_height(min(PANEL / columns, LARGEST_CELL))
-    legends = max(-(-len(_group_entries(plan, part)) // 2) * 0.19 for _, part in parts)
-    sheet = _Sheet(2 * MARGIN + 2 * PANEL + GUTTER, body + legends + 0.85)
-    times = " and ".join(f"{part.predicted:.2f} us {name}" for name, part in parts)
-    title = (
-        f"{plan.cell.upper()}  H={plan.hidden}  B={plan.batch}  D={plan.directions}  {plan.dtype} on "
-        f"{plan.hardware.name}: predicted {times} per time step"
-    )
-    size = min(14, 72 * (2 * PANEL + GUTTER) / (0.67 * len(title)))
-    sheet.text(MARGIN, 0.36, title, size, weight="bold")
-    for n, (name, part) in enumerate(parts):
-        left = MARGIN + n * (PANEL + GUTTER)
-        sheet.text(left, 0.78, name, 11, weight="bold")
-        told = f"{resident(part)} resident, predicted {part.predicted:.2f} us per time step"
-        sheet.text(left + PANEL, 0.78, told, 9, ha="right")
-        sheet.text(left, 0.98, describe(part, plan.hardware), 8)
-        top = _homes(sheet, plan, part, left, 1.13)
-        top = _one(sheet, part, plan.hardware, left, top)
-        top = _multiprocessors(sheet, plan, name, part, left, top + 0.08)
-        _legend(sheet, _group_entries(plan, part), left, top + 0.1)
-    _key(sheet, plan, body + legends + 0.25)
-    return sheet.figure
 
 
 def svg(plan: Plan) -> str:
-    """The drawing as text, the same for the same plan.
-
-    Raises:
-        MissingMatplotlib: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingMatplotlib(
-            f"drawing a plan needs matplotlib, which cannot be imported ({error}): pip install 'persistrnn[draw]'"
-        ) from error
-    target = io.StringIO()
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the reader's own style shall not change the drawing
-        matplotlib.rcParams.update({"svg.hashsalt": "persistrnn", "svg.fonttype": "none", "hatch.linewidth": 0.6})
-        figure(plan).savefig(target, format="svg", metadata={"Date": None, "Creator": "persistrnn"})
-    return _compact(target.getvalue())
-
-
-_RECTANGLE = re.compile(
-    r'<path d="M (\S+) (\S+) \nL (\S+) \2 \nL \3 (\S+) \nL \1 \4 \nz\n" style="([^"]*)"/>|style="([^"]*)"'
-)
-
-
-def _tenth(points: float | str) -> str:
-    return f"{round(float(points), 1):g}"
-
-
-def _compact(svg: str) -> str:
-    """The same drawing in a fourth of the bytes: most of it are rectangles and styles, of which there are few."""
-    classes: dict[str, str] = {}
-
-    def name(style: str) -> str:
-        return f'class="{classes.setdefault(style, f"s{len(classes)}")}"'
-
-    def shorter(found: re.Match[str]) -> str:
-        left, bottom, right, top, style, other = found.groups()
-        if style is None:
-            return name(other)
-        wide, high = float(right) - float(left), float(top) - float(bottom)
-        return (
-            f'<path {name(style)} d="M{_tenth(left)} {_tenth(bottom)}h{_tenth(wide)}v{_tenth(high)}h{_tenth(-wide)}z"/>'
-        )
-
-    svg = _RECTANGLE.sub(shorter, svg)
-    svg = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", svg)
-    svg = re.sub(
-        r' +<g id="([a-z]+-(?:multiprocessor|program)-\d+)">\s*<path ([^>]*)/>\s*</g>', r'<path id="\1" \2/>', svg
+    """The chip in the forward and in the backward pass, every multiprocessor of it."""
+    parts = [(name, getattr(plan, name)) for name in PASSES]
+    sheet, width = _Sheet(), 2 * MARGIN + 2 * PANEL + GUTTER
+    times = " and ".join(f"{part.predicted:.2f} us {name}" for name, part in parts)
+    title = (
+        f"{plan.cell.upper()} H={plan.hidden} B={plan.batch} D={plan.directions} {plan.dtype} on "
+        f"{plan.hardware.name}: predicted {times} per time step"
     )
-    # A program that has all of a multiprocessor covers its rectangle.
-    svg = re.sub(r'<path (id="\S+") class="\S+" (d="[^"]*")/>\n(<path \S+ \S+ \2/>)', r"<g \1>\3</g>", svg)
-    svg = re.sub(r' *<g id="text_\d+">\s*(?:<!--.*?-->\s*)?(<text .*?</text>)\s*</g>', r"\1", svg, flags=re.DOTALL)
-    svg = re.sub(
-        r'(<text [^>]*?x=")([\d.]+)(" y=")([\d.]+)"', lambda m: f'{m[1]}{_tenth(m[2])}{m[3]}{_tenth(m[4])}"', svg
-    )
-    styles = "".join(f".{short}{{{style}}}" for style, short in classes.items())
-    return svg.replace("<defs>", f"<defs>\n<style>{styles}</style>", 1)
+    size = min(14, (2 * PANEL + GUTTER) / (0.7 * len(title)))
+    sheet.text(MARGIN, 26, title, size, "bold")
+    ends = []
+    for n, (name, part) in enumerate(parts):
+        left = MARGIN + n * (PANEL + GUTTER)
+        sheet.text(left, 56, name, 11, "bold")
+        told = f"{resident(part)} resident, predicted {part.predicted:.2f} us per time step"
+        sheet.text(left + PANEL, 56, told, 9, "end")
+        sheet.text(left, 70, describe(part, plan.hardware), 8)
+        top = _one(sheet, part, plan.hardware, left, _homes(sheet, plan, part, left, 81))
+        top = _multiprocessors(sheet, plan, name, part, left, top + 6) + 7
+        entries = _group_entries(plan, part)
+        _legend(sheet, entries, left, top)
+        ends.append(top + -(-len(entries) // 2) * 14)
+    _key(sheet, plan, max(ends) + 18)
+    height = max(ends) + 62
+    size_of = f'width="{width}pt" height="{height:.0f}pt" viewBox="0 0 {width} {height:.0f}"'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size_of}>', HEAD, *sheet.drawn, "</svg>", ""])

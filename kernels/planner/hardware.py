@@ -282,9 +282,9 @@ def corrected(hardware: Hardware, folder: Path = MEASURED) -> Hardware:
     found = measurements(hardware.name, folder)
     if found is None or not found.constants:
         return hardware
-    told = dict(found.provenance)
-    source = f"measured: {told['device']}, {told['date']}, commit {told['commit']}"
-    constants: dict[str, Any] = dict(found.constants)
+    of = found.provenance
+    source = f"measured: {of.device}, {of.date}, commit {of.commit}"
+    constants: dict[str, Any] = {str(name): value for name, value in found.constants.items()}
     sources = tuple((name, source if name in constants else old) for name, old in hardware.sources)
     return replace(hardware, **constants, sources=sources)
 

@@ -6,31 +6,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..decide import MODES
-from ..tables import number
+from .page import MIB, number
 from .record import GIB, NO_KERNELS, Point, Profile
 from .subject import OURS, TORCH
 from .trace import IDLE, INPUT_GEMM, RECOMPUTE, WEIGHT_GEMMS
 
 FREE = 1.15  # times the step's time at which a larger batch is nearly free
-IDLE_SHARE, GEMM_SHARE, OPTIMIZER_SHARE, RECOMPUTE_SHARE, FIXED_SHARE = 0.15, 0.5, 0.15, 0.25, 0.2
+FIXED_SHARE = 0.2
 CLEARLY_LESS = 0.2  # more than the predictions may be wrong by
-MIB = 1 << 20
 EQUAL = 0.05  # times that differ by less are equal
 
 
 def advice(profile: Profile) -> list[str]:
     """A few sentences each, the most general first."""
-    return [words for rule in RULES if (words := rule(profile))]
-
-
-def _longest(profile: Profile) -> Point | None:
-    """The first arm's point at the longest T whose phases are known."""
-    points = [point for point in profile.of(profile.arms[0]) if point.phases]
-    return points[-1] if points else None
-
-
-def _share(point: Point, *phases: str) -> float:
-    return sum(point.phases[name].seconds for name in phases if name in point.phases) / point.seconds
+    found = (rule(profile) for rule in RULES)
+    return [words for told in found for words in ([told] if isinstance(told, str) else told) if words]
 
 
 def host(profile: Profile) -> str:
@@ -134,48 +124,40 @@ def streamed(profile: Profile) -> str:
     )
 
 
-def gemms(profile: Profile) -> str:
-    """Products outside of the recurrence."""
-    point = _longest(profile)
-    share = _share(point, INPUT_GEMM, WEIGHT_GEMMS) if point else 0.0
-    if share < GEMM_SHARE:
-        return ""
-    return (
-        f"{share:.0%} of the time is products over all steps at once, not the recurrence: they run at the device's "
-        "full rate, and only a dtype of fewer bytes or smaller layers make them faster."
+# (phases, the least share of the time, what to do about it), of the first arm at its longest T.
+SHARES: tuple[tuple[tuple[str, ...], float, str], ...] = (
+    (
+        (INPUT_GEMM, WEIGHT_GEMMS),
+        0.5,
+        "{share:.0%} of the time is products over all steps at once, not the recurrence: they run at the device's full "
+        "rate, and only a dtype of fewer bytes or smaller layers make them faster.",
+    ),
+    (
+        (RECOMPUTE,),
+        0.25,
+        '{share:.0%} of the time is recomputing what was not kept: save="gates", where the memory suffices, keeps it.',
+    ),
+    (("optimizer",), 0.15, "{share:.0%} of the time is the optimizer: fused=True, or a step after several batches."),
+    (
+        (IDLE,),
+        0.15,
+        "The device is idle for {share:.0%} of the iteration, while the host launches the next kernels: longer "
+        "sequences, a larger batch, torch.compile, or a CUDA graph.",
+    ),
+)
+
+
+def shares(profile: Profile) -> list[str]:
+    """What takes much of the time."""
+    points = [point for point in profile.of(profile.arms[0]) if point.phases]
+    if not points:
+        return []
+    found, whole = points[-1].phases, points[-1].seconds
+    each = (
+        (sum(found[name].seconds for name in names if name in found) / whole, least, text)
+        for names, least, text in SHARES
     )
-
-
-def recompute(profile: Profile) -> str:
-    """What a memory mode costs."""
-    point = _longest(profile)
-    share = _share(point, RECOMPUTE) if point else 0.0
-    if share < RECOMPUTE_SHARE:
-        return ""
-    return (
-        f'{share:.0%} of the time is recomputing what was not kept: save="gates", where the memory suffices, keeps it.'
-    )
-
-
-def optimizer(profile: Profile) -> str:
-    """The optimizer's step."""
-    point = _longest(profile)
-    share = _share(point, "optimizer") if point else 0.0
-    if share < OPTIMIZER_SHARE:
-        return ""
-    return f"{share:.0%} of the time is the optimizer: fused=True, or a step after several batches."
-
-
-def idle(profile: Profile) -> str:
-    """A device that waits for Python."""
-    point = _longest(profile)
-    share = _share(point, IDLE) if point else 0.0
-    if share < IDLE_SHARE:
-        return ""
-    return (
-        f"The device is idle for {share:.0%} of the iteration, while the host launches the next kernels: longer "
-        "sequences, a larger batch, torch.compile, or a CUDA graph."
-    )
+    return [text.format(share=share) for share, least, text in each if share >= least]
 
 
 def fixed(profile: Profile) -> str:
@@ -226,6 +208,6 @@ def _smaller_mode(point: Point, kind: str) -> str:
     )
 
 
-RULES: tuple[Callable[[Profile], str], ...] = (
-    host, untraced, compared, batch, dtype, streamed, gemms, recompute, optimizer, idle, fixed, memory,
+RULES: tuple[Callable[[Profile], str | list[str]], ...] = (
+    host, untraced, compared, batch, dtype, streamed, shares, fixed, memory,
 )  # fmt: skip

@@ -10,20 +10,13 @@ from typing import Any
 import torch
 
 from ..options import BACKENDS, SAVES
-from ..plots import MissingMatplotlib
-from . import page, plots, predicted, progress, tables
+from . import drawing, progress, report, tables
 from .advice import advice
 from .measure import OPTIMIZERS
-from .run import COMPARISONS, device_problem, profile
+from .run import COMPARISONS, profile
 from .subject import DTYPES, LAYERS, Sizes, SubjectError, load, working_folder
 
-REMEDIES = {
-    "float16": "say fp16",
-    "half": "say fp16",
-    "bfloat16": "say bf16",
-    "float32": "say fp32, or on a GPU tf32 for float32 tensors with tf32 products",
-    "float": "say fp32, or on a GPU tf32 for float32 tensors with tf32 products",
-}
+NAMES = {"half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float": "fp32", "float32": "fp32"}  # torch's
 # Of a layer; a model of the user's has its own.
 OF_SIZES = ("hidden", "input", "layers", "bidirectional", "dtype", "batch", "save", "save_budget", "backend")
 
@@ -39,7 +32,7 @@ def _steps(given: str) -> list[int]:
     return counts
 
 
-def _at_least(least: int, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+def _least(least: float, kind: type) -> Callable[[str], Any]:
     def check(given: str) -> Any:
         try:
             number = kind(given)
@@ -53,20 +46,9 @@ def _at_least(least: int, kind: Callable[[str], Any] = int) -> Callable[[str], A
     return check
 
 
-def _one_of(names: Sequence[str], what: str) -> Callable[[str], str]:
-    def check(given: str) -> str:
-        if given.lower() not in names:
-            remedy = REMEDIES.get(given.lower().removeprefix("torch."), what)
-            raise argparse.ArgumentTypeError(f"{given!r} given, allowed: {', '.join(names)}; {remedy}")
-        return given.lower()
-
-    return check
-
-
-def _device(given: str) -> str:
-    if problem := device_problem(given):
-        raise argparse.ArgumentTypeError(f"{given!r} given, {problem}")
-    return given
+def _dtype(given: str) -> str:
+    name = given.lower().removeprefix("torch.")
+    return NAMES.get(name, name)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     what = result.add_mutually_exclusive_group(required=True)
-    what.add_argument("--cell", type=_one_of(tuple(LAYERS), "or --model for a model of yours"), help="lstm or gru")
+    what.add_argument("--cell", type=str.lower, choices=list(LAYERS), help="or --model for a model of yours")
     what.add_argument(
         "--model",
         metavar="MODULE:CALLABLE",
@@ -85,48 +67,38 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--steps", type=_steps, required=True, metavar="T,T,...", help="lengths of the sequence")
     sizes = result.add_argument_group("with --cell")
-    sizes.add_argument("--hidden", type=_at_least(1), metavar="H", help="hidden_size")
-    sizes.add_argument("--input", type=_at_least(1), metavar="I", help="input_size (default: H)")
-    sizes.add_argument("--layers", type=_at_least(1), metavar="L", help="num_layers (default: 1)")
+    sizes.add_argument("--hidden", type=_least(1, int), metavar="H", help="hidden_size")
+    sizes.add_argument("--input", type=_least(1, int), metavar="I", help="input_size (default: H)")
+    sizes.add_argument("--layers", type=_least(1, int), metavar="L", help="num_layers (default: 1)")
     sizes.add_argument("--bidirectional", action="store_const", const=True, help="both directions")
-    sizes.add_argument("--batch", type=_at_least(1), metavar="B", help="sequences side by side (default: 16)")
-    dtype = _one_of(tuple(DTYPES), "bf16 is the default on a GPU, fp32 on a CPU")
-    sizes.add_argument("--dtype", type=dtype, help=f"{', '.join(DTYPES)} (default: bf16 on a GPU, fp32 on a CPU)")
-    save = _one_of(SAVES, "gates is the default")
+    sizes.add_argument("--batch", type=_least(1, int), metavar="B", help="sequences side by side (default: 16)")
+    sizes.add_argument("--dtype", type=_dtype, choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
+    sizes.add_argument("--save", type=str.lower, choices=SAVES, help="what the layer keeps (default: gates)")
     sizes.add_argument(
-        "--save", type=save, metavar="MODE", help=f"what the layer keeps: {', '.join(SAVES)} (default: gates)"
+        "--save-budget", type=_least(1, int), metavar="BYTES", help="with --save auto: what a call may keep"
     )
-    sizes.add_argument(
-        "--save-budget", type=_at_least(1), metavar="BYTES", help="with --save auto: what a call may keep"
-    )
-    backend = _one_of(BACKENDS, "auto is the default")
-    sizes.add_argument("--backend", type=backend, help=f"{', '.join(BACKENDS)} (default: auto)")
-    result.add_argument(
-        "--compare",
-        type=_one_of(COMPARISONS, "leave it out to compare with nothing"),
-        metavar="WITH",
-        help="torch: the same with torch.nn's layers; persistrnn: a --model of torch.nn's with ours",
-    )
-    result.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    sizes.add_argument("--backend", type=str.lower, choices=BACKENDS, help="default: auto")
+    text = "torch: the same with torch.nn's layers; persistrnn: a --model of torch.nn's with ours"
+    result.add_argument("--compare", type=str.lower, choices=COMPARISONS, help=text)
+    result.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     result.add_argument(
         "--device-model",
         metavar="NAME",
         help="plan for this device, such as h200 (default: the GPU at hand, else h200)",
     )
-    optimizer = _one_of(tuple(OPTIMIZERS), "adam is the default")
-    result.add_argument("--optimizer", type=optimizer, default="adam", help=f"{', '.join(OPTIMIZERS)} (default: adam)")
+    result.add_argument("--optimizer", type=str.lower, choices=list(OPTIMIZERS), default="adam", help="default: adam")
     result.add_argument(
-        "--iterations", type=_at_least(1), metavar="N", help="timed at each T (default: 10 on a GPU, 3 on a CPU)"
+        "--iterations", type=_least(1, int), metavar="N", help="timed at each T (default: 10 on a GPU, 3 on a CPU)"
     )
     result.add_argument(
         "--warmup",
-        type=_at_least(1),
+        type=_least(1, int),
         metavar="N",
         help="before them; from the second T on one of them is the profiled one, unless N is 1 (default: 3 on a GPU, "
         "1 on a CPU)",
     )
     result.add_argument(
-        "--seconds", type=_at_least(0, float), default=20.0, metavar="S",
+        "--seconds", type=_least(0, float), default=20.0, metavar="S",
         help="begin no further iteration after so many at one T, but for two (default: 20)",
     )  # fmt: skip
     result.add_argument(
@@ -147,70 +119,31 @@ def _subject(options: argparse.ArgumentParser, given: argparse.Namespace) -> Any
             options.error(f"argument --model: {error}")
     if given.hidden is None:
         options.error("argument --hidden: not given, allowed with --cell: an integer of at least 1, such as 512")
-    cuda = torch.device(given.device).type == "cuda"
-    if given.dtype == "tf32" and not cuda:
-        options.error("argument --dtype: 'tf32' given, allowed on a CPU: fp16, bf16, fp32; a CPU has no tf32 products")
-    if given.save == "auto" and given.save_budget is None:
-        options.error(
-            "argument --save-budget: not given, needed with --save auto: the bytes that a call may keep for its "
-            "backward, an integer of at least 1"
-        )
-    if given.save != "auto" and given.save_budget is not None:
-        options.error(f"argument --save-budget: {given.save_budget} given, allowed with --save auto")
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = given.dtype or ("bf16" if device.startswith("cuda") else "fp32")
     return Sizes(
-        given.cell,
-        given.input or given.hidden,
-        given.hidden,
-        given.layers or 1,
-        bool(given.bidirectional),
-        given.batch or 16,
-        given.dtype or ("bf16" if cuda else "fp32"),
-        given.device,
-        given.backend or "auto",
-        given.save or "gates",
-        given.save_budget,
-    )
+        given.cell, given.input or given.hidden, given.hidden, given.layers or 1, bool(given.bidirectional),
+        given.batch or 16, dtype, device, given.backend or "auto", given.save or "gates", given.save_budget,
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser()
     given = options.parse_args(arguments)
-    given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     subject = _subject(options, given)
-    try:
-        plots.check()
-        progress.check()
-    except (MissingMatplotlib, progress.MissingTqdm) as error:
-        options.error(str(error))
-    try:
-        predicted.check_device(given.device_model)
-    except ValueError as error:
-        options.error(f"argument --device-model: {given.device_model!r} given, and {error}")
-    try:
-        page.folder(given.output)
-    except OSError as error:
-        options.error(f"argument --output: {given.output!r} given, and {error}; allowed: a folder to write into")
+    names = ("compare", "output", "device", "device_model", "optimizer", "iterations", "warmup", "seconds")
     try:
         with working_folder():  # a model may import its neighbours when it is made, or called
             found = profile(
-                subject,
-                given.steps,
-                compare=given.compare,
-                output=given.output,
-                device=given.device,
-                device_model=given.device_model,
-                optimizer=given.optimizer,
-                iterations=given.iterations,
-                warmup=given.warmup,
-                seconds=given.seconds,
-                title=given.model or "",
-                progress=True,
+                subject, given.steps, title=given.model or "", **{name: getattr(given, name) for name in names}
             )
     except SubjectError as error:
         print(f"persistrnn profile: {error}", file=sys.stderr)
         return 1
+    except (ValueError, OSError, drawing.MissingMatplotlib, progress.MissingTqdm) as error:
+        options.error(str(error))
     print(tables.report(found, advice(found)))
-    print(f"\nwrote {', '.join(map(str, page.files(found, given.output)))}")
+    print(f"\nwrote {', '.join(map(str, report.files(found, given.output)))}")
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from . import trace
 from .record import GIB, NO_KERNELS, UNTRACED, Point, Profile, Settings, machine
@@ -114,7 +116,7 @@ class _Training:
         if self.cuda:
             return torch.cuda.memory_allocated()
         module, state = self.built.module, self.optimizer.state if self.optimizer else {}
-        every = [*module.parameters(), *module.buffers(), *_tensors([*self.built.args, self.built.kwargs])]
+        every = [*module.parameters(), *module.buffers(), *_tensors([self.built.args, self.built.kwargs])]
         every += _tensors([dict(own) for own in state.values()])
         return sum(
             storage.nbytes() for storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in every}.values()
@@ -147,16 +149,8 @@ def _loss(output: Any) -> Tensor:
     raise SubjectError("the model's output holds no tensor with a gradient, allowed: a scalar loss, or a tensor")
 
 
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, dict):
-            found += _tensors(list(value.values()))
-        elif isinstance(value, (list, tuple)):
-            found += _tensors(value)
-    return found
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -198,7 +192,8 @@ def measure(
             gib = found.machine.memory / GIB
             point = Point(arm, count, f"not run: it would need more than this machine's {gib:.1f} GiB (extrapolated)")
         else:
-            point = _point(arm, build, count, device, settings, not found.of(arm), traces, progress)
+            told = functools.partial(progress, arm, count)
+            point = _point(arm, build, count, device, settings, not found.of(arm), traces, told)
         found.points.append(point)
     found.points.sort(key=lambda point: list(arms).index(point.arm))
     return found
@@ -209,23 +204,19 @@ def trace_name(arm: str) -> str:
 
 
 def _point(
-    arm: str,
-    build: Build,
-    steps: int,
-    device: str,
-    settings: Settings,
-    first: bool,
-    traces: Path | None,
-    progress: Callable[[str, int, str], None],
-) -> Point:
+    arm: str, build: Build, steps: int, device: str, settings: Settings, first: bool, traces: Path | None,
+    progress: Callable[[str], None],
+) -> Point:  # fmt: skip
+    """One arm at one T; first: of this arm."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
     try:
         with on(device):
-            return _measured(
-                arm, build, steps, device, settings, first, traces, lambda what: progress(arm, steps, what)
-            )
+            progress("build")
+            training = _Training(build(steps), settings, device)
+            keep = None if traces is None else traces / trace_name(arm)
+            return Point(arm, steps, **_measured(training, settings, first, keep, progress))
     except SubjectError:
         raise
     except Exception as error:
@@ -236,17 +227,9 @@ def _point(
 
 
 def _measured(
-    arm: str,
-    build: Build,
-    steps: int,
-    device: str,
-    settings: Settings,
-    first: bool,
-    traces: Path | None,
-    progress: Callable[[str], None],
-) -> Point:
-    progress("build")
-    training = _Training(build(steps), settings, device)
+    training: _Training, settings: Settings, first: bool, keep: Path | None, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """The numbers of a Point."""
     # The profiled iteration warms up as well, but for the very first ones of an arm, which compile. One is before it at
     # any T: where the optimizer's state and oneDNN's primitives are made is no iteration as the others are.
     for _ in range(max(settings.warmup - (not first), 1)):
@@ -255,7 +238,7 @@ def _measured(
     few = training.cuda or training.operators(MOST_OPERATORS) < MOST_OPERATORS
     progress("profile" if few else "warm-up")
     with calls(training.built.module) as called:
-        iteration = _traced(training, None if traces is None else traces / trace_name(arm)) if few else None
+        iteration = _traced(training, keep) if few else None
         if iteration is None:
             training()
     if not called:
@@ -263,29 +246,19 @@ def _measured(
             "the model calls no recurrent layer; allowed: one with LSTM or GRU of persistrnn or torch.nn"
         )
     untraced = _untraced(iteration, training.cuda)
-    if untraced:
-        iteration = None
     held = training.held()
     if training.cuda:
         torch.cuda.reset_peak_memory_stats()
     times = _timed(training, settings, progress)
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
-    return Point(
-        arm,
-        steps,
-        tokens=max(call.steps * call.batch for call in called),
-        seconds=middle,
-        low=low,
-        high=high,
-        iterations=len(times),
-        held=held,
-        peak=torch.cuda.max_memory_allocated() - held if training.cuda else iteration.peak if iteration else 0,
-        profiled=iteration.seconds if iteration else 0.0,
-        phases=_scaled(iteration, middle, called) if iteration else {},
-        spans=iteration.spans if iteration else [],
-        calls=called,
-        untraced=untraced,
-    )
+    found: dict[str, Any] = {"seconds": middle, "low": low, "high": high, "iterations": len(times), "held": held}
+    found |= {"tokens": max(call.steps * call.batch for call in called), "calls": called, "untraced": untraced}
+    if iteration is not None and not untraced:
+        found |= {"profiled": iteration.seconds, "spans": iteration.spans, "peak": iteration.peak}
+        found["phases"] = _scaled(iteration, middle, called)
+    if training.cuda:
+        found["peak"] = torch.cuda.max_memory_allocated() - held
+    return found
 
 
 def _untraced(iteration: Iteration | None, cuda: bool) -> str:

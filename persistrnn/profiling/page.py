@@ -1,32 +1,123 @@
-"""What ``persistrnn profile`` leaves in its folder: a page, the same as text and as JSON, and the traces."""
+"""One way to tabulate and to make a page, for the profile and the benchmarks' report."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import itertools
 import os
-import shutil
-import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
+MARK = "persistrnn report"  # in everything that is written, by which the next run knows its own files
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
+NOTHING = "not yet measured"
+FOLDED = 16  # longer tables are closed at first
+MIB = 1 << 20
 
-from .. import plots
-from ..tables import number
-from . import plots as profile_plots
-from . import tables
-from .advice import advice
-from .measure import trace_name
-from .record import Point, Profile
-from .subject import OURS, TORCH
 
-PAGE, TEXT, DATA = "profile.html", "profile.txt", "profile.json"
-TEMPLATE = Path(__file__).with_name("profile.html.jinja")
+def number(value: float | None) -> str:
+    """Four digits that count."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.0f}" if value >= 999.95 else f"{value:#.4g}"
+
+
+def times(value: float | None) -> str:
+    """A ratio; what is below 1 never looks like 1."""
+    if value is None:
+        return NOTHING
+    return f"{value:.2f}x" if value >= 1 else f"{min(value, 0.999):.3f}x"
+
+
+def known(value: float) -> str:
+    """Of the plan's numbers 0 is unknown."""
+    return number(value) if value else "unknown"
+
+
+def printable(text: str, length: int) -> str:
+    """On one line, at most ``length`` signs."""
+    text = "".join(sign if sign.isprintable() else " " for sign in text)
+    return text if len(text) <= length else text[: length - 1] + "\u2026"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One drawing. name: of its file, without ending; alt: what it shows, in words; png: empty if not asked for."""
+
+    name: str
+    alt: str
+    svg: str
+    png: bytes = b""
+
+
+@dataclass(frozen=True)
+class Column:
+    """number: aligned to the right; band: a header above it and its neighbours of the same band."""
+
+    name: str
+    number: bool = True
+    band: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """The cells of one row; bad: it stands out."""
+
+    cells: Sequence[str]
+    bad: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[Line, ...]
+    folded: bool
+
+    @property
+    def bands(self) -> list[tuple[str, int]]:
+        """(band, how many columns), in order; empty if no column has one."""
+        if not any(column.band for column in self.columns):
+            return []
+        return [(band, len(list(own))) for band, own in itertools.groupby(column.band for column in self.columns)]
+
+    def __str__(self) -> str:
+        """In columns of signs; the bands stand below the caption."""
+        bands = "; ".join(
+            f"{', '.join(dict.fromkeys(c.name for c in self.columns if c.band == band))}: {band}"
+            for band in dict.fromkeys(column.band for column in self.columns if column.band)
+        )
+        above = [self.caption] * bool(self.caption) + [f"({bands})"] * bool(bands)
+        grid = [[column.name for column in self.columns], *(line.cells for line in self.rows)]
+        widths = [max(len(row[n]) for row in grid) for n in range(len(self.columns))]
+        for row in grid:
+            cells = zip(row, widths, self.columns, strict=True)
+            above.append("  ".join(c.rjust(w) if column.number else c.ljust(w) for c, w, column in cells).rstrip())
+        return "\n".join(above)
+
+
+@dataclass
+class Part:
+    """A section of a page: sentences, points, what is missing and why, plots, tables, text as it is, and parts of its
+    own."""
+
+    title: str
+    sentences: list[str] = field(default_factory=list)
+    points: list[str] = field(default_factory=list)
+    missing: str = ""
+    plots: list[Plot] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    text: str = ""
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def anchor(self) -> str:
+        return "".join(sign if sign.isalnum() else "-" for sign in self.title.lower())
 
 
 class Card(NamedTuple):
-    """whose: the arm and T that were measured, or what was predicted for which device."""
+    """A number that one looks for first. whose: what was measured, or what was predicted for which device."""
 
     whose: str
     what: str
@@ -35,122 +126,48 @@ class Card(NamedTuple):
     predicted: bool = False
 
 
-def _at(point: Point) -> str:
-    return f"{point.arm}, T\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{point.steps:,}"
+class Banner(NamedTuple):
+    text: str
+    alarm: bool = True
 
 
-def cards(profile: Profile) -> list[Card]:
-    """The numbers that one looks for first: those of the first arm at its longest T."""
-    points = profile.of(profile.arms[0])
-    if not points:
-        return []
-    last: Point = points[-1]
-    whose = _at(last)
-    found = [
-        Card(whose, "iteration", number(last.seconds * 1e3), "ms"),
-        Card(whose, "per time step", number(last.per_step), "us"),
-        Card(whose, "throughput", number(last.tokens_per_second), "tokens/s"),
-    ]
-    for peak in [point for point in points if point.peak][-1:]:
-        size = number((peak.held + peak.peak) / tables.MIB)
-        found.append(Card(_at(peak), "peak memory", size, "MiB"))
-        found.append(
-            Card(f"{peak.arm}, extrapolated", "longest T that fits", f"{profile.longest(last.arm):,}", "steps")
-        )
-    if profile.outlook:
-        device = f"{profile.outlook.device}, {profile.outlook.dtype}, predicted"
-        found.append(Card(device, "per time step", number(profile.outlook.total), "us", True))
-    return found
+def words(*names: str, band: str = "") -> list[Column]:
+    return [Column(name, False, band) for name in names]
 
 
-def banners(profile: Profile) -> list[tuple[str, bool]]:
-    """(words, whether they are an alarm)."""
-    found = []
-    if profile.machine.interpreted:
-        found.append(("Triton's interpreter: no time on this page says anything about a GPU.", True))
-    elif profile.machine.kind == "cpu":
-        found.append(("Measured on a CPU. What a GPU would do is predicted, and marked as such.", False))
-    failed = [f"{point.arm} at T = {point.steps:,}: {point.failed}" for point in profile.points if point.failed]
-    return found + [(text, True) for text in failed]
+def numbers(*names: str, band: str = "") -> list[Column]:
+    return [Column(name, True, band) for name in names]
 
 
-def page(profile: Profile) -> str:
-    """Raises MissingMatplotlib if that is not installed."""
+def table(caption: str, columns: Sequence[Column], lines: Iterable[Line], folded: bool | None = None) -> Table:
+    """folded: by its length if not given."""
+    found = tuple(lines)
+    return Table(caption, tuple(columns), found, len(found) > FOLDED if folded is None else folded)
+
+
+def render(
+    title: str, heading: str, below: str, banners: Sequence[Banner], parts: Sequence[Part], cards: Sequence[Card] = ()
+) -> str:
+    """The page. title: of the window; heading, and a line below it."""
+    import jinja2  # which torch brings
+
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    traced = [tables.traced(profile, arm) for arm in profile.arms]
     return template.render(
-        mark=plots.MARK,
-        subject=profile.subject,
-        machine=profile.machine,
-        banners=banners(profile),
-        cards=cards(profile),
-        advice=advice(profile),
-        plots=profile_plots.draw(profile),
-        summary=tables.summary(profile),
-        phases=[tables.phases(profile, p, p is not own[-1]) for own in traced for p in reversed(own)],
-        predicted=tables.predicted(profile),
-        plan=profile.outlook.text if profile.outlook else "",
-        device=profile.outlook.device if profile.outlook else "",
-        no_plan=profile.no_outlook,
+        mark=MARK, title=title, heading=heading, below=below, banners=banners, cards=cards, parts=parts
     )
 
 
-def data(profile: Profile) -> str:
-    """Everything that was measured and predicted, as JSON; seconds and bytes, predicted times in microseconds."""
-    content = dataclasses.asdict(profile)
-    for given, point in zip(content["points"], profile.points, strict=True):
-        given["spans"] = [span._asdict() for span in point.spans]
-    content["longest"] = {arm: profile.longest(arm) for arm in profile.arms}
-    content["advice"] = advice(profile)
-    return json.dumps(content, indent=2, allow_nan=False)
+def ours(path: Path) -> bool:
+    """Whether this was written by us: a file with our mark near its start."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return MARK.encode() in file.read(2048)
 
 
-def folder(given: str | Path) -> Path:
-    """A folder to write a profile into; it is made, and what is in it of an earlier profile will be replaced.
-
-    Raises:
-        OSError: it cannot be made or written, or has a file of such a name that no profile wrote.
-    """
-    path = Path(given)
-    path.mkdir(parents=True, exist_ok=True)
-    page = path / PAGE
-    ours = page.is_file() and plots.MARK.encode() in page.read_bytes()[:2048]
-    for name in (PAGE, TEXT, DATA, trace_name(OURS), trace_name(TORCH)):
-        if os.path.lexists(path / name) and not ours:
-            raise FileExistsError(f"{path / name} is there, and no profile wrote it: move it, or name another folder")
-    with tempfile.TemporaryFile(dir=path):  # raises where the folder cannot be written
-        pass
-    return path
-
-
-def files(profile: Profile, given: str | Path) -> list[Path]:
-    """What a profile has written there."""
-    every = (Path(given) / name for name in (PAGE, TEXT, DATA, *map(trace_name, profile.arms)))
-    return [path for path in every if path.exists()]
-
-
-def write(profile: Profile, path: Path, traces: Path) -> None:
-    """Write the page, the text and the data into a folder that exists, and move the traces there. All is made before
-    anything is written, and the page comes first and whole: it bears the mark by which the next run knows the folder.
-
-    Raises:
-        MissingMatplotlib: it is not installed.
-        OSError: the folder cannot be written.
-    """
-    made = {
-        PAGE: page(profile),
-        TEXT: tables.report(profile, advice(profile)) + "\n",
-        DATA: data(profile) + "\n",
-    }
-    for name, content in made.items():
-        part = path / f"{name}.part"
-        try:
-            part.write_text(content, encoding="utf-8")
-            part.replace(path / name)
-        finally:
-            part.unlink(missing_ok=True)
-    for arm in (OURS, TORCH):
-        (path / trace_name(arm)).unlink(missing_ok=True)
-    for trace in traces.iterdir():
-        shutil.move(trace, path / trace.name)
+def refuse_others(paths: Iterable[Path]) -> None:
+    """Raises FileExistsError for what is there and was not written by us."""
+    for path in paths:
+        if os.path.lexists(path) and not ours(path):
+            raise FileExistsError(f"{path} is there, and no report wrote it: move it, or name another folder")

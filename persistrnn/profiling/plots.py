@@ -1,52 +1,34 @@
-"""Plots of a profile, in the look of the benchmarks' report. matplotlib is imported when something is drawn."""
+"""Plots of a profile."""
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .. import plots
-from ..plots import COLOURS, FAINT, INK, MARK, Plot, Section
-from ..rows import printable
-from ..tables import number
+from . import drawing, trace
+from .drawing import COLOURS, FAINT, INK
+from .page import MIB, Part, number
 from .record import Point, Profile
-from .tables import MIB, traced, where
-from .trace import (
-    IDLE,
-    INPUT_GEMM,
-    ORDER,
-    OTHER,
-    RECOMPUTE,
-    REST,
-    SCAN_BACKWARD,
-    SCAN_FORWARD,
-    STAGES,
-    TORCH_BACKWARD,
-    TORCH_FORWARD,
-    WEIGHT_GEMMS,
-)
+from .tables import traced, where
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# After Paul Tol's schemes, as in `plots`: forward in greens and blues, backward in reds, what is neither in greys.
+# After Paul Tol's schemes, as in `drawing`: forward in greens and blues, backward in reds, what is neither in greys.
 PHASES = {
-    INPUT_GEMM: "#4477AA",
-    SCAN_FORWARD: "#228833",
-    TORCH_FORWARD: "#44AA99",
-    REST["forward"]: "#88CCEE",
+    trace.INPUT_GEMM: "#4477AA",
+    trace.SCAN_FORWARD: "#228833",
+    trace.TORCH_FORWARD: "#44AA99",
+    trace.REST["forward"]: "#88CCEE",
     "loss": "#DDCC77",
-    RECOMPUTE: "#999933",
-    SCAN_BACKWARD: "#AA3377",
-    WEIGHT_GEMMS: "#EE8866",
-    TORCH_BACKWARD: "#CC6677",
-    REST["backward"]: "#DDAABB",
+    trace.RECOMPUTE: "#999933",
+    trace.SCAN_BACKWARD: "#AA3377",
+    trace.WEIGHT_GEMMS: "#EE8866",
+    trace.TORCH_BACKWARD: "#CC6677",
+    trace.REST["backward"]: "#DDAABB",
     "optimizer": "#332288",
-    OTHER: "#8C8C8C",
-    IDLE: "#D8D8D8",
+    trace.OTHER: "#8C8C8C",
+    trace.IDLE: "#D8D8D8",
 }
 PARTS = {
     "compute": "#4477AA",
@@ -56,42 +38,14 @@ PARTS = {
     "pointwise": "#8C8C8C",
 }
 STAGE = {"forward": "#44AA99", "loss": "#DDCC77", "backward": "#CC6677", "optimizer": "#332288"}
-THIN = 0.004  # of the whole; thinner pieces get no name
+DARK = "#1a1a1b"  # not the ink, which turns light on a dark page
 
 
-def check() -> None:
-    """Raises MissingMatplotlib if there is nothing to draw with."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise plots.MissingMatplotlib(
-            f"the report of a profile needs matplotlib, which cannot be imported ({error}): "
-            "pip install 'persistrnn[profile]'"
-        ) from error
-
-
-def draw(profile: Profile) -> list[Section]:
-    """Every plot there is something for.
-
-    Raises:
-        MissingMatplotlib: it is not installed.
-    """
-    check()
-    import matplotlib
-
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(plots._STYLE)
-        return [section for kind in (against_steps, breakdown, timeline, batches) for section in kind(profile)]
-
-
-def _finish(figure: Figure, name: str, alt: str, origin: str) -> Plot:
-    figure.suptitle(printable(origin, 110), fontsize=8, x=0.01, ha="left", color=INK)
-    png, svg = io.BytesIO(), io.StringIO()
-    figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": MARK})
-    figure.savefig(svg, format="svg", facecolor="none", metadata={"Date": None, "Creator": MARK})
-    return Plot(name, alt, png.getvalue(), plots._inline(svg.getvalue(), name, alt))
+def draw(profile: Profile) -> list[Part]:
+    """Every plot there is something for. Raises MissingMatplotlib."""
+    with drawing.style():
+        found = (kind(profile) for kind in (against_steps, breakdown, timeline, batches))
+        return [part for part in found if part is not None]
 
 
 def _origin(profile: Profile) -> str:
@@ -102,11 +56,11 @@ def _style(arm: str) -> tuple[str, str]:
     return COLOURS.get(arm.removesuffix(".nn"), COLOURS["torchrl"])
 
 
-def against_steps(profile: Profile) -> list[Section]:
+def against_steps(profile: Profile) -> Part | None:
     """Time and memory against T."""
     if not any(profile.of(arm) for arm in profile.arms):
-        return []
-    figure = plots._figure(8, 3.1)
+        return None
+    figure = drawing.figure(8, 3.1)
     whole, step, memory = figure.subplots(1, 3)
     for n, arm in enumerate(profile.arms):
         points = profile.of(arm)
@@ -145,23 +99,23 @@ def against_steps(profile: Profile) -> list[Section]:
     ):
         axes.set_title(title)
         axes.set(xlabel="time steps T (log)", ylabel=unit if axes is step else f"{unit} (log)")
-        plots._log(axes, "x", base=2)
+        drawing.log(axes, "x", base=2)
         if axes is step:
             axes.set_ylim(bottom=0)
         else:
-            plots._log(axes, "y")
+            drawing.log(axes, "y")
     _sparse(memory)
-    plots._legend(figure)
+    drawing.legend(figure)
     longest = [
         f"{point.arm} {number(point.seconds * 1e3)} ms" for arm in profile.arms for point in profile.of(arm)[-1:]
     ]
     alt = f"Time and memory against T; at the longest: {', '.join(longest)}"
-    plot = _finish(figure, "profile-steps", alt, _origin(profile))
+    plot = drawing.finish(figure, "profile-steps", alt, [_origin(profile)])
     caption = "One iteration: forward, loss, backward, optimizer. Points are medians, whiskers quartiles. Memory is "
     caption += (
         "the most that is allocated at once; the dotted line goes on by the two longest T, up to all memory there is."
     )
-    return [Section("Time and memory against T", caption, [plot])]
+    return Part("Time and memory against T", [caption], plots=[plot])
 
 
 def _sparse(axes: Axes) -> None:
@@ -183,16 +137,16 @@ def _binary(value: float) -> str:
     return f"{value:g}G"
 
 
-def breakdown(profile: Profile) -> list[Section]:
+def breakdown(profile: Profile) -> Part | None:
     """Stacked bars of the phases."""
     points = [point for arm in profile.arms for point in traced(profile, arm)]
     if not points:
-        return []
-    figure = plots._figure(8, 1.25 + 0.3 * len(points))
+        return None
+    figure = drawing.figure(8, 1.25 + 0.3 * len(points))
     axes = figure.subplots()
     names = [f"{point.arm}, T = {point.steps:,}" for point in points]
     left = [0.0] * len(points)
-    for name in ORDER:
+    for name in trace.ORDER:
         widths = [_micro(point, name) for point in points]
         if any(widths):
             axes.barh(names, widths, left=left, height=0.62, color=PHASES[name], label=name)
@@ -202,59 +156,52 @@ def breakdown(profile: Profile) -> list[Section]:
                     dark = PHASES[name] in ("#332288", "#228833", "#AA3377", "#4477AA")
                     axes.text(
                         begin + width / 2, row, f"{share:.0%}", ha="center", va="center", fontsize=7,
-                        color="white" if dark else "#1a1a1b",
+                        color="white" if dark else DARK,
                     )  # fmt: skip
             left = [begin + width for begin, width in zip(left, widths, strict=True)]
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
+    drawing.rows(axes)
     axes.set_xlabel("us per time step")
-    plots._legend(figure)
+    drawing.legend(figure)
     last = points[-1]
     top = max(points[-1].phases, key=lambda name: last.phases[name].seconds)
     alt = f"Phases of an iteration in microseconds per step; of {names[-1]} the largest is {top}"
-    plot = _finish(figure, "profile-phases", alt, _origin(profile))
+    plot = drawing.finish(figure, "profile-phases", alt, [_origin(profile)])
     what = "the CPU's own time in each phase, scaled to the iteration without the profiler"
     if profile.machine.kind == "cuda":
         what = "those of the kernels; the rest of the iteration the device is idle"
     caption = f"From one more iteration under torch.profiler. Times are {what}. Within torch's own layers the products "
     caption += "and the scan are one kernel or one loop, and not separable."
-    return [Section("Where the time goes", caption, [plot])]
+    return Part("Where the time goes", [caption], plots=[plot])
 
 
 def _micro(point: Point, name: str) -> float:
     return point.phases[name].seconds / point.steps * 1e6 if name in point.phases else 0.0
 
 
-def timeline(profile: Profile) -> list[Section]:
+def timeline(profile: Profile) -> Part | None:
     """One iteration of each arm at its longest T."""
     points = [known[-1] for arm in profile.arms if (known := traced(profile, arm))]
     if not points:
-        return []
+        return None
     tracks = [
         [track for track in ("stages", "host", "device") if any(s.track == track for s in p.spans)] for p in points
     ]
-    figure = plots._figure(8, 1.2 + sum(0.35 + 0.27 * len(own) for own in tracks))
+    figure = drawing.figure(8, 1.2 + sum(0.35 + 0.27 * len(own) for own in tracks))
     grid = figure.subplots(len(points), 1, sharex=True, squeeze=False, height_ratios=[len(own) for own in tracks])
     for axes, point, own in zip(grid.flat, points, tracks, strict=True):
         for row, track in enumerate(own):
             _bars(axes, point, track, row)
         axes.set_yticks(range(len(own)), own)
         axes.set_title(f"{point.arm}, T = {point.steps:,}, under the profiler", loc="left")
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0)
+        drawing.rows(axes)
     grid.flat[-1].set_xlabel("ms from the start of the iteration")
-    plots._legend(figure)
+    drawing.legend(figure)
     alt = f"Timeline of one iteration: {', '.join(f'{p.arm} {number(p.profiled * 1e3)} ms' for p in points)}"
-    plot = _finish(figure, "profile-timeline", alt, _origin(profile))
+    plot = drawing.finish(figure, "profile-timeline", alt, [_origin(profile)])
     caption = "Stages of the training step, and within them what the recurrent layers do on the host"
     caption += " and the kernels on the device" if profile.machine.kind == "cuda" else ""
-    return [
-        Section(
-            "Timeline of one iteration", f"{caption}. The Chrome trace beside this page has every operator.", [plot]
-        )
-    ]
+    caption += ". The Chrome trace beside this page has every operator."
+    return Part("Timeline of one iteration", [caption], plots=[plot])
 
 
 def _bars(axes: Axes, point: Point, track: str, row: int) -> None:
@@ -267,49 +214,38 @@ def _bars(axes: Axes, point: Point, track: str, row: int) -> None:
         axes.broken_barh(pieces, (row - 0.38, 0.76), facecolors=colours.get(name, FAINT), label=label, linewidth=0)
         whole = sum(seconds for _, seconds in pieces)
         if track == "stages" and len(pieces) == 1 and whole > 0.08 * point.profiled * 1e3:
-            axes.text(pieces[0][0] + whole / 2, row, name, ha="center", va="center", fontsize=7, color="#1a1a1b")
+            axes.text(pieces[0][0] + whole / 2, row, name, ha="center", va="center", fontsize=7, color=DARK)
 
 
-def batches(profile: Profile) -> list[Section]:
+def batches(profile: Profile) -> Part | None:
     """The predicted step at larger batches."""
     found = profile.outlook
     if found is None:
-        return []
-    figure = plots._figure(8, 1.25 + 0.3 * len(found.batches))
+        return None
+    figure = drawing.figure(8, 1.25 + 0.3 * len(found.batches))
     axes = figure.subplots()
     names = [f"batch {rows:,}" for rows in found.batches]
     left = [0.0] * len(names)
     for part, colour in PARTS.items():
         widths = [split[part] for split in found.batches.values()]
-        axes.barh(
-            names,
-            widths,
-            left=left,
-            height=0.62,
-            facecolor="none",
-            edgecolor=colour,
-            hatch="/////",
-            linewidth=1,
-            label=part,
-        )
+        look: dict[str, Any] = {"facecolor": "none", "edgecolor": colour, "hatch": "/////", "linewidth": 1}
+        axes.barh(names, widths, left=left, height=0.62, label=part, **look)
         left = [begin + width for begin, width in zip(left, widths, strict=True)]
     for row, (rows, total) in enumerate(zip(found.batches, left, strict=True)):
         told = f"{total:.3g} us, {total / rows * found.batch / left[0]:.0%} of the time per row"
         axes.annotate(told, (total, row), (5, 0), textcoords="offset points", va="center", fontsize=7, color=INK)
     axes.set_xlim(0, 1.3 * max(left))
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
+    drawing.rows(axes)
     axes.set_xlabel(f"us per time step, forward and backward, predicted for {found.device}")
-    plots._legend(figure)
+    drawing.legend(figure)
     alt = f"Predicted step on {found.device} by its parts, {found.dtype}: " + ", ".join(
         f"{total:.3g} us at batch {rows}" for rows, total in zip(found.batches, left, strict=True)
     )
     origin = f"predicted for {found.device}, nothing of it measured; {found.dtype}, the largest recurrent stack"
-    plot = _finish(figure, "profile-batches", alt, origin)
+    plot = drawing.finish(figure, "profile-batches", alt, [origin])
     caption = "By the plan's cost model. State is reading it; synchronisation, barriers and exchange between slices."
-    return [Section("Predicted: the step at larger batches", caption, [plot])]
+    return Part("Predicted: the step at larger batches", [caption], plots=[plot])
 
 
-assert set(PHASES) == set(ORDER)
-assert set(STAGE) == set(STAGES)
+assert set(PHASES) == set(trace.ORDER)
+assert set(STAGE) == set(trace.STAGES)

@@ -65,27 +65,22 @@ def profile(
         SubjectError (a ValueError): the subject cannot be run as asked, with the reason and the remedy
         ValueError: an argument out of range
         MissingMatplotlib, MissingTqdm: one of them is not installed, and needed
-        OSError: the report cannot be written; see ``page.folder``
+        OSError: the report cannot be written; see ``report.folder``
     """
     if not isinstance(subject, Sizes) and not callable(subject):
         raise SubjectError(
             f"the subject is of type {type(subject).__name__}, allowed: a callable, called with the number of steps, "
             "or Sizes"
         )
-    texts = {"compare": compare, "device": device, "device_model": device_model, "optimizer": optimizer, "title": title}
-    for name, given in texts.items():
-        if not isinstance(given, str) and (given is not None or name in ("optimizer", "title")):
-            raise ValueError(
-                f"{name} is {given!r}, allowed: a str{'' if name in ('optimizer', 'title') else ' or None'}"
-            )
+    for name, given, allowed in (("compare", compare, [None, *COMPARISONS]), ("optimizer", optimizer, [*OPTIMIZERS])):
+        if given not in allowed:
+            raise ValueError(f"{name} is {given!r}, allowed: {', '.join(map(str, allowed))}")
+    if not isinstance(title, str):
+        raise ValueError(f"title is {title!r}, allowed: a str")
     if not isinstance(output, (str, Path, type(None))):
         raise ValueError(f"output is {output!r}, allowed: a folder's name, a str or a Path, or None")
     check_flag("progress", progress)
     check_steps(steps)
-    if compare is not None and compare not in COMPARISONS:
-        raise ValueError(f"compare is {compare!r}, allowed: {', '.join(COMPARISONS)}, or None")
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer is {optimizer!r}, allowed: {', '.join(OPTIMIZERS)}")
     predicted.check_device(device_model)
     if isinstance(subject, Sizes):
         subject.check()
@@ -97,10 +92,10 @@ def profile(
     if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
         raise ValueError(f"seconds is {seconds!r}, allowed: a finite number, at least 0")
     if output is not None:
-        from . import page, plots  # only here: they need jinja2 and matplotlib
+        from . import drawing, report  # only here: they need jinja2 and matplotlib
 
-        plots.check()
-        folder = page.folder(output)
+        drawing.check()
+        folder = report.folder(output)
     arms = _arms(subject, compare, where)
     bar = Bar(len(arms), steps, 2 + sum(counts)) if progress else None  # 2: built, and profiled
     told = bar or (lambda arm, steps, what: None)
@@ -117,7 +112,7 @@ def profile(
             predicted.add(found, device_model)
         if output is not None:
             told(found.arms[-1], max(steps), "write the report")
-            page.write(found, folder, Path(traces))
+            report.write(found, folder, Path(traces))
         if bar is not None:
             bar.finish()
     return found
@@ -142,7 +137,8 @@ def _where(subject: Callable[[int], tuple[Any, ...]] | Sizes, device: str | None
     own = subject.device if isinstance(subject, Sizes) else None
     if own is not None and device not in (None, own):
         raise ValueError(f"device is {device!r}, and that of the sizes {own!r}; allowed: the same, or None")
-    where = own or device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = own if device is None else device
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if where is None else where
     if problem := device_problem(where):
         raise ValueError(f"device is {where!r}, {problem}")
     return where
@@ -155,11 +151,10 @@ def counted(device: str, iterations: int | None, warmup: int | None) -> tuple[in
 
 
 def check_steps(steps: Sequence[int]) -> None:
-    if not isinstance(steps, Sequence) or isinstance(steps, (str, bytes)):
+    listed = isinstance(steps, Sequence) and not isinstance(steps, (str, bytes))
+    whole = listed and steps and all(type(count) is int and count >= 1 for count in steps)
+    if not whole or len(set(steps)) < len(steps):
         raise ValueError(f"steps is {steps!r}, allowed: a list of ints of at least 1, one or more, none twice")
-    whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 1 for count in steps)
-    if not steps or not whole or len(set(steps)) < len(steps):
-        raise ValueError(f"steps is {list(steps)!r}, allowed: ints of at least 1, one or more, none twice")
 
 
 def _arms(subject: Callable[[int], tuple[Any, ...]] | Sizes, compare: Compare | None, device: str) -> dict[str, Build]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map_only
 
 from .. import decide, functional, replacement
 from ..kernels.cells import CELLS
@@ -70,6 +71,8 @@ class Sizes:
                 raise SubjectError(f"{name} is {given!r}, allowed: {', '.join(allowed)}")
         if not isinstance(self.device, str):
             raise SubjectError(f"device is {self.device!r}, allowed: 'cpu', 'cuda' or 'cuda:N'")
+        if self.dtype == "tf32" and not self.device.startswith("cuda"):
+            raise SubjectError("dtype is 'tf32', allowed on a CPU: fp16, bf16, fp32; a CPU has no tf32 products")
         if type(self.batch) is not int or self.batch < 1:
             raise SubjectError(f"batch is {self.batch!r}, allowed: an int of at least 1, the sequences side by side")
         try:
@@ -156,14 +159,8 @@ def of_callable(make: Callable[..., Any], device: str) -> Build:
 
 
 def _moved(value: Any, device: str) -> Any:
-    if isinstance(value, (Tensor, PackedSequence)):
-        there: Any = value  # PackedSequence's own types do not know its arguments
-        return there.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(one, device) for key, one in value.items()}
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_moved(one, device) for one in value)
-    return value
+    packed = (PackedSequence,)  # a tuple, which pytree would take apart
+    return tree_map_only((Tensor, *packed), lambda one: one.to(device), value, lambda one: isinstance(one, packed))
 
 
 def on_torch(build: Build) -> Build:

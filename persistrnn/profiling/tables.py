@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from ..tables import Line, Table, known, number, numbers, table, words
 from .measure import LEAST
+from .page import MIB, Line, Table, known, number, numbers, table, words
 from .record import GIB, Machine, Point, Profile
 from .trace import Phase
-
-MIB = 1 << 20
 
 
 def where(machine: Machine) -> str:
@@ -102,21 +100,6 @@ def predicted(profile: Profile) -> list[Table]:
     return [step, table("The same, both passes, at other batches", columns, lines, False)]
 
 
-def text(one: Table) -> str:
-    """A table in columns of signs."""
-    grid = [[column.name for column in one.columns], *([*line.cells] for line in one.rows)]
-    widths = [max(len(row[n]) for row in grid) for n in range(len(one.columns))]
-    rows = []
-    for row in grid:
-        cells = zip(row, widths, one.columns, strict=True)
-        rows.append("  ".join(cell.rjust(w) if column.number else cell.ljust(w) for cell, w, column in cells).rstrip())
-    bands = "; ".join(
-        f"{', '.join(dict.fromkeys(c.name for c in one.columns if c.band == band))}: {band}"
-        for band in dict.fromkeys(column.band for column in one.columns if column.band)
-    )
-    return "\n".join([one.caption, f"({bands})" if bands else "", *rows]).replace("\n\n", "\n")
-
-
 def report(profile: Profile, advice: list[str]) -> str:
     """All of it as text."""
     machine = profile.machine
@@ -124,12 +107,12 @@ def report(profile: Profile, advice: list[str]) -> str:
         f"{profile.subject}",
         f"{machine.name}, {machine.memory / GIB:.1f} GiB, torch {machine.torch}, Triton {machine.triton}",
         "",
-        text(summary(profile)),
+        str(summary(profile)),
     ]
     for arm in profile.arms:
         if points := traced(profile, arm):
-            lines += ["", text(phases(profile, points[-1], False))]
+            lines += ["", str(phases(profile, points[-1], False))]
     for one in predicted(profile):
-        lines += ["", text(one)]
+        lines += ["", str(one)]
     lines += ["", profile.outlook.text if profile.outlook else f"No plan: {profile.no_outlook}."]
     return "\n".join([*lines, "", *(f"* {words}" for words in advice)])

@@ -18,8 +18,8 @@ from emulator import EmulatorError, emulate
 from triton.runtime.autotuner import Autotuner, OutOfResources
 
 from bench.race import arms
+from bench.report.results import Case
 from persistrnn.kernels.cells import CELLS
-from persistrnn.results import Case
 
 RESULTS = counted.RESULTS.with_name("rivals.csv")
 ARCH = "sm_90"

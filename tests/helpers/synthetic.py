@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from persistrnn.results import ARMS, Case, Check, Micro, Provenance, Results, Stress, Timing, Tuning
+from bench.report.results import ARMS, Case, Check, Micro, Provenance, Results, Stress, Timing, Tuning
 
 PROVENANCE = Provenance(
     device="Test GPU", arch="sm_00", multiprocessors=7, driver="1.2", cuda="3.4", cudnn="5.6", torch="7.8",

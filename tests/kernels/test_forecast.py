@@ -1,6 +1,7 @@
 """Which path is expected to be faster: the model's word, and a measurement's over the model's. No GPU, no Triton."""
 
 import json
+from dataclasses import fields
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def measured(monkeypatch, tmp_path):
     """measured(step, ...): the data file of the H200 holds these steps."""
 
     def write(*steps):
-        provenance = dict.fromkeys(files.PROVENANCE, "a test")
+        provenance = dict.fromkeys((field.name for field in fields(files.Provenance)), "a test")
         content = {"provenance": provenance, "constants": {}, "steps": list(steps)}
         (tmp_path / "h200.json").write_text(json.dumps(content))
         found = files.measurements("h200", tmp_path)
@@ -47,7 +48,7 @@ def measured(monkeypatch, tmp_path):
 def step(microseconds, path="persistent", hidden=1024, batch=16, dtype="bf16", backward=False, cell="lstm"):
     return {
         "cell": cell, "hidden": hidden, "batch": batch, "directions": 1, "dtype": dtype,
-        "pass": "backward" if backward else "forward", "path": path, "microseconds": microseconds,
+        "backward": backward, "path": path, "microseconds": microseconds,
     }  # fmt: skip
 
 

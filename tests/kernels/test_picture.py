@@ -1,26 +1,24 @@
 """Budgets that add up, programs where the launch puts them, and a drawing that shows both. No GPU, nothing compiled."""
 
-import ast
 import csv
 import dataclasses
-import inspect
 import itertools
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextToPath
 
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.inspect import picture
 from persistrnn.kernels.inspect.picture import (
     Budget,
     Job,
-    MissingMatplotlib,
     apportion,
     bar,
     budgets,
@@ -34,6 +32,7 @@ from persistrnn.kernels.planner.problem import Problem
 
 WORKLOADS = Path(__file__).resolve().parents[2] / "bench" / "workloads"
 PASSES = ("forward", "backward")
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def planned(cell: str, hidden: int, batch: int, directions: int = 1, dtype: str = "bf16", device: str = "h200") -> Plan:
@@ -110,13 +109,6 @@ def test_two_programs_hold_twice_as_much_of_a_multiprocessor() -> None:
     assert registers["working"] == 2 * (4 * 256 * 110 - 8192)
 
 
-def test_second_program_shares_only_when_all_have_one() -> None:
-    found = planned("lstm", 256, 8192, 2)
-    part = dataclasses.replace(shared_in_two(found).forward, groups=132 // found.forward.tiling.slices)
-    assert running(part, found.hardware) <= 132
-    assert crowd(part, found.hardware) == 1
-
-
 @pytest.mark.parametrize("parts", [(("a", 3), ("b", 4)), (("a", 9), ("b", -1)), (("a", 7),)])
 def test_budget_that_does_not_add_up_is_refused(parts: tuple[tuple[str, int], ...]) -> None:
     with pytest.raises(AssertionError, match="add up to 8 bytes"):
@@ -131,6 +123,9 @@ def test_shares_that_do_not_add_up_are_refused() -> None:
         picture.whole_of(found, dataclasses.replace(found.forward, shares=wrong))
 
 
+# Text
+
+
 def test_shares_of_all_workloads_are_all_of_the_weights() -> None:
     for found in workload_plans():
         gates = {"lstm": 4, "gru": 3}[found.cell]
@@ -143,9 +138,6 @@ def test_resident_says_100_percent_only_if_nothing_is_streamed() -> None:
     assert picture.resident(part) == "100%"
     nearly = dataclasses.replace(part.shares, registers=10**6, shared=0, streamed=1)
     assert picture.resident(dataclasses.replace(part, shares=nearly)) == "99.9%"
-
-
-# Text
 
 
 def test_apportioned_lengths_add_up_and_follow_the_parts() -> None:
@@ -169,6 +161,9 @@ def test_bar_and_key_tell_the_same_bytes() -> None:
     ]
 
 
+# Programs and jobs
+
+
 def test_bars_of_all_workloads_add_up() -> None:
     for found in workload_plans():
         for _, part in passes(found):
@@ -182,9 +177,6 @@ def test_bars_of_all_workloads_add_up() -> None:
                 assert signs.keys() == {sign for sign, n in told.items() if n}
                 for sign, n in told.items():
                     assert abs(signs[sign] - 64 * n / budget.whole) < 2
-
-
-# Programs and jobs
 
 
 def test_jobs_are_in_the_kernels_order() -> None:
@@ -210,11 +202,6 @@ def test_grid_holds_every_multiprocessor_and_no_empty_row(count: int) -> None:
     columns, rows = grid(count)
     assert columns * (rows - 1) < count <= columns * rows
     assert 0.5 <= columns / rows <= 4 or count < 8
-
-
-def test_grids_of_known_chips_are_full() -> None:
-    assert grid(named("h200").multiprocessors) == (12, 11)
-    assert grid(named("mi300x").multiprocessors) == (19, 16)
 
 
 # The drawing
@@ -244,82 +231,87 @@ def drawn(request: pytest.FixtureRequest) -> tuple[Plan, str]:
     return found, picture.svg(found)
 
 
-def identifiers(svg: str) -> list[str]:
-    return [name for element in ElementTree.fromstring(svg).iter() if (name := element.get("id"))]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def boxes(svg: str, prefix: str) -> dict[str, Box]:
+    """The rectangles of that name."""
+    found = {}
+    for element in ElementTree.fromstring(svg).iter(f"{SVG}rect"):
+        if (element.get("id") or "").startswith(prefix):
+            x, y, width, height = (float(element.get(name)) for name in ("x", "y", "width", "height"))
+            found[element.get("id")] = x, y, x + width, y + height
+    return found
+
+
+def texts(svg: str) -> list[tuple[str, Box]]:
+    """Every text and where it is, by the widths of the font's letters."""
+    found = []
+    for element in ElementTree.fromstring(svg).iter(f"{SVG}text"):
+        size, kind, text = float(element.get("font-size")), element.get("class"), element.text
+        font = FontProperties(size=size, weight="bold" if kind == "bold" else "normal")
+        width = TextToPath().get_text_width_height_descent(text, font, ismath=False)[0]
+        left = float(element.get("x")) - width * {"mid": 0.5, "end": 1}.get(kind, 0)
+        base = float(element.get("y"))
+        found.append((text, (left, base - 0.75 * size, left + width, base)))
+    return found
 
 
 def test_drawing_has_every_multiprocessor_and_every_program_once(drawn: tuple[Plan, str]) -> None:
+    """Each in its place: the programs of a multiprocessor share its group, and what is idle is counted and grey."""
     found, svg = drawn
-    names = identifiers(svg)
+    root = ElementTree.fromstring(svg)
+    names = [name for element in root.iter() if (name := element.get("id"))]
     assert len(names) == len(set(names)), "an id is given once"
-    for name, part in passes(found):
+    idle = [text for text, _ in texts(svg) if text.endswith("idle")]
+    for (name, part), sentence in zip(passes(found), idle, strict=True):
         count = found.hardware.multiprocessors
-        assert [n for n in names if n.startswith(f"{name}-multiprocessor-")] == [
-            f"{name}-multiprocessor-{i}" for i in range(count)
-        ]
-        programs = {n for n in names if n.startswith(f"{name}-program-")}
-        assert programs == {f"{name}-program-{i}" for i in range(running(part, found.hardware))}
+        groups = [g for g in root.iter(f"{SVG}g") if g.get("id", "").startswith(f"{name}-multiprocessor-")]
+        assert [g.get("id") for g in groups] == [f"{name}-multiprocessor-{i}" for i in range(count)]
+        expected = {f"{name}-program-{i}" for i in range(running(part, found.hardware))}
+        assert boxes(svg, f"{name}-program-").keys() == expected
+        inside = [[r.get("id") for r in g.iter(f"{SVG}rect") if r.get("id")] for g in groups]
+        for i, own in enumerate(inside):
+            assert {int(program.rpartition("-")[2]) % count for program in own} <= {i}
+        assert max(map(len, inside)) == crowd(part, found.hardware)
+        assert sentence == f"{inside.count([])} of {count} multiprocessors idle"
+        for g, own in zip(groups, inside, strict=True):
+            grey = [r for r in g.iter(f"{SVG}rect") if r.get("class") == "idle"]
+            assert len(grey) == (len(own) < crowd(part, found.hardware))
 
 
-def test_idle_multiprocessors_are_counted_and_grey(drawn: tuple[Plan, str]) -> None:
-    found, _ = drawn
-    figure = picture.figure(found)
-    told = [text.get_text() for text in figure.texts if text.get_text().endswith("idle")]
-    boxes = {patch.get_gid(): patch.get_bbox() for patch in figure.patches + figure.artists if patch.get_gid()}
-    for (name, part), sentence in zip(passes(found), told, strict=True):
-        places = [box for gid, box in boxes.items() if gid.startswith(f"{name}-multiprocessor-")]
-        programs = [box for gid, box in boxes.items() if gid.startswith(f"{name}-program-")]
-        owners = Counter(
-            next(i for i, place in enumerate(places) if place.contains((p.x0 + p.x1) / 2, (p.y0 + p.y1) / 2))
-            for p in programs
-        )
-        assert sentence == f"{len(places) - len(owners)} of {found.hardware.multiprocessors} multiprocessors idle"
-        assert max(owners.values()) == crowd(part, found.hardware)
+def test_rectangles_do_not_overlap(drawn: tuple[Plan, str]) -> None:
+    found, svg = drawn
+    for name, _ in passes(found):
+        places = sorted(boxes(svg, f"{name}-program-").values(), key=lambda box: (round(box[1]), box[0]))
+        for one, other in itertools.pairwise(places):
+            assert other[0] >= one[2] - 0.11 or other[1] >= one[3] - 0.11
 
 
 def test_texts_stay_on_the_sheet_and_off_each_other(drawn: tuple[Plan, str]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    found, _ = drawn
-    figure = picture.figure(found)
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    boxes = [(text.get_window_extent(renderer), text.get_text()) for text in figure.texts]
-    left = figure.dpi * picture.MARGIN
-    right = left + figure.dpi * (2 * picture.PANEL + picture.GUTTER)
-    for box, text in boxes:
-        assert left <= box.x0 + 1 <= box.x1 <= right + 1, text
-        assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1, text
-    for (one, first), (other, second) in itertools.combinations(boxes, 2):
-        assert not one.overlaps(other), f"{first!r} lies over {second!r}"
-
-
-def test_entries_of_the_legend_fit_their_column() -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    found = shared_in_two(planned("lstm", 256, 8192, 2))
-    parts = [found.forward, dataclasses.replace(found.forward, groups=8, rounds=12)]
-    parts += [dataclasses.replace(found.forward, groups=4096, rounds=1)]
-    for part in parts:
-        sheet = picture._Sheet(9, 9)
-        for n, (_, text) in enumerate(picture._group_entries(found, part)):
-            sheet.text(0.28, 0.5 * n, text, 7.5)
-        renderer = FigureCanvasAgg(sheet.figure).get_renderer()
-        widest = max(text.get_window_extent(renderer).x1 for text in sheet.figure.texts)
-        assert widest < sheet.figure.dpi * (picture.PANEL / 2 - 0.08)
+    _, svg = drawn
+    width, height = (float(n) for n in ElementTree.fromstring(svg).get("viewBox").split()[2:])
+    found = texts(svg)
+    for text, (left, top, right, bottom) in found:
+        assert picture.MARGIN - 1 <= left <= right <= width - picture.MARGIN + 1, text
+        assert 0 <= top <= bottom <= height, text
+    for (first, one), (second, other) in itertools.combinations(found, 2):
+        apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+        assert apart, f"{first!r} lies over {second!r}"
 
 
 def test_drawing_names_the_plan(drawn: tuple[Plan, str]) -> None:
-    found, _ = drawn
-    texts = [text.get_text() for text in picture.figure(found).texts]
-    title = texts[0]
+    found, svg = drawn
+    told = [text for text, _ in texts(svg)]
+    title = told[0]
     for word in (found.cell.upper(), f"H={found.hidden}", f"B={found.batch}", found.dtype, found.hardware.name):
         assert word in title
     for name, part in passes(found):
         assert f"predicted {found.forward.predicted:.2f} us forward" in title
         assert f"{part.predicted:.2f} us {name}" in title
     for home in ("weights in registers", "weights in shared memory", "weights streamed each step"):
-        assert home in texts
-    homes = [text for text in texts if text.startswith("W_hh")]
+        assert home in told
+    homes = [text for text in told if text.startswith("W_hh")]
     for (_, part), line in zip(passes(found), homes, strict=True):
         shares = part.shares
         assert numbers(line) == [shares.registers, shares.shared, shares.streamed, picture.whole_of(found, part)]
@@ -342,33 +334,7 @@ def test_labels_are_slices_or_columns_and_rows(slices: int, rows: int, groups: i
 
 
 def test_every_program_has_its_label(drawn: tuple[Plan, str]) -> None:
-    found, _ = drawn
-    texts = Counter(text.get_text() for text in picture.figure(found).texts)
+    found, svg = drawn
+    told = Counter(text for text, _ in texts(svg))
     labels = Counter(picture._label(part, n) for _, part in passes(found) for n in range(running(part, found.hardware)))
-    assert labels == {text: n for text, n in texts.items() if text in labels}
-
-
-def test_drawing_is_the_same_every_time_and_whatever_the_style() -> None:
-    import matplotlib
-
-    found = planned("gru", 64, 512)
-    first = picture.svg(found)
-    with matplotlib.rc_context(
-        {"font.size": 30, "svg.hashsalt": "other", "hatch.linewidth": 9, "font.family": "serif"}
-    ):
-        assert picture.svg(found) == first
-        assert matplotlib.rcParams["svg.hashsalt"] == "other", "the caller's style is left alone"
-    assert "dc:date" not in first
-
-
-def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingMatplotlib, match=re.escape("pip install 'persistrnn[draw]'")):
-        picture.svg(planned("gru", 64, 16))
-
-
-def test_matplotlib_is_imported_by_drawing_only() -> None:
-    tree = ast.parse(inspect.getsource(picture))
-    top = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-    top |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert not {name for name in top if name.split(".")[0] in ("matplotlib", "numpy", "torch", "triton")}
+    assert labels == {text: n for text, n in told.items() if text in labels}

@@ -1,6 +1,5 @@
 """``persistrnn plan``: text and JSON whose numbers add up, and an answer to every wrong argument. No GPU."""
 
-import argparse
 import csv
 import dataclasses
 import json
@@ -117,6 +116,9 @@ def test_text_for_every_device_and_dtype(capsys: pytest.CaptureFixture[str], dev
     assert f"Assumed in the record of {device}: {', '.join(assumed)}.\n" in out
 
 
+# JSON
+
+
 def test_the_models_error_is_printed_where_there_are_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = CELLS["lstm"]
     found = plan_layer(Problem(cell, 1024, 16, 1, "bf16", DEVICES["h200"]))
@@ -140,9 +142,6 @@ def test_measured_numbers_are_named(tmp_path: Path) -> None:
     text = as_text(found, CELLS["gru"], 1024, "for a test")
     assert "Measured, in the record of h200: exchange.\n" in text + "\n"
     assert "Assumed in the record of h200: barrier, launch." in text
-
-
-# JSON
 
 
 def as_read(value: object) -> Any:
@@ -183,15 +182,6 @@ def test_json_has_the_whole_plan(
             assert held.pop("whole") == sum(held.values())
 
 
-def test_json_is_all_of_stdout_without_a_gpu_too(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    status, out, err = call(capsys, "--cell", "gru", "--hidden", "64", "--json")
-    assert (status, err) == (0, "")
-    assert "no GPU here" in json.loads(out)["device_from"]
-
-
 # The device
 
 
@@ -223,58 +213,43 @@ def test_with_a_gpu_it_plans_for_what_that_has(
 # Errors
 
 WRONG = [
-    (("--device", "gtx1080"), "'gtx1080'", "mi300x", "leave --device out"),
-    (("--hidden", "0"), "'0'", "from 1 to", "hidden_size"),
-    (("--hidden", "-3"), "'-3'", "from 1 to", "hidden_size"),
-    (("--hidden", "12.5"), "'12.5'", "an integer", "hidden_size"),
-    (("--batch", "0"), "'0'", "from 1 to", "side by side"),
-    (("--batch", "1" + "0" * 400), "'1000", "from 1 to", "side by side"),
-    (("--directions", "3"), "'3'", "from 1 to 2", "bidirectional"),
-    (("--dtype", "float64"), "'float64'", "fp16, bf16, tf32, fp32", "backend='torch'"),
-    (("--dtype", "torch.float32"), "'torch.float32'", "fp16, bf16, tf32, fp32", "say fp32"),
-    (("--dtype", "int8"), "'int8'", "fp16, bf16, tf32, fp32", "default"),
-    (("--cell", "rnn"), "'rnn'", "lstm, gru", "torch's own modules"),
-    (("--draw", "chip.png"), "'chip.png'", "ends in .svg", "convert"),
-    (("--draw", "svg"), "'svg'", "ends in .svg", "convert"),
-    (("--draw", "no/such/folder/chip.svg"), "'no/such/folder/chip.svg'", "folder that exists", "make the folder"),
-    (("--draw", "a" * 300 + ".svg"), "aaa.svg'", "a file that you may write", "cannot be written"),
+    (("--device", "gtx1080"), "'gtx1080'", "mi300x"),
+    (("--hidden", "0"), "'0'", "from 1 to"),
+    (("--hidden", "-3"), "'-3'", "from 1 to"),
+    (("--hidden", "12.5"), "'12.5'", "an integer"),
+    (("--hidden", "\u00b2"), "'\u00b2'", "an integer"),
+    (("--batch", "1" + "0" * 400), "'1000", "from 1 to"),
+    (("--directions", "3"), "3", "1, 2"),
+    (("--dtype", "float64"), "'float64'", "fp16"),
+    (("--dtype", "int8"), "'int8'", "tf32"),
+    (("--cell", "rnn"), "'rnn'", "gru"),
+    (("--draw", "chip.png"), "'chip.png'", "ends in .svg"),
+    (("--draw", "no/such/folder/chip.svg"), "'no/such/folder/chip.svg'", "folder that exists"),
+    (("--draw", "a" * 300 + ".svg"), "aaa.svg'", "a file that you may write"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "given", "allowed", "remedy"), WRONG)
+@pytest.mark.parametrize(("arguments", "given", "allowed"), WRONG)
 def test_wrong_arguments_are_refused_at_the_door(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    arguments: tuple[str, ...],
-    given: str,
-    allowed: str,
-    remedy: str,
-) -> None:
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: tuple[str, ...],
+    given: str, allowed: str,
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     status, out, err = call(capsys, *SMALL, *arguments)
     assert (status, out) == (2, "")
     message = err.splitlines()[-1]
     assert message.startswith(f"persistrnn plan: error: argument {arguments[0]}: ")
-    for word in (given, allowed, remedy):
-        assert word in message
+    assert given in message
+    assert allowed in message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_is_no_file_to_draw_into(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    folder = tmp_path / "chip.svg"
-    folder.mkdir()
-    status, out, err = call(capsys, *SMALL, "--draw", str(folder))
-    assert (status, out) == (2, "")
-    assert "a folder itself" in err
-
-
-@pytest.mark.parametrize("missing", ["--cell", "--hidden"])
-def test_cell_and_hidden_size_must_be_given(capsys: pytest.CaptureFixture[str], missing: str) -> None:
-    at = SMALL.index(missing)
-    status, out, err = call(capsys, *SMALL[:at], *SMALL[at + 2 :])
-    assert (status, out) == (2, "")
-    assert f"required: {missing}" in err
+@pytest.mark.parametrize("name", ["half", "torch.float16", "BFLOAT16", "float32", "tf32"])
+def test_torchs_names_of_dtypes_are_understood(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    status, out, _ = call(capsys, *SMALL, "--dtype", name)
+    assert status == 0
+    expected = {"half": "fp16", "torch.float16": "fp16", "BFLOAT16": "bf16", "float32": "fp32", "tf32": "tf32"}
+    assert f" {expected[name]} on h200" in out
 
 
 def test_layer_without_a_plan_is_an_error_and_draws_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -284,27 +259,6 @@ def test_layer_without_a_plan_is_an_error_and_draws_nothing(capsys: pytest.Captu
     assert err.startswith("persistrnn plan: hidden_size=100000: ")
     assert err.count("\n") == 1
     assert not drawing.exists()
-
-
-def test_drawing_without_matplotlib_says_what_to_install(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    drawing = tmp_path / "chip.svg"
-    status, out, err = call(capsys, *SMALL, "--draw", str(drawing))
-    assert (status, out) == (2, "")
-    assert "pip install 'persistrnn[draw]'" in err
-    assert not drawing.exists()
-    assert call(capsys, *SMALL)[0] == 0, "text needs none"
-
-
-def test_help_names_every_option_and_that_times_are_predicted(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = call(capsys, "--help")
-    assert status == 0
-    for action in plan_command.parser()._actions:
-        assert isinstance(action, argparse.Action)
-        assert action.option_strings[-1] in out
-    assert "none is measured" in " ".join(out.split())
 
 
 # As a user runs it

@@ -1,8 +1,6 @@
 """What is measured for a profile: time, memory, what does not fit, what is traced."""
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,8 +8,8 @@ import torch
 import persistrnn
 from persistrnn.kernels.planner import memory
 from persistrnn.profiling import measure as profiling
-from persistrnn.profiling import page as profile_page
 from persistrnn.profiling import record as profile_record
+from persistrnn.profiling import report as profile_report
 from persistrnn.profiling import tables as profile_tables
 from persistrnn.profiling.advice import advice
 from persistrnn.profiling.measure import measure
@@ -51,7 +49,7 @@ def test_one_t_without_memory_leaves_the_others():
     assert [(point.arm, point.steps, point.failed) for point in found.points] == [
         (OURS, 4, ""), (OURS, 8, "out of memory"), (TORCH, 4, "out of memory"), (TORCH, 8, ""),
     ]  # fmt: skip
-    assert ("persistrnn at T = 8: out of memory", True) in profile_page.banners(found)
+    assert ("persistrnn at T = 8: out of memory", True) in profile_report.banners(found)
     line = profile_tables.summary(found).rows[1]
     assert line.bad
     assert line.cells[:3] == [OURS, "8", "out of memory"]
@@ -130,7 +128,7 @@ def test_loops_of_many_operators_are_not_traced(monkeypatch, tmp_path):
     text = profile_tables.report(found, advice(found))
     assert "not traced: too many operators" in text
     assert "persistrnn at T = 4: time of this CPU by phase" in text
-    assert "persistrnn at T = 4: time of this CPU by phase" in profile_page.page(found)
+    assert "persistrnn at T = 4: time of this CPU by phase" in profile_report.page(found)
 
 
 def test_host_time_never_stands_for_kernels():
@@ -140,17 +138,6 @@ def test_host_time_never_stands_for_kernels():
     assert profiling._untraced(Iteration(device=False, **known), cuda=True) == NO_KERNELS
     assert profiling._untraced(Iteration(device=False, **known), cuda=False) == ""
     assert profiling._untraced(None, cuda=True) == UNTRACED
-
-
-def test_the_profiler_is_silent():
-    """Its own lines would tear the bar; said once in a process, so in one of its own."""
-    program = (
-        "import torch, persistrnn\n"
-        "make = lambda steps: (persistrnn.LSTM(4, 4), torch.zeros(steps, 2, 4))\n"
-        "persistrnn.profile(make, [4], device='cpu', iterations=2, progress=False)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_few_iterations_where_they_are_long():

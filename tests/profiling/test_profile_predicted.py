@@ -10,8 +10,9 @@ from persistrnn.kernels.planner import hardware
 from persistrnn.kernels.planner.pipeline import plan_pipeline
 from persistrnn.kernels.planner.plan import plan_layer
 from persistrnn.kernels.planner.problem import Problem
-from persistrnn.profiling import page as profile_page
+from persistrnn.profiling import plots as profile_plots
 from persistrnn.profiling import predicted as profile_predicted
+from persistrnn.profiling import report as profile_report
 from persistrnn.profiling import tables as profile_tables
 from persistrnn.profiling.record import Machine, Point, Profile, Settings
 from persistrnn.profiling.subject import Call
@@ -86,8 +87,8 @@ def test_what_does_not_fit_is_said(monkeypatch):
     double = synthetic(dataclasses.replace(CALL, dtype="float64"))
     profile_predicted.add(double, "h200")
     assert "dtype must be one of" in double.no_outlook
-    monkeypatch.setattr(profile_page.profile_plots, "draw", lambda profile: [])
-    assert "There is no plan: dtype must be one of" in profile_page.page(double)
+    monkeypatch.setattr(profile_plots, "draw", lambda profile: [])
+    assert "There is no plan: dtype must be one of" in profile_report.page(double)
 
 
 def test_floors_on_the_live_device(on_h200):
@@ -123,7 +124,7 @@ def test_page_of_a_gpu(on_h200):
     """Kernels on a track of their own; nothing calls itself a CPU."""
     profile = synthetic(CALL)
     profile_predicted.add(profile, None)
-    page = profile_page.page(profile)
+    page = profile_report.page(profile)
     assert "Measured on a CPU" not in page
     assert "those of the kernels; the rest of the iteration the device is idle" in page
     assert "device idle" in page
@@ -145,7 +146,7 @@ def test_nothing_measured():
     profile = Profile("lstm", GPU, Settings("adam", 5, 2, 20.0), [Point("persistrnn", 8, "out of memory")])
     profile_predicted.add(profile, None)
     assert profile.no_outlook == "nothing was measured"
-    page = profile_page.page(profile)
+    page = profile_report.page(profile)
     assert "persistrnn at T = 8: out of memory" in page
     assert "There is no plan: nothing was measured." in page
 

@@ -11,7 +11,7 @@ import pytest
 import triton
 
 from bench.race import engine
-from persistrnn import results
+from bench.report import results
 from persistrnn.kernels.inspect import audit, plan_command
 from persistrnn.kernels.planner.hardware import named
 

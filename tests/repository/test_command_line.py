@@ -8,7 +8,7 @@ import pytest
 import persistrnn
 from persistrnn import __main__
 
-COMMANDS = ("plan", "audit", "profile", "report")
+COMMANDS = ("plan", "audit", "profile")
 
 
 def call(monkeypatch, capsys, *arguments):

@@ -20,7 +20,7 @@ ROOMS = {
     "bench/verdict": "bench.report.notes bench.report.targets",
     "bench/report": "bench.report*",
     "bench": "bench*",
-    "surface": "persistrnn persistrnn.__main__ persistrnn.report persistrnn.profiling.command",
+    "surface": "persistrnn persistrnn.__main__ persistrnn.profiling.command",
     "profiling": "persistrnn.profiling*",
     "inspect": "persistrnn.kernels.inspect*",
     "device": "persistrnn.kernels.device*",
@@ -45,7 +45,7 @@ MEASURE_KERNELS = {
     *("bench.gpu.micro_kernels", "bench.gpu.stress", "bench.gpu.tune"),
     *("bench.race.arms", "bench.race.engine", "bench.race.test_host"),
 }
-PUBLIC = {"persistrnn", "persistrnn.functional", "persistrnn.explain", "persistrnn.results"} | RECORDS
+PUBLIC = {"persistrnn", "persistrnn.functional", "persistrnn.explain"} | RECORDS
 PUBLIC |= {"persistrnn.profiling.page", "persistrnn.profiling.drawing"}
 NOT_JITTED = {"exchange_on"}  # in kernels/device: how an exchange is done there
 

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
-DATA = ("py.typed", "profiling/profile.html.jinja", "report.html.jinja")
+DATA = ("py.typed", "profiling/page.html.jinja")
 
 
 def python(code: str, *arguments: object, cwd: Path) -> object:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from test_artefacts import AUDITS, RESULTS, audited
 
-from persistrnn import report, results
+from bench.report import results, tables
 from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.inspect import plan_command
+from persistrnn.kernels.inspect import picture, plan_command
 from persistrnn.kernels.planner.hardware import named
 from persistrnn.kernels.planner.plan import PlanError, plan_layer
 from persistrnn.kernels.planner.problem import Problem
@@ -61,7 +61,7 @@ def test_race_table_is_made_from_the_results():
     """From the newest file that was measured on a GPU; before there is one, from the rehearsal, which has no speeds."""
     found = [results.load(path) for path in RESULTS.glob("*.json")]
     newest = max(found, key=lambda one: (not one.provenance.rehearsal, one.provenance.date))
-    assert report.markdown(newest) in README
+    assert tables.markdown(newest) in README
 
 
 def test_plan_that_is_shown_wins():
@@ -76,6 +76,7 @@ def test_plan_that_is_shown_wins():
     assert f"training: {training.persistent:.2f} us, on torch's own path {training.torch:.2f})" in README
     drawing = RESULTS / f"plan-{given.cell}-{given.hidden}.svg"
     assert drawing.stat().st_size < 60_000
+    assert drawing.read_text() == picture.svg(found)
 
 
 def test_largest_hidden_sizes_are_those_of_the_plan():

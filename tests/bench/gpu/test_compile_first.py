@@ -12,10 +12,10 @@ import torch
 from bench.gpu import compile_first, micro, smoke
 from bench.gpu.compile_first import Driver, Task, compile_task, fill, summary, tasks
 from bench.race import suites
+from bench.report.results import Case
 from persistrnn.kernels import launch
 from persistrnn.kernels.device.exchange import Exchange
 from persistrnn.kernels.planner.hardware import DEVICES
-from persistrnn.results import Case
 
 pytestmark = pytest.mark.audit
 

@@ -18,9 +18,9 @@ from bench.gpu import command as gpu
 from bench.gpu import first, first_steps, smoke
 from bench.gpu.first import STEPS, First, Step
 from bench.race import suites
+from bench.report.results import Results, Stress, entry, line, load
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner.hardware import named
-from persistrnn.results import Results, Stress, entry, line, load
 
 # A step's process without torch: it does what its items are called, and keeps the journal as `first_steps` does.
 FAKE = """
@@ -363,7 +363,7 @@ def test_a_results_file_cut_short(path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(First, "pytest", lambda *_: False)
     empty().save(path)
     path.write_text(path.read_text()[:200])
-    assert gpu.main(["first", "--results", str(path)]) == 1
+    assert gpu.main(["first", "--output", str(path)]) == 1
     assert path.with_suffix(".broken").exists()
     ok, message = outcomes(path)["results"]
     assert not ok
@@ -433,7 +433,7 @@ def test_a_rehearsal_in_which_all_goes_wrong(path: Path, monkeypatch: pytest.Mon
     # Short only where something hangs: the others may share their cores.
     alone = (replace(s, beside=False, seconds=150, item=5 if s.name == "machine" else 60) for s in STEPS)
     monkeypatch.setattr(first, "STEPS", tuple(alone))
-    command = ["--rehearse", "h200", "first", "--results", str(path), "--steps", *steps]
+    command = ["--rehearse", "h200", "first", "--output", str(path), "--steps", *steps]
     command += ["--minutes", "20", "--inject", *inject]
     assert gpu.main(command) == 1
     found = outcomes(path)

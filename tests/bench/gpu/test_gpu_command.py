@@ -18,9 +18,9 @@ from bench.gpu import command as gpu
 from bench.gpu import micro, recorder, stress, tune
 from bench.race import suites
 from bench.report import provenance
+from bench.report.results import Check, Micro, Results, Stress, Tuning, load
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner.hardware import named
-from persistrnn.results import Check, Micro, Results, Stress, Tuning, load
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, path: Path) -> Callable[..., int]:
         PROVENANCE, clocks_after=0, command=" ".join(command or []), commit=commit or PROVENANCE.commit
     ))  # fmt: skip
     monkeypatch.setattr(provenance, "clock", lambda: 1234)
-    return lambda *arguments: gpu.main([*arguments, "--results", str(path)])
+    return lambda *arguments: gpu.main([*arguments, "--output", str(path)])
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_file_from_elsewhere(
 ) -> None:
     results(**{name: "another"}).save(path)
     before = path.read_bytes()
-    error = refused(capsys, "micro", "--results", str(path))
+    error = refused(capsys, "micro", "--output", str(path))
     assert f"was measured with {name} 'another', now it is '{getattr(PROVENANCE, name)}'; name another" in error
     assert path.read_bytes() == before
     results(**{name: "unknown"}).save(path)
@@ -121,8 +121,8 @@ def test_a_file_from_elsewhere(
 @pytest.mark.usefixtures("machine", "parts")
 def test_a_file_that_is_none(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.write_text("[]")
-    assert "results.json is '[]', allowed: an object with provenance," in refused(capsys, "--results", str(path))
-    assert "Is a directory" in refused(capsys, "--results", str(path.parent))
+    assert "results.json is '[]', allowed: an object with provenance," in refused(capsys, "--output", str(path))
+    assert "Is a directory" in refused(capsys, "--output", str(path.parent))
 
 
 # All parts
@@ -136,7 +136,7 @@ def test_parts_run_in_order(
     assert parts == ["correctness", "stress", "micro", "race", "tune"]
     found = load(path).provenance
     assert (found.clocks_before, found.clocks_after) == (1000, 1234)
-    assert found.command == f"python -m bench.gpu --results {path}"
+    assert found.command == f"python -m bench.gpu --output {path}"
     assert machine("tune", "micro") == 0
     assert parts[5:] == ["tune", "micro"]
     shown = capsys.readouterr().out
@@ -268,7 +268,7 @@ def test_race(process: Callable[..., Process], path: Path) -> None:
     assert gpu.race_part(run)
     (command,) = made.commands
     assert "bench/race/test_race.py" in command
-    assert following(command, "--results") == str(path)
+    assert following(command, "--output") == str(path)
     assert following(command, "--minutes") == "8.0"
     for option, given in (("--suite", ["short", "models"]), ("--dtype", ["fp16"]), ("--arm", ["torch", "xma"])):
         at = command.index(option) + 1
@@ -290,7 +290,7 @@ def test_race_of_a_rehearsal(process: Callable[..., Process], path: Path) -> Non
         }
         assert all(t.predicted > t.floor > 0 for t in found.timings)
     assert {"--rehearse", "--benchmark-quiet"} < set(made.commands[0])
-    assert following(made.commands[0], "--results") != str(path)
+    assert following(made.commands[0], "--output") != str(path)
 
 
 def test_correctness_of_a_rehearsal_is_collected(process: Callable[..., Process], path: Path) -> None:
@@ -432,7 +432,7 @@ def test_micro_and_tune_of_a_rehearsal(
 
 @pytest.mark.interpreter
 def test_a_rehearsal(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["stress", "micro", "--rehearse", "h200", "--results", str(path)]) == 0
+    assert gpu.main(["stress", "micro", "--rehearse", "h200", "--output", str(path)]) == 0
     found = load(path)
     assert found.provenance.rehearsal
     assert found == Results(found.provenance)

@@ -21,10 +21,10 @@ from triton.compiler import ASTSource
 
 from bench.gpu import micro, micro_kernels
 from bench.gpu.micro import REHEARSAL, Item, Machine, Scale
+from bench.report.results import Micro
 from persistrnn.kernels.inspect import audit
 from persistrnn.kernels.inspect.audit import Homes
 from persistrnn.kernels.planner import hardware, measurements
-from persistrnn.results import Micro
 
 CPU = torch.device("cpu")
 PROTOCOLS = ("counter", "flags")

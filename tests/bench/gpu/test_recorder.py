@@ -13,7 +13,7 @@ import pytest
 from synthetic import results
 
 from bench.gpu import recorder
-from persistrnn.results import Stress, load
+from bench.report.results import Stress, load
 
 ROOT = Path(__file__).parents[3]
 TESTS = """

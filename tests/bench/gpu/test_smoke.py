@@ -10,6 +10,7 @@ import torch
 from bench.gpu import smoke
 from bench.gpu.smoke import SMOKE, VARIANTS, changed, observe, simplest, vary
 from bench.race import suites
+from bench.report.results import Case
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import Exchange
@@ -17,7 +18,6 @@ from persistrnn.kernels.planner.hardware import DEVICES
 from persistrnn.kernels.planner.pipeline import plan_pipeline
 from persistrnn.kernels.planner.plan import plan_layer
 from persistrnn.kernels.planner.problem import Problem
-from persistrnn.results import Case
 
 CPU = torch.device("cpu")
 KINDS: dict[str, Callable[[Any], bool]] = {

@@ -11,8 +11,8 @@ from torch import Tensor
 from bench.gpu import command as gpu
 from bench.gpu import stress
 from bench.race.engine import Race
+from bench.report.results import Check
 from persistrnn.kernels import launch
-from persistrnn.results import Check
 
 CPU = torch.device("cpu")
 

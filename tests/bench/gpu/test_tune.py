@@ -10,26 +10,17 @@ from torch import Tensor
 
 from bench.gpu import tune
 from bench.race.engine import Race
+from bench.report.results import Case, Tuning
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import plan
 from persistrnn.kernels.planner.hardware import INTERPRETER, named
 from persistrnn.kernels.planner.plan import Pass
 from persistrnn.kernels.planner.problem import Problem
-from persistrnn.results import Case, Tuning
 
 CPU = torch.device("cpu")
 H200 = named("h200")
 TINY = Case("tune", "H=10", "lstm", 0, 10, 1, False, 2, 3, "fp32", "training")
-
-
-def test_cases() -> None:
-    found = list(tune.cases("fp16"))
-    assert [(c.cell, c.hidden, c.batch) for c in found] == tune.SHAPES
-    assert {(c.input, c.layers, c.bidirectional, c.steps, c.dtype, c.mode) for c in found} == {
-        (0, 1, False, 256, "fp16", "training")
-    }
-    assert len({c.key for c in found}) == len(tune.SHAPES)
 
 
 @pytest.mark.parametrize("backward", [False, True])

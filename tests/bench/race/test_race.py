@@ -16,12 +16,12 @@ from bench.race import engine as race
 from bench.race.arms import ARMS, DTYPES, Runner, Skip
 from bench.race.correctness import Truth
 from bench.race.engine import Race
+from bench.report.results import MODES, Case
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner.hardware import INTERPRETER, named
 from persistrnn.kernels.planner.pipeline import plan_pipeline
 from persistrnn.kernels.planner.problem import Problem
-from persistrnn.results import MODES, Case
 
 CPU = torch.device("cpu")
 CASE = Case("suite", "name", "lstm", 5, 4, 1, False, 3, 6, "fp32", "training")

@@ -20,7 +20,7 @@ from bench.race import arithmetic, conftest
 from bench.race.correctness import Truth
 from bench.race.engine import REHEARSED, Race
 from bench.report import provenance
-from persistrnn.results import ARMS, MODES, Check, Results, load
+from bench.report.results import ARMS, MODES, Check, Results, load
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def race(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_rehearsal(tmp_path: Path) -> None:
     """Green checks, no speeds; a second run finds all of it; times per call and not per round."""
     path, table = tmp_path / "results.json", tmp_path / "benchmark.json"
-    done = race(*SMALL, "--results", str(path), f"--benchmark-json={table}")
+    done = race(*SMALL, "--output", str(path), f"--benchmark-json={table}")
     assert done.returncode == 0, done.stdout + done.stderr
     found = load(path)
     assert found.provenance.rehearsal
@@ -65,7 +65,7 @@ def test_a_rehearsal(tmp_path: Path) -> None:
     found.provenance = replace(found.provenance, commit="unknown")  # in case someone commits meanwhile
     found.save(path)
     before = path.read_bytes()
-    again = race(*SMALL, "--results", str(path))
+    again = race(*SMALL, "--output", str(path))
     assert again.returncode == 0, again.stdout
     assert "[4] bench/race/conftest.py" in again.stdout
     assert "measured before in this results file" in again.stdout
@@ -99,7 +99,7 @@ def test_the_suites_without_an_installation() -> None:
 
 def test_the_command_without_an_installation(tmp_path: Path) -> None:
     """It finds the tests of the checkout."""
-    arguments = ["correctness", "--rehearse", "h200", "--results", str(tmp_path / "results.json")]
+    arguments = ["correctness", "--rehearse", "h200", "--output", str(tmp_path / "results.json")]
     done = uninstalled("from bench.gpu.command import main; sys.exit(main(sys.argv[1:]))", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tests/kernels/test_gpu_wave.py::" in done.stdout
@@ -124,7 +124,7 @@ def test_names(name: str, given: list[str], message: str) -> None:
 
 
 def options(**changed: Any) -> Callable[[str], Any]:
-    found = {"--rehearse": True, "--results": None, "--minutes": None} | {f"--{n}": v for n, v in changed.items()}
+    found = {"--rehearse": True, "--output": None, "--minutes": None} | {f"--{n}": v for n, v in changed.items()}
     return found.__getitem__
 
 
@@ -147,17 +147,17 @@ def test_results_that_do_not_belong_here(tmp_path: Path, monkeypatch: pytest.Mon
     assert "set TRITON_INTERPRET=1" in refused(options())
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     path = tmp_path / "results.json"
-    assert conftest.opened(options(results=path)).results.provenance.rehearsal
+    assert conftest.opened(options(output=path)).results.provenance.rehearsal
     path.write_text("{")
-    assert "results.json: not JSON" in refused(options(results=path))
+    assert "results.json: not JSON" in refused(options(output=path))
     Results(PROVENANCE).save(path)
-    assert "was measured with device 'Test GPU', now it is 'CPU" in refused(options(results=path))
+    assert "was measured with device 'Test GPU', now it is 'CPU" in refused(options(output=path))
     now = provenance.provenance(CPU)
     Results(replace(now, commit="another")).save(path)
-    assert "was measured with commit 'another', now it is" in refused(options(results=path))
+    assert "was measured with commit 'another', now it is" in refused(options(output=path))
     Results(replace(now, commit="unknown", date="")).save(path)
-    assert conftest.opened(options(results=path)).results.provenance.date == ""
-    assert "--results: " in refused(options(results=tmp_path))
+    assert conftest.opened(options(output=path)).results.provenance.date == ""
+    assert "--output: " in refused(options(output=tmp_path))
 
 
 class Benchmark:
@@ -224,10 +224,10 @@ def test_an_arm_that_does_not_run_says_why(tmp_path: Path) -> None:
 def test_nothing_begins_after_the_deadline(minutes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     before = time.monotonic()
-    recorder = conftest.opened(options(minutes=minutes, results=tmp_path / "results.json"))
+    recorder = conftest.opened(options(minutes=minutes, output=tmp_path / "results.json"))
     assert before <= recorder.deadline - 60 * minutes <= time.monotonic()
     recorder.deadline -= 60 * minutes
-    with pytest.raises(pytest.skip.Exception, match="out of time; the next run with the same --results goes on here"):
+    with pytest.raises(pytest.skip.Exception, match="out of time; the next run with the same --output goes on here"):
         conftest.run(recorder, None, TINY, "torch")
     assert recorder._race is None
     assert not (tmp_path / "results.json").exists()

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.race import arms
 from bench.race.arms import ARMS, Runner, Skip
 from bench.race.correctness import Truth
-from persistrnn.results import Case
+from bench.report.results import Case
 
 CPU = torch.device("cpu")
 CASE = Case("suite", "name", "lstm", 5, 4, 1, False, 3, 6, "fp32", "training")

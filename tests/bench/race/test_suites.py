@@ -10,7 +10,7 @@ import torch
 from bench import UsageError
 from bench.race import suites
 from bench.race.arithmetic import bytes_moved, input_bytes, operations, parameter_bytes
-from persistrnn.results import DTYPES, Case
+from bench.report.results import DTYPES, Case
 
 
 def case(cell: str = "lstm", input: int = 3, hidden: int = 3, layers: int = 1, bidirectional: bool = False,

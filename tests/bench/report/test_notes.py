@@ -11,9 +11,8 @@ from synthetic import results as empty
 from bench import UsageError
 from bench.gpu import calibrate
 from bench.race import suites
-from bench.report import notes, targets
-from persistrnn import report
-from persistrnn.results import Check, Micro, Results, Stress
+from bench.report import notes, tables, targets
+from bench.report.results import Check, Micro, Results, Stress
 
 NOTES = Path(__file__).parents[3] / "bench" / "NOTES.md"
 
@@ -65,24 +64,12 @@ def test_a_first_run_fills_the_notebook() -> None:
     assert notes.filled(after, found) == after
 
 
-def test_a_part_of_a_first_run_fills_a_part() -> None:
-    assert notes.cells(empty(device="NVIDIA H200"), "r.json") == {}
-    only = empty(device="NVIDIA H200")
-    only.micro += [one for one in first_run().micro if one.name == "l2"]
-    assert list(notes.cells(only, "r.json")) == ["staggered reads of h"]
-
-
 @pytest.mark.parametrize("change", [{"rehearsal": True}, {"device": "NVIDIA A100"}])
 def test_other_results_fill_nothing(change: dict[str, object]) -> None:
     run = first_run()
     run.provenance = replace(run.provenance, **change)
     with pytest.raises(UsageError, match="allowed: a run on a whole H200"):
         notes.cells(run, "r.json")
-
-
-def test_a_notebook_without_the_row() -> None:
-    with pytest.raises(UsageError, match="the notebook has 0 rows that begin with 'CUDA graphs'; allowed: one"):
-        notes.filled("# nothing", {"CUDA graphs": "x"})
 
 
 def test_the_rest_takes_a_first_run_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +83,7 @@ def test_the_rest_takes_a_first_run_as_it_is(tmp_path: Path, capsys: pytest.Capt
     assert '"backward"' in content
     shown = {one.text: one.met for one in targets.targets(first_run(), "h200.json")}
     assert sum(met != targets.NOTHING for met in shown.values()) >= 8
-    assert "lstm H=768 B=16 T=1024" in report.markdown(first_run())
+    assert "lstm H=768 B=16 T=1024" in tables.markdown(first_run())
     wrong = first_run()
     wrong.timings = [one for one in wrong.timings if one.case != suites.first()[0]]
     wrong.add(Check(suites.first()[0], "persistrnn", False, 9.0, "y is wrong"))

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from synthetic import add, many, pair, predicted, raced, results
 
-from persistrnn import plots
-from persistrnn.results import ARMS, DTYPES, MODES, Results
+from bench.report import plots
+from bench.report.results import ARMS, DTYPES, MODES, Results
+from persistrnn.profiling import drawing
 
 
 def drawn(found: Results, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -17,14 +18,14 @@ def drawn(found: Results, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     figures: dict[str, Any] = {}
 
-    def keep(figure: Any, name: str, *rest: Any) -> Any:
-        plot = finish(figure, name, *rest)
+    def keep(figure: Any, name: str, *rest: Any, **more: Any) -> Any:
+        plot = finish(figure, name, *rest, **more)
         FigureCanvasAgg(figure).draw()
         figures[name] = figure
         return plot
 
-    finish = plots._finish
-    monkeypatch.setattr(plots, "_finish", keep)
+    finish = drawing.finish
+    monkeypatch.setattr(drawing, "finish", keep)
     plots.draw(found)
     return figures
 

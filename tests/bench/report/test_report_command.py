@@ -1,4 +1,4 @@
-"""``persistrnn report`` as it is called: what it writes, what it leaves alone, and how it answers wrong arguments."""
+"""``python -m bench.report``: what it writes, what it leaves alone, and how it answers wrong arguments."""
 
 import os
 import subprocess
@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from synthetic import predicted, raced, results
+from synthetic import predicted, results
 
-from persistrnn import report
+from bench.report import __main__ as report
+
+ROOT = Path(__file__).parents[3]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -31,8 +34,8 @@ def file(tmp_path: Path) -> Path:
 
 def test_command_says_what_it_wrote(tmp_path: Path) -> None:
     predicted().save(tmp_path / "results.json")
-    command = [sys.executable, "-m", "persistrnn", "report", "results.json", "--output", "a/b"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    command = [sys.executable, "-m", "bench.report", "results.json", "--output", "a/b"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=ENVIRONMENT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         f"wrote a/b/{n}" for n in ("report.html", "step-bf16-forward-1.png", "floor.png")
@@ -104,17 +107,10 @@ def test_wrong_arguments_are_refused_at_the_door(
     status, out, err = call(capsys, *arguments)
     assert (status, out) == (2, "")
     message = err.splitlines()[-1]
-    assert message.startswith("persistrnn report: error: ")
+    assert message.startswith("python -m bench.report: error: ")
     for word in told:
         assert word in message
     assert sorted(file.parent.iterdir()) == before
-
-
-def test_two_runs_without_dates_are_refused(capsys: pytest.CaptureFixture[str], file: Path) -> None:
-    results(date="").save(file.with_name("other.json"))
-    status, _, err = call(capsys, file, file.with_name("other.json"), "--output", file.parent / "out")
-    assert status == 2
-    assert "argument RESULTS.json: provenance.date is ''" in err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -132,11 +128,5 @@ def test_without_matplotlib_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, out, err = call(capsys, file, "--output", file.parent / "out")
     assert (status, out) == (2, "")
-    assert "pip install 'persistrnn[draw]'" in err
+    assert "pip install 'persistrnn[profile]'" in err
     assert not (file.parent / "out").exists()
-    assert report.markdown(raced()), "the README's table needs none"
-
-
-def test_no_results_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no results given"):
-        report.write([], tmp_path)

@@ -1,4 +1,4 @@
-"""What a run of the benchmarks found on one machine: one JSON file, written, read and checked here. No torch.
+"""What a run of the benchmarks found on one machine: one JSON file, written, read and checked here.
 
     {"provenance": {...}, "checks": [...], "timings": [...], "micro": [...], "stress": [...], "tuning": [...]}
 
@@ -8,20 +8,23 @@ run, and a file that is anything else is refused with the place, the given value
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
-import typing
-from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeAlias, get_args
 
-DTYPES = ("fp16", "bf16", "tf32", "fp32")
-MODES = ("forward", "training")
-MARKS = ("", "lengths", "resets")
+from persistrnn.kernels.planner.typed_json import load as load_typed
+from persistrnn.kernels.planner.typed_json import read, refused
+
+Dtype: TypeAlias = Literal["fp16", "bf16", "tf32", "fp32"]
+Mode: TypeAlias = Literal["forward", "training"]
+Mark: TypeAlias = Literal["", "lengths", "resets"]
 # In the report's order. "torch" is torch.nn in the case's dtype, "torch-best" in the dtype in which it is fastest.
-ARMS = ("persistrnn", "torch", "torch-best", "torchrl", "flashrnn", "xma")
+Arm: TypeAlias = Literal["persistrnn", "torch", "torch-best", "torchrl", "flashrnn", "xma"]
+DTYPES, MODES, MARKS, ARMS = (get_args(kind) for kind in (Dtype, Mode, Mark, Arm))
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,15 @@ class Provenance:
     clocks_after: int
     rehearsal: bool
 
+    @property
+    def when(self) -> datetime:
+        """Raises ValueError for a date that is none."""
+        try:
+            found = datetime.fromisoformat(self.date.replace("Z", "+00:00"))
+        except ValueError as error:
+            raise refused("provenance.date", self.date, "a date like 2026-01-31T12:00:00+00:00") from error
+        return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -67,9 +79,9 @@ class Case:
     bidirectional: bool
     batch: int
     steps: int
-    dtype: str
-    mode: str
-    marks: str = ""
+    dtype: Dtype
+    mode: Mode
+    marks: Mark = ""
 
     @property
     def key(self) -> str:
@@ -87,7 +99,7 @@ class Check:
     against float64 over the error that is allowed (at most 1 if ok)."""
 
     case: Case
-    arm: str
+    arm: Arm
     ok: bool
     error: float
     message: str
@@ -103,7 +115,7 @@ class Timing:
     """
 
     case: Case
-    arm: str
+    arm: Arm
     skipped: str
     dtype: str
     microseconds: float
@@ -161,7 +173,7 @@ class Tuning:
     microseconds: float
 
 
-Entry: typing.TypeAlias = Check | Timing | Micro | Stress | Tuning
+Entry: TypeAlias = Check | Timing | Micro | Stress | Tuning
 
 
 @dataclass
@@ -174,6 +186,14 @@ class Results:
     micro: list[Micro] = field(default_factory=list)
     stress: list[Stress] = field(default_factory=list)
     tuning: list[Tuning] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        given, self.timings = self.timings, []
+        for i, timing in enumerate(given):
+            try:
+                self.add(timing)
+            except ValueError as error:
+                raise ValueError(f"timings[{i}]: {error}") from error
 
     def correct(self, case: Case, arm: str) -> bool:
         """Whether this run has a check of the same work, and all such are green."""
@@ -237,12 +257,12 @@ def entry(text: str) -> Entry:
     """
     given = json.loads(text)
     if not isinstance(given, dict) or len(given) != 1:
-        raise _refuse("an entry", given, "an object with the entry under the name of its kind")
+        raise refused("an entry", given, "an object with the entry under the name of its kind")
     ((name, value),) = given.items()
-    kinds = {kind.__name__: kind for kind in typing.get_args(Entry)}
+    kinds = {kind.__name__: kind for kind in get_args(Entry)}
     if name not in kinds:
-        raise _refuse("the kind of an entry", name, ", ".join(kinds))
-    found: Entry = _read(kinds[name], value, name)
+        raise refused("the kind of an entry", name, ", ".join(kinds))
+    found: Entry = read(kinds[name], value, name)
     return found
 
 
@@ -253,73 +273,17 @@ def load(path: Path) -> Results:
         OSError: it cannot be read.
         ValueError: it is not a results file; the message has the place, the given value and what is allowed.
     """
-    content = path.read_bytes()
+    return load_typed(Results, path)
+
+
+def named(path: Path, command: argparse.ArgumentParser) -> Results:
+    """What is in the results file that a command was given; where it is none, the command ends with an error."""
     try:
-        given = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # of the bytes, of the text, of a number's length, of the nesting
-        raise ValueError(f"{path}: not JSON ({error}); a results file is what `make gpu` writes") from error
-    raw = _read(Results, given, str(path))
-    results = Results(raw.provenance, raw.checks, [], raw.micro, raw.stress, raw.tuning)
-    for i, timing in enumerate(raw.timings):
-        try:
-            results.add(timing)
-        except ValueError as error:
-            raise ValueError(f"{path}: timings[{i}]: {error}") from error
-    return results
-
-
-_ALLOWED: dict[tuple[type, str], tuple[str, ...]] = {
-    (Case, "dtype"): DTYPES,
-    (Case, "mode"): MODES,
-    (Case, "marks"): MARKS,
-    (Check, "arm"): ARMS,
-    (Timing, "arm"): ARMS,
-}
-
-
-def _read(kind: Any, given: Any, place: str) -> Any:
-    """``given``, as JSON has it, as a ``kind``: a dataclass, a list of one, or a plain type."""
-    if typing.get_origin(kind) is list:
-        (item,) = typing.get_args(kind)
-        if not isinstance(given, list):
-            raise _refuse(place, given, "a list")
-        return [_read(item, value, f"{place}[{i}]") for i, value in enumerate(given)]
-    if not isinstance(kind, type) or kind in (str, int, float, bool):
-        return _plain(kind, given, place)
-    names = [f.name for f in fields(kind)]
-    if not isinstance(given, dict):
-        raise _refuse(place, given, f"an object with {', '.join(names)}")
-    later = {f.name: f.default for f in fields(kind) if f.default is not MISSING}  # older files lack them
-    if set(given) | later.keys() != set(names):
-        raise _refuse(f"the list of keys of {place}", sorted(given), f"exactly {', '.join(names)}")
-    hints = typing.get_type_hints(kind)
-    values = {name: _read(hints[name], (later | given)[name], f"{place}.{name}") for name in names}
-    for name, value in values.items():
-        allowed = _ALLOWED.get((kind, name))
-        if allowed is not None and value not in allowed:
-            raise _refuse(f"{place}.{name}", value, ", ".join(allowed))
-    return kind(**values)
-
-
-def _plain(kind: Any, given: Any, place: str) -> Any:
-    checks: dict[Any, tuple[Callable[[Any], bool], str]] = {
-        str: (lambda v: isinstance(v, str), "a text"),
-        bool: (lambda v: isinstance(v, bool), "true or false"),
-        int: (
-            lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 63,
-            "an integer from 0 to 2**63 - 1",
-        ),
-        # NaN and Infinity are numbers in Python's JSON, and so are integers that no float can hold.
-        float: (
-            lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= sys.float_info.max,
-            "a finite number from 0 on",
-        ),
-    }
-    right, allowed = checks[kind]
-    if not right(given):
-        raise _refuse(place, given, allowed)
-    return float(given) if kind is float else given
-
-
-def _refuse(place: str, given: Any, allowed: str) -> ValueError:
-    return ValueError(f"{place} is {str(given)[:200]!r}, allowed: {allowed}")
+        return load(path)
+    except OSError as error:
+        command.error(
+            f"argument RESULTS.json: {str(path)!r} given, and it cannot be read ({error.strerror}); allowed: a file "
+            "that `make gpu` wrote"
+        )
+    except ValueError as error:
+        command.error(f"argument RESULTS.json: {error}")

@@ -1,103 +1,33 @@
-"""The tables of the report, as text: summary, timings, checks and the others, each under its heading. No torch.
+"""The tables of the report: summary, timings, checks and the others, each under its heading; and the README's.
 
 Measured and predicted numbers never share a column. What is missing is said, losses are listed.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+import textwrap
+from collections.abc import Sequence
+from dataclasses import fields
+from html import escape
 
-from .plots import Section
-from .results import ARMS, Case, Provenance, Results, Timing, Tuning
-from .rows import OURS, Row, Summary, groups, label, summaries
+from bench.report.results import ARMS, Case, Provenance, Results, Timing, Tuning
+from bench.report.rows import OURS, Row, Summary, groups, label, rows, summaries
+from persistrnn.profiling.page import (
+    MIB,
+    NOTHING,
+    Line,
+    Part,
+    known,
+    number,
+    numbers,
+    printable,
+    table,
+    times,
+    words,
+)  # fmt: skip
 
-NOTHING = "not yet measured"
-FOLDED = 16  # longer tables are closed at first
-MIB = 1 << 20
-
-
-def number(value: float | None) -> str:
-    """Four digits that count."""
-    if value is None:
-        return NOTHING
-    return f"{value:,.0f}" if value >= 999.95 else f"{value:#.4g}"
-
-
-def times(value: float | None) -> str:
-    """A ratio; what is below 1 never looks like 1."""
-    if value is None:
-        return NOTHING
-    return f"{value:.2f}x" if value >= 1 else f"{min(value, 0.999):.3f}x"
-
-
-def known(value: float) -> str:
-    """Of the plan's numbers 0 is unknown."""
-    return number(value) if value else "unknown"
-
-
-# Tables.
-
-
-@dataclass(frozen=True)
-class Column:
-    """number: aligned to the right; band: a header above it and its neighbours of the same band."""
-
-    name: str
-    number: bool = True
-    band: str = ""
-
-
-@dataclass(frozen=True)
-class Line:
-    """The cells of one row; bad: it stands out."""
-
-    cells: Sequence[str]
-    bad: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    caption: str
-    columns: tuple[Column, ...]
-    rows: tuple[Line, ...]
-    folded: bool
-
-    @property
-    def bands(self) -> list[tuple[str, int]]:
-        """(band, how many columns), in order; empty if no column has one."""
-        if not any(column.band for column in self.columns):
-            return []
-        return [(band, len(list(own))) for band, own in itertools.groupby(column.band for column in self.columns)]
-
-
-@dataclass
-class Part:
-    """A section of the page: sentences, then plots, then tables."""
-
-    title: str
-    sentences: list[str] = field(default_factory=list)
-    plots: list[Section] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-
-    @property
-    def anchor(self) -> str:
-        return self.title.lower().replace(" ", "-")
-
-
-def words(*names: str, band: str = "") -> list[Column]:
-    return [Column(name, False, band) for name in names]
-
-
-def numbers(*names: str, band: str = "") -> list[Column]:
-    return [Column(name, True, band) for name in names]
-
-
-def table(caption: str, columns: Sequence[Column], lines: Iterable[Line], folded: bool | None = None) -> Table:
-    """folded: by its length if not given."""
-    found = tuple(lines)
-    return Table(caption, tuple(columns), found, len(found) > FOLDED if folded is None else folded)
+README_ROWS = 10
+EMPTY_ROWS = 3  # of a table without a number
 
 
 def provenance(runs: Sequence[Results]) -> Part:
@@ -297,3 +227,48 @@ def history(runs: Sequence[Results]) -> Part:
     part.sentences.append("Slower: the latest run's lower quartile is above the upper quartile of the one before.")
     part.tables.append(table("Time per step over the runs", columns, lines))
     return part
+
+
+# The README's table.
+
+
+def markdown(results: Results) -> str:
+    """At most README_ROWS rows (EMPTY_ROWS before anything is measured), chosen by the rule that stands below them;
+    without a line break at the end."""
+    of = results.provenance
+    suites: dict[str, list[Row]] = {}
+    for row in rows(results):
+        suites.setdefault(row.case.suite, []).append(row)
+    measured = not of.rehearsal and any(not timing.skipped for timing in results.timings)
+    most = README_ROWS if measured else EMPTY_ROWS
+    each = max(1, min(3, most // max(1, len(suites))))
+    lines = [f"| case | {OURS} us/step | torch us/step | speed-up | floor us/step |", "|---|---|---|---|---|"]
+    for members in list(suites.values())[:most]:
+        for row in _chosen(members, each, of.rehearsal):
+            ours, theirs = (None if of.rehearsal else row.measured(arm) for arm in (OURS, "torch"))
+            cells = [f"{label(row.case)}, {row.case.dtype}, {row.case.mode}"]
+            cells += [number(timing.per_step if timing else None) for timing in (ours, theirs)]
+            cells += [times(row.speedup("torch") if ours else None), known(row.floor)]
+            lines.append("| " + " | ".join(_plain(cell) for cell in cells) + " |")
+    which = {1: "the median", 2: "the lowest and the highest", 3: "the lowest, the median and the highest"}[each]
+    where = f"measured on {of.device}, {of.date[:10]}, commit {of.commit[:10]}"
+    origin = printable(where, 100) if measured else NOTHING
+    suite = "each suite" if len(suites) <= most else f"the first {most} suites"
+    told = f"Of {suite}, {which} by speed-up over torch (by hidden size where none is known); {origin}. "
+    told += "The floor is predicted."
+    return "\n".join([*lines, "", textwrap.fill(_plain(told), 120, break_on_hyphens=False)])
+
+
+def _chosen(members: Sequence[Row], count: int, rehearsal: bool) -> list[Row]:
+    """The median, or the ends, or all three, by speed-up; by hidden size if no speed-up is there."""
+    speeds = [] if rehearsal else [row for row in members if row.speedup("torch") is not None]
+    order = sorted(speeds, key=lambda row: row.speedup("torch") or 0) or sorted(
+        members, key=lambda row: row.case.hidden
+    )
+    places = {1: [len(order) // 2], 2: [0, -1], 3: [0, len(order) // 2, -1]}[count]
+    return list(dict.fromkeys(order[place] for place in places))
+
+
+def _plain(text: str) -> str:
+    """Words that Markdown leaves alone in a table."""
+    return escape(" ".join(text.split()), quote=False).replace("\\", "\\\\").replace("|", "\\|").replace("`", "'")

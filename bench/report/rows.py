@@ -1,4 +1,4 @@
-"""The timings of one run by case: what is measured, what is predicted, who is faster. No torch."""
+"""The timings of one run by case: what is measured, what is predicted, who is faster."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 
-from .results import ARMS, DTYPES, MODES, Case, Results, Timing
+from bench.report.results import ARMS, DTYPES, MODES, Case, Results, Timing
+from persistrnn.profiling.page import printable
 
 OURS, BASELINES = ARMS[0], ARMS[1:]
 SUMMARISED = ("torch", "torch-best")
@@ -72,12 +73,6 @@ def shape(case: Case) -> str:
     parts += [f"L={case.layers}"] if case.layers != 1 else []
     parts += ["D=2"] * case.bidirectional
     return " ".join(parts + [case.marks] * bool(case.marks))
-
-
-def printable(text: str, length: int) -> str:
-    """On one line, at most ``length`` signs."""
-    text = "".join(sign if sign.isprintable() else " " for sign in text)
-    return text if len(text) <= length else text[: length - 1] + "\u2026"
 
 
 def label(case: Case) -> str:

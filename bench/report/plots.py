@@ -5,142 +5,38 @@ What is measured is drawn with filled markers, what the plan predicts with lines
 
 from __future__ import annotations
 
-import io
 import itertools
 import re
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from html import escape
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .results import ARMS, DTYPES, MODES, Provenance, Results
-from .rows import BASELINES, OURS, Row, groups, label, printable, rows
+from bench.report.results import ARMS, DTYPES, MODES, Provenance, Results
+from bench.report.rows import BASELINES, OURS, Row, groups, label, rows
+from persistrnn.profiling import drawing
+from persistrnn.profiling.drawing import COLOURS, FAINT, INK
+from persistrnn.profiling.page import MIB, Part, Plot, printable
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARK = "persistrnn report"
 REHEARSAL = "Rehearsal, no GPU: nothing here was measured on one."
 PAGE = 50  # cases in one figure of speed-ups
 PANELS = 15  # in one figure of times
-MIB = 1 << 20
-
-# After Paul Tol's "bright" scheme, safe for the colour-blind, light ones darkened; each has a marker of its own too.
-COLOURS = {
-    "persistrnn": ("#4477AA", "o"),
-    "torch": ("#EE6677", "s"),
-    "torch-best": ("#AA3377", "D"),
-    "torchrl": ("#228833", "^"),
-    "flashrnn": ("#A88600", "v"),
-    "xma": ("#1E9CBF", "P"),
-}
 CYCLE = (*COLOURS.values(), ("#8C510A", "X"), ("#6B6B6B", "<"))  # of suites
-INK, FAINT, RULE, ALARM = "#1a1a1a", "#707070", "#d8d8d8", "#b00020"
-# In the page these follow its light and dark mode; matplotlib writes colours in small letters.
-THEME = {INK: "--ink", FAINT: "--faint", RULE: "--rule", ALARM: "--alarm"}
-THEME |= {"#4477aa": "--blue", "#aa3377": "--purple", "#228833": "--green"}
 
 
-class MissingMatplotlib(RuntimeError):
-    """There is nothing to draw with."""
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One drawing. name: of its file, without ending; alt: what it shows, in words."""
-
-    name: str
-    alt: str
-    png: bytes
-    svg: str
-
-
-@dataclass
-class Section:
-    """Plots of one kind. missing: what is not drawn and why, in sentences; empty if nothing is."""
-
-    title: str
-    caption: str
-    plots: list[Plot] = field(default_factory=list)
-    missing: str = ""
-
-
-def draw(results: Results) -> list[Section]:
-    """Every plot of a run, the same for the same run.
-
-    Raises:
-        MissingMatplotlib: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingMatplotlib(
-            f"drawing a report needs matplotlib, which cannot be imported ({error}): pip install 'persistrnn[draw]'"
-        ) from error
+def draw(results: Results) -> list[Part]:
+    """Every plot of a run, the same for the same run. Raises MissingMatplotlib."""
     found = rows(results)
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names may be in any script
-        matplotlib.rcdefaults()  # the reader's own style shall not change the plots
-        matplotlib.rcParams.update(_STYLE)
+    with drawing.style():
         return [kind(found, results.provenance) for kind in (speedups, times, floors, memory)]
 
 
-_STYLE: Any = {
-    "svg.hashsalt": "persistrnn",
-    "svg.fonttype": "none",  # text stays text: found by a search, and small
-    "text.parse_math": False,  # a dollar in a name is a dollar
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.facecolor": "none",
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.scatterpoints": 1,
-}
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _finish(figure: Figure, name: str, title: str, alt: str, provenance: Provenance) -> Plot:
-    origin = f"{provenance.device}, {provenance.date[:10]}, commit {provenance.commit[:10]}"
-    lines = [printable(title, 90), printable(origin, 110)]
+    lines = [printable(title, 90), f"{provenance.device}, {provenance.date[:10]}, commit {provenance.commit[:10]}"]
     lines += [REHEARSAL] if provenance.rehearsal else []
-    colour = ALARM if provenance.rehearsal else INK
-    figure.suptitle("\n".join(lines), fontsize=9, x=0.01, ha="left", color=colour)
-    png, svg = io.BytesIO(), io.StringIO()
-    figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": MARK})
-    figure.savefig(svg, format="svg", facecolor="none", metadata={"Date": None, "Creator": MARK})
-    return Plot(name, alt, png.getvalue(), _inline(svg.getvalue(), name, alt))
-
-
-def _inline(svg: str, name: str, alt: str) -> str:
-    """An SVG for a page with others: no prolog and no style of its own, ids of its own, the page's colours."""
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.S)
-
-    def retag(tag: re.Match[str]) -> str:
-        text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", tag[0])
-        for colour, variable in THEME.items():
-            text = text.replace(colour, f"var({variable}, {colour})")
-        return text.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
-
-    svg = re.sub(r"<[^>]+>", retag, svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1).rstrip()
+    return drawing.finish(figure, name, alt, lines, provenance.rehearsal, png=True)
 
 
 class _Names:
@@ -159,40 +55,6 @@ class _Names:
         return name
 
 
-def _log(axes: Axes, which: str, base: int = 10, unit: str = "") -> None:
-    """A logarithmic axis with plain numbers, at 1, 2, 5 (or finer) or at powers of 2; for what is drawn already."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axes.set(**{f"{which}scale": "log"})
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    fine = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5)
-    axis.set_major_locator(LogLocator(base, fine if base == 10 else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}{unit}" if base == 10 else f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
-
-
-def _dots(axes: Axes, points: Sequence[tuple[float, float]], style: tuple[str, str], name: str, full: bool) -> None:
-    """Markers at (x, y): filled where measured, hollow where predicted; of the measured, earlier calls lie on top."""
-    colour, marker = style
-    axes.scatter(
-        [x for x, _ in points], [y for _, y in points], s=17, marker=marker, linewidths=0.8, label=name,
-        facecolors=colour if full else "none", edgecolors=colour, alpha=0.9 if full else 0.6,
-        zorder=4 - 0.01 * len(axes.collections) if full else 3,
-    )  # fmt: skip
-
-
-def _legend(figure: Figure) -> None:
-    """Of all panels, each name once, below them."""
-    handles: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(name, handle)
-    # A digit is about 0.065 inches wide, a marker with its gaps 0.55.
-    columns = int(figure.get_figwidth() / (0.55 + 0.065 * max(map(len, handles))))
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=max(1, columns))
-
-
 def _pages(items: Sequence[Any], largest: int) -> list[Sequence[Any]]:
     """As few as can be, of about equal length."""
     count = -(-len(items) // largest)
@@ -206,11 +68,13 @@ def _span(values: Iterable[float], least: tuple[float, float]) -> tuple[float, f
     return min(values) / 1.08, max(values) * 1.08
 
 
-def speedups(found: Sequence[Row], provenance: Provenance) -> Section:
-    section = Section(
+def speedups(found: Sequence[Row], provenance: Provenance) -> Part:
+    section = Part(
         "Speed-up per case",
-        "Time of the other over time of persistrnn, whole call, median; left of the line at 1 persistrnn loses. "
-        "Sorted by the speed-up over torch; cases of one suite, dtype and mode share their scale.",
+        [
+            "Time of the other over time of persistrnn, whole call, median; left of the line at 1 persistrnn loses. "
+            "Sorted by the speed-up over torch; cases of one suite, dtype and mode share their scale."
+        ],
     )
     name, absent = _Names(), 0
     for (suite, dtype, mode), members in groups(found).items():
@@ -220,19 +84,19 @@ def speedups(found: Sequence[Row], provenance: Provenance) -> Section:
         pages = _pages(shown[::-1], PAGE)
         limits = _span((value for row in shown for value in values[row].values()), (0.5, 2))
         for number, page in enumerate(pages, 1):
-            figure = _figure(8, 1.45 + 0.155 * len(page))
+            figure = drawing.figure(8, 1.45 + 0.155 * len(page))
             axes = figure.subplots()
             axes.axvspan(limits[0], 1, color=FAINT, alpha=0.1, linewidth=0)
             axes.axvline(1, color=INK, linewidth=1)
             for arm in BASELINES:
                 points = [(values[row][arm], -n) for n, row in enumerate(page) if arm in values[row]]
                 if points:
-                    _dots(axes, points, COLOURS[arm], f"over {arm}", True)
+                    drawing.dots(axes, points, COLOURS[arm], f"over {arm}", True)
             axes.set_yticks([-n for n in range(len(page))], [label(row.case) for row in page], fontsize=7)
             axes.tick_params(axis="y", length=0)
             axes.set(xlim=limits, ylim=(0.7 - len(page), 0.7), xlabel="speed-up of persistrnn, times (log scale)")
-            _log(axes, "x", unit="x")
-            _legend(figure)
+            drawing.log(axes, "x", unit="x")
+            drawing.legend(figure)
             told = f"Speed-up of persistrnn: {printable(suite, 30)}, {dtype}, {mode}"
             over = [values[row][arm] for row in page for arm in values[row]]
             lost = sum(min(values[row].values()) < 1 for row in page)
@@ -257,12 +121,14 @@ class _Panel(NamedTuple):
     batch: int
 
 
-def times(found: Sequence[Row], provenance: Provenance) -> Section:
-    section = Section(
+def times(found: Sequence[Row], provenance: Provenance) -> Part:
+    section = Part(
         "Time per step",
-        "Microseconds per step of the whole stack against the hidden size; a panel has one cell and batch (and layers "
-        "L, directions D; I=0: without the product of the input). Measured times are whole calls over T, with that "
-        "product where a case has one; predicted times and the floor are the plan's, without it.",
+        [
+            "Microseconds per step of the whole stack against the hidden size; a panel has one cell and batch (and "
+            "layers L, directions D; I=0: without the product of the input). Measured times are whole calls over T, "
+            "with that product where a case has one; predicted times and the floor are the plan's, without it."
+        ],
     )
     name, alone = _Names(), 0
     for dtype, mode in itertools.product(DTYPES, MODES):
@@ -300,7 +166,7 @@ def _panels(page: Sequence[tuple[_Panel, Sequence[Row]]]) -> Figure:
     """Times against H, all on the same scales."""
     columns = min(3, len(page))
     lines = -(-len(page) // columns)
-    figure = _figure(8 if columns > 1 else 5, 1.5 + 1.75 * lines)
+    figure = drawing.figure(8 if columns > 1 else 5, 1.5 + 1.75 * lines)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes in grid.flat[len(page) :]:
         axes.set_visible(False)
@@ -316,17 +182,17 @@ def _panels(page: Sequence[tuple[_Panel, Sequence[Row]]]) -> Figure:
         for arm in ARMS:
             points = [(float(row.case.hidden), t.per_step) for row in members if (t := row.measured(arm))]
             if points:
-                _dots(axes, points, COLOURS[arm], f"{arm}, measured", True)
+                drawing.dots(axes, points, COLOURS[arm], f"{arm}, measured", True)
         more = f" L={panel.layers}" * (panel.layers > 1) + " D=2" * panel.both + " I=0" * panel.bare
         axes.set_title(f"{printable(panel.cell, 12)} B={panel.batch}{more}")
-        _log(axes, "x", base=2)
-        _log(axes, "y")
+        drawing.log(axes, "x", base=2)
+        drawing.log(axes, "y")
         if n + columns >= len(page):  # the lowest of its column
             axes.xaxis.set_tick_params(labelbottom=True)
             axes.set_xlabel("hidden size H")
         if n % columns == 0:
             axes.set_ylabel("us per step")
-    _legend(figure)
+    drawing.legend(figure)
     return figure
 
 
@@ -345,12 +211,14 @@ def _suites(found: Iterable[Row]) -> dict[str, tuple[str, str]]:
     return {name: CYCLE[n % len(CYCLE)] for n, name in enumerate(names)}
 
 
-def floors(found: Sequence[Row], provenance: Provenance) -> Section:
-    section = Section(
+def floors(found: Sequence[Row], provenance: Provenance) -> Part:
+    section = Part(
         "Share of the floor",
-        "Time per step over the floor, the least that any plan can take; 1 is the floor. Filled: measured over floor "
-        "(whole call, with the product of the input where a case has one). Hollow: predicted over floor, of cases that "
-        "are not measured.",
+        [
+            "Time per step over the floor, the least that any plan can take; 1 is the floor. Filled: measured over "
+            "floor (whole call, with the product of the input where a case has one). Hollow: predicted over floor, of "
+            "cases that are not measured."
+        ],
     )
     members = [row for row in found if row.floor and row.case.hidden]
     if not members:
@@ -358,7 +226,7 @@ def floors(found: Sequence[Row], provenance: Provenance) -> Section:
         return section
     dtypes = [dtype for dtype in DTYPES if any(row.case.dtype == dtype for row in members)]
     modes = [mode for mode in MODES if any(row.case.mode == mode for row in members)]
-    figure = _figure(8 if len(modes) > 1 else 5, 1.6 + 2.6 * len(dtypes))
+    figure = drawing.figure(8 if len(modes) > 1 else 5, 1.6 + 2.6 * len(dtypes))
     grid = figure.subplots(len(dtypes), len(modes), sharex=True, sharey=True, squeeze=False)
     for (i, dtype), (j, mode) in itertools.product(enumerate(dtypes), enumerate(modes)):
         axes = grid[i][j]
@@ -371,15 +239,15 @@ def floors(found: Sequence[Row], provenance: Provenance) -> Section:
             measured = [(float(row.case.hidden), value) for row in here if (value := row.over_floor)]
             for points, kind in ((predicted, "predicted"), (measured, "measured")):
                 if points:
-                    _dots(axes, points, style, f"{printable(suite, 20)}, {kind}", kind == "measured")
+                    drawing.dots(axes, points, style, f"{printable(suite, 20)}, {kind}", kind == "measured")
         axes.set_title(f"{dtype}, {mode}")
-        _log(axes, "x", base=2)
-        _log(axes, "y", unit="x")
+        drawing.log(axes, "x", base=2)
+        drawing.log(axes, "y", unit="x")
         if j == 0:
             axes.set_ylabel("time over floor (log scale)")
         if i == len(dtypes) - 1:
             axes.set_xlabel("hidden size H")
-    _legend(figure)
+    drawing.legend(figure)
     over = [value for row in members if (value := row.over_floor)]
     told = "Time over floor" if over else "Time over floor: predicted; not yet measured"
     seen = f"measured is {min(over):.3g} to {max(over):.3g} times the floor" if over else "nothing is measured"
@@ -388,11 +256,13 @@ def floors(found: Sequence[Row], provenance: Provenance) -> Section:
     return section
 
 
-def memory(found: Sequence[Row], provenance: Provenance) -> Section:
-    section = Section(
+def memory(found: Sequence[Row], provenance: Provenance) -> Part:
+    section = Part(
         "Peak memory",
-        "Device memory above what was allocated before the call, persistrnn against torch; below the line persistrnn "
-        "needs less.",
+        [
+            "Device memory above what was allocated before the call, persistrnn against torch; below the line "
+            "persistrnn needs less."
+        ],
     )
     points: dict[str, list[tuple[Row, float, float]]] = {}
     for row in found:
@@ -407,19 +277,19 @@ def memory(found: Sequence[Row], provenance: Provenance) -> Section:
     modes = [mode for mode in MODES if mode in points]
     both = [value for mode in modes for _, x, y in points[mode] for value in (x, y)]
     limits = _span(both, (min(both) / 1.2, max(both) * 1.2))
-    figure = _figure(8 if len(modes) > 1 else 4.6, 4.9)
+    figure = drawing.figure(8 if len(modes) > 1 else 4.6, 4.9)
     for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False).flat, modes, strict=True):
         axes.plot(limits, limits, color=INK, linewidth=1, label="equal")
         for suite, style in _suites(row for row, _, _ in itertools.chain(*points.values())).items():
             own = [(x, y) for row, x, y in points[mode] if row.case.suite == suite]
             if own:
-                _dots(axes, own, style, printable(suite, 20), True)
+                drawing.dots(axes, own, style, printable(suite, 20), True)
         axes.set(xlim=limits, ylim=limits, aspect="equal", title=mode, xlabel="torch, MiB (log scale)")
         axes.set_ylabel("persistrnn, MiB (log scale)")
-        _log(axes, "x")
-        _log(axes, "y")
+        drawing.log(axes, "x")
+        drawing.log(axes, "y")
         axes.tick_params(axis="x", rotation=45)
-    _legend(figure)
+    drawing.legend(figure)
     less = sum(y < x for own in points.values() for _, x, y in own)
     alt = f"Peak memory of persistrnn against torch, {count} cases; persistrnn needs less in {less} of them"
     section.plots.append(_finish(figure, "memory", "Peak memory, persistrnn against torch", alt, provenance))
