@@ -17,19 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persistrnn import autograd, chunked, ops, reference, segments, stepwise, tracing
+from persistrnn import autograd, ops, reference, segments, stepwise, time_chunks, tracing
 from persistrnn.options import Options
 from persistrnn.phases import INPUT_GEMM, phase
+from persistrnn.reference import Result
 from persistrnn.validate import Cuts, Stack
-
-
-class Result(NamedTuple):
-    """y [T, B, D*H] (P with projections) of the highest layer, its every c [T, B, D*H] where asked for, and the final
-    states of all layers, each [L*D, B, features]."""
-
-    y: Tensor
-    c: Tensor | None
-    finals: list[Tensor]
 
 
 class _OfLayer(NamedTuple):
@@ -43,8 +35,8 @@ class _OfLayer(NamedTuple):
     fresh: bool
 
 
-# (cell, x_gates, weight_hh, bias_hh, h0, c0, *, marks, reset) -> (y, h_n, c_n, c)
-Recurrence = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
+# (cell, x_gates, weight_hh, bias_hh, initial, *, marks, reset)
+Recurrence = Callable[..., Result]
 
 
 def run(
@@ -87,7 +79,7 @@ def run(
         elif options.save != "gates":
             sizes = stack.hidden_size, x.size(1) or 1, stack.directions, x.element_size(), x.size(0)
             chunk = ops.chunk_steps(options.save, stack.cell, *sizes, False)
-            recurrence = chunked.again_in_chunks(recurrence, chunk)
+            recurrence = time_chunks.again_in_chunks(recurrence, chunk)
         result = _layers(stack, x, weights, states, cuts, marks, options, recurrence)
     y, c, finals = result
     if active is not None:
@@ -150,13 +142,10 @@ def _wave(
     bias_hh = torch.stack(list(weights[3::step])) if stack.bias else weight_hh.new_zeros(weight_hh.shape[:2])
     bias_ih = torch.stack(list(weights[step + 2 :: step])) if stack.bias else bias_hh.new_zeros(weight_ih.shape[:2])
     x_gates = F.linear(x, weights[0], weights[2] if stack.bias else None)
-    both = states[0], states[1] if len(states) > 1 else None
-    marks = None if marks is None else marks.squeeze(2)
-    y, h_n, c_n, c = autograd.wave(
-        stack.cell, x_gates, weight_hh, bias_hh, weight_ih, bias_ih, *both, precision,
-        marks, cuts.reset, return_c, options.cell_dtype,
+    return autograd.recurrent(
+        stack.cell, x_gates.unsqueeze(2), weight_hh, bias_hh, states, precision,
+        marks, cuts.reset, return_c, options.cell_dtype, weight_ih, bias_ih,
     )  # fmt: skip
-    return Result(y, c, [h_n] if c_n is None else [h_n, c_n])
 
 
 def _layers(
@@ -220,12 +209,11 @@ def _in_chunks(
             weight_ih, weight_hh, *biases = _weights_of(stack, weights, i)
             bias_ih, bias_hh = biases or [weight_hh.new_zeros(weight_hh.shape[:2]) for _ in range(2)]
             given += [weight_ih, bias_ih, weight_hh, bias_hh]
-        h0, c0 = states[0][rows], states[1][rows] if len(states) > 1 else None
-        reset = [r[rows] for r in cuts.reset]
-        y, h_n, c_n, c = chunked.recurrent(
-            stack.cell, y, given, h0, c0, options.save, precision, chunk, marks, reset, return_c, options.cell_dtype
+        initial, reset = ([s[rows] for s in given_states] for given_states in (states, cuts.reset))
+        y, c, final = time_chunks.recurrent(
+            stack.cell, y, given, initial, options.save, precision, chunk, marks, reset, return_c, options.cell_dtype
         )
-        finals.append([h_n] if c_n is None else [h_n, c_n])
+        finals.append(final)
     return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
 
 
@@ -275,13 +263,10 @@ def _projected(
 def _recurrent(
     cell: str, x_gates: Tensor, weight_hh: Tensor, bias_hh: Tensor, given: _OfLayer, recurrence: Recurrence
 ) -> Result:
-    both = given.states[0], given.states[1] if len(given.states) > 1 else None
     if x_gates.size(1) > 0:
-        y, h_n, c_n, c = recurrence(cell, x_gates, weight_hh, bias_hh, *both, marks=given.marks, reset=given.reset)
-    else:
-        # Without a row there is nothing to launch: one step of the reference gives every shape and, as torch.nn
-        # does, a gradient of zeros to every weight.
-        y, h_n, c_n, c = reference.recurrent(cell, x_gates[:1], weight_hh, bias_hh, *both)
-        y = y.expand(x_gates.size(0), -1, -1)
-        c = None if c is None else c.expand(x_gates.size(0), -1, -1)
-    return Result(y, c, [h_n] if c_n is None else [h_n, c_n])
+        return recurrence(cell, x_gates, weight_hh, bias_hh, given.states, marks=given.marks, reset=given.reset)
+    # Without a row there is nothing to launch: one step of the reference gives every shape and, as torch.nn does, a
+    # gradient of zeros to every weight.
+    y, c, finals = reference.recurrent(cell, x_gates[:1], weight_hh, bias_hh, given.states)
+    steps = x_gates.size(0)
+    return Result(y.expand(steps, -1, -1), None if c is None else c.expand(steps, -1, -1), finals)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import launch, wave
+from .. import launch
 from ..cells import Cell
 from ..planner.plan import PlanError
 
@@ -46,7 +46,7 @@ def slower(
     if found.persistent <= found.torch:
         return None
     if layers > 1:
-        together = wave.choose(cell, hidden, layers, batch, dtype, precision, device)
+        together = launch.choose_stack(cell, hidden, layers, batch, dtype, precision, device)
         if together is not None and together.microseconds(steps, backward) <= layers * steps * found.torch:
             return None
     how = "measured on this device" if found.measured else "predicted, not measured"

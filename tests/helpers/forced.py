@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from persistrnn import functional, stack
-from persistrnn.kernels import launch, wave
+from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import PATIENCE, Exchange
 from persistrnn.kernels.planner import pipeline, plan
@@ -101,7 +101,7 @@ def force_waves(
     def may(of, x, others, options, precision):
         return of.num_layers > 1 and options.active_dropout == 0
 
-    monkeypatch.setattr(wave, "choose", choose)
+    monkeypatch.setattr(launch, "choose_stack", choose)
     monkeypatch.setattr(stack, "_waves", may)
     monkeypatch.setattr(stack, "_matmul_precision", functional.precision)
     monkeypatch.setattr(launch, "exchange_for", lambda device: Exchange(protocol=protocol, poll=poll()))

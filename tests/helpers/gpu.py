@@ -9,7 +9,7 @@ from accuracy import Bound, Case
 
 import persistrnn
 from persistrnn import autograd, ops
-from persistrnn.kernels import launch, wave
+from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.scan import scan_backward, scan_forward
 
@@ -34,7 +34,7 @@ def planned_wave(cell, hidden, layers, batch, dtype):
     if layers == 1:
         return None
     asked = persistrnn.functional.precision()
-    return wave.choose(CELLS[cell], hidden, layers, batch, dtype, asked, torch.device(DEVICE, 0))
+    return launch.choose_stack(CELLS[cell], hidden, layers, batch, dtype, asked, torch.device(DEVICE, 0))
 
 
 def needs_plan(cell, hidden, dtype):
