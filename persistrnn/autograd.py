@@ -201,12 +201,11 @@ class _Scan(Function):
         dr_gates = found.dr_gates if cell.recurrent_gradient else found.dx_gates
         with phase(WEIGHT_GEMMS):
             if needs.weights.weight_hh:
-                d_weights[0] = _gemms(_by_row(dr_gates), h_before(y, marks))
+                d_weights[0] = _products(dr_gates, [h_before(y, marks, d) for d in range(D)])
             if needs.weights.bias_hh:
                 d_weights[1] = _bias(dr_gates)
             if needs.weights.weight_ih:
-                below = without_skipped(y[:-1, 1:-1, :, 0], marks).flatten(1, 2)
-                d_weights[2] = _gemms(_by_row(found.dx_gates[1:]), below.unbind())
+                d_weights[2] = _products(found.dx_gates[1:], [without_skipped(y[:-1, 1:-1, :, 0], marks)])
             if needs.weights.bias_ih:
                 d_weights[3] = _bias(found.dx_gates[1:])
         d_reset = found.d_reset if resets else [None] * len(needs.reset)
@@ -285,31 +284,30 @@ def _is_second(grads: Sequence[Tensor | None]) -> bool:
     return not torch.compiler.is_compiling() and any(g is not None for g in grads)
 
 
-def h_before(y: Tensor, marks: Tensor | None) -> list[Tensor]:
-    """The h [T*B, H] that each step of each layer and direction went on from, of y [L, T + 2, B, D, H]: nothing at a
-    skipped step, where a NaN would be 0 * NaN in the gradient of what is multiplied by it."""
+def h_before(y: Tensor, marks: Tensor | None, direction: int) -> Tensor:
+    """The h [L, T, B, H] that each step of a direction went on from, of y [L, T + 2, B, D, H]: nothing at a skipped
+    step, where a NaN would be 0 * NaN in the gradient of what is multiplied by it."""
+    h = y[:, 2:, :, 1] if direction else y[:, :-2, :, 0]
+    if marks is None:
+        return h
+    mark, reset = marks[:, :, direction, None], y[:, :1, :, 1] if direction else y[:, -1:, :, 0]
+    return torch.where(mark == SKIPPED, 0.0, torch.where(mark == BEGINS, reset, h))
+
+
+def _products(d_gates: Tensor, operands: Sequence[Tensor]) -> Tensor:
+    """Gradients of weights [L*D, G*H, H]: of d_gates [L, T, B, D, G*H] and, for each direction, what the weights are
+    multiplied by, [L, T, B, H]."""
     found = []
-    for of_layer in y.unbind():
-        for d in range(y.shape[3]):
-            h = of_layer[2:, :, 1] if d else of_layer[:-2, :, 0]
-            if marks is not None:
-                mark = marks[:, :, d, None]
-                h = torch.where(mark == SKIPPED, 0.0, torch.where(mark == BEGINS, of_layer[d - 1, :, d], h))
-            found.append(h.flatten(0, 1))
-    return found
-
-
-def _by_row(tensor: Tensor) -> list[Tensor]:
-    """[T*B, features] of each layer and direction, of [L, T, B, D, features]."""
-    return [t.flatten(0, 1) for of_layer in tensor.unbind() for t in of_layer.unbind(2)]
-
-
-def _gemms(d_gates: Sequence[Tensor], operands: Sequence[Tensor]) -> Tensor:
-    return torch.stack([_gemm(d, h) for d, h in zip(d_gates, operands, strict=True)])
+    for d, operand in enumerate(operands):
+        pair = d_gates[:, :, :, d], operand
+        # Of one layer a plain product, not a batch of one.
+        gates, h = (t.flatten(0, 2) if len(t) == 1 else t.flatten(1, 2) for t in pair)
+        found.append(_gemm(gates, h))
+    return torch.stack(found) if len(d_gates) == 1 else found[0]
 
 
 def _gemm(d_gates: Tensor, operand: Tensor) -> Tensor:
-    """A weight's gradient [G*H, H] of d_gates [T*B, G*H] and what it is multiplied by, [T*B, H]."""
+    """A weight's gradient [..., G*H, H] of d_gates [..., T*B, G*H] and what it is multiplied by, [..., T*B, H]."""
     return d_gates.mT @ operand
 
 

@@ -273,10 +273,10 @@ class _Totals:
         self, dx_gates: Tensor, dr_gates: Tensor, inputs: Sequence[Tensor], y: Tensor, marks: Tensor | None
     ) -> None:
         with phase(WEIGHT_GEMMS):
-            for d, (x, h) in enumerate(zip(inputs, autograd.h_before(y, marks), strict=True)):
+            for d, x in enumerate(inputs):
                 dx, dr = (gates[0, :, :, d].flatten(0, 1) for gates in (dx_gates, dr_gates))
                 self.sums.weight_ih[d] += _product(dx.mT, x.flatten(0, 1))
-                self.sums.weight_hh[d] += _product(dr.mT, h)
+                self.sums.weight_hh[d] += _product(dr.mT, autograd.h_before(y, marks, d).flatten(0, 2))
                 self.sums.bias_ih[d] += _sum(dx)
                 self.sums.bias_hh[d] += _sum(dr)
 
@@ -333,8 +333,8 @@ def backward(
                     if all_saved is not None:
                         saved = part.of(all_saved).unsqueeze(0)
                     else:
-                        h = torch.stack(autograd.h_before(states[0], marked))
-                        r_gates = _product(h, layer.weight_hh.mT)
+                        h = [autograd.h_before(states[0], marked, d).flatten(0, 2) for d in range(directions)]
+                        r_gates = _product(torch.stack(h), layer.weight_hh.mT)
                         saved = ops.gates_again(cell, gates_of(xs[i], layer), r_gates, layer.bias_hh)
                         del h, r_gates
                     kept = Kept(states, saved)

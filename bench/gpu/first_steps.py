@@ -32,6 +32,7 @@ from bench.report import provenance
 from persistrnn import results
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner import hardware as devices
+from persistrnn.kernels.tensors import Kept
 from persistrnn.results import Case, Entry, Stress
 
 LOST = 3  # exit status of a process that can do nothing more on the device
@@ -240,10 +241,10 @@ def injected(job: Job, how: str | None) -> Iterator[None]:
     elif how == "wrong":
         forward = launch.forward
 
-        def off(*arguments: object, **options: object) -> tuple[Tensor, Tensor, Tensor]:
-            y, *others = forward(*arguments, **options)  # type: ignore[arg-type]
-            y[1:-1] *= 1.5
-            return y, others[0], others[1]
+        def off(*arguments: object, **options: object) -> Kept:
+            kept = forward(*arguments, **options)  # type: ignore[arg-type]
+            kept.states[0][:, 1:-1] *= 1.5
+            return kept
 
         with mock.patch.object(launch, "forward", off):
             yield

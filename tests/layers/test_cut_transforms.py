@@ -120,9 +120,8 @@ def test_operators_keep_the_contract_of_torch_library(cell):
     shapes = [(3, 2, 1, rows * 5), (1, rows * 5, 5), (1, rows * 5)] + [(1, 2, 5)] * (4 if cell == "lstm" else 2)
     tensors = [torch.randn(shape) for shape in shapes]
     marks = segments.marks(None, torch.rand(3, 2) < 0.5, 1)
-    resets = 2 if cell == "lstm" else 1
     operators = torch.ops.persistrnn
-    torch.library.opcheck(operators.stepwise.default, (cell, resets, marks, tensors))
-    grads = [torch.randn_like(t) for t in operators.stepwise(cell, resets, marks, tensors)]
-    torch.library.opcheck(operators.stepwise_backward.default, (cell, resets, marks, tensors, grads))
+    torch.library.opcheck(operators.stepwise.default, (cell, marks, tensors))
+    grads = [torch.randn_like(t) for t in operators.stepwise(cell, marks, tensors)]
+    torch.library.opcheck(operators.stepwise_backward.default, (cell, marks, tensors, grads))
     torch.library.opcheck(operators.bounded_lengths.default, (torch.tensor([3, 0]), 3))
