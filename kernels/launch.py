@@ -216,19 +216,28 @@ def flag(buffer: Tensor, part: planning.Pass, exchange: Exchange) -> None:
 
 
 def edges(states: Tensor, initial: Tensor, reset: Tensor | None, every: bool = True) -> None:
-    """Fill the slots of states [L, slots, B, D, H] that no step fills, from [L*D, B, H].
+    """Fill the slots of states [L, slots, B, D, H] that no step fills, from [L*D, B, H]: an operator's output is
+    defined everywhere.
 
-    Slots are T + 2 with ``every``: the initial state stands before each direction's first step, the reset state (zeros
-    if None) after its last one. Else they are few: the initial state in slot 0, or 1 in reverse, the reset state in 2.
+    With ``every`` there are T + 2: the initial state goes before each direction's first step, the reset state (zeros if
+    None) after its last one. Else there are few: the initial state goes to slots 0 and 1, the reset state to 2.
     """
-    ends = states[:, :: states.shape[1] - 1] if every else states
-    if reset is None or not every:
-        ends.zero_()  # an operator's output is defined everywhere
-    directions = states.shape[3]
-    for d in range(directions):
-        ends[:, d, :, d].copy_(initial[d::directions])
-        if reset is not None:
-            ends[:, 1 - d if every else 2, :, d].copy_(reset[d::directions])
+    layers, slots, _, directions, _ = states.shape
+    if not every:
+        few = states.transpose(2, 3)
+        few[:, :2].copy_(initial.unflatten(0, (layers, 1, directions)))
+        if slots > 2 and reset is not None:
+            few[:, 2:].copy_(reset.unflatten(0, (layers, 1, directions)))
+        elif slots > 2:
+            few[:, 2:].zero_()
+        return
+    ends = states[:, :: slots - 1]
+    if reset is None:
+        ends.zero_()
+    for where, filling in ((0, initial), (1, reset)):
+        if filling is not None:
+            for d, part in enumerate(filling.unbind() if directions > 1 else [filling]):
+                ends[:, abs(where - d), :, d].copy_(part)
 
 
 def unreserved(h: Tensor, exchange: Exchange) -> Tensor:

@@ -23,7 +23,6 @@ from unittest import mock
 
 import torch
 import triton
-from torch import Tensor
 
 from bench.gpu import compile_first, micro, micro_kernels, smoke
 from bench.race import arms, suites, timing

@@ -94,7 +94,7 @@ def operands(cell, hidden, batch, steps, directions, dtype, seed=0):
         "x_gates": (steps, batch, directions, rows),
         "weight_hh": (directions, rows, hidden),
         "bias_hh": (directions, rows),
-    } | {name: (directions, batch, hidden) for name in ("h0", "c0")[: CELLS[cell].states]}
+    } | dict.fromkeys(("h0", "c0")[: CELLS[cell].states], (directions, batch, hidden))
     made = {
         name: torch.randn(shape, dtype=dtype, device=DEVICE).mul_(bound if name in ("weight_hh", "bias_hh") else 1)
         for name, shape in shapes.items()

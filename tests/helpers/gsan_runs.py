@@ -51,14 +51,12 @@ def exchange() -> None:
         def new(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.1
 
-        def new_states() -> list[torch.Tensor]:
-            return [new(1, batch, hidden) for _ in range(cell.states)]
-
+        initial, d_final = ([new(1, batch, hidden) for _ in range(cell.states)] for _ in range(2))
         weights = Weights(new(1, cell.gates * hidden, hidden), new(1, cell.gates * hidden))
         x_gates = new(steps, batch, 1, cell.gates * hidden)
-        kept = launch.forward(cell, x_gates, weights, new_states(), "ieee", save=True)
+        kept = launch.forward(cell, x_gates, weights, initial, "ieee", save=True)
         # Not through autograd, whose threads would take memory that GSan does not watch.
-        launch.backward(cell, [new(steps, batch, 1, hidden)], new_states(), weights.weight_hh, None, kept, "ieee")
+        launch.backward(cell, [new(steps, batch, 1, hidden)], d_final, weights.weight_hh, None, kept, "ieee")
         torch.cuda.synchronize()
         launch.check()
 
