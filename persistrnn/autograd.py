@@ -99,7 +99,7 @@ def recurrent(
         RuntimeError: an earlier launch gave up waiting (see ``ops.check``).
     """
     tensors = x_gates, weight_hh, bias_hh, weight_ih, bias_ih, marks, *initial, *reset
-    save = saves(tensors)
+    save = expects_backward(tensors)
     # Without gradients dynamo calls no Function with a variable number of arguments.
     direct = torch.compiler.is_compiling() and not save
     flat = (_forward if direct else _Scan.apply)(cell, precision, save, return_c, cell_dtype, *tensors)
@@ -107,11 +107,17 @@ def recurrent(
     return Result(y, c[0] if c else None, list(finals))
 
 
-def saves(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a backward may come. Under torch.func the wrapped tensors do not tell whether a gradient is asked for."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def expects_backward(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a backward may come through an operation on these tensors."""
+    if not torch.is_grad_enabled():  # torch.func.grad and vjp enable it for their function
+        return False
+    return inside_torch_func() or any(t is not None and t.requires_grad for t in tensors)
+
+
+def inside_torch_func() -> bool:
+    """Whether the tensors are wrapped ones of torch.func, which do not tell whether they require a gradient."""
+    # Of the ways to ask, dynamo gives the right answer to this one (seen: 2.13).
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
 
 
 def _inputs(cell: str, flat: Sequence[Any]) -> Inputs:

@@ -55,7 +55,7 @@ def recurrent(
         RuntimeError: an earlier launch gave up waiting (see ``ops.check``).
     """
     tensors = x, marks, *initial, *(reset or (None,) * len(initial))
-    keeps = autograd.saves((*tensors, *weights))
+    keeps = autograd.expects_backward((*tensors, *weights))
     how = cell, save, precision, chunk, cell_dtype, keeps, return_c
     if keeps or not torch.compiler.is_compiling():
         flat = _Chunked.apply(*how, *tensors, *weights)
@@ -79,7 +79,7 @@ def again_in_chunks(recurrence: Callable[..., Result], chunk: int) -> Callable[.
         reset: Sequence[Tensor],
     ) -> Result:
         # Compiled, it does so as a whole; torch.func has no hooks for what is saved.
-        at_once = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        at_once = torch.compiler.is_compiling() or autograd.inside_torch_func()
         if at_once or not torch.is_grad_enabled():
             return recurrence(cell, x_gates, weight_hh, bias_hh, initial, marks, reset)
         directions, states = x_gates.size(2), list(initial)
