@@ -248,25 +248,16 @@ class _ScanBackward(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of a backward's arguments, by the derivative of its formula."""
-        cell, tensors = CELLS[ctx.cell], list(ctx.saved_tensors)
-        # Cells with c do not read y, and torch.func.vjp cannot make the zeros of an argument that is not read where it
-        # is nested.
-        unread = [3] if cell.states > 1 else []
-        inputs = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point() and i not in unread]
+        cell = CELLS[ctx.cell]
 
-        def function(*given: Tensor) -> tuple[Tensor, ...]:
-            arguments = list(tensors)
-            for i, tensor in zip(inputs, given, strict=True):
-                arguments[i] = tensor
-            found = _formula(ctx.cell, arguments)
+        def formula(tensors: list[Any]) -> Sequence[Tensor]:
+            found = _formula(ctx.cell, tensors)
             gates = (found.dx_gates, found.dr_gates) if cell.recurrent_gradient else (found.dx_gates,)
             return (*gates, *found.d_initial, *(found.d_reset if ctx.resets else ()))
 
-        result: list[Tensor | None] = [None] * len(tensors)
-        vjp = torch.func.vjp(function, *(tensors[i] for i in inputs))[1]
-        for i, gradient in zip(inputs, vjp(grads), strict=True):
-            result[i] = gradient
-        return (None, None, None, *result)
+        # Cells with c do not read y, and torch.func.vjp cannot make the zeros of what is not read where it is nested.
+        unread = (3,) if cell.states > 1 else ()
+        return (None, None, None, *double_backward.through(formula, ctx.saved_tensors, grads, unread))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:

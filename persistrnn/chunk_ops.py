@@ -370,16 +370,8 @@ def backward(
 
 
 @backward.register_fake
-def _(
-    cell: str,
-    save: str,
-    precision: str,
-    chunk: int,
-    cell_dtype: torch.dtype | None,
-    needs_x: bool,
-    resets: bool,
-    tensors: list[Tensor | None],
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    cell, save, _, _, _, needs_x, resets, tensors = arguments
     _, _, inputs, _, weights = backward_inputs_of(cell, save, tensors)
     x, _, initial, *_ = inputs_of(cell, inputs)
     of = [*([x] if needs_x else []), *(list(initial) * (2 if resets else 1)), *weights]

@@ -9,6 +9,7 @@ Letters are those of ``kernels.tensors``.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,6 +148,29 @@ def _one_way(
             d = _zero(mark == BEGINS, d)
     dx_gates, dr_gates = (torch.stack([of[t] for t in range(steps)]) for of in (dx_of, dr_of))
     return dx_gates, dr_gates, _plus(d, d_states, first), _plus(anew, d_states, last)
+
+
+def through(
+    function: Callable[[list[Any]], Sequence[Tensor]],
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    unread: Sequence[int] = (),
+) -> list[Tensor | None]:
+    """Gradients of ``tensors`` through ``function(tensors)``, given those of its results: of the floating ones that it
+    reads, which are all but ``unread``."""
+    asked = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point() and i not in unread]
+
+    def of(*given: Tensor) -> tuple[Tensor, ...]:
+        arguments = list(tensors)
+        for i, tensor in zip(asked, given, strict=True):
+            arguments[i] = tensor
+        return tuple(function(arguments))
+
+    found: list[Tensor | None] = [None] * len(tensors)
+    vjp = torch.func.vjp(of, *(tensors[i] for i in asked))[1]
+    for i, gradient in zip(asked, vjp(tuple(grads)), strict=True):
+        found[i] = gradient
+    return found
 
 
 def _where(rows: Tensor, chosen: Tiles, others: Tiles) -> Tiles:

@@ -8,6 +8,7 @@ them before a call. The only importer of the kernels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -261,18 +262,8 @@ def scan_forward(
 
 
 @scan_forward.register_fake
-def _(
-    cell: str,
-    precision: str,
-    save: bool,
-    keep: bool,
-    cell_dtype: torch.dtype | None,
-    x_gates: Tensor,
-    weights: list[Tensor],
-    marks: Tensor | None,
-    initial: list[Tensor],
-    reset: list[Tensor],
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    cell, _, save, keep, cell_dtype, x_gates, _, marks, initial, _ = arguments
     T, B, D, _ = x_gates.shape
     rows, _, H = initial[0].shape
     L, slots = rows // D, memory.c_slots(T, save or keep, marks is not None)
@@ -314,17 +305,8 @@ def scan_backward(
 
 
 @scan_backward.register_fake
-def _(
-    cell: str,
-    precision: str,
-    resets: bool,
-    weight_hh: Tensor,
-    weight_ih: Tensor | None,
-    marks: Tensor | None,
-    kept: list[Tensor],
-    d_final: list[Tensor],
-    d_outputs: list[Tensor],
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    cell, _, resets, weight_hh, _, _, _, d_final, d_outputs = arguments
     T, B, D, H = d_outputs[0].shape
     L, of = weight_hh.shape[0] // D, CELLS[cell]
     gates = [d_outputs[0].new_empty(L, T, B, D, of.gates * H) for _ in range(1 + of.recurrent_gradient)]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from persistrnn import autograd, chunk_ops, segments
+from persistrnn import autograd, chunk_ops, double_backward, segments
 from persistrnn.chunk_ops import backward_inputs_of, by_layer, cut, gates_of, inputs_of, layers_of, outputs_of
 from persistrnn.kernels.cells import CELLS
 from persistrnn.mapping import each_sample, mapped
@@ -103,17 +104,9 @@ class _Chunked(Function):
     runs the layers anew."""
 
     @staticmethod
-    def forward(
-        cell: str,
-        save: str,
-        precision: str,
-        chunk: int,
-        cell_dtype: torch.dtype | None,
-        keeps: bool,
-        return_c: bool,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        how, k = (cell, save, precision, chunk, cell_dtype, keeps, return_c), 2 + 2 * CELLS[cell].states
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        how, tensors = arguments[:7], arguments[7:]
+        k = 2 + 2 * CELLS[arguments[0]].states
         return tuple(chunk_ops.forward(*how, list(tensors[:k]), list(tensors[k:])))
 
     @staticmethod
@@ -169,17 +162,8 @@ class _ChunkedBackward(Function):
     """The tensors of ``BackwardInputs`` to gradients of [x, *initial, *reset, *weights]."""
 
     @staticmethod
-    def forward(
-        cell: str,
-        save: str,
-        precision: str,
-        chunk: int,
-        cell_dtype: torch.dtype | None,
-        needs_x: bool,
-        resets: bool,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        return tuple(chunk_ops.backward(cell, save, precision, chunk, cell_dtype, needs_x, resets, list(tensors)))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(chunk_ops.backward(*arguments[:7], list(arguments[7:])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -191,21 +175,10 @@ class _ChunkedBackward(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """All at once, as one launch per layer over all steps would have it: what was kept is made anew."""
-        tensors = list(ctx.saved_tensors)
-        inputs = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point()]
-
-        def function(*given: Tensor) -> tuple[Tensor, ...]:
-            for i, tensor in zip(inputs, given, strict=True):
-                tensors[i] = tensor
-            how = ctx.cell, ctx.precision, ctx.cell_dtype, ctx.needs_x, ctx.resets
-            return tuple(_first_derivative(*how, tensors))
-
-        vjp = torch.func.vjp(function, *(tensors[i] for i in inputs))[1]
-        result: list[Tensor | None] = [None] * len(tensors)
-        for i, gradient in zip(inputs, vjp(grads), strict=True):
-            result[i] = gradient
+        how = ctx.cell, ctx.precision, ctx.cell_dtype, ctx.needs_x, ctx.resets
+        found = double_backward.through(functools.partial(_first_derivative, *how), ctx.saved_tensors, grads)
         k = 2 + 4 * CELLS[ctx.cell].states
-        return (*(None,) * 7, *result[:k], *(None,) * ctx.kept, *result[k:])
+        return (*(None,) * 7, *found[:k], *(None,) * ctx.kept, *found[k:])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
