@@ -1,5 +1,12 @@
 """Allocate, ask for the plan, launch: the one way in to the scan kernels.
 
+A layer is a stack of one. A stack of several has one direction and one launch: all of its matrices are on the chip and
+all of its layers at work at the same time, each one step behind the layer below (two behind the one above, in the
+backward), so that it takes about T + L steps instead of T times L.
+
+Letters: L layers, T steps, B batch, D directions, H hidden, G gates, n tensors kept per step. L or D is 1. States go h
+first, then what else the cell has.
+
 On several streams at once: a launch is on the current stream, its memory belongs to it, and being cooperative it begins
 when there is room for all of its programs. So launches of several streams, as of several layers, wait for each other's
 end or run beside each other, and cannot each hold a part of the device that the other one needs.
@@ -24,11 +31,11 @@ from .device.pointwise import BACKWARD, FORWARD
 from .device.recompute import BLOCK, activate
 from .device.scan import scan_backward, scan_forward
 from .planner import hardware as devices
-from .planner import occupancy
+from .planner import occupancy, pipeline
 from .planner import plan as planning
-from .planner.forecast import Forecast, forecast
 from .planner.memory import c_slots
 from .planner.problem import Problem
+from .tensors import Gradients, Kept, Weights
 
 # Number of launches per kernel name in this process: tests use it to prove which path made their numbers.
 LAUNCHES: Counter[str] = Counter()
@@ -82,12 +89,33 @@ def choose(
     return planning.plan_layer(Problem(cell, hidden, batch, directions, label(dtype, precision), hardware(device)))
 
 
-def compare(
-    cell: Cell, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, device: torch.device,
-    backward: bool,
-) -> Forecast:  # fmt: skip
-    """What the kernels and torch's own path are expected to need per time step."""
-    return forecast(Problem(cell, hidden, batch, directions, label(dtype, precision), hardware(device)), backward)
+def choose_stack(
+    cell: Cell, hidden: int, layers: int, batch: int, dtype: torch.dtype, precision: str, device: torch.device
+) -> pipeline.Pipeline | None:
+    """The plan of a stack in one launch; None where its layers do not fit the device together."""
+    found = hardware(device)
+    if found is devices.INTERPRETER:
+        return None  # programs that run one after the other cannot wait for each other
+    return pipeline.plan_pipeline(Problem(cell, hidden, batch, 1, label(dtype, precision), found), layers)
+
+
+def plan_of(
+    cell: Cell, hidden: int, layers: int, batch: int, directions: int, like: Tensor, precision: str
+) -> planning.Plan | pipeline.Pipeline:
+    """The plan of a call.
+
+    Raises:
+        ValueError: a layer does not fit the device, or several do not together.
+    """
+    if layers == 1:
+        return choose(cell, hidden, batch, directions, like.dtype, precision, like.device)
+    found = choose_stack(cell, hidden, layers, batch, like.dtype, precision, like.device)
+    if found is None:
+        raise ValueError(
+            f"{layers} layers of hidden_size={hidden} do not fit {hardware(like.device).name} together; "
+            "run them one after the other"
+        )
+    return found
 
 
 def exchange_for(device: torch.device) -> Exchange:
@@ -179,16 +207,29 @@ def flag(buffer: Tensor, part: planning.Pass, exchange: Exchange) -> None:
         buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(-1)
 
 
-def edges(states: Tensor, initial: Tensor, reset: Tensor | None) -> None:
-    """Fill the first and the last slot of [T + 2, B, D, H] from [D, B, H]: the initial state before each direction's
-    first step, the reset state (zeros if None) after its last one. An operator's output is defined everywhere."""
-    for direction, before in enumerate(initial):
-        first, last = (-1, 0) if direction else (0, -1)
-        states[first, :, direction].copy_(before)
-        if reset is None:
-            states[last, :, direction].zero_()
-        else:
-            states[last, :, direction].copy_(reset[direction])
+def edges(states: Tensor, initial: Tensor, reset: Tensor | None, every: bool = True) -> None:
+    """Fill the slots of states [L, slots, B, D, H] that no step fills, from [L*D, B, H]: an operator's output is
+    defined everywhere.
+
+    With ``every`` there are T + 2: the initial state goes before each direction's first step, the reset state (zeros if
+    None) after its last one. Else there are few: the initial state goes to slots 0 and 1, the reset state to 2.
+    """
+    layers, slots, _, directions, _ = states.shape
+    if not every:
+        few = states.transpose(2, 3)
+        few[:, :2].copy_(initial.unflatten(0, (layers, 1, directions)))
+        if slots > 2 and reset is not None:
+            few[:, 2:].copy_(reset.unflatten(0, (layers, 1, directions)))
+        elif slots > 2:
+            few[:, 2:].zero_()
+        return
+    ends = states[:, :: slots - 1]
+    if reset is None:
+        ends.zero_()
+    for where, filling in ((0, initial), (1, reset)):
+        if filling is not None:
+            for d, part in enumerate(filling.unbind() if directions > 1 else [filling]):
+                ends[:, abs(where - d), :, d].copy_(part)
 
 
 def unreserved(h: Tensor, exchange: Exchange) -> Tensor:
@@ -196,13 +237,22 @@ def unreserved(h: Tensor, exchange: Exchange) -> Tensor:
     return torch.where(h.isnan(), torch.nan, h) if exchange.protocol == "flags" else h
 
 
+def _both(first: Tensor, second: Tensor | None, above: bool) -> Tensor:
+    """``first`` of one layer; of a stack [L, 2, ...] of ``first`` [L, ...] and ``second`` [L - 1, ...], which belongs
+    to layers 1 to L - 1, or to 0 to L - 2 if it is that of the layer above; zeros for the layer that has none."""
+    if second is None:
+        return first
+    both = first.new_zeros(first.shape[0], 2, *first.shape[1:])
+    both[:, 0] = first
+    both[slice(None, -1) if above else slice(1, None), 1] = second
+    return both
+
+
 def forward(
     cell: Cell,
     x_gates: Tensor,
-    weight_hh: Tensor,
-    bias_hh: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
+    weights: Weights,
+    initial: Sequence[Tensor],
     precision: str,
     save: bool,
     keep: bool = False,
@@ -210,68 +260,60 @@ def forward(
     marks: Tensor | None = None,
     reset: Sequence[Tensor] = (),
     saved: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Kept:
     """Run the forward scan.
 
     Args:
         cell: the cell.
-        x_gates: [T, B, D, G*H], input half of the gates. T, B >= 1.
-        weight_hh: [D, G*H, H]; bias_hh: [D, G*H]; h0: [D, B, H]; c0: [D, B, H], None if the cell has no c.
+        x_gates: [T, B, D, G*H], input half of the lowest layer's gates. T, B >= 1.
+        weights: of all layers.
+        initial: the states before the first step, each [L*D, B, H].
         precision: of products in float32, "tf32" or "ieee".
-        save: keep what the backward needs, c of every step among it; keep: keep that c all the same.
-        cell_dtype: of the stored c (None: of x_gates); between the steps it is float32 in any case.
-        marks: uint8 [T, B, D], where rows begin anew or skip a step (``marks``), or None.
-        reset: the states that rows begin anew from, each [D, B, H]; none: zeros.
-        saved: with save, where to put what the backward needs, [T, B, D, n, H]; None: in new memory.
+        save: keep what the backward needs, all states of every step among it; keep: keep those all the same.
+        cell_dtype: of the stored states after h (None: of x_gates); between the steps they are float32 in any case.
+        marks: uint8 [T, B, D], where rows begin anew or skip a step (``marks``), the same for all layers, or None.
+        reset: the states that rows begin anew from, each [L*D, B, H]; none: zeros.
+        saved: with save, where to put what the backward needs; None: in new memory.
         All tensors contiguous, on one device, float16, bfloat16 or float32.
 
-    Returns:
-        y: [T + 2, B, D, H] with h0 in the slot before each direction's first step (slot 0; slot T + 1 in reverse), and
-        the reset state in the other one.
-        c: the same for c with save or keep, else [2, B, D, H] with the final c in slot 1 (3 slots with marks); empty if
-        the cell has no c.
-        saved: [T, B, D, n, H] with save, else empty.
+    Raises:
+        ValueError: the size does not fit the device.
     """
     check()
     T, B, D, _ = x_gates.shape
-    H = h0.shape[-1]
-    plan = choose(cell, H, B, D, x_gates.dtype, precision, x_gates.device)
-    part = plan.forward
+    rows, _, H = initial[0].shape
+    L = rows // D
+    part = plan_of(cell, H, L, B, D, x_gates, precision).forward
     exchange = exchange_for(x_gates.device)
-    y = x_gates.new_empty(T + 2, B, D, H)
+    every = save or keep
+    slots = c_slots(T, every, marks is not None)
+    y = x_gates.new_empty(L, T + 2, B, D, H)
     flag(y, part, exchange)
-    edges(y, unreserved(h0, exchange), unreserved(reset[0], exchange) if reset else None)
-    c = x_gates.new_empty(0)
-    if c0 is not None:
-        every = save or keep
-        c = x_gates.new_empty(c_slots(T, every, marks is not None), B, D, H, dtype=cell_dtype or x_gates.dtype)
-        reset_c = reset[1] if reset else None
-        if every:
-            edges(c, c0, reset_c)
-        else:
-            c[:2].copy_(c0.transpose(0, 1))
-            if marks is not None:
-                c[2].zero_() if reset_c is None else c[2].copy_(reset_c.transpose(0, 1))
-    if saved is None:
-        saved = x_gates.new_empty((T, B, D, cell.saved, H) if save else 0)
+    edges(y, unreserved(initial[0], exchange), unreserved(reset[0], exchange) if reset else None)
+    states = [y]
+    for i in range(1, cell.states):
+        states.append(x_gates.new_empty(L, slots, B, D, H, dtype=cell_dtype or x_gates.dtype))
+        edges(states[i], initial[i], reset[i] if reset else None, every)
+    if save and saved is None:
+        saved = x_gates.new_empty(L, T, B, D, cell.saved, H)
     launch_scan(
         scan_forward,
         part,
         part.tiling.jobs(B),
         exchange,
         x_gates.device,
-        weight_hh,
+        _both(weights.weight_hh, weights.weight_ih, above=False),
         x_gates=x_gates,
-        bias=bias_hh,
-        states=(y, c)[: cell.states],
-        saved=saved if save else None,
+        bias=_both(weights.bias_hh, weights.bias_ih, above=False),
+        states=tuple(states),
+        saved=saved,
         marks=marks,
         T=T,
         B=B,
         cell=FORWARD[cell.name],
-        KEEP=save or keep,
+        KEEP=every,
     )
-    return y, c, saved
+    return Kept(tuple(states), saved)
 
 
 def backward(
@@ -279,53 +321,66 @@ def backward(
     d_outputs: Sequence[Tensor],
     d_final: Sequence[Tensor],
     weight_hh: Tensor,
-    y: Tensor,
-    c: Tensor,
-    saved: Tensor,
+    weight_ih: Tensor | None,
+    kept: Kept,
     precision: str,
     marks: Tensor | None = None,
     resets: bool = False,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+) -> Gradients:
     """Run the backward scan.
 
     Args:
-        d_outputs: gradient of every h_t and, where it was given out, of every c_t, [T, B, D, H] each.
-        d_final: that of the final states, each [B, D, H].
-        weight_hh, y, c, saved, precision, marks: of the forward, with save.
+        d_outputs: gradient of the highest layer's every h_t and, where it was given out, of every c_t, [T, B, D, H]
+            each.
+        d_final: that of the final states, each [L*D, B, H].
+        weight_hh, weight_ih, precision, marks: of the forward; kept: what it left, with save.
         resets: whether gradients of the reset states are asked for.
 
-    Returns:
-        dx_gates, dr_gates: [T, B, D, G*H], the same tensor where the cell's two gradients are the same.
-        d_edges: gradient of the initial states, and with ``resets`` of the reset states, each [B, D, H].
+    Raises:
+        ValueError: the size does not fit the device.
     """
     check()
-    T, B, D, H = d_outputs[0].shape
     like = d_outputs[0]
-    plan = choose(cell, H, B, D, like.dtype, precision, like.device)
-    part = plan.backward
+    T, B, D, H = like.shape
+    L = d_final[0].shape[0] // D
+    part = plan_of(cell, H, L, B, D, like, precision).backward
     exchange = exchange_for(like.device)
-    dr_gates = like.new_empty(T, B, D, cell.gates * H)
-    flag(dr_gates, part, exchange)
-    dx_gates = torch.empty_like(dr_gates) if cell.recurrent_gradient else dr_gates
-    d_edges = tuple(torch.empty_like(d) for _ in range(2 if resets else 1) for d in d_final)
+
+    def gates(exchanged: bool) -> Tensor:
+        """With a row of zeros after those of the steps: what the highest of several layers hears from above."""
+        buffer = like.new_empty(L, T, B, D, cell.gates * H)
+        if L > 1:
+            rows = like.new_empty(L * T + 1, B, D, cell.gates * H)
+            rows[-1].zero_()
+            buffer = rows[:-1].unflatten(0, (L, T))
+        if exchanged:
+            flag(buffer, part, exchange)
+        return buffer
+
+    dr_gates = gates(exchanged=True)
+    dx_gates = gates(exchanged=L > 1) if cell.recurrent_gradient else dr_gates
+    # The kernels have the batch before the directions.
+    finals = [d if D == 1 else d.transpose(0, 1).contiguous() for d in d_final]
+    d_edges = [torch.empty_like(d) for _ in range(2 if resets else 1) for d in finals]
     launch_scan(
         scan_backward,
         part,
         part.tiling.jobs(B),
         exchange,
         like.device,
-        weight_hh,
+        _both(weight_hh, weight_ih, above=True),
         d_outputs=tuple(d_outputs),
-        states=(y, c)[: cell.states],
-        saved=saved,
+        states=tuple(kept.states),
+        saved=kept.saved,
         marks=marks,
-        d_states=(*d_final, *d_edges),
+        d_states=(*finals, *d_edges),
         d_gates=(dx_gates, dr_gates),
         T=T,
         B=B,
         cell=BACKWARD[cell.name],
     )
-    return dx_gates, dr_gates, d_edges
+    found = [d if D == 1 else d.transpose(0, 1) for d in d_edges]
+    return Gradients(dx_gates, dr_gates, tuple(found[: cell.states]), tuple(found[cell.states :]))
 
 
 def recompute(cell: Cell, x_gates: Tensor, r_gates: Tensor, bias_hh: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
-"""The derivatives of the operators: an ``autograd.Function`` for each, with ``setup_context`` and a vmap rule, so that
-torch.func, torch.compile and torch.export work (``register_autograd`` would give silent zero tangents under
-forward-mode AD). Everything elementwise or a GEMM (weight and bias gradients, final states) is plain torch around the
-operators.
+"""The derivatives of the operators: an ``autograd.Function`` for the forward and one for the backward, with
+``setup_context`` and a vmap rule, so that torch.func, torch.compile and torch.export work (``register_autograd`` would
+give silent zero tangents under forward-mode AD). Everything elementwise or a GEMM (weight and bias gradients, final
+states) is plain torch around the operators.
+
+Letters are those of ``kernels.tensors``. The Functions take and give flat tensors, in the order of the NamedTuples
+here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +18,45 @@ from torch.autograd import Function
 
 from persistrnn import double_backward, ops
 from persistrnn.decide import expects_backward
-from persistrnn.double_backward import NOTHING, Gradients, Kept
 from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.tensors import Gradients, Weights
 from persistrnn.mapping import mapped
 from persistrnn.phases import SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
+from persistrnn.reference import Result
 from persistrnn.segments import BEGINS, SKIPPED, without_skipped
+
+
+class Inputs(NamedTuple):
+    """What a forward takes, as ``recurrent``."""
+
+    x_gates: Tensor
+    weights: Weights
+    marks: Tensor | None
+    initial: Sequence[Tensor]
+    reset: Sequence[Tensor]
+
+
+class Outputs(NamedTuple):
+    """What a forward gives, or gradients of that.
+
+    every: y [T, B, D*H] of the highest layer, and with return_c its other states. finals: each [L*D, B, H]. kept: what
+    the backward needs, if one may come.
+    """
+
+    every: Sequence[Any]
+    finals: Sequence[Any]
+    kept: Sequence[Any]
+
+
+class BackwardInputs(NamedTuple):
+    """What a backward takes. d_outputs: [T, B, D, H], one or all of the states."""
+
+    weight_hh: Tensor
+    weight_ih: Tensor | None
+    marks: Tensor | None
+    kept: Sequence[Tensor]
+    d_final: Sequence[Tensor]
+    d_outputs: Sequence[Tensor]
 
 
 def recurrent(
@@ -27,394 +64,204 @@ def recurrent(
     x_gates: Tensor,
     weight_hh: Tensor,
     bias_hh: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
+    initial: Sequence[Tensor],
     precision: str,
     marks: Tensor | None = None,
     reset: Sequence[Tensor] = (),
     return_c: bool = False,
     cell_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The recurrence of one layer, all directions in one launch, on the persistent kernels.
+    weight_ih: Tensor | None = None,
+    bias_ih: Tensor | None = None,
+) -> Result:
+    """The recurrence of a layer, all directions in one launch, or of a stack of one direction in one launch, on the
+    persistent kernels.
 
     Args:
         cell: "lstm" (Hochreiter and Schmidhuber 1997, forget gate of Gers et al. 2000) or "gru" (Cho et al. 2014,
             reset after the matrix product).
-        x_gates: [T, B, D, G*H], ``x @ W_ih^T + b_ih`` in torch's gate order. T, B >= 1.
-        weight_hh: [D, G*H, H].
-        bias_hh: [D, G*H].
-        h0: [D, B, H].
-        c0: [D, B, H] for the LSTM, else None.
+        x_gates: [T, B, D, G*H], ``x @ W_ih^T + b_ih`` of the lowest layer in torch's gate order. T, B >= 1.
+        weight_hh: [L*D, G*H, H]; bias_hh: [L*D, G*H].
+        initial: (h0, c0) of an LSTM, (h0,) of a GRU, each [L*D, B, H].
         precision: of products in float32, "tf32" or "ieee".
         marks: uint8 [T, B, D], where a row begins anew or skips a step (``segments``); None: nowhere.
-        reset: the states that rows begin anew from, (h,) or (h, c), each [D, B, H]; empty: zeros.
-        return_c: give out every c_t.
+        reset: the states that rows begin anew from, in the form of ``initial``; empty: zeros.
+        return_c: give out every c_t of the highest layer.
         cell_dtype: of the c that is stored for the backward and given out; None: that of x_gates.
+        weight_ih: [L - 1, G*H, H], bias_ih: [L - 1, G*H]: of the upper layers of a stack.
         All in one dtype (float16, bfloat16 or float32), on one device.
 
     Returns:
-        y [T, B, D*H], h_n [D, B, H], c_n [D, B, H] or None, and with ``return_c`` c [T, B, D*H], else None.
+        y [T, B, D*H] of the highest layer, with ``return_c`` c [T, B, D*H], and the final states, each [L*D, B, H].
         Where a row skips a step, y and c repeat. Differentiable in every floating argument, through every output
-        (``second``).
+        (``double_backward``).
 
     Raises:
         ValueError: the size does not fit the device.
-        RuntimeError: an earlier launch gave up waiting (see ``check``).
-    """
-    reset_h, reset_c = (*reset, None, None)[:2]
-    tensors = (x_gates, weight_hh, bias_hh, h0, c0, marks, reset_h, reset_c)
-    y, h_n, c_n, c, *_ = _Scan.apply(cell, precision, expects_backward(tensors), return_c, cell_dtype, *tensors)
-    return y, h_n, c_n if CELLS[cell].states > 1 else None, c if return_c else None
-
-
-def wave(
-    cell: str,
-    x_gates: Tensor,
-    weight_hh: Tensor,
-    bias_hh: Tensor,
-    weight_ih: Tensor,
-    bias_ih: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    precision: str,
-    marks: Tensor | None = None,
-    reset: Sequence[Tensor] = (),
-    return_c: bool = False,
-    cell_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The recurrence of a stack of L layers of one direction in one launch (``kernels.wave``).
-
-    Args:
-        cell, precision, return_c, cell_dtype: as in ``recurrent``.
-        x_gates: [T, B, G*H], input half of the lowest layer's gates, in torch's gate order. T, B >= 1.
-        weight_hh: [L, G*H, H]; bias_hh: [L, G*H].
-        weight_ih: [L - 1, G*H, H]; bias_ih: [L - 1, G*H], of the upper layers.
-        h0: [L, B, H]; c0: [L, B, H] for the LSTM, else None.
-        marks: uint8 [T, B], the same for all layers; reset: (h,) or (h, c), each [L, B, H]; as in ``recurrent``.
-        All in one dtype (float16, bfloat16 or float32), on one device.
-
-    Returns:
-        y [T, B, H] of the highest layer, h_n [L, B, H], c_n [L, B, H] or None, and c [T, B, H] of the highest layer
-        with ``return_c``, else None. Differentiable in every floating argument, through every output (``second``).
-
-    Raises:
-        ValueError: the stack does not fit the device (``decide.pipeline_of`` says so beforehand).
         RuntimeError: an earlier launch gave up waiting (see ``ops.check``).
     """
-    reset_h, reset_c = (*reset, None, None)[:2]
-    tensors = (x_gates, weight_hh, bias_hh, weight_ih, bias_ih, h0, c0, marks, reset_h, reset_c)
-    y, h_n, c_n, c, *_ = _Wave.apply(cell, precision, expects_backward(tensors), return_c, cell_dtype, *tensors)
-    return y, h_n, c_n if CELLS[cell].states > 1 else None, c if return_c else None
+    tensors = x_gates, weight_hh, bias_hh, weight_ih, bias_ih, marks, *initial, *reset
+    save = expects_backward(tensors)
+    # Without gradients dynamo calls no Function with a variable number of arguments.
+    direct = torch.compiler.is_compiling() and not save
+    flat = (_forward if direct else _Scan.apply)(cell, precision, save, return_c, cell_dtype, *tensors)
+    (y, *c), finals, _ = _outputs(cell, return_c, flat)
+    return Result(y, c[0] if c else None, list(finals))
+
+
+def _inputs(cell: str, flat: Sequence[Any]) -> Inputs:
+    x_gates, weight_hh, bias_hh, weight_ih, bias_ih, marks, *states = flat
+    n = CELLS[cell].states
+    return Inputs(x_gates, Weights(weight_hh, bias_hh, weight_ih, bias_ih), marks, states[:n], states[n:])
+
+
+def _outputs(cell: str, return_c: bool, flat: Sequence[Any]) -> Outputs:
+    n = CELLS[cell].states
+    m = n if return_c else 1
+    return Outputs(flat[:m], flat[m : m + n], flat[m + n :])
+
+
+def _backward_inputs(cell: str, flat: Sequence[Any]) -> BackwardInputs:
+    weight_hh, weight_ih, marks, *others = flat
+    n = CELLS[cell].states
+    return BackwardInputs(weight_hh, weight_ih, marks, others[: n + 1], others[n + 1 : 2 * n + 1], others[2 * n + 1 :])
+
+
+def _forward(
+    cell: str, precision: str, save: bool, return_c: bool, cell_dtype: torch.dtype | None, *tensors: Tensor | None
+) -> tuple[Tensor, ...]:
+    x_gates, weights, marks, initial, reset = _inputs(cell, tensors)
+    given = [w for w in weights if w is not None]
+    with phase(SCAN_FORWARD):
+        kept = ops.scan_forward(
+            cell, precision, save, return_c, cell_dtype, x_gates, given, marks, list(initial), list(reset)
+        )
+    n, stacked = CELLS[cell].states, weights.weight_ih is not None
+    every = [s[-1, 1:-1].flatten(2) for s in kept[: n if return_c else 1]]
+    if stacked:
+        every = [s.clone() for s in every]  # else they would keep those of all layers alive
+    finals = []
+    for i, states in enumerate(kept[:n]):
+        # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
+        last = -2 if i == 0 or save or return_c else 1
+        rows = [states[:, 1 if d else last, :, d] for d in range(x_gates.shape[2])]
+        finals.append(torch.cat(rows).to(x_gates.dtype))
+    return (*every, *finals, *(kept if save else ()))
 
 
 class _Scan(Function):
-    """y, h_n, c_n, every c where it is asked for, and what the backward needs: the operator's y, c and saved.
-
-    Those three stay differentiable: through them a second derivative finds its way (``second``).
-    """
+    """The tensors of ``Inputs`` to those of ``Outputs``. What is kept stays differentiable: through it a second
+    derivative finds its way (``double_backward``)."""
 
     @staticmethod
     def forward(
-        cell: str,
-        precision: str,
-        save: bool,
-        return_c: bool,
-        cell_dtype: torch.dtype | None,
-        x_gates: Tensor,
-        weight_hh: Tensor,
-        bias_hh: Tensor,
-        h0: Tensor,
-        c0: Tensor | None,
-        marks: Tensor | None,
-        reset_h: Tensor | None,
-        reset_c: Tensor | None,
+        cell: str, precision: str, save: bool, return_c: bool, cell_dtype: torch.dtype | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        given = x_gates, weight_hh, bias_hh, h0, c0, marks, reset_h, reset_c
-        with phase(SCAN_FORWARD):
-            y, c, saved = ops.scan_forward(cell, precision, save, *given, return_c, cell_dtype)
-        D = x_gates.shape[2]
-        # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
-        h_n = torch.stack([y[1 if d else -2, :, d] for d in range(D)])
-        if CELLS[cell].states > 1:
-            last = -2 if save or return_c else 1
-            c_n = torch.stack([c[1 if d else last, :, d] for d in range(D)]).to(x_gates.dtype)
-        else:
-            c_n = c.clone()
-        every = c[1:-1].flatten(2) if return_c else c.new_empty(0)
-        return y[1:-1].flatten(2), h_n, c_n, every, y, c, saved
+        return _forward(cell, precision, save, return_c, cell_dtype, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        cell, precision, save, return_c, _, _, weight_hh, *_, marks, _, _ = inputs
-        _, _, c_n, every, y, c, saved = output
-        ctx.cell, ctx.precision, ctx.return_c = cell, precision, return_c
+        ctx.cell, ctx.precision, save, ctx.return_c, _, *tensors = inputs
+        given, kept = _inputs(ctx.cell, tensors), _outputs(ctx.cell, ctx.return_c, output).kept
         if save:
-            ctx.save_for_backward(weight_hh, y, c, saved, marks)
+            ctx.save_for_backward(given.weights.weight_hh, given.weights.weight_ih, given.marks, *kept)
         ctx.set_materialize_grads(False)
         if torch.compiler.is_compiling():
             # Dynamo hands a gradient of every differentiable output to the backward; AOTAutograd itself refuses a
             # second derivative.
-            others = (() if CELLS[cell].states > 1 else (c_n,)) + (() if return_c else (every,))
-            ctx.mark_non_differentiable(y, c, saved, *others)
+            ctx.mark_non_differentiable(*kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        weight_hh, y, c, saved, marks = ctx.saved_tensors
-        T = y.shape[0] - 2
-        _, B, D, H = y.shape
-        has_c = CELLS[ctx.cell].states > 1
-        dy = y.new_zeros(T, B, D, H) if grads[0] is None else grads[0].unflatten(2, (D, H))
-        # Dynamo hands a gradient to an output that has none, too.
-        dc = grads[3].unflatten(2, (D, H)) if ctx.return_c and grads[3] is not None else None
-        dh_n = y.new_zeros(D, B, H) if grads[1] is None else grads[1]
-        dc_n = None
-        if has_c:
-            dc_n = y.new_zeros(D, B, H) if grads[2] is None else grads[2]
-        needs_weight, needs_bias, *_, needs_h, needs_c = ctx.needs_input_grad[6:]
-        resets = needs_h or needs_c
-        given = dy, dc, dh_n, dc_n, weight_hh, y, c, saved, marks
-        if _is_second(grads[4:]):
-            found = _formula(ctx.cell, *given, d_kept=Kept(*grads[4:]))
-            dx_gates, dr_gates, dh0, dc0, *d_reset = _six(found)
+        cell = CELLS[ctx.cell]
+        weight_hh, weight_ih, marks, *kept = ctx.saved_tensors
+        y, saved = kept[0], kept[-1]
+        _, T, B, D, _, H = saved.shape
+        d = _outputs(ctx.cell, ctx.return_c, grads)
+        d_outputs = [None if g is None else g.unflatten(2, (D, H)) for g in d.every]
+        while d_outputs[-1] is None and len(d_outputs) > 1:
+            d_outputs.pop()
+        d_outputs = [y.new_zeros(T, B, D, H) if g is None else g for g in d_outputs]
+        d_final = [y.new_zeros(weight_hh.shape[0], B, H) if g is None else g for g in d.finals]
+        needs = _inputs(ctx.cell, ctx.needs_input_grad[5:])
+        resets = any(needs.reset)
+        given = weight_hh, weight_ih, marks, *kept, *d_final, *d_outputs
+        if _is_second(d.kept):
+            found = _formula(ctx.cell, given, d.kept)
         else:
-            dx_gates, dr_gates, dh0, dc0, *d_reset = _ScanBackward.apply(ctx.cell, ctx.precision, resets, *given)
-        if has_c:
-            dr_gates = dx_gates
-        d_weight = d_bias = None
+            # In a backward dynamo calls no Function with a variable number of arguments.
+            scan = _backward if torch.compiler.is_compiling() else _ScanBackward.apply
+            found = ops.gradients_of(ctx.cell, scan(ctx.cell, ctx.precision, resets, *given))
+        d_weights: list[Tensor | None] = [None] * 4
+        dr_gates = found.dr_gates if cell.recurrent_gradient else found.dx_gates
         with phase(WEIGHT_GEMMS):
-            if needs_weight:
-                h_previous = [h_before(y, marks, d).flatten(0, 1) for d in range(D)]
-                d_weight = torch.stack([_gemm(dr_gates[:, :, d].flatten(0, 1), h_previous[d]) for d in range(D)])
-            if needs_bias:
-                d_bias = dr_gates.sum((0, 1), dtype=torch.float32).to(dr_gates.dtype)
-        d_reset_h, d_reset_c = d_reset[0] if resets else None, d_reset[1] if resets and has_c else None
-        d_weights = d_weight, d_bias
-        return (*(None,) * 5, dx_gates, *d_weights, dh0, dc0 if has_c else None, None, d_reset_h, d_reset_c)
+            if needs.weights.weight_hh:
+                d_weights[0] = _products(dr_gates, [h_before(y, marks, d) for d in range(D)])
+            if needs.weights.bias_hh:
+                d_weights[1] = _bias(dr_gates)
+            if needs.weights.weight_ih:
+                d_weights[2] = _products(found.dx_gates[1:], [without_skipped(y[:-1, 1:-1, :, 0], marks)])
+            if needs.weights.bias_ih:
+                d_weights[3] = _bias(found.dx_gates[1:])
+        d_reset = found.d_reset if resets else [None] * len(needs.reset)
+        return (*(None,) * 5, found.dx_gates[0], *d_weights, None, *found.d_initial, *d_reset)
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        cell: str,
-        precision: str,
-        save: bool,
-        return_c: bool,
-        cell_dtype: torch.dtype | None,
-        *tensors: Tensor | None,
-    ) -> tuple[Any, Any]:
-        fixed = cell, precision, save, return_c, cell_dtype
-        # where B is in x_gates, weight_hh, bias_hh, h0, c0, marks, reset_h, reset_c
-        return mapped(_Scan, info, in_dims, fixed, tensors, (1, None, None, 1, 1, 1, 1, 1), (1,) * 7)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        cell, save, return_c, tensors = arguments[0], arguments[2], arguments[3], arguments[5:]
+        n = CELLS[cell].states
+        # where B is in the tensors of Inputs, and of Outputs
+        axes = (1, None, None, None, None, 1, *(1,) * (len(tensors) - 6))
+        out_axes = (*(1,) * ((n if return_c else 1) + n), *(2,) * (n + 1 if save else 0))
+        return mapped(_Scan, info, in_dims, arguments[:5], tensors, axes, out_axes)
+
+
+def _backward(cell: str, precision: str, resets: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    weight_hh, weight_ih, marks, *others = _backward_inputs(cell, tensors)
+    with phase(SCAN_BACKWARD):
+        return tuple(ops.scan_backward(cell, precision, resets, weight_hh, weight_ih, marks, *map(list, others)))
 
 
 class _ScanBackward(Function):
-    """Gradients with respect to the two halves of the gates, the initial states and, if ``resets``, the reset ones."""
+    """The tensors of ``BackwardInputs`` to those of ``Gradients``, of the reset states only if ``resets``."""
 
     @staticmethod
-    def forward(
-        cell: str,
-        precision: str,
-        resets: bool,
-        dy: Tensor,
-        dc: Tensor | None,
-        dh_n: Tensor,
-        dc_n: Tensor | None,
-        weight_hh: Tensor,
-        y: Tensor,
-        c: Tensor,
-        saved: Tensor,
-        marks: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        given = dy, dh_n, dc_n, weight_hh, y, c, saved, dc
-        with phase(SCAN_BACKWARD):
-            return ops.scan_backward(cell, precision, *given, marks, resets)
+    def forward(cell: str, precision: str, resets: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return _backward(cell, precision, resets, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.cell, _, _, *tensors = inputs
+        ctx.cell, _, ctx.resets, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *_again(ctx.cell, ctx.saved_tensors, grads)
+        """Gradients of a backward's arguments, by the derivative of its formula."""
+        cell = CELLS[ctx.cell]
+
+        def formula(tensors: list[Any]) -> Sequence[Tensor]:
+            found = _formula(ctx.cell, tensors)
+            gates = (found.dx_gates, found.dr_gates) if cell.recurrent_gradient else (found.dx_gates,)
+            return (*gates, *found.d_initial, *(found.d_reset if ctx.resets else ()))
+
+        # Cells with c do not read y, and torch.func.vjp cannot make the zeros of what is not read where it is nested.
+        unread = (3,) if cell.states > 1 else ()
+        return (None, None, None, *double_backward.through(formula, ctx.saved_tensors, grads, unread))
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], cell: str, precision: str, resets: bool, *tensors: Tensor | None
-    ) -> tuple[Any, Any]:
-        axes = (1, 1, 1, 1, None, 1, 1, 1, 1)  # where B is in dy, dc, dh_n, dc_n, weight_hh, y, c, saved, marks
-        return mapped(_ScanBackward, info, in_dims, (cell, precision, resets), tensors, axes, (1,) * 6)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        cell, tensors = CELLS[arguments[0]], arguments[3:]
+        n = cell.states
+        # where B is in the tensors of BackwardInputs, and of Gradients
+        axes = (None, None, 1, *(2,) * (n + 1), *(1,) * (len(tensors) - n - 4))
+        out_axes = (*(2,) * (1 + cell.recurrent_gradient), *(1,) * (2 * n if arguments[2] else n))
+        return mapped(_ScanBackward, info, in_dims, arguments[:3], tensors, axes, out_axes)
 
 
-def h_before(y: Tensor, marks: Tensor | None, direction: int) -> Tensor:
-    """The h [T, B, H] that each step of a direction went on from."""
-    h, reset = (y[2:, :, 1], y[0, :, 1]) if direction else (y[:-2, :, 0], y[-1, :, 0])
-    return h if marks is None else _chosen(marks[:, :, direction, None], reset, h)
-
-
-class _Wave(Function):
-    """y, h_n, c_n of a stack, every c of its highest layer where it is asked for, and what the backward needs: the
-    operator's y, c and saved."""
-
-    @staticmethod
-    def forward(
-        cell: str,
-        precision: str,
-        save: bool,
-        return_c: bool,
-        cell_dtype: torch.dtype | None,
-        x_gates: Tensor,
-        weight_hh: Tensor,
-        bias_hh: Tensor,
-        weight_ih: Tensor,
-        bias_ih: Tensor,
-        h0: Tensor,
-        c0: Tensor | None,
-        marks: Tensor | None,
-        reset_h: Tensor | None,
-        reset_c: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        weights = weight_hh, bias_hh, weight_ih, bias_ih
-        given = x_gates, *weights, h0, c0, marks, reset_h, reset_c
-        with phase(SCAN_FORWARD):
-            y, c, saved = ops.wave_forward(cell, precision, save, *given, return_c, cell_dtype)
-        # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
-        c_n = (c[:, -2 if save or return_c else 1] if CELLS[cell].states > 1 else c).clone().to(x_gates.dtype)
-        every = c[-1, 1:-1].clone() if return_c else c.new_empty(0)
-        return y[-1, 1:-1].clone(), y[:, -2].clone(), c_n, every, y, c, saved
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        cell, precision, save, return_c, _, _, weight_hh, _, weight_ih, *_, marks, _, _ = inputs
-        _, _, c_n, every, y, c, saved = output
-        ctx.cell, ctx.precision, ctx.return_c = cell, precision, return_c
-        if save:
-            ctx.save_for_backward(weight_hh, weight_ih, y, c, saved, marks)
-        ctx.set_materialize_grads(False)
-        if torch.compiler.is_compiling():  # as in _Scan
-            others = (() if CELLS[cell].states > 1 else (c_n,)) + (() if return_c else (every,))
-            ctx.mark_non_differentiable(y, c, saved, *others)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        weight_hh, weight_ih, y, c, saved, marks = ctx.saved_tensors
-        L, _, B, H = y.shape
-        has_c = CELLS[ctx.cell].states > 1
-        dy = y.new_zeros(y.shape[1] - 2, B, H) if grads[0] is None else grads[0]
-        dh_n = y.new_zeros(L, B, H) if grads[1] is None else grads[1]
-        dc_n = None
-        if has_c:
-            dc_n = y.new_zeros(L, B, H) if grads[2] is None else grads[2]
-        *needs, _, _, _, needs_h, needs_c = ctx.needs_input_grad[6:]
-        resets = needs_h or needs_c
-        given = dy, grads[3] if ctx.return_c else None, dh_n, dc_n, weight_hh, weight_ih, y, c, saved, marks
-        if _is_second(grads[4:]):
-            found = _formula(ctx.cell, *given, d_kept=Kept(*grads[4:]))
-            dx_gates, dr_gates, dh0, dc0, *d_reset = _six(found)
-        else:
-            dx_gates, dr_gates, dh0, dc0, *d_reset = _WaveBackward.apply(ctx.cell, ctx.precision, resets, *given)
-        if has_c:
-            dr_gates = dx_gates
-        with phase(WEIGHT_GEMMS):
-            d_weight_hh = _gemm(dr_gates.flatten(1, 2), _all_before(y, marks).flatten(1, 2)) if needs[0] else None
-            d_bias_hh = _bias(dr_gates) if needs[1] else None
-            below = without_skipped(y[:-1, 1:-1], None if marks is None else marks.unsqueeze(-1))
-            d_weight_ih = _gemm(dx_gates[1:].flatten(1, 2), below.flatten(1, 2)) if needs[2] else None
-            d_bias_ih = _bias(dx_gates[1:]) if needs[3] else None
-        d_weights = d_weight_hh, d_bias_hh, d_weight_ih, d_bias_ih
-        d_reset_h, d_reset_c = d_reset[0] if resets else None, d_reset[1] if resets and has_c else None
-        return (*(None,) * 5, dx_gates[0], *d_weights, dh0, dc0 if has_c else None, None, d_reset_h, d_reset_c)
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        cell: str,
-        precision: str,
-        save: bool,
-        return_c: bool,
-        cell_dtype: torch.dtype | None,
-        *tensors: Tensor | None,
-    ) -> tuple[Any, Any]:
-        fixed = cell, precision, save, return_c, cell_dtype
-        # where B is in x_gates, the weights and biases, h0, c0, marks, reset_h, reset_c
-        axes = (1, None, None, None, None, 1, 1, 1, 1, 1)
-        return mapped(_Wave, info, in_dims, fixed, tensors, axes, (1, 1, 1, 1, 2, 2, 2))
-
-
-class _WaveBackward(Function):
-    """Gradients with respect to the two halves of every layer's gates, the initial states and, if ``resets``, the reset
-    states."""
-
-    @staticmethod
-    def forward(
-        cell: str,
-        precision: str,
-        resets: bool,
-        dy: Tensor,
-        dc: Tensor | None,
-        dh_n: Tensor,
-        dc_n: Tensor | None,
-        weight_hh: Tensor,
-        weight_ih: Tensor,
-        y: Tensor,
-        c: Tensor,
-        saved: Tensor,
-        marks: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        given = dy, dh_n, dc_n, weight_hh, weight_ih, y, c, saved, dc
-        with phase(SCAN_BACKWARD):
-            return ops.wave_backward(cell, precision, *given, marks, resets)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.cell, _, _, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *_again(ctx.cell, ctx.saved_tensors, grads)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], cell: str, precision: str, resets: bool, *tensors: Tensor | None
-    ) -> tuple[Any, Any]:
-        axes = (1, 1, 1, 1, None, None, 2, 2, 2, 1)  # where B is in dy, dc, dh_n, dc_n, the weights, y, c, saved, marks
-        return mapped(_WaveBackward, info, in_dims, (cell, precision, resets), tensors, axes, (2, 2, 1, 1, 1, 1))
-
-
-def _all_before(y: Tensor, marks: Tensor | None) -> Tensor:
-    """The h [L, T, B, H] that each step of each layer went on from."""
-    return y[:, :-2] if marks is None else _chosen(marks.unsqueeze(-1), y[:, -1:], y[:, :-2])
-
-
-def _chosen(marks: Tensor, reset: Tensor, h: Tensor) -> Tensor:
-    """What a product is formed with: nothing at a skipped step, where a NaN would be 0 * NaN in the gradient."""
-    return torch.where(marks == SKIPPED, 0.0, torch.where(marks == BEGINS, reset, h))
-
-
-def _formula(
-    cell: str,
-    dy: Tensor,
-    dc: Tensor | None,
-    dh_n: Tensor,
-    dc_n: Tensor | None,
-    *others: Tensor | None,
-    d_kept: Kept = NOTHING,
-) -> Gradients:
-    """What the two backwards compute, differentiable: from their arguments, of which a stack's have two weights."""
-    *weights, y, c, saved, marks = others
-    formula: Callable[..., Gradients] = (
-        double_backward.backward if len(weights) == 1 else double_backward.backward_of_stack
-    )
-    finals = [dh_n] if dc_n is None else [dh_n, dc_n]
-    return formula(cell, *weights, marks, Kept(y, c, saved), (dy, dc), finals, d_kept)
-
-
-def _six(found: Gradients) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """dx_gates, dr_gates, and the gradients of h0, c0, reset_h and reset_c; None for what the cell has not."""
-    c = [s[1] if len(s) > 1 else None for s in (found.d_initial, found.d_reset)]
-    return found.dx_gates, found.dr_gates, found.d_initial[0], c[0], found.d_reset[0], c[1]
+def _formula(cell: str, tensors: Sequence[Any], d_kept: Sequence[Tensor | None] = ()) -> Gradients:
+    """What the backward computes, differentiable, from the tensors of ``BackwardInputs``."""
+    weight_hh, weight_ih, marks, kept, d_final, d_outputs = _backward_inputs(cell, tensors)
+    of = ops.kept_of(cell, kept)
+    return double_backward.backward(cell, weight_hh, weight_ih, marks, of, d_outputs, d_final, d_kept)
 
 
 def _is_second(grads: Sequence[Tensor | None]) -> bool:
@@ -422,28 +269,26 @@ def _is_second(grads: Sequence[Tensor | None]) -> bool:
     return not torch.compiler.is_compiling() and any(g is not None for g in grads)
 
 
-def _again(cell: str, tensors: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients of a backward's arguments, given those of its six results."""
-    # Cells with c do not read y, and torch.func.vjp cannot make the zeros of an argument that is not read where it is
-    # nested.
-    y = len(tensors) - 4
-    read = (i for i in range(len(tensors)) if not (i == y and CELLS[cell].states > 1))
-    inputs = [i for i in read if (t := tensors[i]) is not None and t.is_floating_point() and t.numel()]
-    # dr_gates is dx_gates in cells with c, and empty.
-    outputs = [i for i, g in enumerate(grads) if g.numel() and not (i == 1 and CELLS[cell].states > 1)]
+def h_before(y: Tensor, marks: Tensor | None, direction: int) -> Tensor:
+    """The h [L, T, B, H] that each step of a direction went on from, of y [L, T + 2, B, D, H]: nothing at a skipped
+    step, where a NaN would be 0 * NaN in the gradient of what is multiplied by it."""
+    h = y[:, 2:, :, 1] if direction else y[:, :-2, :, 0]
+    if marks is None:
+        return h
+    mark, reset = marks[:, :, direction, None], y[:, :1, :, 1] if direction else y[:, -1:, :, 0]
+    return torch.where(mark == SKIPPED, 0.0, torch.where(mark == BEGINS, reset, h))
 
-    def function(*given: Tensor) -> tuple[Tensor, ...]:
-        arguments: list[Any] = list(tensors)
-        for i, tensor in zip(inputs, given, strict=True):
-            arguments[i] = tensor
-        found = _six(_formula(cell, *arguments))
-        return tuple(t for i in outputs if (t := found[i]) is not None)
 
-    vjp = torch.func.vjp(function, *(tensors[i] for i in inputs))[1]
-    result: list[Tensor | None] = [None] * len(tensors)
-    for i, gradient in zip(inputs, vjp(tuple(grads[i] for i in outputs)), strict=True):
-        result[i] = gradient
-    return result
+def _products(d_gates: Tensor, operands: Sequence[Tensor]) -> Tensor:
+    """Gradients of weights [L*D, G*H, H]: of d_gates [L, T, B, D, G*H] and, for each direction, what the weights are
+    multiplied by, [L, T, B, H]."""
+    found = []
+    for d, operand in enumerate(operands):
+        pair = d_gates[:, :, :, d], operand
+        # Of one layer a plain product, not a batch of one.
+        gates, h = (t.flatten(0, 2) if len(t) == 1 else t.flatten(1, 2) for t in pair)
+        found.append(_gemm(gates, h))
+    return torch.stack(found) if len(d_gates) == 1 else found[0]
 
 
 def _gemm(d_gates: Tensor, operand: Tensor) -> Tensor:
@@ -452,4 +297,4 @@ def _gemm(d_gates: Tensor, operand: Tensor) -> Tensor:
 
 
 def _bias(d_gates: Tensor) -> Tensor:
-    return d_gates.sum((1, 2), dtype=torch.float32).to(d_gates.dtype)
+    return d_gates.sum((1, 2), dtype=torch.float32).to(d_gates.dtype).flatten(0, 1)

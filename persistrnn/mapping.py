@@ -27,7 +27,8 @@ def mapped(
     dims = in_dims[len(fixed) :]
     if all(d is None for d, a in zip(dims, axes, strict=True) if a is None):
         folded = [_fold(t, d, a, info.batch_size) for t, d, a in zip(tensors, dims, axes, strict=True)]
-        return _unfold(function.apply(*fixed, *folded), out_axes, info.batch_size)
+        outputs = function.apply(*fixed, *folded)
+        return tuple(o.unflatten(a, (info.batch_size, -1)) for o, a in zip(outputs, out_axes, strict=True)), out_axes
     return each_sample(function, info, in_dims, fixed, tensors)
 
 
@@ -49,18 +50,8 @@ def _fold(tensor: Tensor | None, dim: int | None, axis: int | None, size: int) -
     """Make the mapped dimension part of the batch at ``axis``; a tensor that is not mapped repeats."""
     if tensor is None or axis is None:
         return tensor
-    if tensor.dim() <= axis:
-        return tensor if dim is None else tensor.select(dim, 0)  # the empty stand-in of a state that the cell has not
     mapped = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    if mapped.dim() <= axis + 1:
-        return mapped[0]
     return mapped.movedim(0, axis).flatten(axis, axis + 1)
-
-
-def _unfold(outputs: tuple[Tensor, ...], axes: Sequence[int], size: int) -> tuple[Any, Any]:
-    """The inverse: split the batch at each output's axis; empty stand-ins are not mapped."""
-    split = tuple(o.unflatten(a, (size, -1)) if o.dim() > a else o for o, a in zip(outputs, axes, strict=True))
-    return split, tuple(a if o.dim() > a else None for o, a in zip(outputs, axes, strict=True))
 
 
 def _sample(tensors: Sequence[Tensor | None], dims: Sequence[int | None], i: int) -> list[Tensor | None]:

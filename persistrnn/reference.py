@@ -1,13 +1,14 @@
 """The recurrence in plain PyTorch: the truth that every other path is compared with.
 
-It takes what `persistrnn.autograd.recurrent` takes and returns what it returns, in any floating dtype and on any
-device, without an in-place operation, so that it can be differentiated any number of times and mapped by
+It takes what `persistrnn.autograd.recurrent` takes of one layer and returns what it returns, in any floating dtype and
+on any device, without an in-place operation, so that it can be differentiated any number of times and mapped by
 `torch.func`. It is slow: a Python loop over the time steps.
 
 Letters: T steps, B batch, H hidden, G gates (LSTM 4, GRU 3), D directions.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,15 @@ from torch import Tensor
 from persistrnn.segments import BEGINS, SKIPPED
 
 State = tuple[Tensor, ...]  # (h, c) of an LSTM, (h,) of a GRU; each [B, H]
+
+
+class Result(NamedTuple):
+    """What a recurrence gives, and a stack: y [T, B, D*H] of the highest layer, its every c [T, B, D*H] (None: the cell
+    has none, or nobody asked), and the final states of all layers, h first, each [L*D, B, H]."""
+
+    y: Tensor
+    c: Tensor | None
+    finals: list[Tensor]
 
 
 def lstm_cell(x_gates: Tensor, r_gates: Tensor, state: State) -> State:
@@ -53,11 +63,10 @@ def recurrent(
     x_gates: Tensor,
     weight_hh: Tensor,
     bias_hh: Tensor,
-    h0: Tensor,
-    c0: Tensor | None = None,
+    initial: Sequence[Tensor],
     marks: Tensor | None = None,
     reset: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> Result:
     """Run one layer, one or two directions, over all time steps.
 
     Args:
@@ -65,20 +74,17 @@ def recurrent(
         x_gates: x @ W_ih^T + b_ih, [T, B, D, G*H], T >= 1
         weight_hh: [D, G*H, H]
         bias_hh: [D, G*H]
-        h0: [D, B, H]
-        c0: [D, B, H] for an LSTM, None for a GRU
+        initial: (h0, c0) of an LSTM, (h0,) of a GRU, each [D, B, H]
         marks: uint8 [T, B, D], where a row begins anew or skips a step (`segments`); None: nowhere
-        reset: the states that rows begin anew from, (h,) or (h, c), each [D, B, H]; empty: zeros
+        reset: the states that rows begin anew from, in the form of `initial`; empty: zeros
         A state may have a wider dtype than the gates, as under autocast on a CPU: it keeps its own from step to step.
 
     Returns:
-        y [T, B, D*H], h_n [D, B, H], and of an LSTM c_n [D, B, H] and every c [T, B, D*H] (None for a GRU).
-        Direction 1 reads the sequence from its end; its output for step t stands at y[t], its final state is
-        that of step 0. Where a row skips a step, its state repeats.
+        y, c and the final states. Direction 1 reads the sequence from its end; its output for step t stands at y[t],
+        its final state is that of step 0. Where a row skips a step, its state repeats.
     """
     step = CELLS[cell]
     steps, _, directions, _ = x_gates.shape
-    initial = [h0] if c0 is None else [h0, c0]
     every: list[list[Tensor]] = []  # of each direction: its states, each [T, B, H]
     final_states = []
     for d in range(directions):
@@ -99,8 +105,7 @@ def recurrent(
         every.append([torch.stack(s if d == 0 else s[::-1]) for s in zip(*states, strict=True)])
         final_states.append(state)
     y, *c = (torch.cat(tensors, dim=-1) for tensors in zip(*every, strict=True))
-    h_n, *c_n = (torch.stack(tensors) for tensors in zip(*final_states, strict=True))
-    return y, h_n, c_n[0] if c_n else None, c[0] if c else None
+    return Result(y, c[0] if c else None, [torch.stack(tensors) for tensors in zip(*final_states, strict=True)])
 
 
 def _where(rows: Tensor, chosen: State, others: State) -> State:

@@ -17,19 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persistrnn import autograd, chunked, reference, segments, stepwise
+from persistrnn import autograd, reference, segments, stepwise, time_chunks
 from persistrnn.decide import Call, Decision
 from persistrnn.phases import INPUT_GEMM, phase
+from persistrnn.reference import Result
 from persistrnn.validate import Cuts
-
-
-class Result(NamedTuple):
-    """y [T, B, D*H] (P with projections) of the highest layer, its every c [T, B, D*H] where asked for, and the final
-    states of all layers, each [L*D, B, features]."""
-
-    y: Tensor
-    c: Tensor | None
-    finals: list[Tensor]
 
 
 class _OfLayer(NamedTuple):
@@ -43,8 +35,8 @@ class _OfLayer(NamedTuple):
     fresh: bool
 
 
-# (cell, x_gates, weight_hh, bias_hh, h0, c0, *, marks, reset) -> (y, h_n, c_n, c)
-Recurrence = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
+# (cell, x_gates, weight_hh, bias_hh, initial, *, marks, reset)
+Recurrence = Callable[..., Result]
 
 
 def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cuts: Cuts) -> Result:
@@ -65,7 +57,7 @@ def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequen
         x = torch.where(active, x, 0.0)  # a NaN there would reach the weights' gradient, as 0 * NaN
     given = call, x, weights, states, cuts, marks
     if decision.pipeline:
-        result = _wave(*given)
+        result = _in_one_launch(*given)
     elif decision.path == "persistent" and decision.chunk:
         result = _in_chunks(*given, decision.chunk)
     else:
@@ -75,7 +67,7 @@ def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequen
                 autograd.recurrent, precision=call.precision, return_c=call.return_c, cell_dtype=call.cell_dtype
             )
         elif decision.chunk:
-            recurrence = chunked.again_in_chunks(recurrence, decision.chunk)
+            recurrence = time_chunks.again_in_chunks(recurrence, decision.chunk)
         result = _layers(*given, recurrence)
     y, c, finals = result
     if active is not None:
@@ -86,7 +78,7 @@ def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequen
     return Result(y, c, finals)
 
 
-def _wave(
+def _in_one_launch(
     stack: Call,
     x: Tensor,
     weights: Sequence[Tensor],
@@ -100,13 +92,10 @@ def _wave(
     bias_hh = torch.stack(list(weights[3::step])) if stack.bias else weight_hh.new_zeros(weight_hh.shape[:2])
     bias_ih = torch.stack(list(weights[step + 2 :: step])) if stack.bias else bias_hh.new_zeros(weight_ih.shape[:2])
     x_gates = F.linear(x, weights[0], weights[2] if stack.bias else None)
-    both = states[0], states[1] if len(states) > 1 else None
-    marks = None if marks is None else marks.squeeze(2)
-    y, h_n, c_n, c = autograd.wave(
-        stack.cell, x_gates, weight_hh, bias_hh, weight_ih, bias_ih, *both, stack.precision,
-        marks, cuts.reset, stack.return_c, stack.cell_dtype,
+    return autograd.recurrent(
+        stack.cell, x_gates.unsqueeze(2), weight_hh, bias_hh, states, stack.precision,
+        marks, cuts.reset, stack.return_c, stack.cell_dtype, weight_ih, bias_ih,
     )  # fmt: skip
-    return Result(y, c, [h_n] if c_n is None else [h_n, c_n])
 
 
 def _layers(
@@ -166,14 +155,12 @@ def _in_chunks(
             weight_ih, weight_hh, *biases = _weights_of(stack, weights, i)
             bias_ih, bias_hh = biases or [weight_hh.new_zeros(weight_hh.shape[:2]) for _ in range(2)]
             given += [weight_ih, bias_ih, weight_hh, bias_hh]
-        h0, c0 = states[0][rows], states[1][rows] if len(states) > 1 else None
-        reset = [r[rows] for r in cuts.reset]
-        y, h_n, c_n, c = chunked.recurrent(
+        initial, reset = ([s[rows] for s in given_states] for given_states in (states, cuts.reset))
+        y, c, final = time_chunks.recurrent(
             stack.cell,
             y,
             given,
-            h0,
-            c0,
+            initial,
             stack.save,
             stack.precision,
             chunk,
@@ -182,7 +169,7 @@ def _in_chunks(
             stack.return_c,
             stack.cell_dtype,
         )
-        finals.append([h_n] if c_n is None else [h_n, c_n])
+        finals.append(final)
     return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
 
 
@@ -232,13 +219,10 @@ def _projected(
 def _recurrent(
     cell: str, x_gates: Tensor, weight_hh: Tensor, bias_hh: Tensor, given: _OfLayer, recurrence: Recurrence
 ) -> Result:
-    both = given.states[0], given.states[1] if len(given.states) > 1 else None
     if x_gates.size(1) > 0:
-        y, h_n, c_n, c = recurrence(cell, x_gates, weight_hh, bias_hh, *both, marks=given.marks, reset=given.reset)
-    else:
-        # Without a row there is nothing to launch: one step of the reference gives every shape and, as torch.nn
-        # does, a gradient of zeros to every weight.
-        y, h_n, c_n, c = reference.recurrent(cell, x_gates[:1], weight_hh, bias_hh, *both)
-        y = y.expand(x_gates.size(0), -1, -1)
-        c = None if c is None else c.expand(x_gates.size(0), -1, -1)
-    return Result(y, c, [h_n] if c_n is None else [h_n, c_n])
+        return recurrence(cell, x_gates, weight_hh, bias_hh, given.states, marks=given.marks, reset=given.reset)
+    # Without a row there is nothing to launch: one step of the reference gives every shape and, as torch.nn does, a
+    # gradient of zeros to every weight.
+    y, c, finals = reference.recurrent(cell, x_gates[:1], weight_hh, bias_hh, given.states)
+    steps = x_gates.size(0)
+    return Result(y.expand(steps, -1, -1), None if c is None else c.expand(steps, -1, -1), finals)

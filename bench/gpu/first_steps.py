@@ -23,7 +23,6 @@ from unittest import mock
 
 import torch
 import triton
-from torch import Tensor
 
 from bench.gpu import compile_first, micro, micro_kernels, smoke
 from bench.race import arms, suites, timing
@@ -32,6 +31,7 @@ from bench.report import provenance, results
 from bench.report.results import Case, Entry, Stress
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner import hardware as devices
+from persistrnn.kernels.tensors import Kept
 
 LOST = 3  # exit status of a process that can do nothing more on the device
 RACED = ("persistrnn", "torch")
@@ -239,10 +239,10 @@ def injected(job: Job, how: str | None) -> Iterator[None]:
     elif how == "wrong":
         forward = launch.forward
 
-        def off(*arguments: object, **options: object) -> tuple[Tensor, Tensor, Tensor]:
-            y, *others = forward(*arguments, **options)  # type: ignore[arg-type]
-            y[1:-1] *= 1.5
-            return y, others[0], others[1]
+        def off(*arguments: object, **options: object) -> Kept:
+            kept = forward(*arguments, **options)  # type: ignore[arg-type]
+            kept.states[0][:, 1:-1] *= 1.5
+            return kept
 
         with mock.patch.object(launch, "forward", off):
             yield

@@ -22,6 +22,7 @@ from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import Exchange
 from persistrnn.kernels.planner.plan import Pass
+from persistrnn.kernels.tensors import Weights
 
 # Of a variant: half a second of polls, or so. A kernel that waits for nothing shall not take the time of the others.
 SPIN_LIMIT = 1 << 20
@@ -160,20 +161,20 @@ def observe(case: Case, device: torch.device) -> list[str]:
     is: the error word, which programs did not put their part and of which step, where the first wrong numbers are."""
     truth, cell = Truth(case, device), CELLS[case.cell]
     x = truth.x.unsqueeze(2)
-    weight, bias = (truth.parameters[f"{name}_l0"][None].to(x) for name in ("weight_hh", "bias_hh"))
-    h0 = x.new_zeros(1, case.batch, case.hidden)
-    c0 = h0 if cell.states > 1 else None
+    weights = Weights(*(truth.parameters[f"{name}_l0"][None].to(x) for name in ("weight_hh", "bias_hh")))
+    states = [x.new_zeros(1, case.batch, case.hidden)] * cell.states
     training, asked = case.mode == "training", "tf32" if case.dtype == "tf32" else "ieee"
     plan = launch.choose(cell, case.hidden, case.batch, 1, x.dtype, asked, device)
     with mock.patch.object(launch, "flag", _fill):
-        y, c, saved = launch.forward(cell, x, weight, bias, h0, c0, asked, save=training)
-        seen = _said(device, "forward") + _missing("forward", y[1:-1, :, 0], plan.forward, case.hidden)
+        kept = launch.forward(cell, x, weights, states, asked, save=training)
+        y = kept.states[0][0, 1:-1, :, 0]
+        seen = _said(device, "forward") + _missing("forward", y, plan.forward, case.hidden)
         if not seen:
-            seen = _wrong("y", y[1:-1, :, 0], truth.true["y"], truth.witness["y"])
+            seen = _wrong("y", y, truth.true["y"], truth.witness["y"])
         if training and not seen:
-            d_final = tuple(h0[0].unsqueeze(1) for _ in range(cell.states))
-            _, dr_gates, _ = launch.backward(cell, (truth.dy.unsqueeze(2),), d_final, weight, y, c, saved, asked)
-            gates = dr_gates[:, :, 0].unflatten(-1, (cell.gates, case.hidden)).flip(0)
+            dy = truth.dy.unsqueeze(2)
+            found = launch.backward(cell, [dy], states, weights.weight_hh, None, kept, asked)
+            gates = found.dr_gates[0, :, :, 0].unflatten(-1, (cell.gates, case.hidden)).flip(0)
             seen = _said(device, "backward")
             seen += _missing("backward, steps from the end,", gates.flatten(1, 2), plan.backward, case.hidden)
     if not seen and training:

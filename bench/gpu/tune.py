@@ -24,6 +24,7 @@ from persistrnn.kernels.planner.choices import choices
 from persistrnn.kernels.planner.hardware import Hardware
 from persistrnn.kernels.planner.problem import Problem
 from persistrnn.kernels.planner.tiling import Choice
+from persistrnn.kernels.tensors import Weights
 
 STEPS = 256
 MOST = 6  # choices per shape and pass
@@ -113,13 +114,11 @@ def scan(race: Race, backward: bool) -> Callable[[], object]:
     """One pass over time and nothing around it."""
     case, cell = race.case, CELLS[race.case.cell]
     x = race.truth.x.unsqueeze(2)
-    weight, bias = (race.truth.parameters[f"{name}_l0"][None].to(x) for name in ("weight_hh", "bias_hh"))
-    h0 = x.new_zeros(1, case.batch, case.hidden)
-    c0 = h0 if cell.states > 1 else None
+    weights = Weights(*(race.truth.parameters[f"{name}_l0"][None].to(x) for name in ("weight_hh", "bias_hh")))
+    states = [x.new_zeros(1, case.batch, case.hidden)] * cell.states
     asked = "tf32" if case.dtype == "tf32" else "ieee"
-    y, c, saved = launch.forward(cell, x, weight, bias, h0, c0, asked, save=True)
+    kept = launch.forward(cell, x, weights, states, asked, save=True)
     if not backward:
-        return lambda: launch.forward(cell, x, weight, bias, h0, c0, asked, save=True)
+        return lambda: launch.forward(cell, x, weights, states, asked, save=True)
     dy = race.truth.dy.unsqueeze(2)
-    d_final = tuple(x.new_zeros(case.batch, 1, case.hidden) for _ in range(cell.states))
-    return lambda: launch.backward(cell, (dy,), d_final, weight, y, c, saved, asked)
+    return lambda: launch.backward(cell, [dy], states, weights.weight_hh, None, kept, asked)

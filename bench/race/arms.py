@@ -113,12 +113,12 @@ def persistent(case: Case, parameters: dict[str, Tensor], device: torch.device) 
         raise Skip("leaving the input's product out is for one layer of one direction")
     leaves = _leaves(recurrent(parameters), device, dtype)
     h0 = torch.zeros(1, case.batch, case.hidden, device=device, dtype=dtype)
-    c0 = h0 if case.cell == "lstm" else None
+    initial = [h0] * CELLS[case.cell].states
     asked = "tf32" if case.dtype == "tf32" else "ieee"
 
     def forward(x: Tensor) -> Tensor:
         weight, bias = (leaf[None] for leaf in leaves.values())
-        return autograd.recurrent(case.cell, x.unsqueeze(2), weight, bias, h0, c0, asked)[0]
+        return autograd.recurrent(case.cell, x.unsqueeze(2), weight, bias, initial, asked).y
 
     return Runner(forward, leaves, case.dtype, lambda: "persistent")
 

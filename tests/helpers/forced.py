@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from persistrnn import decide, functional
-from persistrnn.kernels import launch, wave
+from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import SPIN_LIMIT, Exchange
 from persistrnn.kernels.planner import pipeline, plan
@@ -101,7 +101,7 @@ def force_waves(
     def may(call):
         return call.num_layers > 1 and call.dropout == 0
 
-    monkeypatch.setattr(wave, "choose", choose)
+    monkeypatch.setattr(launch, "choose_stack", choose)
     monkeypatch.setattr(decide, "runs_as_pipeline", may)
     monkeypatch.setattr(decide, "matmul_precision", functional.precision)
     monkeypatch.setattr(launch, "exchange_for", lambda device: Exchange(protocol=protocol, poll=poll()))

@@ -11,7 +11,7 @@ from asked import asked
 
 import persistrnn
 from persistrnn import autograd, decide
-from persistrnn.kernels import launch, wave
+from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.scan import scan_backward, scan_forward
 
@@ -46,7 +46,7 @@ def planned_wave(cell, hidden, layers, batch, dtype):
     if layers == 1:
         return None
     precision = persistrnn.functional.precision()
-    return wave.choose(CELLS[cell], hidden, layers, batch, dtype, precision, torch.device(DEVICE, 0))
+    return launch.choose_stack(CELLS[cell], hidden, layers, batch, dtype, precision, torch.device(DEVICE, 0))
 
 
 def needs_plan(cell, hidden, dtype):
@@ -101,7 +101,7 @@ def streams(plan):
 
 
 def operands(cell, hidden, batch, steps, directions, dtype, seed=0):
-    """Arguments of `autograd.recurrent` (c0 is None for the GRU), leaves that require gradients, and cotangents."""
+    """Operands of `autograd.recurrent` by name (no c0 for the GRU), leaves that require gradients, and cotangents."""
     torch.manual_seed(seed)
     rows = CELLS[cell].gates * hidden
     bound = hidden**-0.5
@@ -109,28 +109,28 @@ def operands(cell, hidden, batch, steps, directions, dtype, seed=0):
         "x_gates": (steps, batch, directions, rows),
         "weight_hh": (directions, rows, hidden),
         "bias_hh": (directions, rows),
-        "h0": (directions, batch, hidden),
-        "c0": (directions, batch, hidden),
-    }
+    } | dict.fromkeys(("h0", "c0")[: CELLS[cell].states], (directions, batch, hidden))
     made = {
         name: torch.randn(shape, dtype=dtype, device=DEVICE).mul_(bound if name in ("weight_hh", "bias_hh") else 1)
         for name, shape in shapes.items()
     }
-    if cell == "gru":
-        made["c0"] = None
     for tensor in made.values():
-        if tensor is not None:
-            tensor.requires_grad_()
+        tensor.requires_grad_()
     state = (directions, batch, hidden)
-    shapes = [(steps, batch, directions * hidden), state, *([state] if cell == "lstm" else [])]
+    shapes = [(steps, batch, directions * hidden), *[state] * CELLS[cell].states]
     return made, [torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes]
+
+
+def recurrent(cell, x_gates, weight, bias, *states, precision="ieee"):
+    """y and the final states."""
+    found = autograd.recurrent(cell, x_gates, weight, bias, states, precision)
+    return [found.y, *found.finals]
 
 
 def outputs_and_gradients(cell, made, cotangents):
     """Everything that the kernels make of the operands: outputs, then gradients."""
-    outputs = [t for t in autograd.recurrent(cell, *made.values(), persistrnn.functional.precision()) if t is not None]
-    leaves = [t for t in made.values() if t is not None]
-    return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, leaves, cotangents))
+    outputs = recurrent(cell, *made.values(), precision=persistrnn.functional.precision())
+    return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, list(made.values()), cotangents))
 
 
 def check_same_bits(layer, x, **given):

@@ -14,6 +14,7 @@ import triton.language as tl
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import Exchange
+from persistrnn.kernels.tensors import Weights
 
 NOT_ENABLED = 77  # exit status
 
@@ -50,15 +51,12 @@ def exchange() -> None:
         def new(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.1
 
-        h0 = new(1, batch, hidden)
-        c0 = new(1, batch, hidden) if cell.states > 1 else None
-        weight, bias = new(1, cell.gates * hidden, hidden), new(1, cell.gates * hidden)
-        y, c, saved = launch.forward(
-            cell, new(steps, batch, 1, cell.gates * hidden), weight, bias, h0, c0, "ieee", save=True
-        )
+        initial, d_final = ([new(1, batch, hidden) for _ in range(cell.states)] for _ in range(2))
+        weights = Weights(new(1, cell.gates * hidden, hidden), new(1, cell.gates * hidden))
+        x_gates = new(steps, batch, 1, cell.gates * hidden)
+        kept = launch.forward(cell, x_gates, weights, initial, "ieee", save=True)
         # Not through autograd, whose threads would take memory that GSan does not watch.
-        d_final = tuple(new(batch, 1, hidden) for _ in range(cell.states))
-        launch.backward(cell, (new(steps, batch, 1, hidden),), d_final, weight, y, c, saved, "ieee")
+        launch.backward(cell, [new(steps, batch, 1, hidden)], d_final, weights.weight_hh, None, kept, "ieee")
         torch.cuda.synchronize()
         launch.check()
 

@@ -19,6 +19,7 @@ import persistrnn
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import memory
+from persistrnn.kernels.tensors import Weights
 
 pytestmark = [pytest.mark.emulator_long, pytest.mark.timeout(900)]
 
@@ -138,7 +139,7 @@ def test_offsets_past_31_bits(emulated, monkeypatch, arch, cell):
     assert T * B * gates * H > 2**31
     only_the_last_job(monkeypatch)
     torch.manual_seed(0)
-    made = {"weight": torch.randn(1, gates * H, H).mul(0.1), "bias": torch.randn(1, gates * H)}
+    made = {"weight_hh": torch.randn(1, gates * H, H).mul(0.1), "bias_hh": torch.randn(1, gates * H)}
     few = {"x": torch.randn(T, rows, 1, gates * H), "d": torch.randn(T, rows, 1, H)}
     made, few = ({n: t.half() for n, t in some.items()} for some in (made, few))
     found = []
@@ -146,11 +147,10 @@ def test_offsets_past_31_bits(emulated, monkeypatch, arch, cell):
         x, d = (torch.empty(T, batch, *few[n].shape[2:], dtype=torch.half) for n in ("x", "d"))
         x[:, -rows:], d[:, -rows:] = few["x"], few["d"]
         zeros = torch.zeros(1, batch, H, dtype=torch.half)
-        c0 = zeros if cell == "lstm" else None
-        y, c, saved = launch.forward(CELLS[cell], x, made["weight"], made["bias"], zeros, c0, "ieee", save=True)
-        finals = [zeros[0].unsqueeze(1)] * CELLS[cell].states
-        dx, dr, _ = launch.backward(CELLS[cell], [d], finals, made["weight"], y, c, saved, "ieee")
-        found.append([t[:, -rows:] for t in (y[1:-1], saved, dx, dr)])
+        states = [zeros] * CELLS[cell].states
+        kept = launch.forward(CELLS[cell], x, Weights(**made), states, "ieee", save=True)
+        dx, dr, *_ = launch.backward(CELLS[cell], [d], states, made["weight_hh"], None, kept, "ieee")
+        found.append([t[0, :, -rows:] for t in (kept.states[0][:, 1:-1], kept.saved, dx, dr)])
     for alone, among in zip(*found, strict=True):
         assert torch.equal(alone, among)
 

@@ -23,6 +23,7 @@ from gpu import (
     operands,
     outputs_and_gradients,
     planned,
+    recurrent,
     streams,
     synchronize,
     two_dimensions,
@@ -30,7 +31,6 @@ from gpu import (
 from pairs import make_layer
 
 import persistrnn
-from persistrnn import autograd
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import Exchange
@@ -205,15 +205,15 @@ def test_batch_tiles_and_directions_do_not_touch_each_other(cell, hidden, choice
     plan = planned(cell, hidden, batch, 2, torch.bfloat16)
     choices(plan)  # another batch may mean another order of sums
     made, _ = operands(cell, hidden, batch, 20, 2, torch.bfloat16)
-    y, *_ = autograd.recurrent(cell, *made.values(), "ieee")
+    y, *_ = recurrent(cell, *made.values())
     tile = plan.forward.tiling.batch_tile
     for direction, first in itertools.product(range(2), range(0, batch, tile)):
         rows, one = slice(first, first + tile), slice(direction, direction + 1)
-        x_gates, h0, c0 = made["x_gates"][:, rows, one], made["h0"][one, rows], made["c0"]
-        c0 = None if c0 is None else c0[one, rows]
+        x_gates, _, _, *states = made.values()
+        x_gates, states = x_gates[:, rows, one], [s[one, rows] for s in states]
         if direction == 1:
             x_gates = x_gates.flip(0)
-        part, *_ = autograd.recurrent(cell, x_gates, made["weight_hh"][one], made["bias_hh"][one], h0, c0, "ieee")
+        part, *_ = recurrent(cell, x_gates, made["weight_hh"][one], made["bias_hh"][one], *states)
         part = part.flip(0) if direction == 1 else part
         assert torch.equal(y[:, rows, direction * hidden : (direction + 1) * hidden], part), (direction, first)
 
@@ -294,14 +294,14 @@ def test_an_initial_state_of_any_nan_is_no_hang(protocol, exchange):
 def test_a_wait_that_runs_out_is_an_error_and_not_a_hang(protocol, exchange):
     made, _ = operands("lstm", 512, 64, 200, 1, torch.bfloat16)
     arguments = [t.detach() for t in made.values()]
-    expected, *_ = autograd.recurrent("lstm", *arguments, "ieee")
+    expected, *_ = recurrent("lstm", *arguments)
     exchange(protocol=protocol, spin_limit=1)
-    autograd.recurrent("lstm", *arguments, "ieee")
+    recurrent("lstm", *arguments)
     synchronize()
     with pytest.raises(RuntimeError, match="gave up waiting"):
         persistrnn.check()
     exchange(protocol=protocol)
-    found, *_ = autograd.recurrent("lstm", *arguments, "ieee")
+    found, *_ = recurrent("lstm", *arguments)
     assert torch.equal(found, expected), "the next call is not touched by it"
 
 
@@ -375,7 +375,7 @@ def test_only_a_new_class_of_batches_compiles(cell, hidden):
         made, cotangents = operands(cell, hidden, batch, steps, 1, torch.float16)
         outputs_and_gradients(cell, made, cotangents)
         with torch.no_grad():
-            autograd.recurrent(cell, *made.values(), "ieee")
+            recurrent(cell, *made.values())
         plan = planned(cell, hidden, batch, 1, torch.float16)
         passes = {(n, part.tiling, part.choice) for n, part in ((2, plan.forward), (1, plan.backward))}
         allowed = sum(n for n, *_ in passes - known)
@@ -397,11 +397,12 @@ def test_only_a_new_class_of_batches_compiles(cell, hidden):
 def test_precision_of_float32_products_is_torchs_setting(precision):
     made, _ = operands("lstm", 256, 16, 20, 1, torch.float32)
     arguments = [t.detach() for t in made.values()]
-    truth, *_ = persistrnn.reference.recurrent("lstm", *(t.double() for t in arguments))
+    x_gates, weight, bias, *states = (t.double() for t in arguments)
+    truth = persistrnn.reference.recurrent("lstm", x_gates, weight, bias, states).y
     errors = {}
     for asked in ("ieee", "tf32"):
         precision(asked)
-        y, *_ = autograd.recurrent("lstm", *arguments, persistrnn.functional.precision())
+        y, *_ = recurrent("lstm", *arguments, precision=persistrnn.functional.precision())
         errors[asked] = ((y - truth).norm() / truth.norm()).item()
     assert errors["ieee"] < 1e-6
     assert 1e-5 < errors["tf32"] < 1e-2
@@ -425,12 +426,12 @@ def test_offsets_past_31_bits(cell):
     dy, *d_final = cotangents
     x_gates, weight, bias, *initial = made.values()
     with torch.no_grad():
-        _, *middle, _ = autograd.recurrent(cell, x_gates[:half], weight, bias, *initial, "ieee")
+        _, *middle = recurrent(cell, x_gates[:half], weight, bias, *initial)
     halves, names = [], list(made)
     for part in (1, 0):  # the second half first: its gradients of the state are the first half's
         start = middle if part else initial
         some = dict(zip(names, (x_gates[half:] if part else x_gates[:half], weight, bias, *start), strict=True))
-        some = {n: None if t is None else t.detach().requires_grad_() for n, t in some.items()}
+        some = {n: t.detach().requires_grad_() for n, t in some.items()}
         result = outputs_and_gradients(cell, some, [dy[half:] if part else dy[:half], *d_final])
         d_final = result[len(cotangents) + 3 :]
         halves.insert(0, result)

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import persistrnn
-from persistrnn import chunks, decide
+from persistrnn import chunk_ops, decide
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner import memory
 
@@ -137,9 +137,9 @@ def test_modes_agree(short, cell, dtype, layers, bidirectional, kind, steps, chu
 def test_gradients_of_weights_are_summed_in_float32():
     """In bfloat16 a sum of ones ends at 256."""
     sizes = (8, 3), (8,), (8, 2), (8,)
-    layer = chunks.Layer(*(torch.zeros(1, *size, dtype=torch.bfloat16) for size in sizes))
-    totals = chunks._Totals(layer)
-    gates, x, y = (torch.ones(size, dtype=torch.bfloat16) for size in ((1, 1, 1, 8), (1, 1, 3), (3, 1, 1, 2)))
+    layer = chunk_ops.Layer(*(torch.zeros(1, *size, dtype=torch.bfloat16) for size in sizes))
+    totals = chunk_ops._Totals(layer)
+    gates, x, y = (torch.ones(size, dtype=torch.bfloat16) for size in ((1, 1, 1, 1, 8), (1, 1, 3), (1, 3, 1, 1, 2)))
     for _ in range(512):
         totals.add(gates, gates, [x], y, None)
     for total, weight in zip(totals.rounded(torch.bfloat16), layer, strict=True):
@@ -223,13 +223,14 @@ def test_compiles_and_keeps_the_contract(short, save):
     weights = [torch.randn(1, 16, n) for n in (3, 1, 4, 1)]
     weights = [w.squeeze(2) if w.size(2) == 1 else w for w in weights]
     state = torch.randn(1, 2, 4)
-    given = "lstm", save, "ieee", 2, None
-    inputs = [torch.randn(3, 2, 3), state, state.clone(), None, None, None]
+    given = "lstm", save, "ieee", 2, None, True, False
+    inputs = [torch.randn(3, 2, 3), None, state, state.clone(), None, None]
     operators = torch.ops.persistrnn
-    torch.library.opcheck(operators.chunked_forward.default, (*given, True, False, inputs, weights))
-    y, h_n, c_n, *kept = operators.chunked_forward(*given, True, False, inputs, weights)
-    grads = [torch.randn_like(y), None, torch.randn_like(h_n), torch.randn_like(c_n)]
-    every = (*given, True, False, grads, inputs, [y, *kept], weights)
+    torch.library.opcheck(operators.chunked_forward.default, (*given, inputs, weights))
+    found = chunk_ops.outputs_of("lstm", save, True, False, operators.chunked_forward(*given, inputs, weights))
+    kept = found.before if save == "checkpoint" else [*found.every, *found.saved]
+    grads = [torch.randn_like(found.every[0]), None, *(torch.randn_like(s) for s in found.finals)]
+    every = (*given, [*grads, *inputs, *kept, *weights])
     torch.library.opcheck(operators.chunked_backward.default, every, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -279,10 +280,10 @@ class Loss(torch.autograd.Function):
 def no_kernels(monkeypatch):
     """Everything but the launches, and products as a GPU forms them: without float32 copies."""
     linear = SimpleNamespace(linear=lambda x, w, b: x.new_zeros(*x.shape[:-1], w.shape[0]))
-    monkeypatch.setattr(chunks, "F", linear)
+    monkeypatch.setattr(chunk_ops, "F", linear)
     monkeypatch.setattr(launch, "launch_scan", lambda *_, **__: None)
-    monkeypatch.setattr(chunks, "_sum", lambda gates: torch.zeros(gates.size(1)))
-    monkeypatch.setattr(chunks, "_product", lambda a, b: torch.zeros(*a.shape[:-1], b.shape[-1]))
+    monkeypatch.setattr(chunk_ops, "_sum", lambda gates: torch.zeros(gates.size(1)))
+    monkeypatch.setattr(chunk_ops, "_product", lambda a, b: torch.zeros(*a.shape[:-1], b.shape[-1]))
 
     class Nothing(dict):
         def __missing__(self, grid):

@@ -8,13 +8,14 @@ import pytest
 import torch
 import triton
 
-from persistrnn.kernels import launch, wave
+from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.scan import scan_backward, scan_forward
 from persistrnn.kernels.inspect import audit
 from persistrnn.kernels.planner import hardware, pipeline
 from persistrnn.kernels.planner import launch_metadata as metadata
 from persistrnn.kernels.planner.problem import Problem
+from persistrnn.kernels.tensors import Weights
 
 SHAPES = [
     # cell, H, B, D, T, dtype
@@ -45,15 +46,14 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Launches]:
     found = {kernel.__name__: Launches(kernel) for kernel in (scan_forward, scan_backward)}
-    for module in (launch, wave):
-        for name, stand_in in found.items():
-            monkeypatch.setattr(module, name, stand_in)
+    for name, stand_in in found.items():
+        monkeypatch.setattr(launch, name, stand_in)
     return found
 
 
-def inner(tensor: torch.Tensor, steps: int, dim: int = 0) -> int:
+def inner(states: torch.Tensor, steps: int) -> int:
     """Bytes of a states' buffer without the slots before and after the sequence."""
-    return tensor.nbytes * steps // tensor.size(dim)
+    return states.nbytes * steps // states.size(1)
 
 
 @pytest.mark.parametrize(("cell", "hidden", "batch", "directions", "steps", "dtype"), SHAPES)
@@ -61,17 +61,17 @@ def test_scans(launches, cell, hidden, batch, directions, steps, dtype):
     gates = CELLS[cell].gates * hidden
     new = lambda *shape: torch.zeros(*shape, dtype=dtype)  # noqa: E731
     weight, bias = new(directions, gates, hidden), new(directions, gates)
-    h0 = new(directions, batch, hidden)
-    c0 = h0 if cell == "lstm" else None
+    initial = [new(directions, batch, hidden)] * CELLS[cell].states
     x_gates = new(steps, batch, directions, gates)
-    y, c, saved = launch.forward(CELLS[cell], x_gates, weight, bias, h0, c0, "ieee", save=True)
-    launch.backward(CELLS[cell], [y[1:-1]], [h0] if c0 is None else [h0, c0], weight, y, c, saved, "ieee")
+    kept = launch.forward(CELLS[cell], x_gates, Weights(weight, bias), initial, "ieee", save=True)
+    dy, saved = kept.states[0][0, 1:-1], kept.saved
+    launch.backward(CELLS[cell], [dy], initial, weight, None, kept, "ieee")
     bits = 8 * weight.element_size()
-    states = inner(y, steps) + (inner(c, steps) if c0 is not None else 0)
+    states = sum(inner(s, steps) for s in kept.states)
     d_gates = x_gates.nbytes * (1 if cell == "lstm" else 2)
     expected = {
         "scan_forward": x_gates.nbytes + states + saved.nbytes,
-        "scan_backward": d_gates + states + saved.nbytes + y[1:-1].nbytes,
+        "scan_backward": d_gates + states + saved.nbytes + dy.nbytes,
     }
     for name, moved in expected.items():
         found = launches[name].found
@@ -96,8 +96,8 @@ def test_launches_in_turn_share_the_batch(launches, monkeypatch):
     monkeypatch.setattr(launch, "choose", lambda *given: _one_group(choose(*given)))
     batch, hidden, steps, directions = 75, 32, 3, 2
     new = torch.zeros
-    args = new(directions, 128, hidden), new(directions, 128), new(directions, batch, hidden)
-    launch.forward(CELLS["lstm"], new(steps, batch, directions, 128), *args, args[-1], "tf32", save=False)
+    weights, state = Weights(new(directions, 128, hidden), new(directions, 128)), new(directions, batch, hidden)
+    launch.forward(CELLS["lstm"], new(steps, batch, directions, 128), weights, [state, state], "tf32", save=False)
     found = launches["scan_forward"].found
     assert len(found) > 3
     rows = [one["flops32"] / (2 * 128 * hidden * steps) for one in found]
@@ -114,12 +114,12 @@ def test_no_saved_and_marks(launches):
     """Inference keeps h alone of the states; marks are read."""
     steps, batch, hidden = 5, 2, 24
     x_gates, h0 = torch.zeros(steps, batch, 1, 96), torch.zeros(1, batch, hidden)
-    weight, bias = torch.zeros(1, 96, hidden), torch.zeros(1, 96)
+    weights = Weights(torch.zeros(1, 96, hidden), torch.zeros(1, 96))
     marks = torch.zeros(steps, batch, 1, dtype=torch.uint8)
     for given, more in ((None, 0), (marks, marks.nbytes)):
-        launch.forward(CELLS["lstm"], x_gates, weight, bias, h0, h0, "ieee", save=False, marks=given)
+        launch.forward(CELLS["lstm"], x_gates, weights, [h0, h0], "ieee", save=False, marks=given)
         moved = launches["scan_forward"].found[-1]["bytes"]
-        assert moved == x_gates.nbytes + steps * batch * hidden * 4 + weight.nbytes + more
+        assert moved == x_gates.nbytes + steps * batch * hidden * 4 + weights.weight_hh.nbytes + more
 
 
 def test_wave(launches, monkeypatch):
@@ -128,19 +128,17 @@ def test_wave(launches, monkeypatch):
     shape = CELLS["gru"]
     found = pipeline.plan_pipeline(Problem(shape, hidden, batch, 1, "fp16", hardware.named("h200")), layers)
     assert found is not None
-    monkeypatch.setattr(wave, "choose", lambda *given: found)
+    monkeypatch.setattr(launch, "choose_stack", lambda *given: found)
     monkeypatch.setattr(launch, "hardware", lambda device: hardware.named("h200"))
     new = lambda *size: torch.zeros(*size, dtype=torch.float16)  # noqa: E731
-    x_gates, h0 = new(steps, batch, 192), new(layers, batch, hidden)
-    weight_hh, weight_ih = new(layers, 192, hidden), new(layers - 1, 192, hidden)
-    biases = new(layers, 192), new(layers - 1, 192)
-    y, c, saved = wave.forward(
-        CELLS["gru"], x_gates, weight_hh, biases[0], weight_ih, biases[1], h0, None, "ieee", True
-    )
+    x_gates, h0 = new(steps, batch, 1, 192), new(layers, batch, hidden)
+    given = Weights(new(layers, 192, hidden), new(layers, 192), new(layers - 1, 192, hidden), new(layers - 1, 192))
+    kept = launch.forward(CELLS["gru"], x_gates, given, [h0], "ieee", True)
+    (y,), saved = kept
     dy = y[-1, 1:-1]
-    wave.backward(CELLS["gru"], [dy], [h0], weight_hh, weight_ih, y, c, saved, "ieee")
-    weights = weight_hh.nbytes + weight_ih.nbytes
-    states = inner(y, steps, 1)
+    launch.backward(CELLS["gru"], [dy], [h0], given.weight_hh, given.weight_ih, kept, "ieee")
+    weights = given.weight_hh.nbytes + given.weight_ih.nbytes
+    states = inner(y, steps)
     (forward,), (backward,) = (launches[name].found for name in ("scan_forward", "scan_backward"))
     flops = 2 * 192 * hidden * batch * steps * (2 * layers - 1)
     assert forward["flops16"] == backward["flops16"] == flops
@@ -155,8 +153,9 @@ def test_triton_asks_for_it(launches, monkeypatch, backward):
     """A compiled kernel gives it to a profiler that listens, from the arguments of the launch, in their order."""
     h0 = torch.zeros(1, 3, 64, dtype=torch.bfloat16)
     given = torch.zeros(5, 3, 1, 256, dtype=torch.bfloat16), torch.zeros(1, 256, 64, dtype=torch.bfloat16)
-    y, c, saved = launch.forward(CELLS["lstm"], *given, given[1].new_zeros(1, 256), h0, h0, "ieee", save=True)
-    launch.backward(CELLS["lstm"], [y[1:-1]], [h0, h0], given[1], y, c, saved, "ieee")
+    x_gates, weights = given[0], Weights(given[1], given[1].new_zeros(1, 256))
+    kept = launch.forward(CELLS["lstm"], x_gates, weights, [h0, h0], "ieee", save=True)
+    launch.backward(CELLS["lstm"], [kept.states[0][0, 1:-1]], [h0, h0], weights.weight_hh, None, kept, "ieee")
     case = audit.Case("lstm", backward, "bf16", 64, "sm_90", 3)
     compiled = audit.compile_pass(case, audit.planned(case))
     monkeypatch.setattr(compiled, "_init_handles", lambda: None)  # for which there is no GPU

@@ -11,7 +11,7 @@ from grid import Delays, concurrent_grid
 
 import persistrnn
 from persistrnn import autograd, decide
-from persistrnn.kernels import launch, wave
+from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device import scan
 from persistrnn.kernels.inspect import audit
@@ -149,7 +149,7 @@ def test_a_gradient_told_before_it_is_stored_is_caught(waves, monkeypatch):
 
 
 def test_the_interpreter_has_no_waves():
-    assert wave.choose(CELLS["lstm"], 64, 2, 8, torch.float32, "ieee", torch.device("cpu")) is None
+    assert launch.choose_stack(CELLS["lstm"], 64, 2, 8, torch.float32, "ieee", torch.device("cpu")) is None
     assert launch.hardware(torch.device("cpu")) is INTERPRETER
 
 
@@ -232,22 +232,24 @@ def test_both_matrices_stay_where_the_plan_says(cell, dtype, hidden, layers, bat
 def test_operators_are_sound(waves, cell):
     """Fakes have the shapes, dtypes and strides of the real ones, and nothing aliases."""
     waves()
-    made = arguments(cell)
+    x_gates, *weights = arguments(cell)
+    weights, initial = weights[:4], weights[4:]
+    given = cell, "ieee", True, False, None, x_gates, weights, None, initial, []
     with concurrent_grid():
-        torch.library.opcheck(torch.ops.persistrnn.wave_forward.default, (cell, "ieee", True, *made))
-        y, c, saved = torch.ops.persistrnn.wave_forward(cell, "ieee", True, *made)
-        d_final = [torch.randn(2, 3, 13), torch.randn(2, 3, 13) if cell == "lstm" else None]
-        given = (cell, "ieee", torch.randn(2, 3, 13), *d_final, made[1], made[3], y, c, saved)
-        torch.library.opcheck(torch.ops.persistrnn.wave_backward.default, given)
+        torch.library.opcheck(torch.ops.persistrnn.scan_forward.default, given)
+        kept = torch.ops.persistrnn.scan_forward(*given)
+        d_final = [torch.randn(2, 3, 13) for _ in initial]
+        given = cell, "ieee", False, weights[0], weights[2], None, kept, d_final, [torch.randn(2, 3, 1, 13)]
+        torch.library.opcheck(torch.ops.persistrnn.scan_backward.default, given)
 
 
 def arguments(cell, rows=()):
-    """Of ``autograd.wave``: T=2, B=3, H=13, L=2; c0 is None for the GRU."""
+    """x_gates, weight_hh, bias_hh, weight_ih, bias_ih and the states of a stack: T=2, B=3, H=13, L=2."""
     torch.manual_seed(0)
     gates = CELLS[cell].gates * 13
-    shapes = [(2, 3, gates), (2, gates, 13), (2, gates), (1, gates, 13), (1, gates), (2, 3, 13), (2, 3, 13)]
-    made = [torch.randn(*rows, *shape) / 4 for shape in shapes]
-    return made if cell == "lstm" else [*made[:-1], None]
+    shapes = [(2, 3, 1, gates), (2, gates, 13), (2, gates), (1, gates, 13), (1, gates)]
+    shapes += [(2, 3, 13)] * CELLS[cell].states
+    return [torch.randn(*rows, *shape) / 4 for shape in shapes]
 
 
 @pytest.mark.interpreter
@@ -257,18 +259,19 @@ def test_gradients_per_sample(waves, cell, mapped):
     """vmap of grad equals grad one by one, with the weights shared (one launch) and with weights of each sample."""
     waves()
     many, one = arguments(cell, rows=(2,)), arguments(cell)
-    given = [a if m == 0 else b for a, b, m in zip(many, one, mapped, strict=True)]
-    dims = tuple(None if t is None else m for t, m in zip(given, mapped, strict=True))
-    numbers = tuple(i for i, t in enumerate(given) if t is not None)
+    dims = mapped[: len(one)]
+    given = [a if m == 0 else b for a, b, m in zip(many, one, dims, strict=True)]
+    numbers = tuple(range(len(one)))
 
-    def loss(*tensors):
-        y, h_n, c_n, _ = autograd.wave(cell, *tensors, "ieee")
-        return y.square().sum() + h_n.sin().sum() + (0 if c_n is None else c_n.cos().sum())
+    def loss(x_gates, weight_hh, bias_hh, weight_ih, bias_ih, *initial):
+        more = {"weight_ih": weight_ih, "bias_ih": bias_ih}
+        y, _, finals = autograd.recurrent(cell, x_gates, weight_hh, bias_hh, initial, "ieee", **more)
+        return y.square().sum() + sum(s.sin().sum() for s in finals)
 
     with concurrent_grid():
         found = torch.func.vmap(torch.func.grad(loss, argnums=numbers), in_dims=dims)(*given)
         for i in range(2):
-            sample = [t if m is None or t is None else t[i] for t, m in zip(given, dims, strict=True)]
+            sample = [t if m is None else t[i] for t, m in zip(given, dims, strict=True)]
             expected = torch.func.grad(loss, argnums=numbers)(*sample)
             for a, b in zip(found, expected, strict=True):
                 torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-6)

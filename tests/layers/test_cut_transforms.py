@@ -116,12 +116,12 @@ def test_exports(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_operators_keep_the_contract_of_torch_library(cell):
-    rows, resets = CELLS[cell].gates, CELLS[cell].states
+    rows = CELLS[cell].gates
     given = [torch.randn(shape) for shape in ((3, 2, 1, rows * 5), (1, rows * 5, 5), (1, rows * 5))]
     given += states(cell, 1, 2, 5) + states(cell, 1, 2, 5)
     marks = segments.marks(None, torch.rand(3, 2) < 0.5, 1)
     operators = torch.ops.persistrnn
-    torch.library.opcheck(operators.stepwise.default, (cell, resets, marks, given))
-    grads = [torch.randn_like(t) for t in operators.stepwise(cell, resets, marks, given)]
-    torch.library.opcheck(operators.stepwise_backward.default, (cell, resets, marks, given, grads))
+    torch.library.opcheck(operators.stepwise.default, (cell, marks, given))
+    grads = [torch.randn_like(t) for t in operators.stepwise(cell, marks, given)]
+    torch.library.opcheck(operators.stepwise_backward.default, (cell, marks, given, grads))
     torch.library.opcheck(operators.bounded_lengths.default, (torch.tensor([3, 0]), 3))

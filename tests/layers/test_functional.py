@@ -12,6 +12,7 @@ from torch import nn
 
 import persistrnn
 from persistrnn import autograd, decide, functional, reference
+from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Options
 
 pytestmark = pytest.mark.torch_path
@@ -30,17 +31,16 @@ def kernels(monkeypatch):
     list of its calls."""
     calls = []
 
-    def recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0, precision, marks, reset, return_c, cell_dtype):
-        tensors = [t for t in (x_gates, weight_hh, bias_hh, h0, c0) if t is not None]
+    def recurrent(cell, x_gates, weight_hh, bias_hh, initial, precision, marks, reset, return_c, cell_dtype):
+        tensors = [x_gates, weight_hh, bias_hh, *initial]
         directions, rows, hidden = weight_hh.shape
         assert x_gates.shape[2:] == (directions, rows)
         assert bias_hh.shape == (directions, rows)
-        assert h0.shape == (directions, x_gates.size(1), hidden)
-        assert (c0 is None) == (cell == "gru")
+        assert [s.shape for s in initial] == [(directions, x_gates.size(1), hidden)] * CELLS[cell].states
         assert all(t.is_contiguous() for t in tensors)
         assert len({t.dtype for t in tensors}) == 1
         calls.append({"cell": cell, "dtype": x_gates.dtype, "precision": precision, "shape": x_gates.shape})
-        return reference.recurrent(cell, x_gates, weight_hh, bias_hh, h0, c0, marks, reset)
+        return reference.recurrent(cell, x_gates, weight_hh, bias_hh, initial, marks, reset)
 
     def unsupported(call):
         return None if call.batch > 0 else "there is no plan for an empty batch."

@@ -34,17 +34,29 @@ def layer(cell, **options):
 
 
 def tensors(cell, directions=1, steps=T, batch=B, requires_grad=False):
-    """Arguments of `autograd.recurrent` between the cell and the precision; c0 is None for the GRU."""
+    """x_gates, weight_hh, bias_hh and the states that the cell has."""
     torch.manual_seed(1)
     rows = CELLS[cell].gates * H
     shapes = [(steps, batch, directions, rows), (directions, rows, H), (directions, rows)]
-    shapes += [(directions, batch, H)] * 2
-    made = [torch.randn(shape).mul_(0.5).requires_grad_(requires_grad) for shape in shapes]
-    return made if cell == "lstm" else [*made[:-1], None]
+    shapes += [(directions, batch, H)] * CELLS[cell].states
+    return [torch.randn(shape).mul_(0.5).requires_grad_(requires_grad) for shape in shapes]
 
 
 def run(cell, arguments):
-    return [t for t in autograd.recurrent(cell, *arguments, "ieee") if t is not None]
+    x_gates, weight, bias, *states = arguments
+    found = autograd.recurrent(cell, x_gates, weight, bias, states, "ieee")
+    return [found.y, *found.finals]
+
+
+def expected_of(cell, arguments):
+    x_gates, weight, bias, *states = arguments
+    found = reference.recurrent(cell, x_gates, weight, bias, states)
+    return [found.y, *found.finals]
+
+
+def forward_arguments(cell, save, tensors):
+    x_gates, weight, bias, *states = tensors
+    return cell, "ieee", save, False, None, x_gates, [weight, bias], None, states, []
 
 
 @pytest.fixture
@@ -67,7 +79,7 @@ def launches():
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("cell", CELLS)
 def test_forward_operator_keeps_the_contract_of_torch_library(cell, directions, save):
-    arguments = (cell, "ieee", save, *tensors(cell, directions))
+    arguments = forward_arguments(cell, save, tensors(cell, directions))
     torch.library.opcheck(torch.ops.persistrnn.scan_forward.default, arguments)
 
 
@@ -75,10 +87,9 @@ def test_forward_operator_keeps_the_contract_of_torch_library(cell, directions, 
 @pytest.mark.parametrize("cell", CELLS)
 def test_backward_operator_keeps_the_contract_of_torch_library(cell, directions):
     arguments = tensors(cell, directions)
-    y, c, saved = torch.ops.persistrnn.scan_forward(cell, "ieee", True, *arguments)
-    dy, dh_n = torch.randn(T, B, directions, H), torch.randn(directions, B, H)
-    dc_n = torch.randn(directions, B, H) if cell == "lstm" else None
-    given = (cell, "ieee", dy, dh_n, dc_n, arguments[1], y, c, saved)
+    kept = torch.ops.persistrnn.scan_forward(*forward_arguments(cell, True, arguments))
+    d_final = [torch.randn(directions, B, H) for _ in arguments[3:]]
+    given = cell, "ieee", True, arguments[1], None, None, kept, d_final, [torch.randn(T, B, directions, H)]
     torch.library.opcheck(torch.ops.persistrnn.scan_backward.default, given)
 
 
@@ -87,14 +98,14 @@ def test_backward_operator_keeps_the_contract_of_torch_library(cell, directions)
 
 @pytest.fixture
 def saved_sizes(monkeypatch):
-    """(elements of c, elements of saved) of every forward launch."""
+    """Elements of each state's buffer and of saved, of every forward launch."""
     sizes = []
     original = launch.forward
 
     def forward(*arguments):
-        y, c, saved = original(*arguments)
-        sizes.append((c.numel(), saved.numel()))
-        return y, c, saved
+        kept = original(*arguments)
+        sizes.append([t.numel() for t in (*kept.states, kept.saved) if t is not None])
+        return kept
 
     monkeypatch.setattr(launch, "forward", forward)
     return sizes
@@ -107,10 +118,9 @@ def test_inference_keeps_nothing_and_equals_training(cell, directions, saved_siz
     training = run(cell, arguments)
     with torch.no_grad():
         inference = run(cell, arguments)
-    detached = run(cell, [None if t is None else t.detach() for t in arguments])
-    state = directions * B * H
-    full = (6 * state if cell == "lstm" else 0, 4 * 4 * state)
-    bare = (2 * state if cell == "lstm" else 0, 0)
+    detached = run(cell, [t.detach() for t in arguments])
+    state, others = directions * B * H, CELLS[cell].states - 1
+    full, bare = [6 * state, *[6 * state] * others, 4 * 4 * state], [6 * state, *[2 * state] * others]
     assert saved_sizes == [full, bare, bare]
     assert not any(t.requires_grad for t in (*inference, *detached))
     torch.testing.assert_close(inference, [t.detach() for t in training], rtol=0, atol=0)
@@ -133,12 +143,12 @@ class Work(TorchDispatchMode):
 @pytest.mark.parametrize("needed", NAMES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradients_are_made_for_what_requires_them(cell, needed):
-    arguments = dict(zip(NAMES, tensors(cell, 2), strict=True))
-    if arguments[needed] is None:
+    arguments = dict(zip(NAMES, tensors(cell, 2), strict=False))
+    if needed not in arguments:
         pytest.skip("the GRU has no c0")
     expected_leaf = arguments[needed].clone().requires_grad_()
-    expected = reference.recurrent(cell, **(arguments | {needed: expected_leaf}))[:3]
-    sum(t.square().sum() for t in expected if t is not None).backward()
+    expected = expected_of(cell, (arguments | {needed: expected_leaf}).values())
+    sum(t.square().sum() for t in expected).backward()
 
     arguments[needed].requires_grad_()
     loss = sum(t.square().sum() for t in run(cell, arguments.values()))
@@ -146,7 +156,7 @@ def test_gradients_are_made_for_what_requires_them(cell, needed):
         loss.backward()
     torch.testing.assert_close(arguments[needed].grad, expected_leaf.grad, rtol=1e-4, atol=1e-5)
     for name, tensor in arguments.items():
-        assert tensor is None or (tensor.grad is None) == (name != needed), name
+        assert (tensor.grad is None) == (name != needed), name
     assert work.products == (2 if needed == "weight_hh" else 0), "one product per direction, only for the weights"
     assert work.sums == (1 if needed == "bias_hh" else 0)
 
@@ -156,14 +166,13 @@ def test_gradients_are_made_for_what_requires_them(cell, needed):
 def test_each_output_alone_gives_its_gradient(cell, which):
     """A gradient that autograd does not bring (None) counts as zero."""
     arguments = tensors(cell, 2, requires_grad=True)
-    copies = [None if t is None else t.detach().clone().requires_grad_() for t in arguments]
-    found, expected = run(cell, arguments), reference.recurrent(cell, *copies)
+    copies = [t.detach().clone().requires_grad_() for t in arguments]
+    found, expected = run(cell, arguments), expected_of(cell, copies)
     if which >= len(found):
         pytest.skip("the GRU has no c_n")
     torch.autograd.backward([found[which].square().sum(), expected[which].square().sum()])
-    for name, a, b in zip(NAMES, arguments, copies, strict=True):
-        if a is not None:
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for name, a, b in zip(NAMES, arguments, copies, strict=False):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_backward_twice_over_a_kept_graph_is_the_same():
@@ -276,11 +285,11 @@ def test_vmap_over_inputs_is_one_launch(cell, in_dim, launches):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_vmap_over_states_only_is_one_launch(cell, launches):
-    x_gates, weight, bias, h0, c0 = tensors(cell, 2)
+    x_gates, weight, bias, h0, *c0 = tensors(cell, 2)
     h0s = torch.stack([h0, -h0, 2 * h0])
-    expected = [torch.stack(ts) for ts in zip(*(run(cell, [x_gates, weight, bias, h, c0]) for h in h0s), strict=True)]
+    expected = [torch.stack(ts) for ts in zip(*(run(cell, [x_gates, weight, bias, h, *c0]) for h in h0s), strict=True)]
     launches()
-    found = vmap(lambda h: run(cell, [x_gates, weight, bias, h, c0]))(h0s)
+    found = vmap(lambda h: run(cell, [x_gates, weight, bias, h, *c0]))(h0s)
     assert launches() == {"scan_forward": 1}
     torch.testing.assert_close(list(found), expected, rtol=1e-5, atol=1e-6)
 
@@ -344,10 +353,10 @@ def test_gradients_of_an_ensemble_equal_a_loop(cell, launches):
 @pytest.mark.parametrize("cell", CELLS)
 def test_jacrev_equals_the_reference(cell, launches):
     arguments = tensors(cell, 2, batch=2)
-    numbers = tuple(i for i, t in enumerate(arguments) if t is not None)
-    found = jacrev(lambda *a: autograd.recurrent(cell, *a, "ieee")[0], argnums=numbers)(*arguments)
+    numbers = tuple(range(len(arguments)))
+    found = jacrev(lambda *a: run(cell, a)[0], argnums=numbers)(*arguments)
     assert launches() == {"scan_forward": 1, "scan_backward": 1}, "all rows of the Jacobian are one batch"
-    expected = jacrev(lambda *a: reference.recurrent(cell, *a)[0], argnums=numbers)(*arguments)
+    expected = jacrev(lambda *a: expected_of(cell, a)[0], argnums=numbers)(*arguments)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

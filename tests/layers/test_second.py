@@ -7,7 +7,7 @@ from pairs import CELLS, make_layer, pair, tensors
 
 import persistrnn
 from persistrnn import double_backward, reference, segments
-from persistrnn.double_backward import Kept
+from persistrnn.kernels.tensors import Kept
 
 T, B, H, INPUT = 4, 3, 5, 4
 
@@ -31,8 +31,7 @@ def arguments(cell, directions, marked):
 def kept_by(cell, x_gates, weight, bias, states, marks, reset):
     """What the kernels' forward keeps, as differentiable functions of the arguments: y and c with their edges, and the
     activated gates."""
-    y, _, _, c = reference.recurrent(cell, x_gates, weight, bias, *(states if cell == "lstm" else [*states, None]),
-                                     marks, reset)  # fmt: skip
+    y, c, _ = reference.recurrent(cell, x_gates, weight, bias, states, marks, reset)
     directions = x_gates.shape[2]
     anew = reset or [torch.zeros_like(s) for s in states]
     buffers = []
@@ -52,7 +51,7 @@ def kept_by(cell, x_gates, weight, bias, states, marks, reset):
     else:
         reset_gate = (x[0] + r[0]).sigmoid()
         saved = [reset_gate, (x[1] + r[1]).sigmoid(), (x[2] + reset_gate * r[2]).tanh(), r[2]]
-    return Kept(buffers[0], buffers[1] if cell == "lstm" else y.new_empty(0), torch.stack(saved, 3))
+    return Kept([b[None] for b in buffers], torch.stack(saved, 3)[None])
 
 
 @pytest.mark.parametrize("marked", [False, True])
@@ -62,11 +61,9 @@ def test_formula_is_the_derivative_of_the_reference(cell, directions, marked):
     """Given gradients of all outputs and of all that is kept."""
     torch.manual_seed(0)
     x_gates, weight, bias, states, marks, reset = arguments(cell, directions, marked)
-    both = states if cell == "lstm" else [*states, None]
-    y, *finals, c = reference.recurrent(cell, x_gates, weight, bias, *both, marks, reset)
-    finals = finals[: len(states)]
+    y, c, finals = reference.recurrent(cell, x_gates, weight, bias, states, marks, reset)
     kept = kept_by(cell, x_gates, weight, bias, states, marks, reset)
-    outputs = [y, *([c] if cell == "lstm" else []), *finals, *(k for k in kept if k.numel())]
+    outputs = [y, *([] if c is None else [c]), *finals, *kept.states, kept.saved]
     cotangents = [torch.randn_like(t) for t in outputs]
     if marks is not None:  # gates of a row that has ended are of no step
         cotangents[-1] = torch.where((marks == segments.SKIPPED)[..., None, None], 0.0, cotangents[-1])
@@ -75,9 +72,8 @@ def test_formula_is_the_derivative_of_the_reference(cell, directions, marked):
     given = iter(cotangents)
     d_outputs = [next(given).unflatten(2, (directions, H)) for _ in states]
     d_final = [next(given) for _ in states]
-    d_kept = Kept(next(given), next(given) if cell == "lstm" else None, next(given))
-    found = double_backward.backward(cell, weight, marks, kept, d_outputs, d_final, d_kept)
-    actual = [found.dx_gates, *found.d_initial, *(found.d_reset if marked else [])]
+    found = double_backward.backward(cell, weight, None, marks, kept, d_outputs, d_final, list(given))
+    actual = [found.dx_gates[0], *found.d_initial, *(found.d_reset if marked else [])]
     torch.testing.assert_close(actual, list(expected), rtol=1e-10, atol=1e-12)
 
 

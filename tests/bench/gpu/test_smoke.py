@@ -120,7 +120,7 @@ def test_a_program_that_did_not_arrive_is_named(monkeypatch: pytest.MonkeyPatch,
     from grid import concurrent_grid
 
     def lose(options: dict[str, Any]) -> None:
-        options["states"][0][2:-1, :, :, 8:].view(torch.int16).fill_(-1)
+        options["states"][0][0, 2:-1, :, :, 8:].view(torch.int16).fill_(-1)
 
     touched(monkeypatch, "scan_forward", lose)
     with concurrent_grid():
@@ -131,7 +131,7 @@ def test_a_program_that_did_not_arrive_is_named(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.interpreter
 def test_a_program_of_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     def lose(options: dict[str, Any]) -> None:
-        options["d_gates"][1][:3].view(torch.int16).fill_(-1)
+        options["d_gates"][1][0, :3].view(torch.int16).fill_(-1)
 
     touched(monkeypatch, "scan_backward", lose)
     (seen,) = observe(simplest(MINI), CPU)
@@ -141,7 +141,7 @@ def test_a_program_of_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.interpreter
 def test_wrong_numbers_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     def lie(options: dict[str, Any]) -> None:
-        options["states"][0][3, 1, 0, 5] = 7
+        options["states"][0][0, 3, 1, 0, 5] = 7
 
     touched(monkeypatch, "scan_forward", lie)
     (seen,) = observe(simplest(replace(MINI, mode="forward")), CPU)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from bench.gpu import command as gpu
 from bench.gpu import stress
 from bench.race.engine import Race
 from bench.report.results import Check
 from persistrnn.kernels import launch
+from persistrnn.kernels.tensors import Kept
 
 CPU = torch.device("cpu")
 
@@ -61,9 +61,10 @@ def test_shapes_on_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stress.random_shapes(CPU, 0.0, largest=5, longest=3, seed=1).startswith("1 shapes, ")
     forward = launch.forward
 
-    def wrong(*arguments: object, **options: object) -> tuple[Tensor, ...]:
-        y, *others = forward(*arguments, **options)
-        return y * 1.1, *others
+    def wrong(*arguments: object, **options: object) -> Kept:
+        kept = forward(*arguments, **options)
+        kept.states[0].mul_(1.1)
+        return kept
 
     monkeypatch.setattr(launch, "forward", wrong)
     with pytest.raises(AssertionError, match=r"training \w+ \w+ I=.*: y has error"):

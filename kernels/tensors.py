@@ -1,0 +1,44 @@
+"""The tensors that go into a scan and come out of it, by name and in one order everywhere: states h first.
+
+Letters: L layers, T steps, B batch, D directions, H hidden, G gates, n tensors kept per step. L or D is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Weights(NamedTuple):
+    """weight_hh [L*D, G*H, H], bias_hh [L*D, G*H]; of the layers after the lowest, where there are any, weight_ih
+    [L - 1, G*H, H] and bias_ih [L - 1, G*H]."""
+
+    weight_hh: Tensor
+    bias_hh: Tensor
+    weight_ih: Tensor | None = None
+    bias_ih: Tensor | None = None
+
+
+class Kept(NamedTuple):
+    """What a forward leaves.
+
+    states: y [L, T + 2, B, D, H] with h0 in the slot before each direction's first step (slot 0; slot T + 1 in reverse)
+        and the reset state in the other one; the other states alike if every step's is kept, else [L, 2, B, D, H] with
+        the final state in slot 1 ([L, 3, B, D, H] with marks).
+    saved: [L, T, B, D, n, H] if a backward follows.
+    """
+
+    states: Sequence[Tensor]
+    saved: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """dx_gates and dr_gates [L, T, B, D, G*H], the same tensor in cells whose two gradients are the same; of the
+    initial and, where they are asked for, of the reset states, each [L*D, B, H]."""
+
+    dx_gates: Tensor
+    dr_gates: Tensor
+    d_initial: Sequence[Tensor]
+    d_reset: Sequence[Tensor]

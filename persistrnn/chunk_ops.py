@@ -1,0 +1,378 @@
+"""Layers run in chunks of time, each a launch of its own: input GEMM, scan, and in the backward what was not kept.
+
+So x's half of the gates, its gradient and all that is computed again take the memory of one chunk, whatever T is. What
+the forward keeps is one of ``kernels.planner.memory``'s modes. The results are those of one launch over all steps: c
+goes from chunk to chunk in float32, as within a launch, and so do the gradients of the states. Only the GRU's h, which
+is float32 within a launch too, is rounded to the output's dtype at each chunk.
+
+The k-th chunk of the second direction is the k-th from the end, so that both directions stay in one launch: a chunk's
+tensors [T', B, D, ...] hold different times in each direction, and are cut out of the whole ones.
+
+An operator holds the loop, for torch.compile: one graph for every T. Its derivatives are in ``time_chunks``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from persistrnn import autograd, ops, segments
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.tensors import Kept, Weights
+from persistrnn.phases import INPUT_GEMM, RECOMPUTE, SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
+
+
+class Layer(NamedTuple):
+    """weight_ih [D, G*H, I], bias_ih [D, G*H], weight_hh [D, G*H, H], bias_hh [D, G*H]."""
+
+    weight_ih: Tensor
+    bias_ih: Tensor
+    weight_hh: Tensor
+    bias_hh: Tensor
+
+
+class Inputs(NamedTuple):
+    """What a forward takes, as ``recurrent``; flat, with as many reset as initial states: None if there are none."""
+
+    x: Tensor
+    marks: Tensor | None
+    initial: Sequence[Tensor]
+    reset: Sequence[Tensor]
+    weights: Sequence[Tensor]
+
+
+class Outputs(NamedTuple):
+    """What a forward gives.
+
+    every: y [T, B, D*H] of the highest layer, and the other states if they are given out or kept. finals: each [L*D, B,
+    H]. saved: one [T, B, D, n, H] if it is kept. before: the states before each chunk, [T // chunk + 2, L*D, B, H],
+    those after h in float32, if they are kept.
+    """
+
+    every: Sequence[Any]
+    finals: Sequence[Any]
+    saved: Sequence[Any]
+    before: Sequence[Any]
+
+
+class BackwardInputs(NamedTuple):
+    """What a backward takes. d_every: of y and the other states, None if they are not given out. kept: of ``Outputs``
+    every and saved, or before, as the mode has it."""
+
+    d_every: Sequence[Any]
+    d_finals: Sequence[Tensor]
+    inputs: Sequence[Any]
+    kept: Sequence[Tensor]
+    weights: Sequence[Tensor]
+
+
+def inputs_of(cell: str, flat: Sequence[Any]) -> Inputs:
+    x, marks, *others = flat
+    n = CELLS[cell].states
+    return Inputs(x, marks, others[:n], [r for r in others[n : 2 * n] if r is not None], others[2 * n :])
+
+
+def outputs_of(cell: str, save: str, keeps: bool, return_c: bool, flat: Sequence[Any]) -> Outputs:
+    n = CELLS[cell].states
+    m = n if return_c or (keeps and save != "checkpoint") else 1
+    k = m + n + (keeps and save == "gates")
+    return Outputs(flat[:m], flat[m : m + n], flat[m + n : k], flat[k:])
+
+
+def backward_inputs_of(cell: str, save: str, flat: Sequence[Any]) -> BackwardInputs:
+    n = CELLS[cell].states
+    a, b = 2 * n, 4 * n + 2
+    c = b + n + (save == "gates")
+    return BackwardInputs(flat[:n], flat[n:a], flat[a:b], flat[b:c], flat[c:])
+
+
+class Chunk(NamedTuple):
+    """Steps [first, last) of T, counted from the end in the second direction."""
+
+    first: int
+    last: int
+    steps: int
+
+    def slices(self, directions: int) -> list[slice]:
+        return [slice(self.first, self.last), slice(self.steps - self.last, self.steps - self.first)][:directions]
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The chunk [T', B, D, ...] of [T, B, D, ...]; of one direction a view."""
+        if whole.size(2) == 1:
+            return whole[self.first : self.last]
+        return torch.stack([whole[s, :, d] for d, s in enumerate(self.slices(2))], dim=2)
+
+    def put(self, part: Tensor, whole: Tensor) -> None:
+        for d, s in enumerate(self.slices(whole.size(2))):
+            whole[s, :, d].copy_(part[:, :, d])
+
+
+def cut(steps: int, chunk: int) -> Iterator[Chunk]:
+    return (Chunk(first, min(first + chunk, steps), steps) for first in range(0, steps, chunk))
+
+
+# ---- the forward ----------------------------------------------------------------------------------------------------
+
+
+def layers_of(weights: Sequence[Tensor]) -> list[Layer]:
+    return [Layer(*(w.contiguous() for w in weights[i : i + 4])) for i in range(0, len(weights), 4)]
+
+
+def gates_of(inputs: Sequence[Tensor], layer: Layer) -> Tensor:
+    """Input half of the gates [T', B, D, G*H], of [T', B, I] for each direction."""
+    with phase(INPUT_GEMM):
+        parts = [F.linear(x, w, b) for x, w, b in zip(inputs, layer.weight_ih, layer.bias_ih, strict=True)]
+        return parts[0].unsqueeze(2) if len(parts) == 1 else torch.stack(parts, dim=2)
+
+
+def _scan(
+    cell: str,
+    precision: str,
+    x_gates: Tensor,
+    layer: Layer,
+    states: Sequence[Tensor],
+    marks: Tensor | None,
+    reset: Sequence[Tensor],
+    every: bool,
+    save: bool,
+    into: Tensor | None = None,
+) -> Kept:
+    with phase(SCAN_FORWARD):
+        weights = Weights(layer.weight_hh, layer.bias_hh)
+        return ops.scan_chunk(cell, precision, x_gates, weights, states, marks, reset, every, save, into)
+
+
+def _to_next(kept: Kept, marks: Tensor | None) -> Tensor:
+    """What the next layer of a stack, which has one direction, reads: [T', B, H]."""
+    return segments.without_skipped(kept.states[0][0, 1:-1].flatten(2), marks)
+
+
+def by_layer(states: Sequence[Tensor], layers: int) -> list[list[Tensor]]:
+    """Of each layer its states, each [D, B, H], of states [L*D, B, H]."""
+    return [[s.unflatten(0, (layers, -1))[i] for s in states] for i in range(layers)]
+
+
+@torch.library.custom_op("persistrnn::chunked_forward", mutates_args=())
+def forward(
+    cell: str,
+    save: str,
+    precision: str,
+    chunk: int,
+    cell_dtype: torch.dtype | None,
+    keeps: bool,
+    return_c: bool,
+    inputs: list[Tensor | None],
+    weights: list[Tensor],
+) -> list[Tensor]:
+    """The tensors of ``Outputs`` from those of ``Inputs``, without autograd. keeps: a backward follows."""
+    segments.check()
+    flat = _new(cell, save, chunk, cell_dtype, keeps, return_c, inputs, weights)
+    found = outputs_of(cell, save, keeps, return_c, flat)
+    x, marks, initial, resets, _ = inputs_of(cell, inputs)
+    x, layers, directions = x.contiguous(), layers_of(weights), weights[0].size(0)
+    states = by_layer([initial[0], *(s.float() for s in initial[1:])], len(layers))
+    reset = by_layer(resets, len(layers))
+    for whole in found.before:
+        whole[-(-x.size(0) // chunk) :].zero_()  # what no chunk has is the same in every run
+    for k, part in enumerate(cut(x.size(0), chunk)):
+        marked = None if marks is None else part.of(marks).contiguous()
+        into = part.of(found.saved[0]).unsqueeze(0) if found.saved and directions == 1 else None
+        xs = [x[s] for s in part.slices(directions)]
+        for i, layer in enumerate(layers):
+            for whole, state in zip(found.before, states[i], strict=False):
+                whole[k].unflatten(0, (len(layers), -1))[i].copy_(state)
+            highest = i == len(layers) - 1
+            every, saves = highest and len(found.every) > 1, len(found.saved) > 0
+            kept = _scan(cell, precision, gates_of(xs, layer), layer, states[i], marked, reset[i], every, saves, into)
+            # After the last step in each direction: of the states of all steps, or of a few slots.
+            slots = [-2, *(-2 if every or saves else 1 for _ in kept.states[1:])]
+            states[i] = [
+                torch.stack([s[0, 1 if d else slot, :, d] for d in range(directions)])
+                for s, slot in zip(kept.states, slots, strict=True)
+            ]
+            if not highest:
+                xs = [_to_next(kept, marked)]
+        for whole, s in zip(found.every, kept.states, strict=False):
+            part.put(s[0, 1:-1], whole.unflatten(2, (directions, -1)))
+        if into is None and kept.saved is not None:
+            part.put(kept.saved[0], found.saved[0])
+        del kept, xs, s  # else they live on while the next chunk's are made
+    for final, of_layers in zip(found.finals, zip(*states, strict=True), strict=True):
+        final.copy_(torch.cat(of_layers))
+    return flat
+
+
+@forward.register_fake
+def _(cell: str, save: str, precision: str, chunk: int, *others: Any) -> list[Tensor]:
+    return _new(cell, save, chunk, *others)
+
+
+def _new(
+    cell: str,
+    save: str,
+    chunk: int,
+    cell_dtype: torch.dtype | None,
+    keeps: bool,
+    return_c: bool,
+    inputs: list[Tensor | None],
+    weights: list[Tensor],
+) -> list[Tensor]:
+    """The memory of the forward's results."""
+    x, _, initial, *_ = inputs_of(cell, inputs)
+    directions, H = weights[0].size(0), initial[0].size(-1)
+    steps, batch, _ = x.shape
+    rest = len(initial) - 1
+    found = [x.new_empty(steps, batch, directions * H)]
+    if return_c or (keeps and save != "checkpoint"):
+        found += [x.new_empty(steps, batch, directions * H, dtype=cell_dtype or x.dtype) for _ in range(rest)]
+    found += [x.new_empty(h.shape) for h in initial]
+    if keeps and save == "gates":
+        found.append(x.new_empty(steps, batch, directions, CELLS[cell].saved, H))
+    if keeps and save == "checkpoint":  # never one chunk: a graph would hold a condition on T
+        dtypes = [x.dtype, *(torch.float32,) * rest]
+        found += [x.new_empty(steps // chunk + 2, *h.shape, dtype=t) for h, t in zip(initial, dtypes, strict=True)]
+    return found
+
+
+# ---- the backward ---------------------------------------------------------------------------------------------------
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, as products of 16-bit matrices are before they are rounded; of float32 as torch's products are,
+    whatever the recurrence's precision."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        result: Tensor = (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+        return result
+    return a.float() @ b.float()
+
+
+def _sum(gates: Tensor) -> Tensor:
+    return gates.sum(0, dtype=torch.float32)
+
+
+def _with_edges(whole: Tensor, initial: Tensor, reset: Tensor | None, part: Chunk) -> Tensor:
+    """A chunk of the states of all steps [T, B, D, H], as a scan leaves it: [1, T' + 2, B, D, H]."""
+    if part.first > 0:
+        initial = torch.stack([whole[(part.first - 1, -part.first)[d], :, d] for d in range(whole.size(2))])
+    return ops.with_edges(part.of(whole), initial, reset)
+
+
+class _Totals:
+    """Gradients of a layer's weights and biases, in float32, summed chunk by chunk."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.sums = Layer(*(torch.zeros_like(w, dtype=torch.float32) for w in layer))
+
+    def add(
+        self, dx_gates: Tensor, dr_gates: Tensor, inputs: Sequence[Tensor], y: Tensor, marks: Tensor | None
+    ) -> None:
+        with phase(WEIGHT_GEMMS):
+            for d, x in enumerate(inputs):
+                dx, dr = (gates[0, :, :, d].flatten(0, 1) for gates in (dx_gates, dr_gates))
+                self.sums.weight_ih[d] += _product(dx.mT, x.flatten(0, 1))
+                self.sums.weight_hh[d] += _product(dr.mT, autograd.h_before(y, marks, d).flatten(0, 2))
+                self.sums.bias_ih[d] += _sum(dx)
+                self.sums.bias_hh[d] += _sum(dr)
+
+    def rounded(self, dtype: torch.dtype) -> list[Tensor]:
+        return [t.to(dtype) for t in self.sums]
+
+
+@torch.library.custom_op("persistrnn::chunked_backward", mutates_args=())
+def backward(
+    cell: str,
+    save: str,
+    precision: str,
+    chunk: int,
+    cell_dtype: torch.dtype | None,
+    needs_x: bool,
+    resets: bool,
+    tensors: list[Tensor | None],
+) -> list[Tensor]:
+    """Gradients of [x, *initial, *reset, *weights] from the tensors of ``BackwardInputs``, without those of x and of
+    the reset states if nobody asked."""
+    segments.check()
+    d_every, d_finals, inputs, kept_before, weights = backward_inputs_of(cell, save, tensors)
+    x, marks, initial, reset_states, _ = inputs_of(cell, inputs)
+    n, x, layers, directions = len(initial), x.contiguous(), layers_of(weights), weights[0].size(0)
+    reset = by_layer(reset_states, len(layers))
+    d_states = by_layer([d.float() for d in d_finals], len(layers))
+    d_reset = [[torch.zeros_like(d) for d in of_layer] for of_layer in d_states]
+    totals = [_Totals(layer) for layer in layers]
+    dx = x.new_empty(x.shape if needs_x else 0)
+    if directions > 1:
+        dx.zero_()  # it is added to
+    whole = [] if save == "checkpoint" else [t.unflatten(2, (directions, -1)) for t in kept_before[:n]]
+    all_saved = kept_before[n].contiguous() if save == "gates" else None
+    d_whole = [d.unflatten(2, (directions, -1)) for d in d_every if d is not None]
+    for k, part in reversed(list(enumerate(cut(x.size(0), chunk)))):
+        marked = None if marks is None else part.of(marks).contiguous()
+        xs = [[x[s] for s in part.slices(directions)]]
+        scans = []
+        with phase(SCAN_BACKWARD if save == "gates" else RECOMPUTE):
+            for i, layer in enumerate(layers):
+                if save == "checkpoint":
+                    states = [s[k].unflatten(0, (len(layers), -1))[i] for s in kept_before]
+                    x_gates = gates_of(xs[i], layer)
+                    kept = _scan(cell, precision, x_gates, layer, states, marked, reset[i], True, True)
+                    del x_gates  # it need not outlive the scan
+                    y, *others = kept.states
+                    kept = kept._replace(states=[y, *(s.to(cell_dtype or x.dtype) for s in others)])
+                    del y, others
+                    if i + 1 < len(layers):
+                        xs.append([_to_next(kept, marked)])
+                else:
+                    anew: Sequence[Tensor | None] = reset[i] or [None] * n
+                    states = [_with_edges(*edge, part) for edge in zip(whole, initial, anew, strict=True)]
+                    if all_saved is not None:
+                        saved = part.of(all_saved).unsqueeze(0)
+                    else:
+                        h = [autograd.h_before(states[0], marked, d).flatten(0, 2) for d in range(directions)]
+                        r_gates = _product(torch.stack(h), layer.weight_hh.mT)
+                        saved = ops.gates_again(cell, gates_of(xs[i], layer), r_gates, layer.bias_hh)
+                        del h, r_gates
+                    kept = Kept(states, saved)
+                    del saved
+                del states
+                scans.append(kept)
+        outside = [part.of(d) for d in d_whole]
+        del kept
+        for i, layer in reversed(list(enumerate(layers))):
+            kept = scans.pop()
+            with phase(SCAN_BACKWARD):
+                d = ops.scan_chunk_backward(
+                    cell, precision, outside, d_states[i], layer.weight_hh, kept, marked, resets
+                )
+            d_states[i] = list(d.d_initial)
+            for total, new in zip(d_reset[i], d.d_reset, strict=False):
+                total += new
+            totals[i].add(d.dx_gates, d.dr_gates, xs[i], kept.states[0], marked)
+            with phase(INPUT_GEMM):
+                if i > 0:
+                    outside = [(d.dx_gates[0, :, :, 0] @ layer.weight_ih[0]).unsqueeze(2)]
+                elif needs_x:
+                    for way, s in enumerate(part.slices(directions)):
+                        product = d.dx_gates[0, :, :, way].flatten(0, 1), layer.weight_ih[way]
+                        dx[s].view(-1, x.size(2)).addmm_(*product, beta=directions - 1)
+                        del product
+            del kept, d  # else they live on while the next ones are made
+        del outside
+    found = [torch.cat(of_layers).to(x.dtype) for of_layers in zip(*d_states, strict=True)]
+    if resets:
+        found += [torch.cat(of_layers).to(x.dtype) for of_layers in zip(*d_reset, strict=True)]
+    return [*([dx] if needs_x else []), *found, *(d for total in totals for d in total.rounded(x.dtype))]
+
+
+@backward.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    cell, save, _, _, _, needs_x, resets, tensors = arguments
+    _, _, inputs, _, weights = backward_inputs_of(cell, save, tensors)
+    x, _, initial, *_ = inputs_of(cell, inputs)
+    of = [*([x] if needs_x else []), *(list(initial) * (2 if resets else 1)), *weights]
+    return [x.new_empty(t.shape) for t in of]
