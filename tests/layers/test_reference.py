@@ -24,8 +24,8 @@ def through_reference(cell, x, states, weights):
     directions = len(weights) // 4
     w_ih, w_hh, b_ih, b_hh = (torch.stack(weights[k::4]) for k in range(4))
     x_gates = torch.stack([F.linear(x, w_ih[d], b_ih[d]) for d in range(directions)], dim=2)
-    y, h_n, c_n, _ = reference.recurrent(cell, x_gates, w_hh, b_hh, *states)
-    return [y, h_n] if c_n is None else [y, h_n, c_n]
+    found = reference.recurrent(cell, x_gates, w_hh, b_hh, states)
+    return [found.y, *found.finals]
 
 
 @pytest.mark.parametrize("directions", [1, 2])
