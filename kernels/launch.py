@@ -347,14 +347,13 @@ def backward(
     exchange = exchange_for(like.device)
 
     def gates(exchanged: bool) -> Tensor:
-        """With a row of zeros after those of the steps: what the highest of several layers hears from above."""
-        buffer = like.new_empty(L, T, B, D, cell.gates * H)
-        if L > 1:
-            rows = like.new_empty(L * T + 1, B, D, cell.gates * H)
-            rows[-1].zero_()
-            buffer = rows[:-1].unflatten(0, (L, T))
+        """[L, T, B, D, G*H]; of several layers [L*T + 1, B, D, G*H], with a row of zeros after those of the steps: what
+        the highest one hears from above."""
+        buffer = like.new_empty(*((L, T) if L == 1 else (L * T + 1,)), B, D, cell.gates * H)
         if exchanged:
             flag(buffer, part, exchange)
+        if L > 1:
+            buffer[-1].zero_()
         return buffer
 
     dr_gates = gates(exchanged=True)
@@ -380,7 +379,10 @@ def backward(
         cell=BACKWARD[cell.name],
     )
     found = [d if D == 1 else d.transpose(0, 1) for d in d_edges]
-    return Gradients(dx_gates, dr_gates, tuple(found[: cell.states]), tuple(found[cell.states :]))
+    same = dr_gates is dx_gates
+    if L > 1:
+        dx_gates, dr_gates = (g[:-1].unflatten(0, (L, T)) for g in (dx_gates, dr_gates))
+    return Gradients(dx_gates, dx_gates if same else dr_gates, tuple(found[: cell.states]), tuple(found[cell.states :]))
 
 
 def recompute(cell: Cell, x_gates: Tensor, r_gates: Tensor, bias_hh: Tensor) -> Tensor:

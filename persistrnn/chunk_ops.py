@@ -333,10 +333,12 @@ def backward(
                     if all_saved is not None:
                         saved = part.of(all_saved).unsqueeze(0)
                     else:
-                        h = [autograd.h_before(states[0], marked, d).flatten(0, 2) for d in range(directions)]
-                        r_gates = _product(torch.stack(h), layer.weight_hh.mT)
-                        saved = ops.gates_again(cell, gates_of(xs[i], layer), r_gates, layer.bias_hh)
-                        del h, r_gates
+                        x_gates = gates_of(xs[i], layer)
+                        h = torch.stack(
+                            [autograd.h_before(states[0], marked, d).flatten(0, 2) for d in range(directions)]
+                        )
+                        saved = ops.gates_again(cell, x_gates, _product(h, layer.weight_hh.mT), layer.bias_hh)
+                        del x_gates, h
                     kept = Kept(states, saved)
                     del saved
                 del states
