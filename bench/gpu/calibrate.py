@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     arguments = p.parse_args(argv)
-    results = named(arguments.output, p)
+    results = named(arguments.results, p)
     try:
         check(results, arguments.allow_dirty)
         record = record_of(results.provenance, arguments.device)

@@ -176,3 +176,25 @@ def test_dropout_is_the_same_on_all_paths(cell):
         found.append(layer(x)[0])
     assert torch.equal(found[1], found[2])
     torch.testing.assert_close(found[0], found[1], rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_resets_cost_at_most_five_percent(cell):
+    torch.manual_seed(0)
+    layer = make_layer(cell, 128, 512, device=DEVICE, dtype=torch.bfloat16, backend="persistent")
+    x = torch.randn(2000, 16, 128, device=DEVICE, dtype=torch.bfloat16)
+    resets = torch.rand(2000, 16, device=DEVICE) < 0.01
+
+    def milliseconds(options):
+        times = []
+        for _ in range(12):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            layer(x, **options)[0].sum().backward()
+            end.record()
+            synchronize()
+            times.append(start.elapsed_time(end))
+        return sorted(times[2:])[5]
+
+    plain, cut = milliseconds({}), milliseconds({"resets": resets})
+    assert cut <= 1.05 * plain, f"{cut:.3f} ms with resets, {plain:.3f} without"

@@ -89,3 +89,20 @@ def test_long_training_takes_a_quarter_of_cudnns_memory():
     found = peak_of(ours, torch.randn(steps, batch, hidden, device=DEVICE, dtype=torch.bfloat16))
     assert all(p.grad.isfinite().all() for p in ours.parameters())
     assert found <= cudnn / 4, f"{found / 2**30:.1f} GiB against {cudnn / 2**30:.1f}"
+
+
+def test_state_is_at_most_a_quarter_slower():
+    x = torch.randn(8192, 32, 1024, device=DEVICE, dtype=torch.bfloat16)
+    seconds = {}
+    for save in ("gates", "state"):
+        layer = layer_of("lstm", 1024, 1024, save=save)
+        times = []
+        for _ in range(6):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            train(layer, x)
+            end.record()
+            synchronize()
+            times.append(start.elapsed_time(end))
+        seconds[save] = sorted(times[1:])[2]
+    assert seconds["state"] <= 1.25 * seconds["gates"], seconds

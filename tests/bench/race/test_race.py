@@ -50,8 +50,8 @@ def right(of: Case, parameters: dict[str, Tensor] | None = None) -> Runner:
     h0 = torch.zeros(1, of.batch, of.hidden, dtype=dtype)
 
     def forward(x: Tensor) -> Tensor:
-        states = (h0, h0 if of.cell == "lstm" else None)
-        return persistrnn.reference.recurrent(of.cell, x.unsqueeze(2), *(v[None] for v in leaves.values()), *states)[0]
+        states, weights = [h0] * CELLS[of.cell].states, [v[None] for v in leaves.values()]
+        return persistrnn.reference.recurrent(of.cell, x.unsqueeze(2), *weights, states).y
 
     return Runner(forward, leaves, of.dtype, lambda: "plain")
 
