@@ -113,11 +113,12 @@ def tf32_errors(monkeypatch, cell, hidden, steps=8, batch=16):
     monkeypatch.setattr("gpu.DEVICE", "cpu")
     made, cotangents = operands(cell, hidden, batch, steps, 1, torch.float32)
     ours = outputs_and_gradients(cell, made, cotangents)
-    exact = {n: None if t is None else t.detach().double().requires_grad_() for n, t in made.items()}
+    leaves = [t.detach().double().requires_grad_() for t in made.values()]
+    x_gates, weight, bias, *initial = leaves
     others = []
     for _ in range(2):
-        found = [t for t in reference.recurrent(cell, *exact.values())[:3] if t is not None]
-        leaves = [t for t in exact.values() if t is not None]
+        y, _, finals = reference.recurrent(cell, x_gates, weight, bias, initial)
+        found = [y, *finals]
         others.append([*found, *torch.autograd.grad(found, leaves, [c.double() for c in cotangents])])
         cases.with_rounded_operands(monkeypatch)
     truth, witness = others

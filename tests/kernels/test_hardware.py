@@ -1,16 +1,13 @@
 """The records of devices: complete and sourced, corrected by what was measured, matched to the live device."""
 
-import ast
 import copy
 import dataclasses
 import math
-import sys
 from pathlib import Path
 
 import pytest
 from test_measurements import GOOD, changed, write
 
-from persistrnn.kernels.planner import hardware, measurements
 from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER, NUMBERS, Hardware, corrected, live, named
 from persistrnn.kernels.planner.measurements import MEASURABLE
 
@@ -48,20 +45,6 @@ MARKETED = {
 
 def counts(record: Hardware) -> tuple[int, int, int, int]:
     return record.multiprocessors, record.shared, record.registers, record.l2
-
-
-def test_imports_only_the_standard_library() -> None:
-    for module in (hardware, measurements):
-        assert module.__file__ is not None
-        for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
-            if isinstance(node, ast.Import):
-                found = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0 or (module is hardware and node.module == "measurements")
-                found = [] if node.level else [node.module or ""]
-            else:
-                continue
-            assert {name.partition(".")[0] for name in found} <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda r: r.name)

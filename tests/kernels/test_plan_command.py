@@ -366,7 +366,6 @@ def test_the_clock_says_nothing_of_another_plan(
 
 def test_the_clock_of_this_checkout_is_of_these_plans() -> None:
     for row in csv.DictReader(plan_command.CLOCK.read_text().splitlines()):
-        found = plan_layer(
-            CELLS[row["cell"]], int(row["hidden"]), int(row["batch"]), 1, row["dtype"], named(row["device"])
-        )
+        sizes = int(row["hidden"]), int(row["batch"]), 1
+        found = plan_layer(Problem(CELLS[row["cell"]], *sizes, row["dtype"], named(row["device"])))
         assert plan_command.clocked(found, row["pass"]), row
