@@ -257,8 +257,7 @@ def test_packed_sequences_on_the_kernels(cell, proj, batch_first, sort):
     options = {"bidirectional": True, "batch_first": batch_first, "proj_size": proj}
     layer, truth = pair(cell, 4, 10, backend="persistent", **options)
     lengths = torch.tensor([5, 4, 2] if sort else [2, 5, 4])
-    states = [torch.randn(2, 3, n) for n in (proj or 10, 10)]
-    hx = as_hx(states)
+    hx = as_hx(torch.randn(2, 3, n) for n in (proj or 10, 10)[: CELLS[cell].states])
     x = torch.randn((3, 5, 4) if batch_first else (5, 3, 4))
     results = []
     for module in (layer, truth):
