@@ -1,6 +1,6 @@
 """The clock's table: predicted cycles per time step of the compiled kernels, and what they wait for.
 
-PYTHONPATH=.:tests python tests/helpers/clock_table.py [--output FILE] [--write NOTES.md]
+PYTHONPATH=.:tests python tests/helpers/clock_table.py [--output FILE] [--write]
 
 makes bench/results/clock.csv anew (about ten minutes on one core, 6 GB; --resume keeps the rows that are there; --only
 CELL-HIDDEN-BATCH for one shape, printed) or puts the table of that file into bench/NOTES.md. It needs no GPU. One group
