@@ -109,6 +109,13 @@ def test_two_programs_hold_twice_as_much_of_a_multiprocessor() -> None:
     assert registers["working"] == 2 * (4 * 256 * 110 - 8192)
 
 
+def test_second_program_shares_only_when_all_have_one() -> None:
+    found = planned("lstm", 256, 8192, 2)
+    part = dataclasses.replace(shared_in_two(found).forward, groups=132 // found.forward.tiling.slices)
+    assert running(part, found.hardware) <= 132
+    assert crowd(part, found.hardware) == 1
+
+
 @pytest.mark.parametrize("parts", [(("a", 3), ("b", 4)), (("a", 9), ("b", -1)), (("a", 7),)])
 def test_budget_that_does_not_add_up_is_refused(parts: tuple[tuple[str, int], ...]) -> None:
     with pytest.raises(AssertionError, match="add up to 8 bytes"):

@@ -68,6 +68,11 @@ def test_batch_that_is_cheap_but_not_free():
     assert "batch 16 to 64 makes it 2.00 times as long, for 4 times the rows" in said("batch", outlook=found)
 
 
+def test_batch_that_gains_nothing():
+    assert said("batch", outlook=outlook({16: (2.0, 0.1), 32: (4.0, 0.1), 64: (8.0, 0.1)})) == ""
+    assert said("batch", point(512, 1)) == ""
+
+
 def test_dtype():
     found = outlook({16: (7.0, 0.1)}, "fp32", {"fp32": 7.0, "bf16": 2.5})
     assert said("dtype", outlook=found).startswith("In bf16 a step is predicted to take 2.50 us on h200, in fp32 7.00")

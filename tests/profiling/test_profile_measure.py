@@ -1,6 +1,8 @@
 """What is measured for a profile: time, memory, what does not fit, what is traced."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -138,6 +140,17 @@ def test_host_time_never_stands_for_kernels():
     assert profiling._untraced(Iteration(device=False, **known), cuda=True) == NO_KERNELS
     assert profiling._untraced(Iteration(device=False, **known), cuda=False) == ""
     assert profiling._untraced(None, cuda=True) == UNTRACED
+
+
+def test_the_profiler_is_silent():
+    """Its own lines would tear the bar; said once in a process, so in one of its own."""
+    program = (
+        "import torch, persistrnn\n"
+        "make = lambda steps: (persistrnn.LSTM(4, 4), torch.zeros(steps, 2, 4))\n"
+        "persistrnn.profile(make, [4], device='cpu', iterations=2, progress=False)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_few_iterations_where_they_are_long():
