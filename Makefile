@@ -50,7 +50,7 @@ test-newest: $(NEWEST)/.dev ## every test that needs no GPU, newest Triton
 
 test-oldest: $(OLDEST)/.dev ## the kernels' tests, oldest Triton; not those of torch around them
 	@echo "== $(OLDEST): $$(tr '\n' ' ' <$(OLDEST)/versions.txt)"
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(OLDEST)/bin/python $(PYTEST) -m "interpreter and not gpu" -k "not compile" \
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(OLDEST)/bin/python $(PYTEST) -m "interpreter and not gpu" -k "not compile and not export" \
 	  tests/kernels $(patsubst %,tests/layers/test_%.py,new_cell ops unread_values) $(ARGS)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "(audit or emulator) and not gpu" tests $(ARGS)
 
