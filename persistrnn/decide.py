@@ -20,8 +20,7 @@ from persistrnn.kernels.inspect import outlook as outlooks
 from persistrnn.kernels.inspect.outlook import Outlook
 from persistrnn.kernels.planner import memory
 from persistrnn.kernels.planner.forecast import Forecast, forecast
-from persistrnn.kernels.planner.hardware import INTERPRETER
-from persistrnn.kernels.planner.pipeline import Pipeline, plan_pipeline
+from persistrnn.kernels.planner.pipeline import Pipeline
 from persistrnn.kernels.planner.plan import Plan, PlanError, plan_layer
 from persistrnn.kernels.planner.problem import Problem
 
@@ -260,9 +259,8 @@ def pipeline_of(call: Call) -> Pipeline | None:
     """The plan of all layers in one launch; None where they do not fit the device together."""
     from persistrnn.kernels import launch
 
-    if launch.hardware(call.device) is INTERPRETER:
-        return None  # programs that run one after the other cannot wait for each other
-    return plan_pipeline(problem_of(call), call.num_layers)
+    sizes = call.hidden_size, call.num_layers, call.batch
+    return launch.choose_stack(CELLS[call.cell], *sizes, call.dtype, call.precision, call.device)
 
 
 def runs_as_pipeline(call: Call) -> bool:
