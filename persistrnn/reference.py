@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.cells.library import STEPS
 from persistrnn.segments import BEGINS, SKIPPED
 
 State = tuple[Tensor, ...]  # (h, c) of an LSTM, (h,) of a GRU; each [B, H]
@@ -28,36 +30,6 @@ class Result(NamedTuple):
     finals: list[Tensor]
 
 
-def lstm_cell(x_gates: Tensor, r_gates: Tensor, state: State) -> State:
-    """One step of an LSTM (Hochreiter and Schmidhuber 1997, forget gate of Gers et al. 2000).
-
-    x_gates: the input's half of the gates, [B, 4*H], order i, f, g, o
-    r_gates: the recurrent half, h_{t-1} @ W_hh^T + b_hh, [B, 4*H]
-    """
-    _, c = state
-    i, f, g, o = (x_gates + r_gates).chunk(4, dim=-1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
-
-
-def gru_cell(x_gates: Tensor, r_gates: Tensor, state: State) -> State:
-    """One step of a GRU (Cho et al. 2014, in cuDNN's form: the reset gate acts after the matrix product).
-
-    x_gates: the input's half of the gates, [B, 3*H], order r, z, n
-    r_gates: the recurrent half, h_{t-1} @ W_hh^T + b_hh, [B, 3*H]
-    """
-    (h,) = state
-    xr, xz, xn = x_gates.chunk(3, dim=-1)
-    rr, rz, rn = r_gates.chunk(3, dim=-1)
-    r = (xr + rr).sigmoid()
-    z = (xz + rz).sigmoid()
-    n = (xn + r * rn).tanh()
-    return ((1 - z) * n + z * h,)
-
-
-CELLS = {"lstm": lstm_cell, "gru": gru_cell}
-
-
 def recurrent(
     cell: str,
     x_gates: Tensor,
@@ -70,7 +42,7 @@ def recurrent(
     """Run one layer, one or two directions, over all time steps.
 
     Args:
-        cell: "lstm" or "gru"
+        cell: its name in ``kernels.cells.CELLS``
         x_gates: x @ W_ih^T + b_ih, [T, B, D, G*H], T >= 1
         weight_hh: [D, G*H, H]
         bias_hh: [D, G*H]
@@ -83,7 +55,7 @@ def recurrent(
         y, c and the final states. Direction 1 reads the sequence from its end; its output for step t stands at y[t],
         its final state is that of step 0. Where a row skips a step, its state repeats.
     """
-    step = CELLS[cell]
+    step, of = STEPS[cell], CELLS[cell]
     steps, _, directions, _ = x_gates.shape
     every: list[list[Tensor]] = []  # of each direction: its states, each [T, B, H]
     final_states = []
@@ -99,7 +71,8 @@ def recurrent(
             if marks is not None:  # a NaN in a row that skips the step would be 0 * NaN in the weights' gradient
                 before = _where(marks[t, :, d] == SKIPPED, tuple(torch.zeros_like(s) for s in state), state)
             r_gates = F.linear(before[0].to(weight_hh.dtype), weight_hh[d], bias_hh[d])
-            new = tuple(n.to(s.dtype) for n, s in zip(step(inputs[t], r_gates, before), initial, strict=True))
+            x, r = inputs[t].chunk(of.inputs, dim=-1), r_gates.chunk(of.gates, dim=-1)
+            new = tuple(n.to(s.dtype) for n, s in zip(step(x, r, before), initial, strict=True))
             state = new if marks is None else _where(marks[t, :, d] == SKIPPED, state, new)
             states.append(state)
         every.append([torch.stack(s if d == 0 else s[::-1]) for s in zip(*states, strict=True)])

@@ -26,19 +26,20 @@ ROOMS = {
     "device": "persistrnn.kernels.device*",
     "planner": "persistrnn.kernels.planner*",
     "cells": "persistrnn.kernels.cells",
+    "steps": "persistrnn.kernels.cells.*",
     "launch": "persistrnn.kernels*",
     "layers": "persistrnn.*",
 }
 FROM_THE_TOP = (
     *("tests/helpers", "bench/gpu", "bench/verdict", "bench/race", "bench/train", "bench/report", "bench"),
-    *("surface", "profiling", "layers", "inspect", "launch", "device", "planner", "cells"),
+    *("surface", "profiling", "layers", "inspect", "launch", "device", "steps", "planner", "cells"),
 )
 BESIDE = {(over, "bench/train") for over in ("bench/gpu", "bench/verdict", "bench/race")} | {
     ("bench/train", "bench/report")
 }
 # Outside the kernels what is decided and the operators import them, and nothing else; facts and records are everyone's.
 IMPORTERS = {"persistrnn.decide", "persistrnn.ops"}
-RECORDS = {f"persistrnn.kernels.{name}" for name in ("cells", "tensors", "planner.typed_json")}
+RECORDS = {f"persistrnn.kernels.{name}" for name in ("cells", "cells.library", "tensors", "planner.typed_json")}
 # Of bench/ those that measure the kernels themselves, and not what users call.
 MEASURE_KERNELS = {
     *(f"bench.gpu.{name}" for name in ("calibrate", "command", "compile_first", "first_steps", "micro", "smoke")),

@@ -1,6 +1,7 @@
 """What a cell is: every number about it, once. Planner, kernels, operators, modules and audit read this table.
 
-The mathematics is in ``device.pointwise``. Neither torch nor Triton is imported here.
+The mathematics is in ``cells.library``, one PyTorch function of one time step per cell, and in ``device.pointwise``.
+Neither torch nor Triton is imported here.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ class Cell:
         saved: tiles per unit and step that the backward needs besides the states.
         recurrent_gradient: whether the gradient of the recurrent half of the gates differs from that of the input half
             and must be stored beside it.
+        after: which of the states after the step the backward reads as well, from where the forward has put them.
+        params: names of its parameters per unit, each [H] of a layer and direction, beside weights and biases.
+        extras: names of what it takes per step and unit beside its gates, without gradient: masks.
+        more_inputs: tiles of the input half beyond the gates.
+        more_gradients: tiles that the backward stores behind dx, for the gradients of ``params`` alone.
     """
 
     name: str
@@ -24,6 +30,16 @@ class Cell:
     states: int
     saved: int
     recurrent_gradient: bool
+    after: tuple[int, ...] = ()
+    params: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+    more_inputs: int = 0
+    more_gradients: int = 0
+
+    @property
+    def inputs(self) -> int:
+        """Tiles of the input half (X)."""
+        return self.gates + self.more_inputs
 
 
 CELLS = {
