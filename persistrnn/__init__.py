@@ -1,6 +1,6 @@
-"""Persistent LSTM and GRU layers for PyTorch.
+"""Persistent LSTM, GRU and RNN layers for PyTorch.
 
-`LSTM` and `GRU` are torch.nn's modules on Triton kernels that keep the recurrent weights on chip for all time
+`LSTM`, `GRU` and `RNN` are torch.nn's modules on Triton kernels that keep the recurrent weights on chip for all time
 steps. `functional` has the same as functions, `explain` says which path a call would take and why, `check`
 raises if a kernel's bounded wait ran out, `replace` swaps torch.nn's layers in a finished model for these,
 `Streaming` carries a layer's state from call to call, `profile` measures where training's time and memory go.
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from persistrnn import functional
 from persistrnn.explain import explain
-from persistrnn.modules import GRU, LSTM
+from persistrnn.modules import GRU, LSTM, RNN
 from persistrnn.ops import check
 from persistrnn.replacement import replace
 from persistrnn.streaming import Streaming
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["GRU", "LSTM", "Streaming", "__version__", "check", "explain", "functional", "profile", "replace"]
+__all__ = ["GRU", "LSTM", "RNN", "Streaming", "__version__", "check", "explain", "functional", "profile", "replace"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from persistrnn.options import Options
 
 pytestmark = pytest.mark.torch_path
 
-PAIRS = {"lstm": (functional.lstm, nn.LSTM), "gru": (functional.gru, nn.GRU)}
+PAIRS = {"lstm": (functional.lstm, nn.LSTM), "gru": (functional.gru, nn.GRU), "rnn_tanh": (functional.rnn, nn.RNN)}
 STEPS, BATCH, INPUT, HIDDEN = 4, 3, 5, 6
 
 
@@ -245,6 +245,7 @@ def test_public_names():
     assert set(persistrnn.__all__) == {
         "GRU",
         "LSTM",
+        "RNN",
         "Streaming",
         "__version__",
         "check",
