@@ -25,9 +25,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .cells import Cell
+from .cells import Cell, derived
 from .device.exchange import Exchange, exchange_on
-from .device.pointwise import BACKWARD, FORWARD
 from .device.recompute import BLOCK, activate
 from .device.scan import scan_backward, scan_forward
 from .planner import hardware as devices
@@ -310,7 +309,7 @@ def forward(
         marks=marks,
         T=T,
         B=B,
-        cell=FORWARD[cell.name],
+        cell=derived(cell.name).forward,
         KEEP=every,
     )
     return Kept(tuple(states), saved)
@@ -376,7 +375,7 @@ def backward(
         d_gates=(dx_gates, dr_gates),
         T=T,
         B=B,
-        cell=BACKWARD[cell.name],
+        cell=derived(cell.name).backward,
     )
     found = [d if D == 1 else d.transpose(0, 1) for d in d_edges]
     same = dr_gates is dx_gates
@@ -405,7 +404,7 @@ def recompute(cell: Cell, x_gates: Tensor, r_gates: Tensor, bias_hh: Tensor) -> 
     grid = (triton.cdiv(count, BLOCK), D)
     shape = (cell.states, cell.gates, D, cell.saved, H)
     with on_device(x_gates.device):
-        given = x_gates, r_gates, bias_hh, saved, count, FORWARD[cell.name], shape, INTERPRETED, BLOCK
+        given = x_gates, r_gates, bias_hh, saved, count, derived(cell.name).forward, shape, INTERPRETED, BLOCK
         activate[grid](*given, enable_fp_fusion=True)
     LAUNCHES["activate"] += 1
     return saved

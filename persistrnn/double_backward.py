@@ -14,30 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from persistrnn.kernels.cells import derived
 from persistrnn.kernels.tensors import Gradients, Kept
 from persistrnn.segments import BEGINS, SKIPPED
 
 Tiles = tuple[Tensor, ...]
-
-
-def _lstm(d_state: Tiles, saved: Tiles, d_saved: Tiles, before: Tiles) -> tuple[Tiles, Tiles, Tiles]:
-    (dh, dc), (i, f, g, o), c = d_state, saved, before[1]
-    tanh_c = (f * c + i * g).tanh()
-    dc = dc + dh * o * (1 - tanh_c.square())
-    di, df, dg, do = (a + b for a, b in zip((dc * g, dc * c, dc * i, dh * tanh_c), d_saved, strict=True))
-    gates = di * i * (1 - i), df * f * (1 - f), dg * (1 - g.square()), do * o * (1 - o)
-    return gates, gates, (torch.zeros_like(dh), dc * f)
-
-
-def _gru(d_state: Tiles, saved: Tiles, d_saved: Tiles, before: Tiles) -> tuple[Tiles, Tiles, Tiles]:
-    (dh,), (r, z, n, r_n), (h,) = d_state, saved, before
-    dn = (dh * (1 - z) + d_saved[2]) * (1 - n.square())
-    dz = (dh * (h - n) + d_saved[1]) * z * (1 - z)
-    dr = (dn * r_n + d_saved[0]) * r * (1 - r)
-    return (dr, dz, dn), (dr, dz, dn * r + d_saved[3]), (dh * z,)
-
-
-CELLS: dict[str, Callable[[Tiles, Tiles, Tiles, Tiles], tuple[Tiles, Tiles, Tiles]]] = {"lstm": _lstm, "gru": _gru}
 
 
 Steps = Sequence["Sequence[Tensor] | None"]
@@ -63,11 +44,10 @@ def backward(
     d_final: Sequence[Tensor],
     d_kept: Sequence[Tensor | None] = (),
 ) -> Gradients:
-    """The backward of a layer, or of a stack of one direction from its highest layer down (Hochreiter and Schmidhuber
-    1997; Cho et al. 2014; by hand).
+    """The backward of a layer, or of a stack of one direction from its highest layer down.
 
     Args:
-        cell: "lstm" or "gru"
+        cell: its name in ``kernels.cells.CELLS``
         weight_hh: [L*D, G*H, H]; weight_ih: [L - 1, G*H, H], of the upper layers, or None
         marks: uint8 [T, B, D] or None, as for the forward
         kept: what the forward kept; d_kept: gradients of its states and then of saved, each None where there is none
@@ -123,7 +103,7 @@ def _one_way(
 ) -> tuple[Tensor, Tensor, Tiles, Tiles]:
     """Of one layer and direction: dx_gates and dr_gates [T, B, G*H], the gradients of the initial and of the reset
     state. weight: [G*H, H]; d: of the final state; the others as ``_steps`` has them."""
-    steps = len(saved)
+    steps, of = len(saved), derived(cell)
     first, last, back = (steps + 1, 0, 1) if direction else (0, steps + 1, -1)
     anew: Tiles = tuple(torch.zeros_like(x) for x in d)
     dx_of: dict[int, Tensor] = {}
@@ -136,8 +116,8 @@ def _one_way(
             before = _where(mark == BEGINS, tuple(s[last] for s in states), before)
             # A NaN in a row that skips the step would be 0 * NaN in the derivative of this.
             before, saved_t = _zero(mark == SKIPPED, before), _zero(mark == SKIPPED, saved_t)
-        d = _plus(_plus(d, d_outputs, t), d_states, t + 1)
-        dx, dr, d_before = CELLS[cell](d, saved_t, d_saved[t].unbind(1), before)
+        d, later = _plus(_plus(d, d_outputs, t), d_states, t + 1), [s[t + 1] for s in states]
+        dx, dr, d_before, _ = of.run_second(d, saved_t, d_saved[t].unbind(1), [later[i] for i in of.cell.after], before)
         if mark is not None:
             dx, dr = _zero(mark == SKIPPED, dx), _zero(mark == SKIPPED, dr)
             d_before = _where(mark == SKIPPED, d, d_before)

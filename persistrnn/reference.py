@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.cells.library import STEPS
+from persistrnn.kernels.cells import derived
 from persistrnn.segments import BEGINS, SKIPPED
 
 State = tuple[Tensor, ...]  # (h, c) of an LSTM, (h,) of a GRU; each [B, H]
@@ -55,7 +54,7 @@ def recurrent(
         y, c and the final states. Direction 1 reads the sequence from its end; its output for step t stands at y[t],
         its final state is that of step 0. Where a row skips a step, its state repeats.
     """
-    step, of = STEPS[cell], CELLS[cell]
+    step, of = derived(cell).step, derived(cell).cell
     steps, _, directions, _ = x_gates.shape
     every: list[list[Tensor]] = []  # of each direction: its states, each [T, B, H]
     final_states = []

@@ -39,7 +39,7 @@ def activate(
     state = ()
     for _i in tl.static_range(states):
         state = state + (tl.zeros([BLOCK], tl.float32),)
-    _new, kept = cell(x, r, state)
+    _new, kept = cell(x, r, state, (), ())
     for i in tl.static_range(n):
         value = narrow(kept[i], saved.dtype.element_ty, interpreted)
         tl.store(saved + (both * n + i) * H + unit, value, mask=mask)

@@ -199,7 +199,7 @@ def scan_forward(
                         own_weights, ahead, h, rows_of_h, j, program, step, step, own_sync, spin_limit, tiling,
                         exchange,
                     )  # fmt: skip
-                new, to_save = cell(x, add_tiles(product, own_bias), before)
+                new, to_save = cell(x, add_tiles(product, own_bias), before, (), ())
                 if marks is not None:
                     new = choose(is_marked(mark, SKIPPED), before, new)
 
@@ -407,7 +407,7 @@ def scan_backward(
                 tile = batch_tile(program, j, B, tiling)
                 given, saved_tiles, states_before, mark = loaded[j]
                 d = add_tiles(d_state[j], given)
-                dx, dr, d_before = cell(d, saved_tiles, states_before)
+                dx, dr, d_before = cell(d, saved_tiles, states_before, (), ())
                 if marks is not None:
                     skipped = is_marked(mark[0], SKIPPED)
                     dx = zero_where(skipped, dx)
