@@ -49,7 +49,8 @@ TORCH = {
 
 def called(cell: str) -> str:
     """A cell as torch's messages name it, or by its own name."""
-    return TORCH[cell].layer if cell in TORCH else CELLS[cell].name.upper()
+    name, _, own = cell.partition(":")
+    return TORCH[cell].layer if cell in TORCH else name if own else name.upper()
 
 
 class Call(NamedTuple):

@@ -1,4 +1,5 @@
-"""The layers: LSTM, GRU and RNN with torch.nn's constructor, parameters, state_dict and results."""
+"""The layers: LSTM, GRU and RNN with torch.nn's constructor, parameters, state_dict and results, and cells that torch
+has not. The mathematics of all of them is in ``kernels.cells.library``."""
 
 from typing import Any
 
@@ -175,3 +176,85 @@ class RNN(RecurrentBase):
 
     def _of_torch(self) -> dict[str, Any]:
         return {"nonlinearity": self.nonlinearity}
+
+
+class PeepholeLSTM(RecurrentBase):
+    """An LSTM whose gates see c (Gers, Schraudolph and Schmidhuber 2002), with x = x_t @ W_ih^T + b_ih and r = h_{t-1}
+    @ W_hh^T + b_hh:
+
+        i = sigmoid(x_i + r_i + weight_ci * c_{t-1})
+        f = sigmoid(x_f + r_f + weight_cf * c_{t-1})
+        c_t = f * c_{t-1} + i * tanh(x_g + r_g)
+        h_t = sigmoid(x_o + r_o + weight_co * c_t) * tanh(c_t)
+
+    Attributes: those of `LSTM`, gate order i, f, g, o, and weight_ci_l[k], weight_cf_l[k], weight_co_l[k] [H], behind
+    the biases. ONNX's LSTM has gate order i, o, f, c in W, R and B, and P [D, 3*H] is weight_ci, weight_co, weight_cf,
+    one behind the other.
+
+    Arguments, inputs, outputs and errors are those of `LSTM`, without projections.
+    """
+
+    cell = "peephole"
+
+
+class CoupledLSTM(RecurrentBase):
+    """An LSTM whose input gate is 1 - f (CIFG of Greff et al. 2015), with x and r as for `PeepholeLSTM`:
+
+        f = sigmoid(x_f + r_f)
+        c_t = f * c_{t-1} + (1 - f) * tanh(x_g + r_g)
+        h_t = sigmoid(x_o + r_o) * tanh(c_t)
+
+    Attributes: those of `LSTM`, with 3*H rows, gate order f, g, o. ONNX's LSTM with input_forget=1 has the gate i and f
+    = 1 - i: its rows of i are those of f here with the other sign.
+
+    Arguments, inputs, outputs and errors are those of `LSTM`, without projections.
+    """
+
+    cell = "coupled"
+
+
+class MGU(RecurrentBase):
+    """The minimal gated unit (Zhou et al. 2016) in the form of `GRU`: the gate acts after the matrix product. x and r
+    are those of `PeepholeLSTM`:
+
+        f = sigmoid(x_f + r_f)
+        h_t = (1 - f) * h_{t-1} + f * tanh(x_n + f * r_n)
+
+    Attributes: those of `GRU`, with 2*H rows, gate order f, n. Arguments, inputs, outputs and errors are those of
+    `GRU`.
+    """
+
+    cell = "mgu"
+
+
+class JANET(RecurrentBase):
+    """Just another network: an LSTM with a forget gate alone (van der Westhuizen and Lasenby 2018), with beta = 1. x
+    and r are those of `PeepholeLSTM`:
+
+        f, g = x_f + r_f, x_g + r_g
+        c_t = sigmoid(f) * c_{t-1} + (1 - sigmoid(f - 1)) * tanh(g)
+        h_t = c_t
+
+    Attributes: those of `LSTM`, with 2*H rows, gate order f, g. Arguments, inputs, outputs and errors are those of
+    `LSTM`, without projections.
+    """
+
+    cell = "janet"
+
+
+class SLSTM(RecurrentBase):
+    """The sLSTM of xLSTM (Beck et al. 2024): exponential gates, a normaliser n and a stabiliser m. x and r are those of
+    `PeepholeLSTM`:
+
+        i, f, z, o = x + r
+        m_t = max(log(sigmoid(f)) + m_{t-1}, i)
+        i', f' = exp(i - m_t), exp(log(sigmoid(f)) + m_{t-1} - m_t)
+        c_t = f' * c_{t-1} + i' * tanh(z)
+        n_t = f' * n_{t-1} + i'
+        h_t = sigmoid(o) * c_t / n_t
+
+    Attributes: those of `LSTM`, gate order i, f, z, o. The states are (h, c, n, m), each [L*D, B, H]. Arguments,
+    inputs, outputs and errors are else those of `LSTM`, without projections.
+    """
+
+    cell = "slstm"

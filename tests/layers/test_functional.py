@@ -243,9 +243,19 @@ def test_persistent_checks_devices_before_it_launches(kernels, cell):
 
 def test_public_names():
     assert set(persistrnn.__all__) == {
-        "GRU",
-        "LSTM",
-        "RNN",
+        *(
+            "GRU",
+            "JANET",
+            "LSTM",
+            "MGU",
+            "RNN",
+            "SLSTM",
+            "CoupledLSTM",
+            "PeepholeLSTM",
+            "Recurrent",
+            "cell",
+            "check_cell",
+        ),
         "Streaming",
         "__version__",
         "check",
