@@ -23,6 +23,8 @@ class Cell:
         extras: names of what it takes per step and unit beside its gates, without gradient: masks.
         more_inputs: tiles of the input half beyond the gates.
         more_gradients: tiles that the backward stores behind dx, for the gradients of ``params`` alone.
+        finite_at_zero: whether both passes make finite numbers of zeros, step after step: then units past H, which
+            have nothing else, need no mask.
     """
 
     name: str
@@ -35,17 +37,28 @@ class Cell:
     extras: tuple[str, ...] = ()
     more_inputs: int = 0
     more_gradients: int = 0
+    finite_at_zero: bool = False
 
     @property
     def inputs(self) -> int:
         """Tiles of the input half (X)."""
         return self.gates + self.more_inputs
 
+    @property
+    def stored_gradients(self) -> int:
+        """Tiles that the backward stores of the input half (V)."""
+        return self.inputs + self.more_gradients
+
+    @property
+    def given_out(self) -> int:
+        """States of which a caller can have every step: h and, where there is one, the second (c)."""
+        return min(self.states, 2)
+
 
 CELLS = {
     cell.name: cell
     for cell in (
-        Cell("lstm", gates=4, states=2, saved=4, recurrent_gradient=False),
-        Cell("gru", gates=3, states=1, saved=4, recurrent_gradient=True),
+        Cell("lstm", gates=4, states=2, saved=4, recurrent_gradient=False, finite_at_zero=True),
+        Cell("gru", gates=3, states=1, saved=4, recurrent_gradient=True, finite_at_zero=True),
     )
 }

@@ -3,13 +3,15 @@
 A cell is a pair of functions over float32 tiles. The scan kernels move the data, add the recurrent matrix product, and
 never look inside a cell:
 
-    forward(x_gates, r_gates, state)          -> new_state, saved
-    backward(d_state, saved, previous_state)  -> dx_gates, dr_gates, d_previous_state (elementwise part)
+    forward(x_gates, r_gates, state, p, e)          -> new_state, saved
+    backward(d_state, saved, previous_state, p, e)  -> dx_gates, dr_gates, d_previous_state (elementwise part)
 
 ``x_gates`` is ``W_ih x_t + b_ih`` and ``r_gates`` is ``W_hh h_{t-1} + b_hh``, one tile per gate in torch's order.
 ``state[0]`` is h, the only state that other units see; further states (the LSTM's c) stay with their unit. The
 gradient with respect to the recurrent half (``dr_gates``) is kept apart from the one with respect to the input
-half (``dx_gates``) because they differ for the GRU, where the reset gate multiplies the recurrent half.
+half (``dx_gates``) because they differ for the GRU, where the reset gate multiplies the recurrent half. ``p`` are the
+parameters per unit and ``e`` what a step takes besides its gates, tuples too. Behind ``saved`` come the states after
+the step that the backward reads (``Cell.after``), behind ``dx_gates`` what else it stores (``more_gradients``).
 
 Sources: Hochreiter & Schmidhuber, Long Short-Term Memory (1997), with the forget gate of Gers et al. (2000);
 Cho et al., Learning Phrase Representations using RNN Encoder-Decoder (2014), in the variant that applies the
@@ -38,7 +40,7 @@ def tanh(x):
 
 
 @triton.jit
-def lstm_forward(x_gates, r_gates, state):
+def lstm_forward(x_gates, r_gates, state, p, e):
     i = sigmoid(x_gates[0] + r_gates[0])
     f = sigmoid(x_gates[1] + r_gates[1])
     g = tanh(x_gates[2] + r_gates[2])
@@ -49,7 +51,7 @@ def lstm_forward(x_gates, r_gates, state):
 
 
 @triton.jit
-def lstm_backward(d_state, saved, previous_state):
+def lstm_backward(d_state, saved, previous_state, p, e):
     i, f, g, o = saved
     c_previous = previous_state[1]
     tanh_c = tanh(f * c_previous + i * g)
@@ -63,7 +65,7 @@ def lstm_backward(d_state, saved, previous_state):
 
 
 @triton.jit
-def gru_forward(x_gates, r_gates, state):
+def gru_forward(x_gates, r_gates, state, p, e):
     r = sigmoid(x_gates[0] + r_gates[0])
     z = sigmoid(x_gates[1] + r_gates[1])
     n = tanh(x_gates[2] + r * r_gates[2])
@@ -72,7 +74,7 @@ def gru_forward(x_gates, r_gates, state):
 
 
 @triton.jit
-def gru_backward(d_state, saved, previous_state):
+def gru_backward(d_state, saved, previous_state, p, e):
     r, z, n, r_n = saved
     dh = d_state[0]
     dn = dh * (1.0 - z) * (1.0 - n * n)
