@@ -24,9 +24,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .cells import Cell
+from .cells import Cell, derived
 from .device.exchange import Exchange, exchange_on
-from .device.pointwise import BACKWARD, FORWARD
 from .device.recompute import BLOCK, activate
 from .device.scan import scan_backward, scan_forward
 from .planner import hardware as devices
@@ -320,7 +319,7 @@ def forward(
         step_data=_step_data(cell, marks, weights.params, extras),
         T=T,
         B=B,
-        cell=FORWARD[cell.name],
+        cell=derived(cell.name).forward,
         KEEP=every,
     )
     return Kept(tuple(states), saved)
@@ -388,7 +387,7 @@ def backward(
         d_gates=(dx_gates, dr_gates),
         T=T,
         B=B,
-        cell=BACKWARD[cell.name],
+        cell=derived(cell.name).backward,
     )
     found = [d if D == 1 else d.transpose(0, 1) for d in d_edges]
     same = dr_gates is dx_gates
@@ -429,6 +428,6 @@ def recompute(
     grid = (triton.cdiv(T * B * H, BLOCK), D)
     given = x_gates, r_gates, bias_hh, tuple(states), _step_data(cell, marks, params, extras), saved, T, B
     with on_device(x_gates.device):
-        activate[grid](*given, FORWARD[cell.name], cell, D, H, INTERPRETED, BLOCK, enable_fp_fusion=True)
+        activate[grid](*given, derived(cell.name).forward, cell, D, H, INTERPRETED, BLOCK, enable_fp_fusion=True)
     LAUNCHES["activate"] += 1
     return saved

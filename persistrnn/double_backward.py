@@ -11,61 +11,16 @@ Letters are those of ``kernels.tensors``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from persistrnn.kernels.cells import CELLS as NUMBERS
+from persistrnn.kernels.cells import derived
 from persistrnn.kernels.tensors import Gradients, Kept
 from persistrnn.segments import BEGINS, SKIPPED
 
 Tiles = tuple[Tensor, ...]
-
-
-class Formulas(NamedTuple):
-    """A cell's derivatives in plain PyTorch, each tuple as the kernels have it.
-
-    run_backward(d_state, saved, after, before, p, e) -> dx with what is stored behind it, dr, d_before. run_second has
-    gradients of the saved tiles too: (d_state, saved, d_saved, after, before, p, e) -> dx, dr, d_before, d_params.
-    param_gradients(dx with what is behind it, dr, saved, after, before, p, e): to be summed over time and batch.
-    """
-
-    run_backward: Callable[..., Sequence[Tiles]]
-    run_second: Callable[..., Sequence[Tiles]]
-    param_gradients: Callable[..., Sequence[Tensor]]
-
-
-def _lstm(d_state: Tiles, saved: Tiles, d_saved: Tiles, before: Tiles) -> tuple[Tiles, Tiles, Tiles]:
-    (dh, dc), (i, f, g, o), c = d_state, saved, before[1]
-    tanh_c = (f * c + i * g).tanh()
-    dc = dc + dh * o * (1 - tanh_c.square())
-    di, df, dg, do = (a + b for a, b in zip((dc * g, dc * c, dc * i, dh * tanh_c), d_saved, strict=True))
-    gates = di * i * (1 - i), df * f * (1 - f), dg * (1 - g.square()), do * o * (1 - o)
-    return gates, gates, (torch.zeros_like(dh), dc * f)
-
-
-def _gru(d_state: Tiles, saved: Tiles, d_saved: Tiles, before: Tiles) -> tuple[Tiles, Tiles, Tiles]:
-    (dh,), (r, z, n, r_n), (h,) = d_state, saved, before
-    dn = (dh * (1 - z) + d_saved[2]) * (1 - n.square())
-    dz = (dh * (h - n) + d_saved[1]) * z * (1 - z)
-    dr = (dn * r_n + d_saved[0]) * r * (1 - r)
-    return (dr, dz, dn), (dr, dz, dn * r + d_saved[3]), (dh * z,)
-
-
-def without_params(formula: Callable[[Tiles, Tiles, Tiles, Tiles], tuple[Tiles, Tiles, Tiles]]) -> Formulas:
-    def first(d: Tiles, saved: Tiles, after: Tiles, before: Tiles, p: Tiles, e: Tiles) -> Sequence[Tiles]:
-        return formula(d, saved, tuple(map(torch.zeros_like, saved)), before)
-
-    def second(
-        d: Tiles, saved: Tiles, d_saved: Tiles, after: Tiles, before: Tiles, p: Tiles, e: Tiles
-    ) -> Sequence[Tiles]:
-        return (*formula(d, saved, d_saved, before), ())
-
-    return Formulas(first, second, lambda *_: ())
-
-
-CELLS: dict[str, Formulas] = {"lstm": without_params(_lstm), "gru": without_params(_gru)}
 
 
 Steps = Sequence["Sequence[Tensor] | None"]
@@ -93,11 +48,10 @@ def backward(
     params: Tensor | None = None,
     extras: Tensor | None = None,
 ) -> Gradients:
-    """The backward of a layer, or of a stack of one direction from its highest layer down (Hochreiter and Schmidhuber
-    1997; Cho et al. 2014; by hand).
+    """The backward of a layer, or of a stack of one direction from its highest layer down.
 
     Args:
-        cell: "lstm" or "gru"
+        cell: its name in ``kernels.cells.CELLS``
         weight_hh: [L*D, G*H, H]; weight_ih: [L - 1, G*H, H], of the upper layers, or None
         marks: uint8 [T, B, D] or None, as for the forward
         kept: what the forward kept; d_kept: gradients of its states and then of saved, each None where there is none;
@@ -162,7 +116,8 @@ def _one_way(
     state; tiles: what was saved, its gradients, the states, parameters and extras, all but the parameters as ``_steps``
     has them."""
     saved, d_saved, states, p, extras = tiles
-    of, formulas = NUMBERS[cell], CELLS[cell]
+    formulas = derived(cell)
+    of = formulas.cell
     steps = len(saved)
     first, last, back = (steps + 1, 0, 1) if direction else (0, steps + 1, -1)
     anew: Tiles = tuple(torch.zeros_like(x) for x in d)
@@ -177,8 +132,7 @@ def _one_way(
         e: Tiles = () if extras is None else extras[t].unbind(1)
         if mark is not None:
             before = _where(mark == BEGINS, tuple(s[last] for s in states), before)
-            # A NaN in a row that skips the step would be 0 * NaN in the derivative of this.
-            before, saved_t, after = (_zero(mark == SKIPPED, tiles) for tiles in (before, saved_t, after))
+            before, saved_t, after = (finite(mark == SKIPPED, tiles) for tiles in (before, saved_t, after))
         d = _plus(_plus(d, d_outputs, t), d_states, t + 1)
         if d_saved is None:
             dx, dr, d_before = formulas.run_backward(d, saved_t, after, before, p, e)
@@ -227,6 +181,12 @@ def through(
 
 def _where(rows: Tensor, chosen: Tiles, others: Tiles) -> Tiles:
     return tuple(torch.where(rows, a, b) for a, b in zip(chosen, others, strict=True))
+
+
+def finite(rows: Tensor, tiles: Sequence[Tensor]) -> Tiles:
+    """Without the NaN and infinities of rows that nobody reads, which would be 0 * NaN in a derivative: 1 for them, for
+    at 0 a root, a logarithm and a quotient have none."""
+    return tuple(torch.where(rows & ~x.isfinite(), 1.0, x) for x in tiles)
 
 
 def _zero(rows: Tensor, tiles: Tiles) -> Tiles:

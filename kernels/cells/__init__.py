@@ -1,18 +1,25 @@
 """What a cell is: every number about it, once. Planner, kernels, operators, modules and audit read this table.
 
-The mathematics is in ``cells.library``, one PyTorch function of one time step per cell, and in ``device.pointwise``.
-Neither torch nor Triton is imported here.
+All of it follows from the cell's step, one PyTorch function (``cells.library``), at the first question about the cell.
+Neither torch nor Triton is imported before that.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .derive import Derived
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table.
+    """The numbers of a cell.
 
     Attributes:
-        name: as in ``torch.nn``, lower case.
+        name: as in ``torch.nn``, lower case; of a cell of one's own with a hash of what was derived.
         gates: rows of W_hh per unit (G).
         states: tiles of state per unit, h first. Other units see h alone.
         saved: tiles per unit and step that the backward needs besides the states.
@@ -55,10 +62,46 @@ class Cell:
         return min(self.states, 2)
 
 
-CELLS = {
-    cell.name: cell
-    for cell in (
-        Cell("lstm", gates=4, states=2, saved=4, recurrent_gradient=False, finite_at_zero=True),
-        Cell("gru", gates=3, states=1, saved=4, recurrent_gradient=True, finite_at_zero=True),
-    )
-}
+BUILT_IN = ("lstm", "gru")
+_registered: dict[str, Derived] = {}
+
+
+def derived(name: str) -> Derived:
+    """A cell with all that follows from its step. A built-in one is derived when it is first asked for.
+
+    Raises:
+        KeyError: there is no such cell.
+    """
+    if name not in _registered:
+        if name not in BUILT_IN:
+            raise KeyError(f"no cell {name!r}; there are {', '.join(CELLS)}")
+        from . import library
+
+        _registered[name] = library.built_in(name)
+    return _registered[name]
+
+
+# For torch.compile: called while it traces, the result is a constant.
+derived._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class _Cells(Mapping[str, Cell]):
+    def __getitem__(self, name: str) -> Cell:
+        return derived(name).cell
+
+    def __contains__(self, name: object) -> bool:
+        return name in _registered or name in BUILT_IN
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*BUILT_IN, *_registered)))
+
+    def __len__(self) -> int:
+        return len({*BUILT_IN, *_registered})
+
+
+CELLS = _Cells()
+
+
+def add(cell: Derived) -> str:
+    """Put a derived cell into the table, once; returns its name there."""
+    return _registered.setdefault(cell.cell.name, cell).cell.name

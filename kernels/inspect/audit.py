@@ -30,9 +30,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..cells import CELLS, Cell
+from ..cells import CELLS, Cell, derived
 from ..device.exchange import exchange_on
-from ..device.pointwise import BACKWARD, FORWARD
 from ..device.recompute import BLOCK, activate
 from ..device.scan import scan_backward, scan_forward
 from ..launch import options
@@ -127,6 +126,7 @@ def key(case: Case, part: planning.Pass) -> str:
     kernels = Path(__file__).parents[1]
     sources = [path.read_bytes() for path in (kernels / "launch.py", *sorted((kernels / "device").glob("*.py")))]
     choice = part.choice.warps, part.choice.blocks
+    sources.append(derived(case.cell).source.encode())
     what = case.cell, case.backward, case.dtype, case.arch, case.marks, case.chunked, part.tiling, *choice
     return hashlib.sha256(b"".join(sources) + f"{triton.__version__} {what}".encode()).hexdigest()[:16]
 
@@ -158,13 +158,13 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
         outputs = states if case.marks else (pointer,)
         d_states = (("*fp32",) * cell.states if case.chunked else states) * (3 if case.marks else 2)
         signature |= {"d_outputs": outputs, "d_gates": (pointer, pointer), "d_states": d_states}
-        constants |= {"cell": BACKWARD[cell.name]}
+        constants |= {"cell": derived(cell.name).backward}
     else:
         kernel = scan_forward
         signature |= {"x_gates": pointer, "bias": pointer}
         if case.chunked:
             signature["states"] = pointer, *("*fp32",) * (cell.states - 1)
-        constants |= {"cell": FORWARD[cell.name], "KEEP": True}
+        constants |= {"cell": derived(cell.name).forward, "KEEP": True}
     source = source_of(kernel, signature, constants)
     return triton.compile(source, target=target_of(case.arch), options=options(part, case.arch))
 
@@ -202,7 +202,7 @@ def compile_activation(cell: Cell, dtype: str, arch: str, directions: int, hidde
         "step_data": given, "saved": pointer, "T": "i32", "B": "i32",
     }  # fmt: skip
     sizes = {"of": cell, "D": directions, "H": hidden, "BLOCK": BLOCK}
-    source = source_of(activate, signature, {"cell": FORWARD[cell.name], "interpreted": False, **sizes})
+    source = source_of(activate, signature, {"cell": derived(cell.name).forward, "interpreted": False, **sizes})
     return triton.compile(source, target=target_of(arch), options={"num_warps": 4, "enable_fp_fusion": True})
 
 

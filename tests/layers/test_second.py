@@ -7,6 +7,7 @@ from pairs import CELLS, make_layer, pair, tensors
 
 import persistrnn
 from persistrnn import double_backward, reference, segments
+from persistrnn.kernels.cells import derived
 from persistrnn.kernels.tensors import Kept
 
 T, B, H, INPUT = 4, 3, 5, 4
@@ -39,18 +40,16 @@ def kept_by(cell, x_gates, weight, bias, states, marks, reset):
         edges = [torch.stack([(last if d else first)[d] for d in range(directions)], 1),
                  torch.stack([(first if d else last)[d] for d in range(directions)], 1)]  # fmt: skip
         buffers.append(torch.cat([edges[0][None], every.unflatten(2, (directions, H)), edges[1][None]]))
-    before = torch.stack([buffers[0][2:, :, 1] if d else buffers[0][:-2, :, 0] for d in range(directions)], 2)
-    if marks is not None:
-        other = torch.stack([buffers[0][0, :, 1] if d else buffers[0][-1, :, 0] for d in range(directions)], 1)
-        before = torch.where(marks.unsqueeze(-1) == segments.BEGINS, other, before)
-    r_gates = torch.einsum("tbdh,dgh->tbdg", before, weight) + bias
+    before = []
+    for buffer in buffers:
+        s = torch.stack([buffer[2:, :, 1] if d else buffer[:-2, :, 0] for d in range(directions)], 2)
+        if marks is not None:
+            other = torch.stack([buffer[0, :, 1] if d else buffer[-1, :, 0] for d in range(directions)], 1)
+            s = torch.where(marks.unsqueeze(-1) == segments.BEGINS, other, s)
+        before.append(s)
+    r_gates = torch.einsum("tbdh,dgh->tbdg", before[0], weight) + bias
     x, r = (g.unflatten(-1, (-1, H)).unbind(3) for g in (x_gates, r_gates))
-    if cell == "lstm":
-        a = [p + q for p, q in zip(x, r, strict=True)]
-        saved = [a[0].sigmoid(), a[1].sigmoid(), a[2].tanh(), a[3].sigmoid()]
-    else:
-        reset_gate = (x[0] + r[0]).sigmoid()
-        saved = [reset_gate, (x[1] + r[1]).sigmoid(), (x[2] + reset_gate * r[2]).tanh(), r[2]]
+    _, saved = derived(cell).run_forward(x, r, before)
     return Kept([b[None] for b in buffers], torch.stack(saved, 3)[None])
 
 

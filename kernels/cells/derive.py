@@ -1,0 +1,230 @@
+"""Everything that follows from a step: numbers, the Triton pair, its twins in torch, second derivatives."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import Cell
+from .graph import CellError, Graph
+from .saving import Saving, Traced, choose
+from .tracing import trace
+from .triton_source import HEADER, backward_text, forward_text, load
+
+Tiles = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Names:
+    """Of the tiles of a step's arguments."""
+
+    gates: tuple[str, ...]
+    states: tuple[str, ...]
+    params: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+    more_inputs: tuple[str, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Of the input half of the gates."""
+        return self.gates + self.more_inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """A cell and all that follows from its step.
+
+    Attributes:
+        cell: its numbers
+        names: of its tiles
+        step: ``step(x, r, state, p=(), e=()) -> new_state``, tuples of tensors, in torch
+        source: the text of its Triton pair
+    """
+
+    cell: Cell
+    names: Names
+    step: Callable[..., tuple[Tensor, ...]]
+    source: str
+    traced: Traced
+    saving: Saving
+
+    @cached_property
+    def _pair(self) -> tuple[Any, Any]:
+        return load(self.cell.name.partition(":")[0], self.source)
+
+    @property
+    def forward(self) -> Any:
+        """Jitted: ``(x_gates, r_gates, state, p, e) -> new_state, saved``."""
+        return self._pair[0]
+
+    @property
+    def backward(self) -> Any:
+        """Jitted: ``(d_state, saved + states after, previous_state, p, e) -> dx_gates + more, dr_gates,
+        d_previous_state`` (elementwise part)."""
+        return self._pair[1]
+
+    def run_forward(
+        self, x: Tiles, r: Tiles, state: Tiles, p: Tiles = (), e: Tiles = ()
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """``forward`` in torch."""
+        graph = self.traced.graph
+        given = _given(graph, x=x, r=r, s=state, p=p, e=e)
+        found = graph.evaluate(self.traced.new + self.saving.saved, given, x[0])
+        return found[: self.cell.states], found[self.cell.states :]
+
+    def run_backward(
+        self, d_state: Tiles, saved: Tiles, after: Tiles, previous: Tiles, p: Tiles = (), e: Tiles = ()
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """``backward`` in torch. after: the states ``cell.after`` after the step."""
+        graph, traced = self.traced.graph, self.traced
+        parts = traced.dx + self.saving.more, traced.dr, traced.ds
+        given = _given(graph, d=d_state, s=previous, p=p, e=e) | self._kept(saved, after)
+        return _split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
+
+    def param_gradients(
+        self, dx: Tiles, dr: Tiles, saved: Tiles, after: Tiles, previous: Tiles, p: Tiles, e: Tiles = ()
+    ) -> tuple[Tensor, ...]:
+        """The parameters' gradients from what is in memory after the scan, tile by tile: to be summed over time and
+        batch. dx: with the tiles of ``more_gradients`` behind it; p: broadcast against the others."""
+        graph = self.traced.graph
+        given = _given(graph, s=previous, p=p, e=e) | self._kept(saved, after)
+        for nodes, tiles in ((self.traced.dx + self.saving.more, dx), (self.traced.dr, dr)):
+            given |= {i: t for i, t in zip(nodes, tiles, strict=True) if graph.value(i) is None}
+        return graph.evaluate(self.traced.dp, given, dr[0])
+
+    def run_second(
+        self, d_state: Tiles, saved: Tiles, d_saved: Tiles, after: Tiles, previous: Tiles, p: Tiles = (), e: Tiles = ()
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(dx, dr, d_previous, d_params) given gradients of the saved tiles as well, which only a second derivative
+        has. Differentiable.
+
+        Raises:
+            CellError: they need a tile that the forward does not keep.
+        """
+        graph, nodes, bits, grads = self._second
+        parts = grads[:4]
+        given = _given(graph, d=(*d_state, *d_saved), s=previous, p=p, e=e) | self._kept(saved, after, nodes, bits)
+        return _split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
+
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether ``run_second`` has all that it needs."""
+        graph, nodes, bits, grads = self._second
+        states = self.cell.states
+        given = {*nodes[states:], *bits, *(nodes[i] for i in self.cell.after)}
+        missing = (graph.name(i) for i in graph.needs(chain(*grads), given))
+        return not any(name[:1] in ("x", "r") for name in missing)
+
+    @cached_property
+    def _second(self) -> tuple[Graph, list[int], list[int], list[list[int]]]:
+        """Traced from the step once more, the saved tiles among its results: a graph, in which are those results, the
+        bits and the gradients."""
+        graph, count = Graph(), self.cell.states + self.cell.saved
+
+        def step(*arguments: Tiles) -> tuple[Tensor, ...]:
+            new, saved = self.run_forward(*arguments)
+            return (*new, *saved)
+
+        nodes, grads = _alone(lambda: trace(graph, step, self.cell.name, _groups(self.names), count))
+        return graph, nodes, self.traced.graph.copied(self.saving.bits, graph), grads
+
+    def _kept(
+        self, saved: Tiles, after: Tiles, nodes: Sequence[int] = (), bits: Sequence[int] = ()
+    ) -> dict[int, Tensor]:
+        """What the backward reads of the forward, by node of the graph that ``nodes`` (new states and saved tiles) and
+        ``bits`` are of; empty: of ``traced``'s."""
+        nodes = nodes or self.traced.new + self.saving.saved
+        given = dict(zip([nodes[i] for i in self.cell.after], after, strict=True))
+        given |= zip(nodes[self.cell.states :], saved, strict=True)
+        if self.saving.bits:
+            code = saved[-1].detach().to(torch.int32)
+            given |= {i: (code & 1 << k) != 0 for k, i in enumerate(bits or self.saving.bits)}
+        return given
+
+
+def _split(tiles: Sequence[Tensor], parts: Sequence[Sequence[Any]]) -> tuple[tuple[Tensor, ...], ...]:
+    """As many in each part as ``parts`` have."""
+    left = iter(tiles)
+    return tuple(tuple(next(left) for _ in part) for part in parts)
+
+
+def _given(graph: Graph, **tiles: Tiles) -> dict[int, Tensor]:
+    return {graph.input(f"{letter}{i}"): t for letter, some in tiles.items() for i, t in enumerate(some)}
+
+
+def _groups(names: Names) -> list[tuple[str, int]]:
+    counts = (names.inputs, names.gates, names.states, names.params, names.extras)
+    return [(letter, len(some)) for letter, some in zip("xrspe", counts, strict=True)]
+
+
+def _alone(function: Callable[[], Any]) -> Any:
+    """In a thread of its own: modes, transforms, autocast and grad mode of the caller are those of its thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def derive(step: Callable[..., tuple[Tensor, ...]], name: str, names: Names, built_in: bool = False) -> Derived:
+    """The cell of ``step(x, r, state, p, e)``.
+
+    Raises:
+        CellError: it is not pointwise, or its backward needs the outcomes of more than 8 comparisons.
+    """
+    graph = Graph()
+    new, (dx, dr, ds, dp, _) = _alone(lambda: trace(graph, step, name, _groups(names), len(names.states)))
+    traced = Traced(graph, new, dx, dr, ds, dp)
+    try:
+        found = _derived(step, name, names, built_in, traced, choose(traced, forward_only=False))
+        if not found.differentiates_twice:
+            found = _derived(step, name, names, built_in, traced, choose(traced, forward_only=True))
+    except CellError as error:
+        raise CellError(f"{name}: {error}") from None
+    return replace(found, cell=replace(found.cell, finite_at_zero=_alone(lambda: _finite_at_zero(found))))
+
+
+def _derived(
+    step: Callable[..., tuple[Tensor, ...]], name: str, names: Names, built_in: bool, traced: Traced, saving: Saving
+) -> Derived:
+    graph = traced.graph
+    after = [traced.new[i] for i in saving.after]
+    texts = (
+        forward_text(graph, name, traced.new, saving.saved),
+        backward_text(graph, name, saving.saved, after, saving.bits, [*traced.dx, *saving.more], traced.dr, traced.ds),
+    )
+    source = HEADER.format(name=name) + "\n\n\n".join(texts) + "\n"
+    # Two steps of one text may differ in the parameters' gradients, and in what their tiles are called.
+    rest = f"{names} {traced.dp} {[graph.nodes[i] for i in graph.needs(traced.dp)]}"
+    digest = hashlib.sha256((source + rest).encode()).hexdigest()
+    cell = Cell(
+        name if built_in else f"{name}:{digest[:12]}",
+        gates=len(names.gates),
+        states=len(names.states),
+        saved=len(saving.saved),
+        recurrent_gradient=traced.dx != traced.dr or bool(saving.more),
+        after=saving.after,
+        params=names.params,
+        extras=names.extras,
+        more_inputs=len(names.more_inputs),
+        more_gradients=len(saving.more),
+    )
+    return Derived(cell, names, step, source, traced, saving)
+
+
+def _finite_at_zero(cell: Derived) -> bool:
+    """Each pass goes on from its own results; all else that it reads is 0."""
+    x, r, state, p, e = ([torch.zeros(1)] * n for _, n in _groups(cell.names))
+    saved, after = [torch.zeros(1)] * cell.cell.saved, [torch.zeros(1)] * len(cell.cell.after)
+    forward, backward, every = tuple(state), tuple(state), []
+    with torch.no_grad():
+        for _ in range(8):
+            forward, kept = cell.run_forward(x, r, forward, p, e)
+            dx, dr, backward = cell.run_backward(backward, saved, after, state, p, e)
+            every += [*forward, *kept, *dx, *dr, *backward]
+    return bool(torch.cat(every).isfinite().all())
