@@ -17,7 +17,7 @@ from torch import Tensor
 from persistrnn.kernels.cells import derived
 from persistrnn.segments import BEGINS, SKIPPED
 
-State = tuple[Tensor, ...]  # h first, as (h, c) of an LSTM; each [B, H]
+State = tuple[Tensor, ...]  # (h, c) of an LSTM, (h,) of a GRU; each [B, H]
 
 
 class Result(NamedTuple):
@@ -44,14 +44,13 @@ def recurrent(
 
     Args:
         cell: its name in ``kernels.cells.CELLS``
-        x_gates: x @ W_ih^T + b_ih, [T, B, D, X*H], T >= 1, where X is G but for cells with more inputs
+        x_gates: x @ W_ih^T + b_ih, [T, B, D, X*H], T >= 1
         weight_hh: [D, G*H, H]
         bias_hh: [D, G*H]
         initial: the states, h first, as (h0, c0) of an LSTM, each [D, B, H]
         marks: uint8 [T, B, D], where a row begins anew or skips a step (`segments`); None: nowhere
         reset: the states that rows begin anew from, in the form of `initial`; empty: zeros
-        params: [D, P, H], the cell's parameters per unit; None: it has none
-        extras: [1, T, B, D, E, H], what the cell takes per step beside its gates; None: nothing
+        params: [D, P, H], the cell's parameters per unit; extras: [1, T, B, D, E, H], what it takes per step
         A state may have a wider dtype than the gates, as under autocast on a CPU: it keeps its own from step to step.
 
     Returns:
@@ -66,10 +65,8 @@ def recurrent(
         state: State = tuple(s[d] for s in initial)
         anew: State = tuple(s[d] for s in reset) or tuple(torch.zeros_like(s) for s in state)
         states = []
-        own: State = () if params is None else params[d].unbind()
-        beside: list[State] = [()] * steps
-        if extras is not None:
-            beside = [e.to(x_gates.dtype).unbind(1) for e in extras[0, :, :, d]]
+        p = () if params is None else params[d].unbind()
+        beside = None if extras is None else extras[0, :, :, d].to(x_gates.dtype).unbind()
         inputs = x_gates[:, :, d].unbind()  # each x_gates[t] would have a gradient as large as all of it
         for t in range(steps) if d == 0 else reversed(range(steps)):
             if marks is not None:
@@ -79,7 +76,8 @@ def recurrent(
                 before = _where(marks[t, :, d] == SKIPPED, tuple(torch.zeros_like(s) for s in state), state)
             r_gates = F.linear(before[0].to(weight_hh.dtype), weight_hh[d], bias_hh[d])
             x, r = inputs[t].chunk(of.inputs, dim=-1), r_gates.chunk(of.gates, dim=-1)
-            new = tuple(n.to(s.dtype) for n, s in zip(step(x, r, before, own, beside[t]), initial, strict=True))
+            e = () if beside is None else beside[t].unbind(1)
+            new = tuple(n.to(s.dtype) for n, s in zip(step(x, r, before, p, e), initial, strict=True))
             state = new if marks is None else _where(marks[t, :, d] == SKIPPED, state, new)
             states.append(state)
         every.append([torch.stack(s if d == 0 else s[::-1]) for s in zip(*states, strict=True)])
