@@ -73,7 +73,7 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def waves(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """waves(protocol, groups=..., homes=..., ...): every stack runs as this wave, and fresh memory is NaN."""
+    """waves(protocol, groups=..., homes=..., ...): every stack runs as this layer pipeline, and fresh memory is NaN."""
     import torch
     from forced import force_waves
 
