@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from checkout import listing
+from sample import sampled
 
 if TYPE_CHECKING:
     from emulator import Session
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     if not pluginmanager.hasplugin("timeout"):  # as on a GPU machine without a package index
         parser.addini("timeout", "of pytest-timeout, which is not installed here")
+    parser.addoption("--sample", type=int, default=1, metavar="N", help="one in N of the cases of each test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -73,7 +75,7 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def waves(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """waves(protocol, groups=..., homes=..., ...): every stack runs as this wave, and fresh memory is NaN."""
+    """waves(protocol, groups=..., homes=..., ...): every stack runs as this layer pipeline, and fresh memory is NaN."""
     import torch
     from forced import force_waves
 
@@ -94,9 +96,14 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., "Session
     torch.use_deterministic_algorithms(False)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
         if bool(item.get_closest_marker("interpreter")) != interpreted:
             how = "set TRITON_INTERPRET=1" if not interpreted else "unset TRITON_INTERPRET"
             item.add_marker(pytest.mark.skip(reason=f"{how} for this test; `make test` runs both halves"))
+    if (one_in := config.getoption("sample")) > 1:
+        kept = sampled([item.nodeid for item in items], one_in)
+        config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if place not in kept])
+        items[:] = [items[place] for place in sorted(kept)]

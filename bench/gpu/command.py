@@ -34,7 +34,7 @@ from persistrnn.kernels import launch
 from persistrnn.kernels.planner import hardware as devices
 
 ROOT = Path(__file__).resolve().parents[2]  # bench may be a link
-TESTS = tuple(f"tests/kernels/test_gpu{name}.py" for name in ("", "_wave", "_cuts", "_memory", "_gsan"))
+TESTS = tuple(f"tests/kernels/test_gpu{name}.py" for name in ("", "_pipeline", "_cuts", "_memory", "_gsan"))
 PARTS = ("correctness", "stress", "micro", "race", "tune")
 # A part is stopped so many minutes after it should have ended.
 GRACE = 1.0

@@ -19,34 +19,42 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from pairs import PAIRS, as_hx, states, tensors
+from cuts import by_pieces
+from pairs import CELLS, PAIRS, as_hx, tensors
 from torch import Tensor
 
 from persistrnn import autograd
 
 MODULES = PAIRS
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STATES, RESET_STATES = ("h0", "c0"), ("reset_h0", "reset_c0")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One stack and one input."""
+    """One stack and one input; with projections, or with rows that lengths and resets cut."""
 
     cell: str
     dtype: str
     hidden: int
     batch: int
     steps: int
-    layers: int
-    bidirectional: bool
-    bias: bool
-    state: bool
+    layers: int = 1
+    bidirectional: bool = False
+    bias: bool = True
+    state: bool = False
+    proj: int = 0
+    lengths: bool = False
+    resets: bool = False
+    reset_state: bool = False
 
     @property
     def input(self) -> int:
         return self.hidden // 2 + 3  # differs from hidden
 
 
+# Cut by all there is.
+CUT = {"lengths": True, "resets": True, "state": True, "reset_state": True}
 FACTORS = {
     "cell": ("lstm", "gru"),
     "dtype": ("fp32", "fp16", "bf16"),
@@ -83,19 +91,6 @@ def cases() -> list[Case]:
     return [Case(**row) for row in pairwise(FACTORS, seed=51)]
 
 
-def _run(module, dtype, device, given: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs and gradients by name, in float64 on the CPU."""
-    leaves = {n: t.to(device, dtype).requires_grad_() for n, t in given.items()}
-    hx = as_hx(leaves[n] for n in ("h0", "c0") if n in leaves)
-    outputs = dict(zip(("y", "h_n", "c_n"), tensors(module(leaves["x"], hx)), strict=False))
-    inputs = leaves | dict(module.named_parameters())
-    grads = torch.autograd.grad(
-        list(outputs.values()), list(inputs.values()), [gradients[n].to(device, dtype) for n in outputs]
-    )
-    found = outputs | {f"d {n}": g for n, g in zip(inputs, grads, strict=True)}
-    return {n: t.detach().to("cpu", torch.float64) for n, t in found.items()}
-
-
 @contextlib.contextmanager
 def exact_gemms(device: str) -> Iterator[None]:
     """Inside, gradients of weights are summed in float64: on some CPUs torch's product adds the T*B terms one by one,
@@ -109,36 +104,63 @@ def exact_gemms(device: str) -> Iterator[None]:
         autograd._gemm = gemm
 
 
-def run(case: Case, seed: int, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """(ours, truth, witness): outputs and gradients by name, from the same numbers."""
+def run(
+    case: Case, seed: int, device: str = "cpu", backend: str = "persistent"
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """(ours, truth, witness): outputs and gradients by name, in float64 on the CPU, from the same rounded numbers."""
     ours_class, torch_class = MODULES[case.cell]
-    dtype = DTYPES[case.dtype]
+    dtype = DTYPES.get(case.dtype, torch.float64)
     torch.manual_seed(seed)
     options = {"num_layers": case.layers, "bias": case.bias, "bidirectional": case.bidirectional}
+    options |= {"proj_size": case.proj} if case.proj else {}
     sizes = (case.input, case.hidden)
-    ours = ours_class(*sizes, **options, dtype=dtype, device=device, backend="persistent")
+    ours = ours_class(*sizes, **options, dtype=dtype, device=device, backend=backend)
     witness = torch_class(*sizes, **options, dtype=dtype, device=device)
     truth = torch_class(*sizes, **options, dtype=torch.float64)
     for module in (witness, truth):
         module.load_state_dict(ours.state_dict())
     directions = 2 if case.bidirectional else 1
-    state = (case.layers * directions, case.batch, case.hidden)
-    given = {"x": torch.randn(case.steps, case.batch, case.input)}
-    if case.state:
-        given |= zip(("h0", "c0"), states(case.cell, *state), strict=False)
-    gradients = {
-        "y": torch.randn(case.steps, case.batch, directions * case.hidden),
-        "h_n": torch.randn(state),
-        "c_n": torch.randn(state),
-    }
-    # The same rounded numbers for all three.
-    given, gradients = ({n: t.to(dtype) for n, t in d.items()} for d in (given, gradients))
+    rows, features = case.layers * directions, case.proj or case.hidden
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    given = {"x": numbers(case.steps, case.batch, case.input)}
+    widths = dict(zip("hc", (features, case.hidden)[: CELLS[case.cell].states], strict=False))
+    for kind, there in (("", case.state), ("reset_", case.reset_state)):
+        given |= {f"{kind}{n}0": numbers(rows, case.batch, width) for n, width in widths.items() if there}
+    cotangents = {"y": numbers(case.steps, case.batch, directions * features)}
+    cotangents |= {f"{n}_n": numbers(rows, case.batch, width) for n, width in widths.items()}
+    lengths = resets = None
+    if case.lengths:
+        lengths = torch.randint(0, case.steps + 1, (case.batch,))
+        lengths[:2] = torch.tensor([0, case.steps])[: case.batch]
+    if case.resets:
+        resets = torch.rand(case.steps, case.batch) < 0.4
+    cut = case.lengths or case.resets
+
+    def results(module: torch.nn.Module) -> dict[str, Tensor]:
+        like = next(module.parameters())
+        leaves = {n: t.to(like).requires_grad_() for n, t in given.items()}
+        if cut and module is not ours:
+            found = by_pieces(module, leaves, lengths, resets)
+        else:
+            initial, reset = (as_hx(leaves[n] for n in names if n in leaves) for names in (STATES, RESET_STATES))
+            marks = {n: t.to(like.device) for n, t in (("lengths", lengths), ("resets", resets)) if t is not None}
+            found = tensors(module(leaves["x"], initial, **marks, **({} if reset is None else {"reset_state": reset})))
+        outputs = dict(zip(cotangents, found, strict=True))
+        inputs = leaves | dict(module.named_parameters())
+        gradients = [cotangents[n].to(like) for n in outputs]
+        # Of an input that no step reads, cut as the rows are, the gradient is zero.
+        unread = {"allow_unused": cut, "materialize_grads": cut}
+        grads = torch.autograd.grad(list(outputs.values()), list(inputs.values()), gradients, **unread)
+        found = outputs | {f"d {n}": g for n, g in zip(inputs, grads, strict=True)}
+        return {n: t.detach().to("cpu", torch.float64) for n, t in found.items()}
+
     with exact_gemms(device):
-        results = [_run(ours, dtype, device, given, gradients)]
-    results.append(_run(truth, torch.float64, "cpu", given, gradients))
+        of_ours = results(ours)
     with torch.backends.mkldnn.flags(enabled=False):
-        results.append(_run(witness, dtype, device, given, gradients))
-    return results[0], results[1], results[2]
+        return of_ours, results(truth), results(witness)
 
 
 @dataclass

@@ -8,7 +8,6 @@ import re
 from types import SimpleNamespace
 
 import accuracy
-import cuts
 import torch
 from torch import Tensor
 
@@ -22,10 +21,10 @@ def precise(monkeypatch, asked: str) -> None:
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", asked)
 
 
-def failures(case: accuracy.Case | cuts.Case, seed: int = 0) -> list[str]:
+def failures(case: accuracy.Case, seed: int = 0) -> list[str]:
     """What breaks the bound of accuracy.py."""
     bound = accuracy.Bound(accuracy.DTYPES[case.dtype])
-    bound.add(case, *(cuts if isinstance(case, cuts.Case) else accuracy).run(case, seed))
+    bound.add(case, *accuracy.run(case, seed))
     return bound.failures
 
 

@@ -87,7 +87,7 @@ def force(
 def force_waves(
     monkeypatch: pytest.MonkeyPatch, protocol: str = "counter", groups: int | None = None, **chosen: str | int
 ) -> None:
-    """Stacks run as waves of this choice (see ``choice``), ``groups`` jobs at a time (None: all)."""
+    """Stacks run as layer pipelines of this choice (see ``choice``), ``groups`` jobs at a time (None: all)."""
 
     def choose(cell, hidden, layers, batch, dtype, precision, device):
         parts = []

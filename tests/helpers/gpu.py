@@ -42,7 +42,7 @@ def planned(cell, hidden, batch, directions, dtype):
 
 
 def planned_wave(cell, hidden, layers, batch, dtype):
-    """The plan of a stack in one launch on this device; None where there is none."""
+    """The plan of a layer pipeline on this device; None where there is none."""
     if layers == 1:
         return None
     precision = persistrnn.functional.precision()
@@ -75,9 +75,9 @@ def check_bound(cell, dtype, precision, shapes, expected=None, pooled=True, seed
         before = launch.LAUNCHES.copy()
         bound.add((case, seed), *accuracy.run(case, seed, device=DEVICE))
         counts = {"scan_forward": layers * plan.forward.rounds, "scan_backward": layers * plan.backward.rounds}
-        waved = planned_wave(cell, hidden, layers, batch, accuracy.DTYPES[dtype]) if not bidirectional else None
-        if waved is not None and waved.faster(steps, True):
-            counts = {"scan_forward": waved.forward.rounds, "scan_backward": waved.backward.rounds}
+        together = planned_wave(cell, hidden, layers, batch, accuracy.DTYPES[dtype]) if not bidirectional else None
+        if together is not None and together.faster(steps, True):
+            counts = {"scan_forward": together.forward.rounds, "scan_backward": together.backward.rounds}
         assert launch.LAUNCHES - before == counts, case
     if pooled and not tf32:
         bound.check()

@@ -4,7 +4,6 @@
 """
 
 import accuracy
-import cuts
 import emulated as cases
 import pytest
 import torch
@@ -64,8 +63,8 @@ def test_a_stack_in_one_launch(emulated, monkeypatch, arch, cell, protocol, chos
 @pytest.mark.parametrize(
     ("protocol", "case"),
     [
-        ("counter", cuts.Case("lstm", "bf16", 13, 3, 5, 1, False, 0, True, True, True, True)),
-        ("flags", cuts.Case("gru", "fp32", 13, 3, 4, 1, True, 0, True, True, True, True)),
+        ("counter", accuracy.Case("lstm", "bf16", 13, 3, 5, 1, False, **accuracy.CUT)),
+        ("flags", accuracy.Case("gru", "fp32", 13, 3, 4, 1, True, **accuracy.CUT)),
     ],
     ids=["lstm", "gru"],
 )

@@ -1,5 +1,5 @@
-"""The compiled kernels, run on a CPU for longer: every case of the exchange, of marks and of waves, planned sizes up to
-H=1024, offsets past 31 bits, more schedules. Run by `make emulate`."""
+"""The compiled kernels, run on a CPU for longer: every case of the exchange, of marks and of layer pipelines, planned
+sizes up to H=1024, offsets past 31 bits, more schedules. Run by `make emulate`."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 import test_exchange
 import test_lengths_and_resets
 import test_memory_modes
-import test_wave
+import test_pipeline
 import torch
 from emulated import ARCHITECTURES, failures, precise
 from emulator import EmulatorError, Schedule
@@ -52,10 +52,10 @@ CASES = [
     ),
     *(
         (force_waves, protocol, chosen, accuracy.Case(cell, dtype, hidden, batch, 4, layers, False, bias, state))
-        for cell, dtype, protocol, hidden, batch, layers, bias, state, chosen in test_wave.CASES
+        for cell, dtype, protocol, hidden, batch, layers, bias, state, chosen in test_pipeline.CASES
     ),
     *((force, *marked) for marked in test_lengths_and_resets.SLICED),
-    *((force_waves, *marked) for marked in test_lengths_and_resets.WAVES),
+    *((force_waves, *marked) for marked in test_lengths_and_resets.PIPELINES),
 ]
 
 

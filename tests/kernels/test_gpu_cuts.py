@@ -1,10 +1,9 @@
 """Lengths, resets, packed sequences, projections, graphs and second derivatives on a real GPU."""
 
 import accuracy
-import cuts
 import pytest
 import torch
-from cuts import Case
+from accuracy import Case
 from gpu import DEVICE, check_same_bits, no_waits, synchronize
 from pairs import PAIRS, make_layer, pair
 from test_gpu import PROTOCOLS, a_gpu, exchange, precision
@@ -36,9 +35,10 @@ def test_cuts_keep_the_bound(cell, dtype, protocol, exchange, precision):
     exchange(protocol=protocol)
     bound = accuracy.Bound(accuracy.DTYPES[dtype])
     for hidden, batch, steps, layers, bidirectional, *cut in CUTS:
-        case = Case(cell, dtype, hidden, batch, steps, layers, bidirectional, 0, *cut)
+        how = dict(zip(("lengths", "resets", "state", "reset_state"), cut, strict=True))
+        case = Case(cell, dtype, hidden, batch, steps, layers, bidirectional, **how)
         before = launch.LAUNCHES.copy()
-        bound.add(case, *cuts.run(case, seed=0, device=DEVICE))
+        bound.add(case, *accuracy.run(case, seed=0, device=DEVICE))
         assert sum((launch.LAUNCHES - before).values()) >= 2, "on the kernels"
     assert not bound.failures, "\n".join(bound.failures)
 
@@ -49,8 +49,9 @@ def test_projections_keep_the_bound(dtype, precision):
     bound = accuracy.Bound(accuracy.DTYPES[dtype])
     for hidden, proj, layers, bidirectional in ((96, 40, 2, True), (512, 128, 2, False), (1024, 256, 1, True)):
         for cut in (False, True):
-            case = Case("lstm", dtype, hidden, 9, 16, layers, bidirectional, proj, cut, cut, True, cut)
-            bound.add(case, *cuts.run(case, seed=1, device=DEVICE))
+            how = {"lengths": cut, "resets": cut, "reset_state": cut}
+            case = Case("lstm", dtype, hidden, 9, 16, layers, bidirectional, state=True, proj=proj, **how)
+            bound.add(case, *accuracy.run(case, seed=1, device=DEVICE))
     assert not bound.failures, "\n".join(bound.failures)
 
 

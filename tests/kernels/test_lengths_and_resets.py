@@ -1,10 +1,9 @@
 """Lengths, resets, projections and every c: exact in float64 step by step, within the bound on the kernels."""
 
 import accuracy
-import cuts
 import pytest
 import torch
-from cuts import Case
+from accuracy import CUT, Case
 from grid import Delays, concurrent_grid
 from pairs import BACKENDS, CELLS, as_hx, make_layer, pair, states, tensors
 from torch import nn
@@ -14,13 +13,13 @@ from persistrnn import segments
 from persistrnn.kernels import launch
 from persistrnn.kernels.device import marks
 
-WAYS = [  # (lengths, resets, state, reset_state)
-    (True, False, False, False),
-    (True, False, True, False),
-    (False, True, False, False),
-    (False, True, True, False),
-    (False, True, True, True),
-    (True, True, True, True),
+WAYS = [
+    {"lengths": True},
+    {"lengths": True, "state": True},
+    {"resets": True},
+    {"resets": True, "state": True},
+    {"resets": True, "state": True, "reset_state": True},
+    CUT,
 ]
 SHAPES = [("lstm", 0), ("lstm", 3), ("gru", 0)]
 
@@ -29,8 +28,8 @@ SHAPES = [("lstm", 0), ("lstm", 3), ("gru", 0)]
 @pytest.mark.parametrize(("layers", "bidirectional"), [(1, False), (1, True), (2, True)])
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 def test_step_by_step_is_torch_nn_on_each_episode(cell, proj, layers, bidirectional, way):
-    case = Case(cell, "fp64", 6, 5, 7, layers, bidirectional, proj, *way)
-    found, truth, _ = cuts.run(case, seed=1, backend="auto")
+    case = Case(cell, "fp64", 6, 5, 7, layers, bidirectional, proj=proj, **way)
+    found, truth, _ = accuracy.run(case, seed=1, backend="auto")
     for name, true in truth.items():
         torch.testing.assert_close(found[name], true, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -42,23 +41,23 @@ def test_marks_are_those_of_the_kernels():
 # ---- on the kernels ------------------------------------------------------------------------------------------------
 
 KERNEL_CASES = [
-    Case("lstm", "fp32", 10, 5, 6, 1, False, 0, True, False, True, False),
-    Case("gru", "fp32", 10, 5, 6, 1, True, 0, True, False, True, False),
-    Case("lstm", "bf16", 18, 3, 5, 2, True, 0, True, True, True, True),
-    Case("gru", "fp16", 18, 3, 5, 2, True, 0, True, True, True, True),
-    Case("lstm", "fp16", 10, 17, 5, 1, True, 0, False, True, True, True),
-    Case("gru", "bf16", 10, 17, 5, 1, False, 0, False, True, False, False),
-    Case("lstm", "fp32", 10, 5, 6, 2, True, 4, True, True, True, True),
-    Case("lstm", "bf16", 18, 3, 5, 1, False, 7),
-    Case("gru", "fp32", 10, 3, 1, 1, True, 0, True, True, True, True),  # one step
-    Case("lstm", "bf16", 18, 3, 5, 2, True, 7, False, False, True, False),
+    Case("lstm", "fp32", 10, 5, 6, 1, False, lengths=True, state=True),
+    Case("gru", "fp32", 10, 5, 6, 1, True, lengths=True, state=True),
+    Case("lstm", "bf16", 18, 3, 5, 2, True, **CUT),
+    Case("gru", "fp16", 18, 3, 5, 2, True, **CUT),
+    Case("lstm", "fp16", 10, 17, 5, 1, True, resets=True, state=True, reset_state=True),
+    Case("gru", "bf16", 10, 17, 5, 1, False, resets=True),
+    Case("lstm", "fp32", 10, 5, 6, 2, True, proj=4, **CUT),
+    Case("lstm", "bf16", 18, 3, 5, 1, False, proj=7),
+    Case("gru", "fp32", 10, 3, 1, 1, True, **CUT),  # one step
+    Case("lstm", "bf16", 18, 3, 5, 2, True, proj=7, state=True),
 ]
 
 
 def within_bound(case, seeds=1):
     bound = accuracy.Bound(accuracy.DTYPES[case.dtype])
     for seed in range(seeds):
-        bound.add(case, *cuts.run(case, seed))
+        bound.add(case, *accuracy.run(case, seed))
     return bound.failures
 
 
@@ -72,13 +71,13 @@ def test_kernels_keep_the_bound(case):
 
 SLICED = [
     # protocol, chosen, case
-    ("counter", {}, Case("lstm", "fp32", 13, 5, 5, 1, True, 0, True, True, True, True)),
-    ("flags", {}, Case("gru", "fp32", 13, 5, 5, 1, True, 0, True, True, True, True)),
-    ("flags", {"homes": "shared"}, Case("lstm", "bf16", 13, 3, 5, 1, False, 0, False, True, True, True)),
-    ("counter", {"homes": "all three"}, Case("gru", "bf16", 40, 3, 4, 1, False, 0, True, True, True, False)),
-    ("counter", {"rows": 2}, Case("lstm", "fp16", 29, 3, 4, 1, True, 0, True, True, False, True)),
-    ("flags", {"subtiles": 2, "batch_tile": 8}, Case("gru", "fp16", 13, 11, 4, 1, True, 0, True, True, True, True)),
-    ("counter", {"subtiles": 2, "batch_tile": 8}, Case("lstm", "fp32", 13, 11, 4, 1, False, 5, True, True, True, True)),
+    ("counter", {}, Case("lstm", "fp32", 13, 5, 5, 1, True, **CUT)),
+    ("flags", {}, Case("gru", "fp32", 13, 5, 5, 1, True, **CUT)),
+    ("flags", {"homes": "shared"}, Case("lstm", "bf16", 13, 3, 5, 1, False, resets=True, state=True, reset_state=True)),
+    ("counter", {"homes": "all three"}, Case("gru", "bf16", 40, 3, 4, 1, False, lengths=True, resets=True, state=True)),
+    ("counter", {"rows": 2}, Case("lstm", "fp16", 29, 3, 4, 1, True, lengths=True, resets=True, reset_state=True)),
+    ("flags", {"subtiles": 2, "batch_tile": 8}, Case("gru", "fp16", 13, 11, 4, 1, True, **CUT)),
+    ("counter", {"subtiles": 2, "batch_tile": 8}, Case("lstm", "fp32", 13, 11, 4, 1, False, proj=5, **CUT)),
 ]
 
 
@@ -91,17 +90,17 @@ def test_slices_keep_the_bound(forced, index):
         assert within_bound(case) == []
 
 
-WAVES = [
-    ("counter", {}, Case("lstm", "fp32", 13, 5, 5, 2, False, 0, True, True, True, True)),
-    ("flags", {}, Case("gru", "bf16", 13, 3, 5, 3, False, 0, True, True, True, True)),
-    ("counter", {"subtiles": 2, "batch_tile": 8}, Case("gru", "fp32", 13, 11, 4, 2, False, 0, True, False, True)),
+PIPELINES = [
+    ("counter", {}, Case("lstm", "fp32", 13, 5, 5, 2, False, **CUT)),
+    ("flags", {}, Case("gru", "bf16", 13, 3, 5, 3, False, **CUT)),
+    ("counter", {"subtiles": 2, "batch_tile": 8}, Case("gru", "fp32", 13, 11, 4, 2, False, lengths=True, state=True)),
 ]
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("index", range(len(WAVES)))
-def test_waves_keep_the_bound(waves, index):
-    protocol, chosen, case = WAVES[index]
+@pytest.mark.parametrize("index", range(len(PIPELINES)))
+def test_pipelines_keep_the_bound(waves, index):
+    protocol, chosen, case = PIPELINES[index]
     waves(protocol, **chosen)
     before = launch.LAUNCHES.copy()
     with concurrent_grid(Delays(("put", "arrive", "get")[index], slow=index % 2)):
@@ -369,7 +368,7 @@ def test_an_empty_batch(cell, proj, backend):
     y.sum().backward()
     assert x.grad.shape == x.shape
     assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
-    assert layer(x, mask=nothing)[0].shape == (4, 0, proj or 6)
+    assert layer(x, mask=nothing)[0].shape == layer(x)[0].shape == (4, 0, proj or 6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -122,7 +122,7 @@ def test_no_saved_and_marks(launches):
         assert moved == x_gates.nbytes + steps * batch * hidden * 4 + weights.weight_hh.nbytes + more
 
 
-def test_wave(launches, monkeypatch):
+def test_pipeline(launches, monkeypatch):
     """A stack in one launch: a second matrix for all layers but one, what enters at one end only."""
     layers, steps, batch, hidden = 3, 4, 6, 64
     shape = CELLS["gru"]

@@ -66,10 +66,21 @@ def test_functions_check_their_flags(cell, name, value, exception, message, back
         getattr(persistrnn.functional, cell)(X, weights_of(cell), **options)
 
 
+def refused_by_torch(cell, **options):
+    """The type of torch.nn's error; None where it has none."""
+    try:
+        TORCHS[cell](**{"input_size": INPUT, "hidden_size": HIDDEN} | options)
+    except Exception as error:
+        return type(error)
+    return None
+
+
 @pytest.mark.parametrize(("cell", "name", "value", "exception", "message"), flags(OF_A_CALL))
-def test_constructors_check_the_same(cell, name, value, exception, message):
-    with pytest.raises(exception, match=message):
+def test_constructors_check_the_same_as_torch_nn(cell, name, value, exception, message):
+    with pytest.raises(exception, match=message) as refused:
         LAYERS[cell](INPUT, HIDDEN, **{name: value})
+    if name in ("num_layers", "bias", "batch_first", "dropout") and not isinstance(value, complex):
+        assert refused_by_torch(cell, **{name: value}) in (refused.type, None)
 
 
 @backends
@@ -178,6 +189,8 @@ def test_sizes_of_a_wrong_kind_are_refused_by_constructor_and_call(name, value):
         return
     with pytest.raises((TypeError, ValueError), match=name) as at_first:
         persistrnn.LSTM(**{"input_size": INPUT, "hidden_size": HIDDEN, name: value})
+    if not isinstance(value, torch.Tensor):
+        assert refused_by_torch("lstm", **{name: value}) in (at_first.type, None)
     layer = persistrnn.LSTM(INPUT, HIDDEN)
     setattr(layer, name, value)
     with pytest.raises(at_first.type, match=name):

@@ -96,32 +96,31 @@ PLACES = [(cell, place) for cell in LAYERS for place in places(cell, "auto")]
 
 
 @backends
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("cell", "place"), PLACES)
-def test_layouts_are_refused_everywhere(cell, place, layout, backend):
+def test_layouts_are_refused_everywhere(cell, place, backend):
     good, call = places(cell, backend)[place]
-    make, message = LAYOUTS[layout]
     call(good)
-    with pytest.raises(RuntimeError, match=rf"is a dense tensor, got .*{message}"):
-        call(make(good))
+    for make, message in LAYOUTS.values():
+        with pytest.raises(RuntimeError, match=rf"is a dense tensor, got .*{message}"):
+            call(make(good))
 
 
 @backends
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("cell", "place"), PLACES)
-def test_kinds_are_refused_everywhere(cell, place, kind, autocast, backend):
+def test_kinds_are_refused_everywhere(cell, place, autocast, backend):
     good, call = places(cell, backend)[place]
-    bad = KINDS[kind](good)
-    same = bad.dtype == good.dtype and bad.shape == good.shape and not bad.is_meta
-    if same or (kind == "meta" and place == "state of a reset"):
-        return  # a state on any device can be reset, with rows there: the rows are refused
-    if place == "lengths" and not bad.is_floating_point() and bad.shape == good.shape and kind == "torch.uint8":
-        return  # lengths of any integer dtype
-    with torch.autocast("cpu", enabled=autocast), pytest.raises((ValueError, RuntimeError)) as told:
-        call(bad)
-    assert told.type in (ValueError, RuntimeError)
-    assert told.traceback[-1].path.parent.name == "persistrnn", "the error is ours"
+    for kind, make in KINDS.items():
+        bad = make(good)
+        same = bad.dtype == good.dtype and bad.shape == good.shape and not bad.is_meta
+        if same or (kind == "meta" and place == "state of a reset"):
+            continue  # a state on any device can be reset, with rows there: the rows are refused
+        if place == "lengths" and kind == "torch.uint8":
+            continue  # lengths of any integer dtype
+        with torch.autocast("cpu", enabled=autocast), pytest.raises((ValueError, RuntimeError)) as told:
+            call(bad)
+        assert told.type in (ValueError, RuntimeError), kind
+        assert told.traceback[-1].path.parent.name == "persistrnn", f"{kind}: the error is ours"
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool, torch.float8_e4m3fn])
@@ -154,15 +153,11 @@ def of_size(*size):
     ("slot", "change", "message"),
     [
         (4, of_size(), r"weight_hr_l0 must have shape \(2, 6\), got \(\)"),
-        (4, of_size(7, 6), r"weight_hr_l0 must have shape \(2, 6\), got \(7, 6\)"),
         (4, of_size(2, 5), r"weight_hr_l0 must have shape \(2, 6\), got \(2, 5\)"),
-        (4, of_size(0, 6), r"weight_hr_l0 must have shape \(2, 6\), got \(0, 6\)"),
         (4, lambda w: w[None], r"weight_hr_l0 must have shape \(2, 6\), got \(1, 2, 6\)"),
         (1, of_size(), r"weight_hh_l0 must have shape \(24, 2\), got \(\)"),
         (1, of_size(24, 6), r"weight_hh_l0 must have shape \(24, 2\), got \(24, 6\)"),
-        (1, of_size(7, 2), r"weight_hh_l0 must have shape \(24, 2\), got \(7, 2\)"),
         (0, of_size(), r"weight_ih_l0 must have shape \(24, 0\), got \(\)"),
-        (0, of_size(20, 4), r"weight_ih_l0 must have shape \(24, 4\), got \(20, 4\)"),
         (3, of_size(), r"bias_hh_l0 must have shape \(24,\), got \(\)"),
     ],
 )
@@ -202,16 +197,13 @@ PACKED = pack_sequence([torch.zeros(n, INPUT) for n in (3, 2)])
     ("changed", "message"),
     [
         ({"batch_sizes": PACKED.batch_sizes[:0]}, "got a PackedSequence without a step"),
-        ({"batch_sizes": PACKED.batch_sizes[:0], "data": PACKED.data[:0]}, "got a PackedSequence without a step"),
         ({"batch_sizes": None}, "batch_sizes of a PackedSequence is a 1-D int64 tensor on the CPU, got NoneType"),
         ({"batch_sizes": [2, 2, 1]}, "got list; make the sequence with"),
         ({"batch_sizes": PACKED.batch_sizes.int()}, r"got torch.int32 of size \[3\] on cpu"),
         ({"batch_sizes": PACKED.batch_sizes.to("meta")}, r"on meta"),
         ({"batch_sizes": torch.tensor([1, 2, 2])}, r"never grow .*got \[1, 2, 2\]"),
-        ({"batch_sizes": torch.tensor([3, 2, 0])}, r"at least 1.*got \[3, 2, 0\]"),
         ({"batch_sizes": torch.tensor([4, 2, -1])}, r"at least 1.*got \[4, 2, -1\]"),
         ({"data": PACKED.data[:-1]}, r"sum up to the rows of its data, 4, got \[2, 2, 1\]"),
-        ({"data": torch.zeros(9, INPUT)}, r"sum up to the rows of its data, 9"),
         ({"data": PACKED.data.to_sparse()}, "layout torch.sparse_coo"),
         ({"sorted_indices": torch.tensor([0, 1, 2])}, r"sorted_indices .* each of its 2 rows, got torch.int64 of size"),
         ({"sorted_indices": [0, 1]}, "sorted_indices .*got list"),
@@ -236,17 +228,14 @@ USES = {
 STATES = {
     "lstm": [
         (3, TypeError, r"state is a pair of tensors \(h, c\), got int"),
-        ("x", TypeError, "got str"),
         ((H, 3), TypeError, "got tuple"),
         ([H, "x"], TypeError, "got list"),
         (H, RuntimeError, r"got one tensor of shape \(1, 2, 6\)"),
         ((H, H, H), RuntimeError, r"state is a pair of tensors \(h, c\), got 3 of them"),
         ((H, H[:, :1]), RuntimeError, r"state is \[L, B, features\].*got \(1, 2, 6\), \(1, 1, 6\); set what a call"),
-        ((H[0, 0], H[0, 0]), RuntimeError, r"got \(6,\), \(6,\)"),
     ],
     "gru": [
         (3, TypeError, "state is one tensor h, got int"),
-        ("x", TypeError, "got str"),
         ([H], TypeError, "got list"),
         ((H, H), TypeError, "got tuple"),
         (H[0, 0], RuntimeError, r"got \(6,\); set what a call of the layer returned, or None"),

@@ -87,74 +87,6 @@ def test_persistent_stack_equals_torch_nn(kernels, cell, num_layers, bidirection
     assert len(kernels) == num_layers
 
 
-@pytest.mark.parametrize("cell", PAIRS)
-def test_persistent_dropout_draws_torch_nn_masks(kernels, cell):
-    layer, x, hx = make(cell, num_layers=3, dropout=0.5)
-    torch.manual_seed(7)
-    expected = layer(x, hx)
-    torch.manual_seed(7)
-    actual = PAIRS[cell][0](x, list(layer.parameters()), hx, backend="persistent", **options_of(layer))
-    torch.testing.assert_close(leaves_of(actual), leaves_of(expected), rtol=1e-10, atol=1e-12)
-    still = PAIRS[cell][0](
-        x,
-        list(layer.parameters()),
-        hx,
-        backend="persistent",
-        **{**options_of(layer), "training": False},
-    )
-    torch.testing.assert_close(leaves_of(still), leaves_of(layer.eval()(x, hx)), rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("cell", PAIRS)
-def test_persistent_takes_unbatched_input(kernels, cell, batch_first):
-    layer, x, hx = make(cell, num_layers=2, batch_first=batch_first)
-    x = torch.randn(STEPS, INPUT, dtype=torch.float64)
-    hx = (hx[0][:, 0], hx[1][:, 0]) if cell == "lstm" else hx[:, 0]
-    actual = PAIRS[cell][0](x, list(layer.parameters()), hx, backend="persistent", **options_of(layer))
-    torch.testing.assert_close(leaves_of(actual), leaves_of(layer(x, hx)), rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("cell", PAIRS)
-def test_persistent_takes_any_strides(kernels, cell):
-    layer, _, _ = make(cell)
-    x = torch.randn(INPUT, STEPS, BATCH, dtype=torch.float64).permute(1, 2, 0)
-    h0 = torch.randn(1, HIDDEN, 1, dtype=torch.float64).expand(1, HIDDEN, BATCH).transpose(1, 2)
-    hx = (h0, h0) if cell == "lstm" else h0
-    weights = [w.t().contiguous().t() if w.dim() == 2 else w for w in layer.parameters()]
-    actual = PAIRS[cell][0](x, weights, hx, backend="persistent")
-    torch.testing.assert_close(leaves_of(actual), leaves_of(layer(x, hx)), rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("backend", ["persistent", "torch", "auto"])
-@pytest.mark.parametrize("cell", PAIRS)
-def test_empty_batch_gives_empty_outputs_and_zero_gradients(kernels, cell, backend):
-    layer, _, _ = make(cell, num_layers=2, bidirectional=True)
-    x = torch.randn(STEPS, 0, INPUT, dtype=torch.float64)
-    weights = list(layer.parameters())
-    actual = leaves_of(PAIRS[cell][0](x, weights, backend=backend, **options_of(layer)))
-    assert [t.shape for t in actual] == [t.shape for t in leaves_of(layer(x))]
-    for gradient in torch.autograd.grad(actual[0].sum(), weights):
-        assert not gradient.any()
-    assert kernels == []
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("cell", PAIRS)
-def test_persistent_runs_in_autocast_dtype(kernels, cell, dtype):
-    layer, x, hx = make(cell, num_layers=2)
-    layer, x = layer.float(), x.detach().float()
-    hx = (hx[0].float(), hx[1].float()) if cell == "lstm" else hx.float()
-    weights = list(layer.parameters())
-    with torch.autocast("cpu", dtype=dtype):
-        outputs = leaves_of(PAIRS[cell][0](x, weights, hx, num_layers=2, backend="persistent"))
-    assert {call["dtype"] for call in kernels} == {dtype}
-    assert {t.dtype for t in outputs} == {dtype}
-    gradients = torch.autograd.grad(outputs[0].sum(), weights)
-    assert {g.dtype for g in gradients} == {torch.float32}
-    torch.testing.assert_close(outputs[0].float(), layer(x, hx)[0], rtol=0.05, atol=0.05)
-
-
 def test_autocast_leaves_float64_alone(kernels):
     layer, x, hx = make("lstm")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -181,15 +113,6 @@ def test_precision_is_torch_rnn_setting(fp32_settings):
         assert functional.precision() == expected
     torch.backends.cudnn.allow_tf32 = False
     assert functional.precision() == "ieee"
-
-
-def test_precision_reaches_the_kernels(kernels, fp32_settings):
-    rnn, _, _ = fp32_settings
-    layer, x, _ = make("gru")
-    for setting in ("ieee", "tf32"):
-        rnn.fp32_precision = setting
-        functional.gru(x, list(layer.parameters()), backend="persistent")
-    assert [call["precision"] for call in kernels] == ["ieee", "tf32"]
 
 
 def path_of(layer, x, backend, **options):

@@ -2,19 +2,16 @@
 
 import copy
 import inspect
-import io
 import itertools
-import pickle
 
 import pytest
 import torch
-from anywhere import anywhere
 from pairs import PAIRS
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import persistrnn
-from persistrnn import autograd, decide, reference
+from persistrnn import decide
 
 pytestmark = pytest.mark.torch_path
 
@@ -55,42 +52,18 @@ def make_state(cell, rows, batch, hidden=HIDDEN, dtype=torch.float32):
 # --- parameters ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", STACKS, ids=str)
-@pytest.mark.parametrize("cell", PAIRS)
+PROJECTED = [{"num_layers": 2, "bidirectional": True, "proj_size": 2, "bias": bias} for bias in (True, False)]
+
+
+@pytest.mark.parametrize(("cell", "options"), [*itertools.product(PAIRS, STACKS), *(("lstm", p) for p in PROJECTED)])
 def test_parameters_are_torch_nn_to_the_bit(cell, options):
+    """And drawn anew in the same order."""
     ours, theirs = make_pair(cell, **options)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
     assert_same_bits(list(ours.parameters()), list(theirs.parameters()))
     assert [[w.shape for w in ws] for ws in ours.all_weights] == [[w.shape for w in ws] for ws in theirs.all_weights]
-    assert_same_bits(ours.all_weights, theirs.all_weights)
     assert repr(ours) == repr(theirs)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_projection_parameters_are_torch_nn_to_the_bit(bias):
-    ours, theirs = make_pair("lstm", num_layers=2, bidirectional=True, bias=bias, proj_size=2)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert_same_bits(ours.all_weights, theirs.all_weights)
-    assert repr(ours) == repr(theirs)
-
-
-@pytest.mark.parametrize("cell", PAIRS)
-def test_state_dict_goes_both_ways(cell):
-    ours, theirs = make_pair(cell, num_layers=2, bidirectional=True)
-    x = torch.randn(STEPS, BATCH, INPUT)
-    theirs.reset_parameters()
-    assert not torch.equal(ours(x)[0], theirs(x)[0])
-    ours.load_state_dict(theirs.state_dict())
-    assert_same_bits(ours(x), theirs(x))
-    ours.reset_parameters()
-    theirs.load_state_dict(ours.state_dict())
-    assert_same_bits(ours(x), theirs(x))
-
-
-@pytest.mark.parametrize("cell", PAIRS)
-def test_reset_parameters_draws_in_torch_nn_order(cell):
-    ours, theirs = make_pair(cell, num_layers=2)
     for layer in (ours, theirs):
         torch.manual_seed(5)
         layer.reset_parameters()
@@ -194,34 +167,7 @@ def test_projection():
     assert ours.last_path == "torch"
 
 
-@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("cell", PAIRS)
-def test_autocast_is_torch_nn(cell, with_state, input_dtype):
-    ours, theirs = make_pair(cell, num_layers=2)
-    x = torch.randn(STEPS, BATCH, INPUT, dtype=input_dtype)
-    hx = make_state(cell, 2, BATCH) if with_state else None
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same_bits(ours(x, hx), anywhere(theirs)(x, hx))
-
-
 # --- living in a torch program --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("cell", PAIRS)
-def test_copies_and_pickles(cell):
-    layer = PAIRS[cell][0](INPUT, HIDDEN, 2, bidirectional=True, backend="torch")
-    x = torch.randn(STEPS, BATCH, INPUT)
-    expected = layer(x)
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)]
-    with torch.no_grad():
-        layer.weight_hh_l0.zero_()
-    for other in copies:
-        assert repr(other) == repr(layer)
-        assert_same_bits(other(x), expected)
 
 
 @pytest.mark.parametrize("cell", PAIRS)
@@ -271,23 +217,6 @@ def test_flatten_parameters_changes_nothing(cell):
     for (address, value), p in zip(before, layer.parameters(), strict=True):
         assert p.data_ptr() == address
         assert torch.equal(p, value)
-
-
-def test_last_path_tells_what_ran(monkeypatch):
-    monkeypatch.setattr(decide, "unsupported", lambda call: None)
-    monkeypatch.setattr(autograd, "recurrent", lambda *args, **_: reference.recurrent(*args))
-    layer = persistrnn.LSTM(INPUT, HIDDEN, 2, backend="persistent")
-    assert layer.last_path is None
-    x = torch.randn(STEPS, BATCH, INPUT)
-    persistent = layer(x)
-    assert layer.last_path == "persistent"
-    layer.backend = "auto"
-    automatic = layer(x)
-    assert layer.last_path == "torch"
-    torch.testing.assert_close(persistent, automatic)
-    layer.backend = "kernels"
-    with pytest.raises(ValueError, match="got 'kernels'"):
-        layer(x)
 
 
 # --- explain ------------------------------------------------------------------------------------------------

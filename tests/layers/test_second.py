@@ -143,7 +143,7 @@ def test_torch_func_twice(cell):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("cell", "cut"), [("lstm", True), ("gru", False)])
-def test_of_a_wave(waves, cell, cut):
+def test_of_a_pipeline(waves, cell, cut):
     """The same as of layers that run one after the other."""
     torch.manual_seed(0)
     module = make_layer(cell, INPUT, 13, 3, backend="persistent")

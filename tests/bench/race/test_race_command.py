@@ -102,7 +102,7 @@ def test_the_command_without_an_installation(tmp_path: Path) -> None:
     arguments = ["correctness", "--rehearse", "h200", "--output", str(tmp_path / "results.json")]
     done = uninstalled("from bench.gpu.command import main; sys.exit(main(sys.argv[1:]))", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "tests/kernels/test_gpu_wave.py::" in done.stdout
+    assert "tests/kernels/test_gpu_pipeline.py::" in done.stdout
 
 
 # Its pieces

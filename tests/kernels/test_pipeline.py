@@ -1,4 +1,4 @@
-"""A stack as a wave: right in the concurrent grid under adversarial schedules, its mutants caught, its plan sound, its
+"""A layer pipeline: right in the concurrent grid under adversarial schedules, its mutants caught, its plan sound, its
 kernels proven from compiled code."""
 
 import threading
@@ -39,7 +39,7 @@ CASES = [
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: "-".join(str(x) for x in CASES[i][:6]))
-def test_waves_keep_the_bound(waves, index):
+def test_pipelines_keep_the_bound(waves, index):
     cell, dtype, protocol, hidden, batch, layers, bias, state, chosen = CASES[index]
     waves(protocol, **chosen)
     case = accuracy.Case(cell, dtype, hidden, batch, 4, layers, False, bias, state)
@@ -148,7 +148,7 @@ def test_a_gradient_told_before_it_is_stored_is_caught(waves, monkeypatch):
     assert wrong("gru")
 
 
-def test_the_interpreter_has_no_waves():
+def test_the_interpreter_has_no_pipelines():
     assert launch.choose_stack(CELLS["lstm"], 64, 2, 8, torch.float32, "ieee", torch.device("cpu")) is None
     assert launch.hardware(torch.device("cpu")) is INTERPRETER
 
@@ -162,11 +162,11 @@ def test_plans_are_sound(cell, device, dtype):
     for hidden in (20, 64, 130, 256, 384, 512, 600):
         for layers in (2, 3, 4, 8):
             for batch in (1, 16, 64, 200):
-                waved = pipeline.plan_pipeline(Problem(SHAPES[cell], hidden, batch, 1, dtype, hardware), layers)
-                if waved is None:
+                together = pipeline.plan_pipeline(Problem(SHAPES[cell], hidden, batch, 1, dtype, hardware), layers)
+                if together is None:
                     continue
                 found += 1
-                for part in (waved.forward, waved.backward):
+                for part in (together.forward, together.backward):
                     t = part.tiling
                     assert t.layers == layers
                     assert t.slices > 1
@@ -180,7 +180,7 @@ def test_plans_are_sound(cell, device, dtype):
     assert found > 10
 
 
-def test_a_wave_is_taken_where_it_is_predicted_to_win():
+def test_a_pipeline_is_taken_where_it_is_predicted_to_win():
     found = pipeline.plan_pipeline(Problem(SHAPES["lstm"], 512, 16, 1, "bf16", H200), 4)
     assert found.forward.predicted < found.layered[0]
     assert found.faster(256, backward=True)
@@ -292,7 +292,7 @@ def test_compiles_as_one_graph(waves):
             torch.testing.assert_close(*gradients)
 
 
-def test_stacks_that_are_no_waves(monkeypatch):
+def test_stacks_that_are_no_pipelines(monkeypatch):
     """One layer, two directions, dropout between, or float32 products of two precisions: layer after layer."""
     monkeypatch.setattr(decide, "matmul_precision", lambda: "ieee")
     two = asked(hidden=16, num_layers=2, dtype=torch.bfloat16, precision="tf32")

@@ -1,4 +1,4 @@
-"""A stack as a wave on a real GPU: the bound at real sizes, equal bits from run to run, and nothing that hangs."""
+"""A layer pipeline on a real GPU: the bound at real sizes, equal bits from run to run, and nothing that hangs."""
 
 import accuracy
 import pytest
@@ -7,6 +7,7 @@ from gpu import check_bound, check_same_bits, planned_wave
 from test_gpu import PRECISION, PROTOCOLS, a_gpu, exchange, precision
 
 import persistrnn
+from persistrnn import decide
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 
@@ -25,7 +26,7 @@ STACKS = [
 
 @pytest.fixture
 def always(monkeypatch):
-    """Every stack that fits runs as a wave, whatever the model predicts."""
+    """Every stack that fits runs as one, whatever the model predicts."""
     monkeypatch.setattr("persistrnn.kernels.planner.pipeline.Pipeline.faster", lambda self, steps, backward: True)
 
 
@@ -42,7 +43,7 @@ def test_stacks_keep_the_bound(cell, dtype, asked, protocol, precision, exchange
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_wave_and_its_layers_one_by_one_agree(cell, protocol, exchange, always, monkeypatch):
+def test_a_pipeline_and_its_layers_one_by_one_agree(cell, protocol, exchange, always, monkeypatch):
     """The same stack on the other path of ours, to the dtype's rounding."""
     exchange(protocol=protocol)
     torch.manual_seed(0)
@@ -50,11 +51,11 @@ def test_a_wave_and_its_layers_one_by_one_agree(cell, protocol, exchange, always
     x = torch.randn(200, 16, 96, device="cuda", dtype=torch.bfloat16)
     before = launch.LAUNCHES.copy()
     with torch.no_grad():
-        waved, _ = layer(x)
+        together, _ = layer(x)
         assert launch.LAUNCHES - before == {"scan_forward": 1}
-        monkeypatch.setattr("persistrnn.stack._waves", lambda *arguments: False)
+        monkeypatch.setattr(decide, "runs_as_pipeline", lambda call: False)
         layered, _ = layer(x)
-    difference = (waved.float() - layered.float()).square().mean().sqrt() / layered.float().square().mean().sqrt()
+    difference = (together.float() - layered.float()).square().mean().sqrt() / layered.float().square().mean().sqrt()
     assert difference < 0.02
 
 
