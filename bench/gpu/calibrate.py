@@ -21,14 +21,14 @@ from bench import UsageError
 from bench.gpu import micro
 from bench.report.results import Provenance, Results, Timing, named
 from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.planner import hardware
 from persistrnn.kernels.planner import measurements as measurements_file
-from persistrnn.kernels.planner.hardware import DEVICES, Hardware, live
+from persistrnn.kernels.planner.hardware import DEVICES, Hardware
 from persistrnn.kernels.planner.measurements import MEASURABLE, MEASURED, Measurements, Step, measurements
 from persistrnn.kernels.planner.typed_json import read
 from persistrnn.profiling.page import Line, table, words
 
 PATHS = {"persistrnn": "persistent", "torch": "torch"}  # arm -> path of a step
-NOWHERE = Path(os.devnull)  # a folder without measurements
 
 
 def record_of(where: Provenance, named: str | None = None) -> Hardware:
@@ -37,19 +37,15 @@ def record_of(where: Provenance, named: str | None = None) -> Hardware:
     Raises:
         UsageError: it has none, or is not the one that is named.
     """
+    record = hardware._recorded(where.device, where.arch)
+    known = record if record and record.multiprocessors == where.multiprocessors else None
+    found = DEVICES[named] if named else known
     given = f"{where.device!r} ({where.arch}, {where.multiprocessors} multiprocessors)"
-    known = None
-    for record in DEVICES.values():
-        counts = record.shared, record.registers, record.l2
-        if live(where.device, where.arch, where.multiprocessors, *counts, NOWHERE).name == record.name:
-            known = record
-    if named is None and known is None:
+    if found is None:
         raise UsageError(
             f"the results are of {given}, which is no known record; allowed: {', '.join(DEVICES)}; name one of the "
             "same chip with --device, or add a record to kernels/planner/hardware.py"
         )
-    found = known if named is None else DEVICES[named]
-    assert found is not None
     alike = (found.arch, found.multiprocessors) == (where.arch, where.multiprocessors)
     if known not in (None, found) or not alike:
         raise UsageError(

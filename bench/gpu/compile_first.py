@@ -1,6 +1,6 @@
 """Compile the kernels of the first run beforehand, on all cores and without a GPU, into Triton's cache.
 
-    python -m bench.gpu.compile_first [--jobs N]      for an H200, into TRITON_CACHE_DIR or Triton's own folder
+    python -m bench.gpu.compile_first      for an H200, into TRITON_CACHE_DIR or Triton's own folder
 
 The code that will launch the kernels runs here on small CPU tensors: Triton's JIT specialises, compiles and keeps them
 under the very keys that it will ask for, and only the launch is left out. A cache of another machine serves where
@@ -9,9 +9,9 @@ Triton's library is the same file: its hash is in the keys, and differs between 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -61,7 +60,7 @@ class Driver:
 
 
 @dataclass(frozen=True)
-class Task:
+class Compilation:
     """A case and the kernel of it that is compiled; or the measurement of that name, with all of its kernels."""
 
     work: Case | tuple[str, int, int]
@@ -73,14 +72,14 @@ class Task:
         return " ".join(word for word in (what, self.kernel, self.protocol * bool(self.kernel)) if word)
 
 
-def tasks(hardware: Hardware) -> list[Task]:
+def tasks(hardware: Hardware) -> list[Compilation]:
     """In the order in which the first run needs them, equal ones once."""
-    found: list[Task] = []
+    found: list[Compilation] = []
     for case, protocol in [*((s.case, s.protocol) for s in smoke.SMOKE), *((c, "counter") for c in suites.first())]:
         kernels = ("scan_forward", "scan_backward")[: 2 if case.mode == "training" else 1]
-        found += [Task(case, kernel, protocol) for kernel in kernels]
+        found += [Compilation(case, kernel, protocol) for kernel in kernels]
     machine = Compiler(hardware)
-    found += [Task(item.key) for item in micro.items(machine) if item.name not in ("clock", "memory")]
+    found += [Compilation(item.key) for item in micro.items(machine) if item.name not in ("clock", "memory")]
     return list(dict.fromkeys(found))
 
 
@@ -108,7 +107,7 @@ def compiling(hardware: Hardware, kernel: str, protocol: str, steps: int) -> Ite
     """Inside, launches on CPU tensors compile ``kernel`` ("": all) for a device and launch nothing.
 
     Yields the seconds (of a core that does nothing else) of each compilation; what is in the cache takes none.
-    steps: T of the run that this is for; whether a stack is a wave is theirs.
+    steps: T of the run that this is for; whether a stack is a pipeline is theirs.
     """
     seconds: list[float] = []
     missed: list[bool] = []
@@ -143,7 +142,7 @@ def compiling(hardware: Hardware, kernel: str, protocol: str, steps: int) -> Ite
         driver._active = before
 
 
-def compile_task(task: Task, hardware: Hardware) -> list[float]:
+def compile_task(task: Compilation, hardware: Hardware) -> list[float]:
     """Seconds of each kernel that this compiled."""
     torch.set_num_threads(1)
     if not isinstance(task.work, Case):
@@ -162,15 +161,13 @@ def compile_task(task: Task, hardware: Hardware) -> list[float]:
     return seconds
 
 
-def fill(
-    hardware: Hardware, jobs: int, say: Callable[[str], None], chosen: Sequence[Task] | None = None
-) -> tuple[list[float], list[str]]:
-    """Compile all tasks (or the chosen ones) in processes of their own.
+def fill(hardware: Hardware, chosen: Sequence[Compilation]) -> tuple[str, list[str]]:
+    """Compile in processes of their own, as many as there are cores.
 
     Returns:
-        The seconds of each kernel that was compiled, and what went wrong.
+        How long it took, and what went wrong.
     """
-    chosen = tasks(hardware) if chosen is None else chosen
+    start, jobs = time.monotonic(), len(os.sched_getaffinity(0))
     seconds: list[float] = []
     wrong = []
     # Fresh processes: a fork of one that has threads, or a GPU, may hang.
@@ -187,42 +184,20 @@ def fill(
                 continue
             seconds += took
             if took:
-                say(f"{pending[done]}: {sum(took):.1f} s")
-    return seconds, wrong
-
-
-def summary(seconds: list[float], wall: float, jobs: int) -> str:
+                print(f"{pending[done]}: {sum(took):.1f} s", flush=True)
+    wall = f"{time.monotonic() - start:.0f} s"
     if not seconds:
-        return f"all in the cache, {wall:.0f} s"
-    each = sorted(seconds)
-    return (
-        f"{len(each)} kernels in {wall:.0f} s on {jobs} cores: {sum(each):.0f} s of one core, median "
-        f"{each[len(each) // 2]:.2f} s, longest {each[-1]:.1f} s"
-    )
+        return f"all in the cache, {wall}", wrong
+    each = f"median {statistics.median(seconds):.2f} s, longest {max(seconds):.1f} s"
+    return f"{len(seconds)} kernels in {wall} on {jobs} cores: {sum(seconds):.0f} s of one core, {each}", wrong
 
 
-def folder() -> Path:
-    return Path(triton.knobs.cache.dir)
-
-
-def size(path: Path) -> float:
-    """MiB of all files."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**20
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m bench.gpu.compile_first", description=__doc__.split("\n")[0])
-    p.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="default: one per core")
-    jobs = p.parse_args(argv).jobs
-    if jobs < 1:
-        p.error(f"--jobs must be at least 1, got {jobs}")
+def main() -> int:
     if launch.INTERPRETED:
-        p.error("TRITON_INTERPRET=1 compiles nothing: unset it")
-    start = time.monotonic()
-    seconds, wrong = fill(devices.named("h200"), jobs, lambda text: print(text, flush=True))
-    print(f"{summary(seconds, time.monotonic() - start, jobs)}; {size(folder()):.1f} MiB in {folder()}")
-    for text in wrong:
-        print(f"WRONG: {text}")
+        raise SystemExit("TRITON_INTERPRET=1 compiles nothing: unset it")
+    hardware = devices.named("h200")
+    message, wrong = fill(hardware, tasks(hardware))
+    print("\n".join([f"{message}; in {triton.knobs.cache.dir}", *(f"WRONG: {text}" for text in wrong)]))
     return 1 if wrong else 0
 
 

@@ -8,8 +8,11 @@ multiprocessors' own clocks. Every launch's results are checked: a wrong one is 
 
 from __future__ import annotations
 
-import contextlib
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +30,16 @@ from persistrnn.kernels.planner import plan
 
 KIB = 1024
 LINES_READ = 4 * KIB  # in one tile of the broadcast
+FIRST_CALL = """
+import time, torch, persistrnn
+layer = persistrnn.LSTM(1024, 1024, device="cuda", dtype=torch.bfloat16, backend="persistent")
+x = torch.randn(64, 16, 1024, device="cuda", dtype=torch.bfloat16)
+torch.cuda.synchronize()
+before = time.perf_counter()
+layer(x)[0].sum().backward()
+torch.cuda.synchronize()
+print(time.perf_counter() - before)
+"""
 LEAD = 200.0  # microseconds for which the device is kept busy while the host queues what is measured
 
 
@@ -348,65 +361,13 @@ def items(machine: Machine) -> list[Item]:
     return found
 
 
-def summary(item: Item, values: list[float], cuda: bool) -> Micro:
-    """Median and quartiles.
-
-    Raises:
-        RuntimeError: the median is not above 0, so what was timed takes no more time than it varies by.
-    """
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    if cuda and median <= 0:
-        raise RuntimeError(f"{item}: {median:.3g} {item.unit}; the times vary by more than what was to be measured")
-    low, median, high = (max(value, 0.0) for value in (low, median, high))
-    return Micro(item.name, item.programs, item.payload, median, low, high, item.unit, len(values))
-
-
-def measure(
-    add: Callable[[Micro], None],
-    done: set[tuple[str, int, int]],
-    device: torch.device,
-    progress: Callable[[str], None],
-    deadline: float | None,
-    scale: Scale | None = None,
-) -> list[str]:
-    """Measure all that this device can and that is not done yet.
-
-    Args:
-        add: takes each result as soon as there is one.
-        done: (name, programs, payload) of what is there already.
-        device: a CUDA device, or the CPU for a rehearsal in Triton's interpreter.
-        progress: takes a line per result and per skipped measurement, with the reason.
-        deadline: ``time.monotonic()`` from which on nothing new is begun; None: there is none.
-        scale: None: ``Scale()``, on the CPU ``REHEARSAL``.
-
-    Returns:
-        What the deadline left out.
-
-    Raises:
-        RuntimeError: a result is wrong, or a wait ran out.
-    """
-    if device.type != "cuda" and not launch.INTERPRETED:
-        progress("microbenchmarks skipped: they need a CUDA device, or TRITON_INTERPRET=1 for a rehearsal")
-        return []
-    left = []
-    machine = Machine(device, scale or (Scale() if device.type == "cuda" else REHEARSAL))
-    with torch.cuda.device(device) if machine.cuda else contextlib.nullcontext():
-        for item in items(machine):
-            if item.key in done:
-                continue
-            if item.skip:
-                progress(f"{item}: skipped: {item.skip}")
-            elif deadline is not None and time.monotonic() >= deadline:
-                left.append(str(item))
-            else:
-                result = measured(machine, item)
-                add(result)
-                progress(f"{item}: {result.value:.4g} {item.unit} ({result.low:.4g} to {result.high:.4g})")
-    return left
-
-
 def measured(machine: Machine, item: Item) -> Micro:
-    """Median and quartiles of one measurement, after those that do not count."""
+    """Median and quartiles of one measurement, after those that do not count.
+
+    Raises:
+        RuntimeError: a result is wrong, a wait ran out, or the median is not above 0: what was timed takes no more time
+            than it varies by.
+    """
     scale = machine.scale
     machine.lead = LEAD
     once = item.start()
@@ -415,7 +376,26 @@ def measured(machine: Machine, item: Item) -> Micro:
     while warm < scale.warmups or time.monotonic() < settled:
         once()
         warm += 1
-    return summary(item, [once() for _ in range(scale.rounds)], machine.cuda)
+    low, median, high = statistics.quantiles([once() for _ in range(scale.rounds)], n=4, method="inclusive")
+    if machine.cuda and median <= 0:
+        raise RuntimeError(f"{item}: {median:.3g} {item.unit}; the times vary by more than what was to be measured")
+    low, median, high = (max(value, 0.0) for value in (low, median, high))
+    return Micro(item.name, item.programs, item.payload, median, low, high, item.unit, scale.rounds)
+
+
+def first_call() -> Micro:
+    """Seconds of the first forward and backward in a process of its own that has nothing compiled yet.
+
+    Raises:
+        RuntimeError: it failed; what it said.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TRITON_CACHE_DIR": cache}
+        done = subprocess.run([sys.executable, "-c", FIRST_CALL], env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the first call failed with status {done.returncode}: {done.stderr[-1500:]}")
+    seconds = float(done.stdout.split()[-1])
+    return Micro("first call", 1, 0, seconds, seconds, seconds, "s", 1)
 
 
 # Constant of the plan -> its measurement, and which of several: the one with the smallest of these.

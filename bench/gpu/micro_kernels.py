@@ -33,7 +33,7 @@ def clock(before, PTX: tl.constexpr):
 
 
 @triton.jit
-def told(step, line):
+def value_of(step, line):
     """What the line holds that is put in a step: 0 to 63, exact in float16."""
     return (step * 5 + line * 3) & 63
 
@@ -48,7 +48,7 @@ def lines_at(slot, index):
 def put_lines(slot, i, first, share, step, LINES: tl.constexpr, exchange: tl.constexpr):
     """Put tile ``i`` of the ``share`` lines that begin at ``first``."""
     own = i * LINES + tl.arange(0, LINES)
-    value = told(step, first + own).to(tl.float16)[:, None] + tl.zeros((LINES, 8), tl.float16)
+    value = value_of(step, first + own).to(tl.float16)[:, None] + tl.zeros((LINES, 8), tl.float16)
     put(lines_at(slot, first + own), value, (own < share)[:, None], exchange)
 
 

@@ -1,83 +1,57 @@
-"""A pytest plugin (``-p bench.gpu.recorder``) that keeps each test's outcome in a results file as it comes in.
-
-    pytest tests/kernels/test_gpu.py -m gpu -p bench.gpu.recorder --outcomes FILE [--within MINUTES]
-
-What is green in the file is not run again, what is not comes last: a test that hangs keeps none from its turn. The
-test that is running stands in FILE.running, so that whoever has to kill a hanging process knows where it hung.
-"""
+"""A pytest plugin (``-p bench.gpu.recorder --task FILE``) that runs tests as the items of a step: each outcome is in
+the journal as it comes in, and what is done is not run again. The most telling tests come first."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bench.report import results
-from bench.report.results import Results, Stress
+from bench.gpu import journal
+from bench.report.results import Stress
 
-
-def running(path: Path) -> Path:
-    """Where the name of the test that is running stands."""
-    return path.with_suffix(".running")
-
-
-def outcomes(found: Results) -> dict[str, bool]:
-    """Whether what ran is green, by name; the last time counts, and of a test that includes its teardown."""
-    return {entry.name: entry.ok for entry in found.stress}
+# What the names of the most telling tests contain, the first of them first.
+TELLING = (
+    "test_results_do_not_change", "test_many_slices", "test_a_wait_that_runs_out", "test_nan_and_inf",
+    "test_two_dimensions", "test_stacks_keep", "test_cuts_keep", "test_the_host_never_waits", "test_two_streams",
+    "test_only_a_new_class", "test_resets_cost", "test_streamed",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--outcomes", type=Path, required=True, help="a results file, which must exist")
-    parser.addoption("--within", type=float, help="begin no test after so many minutes")
-    parser.addoption("--telling", nargs="+", default=[], help="tests whose names contain one of these come first")
-    parser.addoption("--collected", type=Path, help="a file for the names of all tests that there are")
+    parser.addoption("--task", type=Path, required=True, help="what this process is asked (`bench.gpu.journal`)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    try:
-        plugin = Outcomes(config.getoption("--outcomes"), config.getoption("--within"))
-    except (OSError, ValueError) as error:
-        raise pytest.UsageError(f"--outcomes must be a results file, as `make gpu` writes it: {error}") from error
-    config.pluginmanager.register(plugin)
+    config.pluginmanager.register(Recorder(journal.load(config.getoption("--task"))))
 
 
-class Outcomes:
-    def __init__(self, path: Path, minutes: float | None) -> None:
-        self.path = path
-        self.results: Results = results.load(path)
-        self.before = outcomes(self.results)
-        self.green: list[pytest.Item] = []
-        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+class Recorder:
+    def __init__(self, task: journal.Task) -> None:
+        self.task = task
+        self.left: list[str] = []
+        self.some_done = False
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        if (collected := config.getoption("--collected")) is not None:
-            collected.write_text("\n".join(item.nodeid for item in items))
-        telling = config.getoption("--telling")
+        def turn(item: pytest.Item) -> int:
+            return next((i for i, name in enumerate(TELLING) if name in item.nodeid), len(TELLING))
 
-        def turn(item: pytest.Item) -> tuple[bool, int]:
-            rank = next((i for i, name in enumerate(telling) if name in item.nodeid), len(telling))
-            return item.nodeid in self.before, rank
-
-        self.green = [item for item in items if self.before.get(item.nodeid)]
-        config.hook.pytest_deselected(items=self.green)
-        items[:] = sorted((item for item in items if not self.before.get(item.nodeid)), key=turn)
-
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.green:
-            session.exitstatus = pytest.ExitCode.OK  # all that there is was green before
+        done = [item for item in items if self.task.name(item.nodeid) in self.task.done]
+        config.hook.pytest_deselected(items=done)
+        self.some_done = bool(done)
+        items[:] = sorted((item for item in items if item not in done), key=turn)
+        self.left = [self.task.name(item.nodeid) for item in items]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        running(self.path).write_text(item.nodeid)
+        self.task.mark(self.left[0], self.left[1:])
         result = yield
-        running(self.path).unlink()
+        self.left = self.left[1:]
+        self.task.mark("", self.left)
+        if self.left and self.task.late():
+            item.session.shouldstop = "out of time; the next run goes on here"
         return result
-
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            pytest.skip("out of time; the next run goes on here")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A call's outcome, and what went wrong before or after it."""
@@ -85,5 +59,14 @@ class Outcomes:
             return
         crash = getattr(report.longrepr, "reprcrash", None)
         message = "" if report.passed else str(crash.message if crash else report.longreprtext)[:500]
-        self.results.add(Stress(report.nodeid, report.passed, report.duration, message))
-        self.results.save(self.path)
+        self.task.add(Stress(self.task.name(report.nodeid), report.passed, report.duration, message))
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """What is red stands in the journal, what is left in its file; all else is an error of pytest's."""
+        known = {
+            pytest.ExitCode.TESTS_FAILED: True,
+            pytest.ExitCode.NO_TESTS_COLLECTED: self.some_done,
+            pytest.ExitCode.INTERRUPTED: bool(session.shouldstop),
+        }
+        if known.get(exitstatus):  # type: ignore[call-overload]
+            session.exitstatus = pytest.ExitCode.OK

@@ -15,7 +15,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.race.correctness import Truth
 from bench.race.engine import Race, expectation
 from bench.report.results import Case
 from persistrnn.kernels import launch
@@ -59,7 +58,7 @@ SMOKE = (
     Smoke("two directions", _case("gru", "training", 256, dtype="bf16", bidirectional=True)),
     Smoke("lengths", _case("lstm", "training", 256, dtype="bf16", marks="lengths")),
     Smoke("resets", _case("gru", "training", 256, dtype="bf16", marks="resets")),
-    Smoke("a stack in one launch", _case("lstm", "training", 256, steps=64, dtype="bf16", layers=4), wanted="wave"),
+    Smoke("a stack in one launch", _case("lstm", "training", 256, steps=64, dtype="bf16", layers=4), wanted="pipeline"),
 )
 # Nothing else can be right where one of these is wrong.
 FIRST = tuple(smoke.name for smoke in SMOKE[:2])
@@ -158,67 +157,51 @@ def vary(name: str, smoke: Smoke, device: torch.device) -> str:
 
 def observe(case: Case, device: torch.device) -> list[str]:
     """Run one layer as the operators do, on buffers full of the reserved NaN, and say what is wrong; empty if nothing
-    is: the error word, which programs did not put their part and of which step, where the first wrong numbers are."""
-    truth, cell = Truth(case, device), CELLS[case.cell]
-    x = truth.x.unsqueeze(2)
+    is: the error word, which programs did not put their part and of which step, then how far the numbers are off."""
+    race, cell = Race(case, device), CELLS[case.cell]
+    truth, asked = race.truth, "tf32" if case.dtype == "tf32" else "ieee"
+    x, dy = truth.x.unsqueeze(2), truth.dy.unsqueeze(2)
     weights = Weights(*(truth.parameters[f"{name}_l0"][None].to(x) for name in ("weight_hh", "bias_hh")))
     states = [x.new_zeros(1, case.batch, case.hidden)] * cell.states
-    training, asked = case.mode == "training", "tf32" if case.dtype == "tf32" else "ieee"
     plan = launch.choose(cell, case.hidden, case.batch, 1, x.dtype, asked, device)
     with mock.patch.object(launch, "flag", _fill):
-        kept = launch.forward(cell, x, weights, states, asked, save=training)
-        y = kept.states[0][0, 1:-1, :, 0]
-        seen = _said(device, "forward") + _missing("forward", y, plan.forward, case.hidden)
-        if not seen:
-            seen = _wrong("y", y, truth.true["y"], truth.witness["y"])
-        if training and not seen:
-            dy = truth.dy.unsqueeze(2)
+        kept = launch.forward(cell, x, weights, states, asked, save=case.mode == "training")
+        seen = _gave_up("forward", device) + _missing("forward", kept.states[0][0, 1:-1, :, 0], plan.forward)
+        if case.mode == "training" and not seen:
             found = launch.backward(cell, [dy], states, weights.weight_hh, None, kept, asked)
-            gates = found.dr_gates[0, :, :, 0].unflatten(-1, (cell.gates, case.hidden)).flip(0)
-            seen = _said(device, "backward")
-            seen += _missing("backward, steps from the end,", gates.flatten(1, 2), plan.backward, case.hidden)
-    if not seen and training:
-        race = Race(case, device)
+            gates = found.dr_gates[0, :, :, 0].unflatten(-1, (cell.gates, case.hidden)).flip(0).flatten(1, 2)
+            seen = _gave_up("backward", device) + _missing("backward, steps from the end,", gates, plan.backward)
+    if not seen:
         check = race.check("persistrnn", race.runner("persistrnn"))
         seen = [] if check.ok else [check.message]
     return seen
 
 
 def _fill(buffer: Tensor, part: Pass, exchange: Exchange) -> None:
-    buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(-1)
+    _bits(buffer).fill_(-1)
 
 
-def _said(device: torch.device, which: str) -> list[str]:
+def _bits(buffer: Tensor) -> Tensor:
+    return buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32)
+
+
+def _gave_up(which: str, device: torch.device) -> list[str]:
     """What the error word says, which is then taken back."""
     synchronize(device)
-    told = [f"{which}: error word {int(word[0])} (a wait ran out)" for word in launch._errors.values() if word[0]]
+    seen = [f"{which}: error word {int(word[0])} (a wait ran out)" for word in launch._errors.values() if word[0]]
     for word in launch._errors.values():
         word.zero_()
-    return told
+    return seen
 
 
-def _missing(which: str, found: Tensor, part: Pass, hidden: int) -> list[str]:
+def _missing(which: str, found: Tensor, part: Pass) -> list[str]:
     """Which programs never put their units of which step. found: [T, rows, H], buffers as ``_fill`` left them."""
-    bits = found.contiguous().view(torch.int16 if found.element_size() == 2 else torch.int32)
-    absent = (bits == -1).any(1)  # [T, H]
+    absent = (_bits(found.contiguous()) == -1).any(1)  # [T, H]
     if not absent.any():
         return []
     step = int(absent.any(1).nonzero()[0])
     t = part.tiling
     columns = sorted({int(unit) // t.units for unit in absent[step].nonzero().flatten()})
-    programs = f"columns {columns} of {-(-hidden // t.units)} ({t.slices} programs, R={t.rows})"
-    return [
-        f"{which}: step {step} was not put by {programs}; {int(absent.any(1).sum())} steps of {len(bits)} lack some"
-    ]
-
-
-def _wrong(name: str, found: Tensor, true: Tensor, witness: Tensor) -> list[str]:
-    """Where a tensor [T, B, H] first leaves the truth by far more than the witness does."""
-    error = (found.double() - true).abs().nan_to_num(torch.inf)
-    allowed = 8 * float((witness - true).abs().max()) + 1e-6
-    where = (error > allowed).nonzero()
-    if not len(where):
-        return []
-    t, b, unit = (int(i) for i in where[0])
-    values = f"{float(found[t, b, unit]):.6g} instead of {float(true[t, b, unit]):.6g}"
-    return [f"{name}: {len(where)} of {found.numel()} wrong, the first at t={t}, row {b}, unit {unit}: {values}"]
+    programs = f"columns {columns} of {-(-found.shape[-1] // t.units)} ({t.slices} programs, R={t.rows})"
+    lack = f"{int(absent.any(1).sum())} steps of {len(found)} lack some"
+    return [f"{which}: step {step} was not put by {programs}; {lack}"]

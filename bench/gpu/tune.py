@@ -6,9 +6,9 @@ What comes out says whether the cost model ranks rightly, and where it does not.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -65,34 +65,34 @@ def words(choice: Choice) -> str:
     )
 
 
-def tune(add: Callable[[Tuning], None], done: set[tuple[str, bool, str]], device: torch.device,
-         progress: Callable[[str], None], deadline: float | None) -> list[str]:  # fmt: skip
-    """Run what is not in ``done`` (case key, backward, words) until the deadline; names what was not reached.
+def items(device: torch.device) -> Iterator[tuple[str, Callable[[], Tuning]]]:
+    """Names of what there is to run, and what runs it; the names tell choices apart."""
+    hardware, kept = launch.hardware(device), []  # of the present case
+
+    def take(case: Case, backward: bool, part: planning.Pass, planned: bool) -> Tuning:
+        if not kept or kept[0].case != case:
+            kept[:] = [Race(case, device)]
+        return Tuning(case, backward, words(part.choice), planned, part.predicted, run(kept[0], part, backward))
+
+    for case in cases():
+        for backward in (False, True):
+            parts = ranked(case, backward, hardware)
+            for part in parts:
+                name = f"{case.key} {'backward' if backward else 'forward'} {words(part.choice)}"
+                yield name, partial(take, case, backward, part, part is parts[0])
+
+
+def counted(case: Case, hardware: Hardware) -> str:
+    forward, backward = (len(ranked(case, backward, hardware)) for backward in (False, True))
+    return f"{forward} choices forward, {backward} backward"
+
+
+def run(race: Race, part: planning.Pass, backward: bool) -> float:
+    """Microseconds per step of one pass with a forced choice, checked first.
 
     Raises:
-        AssertionError: a choice computes something wrong.
+        AssertionError: the choice computes something wrong.
     """
-    left = []
-    for case in cases():
-        race: Race | None = None
-        for backward in (False, True):
-            parts = ranked(case, backward, launch.hardware(device))
-            for part in parts:
-                name = words(part.choice)
-                if (case.key, backward, name) in done:
-                    continue
-                if deadline is not None and time.monotonic() >= deadline:
-                    left.append(f"{case.key} {'backward' if backward else 'forward'} {name}")
-                    continue
-                race = race or Race(case, device)
-                microseconds = run(race, part, backward, device)
-                add(Tuning(case, backward, name, part is parts[0], part.predicted, microseconds))
-                progress(f"{case.key} {'backward' if backward else 'forward'} {name}: {microseconds:.2f} us per step")
-    return left
-
-
-def run(race: Race, part: planning.Pass, backward: bool, device: torch.device) -> float:
-    """Microseconds per step of one pass with a forced choice, checked first."""
     planned, case = launch.choose, race.case
 
     def choose(*arguments: Any) -> planning.Plan:
@@ -103,10 +103,10 @@ def run(race: Race, part: planning.Pass, backward: bool, device: torch.device) -
         check = race.check("persistrnn", race.runner("persistrnn"))
         if not check.ok:
             raise AssertionError(f"{case.key} with {words(part.choice)}: {check.message}")
-        clock, call = timing.EventClock(), scan(race, backward)
+        call = scan(race, backward)
         call()
-        calls = timing.per_round(timing.seconds_of(call, clock))
-        seconds = statistics.median(timing.seconds_of(call, clock, calls) for _ in range(ROUNDS))
+        calls = timing.per_round(timing.seconds_of_rounds(call, 1, 1)[0])
+        seconds = statistics.median(timing.seconds_of_rounds(call, ROUNDS, calls))
     return seconds * 1e6 / case.steps
 
 

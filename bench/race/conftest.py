@@ -1,24 +1,22 @@
-"""Options of the suites, and the file that a run writes."""
+"""Options of the suites, and how an arm is raced in them: checked, then timed by pytest-benchmark."""
 
 from __future__ import annotations
 
-import functools
 import os
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import asdict
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from bench import UsageError
 from bench.race import suites
 from bench.race.arithmetic import bytes_moved
 from bench.race.arms import Skip
-from bench.race.engine import REHEARSED, Race, skipped
-from bench.report import provenance, results
-from bench.report.results import ARMS, DTYPES, Case, Check, Results, Timing
+from bench.race.engine import REHEARSED, Race
+from bench.report.provenance import provenance
+from bench.report.results import ARMS, DTYPES, Case, Timing
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -29,8 +27,6 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     group.addoption("--suite", nargs="+", default=list(suites.SUITES), help=f"of {', '.join(suites.SUITES)}")
     group.addoption("--dtype", nargs="+", default=["bf16", "fp16", "tf32", "fp32"], help=f"of {', '.join(DTYPES)}")
     group.addoption("--arm", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}")
-    group.addoption("--output", type=Path, help="keep what is measured in this file; what is in it is not repeated")
-    group.addoption("--minutes", type=float, help="begin nothing after so many minutes")
     group.addoption("--rehearse", action="store_true", help="in Triton's interpreter, in small, without speeds")
     if not pluginmanager.hasplugin("timeout"):  # as on a GPU machine without a package index
         parser.addini("timeout", "of pytest-timeout, which is not installed here")
@@ -56,85 +52,47 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         )
 
 
-class Recorder:
-    """The results of this run, saved after every entry, and whether there is time for more."""
-
-    def __init__(self, path: Path | None, minutes: float | None, device: torch.device) -> None:
-        self.path, self.device = path, device
-        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        self.results = Results(provenance.provenance(device))
-        if path is not None and path.exists():
-            now, self.results = self.results.provenance, results.load(path)
-            provenance.refuse_another(path, self.results.provenance, now)
-        self._race: Race | None = None
-
-    def race(self, case: Case) -> Race:
-        """The case's inputs and truth, kept while the arms take their turns."""
-        if self._race is None or self._race.case != case:
-            self._race = None  # its memory first
-            self._race = Race(case, self.device)
-        return self._race
-
-    def add(self, entry: Check | Timing) -> None:
-        self.results.add(entry)
-        if self.path is not None:
-            self.results.save(self.path)
-
-    def skip(self, case: Case, arm: str, reason: str) -> NoReturn:
-        self.add(skipped(case, arm, reason, self.device))
-        pytest.skip(reason)
-
-
-@pytest.fixture(scope="session")
-def recorder(request: pytest.FixtureRequest) -> Recorder:
-    return opened(request.config.getoption)
-
-
-def opened(option: Callable[[str], Any]) -> Recorder:
-    """The recorder that the options ask for, or the end of the session."""
-    if option("--rehearse"):
-        device = torch.device("cpu")
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            _end("--rehearse runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1")
+def device_of(config: pytest.Config) -> torch.device:
+    """The device that is raced on, or the end of the session: each of some thousand tests would say the same."""
+    if config.getoption("--rehearse"):
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return torch.device("cpu")
+        message = "--rehearse runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1"
     elif torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cuda", torch.cuda.current_device())
     else:
-        _end(
+        message = (
             "these suites need a CUDA device, torch sees none; without one leave out `-m gpu`, for what a CPU can "
             "measure, or add --rehearse and set TRITON_INTERPRET=1"
         )
-    try:
-        return Recorder(option("--output"), option("--minutes"), device)
-    except (UsageError, ValueError, OSError) as error:
-        _end(f"--output: {error}")
-
-
-def _end(message: str) -> NoReturn:
-    """Each of some thousand tests would say the same."""
     pytest.exit(message, returncode=pytest.ExitCode.USAGE_ERROR)
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-benchmark
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: object, output_json: dict[str, Any]) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    output_json["provenance"] = asdict(provenance(device))
+
+
+# The truth of a case is computed once, and gone before that of the next.
+race_of = lru_cache(maxsize=1)(Race)
+
+
 @pytest.fixture
-def compete(recorder: Recorder) -> Callable[[BenchmarkFixture, Case, str], None]:
-    """compete(benchmark, case, arm): check, then time, then keep."""
-    return functools.partial(run, recorder)
+def compete(request: pytest.FixtureRequest) -> Callable[[BenchmarkFixture, Case, str], None]:
+    """compete(benchmark, case, arm): check, then time."""
+    device = device_of(request.config)
+    return lambda benchmark, case, arm: run(benchmark, race_of(case, device), arm)
 
 
-def run(recorder: Recorder, benchmark: BenchmarkFixture, case: Case, arm: str) -> None:
-    if recorder.results.timing(case, arm) is not None:
-        pytest.skip("measured before in this results file")
-    if recorder.deadline is not None and time.monotonic() >= recorder.deadline:
-        pytest.skip("out of time; the next run with the same --output goes on here")
-    race = recorder.race(case)
+def run(benchmark: BenchmarkFixture, race: Race, arm: str) -> None:
     try:
         runner = race.runner(arm)
     except Skip as reason:
-        recorder.skip(case, arm, str(reason))
+        pytest.skip(str(reason))
     check = race.check(arm, runner)
-    recorder.add(check)
     if not check.ok:
-        recorder.add(skipped(case, arm, f"wrong: {check.message}", recorder.device))
-        pytest.fail(f"{arm} is wrong on {case.key}: {check.message}")
+        pytest.fail(f"{arm} is wrong on {race.case.key}: {check.message}")
 
     def timer(call: Callable[[], object], rounds: int, calls: int) -> list[float]:
         benchmark.pedantic(call, rounds=rounds, iterations=calls)
@@ -142,11 +100,9 @@ def run(recorder: Recorder, benchmark: BenchmarkFixture, case: Case, arm: str) -
             pytest.fail("pytest-benchmark takes no times here; run with --benchmark-only, and without -n")
         return list(benchmark.stats.stats.data)  # per call, not per round
 
-    timing = race.time(arm, runner, timer)
-    keep(benchmark, timing)
-    if recorder.device.type == "cpu":
-        recorder.skip(case, arm, REHEARSED)
-    recorder.add(timing)
+    keep(benchmark, race.time(arm, runner, timer))
+    if race.device.type == "cpu":
+        pytest.skip(REHEARSED)
 
 
 def keep(benchmark: BenchmarkFixture, timing: Timing) -> None:

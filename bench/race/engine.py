@@ -45,10 +45,10 @@ def expectation(case: Case, device: torch.device | Hardware) -> tuple[float, flo
     except PlanError as error:
         return 0.0, 0.0, str(error)
     passes, times, how = [found.forward, found.backward], float(case.layers), ""
-    together, training = _wave(case, hardware), case.mode == "training"
+    together, training = _pipeline(case, hardware), case.mode == "training"
     if together is not None and together.faster(case.steps, training):
         # All layers are at work at the same time: no step is shorter than that of one.
-        passes, times, how = [together.forward, together.backward], 1.0, f"wave of {case.layers} layers: "
+        passes, times, how = [together.forward, together.backward], 1.0, f"pipeline of {case.layers} layers: "
     passes = passes if training else passes[:1]
     predicted = times * sum(part.predicted for part in passes)
     if how and together is not None:
@@ -56,7 +56,7 @@ def expectation(case: Case, device: torch.device | Hardware) -> tuple[float, flo
     return predicted, times * found.floor * len(passes), how + "; ".join(map(words, passes))
 
 
-def _wave(case: Case, hardware: Hardware) -> Pipeline | None:
+def _pipeline(case: Case, hardware: Hardware) -> Pipeline | None:
     if case.layers == 1 or case.bidirectional or hardware is INTERPRETER:
         return None
     return plan_pipeline(Problem(CELLS[case.cell], case.hidden, case.batch, 1, case.dtype, hardware), case.layers)
@@ -116,7 +116,7 @@ class Race:
 
         return timing.rotated(training, [x.requires_grad_() for x in xs])
 
-    def time(self, arm: str, runner: Runner, timer: Timer) -> Timing:
+    def time(self, arm: str, runner: Runner, timer: Timer = timing.seconds_of_rounds) -> Timing:
         """Median and quartiles of a call, and the device memory that it takes."""
         call, clock = self.call(runner), timing.EventClock()
         call()  # compiles

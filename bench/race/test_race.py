@@ -1,8 +1,9 @@
 """The race on a GPU: every arm on every case of the suites, checked against float64 before it is timed.
 
-    pytest bench/race -m gpu --benchmark-only --suite deepbench --dtype bf16 --output results.json
+    pytest bench/race -m gpu --benchmark-only --suite deepbench --dtype bf16 --benchmark-json FILE
 
-``bench/race/suites.py`` has the cases; each suite is forward only or forward and backward as its cases say.
+``bench/race/suites.py`` has the cases; each suite is forward only or forward and backward as its cases say. A results
+file that is resumed comes from `make gpu ARGS=race`.
 """
 
 from __future__ import annotations

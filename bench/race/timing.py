@@ -50,6 +50,12 @@ def seconds_of(call: Callable[[], object], clock: Callable[[], float], calls: in
     return (clock() - start) / calls
 
 
+def seconds_of_rounds(call: Callable[[], object], rounds: int, calls: int) -> list[float]:
+    """Seconds of one call, of each of so many rounds of ``calls`` calls."""
+    clock = EventClock()
+    return [seconds_of(call, clock, calls) for _ in range(rounds)]
+
+
 def per_round(seconds: float) -> int:
     """Calls per round."""
     return min(MOST_PER_ROUND, max(1, math.ceil(ROUND / max(seconds, 1e-9))))

@@ -2,13 +2,15 @@
 
 Times are for a GPU to tell; all else is rehearsed here."""
 
-import inspect
+import contextlib
+import itertools
 import re
 import subprocess
+import sys
 import tempfile
-import time
 import types
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grid
@@ -16,10 +18,9 @@ import pytest
 import torch
 import triton
 from grid import Delays, concurrent_grid
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from bench.gpu import micro, micro_kernels
+from bench.gpu import compile_first, micro, micro_kernels
+from bench.gpu.compile_first import Compiler, Driver, JITFunction, compiling
 from bench.gpu.micro import REHEARSAL, Item, Machine, Scale
 from bench.report.results import Micro
 from persistrnn.kernels.inspect import audit
@@ -28,6 +29,7 @@ from persistrnn.kernels.planner import hardware, measurements
 
 CPU = torch.device("cpu")
 PROTOCOLS = ("counter", "flags")
+DRIVERS = itertools.count(1000)
 
 
 def quick(**changed: Any) -> Machine:
@@ -197,32 +199,17 @@ def test_counted_steps_are_checked(monkeypatch):
 
 
 @pytest.mark.interpreter
-def test_rehearsal_measures_everything_once():
-    found: list[Micro] = []
-    said: list[str] = []
+def test_every_measurement_runs():
+    machine = Machine(CPU, REHEARSAL)
+    items = {item.key: item for item in micro.items(machine)}
+    assert [item.skip for item in items.values() if item.skip] == ["132 programs on 4 multiprocessors"] * 4
     with concurrent_grid():
-        assert micro.measure(found.append, set(), CPU, said.append, None) == []
-    skipped = [line for line in said if "skipped" in line]
-    assert len(skipped) == 4
-    assert all(line.endswith("132 programs on 4 multiprocessors") for line in skipped)
-    keys = [(m.name, m.programs, m.payload) for m in found]
-    assert keys == [item.key for item in micro.items(Machine(CPU, REHEARSAL)) if not item.skip]
-    assert len(keys) == len(set(keys)) == 16
-    assert {m.name for m in found} == {
-        "clock", "exchange counter", "exchange flags", "l2", "shared", "barrier", "launch", "launch cooperative",
-        "memory",
-    }  # fmt: skip
+        found = [micro.measured(machine, item) for item in items.values() if not item.skip]
+    assert len(found) == 16
     assert all(m.rounds == REHEARSAL.rounds and 0 <= m.low <= m.value <= m.high for m in found)
     # 2 blocks of 64 KiB in two turns, and of one step's weights and operand, in the 64 cycles of the clock's stand-in.
     assert {m.value for m in found if m.name == "l2"} == {REHEARSAL.read / 64}
     assert {m.value for m in found if m.name == "shared"} == {REHEARSAL.steps * (64 + 8) * 128 * 2 / 64}
-
-    # What is done is not done again, and what the deadline leaves out is named.
-    again: list[Micro] = []
-    left = micro.measure(again.append, set(keys[:-2]), CPU, said.append, time.monotonic())
-    assert (again, left) == ([], ["launch cooperative, 4 programs, 0 bytes", "memory, 4 programs, 4,096 bytes"])
-    assert micro.measure(again.append, set(keys[:-1]), CPU, said.append, time.monotonic() + 600) == []
-    assert [m.name for m in again] == ["memory"]
 
 
 # ---- compiled, for a GPU that is not there --------------------------------------------------------------------------
@@ -230,90 +217,39 @@ def test_rehearsal_measures_everything_once():
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as it would be made: the kernel, its arguments by name, the grid, the options."""
+    """One launch as it would be made: the kernel, its arguments and options by name, the grid."""
 
     kernel: Any
-    arguments: dict[str, Any]
+    given: dict[str, Any]
     programs: int
-    options: dict[str, Any]
-
-    def compile(self, arch: str) -> Any:
-        kinds = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
-        names = self.kernel.arg_names
-        values = [self.arguments[name] for name in names]
-        constant = [name for name, parameter in zip(names, self.kernel.params, strict=True) if parameter.is_constexpr]
-        signature = {
-            name: "constexpr" if name in constant else kinds[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-            for name, value in zip(names, values, strict=True)
-        }
-        aligned = {(i,): audit.ALIGNED for i, name in enumerate(names) if signature[name].startswith("*")}
-        source = ASTSource(
-            self.kernel, signature, {(names.index(name),): self.arguments[name] for name in constant}, aligned
-        )
-        return triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32), options=self.options)
-
-    def identity(self) -> str:
-        constexprs = {k: v for k, v in self.arguments.items() if not isinstance(v, torch.Tensor | int) or k.isupper()}
-        return f"{self.kernel.__name__} {constexprs} {self.options}"
-
-
-class Recorded(Exception):
-    """Ends a launch that has been seen."""
 
 
 @pytest.fixture
-def launch_of(monkeypatch: pytest.MonkeyPatch):
-    """launch_of(item): the launch that an item makes; no kernel runs."""
+def launch_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """launch_of(item, device): the launch that is measured, compiled for a device, or the spin ahead of it; nothing
+    runs."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(Driver, "get_current_device", lambda self: next(DRIVERS))  # none has a kernel in memory
+    seen: list[Launch] = []
+    run = JITFunction.run
 
-    class Recorder:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
+    def watched(self: Any, *positional: Any, grid: Any, **named: Any) -> None:
+        kernel = run(self, *positional, grid=grid, **named)
+        seen.append(Launch(kernel, dict(zip(self.arg_names, positional, strict=False)) | named, grid[0]))
 
-        def __getitem__(self, programs: tuple[int]) -> Any:
-            def call(*positional: Any, **named: Any) -> None:
-                options = {k: v for k, v in named.items() if k not in self.kernel.arg_names}
-                arguments = dict(zip(self.kernel.arg_names, positional, strict=False))
-                arguments |= {k: v for k, v in named.items() if k in self.kernel.arg_names}
-                assert arguments.keys() == set(self.kernel.arg_names)
-                raise Recorded(Launch(self.kernel, arguments, programs[0], options))
+    monkeypatch.setattr(JITFunction, "run", watched)
 
-            return call
-
-    for name in ("exchange_rounds", "read_again", "sweep_shared", "barriers", "spin", "touch"):
-        monkeypatch.setattr(micro_kernels, name, Recorder(getattr(micro_kernels, name)))
-
-    def record(item: Item) -> Launch:
-        with pytest.raises(Recorded) as caught:
+    def made(item: Item, device: str, spin: bool = False) -> Launch:
+        # Of a rate there is nothing in no cycles.
+        with compiling(hardware.DEVICES[device], "", "counter", 1), contextlib.suppress(ZeroDivisionError):
             item.start()()
-        return caught.value.args[0]
+        return next(one for one in reversed(seen) if (one.kernel.metadata.name == "spin") == spin)
 
-    return record
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch):
-    """gpu(name): a machine like the one of that name, as far as it goes without one."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 << 30, 140 << 30))
-    monkeypatch.setattr(Machine, "error_word", lambda machine: torch.zeros(1, dtype=torch.int32))
-    monkeypatch.setattr(Machine, "time", lambda machine, prepare, work: (prepare(), work())[1])
-
-    def make(name: str, scale: Scale = Scale()) -> Machine:  # noqa: B008
-        machine = Machine(CPU, scale)
-        machine.hardware, machine.cuda = hardware.DEVICES[name], True
-        machine.multiprocessors = machine.hardware.multiprocessors
-        return machine
-
-    return make
+    return made
 
 
-def compiled_items(machine: Machine, launch_of: Any) -> dict[Item, Launch]:
-    """Each kernel once."""
-    found: dict[str, tuple[Item, Launch]] = {}
-    for item in micro.items(machine):
-        if not item.skip and item.name != "memory":
-            made = launch_of(item)
-            found.setdefault(made.identity(), (item, made))
-    return dict(found.values())
+def items_of(device: str) -> list[Item]:
+    return [item for item in micro.items(Compiler(hardware.DEVICES[device])) if item.name not in ("clock", "memory")]
 
 
 def disassembly(compiled: Any) -> list[tuple[int, str]]:
@@ -343,42 +279,37 @@ def count(instructions: list[str], pattern: str) -> int:
 
 
 @pytest.mark.audit
-@pytest.mark.parametrize(("arch", "name"), [("sm_80", "a100"), ("sm_90", "h200")])
-def test_every_kernel_compiles_without_spills(gpu, launch_of, arch, name):
-    machine = gpu(name)
-    found = compiled_items(machine, launch_of)
-    assert {item.name for item in found} == {item.name for item in micro.items(machine)} - {"memory"}
-    for item, made in list(found.items())[:: 1 if arch == "sm_90" else 3]:
-        compiled = made.compile(arch)
-        registers, sass = audit.disassemble(compiled.asm["cubin"])
+@pytest.mark.parametrize(("device", "every"), [("a100", 7), ("h200", 3)])
+def test_kernels_compile_without_spills(launch_of, device, every):
+    record, items = hardware.DEVICES[device], [item for item in items_of(device) if not item.skip]
+    for item in items[::every]:
+        made = launch_of(item, device)
+        registers, sass = audit.disassemble(made.kernel.asm["cubin"])
         assert not [text for text in sass if text.startswith(("LDL", "STL"))], item
-        assert compiled.metadata.shared <= machine.hardware.shared, item
-        assert registers * 32 * made.options["num_warps"] <= machine.hardware.registers, item
+        assert made.kernel.metadata.shared <= record.shared, item
+        assert registers * 32 * made.given["num_warps"] <= record.registers, item
         # Programs that wait for one another must be resident together: a grid too large is then an error, not a hang.
-        assert made.options["launch_cooperative_grid"] == item.name.startswith(("exchange", "launch coop")), item
+        assert made.given["launch_cooperative_grid"] == item.name.startswith(("exchange", "launch coop")), item
         assert made.programs == item.programs
 
 
 @pytest.mark.audit
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_exchange_is_the_librarys_and_all_of_it_is_in_the_loop(gpu, launch_of, protocol):
-    machine = gpu("h200")
-    item = next(i for i in micro.items(machine) if i.key == (f"exchange {protocol}", 132, 64 * 1024))
-    made = launch_of(item)
-    share = made.arguments["share"]
-    assert 132 * share * 16 >= 64 * 1024 > 132 * (share - 1) * 16
-    assert made.arguments["buffer"].numel() == machine.scale.exchanges * 132 * share * 8, "a slot per step"
-    compiled = made.compile("sm_90")
-    body = max(loops(disassembly(compiled)), key=len)
-    tiles = -(-132 * share // 256)
-    assert tiles == made.arguments["GETS"] == 17
+def test_exchange_is_the_librarys_and_all_of_it_is_in_the_loop(launch_of, protocol):
+    item = next(i for i in items_of("h200") if i.key == (f"exchange {protocol}", 128, 64 * 1024))
+    made = launch_of(item, "h200")
+    assert made.given["share"] * 128 * 16 == 64 * 1024
+    assert made.given["buffer"].numel() == compile_first.STEPS * 64 * 1024 // 2, "a slot per step"
+    body = max(loops(disassembly(made.kernel)), key=len)
+    tiles = made.given["GETS"]
+    assert tiles == 16
     # Past L1, 16 bytes per thread and tile; flags are one element each, loaded once and again until they are there.
     if protocol == "counter":
         assert count(body, r"LDG\.E\.128\.STRONG\.") == tiles
-        assert count(body, r"STG\.E\.128 ") == made.arguments["PUTS"] == 1
+        assert count(body, r"STG\.E\.128 ") == made.given["PUTS"] == 1
     else:
         assert count(body, r"LDG\.E\.U16\.STRONG\.GPU") == 8 * 2, "of one tile: a loop inside has all"
-        assert count(body, r"STG\.E\.U16\.STRONG\.GPU") == made.arguments["PUTS"] * 8 == 8
+        assert count(body, r"STG\.E\.U16\.STRONG\.GPU") == made.given["PUTS"] * 8 == 8
     assert count(body, r"RED[GS]?\.E\.ADD\.STRONG\.GPU") == (protocol == "counter")
     assert count(body, r"LDG\.E\.STRONG\.GPU") == (protocol == "counter")
     # Before the announcement of the next step, what was got decides about a store; each must have arrived by then.
@@ -390,29 +321,32 @@ def test_exchange_is_the_librarys_and_all_of_it_is_in_the_loop(gpu, launch_of, p
 
 
 @pytest.mark.audit
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_broadcast_is_read_in_each_turn(gpu, launch_of, arch):
-    machine = gpu("h200")
-    item = next(i for i in micro.items(machine) if i.name == "l2")
-    made = launch_of(item)
-    inner, outer = loops(disassembly(made.compile(arch)))
-    # 64 KiB per program and block, 16 bytes per thread at a time, past L1.
-    assert count(inner, r"LDG\.E\.128\.STRONG\.GPU") == 64 * 1024 // (16 * 32 * made.options["num_warps"])
-    assert count(outer, "LDG") == count(inner, "LDG"), "and nothing else"
-    assert made.arguments["turns"] * 64 * 1024 * made.arguments["blocks"] == machine.scale.read
+@pytest.mark.parametrize("device", ["a100", "h200"])
+def test_what_is_timed_is_in_the_loops(launch_of, device):
+    """Reads of L2 past L1, barriers, and the spin's clock: in their loops, and nothing else."""
+    items = {item.name: item for item in items_of(device)}
+    l2 = launch_of(items["l2"], device)
+    inner, outer = loops(disassembly(l2.kernel))
+    # 64 KiB per program and block, 16 bytes per thread at a time.
+    assert count(inner, r"LDG\.E\.128\.STRONG\.GPU") == 64 * 1024 // (16 * 32 * l2.given["num_warps"])
+    assert count(outer, "LDG") == count(inner, "LDG")
+    bodies = loops(disassembly(launch_of(items["barrier"], device).kernel))
+    assert bodies
+    assert all(count(body, "BAR") >= 1 for body in bodies), "unrolled or not"
+    assert all(len(body) <= 4 * count(body, "BAR") for body in bodies)
+    (body,) = loops(disassembly(launch_of(items["barrier"], device, spin=True).kernel))
+    assert any("SR_CLOCKLO" in text for text in body)
 
 
 @pytest.mark.audit
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("payload", [32 * 1024, 64 * 1024, 128 * 1024])
-def test_swept_weights_are_read_from_shared_memory_in_each_step(gpu, launch_of, payload, arch):
-    item = next(i for i in micro.items(gpu("h200")) if i.name == "shared" and i.payload == payload)
-    made = launch_of(item)
-    compiled = made.compile(arch)
-    assert audit.homes(compiled.asm["ttgir"]) == Homes(registers=0, shared=payload, streamed=0)
-    bodies = [body for body in loops(disassembly(compiled)) if count(body, "HMMA")]
+@pytest.mark.parametrize(("device", "payload"), [("a100", 64 * 1024), ("h200", 32 * 1024), ("h200", 128 * 1024)])
+def test_swept_weights_are_read_from_shared_memory_in_each_step(launch_of, payload, device):
+    item = next(i for i in items_of(device) if i.name == "shared" and i.payload == payload)
+    made = launch_of(item, device)
+    assert audit.homes(made.kernel.asm["ttgir"]) == Homes(registers=0, shared=payload, streamed=0)
+    bodies = [body for body in loops(disassembly(made.kernel)) if count(body, "HMMA")]
     assert bodies
-    t = made.arguments["tiling"]
+    t = made.given["tiling"]
     # Of one warp and step: products of 16 x 8 x 16, and reads of 512 bytes. A body may hold several steps.
     products, reads = t.m // 16 * t.hidden // 8 // 16, micro_kernels.bytes_swept(t) // 8 // 512
     for body in bodies:
@@ -422,18 +356,6 @@ def test_swept_weights_are_read_from_shared_memory_in_each_step(gpu, launch_of, 
         assert count(body, r"LDSM\.16\.M88\.4") == count(body, "LDS") == steps * reads
         assert count(body, "LDG") == 0
         assert count(body, "BAR") <= steps
-
-
-@pytest.mark.audit
-def test_barriers_and_clock_are_in_their_loops(gpu, launch_of):
-    found = {item.name: launch_of(item) for item in micro.items(gpu("h200")) if item.name in ("barrier", "clock")}
-    bodies = loops(disassembly(found["barrier"].compile("sm_90")))
-    # Unrolled or not: nothing but barriers, and what counts them.
-    assert bodies
-    assert all(count(body, "BAR") >= 1 for body in bodies)
-    assert all(len(body) <= 4 * count(body, "BAR") for body in bodies)
-    (body,) = loops(disassembly(found["clock"].compile("sm_90")))
-    assert any("SR_CLOCKLO" in text for text in body)
 
 
 # ---- arithmetic ---------------------------------------------------------------------------------------------------
@@ -483,20 +405,18 @@ def test_slope_leaves_out_what_is_once_per_launch():
     assert asked == [512, 256, 7, 3]
 
 
-def test_summary_is_median_and_quartiles():
-    item = Item("l2", 132, 4096, "bytes per clock", lambda: lambda: 0.0)
-    assert micro.summary(item, [5.0, 1.0, 2.0, 3.0, 4.0], True) == Micro(
-        "l2", 132, 4096, 3.0, 2.0, 4.0, "bytes per clock", 5
-    )
+def measured(values: list[float], cuda: bool = True) -> Micro:
+    machine = Machine(CPU, Scale(rounds=5, warmups=3, settle=0.0))
+    machine.cuda = cuda
+    rounds = iter([100.0] * 3 + values)  # those that come first do not count
+    return micro.measured(machine, Item("l2", 132, 4096, "bytes per clock", lambda: lambda: next(rounds)))
+
+
+def test_a_measurement_is_median_and_quartiles():
+    assert measured([5.0, 1.0, 2.0, 3.0, 4.0]) == Micro("l2", 132, 4096, 3.0, 2.0, 4.0, "bytes per clock", 5)
     with pytest.raises(RuntimeError, match=r"l2, 132 programs, 4,096 bytes: -1 .* vary by more"):
-        micro.summary(item, [-1.0] * 5, True)
-    assert micro.summary(item, [-1.0, -1.0, 2.0, 2.0, 2.0], True).low == 0.0
-
-
-def test_warmups_do_not_count():
-    values = iter(range(1, 100))
-    item = Item("clock", 4, 0, "GHz", lambda: lambda: float(next(values)))
-    assert micro.measured(Machine(CPU, Scale(rounds=5, warmups=3, settle=0.0)), item).value == 6.0  # of 4 to 8
+        measured([-1.0] * 5)
+    assert measured([-1.0, -1.0, 2.0, 2.0, 2.0]).low == 0.0
 
 
 def test_warmups_last_until_it_has_settled(monkeypatch):
@@ -509,6 +429,22 @@ def test_warmups_last_until_it_has_settled(monkeypatch):
 
     item = Item("clock", 4, 0, "GHz", lambda: work)
     assert micro.measured(Machine(CPU, Scale(rounds=3, warmups=1, settle=1.0)), item).value == 1.5  # of 1.25 to 1.75
+
+
+def test_the_first_call(monkeypatch):
+    """In a process of its own that has nothing compiled yet; what it says when it fails is kept."""
+    environments = []
+
+    def process(command, env, **_):
+        environments.append(env)
+        assert command == [sys.executable, "-c", micro.FIRST_CALL]
+        assert list(Path(env["TRITON_CACHE_DIR"]).iterdir()) == []
+        return types.SimpleNamespace(returncode=len(environments) % 2, stdout="compiling\n3.25\n", stderr="it broke")
+
+    monkeypatch.setattr(subprocess, "run", process)
+    with pytest.raises(RuntimeError, match="the first call failed with status 1: it broke"):
+        micro.first_call()
+    assert micro.first_call() == Micro("first call", 1, 0, 3.25, 3.25, 3.25, "s", 1)
 
 
 @pytest.mark.parametrize(("steps", "lines", "tile"), [(3, 5, 4), (1, 4, 4), (7, 0, 4), (64, 33, 8), (5, 2, 8)])
@@ -531,43 +467,23 @@ def test_lines_carry_the_payload():
 
 
 @pytest.mark.parametrize(("name", "largest", "sweeps"), [("h200", 132, 4), ("a100", 66, 3), ("rtx4090", 66, 2)])
-def test_what_the_device_is_too_small_for_is_skipped_with_the_reason(gpu, name, largest, sweeps):
-    found = micro.items(gpu(name))
+def test_what_the_device_is_too_small_for_is_skipped_with_the_reason(name, largest, sweeps, monkeypatch):
+    record = hardware.DEVICES[name]
+    monkeypatch.setattr(Machine, "free", lambda self: 5 << 30)
+    machine = Machine(CPU, Scale())
+    machine.hardware, machine.cuda, machine.multiprocessors = record, True, record.multiprocessors
+    found = micro.items(machine)
     ran = [item for item in found if not item.skip]
     assert {item.programs for item in ran if item.name.startswith("exchange")} == {
         n for n in (2, 4, 16, 33, 66, 132) if n <= largest
     }
     assert sum(item.name == "shared" for item in ran) == sweeps
-    record = hardware.DEVICES[name]
-    reasons = {item.key: item.skip for item in found if item.skip}
+    reasons = {item.name: item.skip for item in found if item.skip}
+    assert reasons["memory"] == "5,368,709,120 bytes of memory are free"
     if largest < 132:
-        assert reasons["exchange flags", 132, 0] == f"132 programs on {record.multiprocessors} multiprocessors"
-        assert reasons["shared", record.multiprocessors, 196608].endswith(f"there are {record.shared:,}")
+        assert reasons["exchange flags"] == f"132 programs on {record.multiprocessors} multiprocessors"
+        assert reasons["shared"].endswith(f"there are {record.shared:,}")
     assert len(found) == len({item.key for item in found}) == 36 + 4 + 4 + 5
-
-
-def test_a_copy_needs_memory(gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 << 30, 140 << 30))
-    (item,) = [item for item in micro.items(gpu("h200")) if item.name == "memory"]
-    assert item.skip == "5,368,709,120 bytes of memory are free"
-
-
-def test_skips_are_told_and_are_not_left_over(gpu, monkeypatch):
-    machine = gpu("a100")
-    monkeypatch.setattr(micro, "Machine", lambda device, scale: machine)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: micro.contextlib.nullcontext())
-    said: list[str] = []
-    left = micro.measure(lambda entry: None, set(), torch.device("cuda"), said.append, time.monotonic())
-    assert sum("skipped: 132 programs on 108 multiprocessors" in line for line in said) == 6
-    assert len(left) == 49 - 6 - 1
-    assert not [name for name in left if "132 programs" in name]
-    assert "exchange counter, 66 programs, 4,096 bytes" in left
-
-
-def test_without_gpu_and_interpreter_nothing_is_measured():
-    said: list[str] = []
-    assert micro.measure(lambda entry: pytest.fail("a number"), set(), CPU, said.append, None) == []
-    assert said == ["microbenchmarks skipped: they need a CUDA device, or TRITON_INTERPRET=1 for a rehearsal"]
 
 
 def test_time_counts_only_if_the_host_was_ahead(monkeypatch):
@@ -603,14 +519,3 @@ def test_time_counts_only_if_the_host_was_ahead(monkeypatch):
     late += [True] * 20
     with pytest.raises(RuntimeError, match="the host needs more than"):
         machine.time(lambda: None, lambda: None)
-
-
-def test_kernels_take_the_librarys_exchange():
-    """What is measured is what runs."""
-    from persistrnn.kernels.device import exchange, product
-
-    for name in ("put", "arrive", "wait", "get", "read"):
-        assert getattr(micro_kernels, name) is getattr(exchange, name)
-    for name in ("resident", "add"):
-        assert getattr(micro_kernels, name) is getattr(product, name)
-    assert "debug_barrier" not in inspect.getsource(micro_kernels.exchange_rounds.fn)

@@ -1,0 +1,96 @@
+"""What a step's process is asked, and what it leaves: a journal of entries, and the item that is running.
+
+An entry is a line of the journal as soon as there is one. In JOURNAL.running stand the item that is running ("": none)
+and, below it, those that are left: whoever has to kill the process knows where it hung.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from bench.report import results
+from bench.report.results import Entry, Results
+from persistrnn.kernels.planner.hardware import Hardware, named
+
+
+@dataclass(frozen=True)
+class Task:
+    """One process of a step.
+
+    Attributes:
+        journal: the file that it writes.
+        until: ``time.monotonic()`` from which on it begins no other item.
+        done: names of items that it leaves out.
+        red: the smoke case whose variants are run.
+        rehearse: the device for which it predicts, on a CPU; "": it runs on a GPU.
+        minutes: of the whole step. suites, dtypes, arms: of the race.
+    """
+
+    step: str
+    journal: str
+    until: float
+    done: Sequence[str] = ()
+    red: str = ""
+    rehearse: str = ""
+    minutes: float = 8.0
+    suites: Sequence[str] = ()
+    dtypes: Sequence[str] = ()
+    arms: Sequence[str] = ()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.rehearse else torch.device("cuda", torch.cuda.current_device())
+
+    @property
+    def hardware(self) -> Hardware | None:
+        """The device for which a rehearsal predicts."""
+        return named(self.rehearse) if self.rehearse else None
+
+    @property
+    def file(self) -> Path:
+        """Where the process finds this."""
+        return Path(self.journal).with_suffix(".task")
+
+    @property
+    def running(self) -> Path:
+        return Path(self.journal).with_suffix(".running")
+
+    def save(self) -> None:
+        self.file.write_text(json.dumps(asdict(self)))
+
+    def late(self) -> bool:
+        return time.monotonic() >= self.until
+
+    def name(self, item: str) -> str:
+        """Of an item, among those of all steps."""
+        return f"{self.step}: {item}"
+
+    def add(self, entry: Entry) -> None:
+        """In one write, so that a kill cuts a line and never mixes two."""
+        with Path(self.journal).open("ab", buffering=0) as file:
+            file.write(results.line(entry).encode())
+
+    def mark(self, item: str, left: Sequence[str]) -> None:
+        """Say what is running and what is left; nothing of both: the step is through."""
+        if not item and not left:
+            self.running.unlink(missing_ok=True)
+            return
+        unfinished = self.running.with_suffix(".tmp")
+        unfinished.write_text("\n".join([item, *left]))
+        os.replace(unfinished, self.running)
+
+
+def load(file: Path) -> Task:
+    return Task(**json.loads(file.read_text()))
+
+
+def outcomes(found: Results) -> dict[str, bool]:
+    """Whether what ran is green, by name; the last time counts, and of a test that includes its teardown."""
+    return {entry.name: entry.ok for entry in found.stress}
