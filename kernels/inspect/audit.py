@@ -55,9 +55,9 @@ ALIGNED = [["tt.divisibility", 16]]
 
 @dataclass(frozen=True)
 class Case:
-    """What to compile: one kernel for one shape on one architecture; layers > 1: of a stack as a wave; marks: with rows
-    that begin anew or skip a step, gradients to the reset states and from every c; chunked: for a chunk of time, with c
-    and the gradients of the states in float32."""
+    """What to compile: one kernel for one shape on one architecture; layers > 1: of a stack as a pipeline; marks: with
+    rows that begin anew or skip a step, gradients to the reset states and from every c; chunked: for a chunk of time,
+    with c and the gradients of the states in float32."""
 
     cell: str
     backward: bool
@@ -162,8 +162,22 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
         constants |= {"cell": FORWARD[cell.name], "KEEP": True}
     if not case.marks:
         constants["marks"] = None
-    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, name in enumerate(kernel.arg_names):
+    return _compile(kernel, signature, constants, case.arch, options(part, case.arch))
+
+
+def compile_activation(cell: Cell, dtype: str, arch: str, shape: tuple[int, ...]) -> Any:
+    """The compiled ``recompute.activate``. shape: (states, G, D, n, H)."""
+    pointer = DTYPES[dtype]
+    signature = {"x_gates": pointer, "r_gates": "*fp32", "bias": pointer, "saved": pointer, "count": "i32"}
+    constants = {"cell": FORWARD[cell.name], "shape": shape, "interpreted": False, "BLOCK": BLOCK}
+    return _compile(activate, signature, constants, arch, {"num_warps": 4, "enable_fp_fusion": True})
+
+
+def _compile(kernel: Any, signature: dict[str, Any], constants: dict[str, Any], arch: str, how: dict[str, Any]) -> Any:
+    """A jitted function for types of run-time arguments, every pointer aligned to 16 bytes, and values of constants."""
+    names = kernel.arg_names
+    aligned = {}
+    for i, name in enumerate(names):
         kind = signature.get(name, "constexpr")
         if isinstance(kind, tuple):
             aligned |= {(i, j): ALIGNED for j in range(len(kind))}
@@ -171,11 +185,11 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
             aligned[(i,)] = ALIGNED
     source = ASTSource(
         kernel,
-        {name: signature.get(name, "constexpr") for name in kernel.arg_names},
-        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        {name: signature.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
         aligned,
     )
-    return triton.compile(source, target=target_of(case.arch), options=options(part, case.arch))
+    return triton.compile(source, target=target_of(arch), options=how)
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -187,21 +201,6 @@ _POINTERS = re.compile(r"tensor<([\dx]+)x!tt\.ptr<(\w+)>")
 _DOTS = re.compile(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b")
 _LOADS = re.compile(r"\b(tt\.(load|gather|descriptor_load)|ttg\.async_copy_global_to_local|amdg\.buffer_load)\b")
 _BITS = {"f16": 16, "bf16": 16, "f32": 32}
-
-
-def compile_activation(cell: Cell, dtype: str, arch: str, shape: tuple[int, ...]) -> Any:
-    """The compiled ``recompute.activate``. shape: (states, G, D, n, H)."""
-    pointer = DTYPES[dtype]
-    signature = {"x_gates": pointer, "r_gates": "*fp32", "bias": pointer, "saved": pointer, "count": "i32"}
-    constants = {"cell": FORWARD[cell.name], "shape": shape, "interpreted": False, "BLOCK": BLOCK}
-    names = activate.arg_names
-    source = ASTSource(
-        activate,
-        {name: signature.get(name, "constexpr") for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): ALIGNED for name, kind in signature.items() if kind.startswith("*")},
-    )
-    return triton.compile(source, target=target_of(arch), options={"num_warps": 4, "enable_fp_fusion": True})
 
 
 def homes(ttgir: str) -> Homes:
@@ -251,7 +250,7 @@ def homes(ttgir: str) -> Homes:
                 tiles[result] = result, depth
                 bytes_of[result] = size
         elif _DOTS.search(operation):
-            # A wave forms its first product before the loop over time: where its weights are then is not their home.
+            # A pipeline forms its first product before the loop over time: where its weights are then is not their home.
             for value in used[:2]:
                 if value in tiles and depth >= 2:
                     load, made = tiles[value]
