@@ -250,7 +250,7 @@ def homes(ttgir: str) -> Homes:
                 tiles[result] = result, depth
                 bytes_of[result] = size
         elif _DOTS.search(operation):
-            # A pipeline forms its first product before the loop over time: where its weights are then is not their home.
+            # A pipeline forms its first product before the loop over time: its weights are not at home yet.
             for value in used[:2]:
                 if value in tiles and depth >= 2:
                     load, made = tiles[value]

@@ -129,7 +129,7 @@ def test_command_prints_the_table_and_resumes(tmp_path):
         ("--output notes.txt", "--output: 'notes.txt' given, and it is another kind of file; allowed: a new one"),
         ("--output shapes.csv", "--output: 'shapes.csv' given, and it is another kind of file; allowed: a new one"),
         ("--resume .", "argument --resume: '.' given, and it cannot be written (Is a directory)"),
-        ("--output notes.txt/below", "'notes.txt/below' given, and it cannot be written (Not a directory)"),
+        ("--output notes.txt/below", "'notes.txt/below' given, and it cannot be written (File exists)"),
         ("--resume /proc/new/audit", "it cannot be written (No such file or directory)"),  # not even by root
     ],
 )

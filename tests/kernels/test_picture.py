@@ -70,7 +70,9 @@ def test_what_every_workload_holds_adds_up() -> None:
         assert held["shared memory"]["staging"] == part.shared - part.in_shared
         threads = 32 * part.choice.warps
         assert part.in_registers + held["registers"]["working"] == 4 * threads * part.registers
-        assert held["registers"]["out of reach"] == 4 * (found.hardware.registers - threads * register_limit(part.choice))
+        assert held["registers"]["out of reach"] == 4 * (
+            found.hardware.registers - threads * register_limit(part.choice)
+        )
         for where, parts in held.items():
             drawn, key = bar(where, parts)
             whole = sum(parts.values())
@@ -191,4 +193,6 @@ def test_drawing_has_the_numbers_of_the_plan(drawn: tuple[Plan, ElementTree.Elem
         shares = dataclasses.astuple(part.shares)
         assert [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*", line)] == [*shares, sum(shares)]
         idle = max(0, found.hardware.multiprocessors - running(part, found.hardware))
-        assert any(text.endswith(f" {idle} of {found.hardware.multiprocessors} multiprocessors idle") for text in others)
+        assert any(
+            text.endswith(f" {idle} of {found.hardware.multiprocessors} multiprocessors idle") for text in others
+        )

@@ -117,7 +117,9 @@ def test_the_models_error_is_printed_where_there_are_measurements(monkeypatch: p
     steps = [Step("lstm", 1024, 16, 1, "bf16", False, "persistent", us) for us in (2.0, 4.0, 9.0)]
     errors = tuple(Error(step, predicted=2.0) for step in steps)
     monkeypatch.setattr(plan_command.forecast, "errors", lambda cell, hardware: errors)
-    sentence = "Against 3 measured steps of the lstm on h200, measured over predicted is 1.00 to 4.50, in the middle 2.00."
+    sentence = (
+        "Against 3 measured steps of the lstm on h200, measured over predicted is 1.00 to 4.50, in the middle 2.00."
+    )
     assert sentence in as_text(asked(), 1024, "a test")
 
 
