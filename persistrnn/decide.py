@@ -16,8 +16,8 @@ from torch import Tensor
 
 from persistrnn import tracing
 from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.inspect import outlook as outlooks
-from persistrnn.kernels.inspect.outlook import Outlook
+from persistrnn.kernels.inspect import prediction
+from persistrnn.kernels.inspect.prediction import Prediction
 from persistrnn.kernels.planner import memory
 from persistrnn.kernels.planner.forecast import Forecast, forecast
 from persistrnn.kernels.planner.pipeline import Pipeline
@@ -368,13 +368,13 @@ def _save_within_budget(call: Call) -> str:
 # ---- for `persistrnn profile` ---------------------------------------------------------------------------------------
 
 
-def outlook(
+def predict_stack(
     cell: str, hidden: int, layers: int, batch: int, directions: int, steps: int, dtype: str, device: str | None
-) -> Outlook:
-    """The plan in numbers, for a device that need not be there (``kernels.inspect.outlook``)."""
-    return outlooks.outlook(cell, hidden, layers, batch, directions, steps, dtype, device)
+) -> Prediction:
+    """The plan in numbers, for a device that need not be there (``kernels.inspect.prediction``)."""
+    return prediction.predict_stack(cell, hidden, layers, batch, directions, steps, dtype, device)
 
 
 def check_device(name: str) -> None:
     """Raise ValueError for a device that the plan does not know."""
-    outlooks.device_of(name)
+    prediction.device_of(name)

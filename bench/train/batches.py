@@ -1,11 +1,13 @@
-"""Which of the data is for the test, batches of sequences of similar length, and the loss of padded targets."""
+"""Which of the data is for the test, batches of similar length, padded targets and their loss."""
 
 import functools
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 NO_TARGET = -100  # what pads targets: cross_entropy leaves it out, and so does Piece.count
 SHARE = 26  # of 256, on average: one in ten is held out
@@ -20,6 +22,14 @@ def held_out(name: str) -> bool:
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """(T, B, V) logits and (T, B) targets, some of them NO_TARGET -> the cross entropy, summed in float32."""
     return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
+
+
+def teacher_forced(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """B sequences of tokens -> inputs and targets, int64 (T, B), and the lengths (B,). The targets are the sequences,
+    padded with NO_TARGET; the inputs are 0 and all of a sequence but its last token."""
+    targets = pad_sequence([tokens.long() for tokens in sequences], padding_value=NO_TARGET)
+    inputs = torch.cat([torch.zeros_like(targets[:1]), targets[:-1].clamp(min=0)])
+    return inputs, targets, torch.tensor([len(tokens) for tokens in sequences])
 
 
 class Buckets:

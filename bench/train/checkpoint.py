@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -37,73 +37,37 @@ def held(folder: Path) -> Iterator[None]:
     """Inside, the folder is there and no other run gets it. Under torchrun rank 0 holds it for all. The lock is the
     kernel's and ends with the process, however that ends; the file stays, without a meaning."""
     with ExitStack() as stack:
-        ranks.by_first(lambda: lock(folder, stack))
+
+        def lock() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / "lock").open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(
+                    f"{folder} is in use by another run: wait until it has ended, or choose another --output"
+                ) from error
+
+        ranks.by_first(lock)
         yield
-
-
-def lock(folder: Path, stack: ExitStack) -> None:
-    """Holds the folder until the stack ends."""
-    with written(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context((folder / "lock").open("a"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"{folder} is in use by another run: wait until it has ended, or choose another folder with --output"
-            ) from error
-
-
-@contextmanager
-def written(folder: Path) -> Iterator[None]:
-    """Inside, a failure to write in the folder is a UsageError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch's archive ends in a RuntimeError of its own, after that of the file.
-        failure = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(failure, OSError):
-            raise
-        raise UsageError(
-            f"{failure.filename or folder} cannot be written ({failure.strerror or failure}): make room there, "
-            "or choose another folder with --output; a checkpoint that was there before is kept"
-        ) from error
-
-
-def write_text(folder: Path, name: str, text: str) -> Path:
-    """Writes a file of the run's folder. Returns its path."""
-    with written(folder):
-        (folder / name).write_text(text, encoding="utf-8")
-    return folder / name
-
-
-class Summed:
-    """A file to be written, with the checksum of what was: for torch.save."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sum, self.flush = file, hashlib.sha256(), file.flush
-
-    def write(self, data: bytes) -> int:
-        self.sum.update(data)
-        return self.file.write(data)
 
 
 def save(folder: Path, content: dict[str, Any]) -> None:
     """Writes the checkpoint whole or not at all: killed, or on a full disk, it leaves the one before. After its last
     byte stands its checksum."""
+    archive = io.BytesIO()
+    torch.save(content, archive)
+    folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{CHECKPOINT}.tmp"
-    with written(folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
-                summed = Summed(file)
-                torch.save(content, summed)
-                file.write(MARK + summed.sum.digest())
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(folder / CHECKPOINT)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    try:
+        with unfinished.open("wb") as file:
+            file.write(archive.getbuffer())
+            file.write(MARK + hashlib.sha256(archive.getbuffer()).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(folder / CHECKPOINT)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def exists(folder: Path) -> bool:

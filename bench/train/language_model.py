@@ -8,7 +8,6 @@ import math
 import sys
 import sysconfig
 from argparse import Namespace, _ArgumentGroup
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 
 from bench import UsageError
 from bench.train import command
-from bench.train.batches import NO_TARGET, Buckets, summed_loss
-from bench.train.checkpoint import write_text
+from bench.train.batches import Buckets
 from bench.train.decoding import beam_search, draw
 from bench.train.layers import recurrent, run_padded
 from bench.train.options import Settings, absolute, number, option
@@ -36,20 +34,19 @@ class TextSettings(Settings):
     embedding: int = option(64, "width of a token's embedding", type=number(int, 1))
     tied: bool = option(False, "embedding and output share one matrix (--embedding is then --hidden)")
     tokens: str = option("bytes", "what the model reads and predicts", choices=["bytes", "words"])
-    vocabulary: int = option(
-        None, "with words: this many tokens, the most frequent words (default 10000)", type=number(int, 4)
-    )
+    vocabulary: int = option(10_000, "with words: this many tokens, the most frequent ones", type=number(int, 4))
     lines: bool = option(False, "learn line by line, in batches of similar length, instead of on and on")
     sequence: int = option(512, "tokens of a step; with --lines, the most of a line", type=number(int, 1))
     text: str = option(None, "folder of .py files to learn (default: the standard library)", type=absolute)
 
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        words = given.get("tokens") == "words"
-        own = {"text": sysconfig.get_path("stdlib"), "vocabulary": 10_000 if words else len(Bytes())}
-        if given.get("tied"):
-            own["embedding"] = given.get("hidden", cls.hidden)
-        return super().defaults(given) | own
+        own = {"embedding": given.get("hidden", cls.hidden)} if given.get("tied") else {}
+        return super().defaults(given) | {"text": sysconfig.get_path("stdlib")} | own
+
+    @property
+    def whole(self) -> bool:
+        return self.lines
 
     def check(self) -> None:
         super().check()
@@ -57,16 +54,6 @@ class TextSettings(Settings):
             raise UsageError(
                 f"--tied given with --embedding {self.embedding} and --hidden {self.hidden}: one matrix cannot have "
                 "both widths; leave --embedding out"
-            )
-        if self.tokens == "bytes" and self.vocabulary != len(Bytes()):
-            raise UsageError(
-                f"--vocabulary {self.vocabulary} given with --tokens bytes, of which there are {len(Bytes())}: leave "
-                "it out, or take --tokens words"
-            )
-        if self.lines and self.truncate:
-            raise UsageError(
-                f"--truncate {self.truncate} given with --lines: a line's gradient flows through all of it; allowed is "
-                "--truncate 0, and --sequence to cut long lines"
             )
 
 
@@ -81,8 +68,9 @@ class LanguageModel(nn.Module):
         if settings.tied:
             self.embedding.weight = self.linear.weight
 
-    def forward(self, tokens: Tensor, state: Any = None, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
-        """(T, B) tokens and the state before them -> (T, B, V) logits and the state after them."""
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None, state: Any = None) -> tuple[Tensor, Any]:
+        """(T, B) tokens, if need be the rows' lengths (B,), and the state before them -> (T, B, V) logits and the state
+        after them."""
         x = self.embedding(tokens)
         y, state = self.rnn(x, state) if lengths is None else run_padded(self.rnn, x, lengths, state)
         return self.linear(y), state
@@ -131,7 +119,7 @@ class LanguageModeling(Workload):
         model = "do not train: continue --prompt, by the model in --output"
         add("--generate", action="store_true", default=False, help=model)
         add("--prompt", default="", metavar="TEXT", help="what the sample continues (default: a file begins)")
-        add("--sample-tokens", "--sample-bytes", type=number(int, 0), default=1500, metavar="N", help=words)
+        add("--sample-tokens", type=number(int, 0), default=1500, metavar="N", help=words)
         add("--temperature", type=positive, default=None, metavar="X", help="of the sample (default 0.7)")
         add("--top-k", type=count, default=None, metavar="K", help="of the sample: only the K likeliest tokens")
         add("--beam", type=count, default=None, metavar="W", help="not a sample: the likeliest text a beam finds")
@@ -149,39 +137,31 @@ class LanguageModeling(Workload):
     def pieces(self, step: int, rows: slice) -> list[Piece]:
         settings = self.settings
         if settings.lines:
-            padded = self.lines.padded(self.buckets.batch(step)[rows])
-            return [Piece(padded, int(padded[-1].sum()))]
+            return [self.of_lines(self.lines, self.buckets.batch(step)[rows])]
         inputs, targets = (part[:, rows] for part in window(self.train, step, settings.batch, settings.sequence))
         length = settings.truncate or settings.sequence
         cut = zip(inputs.split(length), targets.split(length), strict=True)
-        return [Piece(pair, pair[0].numel()) for pair in cut]
+        return [Piece.of(*pair) for pair in cut]
 
-    def loss(self, model: nn.Module, tensors: tuple[Tensor, ...], state: Any) -> tuple[Tensor, Any]:
-        inputs, targets, *lengths = tensors
-        logits, state = model(inputs, state, *lengths)
-        return summed_loss(logits, targets), state
+    def of_lines(self, lines: Lines, indices: Tensor) -> Piece:
+        inputs, targets, lengths = lines.padded(indices)
+        return Piece.of(inputs, lengths, targets)
 
     def evaluate(self, model: nn.Module) -> list[float]:
         """Bits per token on the held-out files: read once in 32 streams with carried state, or every line."""
-        device, total, count, state = next(model.parameters()).device, 0.0, 0, None
-        for tensors in bar(self.held_out_batches(), "held-out files"):
-            loss, state = self.loss(model, tuple(tensor.to(device) for tensor in tensors), state)
-            state = state if self.continues else None
-            total += loss.item()
-            count += int((tensors[1] != NO_TARGET).sum())
-        return [total / count / math.log(2)]
-
-    def held_out_batches(self) -> Sequence[tuple[Tensor, ...]]:
         batch, length = 32, self.settings.sequence
         if self.settings.lines:
-            order = torch.argsort(self.held_out_lines.lengths, stable=True)
-            return [self.held_out_lines.padded(indices) for indices in order.split(batch)]
-        steps = max(1, len(self.held_out) // (batch * length))
-        return [window(self.held_out, step, batch, length) for step in range(steps)]
+            order = torch.argsort(self.held_out_lines.lengths, stable=True).split(batch)
+            pieces = (self.of_lines(self.held_out_lines, indices) for indices in bar(order, "held-out lines"))
+        else:
+            steps = bar(range(max(1, len(self.held_out) // (batch * length))), "held-out files")
+            pieces = (Piece.of(*window(self.held_out, step, batch, length)) for step in steps)
+        return [self.mean_loss(model, pieces) * self.loss_scale]
 
     def finish(self, model: nn.Module, job: Namespace, folder: Path) -> None:
         text = self.generated(model, job)
-        path = write_text(folder, "sample.txt", text)
+        path = folder / "sample.txt"
+        path.write_text(text, encoding="utf-8")
         how = f"of a beam of {job.beam}" if job.beam else f"at temperature {job.temperature or 0.7}"
         print(f"A sample, {how} (in {path}):\n\n{text}\n")
 
@@ -214,7 +194,7 @@ class LanguageModeling(Workload):
         generator = torch.Generator().manual_seed(self.settings.seed)
         read, state, made = self.context(prompt), None, []
         for _ in bar(range(length), "sample"):
-            logits, state = model(torch.tensor(read, device=device)[:, None], state)
+            logits, state = model(torch.tensor(read, device=device)[:, None], state=state)
             token = int(draw(logits[-1].float(), generator, temperature, top_k))
             made.append(token)
             read, state = ([START], None) if self.ends(token) else ([token], state)
@@ -227,7 +207,7 @@ class LanguageModeling(Workload):
             _, state = model(read[:-1])
 
         def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-            logits, state = model(tokens[None], state)
+            logits, state = model(tokens[None], state=state)
             return logits[0].float(), state
 
         stop = self.vocabulary.newline if self.settings.lines else None

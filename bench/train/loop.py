@@ -2,6 +2,7 @@
 
 import math
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -22,6 +23,9 @@ from bench.train.ranks import say
 from bench.train.workload import Workload
 
 BASELINE = "torch.nn"  # the folder, within that of the run, of what a comparison trains beside persistrnn
+# Of a run, and so of its checkpoint: what has a state_dict, and what is kept as it is.
+MODULES = ("model", "optimizer", "scaler")
+NUMBERS = ("losses", "count", "quality", "speed", "memory")
 
 
 class Run:
@@ -34,7 +38,8 @@ class Run:
         self.device = ranks.device(settings.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.model = new_model(workload, settings.backend).to(self.device)
+        torch.manual_seed(settings.seed)  # of the initial weights, the same in torch.nn's layers
+        self.model = workload.model(settings.backend).to(self.device)
         if ranks.rank():
             torch.manual_seed(settings.seed + ranks.rank())  # every rank drops units of its own
         # Threads that share a process's first square root may get inexact ones from MKL, and runs would not repeat
@@ -75,12 +80,11 @@ class Run:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.optimizer.zero_grad()
         for number, piece in enumerate(pieces, 1):
-            tensors = tuple(tensor.to(self.device, non_blocking=True) for tensor in piece.tensors)
             # The gradients add up in each process; those of the last piece are averaged with all before.
             apart = isinstance(self.network, DistributedDataParallel) and number < len(pieces)
             with self.network.no_sync() if apart else nullcontext():
                 with self.autocast():
-                    loss, state = workload.loss(self.network, tensors, state)
+                    loss, state = workload.loss(self.network, piece.on(self.device), state)
                 # DistributedDataParallel takes the mean over the ranks, where the sum is due.
                 self.scaler.scale(loss / count * ranks.world()).backward()
             state = map_state(state, Tensor.detach)  # no gradient flows back into the next piece's first state
@@ -113,14 +117,9 @@ class Run:
             "workload": self.workload.name,
             "settings": asdict(self.settings),
             "data": self.workload.fingerprint,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
             "ranks": ranks.of_all(own),
-            "losses": self.losses,
-            "count": self.count,
-            "quality": self.quality,
-            "cost": {"speed": self.speed, "memory": self.memory},
+            **{name: getattr(self, name).state_dict() for name in MODULES},
+            **{name: getattr(self, name) for name in NUMBERS},
         }
         ranks.by_first(lambda: checkpoint.save(folder, content))
 
@@ -138,13 +137,12 @@ class Run:
                 f"same number (torchrun --nproc-per-node), or {ANEW}"
             )
         try:
-            self.model.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
+            for name in MODULES:
+                getattr(self, name).load_state_dict(content[name])
+            for name in NUMBERS:
+                setattr(self, name, content[name])
         except (LookupError, RuntimeError, ValueError) as error:
             raise UsageError(f"the checkpoint was made by another version of this program ({error}): {ANEW}") from error
-        self.scaler.load_state_dict(content["scaler"])
-        self.losses, self.count, self.quality = content["losses"], content["count"], content["quality"]
-        self.speed, self.memory = content["cost"]["speed"], content["cost"]["memory"]
         if to_train:
             own = content["ranks"][ranks.rank()]
             self.state = map_state(own["state"], lambda tensor: tensor.to(self.device))
@@ -167,6 +165,13 @@ class Run:
         with self.using() as model:
             return self.workload.evaluate(model)
 
+    def finish(self, job: Namespace, folder: Path) -> None:
+        """The finishing touches, and the metrics into the checkpoint."""
+        with self.using() as model:
+            ranks.by_first(lambda: self.workload.finish(model, job, folder))
+        self.quality = ranks.by_first(self.evaluate)
+        self.save(folder)
+
     def explanation(self) -> str:
         """Which path each recurrent layer will take, with which plan, and why."""
         with self.autocast():
@@ -178,24 +183,13 @@ class Run:
         settings, piece = self.settings, self.workload.pieces(0, self.rows)[0]
         try:
             with self.autocast():
-                self.workload.loss(self.model, tuple(tensor.to(self.device) for tensor in piece.tensors), None)
+                self.workload.loss(self.model, piece.on(self.device), None)
         except RuntimeError as error:
             raise UsageError(
                 f"--cell {settings.cell} --dtype {settings.dtype} --device {settings.device} --backend "
                 f"{settings.backend} --save {settings.save} cannot run here: {error}\n--dtype float32 --backend torch "
                 "runs everywhere; a smaller --batch or --sequence and --save checkpoint take less memory"
             ) from error
-
-
-def new_model(workload: Workload, backend: str) -> nn.Module:
-    """A model whose initial weights follow from the seed alone, whichever backend runs it."""
-    torch.manual_seed(workload.settings.seed)
-    model = workload.model("torch" if backend == "torch.nn" else backend)
-    if backend == "torch.nn":
-        weights = model.state_dict()
-        model = workload.model("torch.nn")
-        model.load_state_dict(weights)  # persistrnn's parameters have torch.nn's names and shapes
-    return model
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -282,9 +276,3 @@ def train(run: Run, folder: Path, save_seconds: float) -> None:
         run.save(folder)
     if stopped_by:
         raise KeyboardInterrupt(stopped_by)
-
-
-def measure(run: Run, folder: Path) -> None:
-    """Takes the metrics on held-out data into the checkpoint."""
-    run.quality = ranks.by_first(run.evaluate)
-    run.save(folder)

@@ -5,7 +5,7 @@ import math
 import os
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,18 +41,6 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
 def absolute(text: str) -> str:
     """An argparse type: a path, absolute, so that --resume may be given in another folder."""
     return str(Path(text).resolve())
-
-
-def check_device(name: str) -> None:
-    """Raises UsageError unless it is "cpu" or a GPU that is here; under torchrun each process needs its own."""
-    there, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
-    numbered = [f"cuda:{index}" for index in range(there)] if ranks.world() == 1 else []
-    allowed = ["cpu", *(["cuda"] if processes <= there else []), *numbered]
-    if name not in allowed:
-        raise UsageError(
-            f"--device {name} given to {processes} process(es) where torch sees {there} GPU(s): allowed here: "
-            f"{', '.join(allowed)}; torchrun gives each process a GPU of its own"
-        )
 
 
 def option(default: Any, help: str, **how: Any) -> Any:
@@ -100,13 +88,24 @@ class Settings:
     clip: float = option(1.0, "largest norm of the gradient", type=number(float, 0, above=True))
     seed: int = option(0, "of the initial weights, of dropout and of the data's order", type=number(int, 0, 2**62))
 
+    @property
+    def whole(self) -> bool:
+        """Whether a row's gradient flows through all of it: then there is no --truncate."""
+        return False
+
     def check(self) -> None:
         """Raises UsageError where options contradict each other or this machine. Subclasses extend it."""
-        check_device(self.device)
-        if self.dropout and self.layers == 1:
+        there, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
+        numbered = [f"cuda:{index}" for index in range(there)] if ranks.world() == 1 else []
+        allowed = ["cpu", *(["cuda"] if processes <= there else []), *numbered]
+        if self.device not in allowed:
             raise UsageError(
-                f"--dropout {self.dropout} acts between layers and --layers is 1: "
-                "allowed is --dropout 0, or --layers 2 or more"
+                f"--device {self.device} given to {processes} process(es) where torch sees {there} GPU(s): allowed "
+                f"here: {', '.join(allowed)}; torchrun gives each process a GPU of its own"
+            )
+        if self.truncate and self.whole:
+            raise UsageError(
+                f"--truncate {self.truncate} given: the gradient flows through all of a row; allowed is --truncate 0"
             )
         if self.save != "gates" and self.backend == "torch.nn":
             raise UsageError(
@@ -166,11 +165,10 @@ def parser(settings: type[Settings], name: str, description: str) -> argparse.Ar
         allow_abbrev=False,
     )
     kept = made.add_argument_group("the model and its training (kept in the checkpoint)")
-    declared: dict[str, Any] = {}  # a subclass that only changes a default does not declare the option again
-    for cls in reversed(settings.__mro__):
-        declared |= {each.name: each.metadata for each in (fields(cls) if is_dataclass(cls) else ()) if each.metadata}
+    # A subclass that only changes a default does not declare the option again.
+    declared = {each.name: each.metadata for each in fields(Settings)}
     for each in fields(settings):
-        how = dict(declared[each.name])
+        how = dict(each.metadata or declared[each.name])
         if each.type is bool:
             how["action"] = "store_true"
         elif each.default is not None:

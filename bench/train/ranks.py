@@ -64,18 +64,19 @@ def of_all(mine: T) -> list[T]:
 
 
 def by_first(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, which alone does it, or the UsageError that it raises there: on every rank."""
+    """What `work` returns on rank 0, which alone does it, or the error of the user or of a file that it raises there:
+    on every rank."""
     if world() == 1:
         return work()
     result: list[Any] = [None, None]
     if rank() == 0:
         try:
             result[0] = work()
-        except UsageError as error:
-            result[1] = str(error)
+        except (UsageError, OSError) as error:
+            result[1] = error
     dist.broadcast_object_list(result)
     if result[1] is not None:
-        raise UsageError(result[1])
+        raise result[1]
     return result[0]
 
 

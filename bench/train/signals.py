@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bench import UsageError
 from bench.train import command
-from bench.train.batches import NO_TARGET, summed_loss
+from bench.train.batches import NO_TARGET
 from bench.train.layers import map_state, recurrent, run_padded
 from bench.train.options import Settings, absolute, number, option
 from bench.train.progress import bar
@@ -79,22 +79,19 @@ def load_recordings(file: Path) -> tuple[list[Recording], list[str], str]:
         import numpy  # only here: torch alone does not need it
 
         content = numpy.load(file, allow_pickle=True).item()
+        names = list(map(str, content["y_labels"]))
         every = [
-            Recording(torch.tensor(signal, dtype=torch.float32), int(exercise), int(subject))
+            Recording(torch.tensor(signal, dtype=torch.float32), range(len(names))[exercise], int(subject))
             for signal, exercise, subject in zip(content["X"], content["y"], content["subject"], strict=True)
         ]
-        names = list(map(str, content["y_labels"]))
-        channels = every[0].signal.shape[1]
-        for signal, exercise, _ in every:
-            if signal.shape != (len(signal), channels) or not len(signal) or not signal.isfinite().all():
-                raise ValueError("each signal is [T, channels], the same channels and at least one step, finite")
-            if not 0 <= exercise < len(names):
-                raise ValueError(f"an exercise is none of 0 to {len(names) - 1}")
+        joined = torch.cat([recording.signal for recording in every])  # which must have as many channels
+        if joined.ndim != 2 or not joined.isfinite().all() or not all(len(recording.signal) for recording in every):
+            raise ValueError("each signal is [T, channels], at least one step, finite")
     except ImportError as error:
         raise UsageError(
             f"--recordings {file}: NumPy reads it and is not installed: pip install 'persistrnn[signals]'"
         ) from error
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UsageError(
             f"--recordings {file} cannot be read ({error!r}): allowed is a .npy file of a dict with X, y, y_labels and "
             "subject, as seglearn ships it; leave --recordings out to take that one"
@@ -133,9 +130,9 @@ class Tagger(nn.Module):
 
     def forward(self, signals: Tensor, lengths: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """(T, B, channels) signals, the longest of T steps, and their lengths (B,) -> (T, B, tags) logits, and the
-        state after them."""
+        state that the next piece of time begins with."""
         y, state = run_rows(self.rnn, signals, lengths, state)
-        return self.linear(y), state
+        return self.linear(y), map_state(state, forward_only)
 
 
 class Tagging(Workload):
@@ -205,7 +202,7 @@ class Tagging(Workload):
         for first in range(0, len(signals), size):
             part = slice(first, first + size)
             lengths = (ends - first).clamp(1, len(signals[part]))
-            pieces.append(Piece((signals[part], lengths, tags[part]), int((tags[part] != NO_TARGET).sum())))
+            pieces.append(Piece.of(signals[part], lengths, tags[part]))
         return pieces
 
     def pieces(self, step: int, rows: slice) -> list[Piece]:
@@ -215,18 +212,12 @@ class Tagging(Workload):
             sessions.append(self.session(self.train, torch.Generator().manual_seed(number % 2**63)))
         return self.cut(sessions)
 
-    def loss(self, model: nn.Module, tensors: tuple[Tensor, ...], state: Any) -> tuple[Tensor, Any]:
-        signals, lengths, tags = tensors
-        logits, state = model(signals, lengths, state)
-        return summed_loss(logits, tags), map_state(state, forward_only)
-
     def tagged(self, model: nn.Module, session: tuple[Tensor, Tensor]) -> Tensor:
         """The log-probabilities (T, tags) of a session's tags, on the CPU; read as in training, piece by piece."""
         device, state, found = next(model.parameters()).device, None, []
         for piece in self.cut([session]):
-            signals, lengths, _ = (tensor.to(device) for tensor in piece.tensors)
+            signals, lengths, _ = piece.on(device)
             logits, state = model(signals, lengths, state)
-            state = map_state(state, forward_only)
             found.append(logits[:, 0].float().log_softmax(-1).cpu())
         return torch.cat(found)
 

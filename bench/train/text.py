@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench import UsageError
-from bench.train.batches import NO_TARGET, held_out
+from bench.train.batches import held_out, teacher_forced
 from bench.train.progress import bar
 
 START = 0  # a NUL opens every file: Python source never contains one, so sampling can begin there
@@ -38,17 +38,11 @@ def load_corpus(folder: Path) -> Corpus:
     the text is a fair mix of it. A hash of its name decides on which side a file falls."""
     texts = bytearray(), bytearray()
     names: tuple[list[str], list[str]] = [], []
-    try:
-        for name in sorted(source_files(folder), key=lambda name: hashlib.sha256(name.encode()).digest()):
-            side = held_out(name)
-            names[side].append(name)
-            texts[side].append(START)
-            texts[side].extend((folder / name).read_bytes())
-    except OSError as error:
-        raise UsageError(
-            f"--text {folder}: {error.filename} cannot be read ({error.strerror}); allowed is a folder of which every "
-            ".py file can be read: change its permissions, or name another"
-        ) from error
+    for name in sorted(source_files(folder), key=lambda name: hashlib.sha256(name.encode()).digest()):
+        side = held_out(name)
+        names[side].append(name)
+        texts[side].append(START)
+        texts[side].extend((folder / name).read_bytes())
     if not all(texts):
         raise UsageError(
             f"--text {folder}: {len(names[0])} training and {len(names[1])} held-out .py files found, at least one of "
@@ -99,16 +93,9 @@ class Lines:
         self.lengths = lengths[lengths > 1].clamp(max=longest)
 
     def padded(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs (START, then the line) and targets (the line), int64 (T, B), and the lengths, int64 (B,).
-
-        T is that of the longest; past a line's end the input is START and the target NO_TARGET.
-        """
-        lengths = self.lengths[indices]
-        positions = torch.arange(int(lengths.max()))[:, None]
-        tokens = self.text[(self.starts[indices] + positions).clamp(max=len(self.text) - 1)].long()
-        targets = tokens.masked_fill(positions >= lengths, NO_TARGET)
-        inputs = torch.cat([torch.full_like(tokens[:1], START), tokens[:-1]]).masked_fill(positions >= lengths, START)
-        return inputs, targets, lengths
+        """Of some lines what `teacher_forced` makes: START opens each."""
+        places = zip(self.starts[indices].tolist(), self.lengths[indices].tolist(), strict=True)
+        return teacher_forced([self.text[start : start + length] for start, length in places])
 
 
 class Bytes:

@@ -21,8 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bench import UsageError
 from bench.train import command
-from bench.train.batches import NO_TARGET, Buckets, held_out, summed_loss
-from bench.train.checkpoint import write_text
+from bench.train.batches import Buckets, held_out, teacher_forced
 from bench.train.decoding import Hypothesis, beam_search
 from bench.train.layers import recurrent, run_padded
 from bench.train.options import Settings, number, option
@@ -53,12 +52,9 @@ class TranslationSettings(Settings):
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
         return super().defaults(given) | {"warmup": min(100, given.get("steps", cls.steps) // 10)}
 
-    def check(self) -> None:
-        super().check()
-        if self.truncate:
-            raise UsageError(
-                f"--truncate {self.truncate} given: the gradient flows through all of a pair; allowed is --truncate 0"
-            )
+    @property
+    def whole(self) -> bool:
+        return True
 
 
 class Pair(NamedTuple):
@@ -148,10 +144,9 @@ class Translator(nn.Module):
         context = torch.einsum("bts,sbh->tbh", scores.softmax(-1).to(memory.dtype), memory)
         return self.linear(torch.tanh(self.mix(torch.cat([context, y], -1)))), state
 
-    def forward(self, source: Tensor, lengths: Tensor, inputs: Tensor) -> Tensor:
-        """Teacher forcing: the logits after each of the right tokens."""
-        logits, _ = self.decode(inputs, *self.encode(source, lengths))
-        return logits
+    def forward(self, source: Tensor, lengths: Tensor, inputs: Tensor, state: None = None) -> tuple[Tensor, None]:
+        """Teacher forcing: the logits after each of the right tokens. No state goes on to other pairs."""
+        return self.decode(inputs, *self.encode(source, lengths))[0], None
 
 
 class Translation(Workload):
@@ -195,42 +190,31 @@ class Translation(Workload):
 
     def pieces(self, step: int, rows: slice) -> list[Piece]:
         pairs = [self.train[index] for index in self.buckets.batch(step)[rows].tolist()]
-        tensors = self.padded(pairs)
-        return [Piece(tensors, int((tensors[-1] != NO_TARGET).sum()))]
+        return [self.piece(pairs)]
 
-    def padded(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def piece(self, pairs: Sequence[Pair]) -> Piece:
         """Sources (S, B), their lengths (B,), the decoder's inputs and its targets (T, B): int64."""
         sources = [torch.tensor([self.source_numbers[n] for n in (pair.language, *str(pair.number))]) for pair in pairs]
         words = [torch.tensor([self.target_numbers[c] for c in pair.words] + [END]) for pair in pairs]
-        targets = pad_sequence(words, padding_value=NO_TARGET)
-        inputs = targets.roll(1, 0).clamp(min=END)  # each last row is END, or no target
-        return pad_sequence(sources), torch.tensor([len(source) for source in sources]), inputs, targets
-
-    def loss(self, model: nn.Module, tensors: tuple[Tensor, ...], state: Any) -> tuple[Tensor, Any]:
-        source, lengths, inputs, targets = tensors
-        logits = model(source, lengths, inputs)
-        return summed_loss(logits, targets), None
+        lengths = torch.tensor([len(source) for source in sources])
+        return Piece.of(pad_sequence(sources), lengths, *teacher_forced(words)[:2])
 
     def evaluate(self, model: nn.Module) -> list[float]:
         """Exact matches of whole words, with a beam and without, and the loss, on the first held-out pairs."""
-        device = next(model.parameters()).device
-        pairs = self.held_out[:EVALUATED]
-        right, loss, count = [0, 0], 0.0, 0
-        for first in bar(range(0, len(pairs), 100), "held-out numbers"):
-            part = pairs[first : first + 100]
-            tensors = tuple(tensor.to(device) for tensor in self.padded(part))
-            loss += self.loss(model, tensors, None)[0].item()
-            count += int((tensors[-1] != NO_TARGET).sum())
+        pairs, right = self.held_out[:EVALUATED], [0, 0]
+        parts = [pairs[first : first + 100] for first in range(0, len(pairs), 100)]
+        for part in bar(parts, "held-out numbers"):
             for index, width in enumerate((BEAM, 1)):
                 found = self.translations(model, part, width)
                 right[index] += sum(pair.words == self.text(best[0]) for pair, best in zip(part, found, strict=True))
-        return [right[0] / len(pairs), right[1] / len(pairs), loss / count]
+        exact, greedy = (count / len(pairs) for count in right)
+        return [exact, greedy, self.mean_loss(model, map(self.piece, parts))]
 
     def translations(self, model: nn.Module, pairs: Sequence[Pair], width: int) -> list[list[Hypothesis]]:
         """What a beam of `width` finds for each pair's number, the best first; the pair's words are not looked at."""
         assert isinstance(model, Translator)
         device = model.linear.weight.device
-        source, lengths, *_ = self.padded(pairs)
+        source, lengths, *_ = self.piece(pairs).tensors
         begun = model.encode(source.to(device), lengths.to(device))
 
         def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -249,7 +233,8 @@ class Translation(Workload):
         for pair, found in zip(pairs, self.translations(model, pairs, job.beam), strict=True):
             said = self.text(found[0])
             lines.append(f"{pair.language} {pair.number}: {said}{f'   (right: {pair.words})' * (said != pair.words)}")
-        path = write_text(folder, "translations.txt", "\n".join(lines) + "\n")
+        path = folder / "translations.txt"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"Held-out numbers (in {path}):\n\n" + "\n".join(lines) + "\n")
 
     def use(self, model: nn.Module, job: Namespace) -> None:

@@ -6,11 +6,14 @@ A program is a `Workload` and one line, `sys.exit(command.main(MyWorkload))`. He
 
 from abc import ABC, abstractmethod
 from argparse import Namespace, _ArgumentGroup
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from bench.train.batches import NO_TARGET, summed_loss
 from bench.train.options import Settings
 
 
@@ -19,6 +22,15 @@ class Piece(NamedTuple):
 
     tensors: tuple[Tensor, ...]  # on the CPU; the loop moves them to the device
     count: int  # the terms that the loss sums: tokens, say
+
+    @classmethod
+    def of(cls, *tensors: Tensor) -> "Piece":
+        """For the loss of `Workload`: the targets come last, NO_TARGET where there is none."""
+        return cls(tensors, int((tensors[-1] != NO_TARGET).sum()))
+
+    def on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Its tensors there."""
+        return tuple(tensor.to(device, non_blocking=True) for tensor in self.tensors)
 
 
 class Workload(ABC):
@@ -62,14 +74,29 @@ class Workload(ABC):
         the gradient does not: with settings.truncate = K, cut the time into pieces of at most K steps.
         """
 
-    @abstractmethod
     def loss(self, model: nn.Module, tensors: tuple[Tensor, ...], state: Any) -> tuple[Tensor, Any]:
         """The sum (not the mean) of a piece's loss over its `count` terms, a float32 scalar; and the state after it.
 
         Called in training mode within autocast; `tensors` are the piece's, on the device. `state` is what the call
         before returned, detached (None at first, and at the first piece of every step unless `continues`): None or
         nested tuples of tensors. `model` may be wrapped in DistributedDataParallel: call it once, by model(...).
+
+        By default the cross entropy of the last tensor, the targets; the model gets the others and the state, and
+        returns logits and the state after them.
         """
+        *given, targets = tensors
+        logits, state = model(*given, state=state)
+        return summed_loss(logits, targets), state
+
+    def mean_loss(self, model: nn.Module, pieces: Iterable[Piece]) -> float:
+        """For `evaluate`: over all terms of all pieces, read one after the other."""
+        device, state, total, count = next(model.parameters()).device, None, 0.0, 0
+        for piece in pieces:
+            loss, after = self.loss(model, piece.on(device), state)
+            state = after if self.continues else None
+            total += loss.item()
+            count += piece.count
+        return total / count
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> list[float]:

@@ -54,9 +54,9 @@ ALIGNED = [["tt.divisibility", 16]]
 
 @dataclass(frozen=True)
 class Case:
-    """What to compile: one kernel for one shape on one architecture; layers > 1: of a stack as a wave; marks: with rows
-    that begin anew or skip a step, gradients to the reset states and from every c; chunked: for a chunk of time, with c
-    and the gradients of the states in float32."""
+    """What to compile: one kernel for one shape on one architecture; layers > 1: of a stack as a pipeline; marks: with
+    rows that begin anew or skip a step, gradients to the reset states and from every c; chunked: for a chunk of time,
+    with c and the gradients of the states in float32."""
 
     cell: str
     backward: bool
@@ -169,6 +169,19 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
     return triton.compile(source, target=target_of(case.arch), options=options(part, case.arch))
 
 
+def compile_activation(cell: Cell, dtype: str, arch: str, directions: int, hidden: int) -> Any:
+    """The compiled ``recompute.activate``."""
+    pointer = DTYPES[dtype]
+    given = "constexpr", pointer if cell.params else "constexpr", "*u8" if cell.extras else "constexpr"
+    signature: dict[str, str | tuple[str, ...]] = {
+        "x_gates": pointer, "r_gates": "*fp32", "bias": pointer, "states": (pointer,) * cell.states,
+        "step_data": given, "saved": pointer, "T": "i32", "B": "i32",
+    }  # fmt: skip
+    sizes = {"of": cell, "D": directions, "H": hidden, "BLOCK": BLOCK}
+    source = source_of(activate, signature, {"cell": derived(cell.name).forward, "interpreted": False, **sizes})
+    return triton.compile(source, target=target_of(arch), options={"num_warps": 4, "enable_fp_fusion": True})
+
+
 def source_of(kernel: Any, signature: dict[str, str | tuple[str, ...]], constants: dict[str, Any]) -> ASTSource:
     """What to compile. What is constant, is None in a tuple; every pointer is aligned."""
     names = kernel.arg_names
@@ -191,19 +204,6 @@ _POINTERS = re.compile(r"tensor<([\dx]+)x!tt\.ptr<(\w+)>")
 _DOTS = re.compile(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b")
 _LOADS = re.compile(r"\b(tt\.(load|gather|descriptor_load)|ttg\.async_copy_global_to_local|amdg\.buffer_load)\b")
 _BITS = {"f16": 16, "bf16": 16, "f32": 32}
-
-
-def compile_activation(cell: Cell, dtype: str, arch: str, directions: int, hidden: int) -> Any:
-    """The compiled ``recompute.activate``."""
-    pointer = DTYPES[dtype]
-    given = "constexpr", pointer if cell.params else "constexpr", "*u8" if cell.extras else "constexpr"
-    signature: dict[str, str | tuple[str, ...]] = {
-        "x_gates": pointer, "r_gates": "*fp32", "bias": pointer, "states": (pointer,) * cell.states,
-        "step_data": given, "saved": pointer, "T": "i32", "B": "i32",
-    }  # fmt: skip
-    sizes = {"of": cell, "D": directions, "H": hidden, "BLOCK": BLOCK}
-    source = source_of(activate, signature, {"cell": derived(cell.name).forward, "interpreted": False, **sizes})
-    return triton.compile(source, target=target_of(arch), options={"num_warps": 4, "enable_fp_fusion": True})
 
 
 def homes(ttgir: str) -> Homes:
@@ -253,7 +253,7 @@ def homes(ttgir: str) -> Homes:
                 tiles[result] = result, depth
                 bytes_of[result] = size
         elif _DOTS.search(operation):
-            # A wave forms its first product before the loop over time: where its weights are then is not their home.
+            # A pipeline forms its first product before the loop over time: its weights are not at home yet.
             for value in used[:2]:
                 if value in tiles and depth >= 2:
                     load, made = tiles[value]

@@ -17,13 +17,13 @@ def check_device(name: str | None) -> None:
 
 
 def outlook(call: Call, device: str | None) -> Any:
-    """``decide.outlook`` for one call; device: a name that the plan knows, None: the one at hand.
+    """``decide.predict_stack`` for one call; device: a name that the plan knows, None: the one at hand.
 
     Raises:
         ValueError: no plan for it; the message says why.
     """
     sizes = call.hidden, call.layers, call.batch, call.directions, call.steps
-    return decide.outlook(call.cell, *sizes, call.dtype, device)
+    return decide.predict_stack(call.cell, *sizes, call.dtype, device)
 
 
 def add(profile: Profile, device: str | None) -> None:

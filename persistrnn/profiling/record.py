@@ -94,7 +94,7 @@ class Point:
 @dataclass
 class Profile:
     """What was measured: ``points`` by arm, then by T. subject: what was run, in words. outlook: what the plan predicts
-    for the largest recurrent stack in it (``decide.Outlook``), None where ``no_outlook`` says why."""
+    for the largest recurrent stack in it (``decide.Prediction``), None where ``no_outlook`` says why."""
 
     subject: str
     machine: Machine

@@ -1,7 +1,7 @@
 """What the compiled scans do per program and time step, counted while the emulator executes them, beside what the audit
 reads from the same code.
 
-`persistrnn audit --run` runs this file: it writes bench/results/counts.csv, from which the table in bench/README.md is
+`make counts` runs this file: it writes bench/results/counts.csv, from which the table in bench/README.md is
 made. Facts of the code, not times: no GPU is needed for them, and none is there.
 """
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench.train import checkpoint
+from bench.train.loop import Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,6 +68,32 @@ def kill_at_random(module: str, arguments: list[str], whole: Path, killed: Path,
     said = json.loads(done.stdout)
     assert said["status"] == 0, f"seed {seed}"
     assert said["kills"] >= least, f"seed {seed}"
+
+
+def die_and_resume(
+    main: Callable[[list[str]], int], arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Path]:
+    """Runs a training program into one folder, and into another, where an exception ends it and it is resumed: both,
+    and what their checkpoints hold is the same."""
+    whole, killed = folder / "whole", folder / "killed"
+    assert main([*arguments, f"--output={whole}"]) == 0
+    step, middle = Run.train_step, len(saved(whole)["losses"]) // 2
+
+    def dies(run: Run) -> None:
+        if run.step == middle:
+            raise RuntimeError("power failure")
+        step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", dies)
+        with pytest.raises(RuntimeError, match="power failure"):
+            main([*arguments, f"--output={killed}", "--save-seconds=0"])
+    assert len(saved(killed)["losses"]) == middle
+    torch.manual_seed(12345)  # as another process would begin
+    assert main(["--resume", f"--output={killed}"]) == 0
+    assert saved(whole)["quality"] is not None
+    assert_same(saved(killed), saved(whole))
+    return whole, killed
 
 
 # What torchrun does for two processes, but it loads torch once for all that it is given.
@@ -127,7 +154,7 @@ def saved(folder: Path) -> dict[str, Any]:
     """What a checkpoint holds and must be the same however often the run was interrupted."""
     content = checkpoint.load(folder)
     assert content is not None
-    del content["cost"]
+    del content["speed"], content["memory"]
     return content
 
 

@@ -20,7 +20,7 @@ from persistrnn.kernels.inspect.plan_command import as_text, main, sourced
 from persistrnn.kernels.planner.forecast import Error
 from persistrnn.kernels.planner.hardware import DEVICES, Hardware, corrected, live, named
 from persistrnn.kernels.planner.measurements import Step
-from persistrnn.kernels.planner.plan import DTYPES, Plan, plan_layer
+from persistrnn.kernels.planner.plan import DTYPES, plan_layer
 from persistrnn.kernels.planner.problem import Problem
 
 WORKLOADS = Path(__file__).resolve().parents[2] / "bench" / "workloads"
@@ -49,12 +49,14 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return status, out, err
 
 
-def number(text: str) -> int:
-    return int(text.replace(",", ""))
+def asked(cell: str = "lstm", hidden: int = 256, batch: int = 16, directions: int = 1, dtype: str = "bf16",
+          hardware: Hardware = DEVICES["h200"]) -> Problem:  # fmt: skip
+    return Problem(CELLS[cell], hidden, batch, directions, dtype, hardware)
 
 
-def check_text(text: str, found: Plan) -> None:
+def check_text(text: str, problem: Problem) -> None:
     """The numbers of both passes are in the text, and add up there."""
+    found = plan_layer(problem)
     for name, section in zip(PASSES, re.split(r"^(?:forward|backward)$", text, flags=re.M)[1:], strict=True):
         part = getattr(found, name)
         homes = re.search(
@@ -63,18 +65,13 @@ def check_text(text: str, found: Plan) -> None:
             section,
         )
         assert homes, section
-        registers, shared, streamed, total, *factors = map(number, homes.groups()[:-1])
-        assert (registers, shared, streamed) == dataclasses.astuple(part.shares)
-        assert registers + shared + streamed == total
-        assert factors == [{"lstm": 4, "gru": 3}[found.cell], found.hidden, found.hidden, DTYPES[found.dtype]]
-        assert factors[0] * factors[1] * factors[2] * factors[3] == total
-        assert float(homes[9]) == pytest.approx(100 * (registers + shared) / total, abs=0.1)
-
-        bars = re.findall(r"(shared memory|registers) +\[([^]]{64})\] ([\d,]+) bytes\n(.*)", section)
-        assert [bar[0] for bar in bars] == ["shared memory", "registers"]
-        for _, _, whole, key in bars:
-            assert sum(number(n) for n in re.findall(r"[\d,]+(?=   |$)", key)) == number(whole)
-
+        *shares, total, gates, rows, columns, size = (int(n.replace(",", "")) for n in homes.groups()[:-1])
+        assert tuple(shares) == dataclasses.astuple(part.shares)
+        assert (gates, rows, columns, size) == (problem.cell.gates, problem.hidden, problem.hidden, problem.size)
+        assert gates * rows * columns * size == total == sum(shares)
+        assert float(homes[9]) == pytest.approx(100 * (shares[0] + shares[1]) / total, abs=0.1)
+        for memory in ("shared memory", "registers"):
+            assert len(re.findall(rf"{memory} +\[[^]]{{64}}\] [\d,]+ bytes\n", section)) == 1
         step = re.search(
             r"compute ([\d.]+) \+ weights ([\d.]+) \+ state ([\d.]+) \+ synchronisation ([\d.]+) \+ pointwise ([\d.]+) "
             r"= ([\d.]+), x ([\d,]+) rounds? = ([\d.]+)",
@@ -99,8 +96,8 @@ def test_text_of_every_workload_adds_up(table: str) -> None:
     shapes = rows(table)
     assert len(shapes) >= {"deepbench": 60, "flashrnn": 8, "models": 15}[table]
     for cell, hidden, batch, directions in shapes:
-        found = plan_layer(Problem(CELLS[cell], hidden, batch, directions, "bf16", named("h200")))
-        check_text(as_text(found, CELLS[cell], 1024, "for a test"), found)
+        problem = asked(cell, hidden, batch, directions)
+        check_text(as_text(problem, 1024, "for a test"), problem)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,28 +106,21 @@ def test_text_for_every_device_and_dtype(capsys: pytest.CaptureFixture[str], dev
     arguments = ("--cell", "lstm", "--hidden", "320", "--batch", "33", "--directions", "2")
     status, out, err = call(capsys, *arguments, "--device", device, "--dtype", dtype)
     assert (status, err) == (0, "")
-    found = plan_layer(Problem(CELLS["lstm"], 320, 33, 2, dtype, named(device)))
     assert out.startswith(f"lstm H=320 B=33 D=2 {dtype} on {device} ")
-    check_text(out, found)
-    assumed = sourced(found.hardware, "assumed")
+    check_text(out, asked("lstm", 320, 33, 2, dtype, named(device)))
+    assumed = sourced(named(device), "assumed")
     assert f"Assumed in the record of {device}: {', '.join(assumed)}.\n" in out
 
 
-# JSON
-
-
 def test_the_models_error_is_printed_where_there_are_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = CELLS["lstm"]
-    found = plan_layer(Problem(cell, 1024, 16, 1, "bf16", DEVICES["h200"]))
-    assert "measured over predicted" not in as_text(found, cell, 1024, "a test")
+    assert "measured over predicted" not in as_text(asked(), 1024, "a test")
     steps = [Step("lstm", 1024, 16, 1, "bf16", False, "persistent", us) for us in (2.0, 4.0, 9.0)]
     errors = tuple(Error(step, predicted=2.0) for step in steps)
     monkeypatch.setattr(plan_command.forecast, "errors", lambda cell, hardware: errors)
-    text = as_text(found, cell, 1024, "a test")
-    assert (
+    sentence = (
         "Against 3 measured steps of the lstm on h200, measured over predicted is 1.00 to 4.50, in the middle 2.00."
-        in text
     )
+    assert sentence in as_text(asked(), 1024, "a test")
 
 
 def test_measured_numbers_are_named(tmp_path: Path) -> None:
@@ -138,17 +128,19 @@ def test_measured_numbers_are_named(tmp_path: Path) -> None:
     (tmp_path / "h200.json").write_text(
         json.dumps({"provenance": provenance, "constants": {"exchange": 0.5}, "steps": []})
     )
-    found = plan_layer(Problem(CELLS["gru"], 64, 1, 1, "bf16", corrected(DEVICES["h200"], tmp_path)))
-    text = as_text(found, CELLS["gru"], 1024, "for a test")
+    text = as_text(asked("gru", hardware=corrected(DEVICES["h200"], tmp_path)), 1024, "for a test")
     assert "Measured, in the record of h200: exchange.\n" in text + "\n"
     assert "Assumed in the record of h200: barrier, launch." in text
+
+
+# JSON
 
 
 def as_read(value: object) -> Any:
     return json.loads(json.dumps(value))
 
 
-@pytest.mark.parametrize(("cell", "hidden", "batch", "directions"), rows("models"))
+@pytest.mark.parametrize(("cell", "hidden", "batch", "directions"), [("lstm", 1150, 80, 1), ("gru", 2560, 1, 2)])
 def test_json_has_the_whole_plan(
     capsys: pytest.CaptureFixture[str], cell: str, hidden: int, batch: int, directions: int
 ) -> None:
@@ -158,7 +150,7 @@ def test_json_has_the_whole_plan(
     )  # fmt: skip
     assert (status, err) == (0, "")
     given = json.loads(out)
-    found = plan_layer(Problem(CELLS[cell], hidden, batch, directions, "tf32", named("h200")))
+    found = plan_layer(asked(cell, hidden, batch, directions, "tf32"))
 
     def contains(whole: Any, part: Any) -> bool:
         if isinstance(part, dict):
@@ -207,7 +199,7 @@ def test_with_a_gpu_it_plans_for_what_that_has(
     status, out, _ = call(capsys, "--cell", "gru", "--hidden", "512")
     assert status == 0
     assert "on NVIDIA H200 MIG 1g.18gb (sm_90, 16 multiprocessors; the GPU at hand)" in out
-    check_text(out, plan_layer(Problem(CELLS["gru"], 512, 16, 1, "bf16", hardware(torch.device("cuda", 3)))))
+    check_text(out, asked("gru", 512, hardware=hardware(torch.device("cuda", 3))))
 
 
 # Errors
@@ -215,17 +207,12 @@ def test_with_a_gpu_it_plans_for_what_that_has(
 WRONG = [
     (("--device", "gtx1080"), "'gtx1080'", "mi300x"),
     (("--hidden", "0"), "'0'", "from 1 to"),
-    (("--hidden", "-3"), "'-3'", "from 1 to"),
     (("--hidden", "12.5"), "'12.5'", "an integer"),
     (("--hidden", "\u00b2"), "'\u00b2'", "an integer"),
     (("--batch", "1" + "0" * 400), "'1000", "from 1 to"),
-    (("--directions", "3"), "3", "1, 2"),
     (("--dtype", "float64"), "'float64'", "fp16"),
-    (("--dtype", "int8"), "'int8'", "tf32"),
-    (("--cell", "rnn"), "'rnn'", "gru"),
     (("--draw", "chip.png"), "'chip.png'", "ends in .svg"),
     (("--draw", "no/such/folder/chip.svg"), "'no/such/folder/chip.svg'", "folder that exists"),
-    (("--draw", "a" * 300 + ".svg"), "aaa.svg'", "a file that you may write"),
 ]
 
 
@@ -242,14 +229,6 @@ def test_wrong_arguments_are_refused_at_the_door(
     assert given in message
     assert allowed in message
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["half", "torch.float16", "BFLOAT16", "float32", "tf32"])
-def test_torchs_names_of_dtypes_are_understood(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    status, out, _ = call(capsys, *SMALL, "--dtype", name)
-    assert status == 0
-    expected = {"half": "fp16", "torch.float16": "fp16", "BFLOAT16": "bf16", "float32": "fp32", "tf32": "tf32"}
-    assert f" {expected[name]} on h200" in out
 
 
 def test_layer_without_a_plan_is_an_error_and_draws_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -276,8 +255,7 @@ def test_command_draws_the_same_in_every_process(tmp_path: Path) -> None:
     done = run(*SMALL, "--draw", str(path), "--json", PYTHONHASHSEED="1")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["cell"] == "gru"
-    expected = picture.svg(plan_layer(Problem(CELLS["gru"], 64, 16, 1, "bf16", named("h200"))))
-    assert path.read_text(encoding="utf-8") == expected
+    assert path.read_text(encoding="utf-8") == picture.svg(plan_layer(asked("gru", 64)))
 
 
 def test_reader_may_leave_early() -> None:
@@ -314,58 +292,32 @@ def test_what_auto_takes(capsys: pytest.CaptureFixture[str], hidden: str, path: 
 # The clock
 
 
-FIELDS = "device,dtype,cell,hidden,batch,pass,clock_us,model_us,line_1,share_1,line_2,share_2,line_3,share_3"
-CLOCKED = "scan.py:1 a,0.5,cells.py:2 b,0.3,tuples.py:3 c,0.1"
-
-
 @pytest.mark.parametrize(("times", "apart"), [(1.5, "+50%"), (1.1, "+10%"), (0.7, "-30%")])
 def test_the_clock_beside_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, times: float, apart: str) -> None:
-    found = plan_layer(Problem(CELLS["lstm"], 256, 16, 1, "bf16", named("h200")))
-    model = found.forward.predicted
-    row = f"h200,bf16,lstm,256,16,forward,{times * model:.4f},{model:.2f},{CLOCKED}"
+    model = plan_layer(asked()).forward.predicted
+    fields = "device,dtype,cell,hidden,batch,pass,clock_us,model_us,line_1,share_1,line_2,share_2,line_3,share_3"
+    row = f"h200,bf16,lstm,256,16,forward,{times * model:.4f},{model:.2f},scan.py:1 a,0.5,b.py:2 b,0.3,c.py:3 c,0.1"
     monkeypatch.setattr(plan_command, "CLOCK", tmp_path / "clock.csv")
-    plan_command.CLOCK.write_text(f"{FIELDS}\n{row}\n")
-    text = as_text(found, CELLS["lstm"], 8, "")
+    plan_command.CLOCK.write_text(f"{fields}\n{row}\n")
+    text = as_text(asked(), 8, "")
     (line,) = [line for line in text.splitlines() if "clock" in line]
     assert f"predicted by the clock of emulated code {times * model:.2f} us, {apart}; " in line
-    assert "most in scan.py:1 a 50%, cells.py:2 b 30%, tuples.py:3 c 10%" in line
+    assert "most in scan.py:1 a 50%, b.py:2 b 30%, c.py:3 c 10%" in line
     assert ("NOTES.md" in line) == (apart != "+10%")
     assert text.index(line) < text.index("\nbackward\n")
-    clock = plan_command.as_json(found, CELLS["lstm"], 8, "")["clock"]
+    clock = plan_command.as_json(asked(), 8, "")["clock"]
     assert clock["forward"]["us"] == pytest.approx(times * model, abs=1e-4)
     assert clock["backward"] is None
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"cell": "gru"}, {"hidden": 512}, {"batch": 17}, {"directions": 2}, {"dtype": "fp16"},
-        {"hardware": named("h100")}, {"hardware": dataclasses.replace(named("h200"), exchange=2.0)},
-    ],
-    ids=lambda other: next(iter(other)),
-)  # fmt: skip
-def test_the_clock_says_nothing_of_another_plan(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, other: dict[str, Any]
-) -> None:
-    """The last one is the same layer on the same device, planned with another constant."""
-    asked = {"cell": "lstm", "hidden": 256, "batch": 16, "directions": 1, "dtype": "bf16", "hardware": named("h200")}
-    row = "h200,bf16,lstm,256,16,forward,2.0,{:.2f}," + CLOCKED
-    monkeypatch.setattr(plan_command, "CLOCK", tmp_path / "clock.csv")
-
-    def text(asked: dict[str, Any]) -> str:
-        cell = CELLS[asked["cell"]]
-        return as_text(plan_layer(Problem(cell, *list(asked.values())[1:])), cell, 8, "")
-
-    own = plan_layer(Problem(CELLS["lstm"], *list(asked.values())[1:]))
-    plan_command.CLOCK.write_text(f"{FIELDS}\n{row.format(own.forward.predicted)}\n")
-    assert "clock" in text(asked)
-    assert "clock" not in text(asked | other)
+    # Nothing of another plan; the last one is the same layer on the same device, planned with another constant.
+    others = {"cell": "gru"}, {"hidden": 512}, {"batch": 17}, {"directions": 2}, {"dtype": "fp16"}
+    devices = {"hardware": named("h100")}, {"hardware": dataclasses.replace(named("h200"), exchange=2.0)}
+    for other in (*others, *devices):
+        assert "clock" not in as_text(asked(**other), 8, ""), other
     plan_command.CLOCK.unlink()  # as in an installation
-    assert "clock" not in text(asked)
+    assert "clock" not in as_text(asked(), 8, "")
 
 
 def test_the_clock_of_this_checkout_is_of_these_plans() -> None:
     for row in csv.DictReader(plan_command.CLOCK.read_text().splitlines()):
-        sizes = int(row["hidden"]), int(row["batch"]), 1
-        found = plan_layer(Problem(CELLS[row["cell"]], *sizes, row["dtype"], named(row["device"])))
-        assert plan_command.clocked(found, row["pass"]), row
+        problem = asked(row["cell"], int(row["hidden"]), int(row["batch"]), 1, row["dtype"], named(row["device"]))
+        assert plan_command.clocked(problem, row["pass"]), row

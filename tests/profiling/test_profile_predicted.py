@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.inspect import outlook
+from persistrnn.kernels.inspect import prediction
 from persistrnn.kernels.planner import hardware
 from persistrnn.kernels.planner.pipeline import plan_pipeline
 from persistrnn.kernels.planner.plan import plan_layer
@@ -40,13 +40,13 @@ def synthetic(*calls: Call, machine: Machine = GPU) -> Profile:
 @pytest.fixture
 def on_h200(monkeypatch):
     """As on a live H200."""
-    device_of = outlook.device_of
-    monkeypatch.setattr(outlook, "device_of", lambda name: device_of(name or "h200"))
-    monkeypatch.setattr(outlook.torch.cuda, "is_available", lambda: True)
+    device_of = prediction.device_of
+    monkeypatch.setattr(prediction, "device_of", lambda name: device_of(name or "h200"))
+    monkeypatch.setattr(prediction.torch.cuda, "is_available", lambda: True)
 
 
 def test_one_layer_is_the_plans():
-    found = outlook.outlook("gru", 1024, 1, 32, 2, 2048, "bf16", "h200")
+    found = prediction.predict_stack("gru", 1024, 1, 32, 2, 2048, "bf16", "h200")
     shape = CELLS["gru"]
     expected = plan_layer(Problem(shape, 1024, 32, 2, "bf16", hardware.named("h200")))
     for name, part in (("forward", expected.forward), ("backward", expected.backward)):
@@ -61,20 +61,20 @@ def test_one_layer_is_the_plans():
 
 
 def test_a_stack_is_a_wave_where_that_is_faster():
-    found = outlook.outlook("lstm", 256, 3, 8, 1, 100, "bf16", "h200")
+    found = prediction.predict_stack("lstm", 256, 3, 8, 1, 100, "bf16", "h200")
     together = plan_pipeline(Problem(CELLS["lstm"], 256, 8, 1, "bf16", hardware.named("h200")), 3)
     assert together is not None
     assert found.together
     assert found.total * 100 == pytest.approx(together.microseconds(100, True))
     assert str(together) in found.text
-    both = outlook.outlook("lstm", 256, 3, 8, 2, 100, "bf16", "h200")
+    both = prediction.predict_stack("lstm", 256, 3, 8, 2, 100, "bf16", "h200")
     assert not both.together, "a second direction needs the layer below to be whole"
-    one = outlook.outlook("lstm", 256, 1, 8, 2, 100, "bf16", "h200")
+    one = prediction.predict_stack("lstm", 256, 1, 8, 2, 100, "bf16", "h200")
     assert both.total == pytest.approx(3 * one.total)
 
 
 def test_float32_has_bf16_beside_it():
-    found = outlook.outlook("lstm", 256, 1, 8, 1, 100, "fp32", "h200")
+    found = prediction.predict_stack("lstm", 256, 1, 8, 1, 100, "fp32", "h200")
     assert list(found.dtypes) == ["bf16", "fp32"]
     assert found.dtypes["fp32"] == pytest.approx(found.total) != found.dtypes["bf16"]
 

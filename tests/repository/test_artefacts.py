@@ -86,12 +86,10 @@ def test_the_rehearsal_has_today_s_predictions():
 
 
 def test_the_picture_is_the_one_that_its_command_draws(tmp_path, monkeypatch, capsys):
-    """By its texts: shapes depend on the version of matplotlib."""
     readme = (ROOT / "README.md").read_text()
     command = re.search(r"`persistrnn plan (--cell .*?)`", readme)[1].split()
     (kept,) = RESULTS.glob("plan-*.svg")
     assert f"(bench/results/{kept.name})" in readme
     monkeypatch.setattr("sys.argv", ["plan", *command, "--draw", str(tmp_path / "plan.svg")])
     plan_command.main()
-    texts = [re.findall(r"<text[^>]*>([^<]*)", path.read_text()) for path in (kept, tmp_path / "plan.svg")]
-    assert texts[0] == texts[1] != []
+    assert kept.read_bytes() == (tmp_path / "plan.svg").read_bytes()

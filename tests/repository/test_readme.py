@@ -70,14 +70,14 @@ def test_plan_that_is_shown_wins():
     command = re.search(r"`persistrnn plan (--cell .*?)`", README)[1].split()
     given = plan_command.parser().parse_args(command)
     cell, hardware = CELLS[given.cell], named(given.device)
-    found = plan_layer(Problem(cell, given.hidden, given.batch, given.directions, given.dtype, hardware))
-    expected = plan_command.expected(found, cell)
+    problem = Problem(cell, given.hidden, given.batch, given.directions, given.dtype, hardware)
+    expected = plan_command.expected(problem)
     assert all(one.persistent < one.torch for one in expected.values())
     training = expected["training"]
     assert f"training: {training.persistent:.2f} us, on torch's own path {training.torch:.2f})" in README
     drawing = RESULTS / f"plan-{given.cell}-{given.hidden}.svg"
     assert drawing.stat().st_size < 60_000
-    assert drawing.read_text() == picture.svg(found)
+    assert drawing.read_text() == picture.svg(plan_layer(problem))
 
 
 def test_largest_hidden_sizes_are_those_of_the_plan():

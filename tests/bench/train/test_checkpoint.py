@@ -106,7 +106,7 @@ class TestContent:
             (lambda content: content.update(workload="signals"), "holds a run of signals, this is language_model"),
             (lambda content: content["settings"].update(more=1), r"another version of this program.*\(more\)"),
             (lambda content: content["settings"].update(device="cuda:77"), "--device cuda:77 given.*allowed here: cpu"),
-            (lambda content: content["settings"].update(text="/nowhere"), "--text /nowhere: .* cannot be read"),
+            (lambda content: content["settings"].update(text="/nowhere"), "/nowhere cannot be read or written"),
             (lambda content: content["settings"].update(hidden=9), "another version of this program .*size mismatch"),
             (lambda content: content["settings"].update(layers=2), "another version of this program .*Missing key"),
             (lambda content: content.update(data="0" * 64), "--text .* has changed since the checkpoint"),
@@ -161,9 +161,11 @@ class TestFolder:
     ) -> None:
         monkeypatch.setattr(LanguageModeling, "__init__", None)  # it does not come to that
         (tmp_path / "file").touch()
-        assert re.search(rf"{where}.* cannot be written \(.+\).*--output", refused(tmp_path / where, *new(source)))
+        assert re.search(
+            rf"{where}\S* cannot be read or written \(.+\): .*name another", refused(tmp_path / where, *new(source))
+        )
 
-    @pytest.mark.parametrize("room", [0, 3000, 10**4])
+    @pytest.mark.parametrize("room", [0, 10**4])
     def test_a_full_disk(
         self, unfinished: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, room: int
     ) -> None:
@@ -177,13 +179,11 @@ class TestFolder:
 
         monkeypatch.setattr(Path, "open", opened)
         sentence = refused(unfinished, "--resume", "--save-seconds=0")
-        assert "run cannot be written (No space left on device): make room there, or choose another folder" in sentence
+        assert (
+            "run cannot be read or written (No space left on device): change its permissions, make room, or" in sentence
+        )
         assert (unfinished / "checkpoint.pt").read_bytes() == before
         assert sorted(path.name for path in unfinished.iterdir()) == ["checkpoint.pt", "lock"]
-
-    def test_an_error_of_torchs_own_is_shown(self, tmp_path: Path) -> None:
-        with pytest.raises(RuntimeError, match="of a GPU"), checkpoint.written(tmp_path):
-            raise RuntimeError("of a GPU")
 
 
 # Holds a folder until its input ends.
@@ -230,15 +230,13 @@ class TestLock:
             holder.wait()
             assert language_model.main(["--resume", "--output", str(unfinished), "--sample-tokens=5"]) == 0
 
-    def test_every_rank_is_told(self, source: Path, tmp_path: Path) -> None:
-        """None waits for the one that found it, nor dies of its end: of a folder that is no folder, of damage, of one
-        that is taken, and of a full disk."""
-        (tmp_path / "file").touch()
+    def test_an_error_of_one_ends_all(self, source: Path, tmp_path: Path) -> None:
+        """None waits for the one that found it, nor dies of its end: of damage, a folder that is taken, a full disk."""
         (tmp_path / "torn").mkdir()
         (tmp_path / "torn" / "checkpoint.pt").write_bytes(b"torn")
         (tmp_path / "program.py").write_text(FULL)
-        jobs = [[*new(source), "--output", str(tmp_path / name)] for name in ("file", "torn", "taken", "full")]
+        jobs = [[*new(source), "--output", str(tmp_path / name)] for name in ("torn", "taken", "full")]
         with checkpoint.held(tmp_path / "taken"):
             shown = two_processes("program", *jobs, path=tmp_path)
-        assert re.findall(r"(.*) are the statuses", shown) == ["[2, 2]"] * 4
+        assert re.findall(r"(.*) are the statuses", shown) == ["[2, 2]"] * 3
         assert not (tmp_path / "full" / "checkpoint.pt").exists()

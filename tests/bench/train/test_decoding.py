@@ -52,15 +52,6 @@ def test_a_wide_beam_finds_the_best_of_all(stop: int | None) -> None:
             assert ours.score == pytest.approx(theirs.score, rel=1e-9)
 
 
-def test_a_beam_of_one_is_greedy() -> None:
-    table = chain(1)
-    token, greedy = 0, []
-    for step in range(5):
-        token = int(table[step, token].argmax())
-        greedy.append(token)
-    assert search([table], 1, 5)[0][0].tokens == greedy
-
-
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     chains = [chain(seed) for seed in range(4)]
     together = search(chains, 3, 6, stop=STOP)

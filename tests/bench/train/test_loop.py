@@ -24,8 +24,7 @@ from bench.train.progress import PeakMemory
 SMALL = ["--hidden=16", "--embedding=8", "--sequence=16", "--device=cpu"]
 SAMPLE = "--sample-tokens=20"
 
-# While both processes take a step, rank 1 signals: of STEP:SIGNAL:self to itself, of STEP:SIGNAL:parent to torchrun,
-# whose own signal then arrives in the same step.
+# While both take a step, rank 1 sends a signal, STEP:SIGNAL, to torchrun, whose own then arrives in the same step.
 STOPPED = """
 import os, signal, sys, time
 from bench.train import language_model, ranks
@@ -33,14 +32,14 @@ from bench.train.loop import Run
 
 def main(arguments):
     when, *arguments = arguments
-    step, number, whom = when.split(":")
+    step, number = when.split(":")
     number = signal.Signals[number]
     whole_step = Run.train_step
     def train_step(run):
         if run.step == int(step) and ranks.rank() == 1:
             seen, note = [], signal.getsignal(number)
             signal.signal(number, lambda *received: (seen.append(received), note(*received)))
-            os.kill(os.getpid() if whom == "self" else os.getppid(), number)
+            os.kill(os.getppid(), number)
             while not seen:
                 time.sleep(0.01)
         whole_step(run)
@@ -95,7 +94,7 @@ class TestTruncation:
         state, total = None, torch.zeros(())
         for piece in pieces:
             inputs, targets = piece.tensors
-            logits, state = reference(inputs, state)
+            logits, state = reference(inputs, state=state)
             state = tuple(tensor.detach() for tensor in state)
             total = total + nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         (total / 36).backward()
@@ -136,8 +135,6 @@ class TestOptions:
             assert f"--{name.replace('_', '-')} " in shown
         assert "--hidden N hidden units a layer (default 7)" in shown
         assert "--more X one's own (default 0.5)" in shown
-
-    def test_only_what_is_given(self) -> None:
         assert self.parsed() == {}
         given = self.parsed("--hidden", "3", "--quick", "--learning-rate=1e-3")
         assert given == {"hidden": 3, "quick": True, "learning_rate": 1e-3}
@@ -165,17 +162,11 @@ class TestProcesses:
         with pytest.raises(UsageError, match=r"--batch 2 given to 3 processes: each needs a row; allowed is 3 or more"):
             Settings.complete({"device": "cpu", "batch": 2})
 
-    def test_every_gpu_has_its_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """torch.cuda.set_device refuses one that has none."""
+    def test_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Under torchrun each process takes a GPU of its own, and every GPU has its number, as torch needs it."""
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
         found = [ranks.device(name) for name in ("cpu", "cuda", "cuda:3")]
         assert found == [torch.device("cpu"), torch.device("cuda", 2), torch.device("cuda", 3)]
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setenv("LOCAL_RANK", "1")
-        assert ranks.device("cuda") == torch.device("cuda", 1)
-
-    def test_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Under torchrun each process takes a GPU of its own."""
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         for device in ("cpu", "cuda", "cuda:1"):
             assert Settings.complete({"device": device}).device == device
@@ -183,7 +174,8 @@ class TestProcesses:
             Settings.complete({"device": "cuda:2"})
         monkeypatch.setenv("WORLD_SIZE", "6")
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-        Settings.complete({"device": "cuda"})
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert ranks.device(Settings.complete({"device": "cuda"}).device) == torch.device("cuda", 1)
         for device, local in (("cuda:1", "2"), ("cuda", "3")):
             monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
             with pytest.raises(UsageError, match=rf"--device {device} given to {local} process.* sees 2 GPU"):
@@ -192,15 +184,14 @@ class TestProcesses:
     def test_they_train_as_one(self, source: Path, tmp_path: Path) -> None:
         """Lines of several lengths in unequal parts: each token counts the same, whoever reads it."""
         arguments = [*SMALL, "--text", str(source), "--batch=5", "--steps=4", "--sequence=20"]
-        jobs = {"lines": ["--lines", SAMPLE], "streams": ["--truncate=6", SAMPLE]}
-        jobs["compared"] = ["--compare=torch", "--steps=2"]
+        jobs = {"lines": ["--lines", SAMPLE], "streams": ["--truncate=6", SAMPLE, "--compare=torch"]}
         shown = two_processes(
             "bench.train.language_model",
             *([*arguments, *extra, "--output", str(tmp_path / name)] for name, extra in jobs.items()),
         )
-        assert shown.count("[0, 0] are the statuses") == 3
+        assert shown.count("[0, 0] are the statuses") == 2
         assert shown.count("This run is finished") == 2  # said once
-        assert shown.count("bytes/s (cpu)") == 1
+        assert shown.count("bytes/s (cpu)") == 2
         for name in ("lines", "streams"):
             assert language_model.main([*arguments, *jobs[name], "--output", str(tmp_path / "one" / name)]) == 0
             two, one = saved(tmp_path / name), saved(tmp_path / "one" / name)
@@ -210,15 +201,15 @@ class TestProcesses:
             for key, tensor in one["model"].items():
                 torch.testing.assert_close(two["model"][key], tensor, rtol=1e-3, atol=1e-5)
 
-    def test_a_signal_to_one_stops_all(self, source: Path, tmp_path: Path) -> None:
-        """And one to torchrun; what is resumed ends as if it had not been stopped."""
+    def test_a_signal_to_torchrun_stops_all(self, source: Path, tmp_path: Path) -> None:
+        """And what is resumed ends as if it had not been stopped."""
         arguments = [*SMALL, SAMPLE, "--text", str(source), "--batch=4", "--steps=8", "--dropout=0.2", "--truncate=6"]
         (tmp_path / "program.py").write_text(STOPPED)
         run, resumed = ["--output", str(tmp_path / "run")], ["--resume", SAMPLE]
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-                *(str(tmp_path / "program.py"), "2:SIGTERM:parent", *arguments, *run),
+                *(str(tmp_path / "program.py"), "2:SIGTERM", *arguments, *run),
             ],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
@@ -229,10 +220,11 @@ class TestProcesses:
         assert "SIGTERM: every step taken is saved. Go on with --resume --output" in done.stdout
 
         whole = ["--output", str(tmp_path / "whole")]
-        jobs = [["4:SIGINT:self", *resumed, *run], ["99:SIGINT:self", *resumed, *run]]
-        shown = two_processes("program", *jobs, ["99:SIGINT:self", *arguments, *whole], path=tmp_path)
-        assert re.findall(r"(.*) are the statuses", shown) == ["[130, 130]", "[0, 0]", "[0, 0]"]
-        assert shown.count("5 of 8 steps are done") == 1
+        shown = two_processes(
+            "program", ["99:SIGINT", *resumed, *run], ["99:SIGINT", *arguments, *whole], path=tmp_path
+        )
+        assert re.findall(r"(.*) are the statuses", shown) == ["[0, 0]", "[0, 0]"]
+        assert shown.count("3 of 8 steps are done") == 1
         assert_same(saved(tmp_path / "run"), saved(tmp_path / "whole"))
         own = saved(tmp_path / "run")["ranks"]
         assert not torch.equal(own[0]["random"], own[1]["random"]), "ranks drop units of their own"
@@ -254,14 +246,9 @@ class TestLayers:
         assert not results[0][0][3:, 0].any()
 
     def test_settings_are_passed_on(self) -> None:
-        for save in ("gates", "state", "checkpoint"):
-            settings = Settings(device="cpu", dtype="float32", hidden=4, layers=2, dropout=0.5, save=save)
-            layer = layers.recurrent(settings, "torch", 3)
-            assert (layer.save, layer.backend, layer.hidden_size, layer.dropout) == (save, "torch", 4, 0.5)
-
-    def test_paths(self) -> None:
-        settings = Settings(device="cpu", dtype="float32", hidden=4)
+        settings = Settings(device="cpu", dtype="float32", hidden=4, layers=2, dropout=0.5, save="checkpoint")
         ours, theirs = (layers.recurrent(settings, backend, 3) for backend in ("auto", "torch.nn"))
+        assert (ours.save, ours.backend, ours.hidden_size, ours.dropout) == ("checkpoint", "auto", 4, 0.5)
         ours(torch.randn(2, 1, 3))
         assert layers.path(nn.Sequential(ours)) == "torch"
         assert layers.path(nn.Sequential(theirs)) == "torch.nn"
@@ -278,9 +265,9 @@ def test_peak_memory_is_that_of_its_time() -> None:
 
 
 def test_the_table_of_a_comparison() -> None:
-    lines = comparison.table(([8.0, 4.0, 2.0], [8.0, 4.5, 2.25]), "bits", rows=2).splitlines()
+    lines = comparison.curves(([8.0, 4.0, 2.0], [8.0, 4.5, 2.25]), "bits", rows=2).splitlines()
     assert lines[0].split() == ["step", "persistrnn", "torch.nn", "difference", "(bits)"]
     assert lines[1].split() == ["1", "8.00000", "8.00000", "+0.0e+00"]
     assert lines[2].split() == ["3", "2.00000", "2.25000", "-2.5e-01"]
     assert lines[3] == "largest difference 5.0e-01 bits, at step 2; on average 2.5e-01"
-    assert len(comparison.table(([8.0], [7.0]), "bits").splitlines()) == 3
+    assert len(comparison.curves(([8.0], [7.0]), "bits").splitlines()) == 3

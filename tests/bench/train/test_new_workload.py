@@ -2,16 +2,16 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from killed_runs import assert_same, saved
+from killed_runs import die_and_resume
 from torch import Tensor, nn
 
 from bench.train import command, layers
-from bench.train.loop import Run
 from bench.train.options import Settings, number, option
 from bench.train.workload import Piece, Workload
 
@@ -62,23 +62,6 @@ class Echo(Workload):
         return [(model(x) - wanted).square().mean().item()]
 
 
-OPTIONS = ["--device=cpu", "--hidden=8", "--batch=4", "--steps=12", "--learning-rate=0.01", "--save-seconds=1e-6"]
-
-
 def test_it_trains_and_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, killed = (tmp_path / name for name in ("whole", "killed"))
-    assert command.main(Echo, [*OPTIONS, f"--output={whole}"]) == 0
-
-    def dies(run: Run) -> None:
-        if run.step == 7:
-            raise RuntimeError("power failure")
-        step(run)
-
-    step = Run.train_step
-    monkeypatch.setattr(Run, "train_step", dies)
-    with pytest.raises(RuntimeError, match="power failure"):
-        command.main(Echo, [*OPTIONS, f"--output={killed}"])
-    monkeypatch.setattr(Run, "train_step", step)
-    assert 0 < len(saved(killed)["losses"]) < 12
-    assert command.main(Echo, ["--resume", f"--output={killed}"]) == 0
-    assert_same(saved(whole), saved(killed))
+    options = ["--device=cpu", "--hidden=8", "--batch=4", "--steps=12", "--learning-rate=0.01"]
+    die_and_resume(partial(command.main, Echo), options, tmp_path, monkeypatch)

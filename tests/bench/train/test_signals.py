@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from killed_runs import assert_same, kill_at_random, refused, saved
+from killed_runs import assert_same, die_and_resume, refused
 from torch import Tensor, nn
 
 import persistrnn
@@ -80,11 +80,11 @@ class TestRecordings:
         [
             ("X", None, "KeyError"),
             ("X", 3, "TypeError"),
-            ("y_labels", ["one"], "an exercise is none of 0 to 0"),
+            ("y_labels", ["one"], "IndexError"),
             ("subject", [1], "ValueError"),
-            ("X", [np.zeros((5, 2)), np.zeros((5, 3))], "the same channels"),
+            ("X", [np.zeros((5, 2)), np.zeros((5, 3))], "Sizes of tensors must match"),
             ("X", [np.zeros((0, 2))] * 2, "at least one step"),
-            ("X", [np.zeros(5)] * 2, "IndexError"),
+            ("X", [np.zeros(5)] * 2, "is \\[T, channels\\]"),
             ("X", [np.full((5, 2), np.nan)] * 2, "finite"),
         ],
     )
@@ -98,12 +98,12 @@ class TestRecordings:
         with pytest.raises(UsageError, match=rf"--recordings {bad} cannot be read .*{message}.*leave --recordings out"):
             load_recordings(bad)
 
-    def test_files_that_are_no_recordings(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("name", ["missing.npy", "text.npy", "numbers.npy"])
+    def test_files_that_are_no_recordings(self, tmp_path: Path, name: str) -> None:
         (tmp_path / "text.npy").write_text("no numbers")
         np.save(tmp_path / "numbers.npy", np.zeros(3))
-        for name in ("missing.npy", "text.npy", "numbers.npy"):
-            with pytest.raises(UsageError, match=f"{name} cannot be read"):
-                load_recordings(tmp_path / name)
+        with pytest.raises(UsageError, match=f"{name} cannot be read"):
+            load_recordings(tmp_path / name)
 
     def test_packages_that_are_missing(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "numpy", None)
@@ -153,6 +153,8 @@ class TestSessions:
 
     def test_held_out_people_are_never_trained_on(self, file: Path) -> None:
         workload = tagging(file, held_out=2)
+        trained = torch.cat([r.signal for r in workload.recordings if r.subject < 2])
+        torch.testing.assert_close((workload.mean, workload.scale), (trained.mean(0), trained.std(0)))
         people = set()
         for step in range(10):
             (piece,) = workload.pieces(step, slice(0, 3))
@@ -187,12 +189,6 @@ class TestSessions:
             signal, lengths, tags = piece.tensors
             assert lengths.max() == len(signal) <= 16
             assert torch.equal(lengths, (tags != NO_TARGET).sum(0).clamp(min=1))
-
-    def test_channels_are_normalised_by_what_is_trained_on(self, file: Path) -> None:
-        workload = tagging(file, held_out=2)
-        trained = torch.cat([r.signal for r in workload.recordings if r.subject < 2])
-        torch.testing.assert_close(workload.mean, trained.mean(0))
-        torch.testing.assert_close(workload.scale, trained.std(0))
 
 
 class TestModel:
@@ -251,16 +247,6 @@ class TestModel:
             )
         assert abs(anew - total) > 1e-3
 
-    def test_both_directions_are_read(self, file: Path) -> None:
-        run = Run(tagging(file))
-        x, lengths, _ = run.workload.pieces(0, slice(0, 1))[0].tensors
-        with torch.no_grad():
-            before = run.model(x, lengths)[0]
-            x[20] += 1
-            change = (run.model(x, lengths)[0] - before).abs().amax((1, 2))
-        assert change[19] > 1e-4
-        assert change[21] > 1e-4
-
     def test_it_learns(self, file: Path) -> None:
         run = Run(tagging(file, hidden=16, steps=80, learning_rate=0.03, sequence=150, stretch=60, truncate=32))
         assert run.evaluate()[0] < 0.6
@@ -296,13 +282,9 @@ def test_every_held_out_step_is_evaluated(file: Path, truncate: int) -> None:
     assert nats == pytest.approx((share + 2 * (1 - share)) * math.log(2), rel=1e-5)
 
 
-def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(file: Path, tmp_path: Path) -> None:
+def test_killed_it_ends_as_if_it_had_not_been(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [*SMALL, "--recordings", str(file), "--layers=2", "--dropout=0.2", "--truncate=16"]
-    kill_at_random("bench.train.signals", arguments, tmp_path / "whole", tmp_path / "killed")
-    one, other = saved(tmp_path / "whole"), saved(tmp_path / "killed")
-    assert len(one["losses"]) == 6
-    assert one["quality"] is not None
-    assert_same(one, other)
+    die_and_resume(signals.main, arguments, tmp_path, monkeypatch)
 
 
 class TestCommand:
@@ -311,7 +293,6 @@ class TestCommand:
         [
             ("--stretch 0", r"--stretch: '0' given, allowed is a whole number from 1"),
             ("--held-out 4", r"--held-out 4 given, but --recordings .* has 4 people: .*allowed is 1 to 3"),
-            ("--recordings /no/such.npy", r"--recordings /no/such.npy cannot be read .*allowed is a .npy file"),
         ],
     )
     def test_errors_at_the_door(
@@ -319,19 +300,11 @@ class TestCommand:
     ) -> None:
         assert re.search(message, refused(signals.main, [*small, *arguments.split()], capsys), re.DOTALL)
 
-    def test_both_arms(self, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-        assert signals.main([*small, "--compare", "torch"]) == 0
-        shown, errors = capsys.readouterr()
-        assert re.search(r"6/6 .*nats/step, [\d,]+ steps/s", errors)
-        assert re.search(r"of the held-out steps tagged right +0\.\d{4} +0\.\d{4}", shown)
-        assert re.search(r"steps/s \(cpu\) +[\d,]+ +[\d,]+", shown)
-        assert float(re.search(r"largest difference (\S+) nats", shown)[1]) < 1e-5  # type: ignore[index]
-
     def test_other_recordings_are_noticed(
         self, small: list[str], file: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert signals.main(small) == 0
-        assert re.search(r"0\.\d{4} of the held-out steps tagged right", capsys.readouterr().out)
+        assert re.search(r"of the held-out steps tagged right +0\.\d{4}\n", capsys.readouterr().out)
         written(file, content(people=5))
         assert f"--recordings {file} has changed since the checkpoint" in refused(
             signals.main, [*small, "--resume"], capsys

@@ -43,14 +43,10 @@ class TestFiles:
         assert train | held_out == every
         for content, names in zip(corpus.texts, corpus.files, strict=True):
             assert content == b"".join(b"\0" + (source / name).read_bytes() for name in names)
-
-    def test_a_new_file_moves_no_other(self, source: Path) -> None:
-        before = text.load_corpus(source)
         for index in range(20):
             (source / f"new_{index}.py").write_text("pass\n")
-        after = text.load_corpus(source)
-        for one, other in zip(before.files, after.files, strict=True):
-            assert set(one) < set(other)
+        for before, after in zip(corpus.files, text.load_corpus(source).files, strict=True):
+            assert set(before) < set(after), "a new file moves no other"
 
     def test_foreign_code_and_tests_are_left_out(self, source: Path) -> None:
         before = text.load_corpus(source)
@@ -70,15 +66,16 @@ class TestFiles:
 
     def test_that_cannot_be_read(self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "empty").mkdir()
-        for folder, message in (("empty", "0 training and 0 held-out .py files found"), ("none", "No such file")):
-            with pytest.raises(UsageError, match=rf"--text \S+{folder}: .*{message}"):
-                text.load_corpus(tmp_path / folder)
+        with pytest.raises(UsageError, match=r"--text \S+empty: 0 training and 0 held-out .py files found"):
+            text.load_corpus(tmp_path / "empty")
+        with pytest.raises(FileNotFoundError):
+            text.load_corpus(tmp_path / "none")
 
         def read_bytes(path: Path) -> bytes:
             raise PermissionError(13, "Permission denied", str(path))
 
         monkeypatch.setattr(Path, "read_bytes", read_bytes)
-        with pytest.raises(UsageError, match=r"--text \S+: \S+\.py cannot be read \(Permission denied\)"):
+        with pytest.raises(PermissionError):
             text.load_corpus(source)
 
 
@@ -103,7 +100,6 @@ def test_the_lines_are_those_of_the_text() -> None:
     assert read == [b"first\n", b"  second", b"no newli", b"x = 1\n", b"last\0"]
     for row, length in enumerate(lengths.tolist()):
         assert inputs[:length, row].tolist() == [0, *targets[: length - 1, row].tolist()]
-        assert not inputs[length:, row].any()
         assert (targets[length:, row] == -100).all()
 
 
@@ -130,10 +126,7 @@ def test_frequent_words_are_known() -> None:
     assert words.words == ["\0", UNKNOWN, "\n", " ", "a", "b"]
     assert words.decode(words.encode(b"a c b new").tolist()) == "a <unk> b <unk>"
     assert len(Words(b"a", 1000)) == 4
-
-
-def test_equal_counts_keep_their_order() -> None:
-    assert Words(b"z y x w", 5).words == Words(b"w z x y", 5).words
+    assert Words(b"z y x w", 5).words == Words(b"w z x y", 5).words, "equal counts, in any order"
 
 
 def test_bytes_that_are_no_utf8() -> None:

@@ -24,7 +24,7 @@ FACTORS = (1, 2, 4, 8, 16)  # other batches, as multiples
 
 
 @dataclass(frozen=True)
-class Predicted:
+class PassPrediction:
     """One pass: its time, the parts that add up to it (``cost.Cost``), what no plan can beat, and torch's own path."""
 
     total: float
@@ -34,7 +34,7 @@ class Predicted:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Prediction:
     """The plan for a stack on a device.
 
     live: whether that is the device at hand. passes: "forward" and "backward". together: whether the stack runs as a
@@ -47,7 +47,7 @@ class Outlook:
     live: bool
     dtype: str
     batch: int
-    passes: dict[str, Predicted]
+    passes: dict[str, PassPrediction]
     together: bool
     resident: float
     batches: dict[int, dict[str, float]]
@@ -61,18 +61,21 @@ class Outlook:
         return sum(one.total for one in self.passes.values())
 
 
-def device_of(name: str | None) -> Hardware:
-    """A device by its name; without one the GPU at hand, or where there is none FALLBACK."""
-    if name is None and torch.cuda.is_available():
-        from .. import launch
+def device_of(name: str | None) -> tuple[Hardware, str]:
+    """A device by its name; without one the GPU at hand, or where there is none FALLBACK. And in words where it is
+    from."""
+    if name is not None:
+        return devices.named(name), "named by --device"
+    if torch.cuda.is_available():
+        from .. import launch  # only here: it imports Triton
 
-        return launch.hardware(torch.device("cuda", torch.cuda.current_device()))
-    return devices.named(FALLBACK if name is None else name)
+        return launch.hardware(torch.device("cuda", torch.cuda.current_device())), "the GPU at hand"
+    return devices.named(FALLBACK), f"no GPU here: planned for {FALLBACK}; --device names another"
 
 
-def outlook(
+def predict_stack(
     cell: str, hidden: int, layers: int, batch: int, directions: int, steps: int, dtype: str, device: str | None
-) -> Outlook:
+) -> Prediction:
     """What the plan says.
 
     Args:
@@ -85,16 +88,15 @@ def outlook(
         PlanError: the layer does not fit the device.
         ValueError: an unknown device, an argument out of range.
     """
-    hardware, shape = device_of(device), CELLS[cell]
+    hardware, _ = device_of(device)
 
-    def planned(batch: int, dtype: str) -> tuple[dict[str, Predicted], bool, float, str]:
-        """(passes, together, resident, text) as in ``Outlook``."""
-        problem = Problem(shape, hidden, batch, directions, dtype, hardware)
+    def planned(batch: int, dtype: str) -> tuple[dict[str, PassPrediction], bool, float, str]:
+        """(passes, together, resident, text) as in ``Prediction``."""
+        problem = Problem(CELLS[cell], hidden, batch, directions, dtype, hardware)
         found = plan_layer(problem)
         parts, text = {"forward": found.forward, "backward": found.backward}, str(found)
         times, later = layers, 0
-        several = layers > 1 and directions == 1
-        stacked = plan_pipeline(problem, layers) if several else None
+        stacked = plan_pipeline(problem, layers) if layers > 1 and directions == 1 else None
         if stacked is not None and stacked.faster(steps, True):
             parts, text = {"forward": stacked.forward, "backward": stacked.backward}, f"{text}\n{stacked}"
             times, later = 1, layers - 1
@@ -103,9 +105,9 @@ def outlook(
             backward = name == "backward"
             # A pipeline is some steps longer than T (``Pipeline.microseconds``).
             count = times * part.rounds * (1 + later * (2 if backward else 1) / steps)
-            own = {f.name: getattr(part.cost, f.name) * count for f in dataclasses.fields(part.cost)}
+            own = {key: us * count for key, us in dataclasses.asdict(part.cost).items()}
             theirs = layers * cost.torch_step(problem, backward)
-            passes[name] = Predicted(sum(own.values()), own, times * found.floor, theirs)
+            passes[name] = PassPrediction(sum(own.values()), own, times * found.floor, theirs)
         return passes, later > 0, min(part.shares.resident for part in parts.values()), text
 
     passes, together, resident, text = planned(batch, dtype)
@@ -119,4 +121,4 @@ def outlook(
             dtypes[name] = sum(one.total for one in planned(batch, name)[0].values())
     live = device is None and torch.cuda.is_available()
     rates = hardware.rate(dtype), hardware.memory_rate
-    return Outlook(hardware.name, live, dtype, batch, passes, together, resident, batches, dtypes, *rates, text)
+    return Prediction(hardware.name, live, dtype, batch, passes, together, resident, batches, dtypes, *rates, text)
