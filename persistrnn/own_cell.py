@@ -162,7 +162,7 @@ def check_cell(
     lines.append(f"saved per unit and step: {numbers.saved} tiles{after}; gradients of gates: {stored} tiles")
     for way in ("forward", "backward"):
         lines.append(f"{way}: {_operations(of.source, way)} operations per unit and step beside the product")
-    lines.append(decide.outlook(numbers.name, hidden_size, 1, batch, 1, 1024, dtype, device).text)
+    lines.append(decide.predict_stack(numbers.name, hidden_size, 1, batch, 1, 1024, dtype, device).text)
     return "\n".join([*lines, "", of.source.rstrip()])
 
 
