@@ -4,8 +4,7 @@ A layer is a stack of one. A stack of several has one direction and one launch: 
 all of its layers at work at the same time, each one step behind the layer below (two behind the one above, in the
 backward), so that it takes about T + L steps instead of T times L.
 
-Letters: L layers, T steps, B batch, D directions, H hidden, G gates, n tensors kept per step. L or D is 1. States go h
-first, then what else the cell has.
+Letters are those of ``tensors``. States go h first, then what else the cell has.
 
 On several streams at once: a launch is on the current stream, its memory belongs to it, and being cooperative it begins
 when there is room for all of its programs. So launches of several streams, as of several layers, wait for each other's
@@ -247,6 +246,15 @@ def _both(first: Tensor, second: Tensor | None, above: bool) -> Tensor:
     return both
 
 
+def _step_data(cell: Cell, marks: Tensor | None, params: Tensor | None, extras: Tensor | None) -> tuple[Any, ...]:
+    """What a step takes besides gates and states, as the kernels have it."""
+    for names, tensor, what in ((cell.params, params, "params"), (cell.extras, extras, "extras")):
+        found = 0 if tensor is None else tensor.shape[-2]
+        if found != len(names):
+            raise ValueError(f"{cell.name} takes {what} {names or 'none'}, one row of H each: got {found} of them")
+    return marks, params, extras
+
+
 def forward(
     cell: Cell,
     x_gates: Tensor,
@@ -259,12 +267,13 @@ def forward(
     marks: Tensor | None = None,
     reset: Sequence[Tensor] = (),
     saved: Tensor | None = None,
+    extras: Tensor | None = None,
 ) -> Kept:
     """Run the forward scan.
 
     Args:
         cell: the cell.
-        x_gates: [T, B, D, G*H], input half of the lowest layer's gates. T, B >= 1.
+        x_gates: [T, B, D, X*H], input half of the lowest layer's gates. T, B >= 1.
         weights: of all layers.
         initial: the states before the first step, each [L*D, B, H].
         precision: of products in float32, "tf32" or "ieee".
@@ -273,10 +282,11 @@ def forward(
         marks: uint8 [T, B, D], where rows begin anew or skip a step (``marks``), the same for all layers, or None.
         reset: the states that rows begin anew from, each [L*D, B, H]; none: zeros.
         saved: with save, where to put what the backward needs; None: in new memory.
+        extras: [L, T, B, D, E, H], what the cell takes per step besides its gates, uint8 or the dtype of x_gates.
         All tensors contiguous, on one device, float16, bfloat16 or float32.
 
     Raises:
-        ValueError: the size does not fit the device.
+        ValueError: the size does not fit the device; params or extras that the cell has not, or the other way round.
     """
     check()
     T, B, D, _ = x_gates.shape
@@ -305,8 +315,8 @@ def forward(
         x_gates=x_gates,
         bias=_both(weights.bias_hh, weights.bias_ih, above=False),
         states=tuple(states),
-        saved=saved,
-        marks=marks,
+        saved=saved if cell.saved else None,
+        step_data=_step_data(cell, marks, weights.params, extras),
         T=T,
         B=B,
         cell=derived(cell.name).forward,
@@ -325,14 +335,16 @@ def backward(
     precision: str,
     marks: Tensor | None = None,
     resets: bool = False,
+    params: Tensor | None = None,
+    extras: Tensor | None = None,
 ) -> Gradients:
     """Run the backward scan.
 
     Args:
-        d_outputs: gradient of the highest layer's every h_t and, where it was given out, of every c_t, [T, B, D, H]
-            each.
+        d_outputs: gradient of the highest layer's every h_t and, where they were given out, of every further state,
+            [T, B, D, H] each.
         d_final: that of the final states, each [L*D, B, H].
-        weight_hh, weight_ih, precision, marks: of the forward; kept: what it left, with save.
+        weight_hh, weight_ih, precision, marks, params, extras: of the forward; kept: what it left, with save.
         resets: whether gradients of the reset states are asked for.
 
     Raises:
@@ -345,18 +357,18 @@ def backward(
     part = plan_of(cell, H, L, B, D, like, precision).backward
     exchange = exchange_for(like.device)
 
-    def gates(exchanged: bool) -> Tensor:
-        """[L, T, B, D, G*H]; of several layers [L*T + 1, B, D, G*H], with a row of zeros after those of the steps: what
-        the highest one hears from above."""
-        buffer = like.new_empty(*((L, T) if L == 1 else (L * T + 1,)), B, D, cell.gates * H)
+    def gates(tiles: int, exchanged: bool) -> Tensor:
+        """[L, T, B, D, tiles*H]; of several layers [L*T + 1, B, D, tiles*H], with a row of zeros after those of the
+        steps: what the highest one hears from above."""
+        buffer = like.new_empty(*((L, T) if L == 1 else (L * T + 1,)), B, D, tiles * H)
         if exchanged:
             flag(buffer, part, exchange)
         if L > 1:
             buffer[-1].zero_()
         return buffer
 
-    dr_gates = gates(exchanged=True)
-    dx_gates = gates(exchanged=L > 1) if cell.recurrent_gradient else dr_gates
+    dr_gates = gates(cell.gates, exchanged=True)
+    dx_gates = gates(cell.stored_gradients, exchanged=L > 1) if cell.recurrent_gradient else dr_gates
     # The kernels have the batch before the directions.
     finals = [d if D == 1 else d.transpose(0, 1).contiguous() for d in d_final]
     d_edges = [torch.empty_like(d) for _ in range(2 if resets else 1) for d in finals]
@@ -369,8 +381,8 @@ def backward(
         _both(weight_hh, weight_ih, above=True),
         d_outputs=tuple(d_outputs),
         states=tuple(kept.states),
-        saved=kept.saved,
-        marks=marks,
+        saved=kept.saved if cell.saved else None,
+        step_data=_step_data(cell, marks, params, extras),
         d_states=(*finals, *d_edges),
         d_gates=(dx_gates, dr_gates),
         T=T,
@@ -384,27 +396,38 @@ def backward(
     return Gradients(dx_gates, dx_gates if same else dr_gates, tuple(found[: cell.states]), tuple(found[cell.states :]))
 
 
-def recompute(cell: Cell, x_gates: Tensor, r_gates: Tensor, bias_hh: Tensor) -> Tensor:
-    """What the forward would have saved, from both halves of the gates of all steps.
+def recompute(
+    cell: Cell,
+    x_gates: Tensor,
+    r_gates: Tensor,
+    bias_hh: Tensor,
+    states: Sequence[Tensor],
+    marks: Tensor | None = None,
+    params: Tensor | None = None,
+    extras: Tensor | None = None,
+) -> Tensor:
+    """What the forward would have saved, from both halves of the gates and the states of all steps.
 
     Args:
         cell: the cell.
-        x_gates: [T, B, D, G*H], input half of the gates.
+        x_gates: [T, B, D, X*H], input half of the gates.
         r_gates: float32 [D, T*B, G*H], ``h_{t-1} @ W_hh^T`` of every step.
         bias_hh: [D, G*H].
+        states: each [1, T + 2, B, D, H], as a forward with ``keep`` leaves them.
+        marks, params, extras: of that forward.
         All contiguous, on one device.
 
     Returns:
         saved: [T, B, D, n, H] in the dtype of x_gates.
     """
-    T, B, D, width = x_gates.shape
-    H = width // cell.gates
+    T, B, D, _ = x_gates.shape
+    H = states[0].shape[-1]
     saved = x_gates.new_empty(T, B, D, cell.saved, H)
-    count = T * B * H
-    grid = (triton.cdiv(count, BLOCK), D)
-    shape = (cell.states, cell.gates, D, cell.saved, H)
+    if not cell.saved:
+        return saved
+    grid = (triton.cdiv(T * B * H, BLOCK), D)
+    given = x_gates, r_gates, bias_hh, tuple(states), _step_data(cell, marks, params, extras), saved, T, B
     with on_device(x_gates.device):
-        given = x_gates, r_gates, bias_hh, saved, count, derived(cell.name).forward, shape, INTERPRETED, BLOCK
-        activate[grid](*given, enable_fp_fusion=True)
+        activate[grid](*given, derived(cell.name).forward, cell, D, H, INTERPRETED, BLOCK, enable_fp_fusion=True)
     LAUNCHES["activate"] += 1
     return saved

@@ -1,6 +1,7 @@
 """The tensors that go into a scan and come out of it, by name and in one order everywhere: states h first.
 
-Letters: L layers, T steps, B batch, D directions, H hidden, G gates, n tensors kept per step. L or D is 1.
+Letters: L layers, T steps, B batch, D directions, H hidden, G gates, X tiles of their input half, n tensors kept per
+step, P parameters per unit and E extras per step of a cell that has such. L or D is 1.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from torch import Tensor
 
 class Weights(NamedTuple):
     """weight_hh [L*D, G*H, H], bias_hh [L*D, G*H]; of the layers after the lowest, where there are any, weight_ih
-    [L - 1, G*H, H] and bias_ih [L - 1, G*H]."""
+    [L - 1, G*H, H] and bias_ih [L - 1, G*H]; params [L*D, P, H] if the cell has parameters per unit."""
 
     weight_hh: Tensor
     bias_hh: Tensor
     weight_ih: Tensor | None = None
     bias_ih: Tensor | None = None
+    params: Tensor | None = None
 
 
 class Kept(NamedTuple):
@@ -27,7 +29,7 @@ class Kept(NamedTuple):
     states: y [L, T + 2, B, D, H] with h0 in the slot before each direction's first step (slot 0; slot T + 1 in reverse)
         and the reset state in the other one; the other states alike if every step's is kept, else [L, 2, B, D, H] with
         the final state in slot 1 ([L, 3, B, D, H] with marks).
-    saved: [L, T, B, D, n, H] if a backward follows.
+    saved: [L, T, B, D, n, H] if a backward follows; n may be 0.
     """
 
     states: Sequence[Tensor]
@@ -35,10 +37,12 @@ class Kept(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """dx_gates and dr_gates [L, T, B, D, G*H], the same tensor in cells whose two gradients are the same; of the
-    initial and, where they are asked for, of the reset states, each [L*D, B, H]."""
+    """dx_gates [L, T, B, D, X*H], with what the cell has in ``more_gradients`` behind, and dr_gates [L, T, B, D, G*H],
+    the same tensor in cells whose two gradients are the same; of the initial and, where they are asked for, of the
+    reset states, each [L*D, B, H]. d_params [L*D, P, H]: only where a second derivative has formed them."""
 
     dx_gates: Tensor
     dr_gates: Tensor
     d_initial: Sequence[Tensor]
     d_reset: Sequence[Tensor]
+    d_params: Tensor | None = None

@@ -18,8 +18,8 @@ from torch.autograd import Function
 
 from persistrnn import double_backward, ops
 from persistrnn.decide import expects_backward
-from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.tensors import Gradients, Weights
+from persistrnn.kernels.cells import CELLS, Cell, derived
+from persistrnn.kernels.tensors import Gradients, Kept, Weights
 from persistrnn.mapping import mapped
 from persistrnn.phases import SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
 from persistrnn.reference import Result
@@ -32,6 +32,7 @@ class Inputs(NamedTuple):
     x_gates: Tensor
     weights: Weights
     marks: Tensor | None
+    extras: Tensor | None
     initial: Sequence[Tensor]
     reset: Sequence[Tensor]
 
@@ -39,7 +40,7 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     """What a forward gives, or gradients of that.
 
-    every: y [T, B, D*H] of the highest layer, and with return_c its other states. finals: each [L*D, B, H]. kept: what
+    every: y [T, B, D*H] of the highest layer, and with return_c its second state. finals: each [L*D, B, H]. kept: what
     the backward needs, if one may come.
     """
 
@@ -49,11 +50,13 @@ class Outputs(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """What a backward takes. d_outputs: [T, B, D, H], one or all of the states."""
+    """What a backward takes. d_outputs: [T, B, D, H], of h, and of the second state where it was given out."""
 
     weight_hh: Tensor
     weight_ih: Tensor | None
+    params: Tensor | None
     marks: Tensor | None
+    extras: Tensor | None
     kept: Sequence[Tensor]
     d_final: Sequence[Tensor]
     d_outputs: Sequence[Tensor]
@@ -72,22 +75,26 @@ def recurrent(
     cell_dtype: torch.dtype | None = None,
     weight_ih: Tensor | None = None,
     bias_ih: Tensor | None = None,
+    params: Tensor | None = None,
+    extras: Tensor | None = None,
 ) -> Result:
     """The recurrence of a layer, all directions in one launch, or of a stack of one direction in one launch, on the
     persistent kernels.
 
     Args:
-        cell: "lstm" (Hochreiter and Schmidhuber 1997, forget gate of Gers et al. 2000) or "gru" (Cho et al. 2014,
-            reset after the matrix product).
-        x_gates: [T, B, D, G*H], ``x @ W_ih^T + b_ih`` of the lowest layer in torch's gate order. T, B >= 1.
+        cell: its name in ``kernels.cells.CELLS``.
+        x_gates: [T, B, D, X*H], ``x @ W_ih^T + b_ih`` of the lowest layer in torch's gate order. T, B >= 1.
         weight_hh: [L*D, G*H, H]; bias_hh: [L*D, G*H].
-        initial: (h0, c0) of an LSTM, (h0,) of a GRU, each [L*D, B, H].
+        initial: the states, h first, as (h0, c0) of an LSTM, each [L*D, B, H].
         precision: of products in float32, "tf32" or "ieee".
         marks: uint8 [T, B, D], where a row begins anew or skips a step (``segments``); None: nowhere.
         reset: the states that rows begin anew from, in the form of ``initial``; empty: zeros.
-        return_c: give out every c_t of the highest layer.
-        cell_dtype: of the c that is stored for the backward and given out; None: that of x_gates.
+        return_c: give out every second state (c_t of an LSTM) of the highest layer; of further ones the final alone.
+        cell_dtype: of the states after h as they are stored for the backward and given out; None: that of x_gates.
         weight_ih: [L - 1, G*H, H], bias_ih: [L - 1, G*H]: of the upper layers of a stack.
+        params: [L*D, P, H], the cell's parameters per unit; None: it has none.
+        extras: [L, T, B, D, E, H], what the cell takes per step besides its gates, without gradient, also as uint8;
+            None: nothing.
         All in one dtype (float16, bfloat16 or float32), on one device.
 
     Returns:
@@ -99,7 +106,7 @@ def recurrent(
         ValueError: the size does not fit the device.
         RuntimeError: an earlier launch gave up waiting (see ``ops.check``).
     """
-    tensors = x_gates, weight_hh, bias_hh, weight_ih, bias_ih, marks, *initial, *reset
+    tensors = x_gates, weight_hh, bias_hh, weight_ih, bias_ih, params, marks, extras, *initial, *reset
     save = expects_backward(tensors)
     # Without gradients dynamo calls no Function with a variable number of arguments.
     direct = torch.compiler.is_compiling() and not save
@@ -109,34 +116,35 @@ def recurrent(
 
 
 def _inputs(cell: str, flat: Sequence[Any]) -> Inputs:
-    x_gates, weight_hh, bias_hh, weight_ih, bias_ih, marks, *states = flat
-    n = CELLS[cell].states
-    return Inputs(x_gates, Weights(weight_hh, bias_hh, weight_ih, bias_ih), marks, states[:n], states[n:])
+    x_gates, *weights, marks, extras = flat[:8]
+    n = 8 + CELLS[cell].states
+    return Inputs(x_gates, Weights(*weights), marks, extras, flat[8:n], flat[n:])
 
 
 def _outputs(cell: str, return_c: bool, flat: Sequence[Any]) -> Outputs:
     n = CELLS[cell].states
-    m = n if return_c else 1
+    m = CELLS[cell].given_out if return_c else 1
     return Outputs(flat[:m], flat[m : m + n], flat[m + n :])
 
 
 def _backward_inputs(cell: str, flat: Sequence[Any]) -> BackwardInputs:
-    weight_hh, weight_ih, marks, *others = flat
+    weight_hh, weight_ih, params, marks, extras, *others = flat
     n = CELLS[cell].states
-    return BackwardInputs(weight_hh, weight_ih, marks, others[: n + 1], others[n + 1 : 2 * n + 1], others[2 * n + 1 :])
+    rest = others[: n + 1], others[n + 1 : 2 * n + 1], others[2 * n + 1 :]
+    return BackwardInputs(weight_hh, weight_ih, params, marks, extras, *rest)
 
 
 def _forward(
     cell: str, precision: str, save: bool, return_c: bool, cell_dtype: torch.dtype | None, *tensors: Tensor | None
 ) -> tuple[Tensor, ...]:
-    x_gates, weights, marks, initial, reset = _inputs(cell, tensors)
-    given = [w for w in weights if w is not None]
+    x_gates, weights, marks, extras, initial, reset = _inputs(cell, tensors)
+    states = list(initial), list(reset)
     with phase(SCAN_FORWARD):
         kept = ops.scan_forward(
-            cell, precision, save, return_c, cell_dtype, x_gates, given, marks, list(initial), list(reset)
+            cell, precision, save, return_c, cell_dtype, x_gates, list(weights), marks, extras, *states
         )
     n, stacked = CELLS[cell].states, weights.weight_ih is not None
-    every = [s[-1, 1:-1].flatten(2) for s in kept[: n if return_c else 1]]
+    every = [s[-1, 1:-1].flatten(2) for s in kept[: CELLS[cell].given_out if return_c else 1]]
     if stacked:
         every = [s.clone() for s in every]  # else they would keep those of all layers alive
     finals = []
@@ -163,7 +171,8 @@ class _Scan(Function):
         ctx.cell, ctx.precision, save, ctx.return_c, _, *tensors = inputs
         given, kept = _inputs(ctx.cell, tensors), _outputs(ctx.cell, ctx.return_c, output).kept
         if save:
-            ctx.save_for_backward(given.weights.weight_hh, given.weights.weight_ih, given.marks, *kept)
+            of, beside = given.weights, (given.marks, given.extras)
+            ctx.save_for_backward(of.weight_hh, of.weight_ih, of.params, *beside, *kept)
         ctx.set_materialize_grads(False)
         if torch.compiler.is_compiling():
             # Dynamo hands a gradient of every differentiable output to the backward; AOTAutograd itself refuses a
@@ -173,7 +182,7 @@ class _Scan(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         cell = CELLS[ctx.cell]
-        weight_hh, weight_ih, marks, *kept = ctx.saved_tensors
+        weight_hh, weight_ih, params, marks, extras, *kept = ctx.saved_tensors
         y, saved = kept[0], kept[-1]
         _, T, B, D, _, H = saved.shape
         d = _outputs(ctx.cell, ctx.return_c, grads)
@@ -184,41 +193,47 @@ class _Scan(Function):
         d_final = [y.new_zeros(weight_hh.shape[0], B, H) if g is None else g for g in d.finals]
         needs = _inputs(ctx.cell, ctx.needs_input_grad[5:])
         resets = any(needs.reset)
-        given = weight_hh, weight_ih, marks, *kept, *d_final, *d_outputs
+        given = weight_hh, weight_ih, params, marks, extras, *kept, *d_final, *d_outputs
         if _is_second(d.kept):
             found = _formula(ctx.cell, given, d.kept)
         else:
             # In a backward dynamo calls no Function with a variable number of arguments.
             scan = _backward if torch.compiler.is_compiling() else _ScanBackward.apply
             found = ops.gradients_of(ctx.cell, scan(ctx.cell, ctx.precision, resets, *given))
-        d_weights: list[Tensor | None] = [None] * 4
+        d_weights: list[Tensor | None] = [None] * 5
         dr_gates = found.dr_gates if cell.recurrent_gradient else found.dx_gates
+        dx_gates = of_inputs(cell, found.dx_gates)
         with phase(WEIGHT_GEMMS):
             if needs.weights.weight_hh:
                 d_weights[0] = _products(dr_gates, [h_before(y, marks, d) for d in range(D)])
             if needs.weights.bias_hh:
                 d_weights[1] = _bias(dr_gates)
             if needs.weights.weight_ih:
-                d_weights[2] = _products(found.dx_gates[1:], [without_skipped(y[:-1, 1:-1, :, 0], marks)])
+                d_weights[2] = _products(dx_gates[1:], [without_skipped(y[:-1, 1:-1, :, 0], marks)])
             if needs.weights.bias_ih:
-                d_weights[3] = _bias(found.dx_gates[1:])
+                d_weights[3] = _bias(dx_gates[1:])
+            if needs.weights.params:
+                d_params = found.d_params
+                if d_params is None:
+                    d_params = param_gradients(ctx.cell, found, ops.kept_of(ctx.cell, kept), params, marks, extras)
+                d_weights[4] = d_params.to(params.dtype)
         d_reset = found.d_reset if resets else [None] * len(needs.reset)
-        return (*(None,) * 5, found.dx_gates[0], *d_weights, None, *found.d_initial, *d_reset)
+        return (*(None,) * 5, dx_gates[0], *d_weights, None, None, *found.d_initial, *d_reset)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         cell, save, return_c, tensors = arguments[0], arguments[2], arguments[3], arguments[5:]
-        n = CELLS[cell].states
+        n, m = CELLS[cell].states, CELLS[cell].given_out if return_c else 1
         # where B is in the tensors of Inputs, and of Outputs
-        axes = (1, None, None, None, None, 1, *(1,) * (len(tensors) - 6))
-        out_axes = (*(1,) * ((n if return_c else 1) + n), *(2,) * (n + 1 if save else 0))
+        axes = (1, *(None,) * len(Weights._fields), 1, 2, *(1,) * (len(tensors) - 8))
+        out_axes = (*(1,) * (m + n), *(2,) * (n + 1 if save else 0))
         return mapped(_Scan, info, in_dims, arguments[:5], tensors, axes, out_axes)
 
 
 def _backward(cell: str, precision: str, resets: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    weight_hh, weight_ih, marks, *others = _backward_inputs(cell, tensors)
+    *given, kept, d_final, d_outputs = _backward_inputs(cell, tensors)
     with phase(SCAN_BACKWARD):
-        return tuple(ops.scan_backward(cell, precision, resets, weight_hh, weight_ih, marks, *map(list, others)))
+        return tuple(ops.scan_backward(cell, precision, resets, *given, *map(list, (kept, d_final, d_outputs))))
 
 
 class _ScanBackward(Function):
@@ -243,25 +258,23 @@ class _ScanBackward(Function):
             gates = (found.dx_gates, found.dr_gates) if cell.recurrent_gradient else (found.dx_gates,)
             return (*gates, *found.d_initial, *(found.d_reset if ctx.resets else ()))
 
-        # Cells with c do not read y, and torch.func.vjp cannot make the zeros of what is not read where it is nested.
-        unread = (3,) if cell.states > 1 else ()
-        return (None, None, None, *double_backward.through(formula, ctx.saved_tensors, grads, unread))
+        return (None, None, None, *double_backward.through(formula, ctx.saved_tensors, grads))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         cell, tensors = CELLS[arguments[0]], arguments[3:]
         n = cell.states
         # where B is in the tensors of BackwardInputs, and of Gradients
-        axes = (None, None, 1, *(2,) * (n + 1), *(1,) * (len(tensors) - n - 4))
+        axes = (None, None, None, 1, 2, *(2,) * (n + 1), *(1,) * (len(tensors) - n - 6))
         out_axes = (*(2,) * (1 + cell.recurrent_gradient), *(1,) * (2 * n if arguments[2] else n))
         return mapped(_ScanBackward, info, in_dims, arguments[:3], tensors, axes, out_axes)
 
 
 def _formula(cell: str, tensors: Sequence[Any], d_kept: Sequence[Tensor | None] = ()) -> Gradients:
     """What the backward computes, differentiable, from the tensors of ``BackwardInputs``."""
-    weight_hh, weight_ih, marks, kept, d_final, d_outputs = _backward_inputs(cell, tensors)
+    weight_hh, weight_ih, params, marks, extras, kept, d_final, d_outputs = _backward_inputs(cell, tensors)
     of = ops.kept_of(cell, kept)
-    return double_backward.backward(cell, weight_hh, weight_ih, marks, of, d_outputs, d_final, d_kept)
+    return double_backward.backward(cell, weight_hh, weight_ih, marks, of, d_outputs, d_final, d_kept, params, extras)
 
 
 def _is_second(grads: Sequence[Tensor | None]) -> bool:
@@ -269,9 +282,43 @@ def _is_second(grads: Sequence[Tensor | None]) -> bool:
     return not torch.compiler.is_compiling() and any(g is not None for g in grads)
 
 
+def of_inputs(cell: Cell, dx_gates: Tensor) -> Tensor:
+    """The gradient of the input half alone, without what is stored behind it for the parameters."""
+    return (
+        dx_gates[..., : dx_gates.shape[-1] // cell.stored_gradients * cell.inputs] if cell.more_gradients else dx_gates
+    )
+
+
+def param_gradients(
+    cell: str, d: Gradients, kept: Kept, params: Tensor, marks: Tensor | None, extras: Tensor | None
+) -> Tensor:
+    """Gradients of the parameters per unit, float32 [L*D, P, H], from what is in memory after the scan."""
+    of, (L, _, _, D, _), H = CELLS[cell], d.dx_gates.shape, params.shape[-1]
+    found = []
+    for k in range(D):
+        dx, dr = (_tiles(gates[:, :, :, k].unflatten(-1, (-1, H))) for gates in (d.dx_gates, d.dr_gates))
+        assert kept.saved is not None
+        saved = _tiles(kept.saved[:, :, :, k])
+        after = [kept.states[i][:, 1:-1, :, k].float() for i in of.after]
+        before = [h_before(s, marks, k).float() for s in kept.states]
+        p = [t[:, None, None].float() for t in params.unflatten(0, (L, D))[:, k].unbind(1)]
+        e = [] if extras is None else _tiles(extras[:, :, :, k])
+        tiles = list(derived(cell).param_gradients(dx, dr, saved, after, before, p, e))
+        if marks is not None:  # where a row skips a step, what was saved may be a NaN
+            skipped = (marks[:, :, k] == SKIPPED).unsqueeze(-1)
+            tiles = [torch.where(skipped, 0.0, t) for t in tiles]
+        found.append(torch.stack([t.expand_as(dr[0]).sum((1, 2)) for t in tiles], 1))
+    return torch.stack(found, 1).flatten(0, 1)
+
+
+def _tiles(tensor: Tensor) -> list[Tensor]:
+    """[L, T, B, n, H] as n tensors in float32."""
+    return [t.float() for t in tensor.unbind(3)]
+
+
 def h_before(y: Tensor, marks: Tensor | None, direction: int) -> Tensor:
-    """The h [L, T, B, H] that each step of a direction went on from, of y [L, T + 2, B, D, H]: nothing at a skipped
-    step, where a NaN would be 0 * NaN in the gradient of what is multiplied by it."""
+    """The h (or another state) [L, T, B, H] that each step of a direction went on from, of y [L, T + 2, B, D, H]:
+    nothing at a skipped step, where a NaN would be 0 * NaN in the gradient of what is multiplied by it."""
     h = y[:, 2:, :, 1] if direction else y[:, :-2, :, 0]
     if marks is None:
         return h

@@ -22,17 +22,23 @@ from torch import Tensor
 
 from persistrnn import autograd, ops, segments
 from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.tensors import Kept, Weights
+from persistrnn.kernels.tensors import Gradients, Kept, Weights
 from persistrnn.phases import INPUT_GEMM, RECOMPUTE, SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
 
 
 class Layer(NamedTuple):
-    """weight_ih [D, G*H, I], bias_ih [D, G*H], weight_hh [D, G*H, H], bias_hh [D, G*H]."""
+    """weight_ih [D, X*H, I], bias_ih [D, X*H], weight_hh [D, G*H, H], bias_hh [D, G*H], and params [D, P, H] if the
+    cell has parameters per unit."""
 
     weight_ih: Tensor
     bias_ih: Tensor
     weight_hh: Tensor
     bias_hh: Tensor
+    params: Tensor | None = None
+
+    @property
+    def recurrent(self) -> Weights:
+        return Weights(self.weight_hh, self.bias_hh, params=self.params)
 
 
 class Inputs(NamedTuple):
@@ -40,6 +46,7 @@ class Inputs(NamedTuple):
 
     x: Tensor
     marks: Tensor | None
+    extras: Tensor | None
     initial: Sequence[Tensor]
     reset: Sequence[Tensor]
     weights: Sequence[Tensor]
@@ -48,9 +55,9 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     """What a forward gives.
 
-    every: y [T, B, D*H] of the highest layer, and the other states if they are given out or kept. finals: each [L*D, B,
-    H]. saved: one [T, B, D, n, H] if it is kept. before: the states before each chunk, [T // chunk + 2, L*D, B, H],
-    those after h in float32, if they are kept.
+    every: y [T, B, D*H] of the highest layer, and the other states if they are kept, or those given out. finals: each
+    [L*D, B, H]. saved: one [T, B, D, n, H] if it is kept. before: the states before each chunk, [T // chunk + 2, L*D,
+    B, H], those after h in float32, if they are kept.
     """
 
     every: Sequence[Any]
@@ -71,21 +78,33 @@ class BackwardInputs(NamedTuple):
 
 
 def inputs_of(cell: str, flat: Sequence[Any]) -> Inputs:
-    x, marks, *others = flat
+    x, marks, extras, *others = flat
     n = CELLS[cell].states
-    return Inputs(x, marks, others[:n], [r for r in others[n : 2 * n] if r is not None], others[2 * n :])
+    return Inputs(x, marks, extras, others[:n], [r for r in others[n : 2 * n] if r is not None], others[2 * n :])
+
+
+def inputs_without_weights(cell: str) -> int:
+    """How many tensors of ``Inputs`` come before the weights."""
+    return 3 + 2 * CELLS[cell].states
 
 
 def outputs_of(cell: str, save: str, keeps: bool, return_c: bool, flat: Sequence[Any]) -> Outputs:
-    n = CELLS[cell].states
-    m = n if return_c or (keeps and save != "checkpoint") else 1
+    n, m = CELLS[cell].states, whole_states(cell, save, keeps, return_c)
     k = m + n + (keeps and save == "gates")
     return Outputs(flat[:m], flat[m : m + n], flat[m + n : k], flat[k:])
 
 
+def whole_states(cell: str, save: str, keeps: bool, return_c: bool) -> int:
+    """Of how many states there is every step."""
+    if keeps and save != "checkpoint":
+        return CELLS[cell].states
+    return CELLS[cell].given_out if return_c else 1
+
+
 def backward_inputs_of(cell: str, save: str, flat: Sequence[Any]) -> BackwardInputs:
     n = CELLS[cell].states
-    a, b = 2 * n, 4 * n + 2
+    a = 2 * n
+    b = a + inputs_without_weights(cell)
     c = b + n + (save == "gates")
     return BackwardInputs(flat[:n], flat[n:a], flat[a:b], flat[b:c], flat[c:])
 
@@ -118,12 +137,18 @@ def cut(steps: int, chunk: int) -> Iterator[Chunk]:
 # ---- the forward ----------------------------------------------------------------------------------------------------
 
 
-def layers_of(weights: Sequence[Tensor]) -> list[Layer]:
-    return [Layer(*(w.contiguous() for w in weights[i : i + 4])) for i in range(0, len(weights), 4)]
+def layers_of(cell: str, weights: Sequence[Tensor]) -> list[Layer]:
+    each = 5 if CELLS[cell].params else 4
+    return [Layer(*(w.contiguous() for w in weights[i : i + each])) for i in range(0, len(weights), each)]
+
+
+def extras_of(extras: Tensor | None, layer: int, part: Chunk) -> Tensor | None:
+    """A layer's, in a chunk: [1, T', B, D, E, H]."""
+    return None if extras is None else part.of(extras[layer]).contiguous().unsqueeze(0)
 
 
 def gates_of(inputs: Sequence[Tensor], layer: Layer) -> Tensor:
-    """Input half of the gates [T', B, D, G*H], of [T', B, I] for each direction."""
+    """Input half of the gates [T', B, D, X*H], of [T', B, I] for each direction."""
     with phase(INPUT_GEMM):
         parts = [F.linear(x, w, b) for x, w, b in zip(inputs, layer.weight_ih, layer.bias_ih, strict=True)]
         return parts[0].unsqueeze(2) if len(parts) == 1 else torch.stack(parts, dim=2)
@@ -136,14 +161,15 @@ def _scan(
     layer: Layer,
     states: Sequence[Tensor],
     marks: Tensor | None,
+    extras: Tensor | None,
     reset: Sequence[Tensor],
     every: bool,
     save: bool,
     into: Tensor | None = None,
 ) -> Kept:
     with phase(SCAN_FORWARD):
-        weights = Weights(layer.weight_hh, layer.bias_hh)
-        return ops.scan_chunk(cell, precision, x_gates, weights, states, marks, reset, every, save, into)
+        given = x_gates, layer.recurrent, states, marks, extras, reset
+        return ops.scan_chunk(cell, precision, *given, every, save, into)
 
 
 def _to_next(kept: Kept, marks: Tensor | None) -> Tensor:
@@ -172,8 +198,8 @@ def forward(
     segments.check()
     flat = _new(cell, save, chunk, cell_dtype, keeps, return_c, inputs, weights)
     found = outputs_of(cell, save, keeps, return_c, flat)
-    x, marks, initial, resets, _ = inputs_of(cell, inputs)
-    x, layers, directions = x.contiguous(), layers_of(weights), weights[0].size(0)
+    x, marks, extras, initial, resets, _ = inputs_of(cell, inputs)
+    x, layers, directions = x.contiguous(), layers_of(cell, weights), weights[0].size(0)
     states = by_layer([initial[0], *(s.float() for s in initial[1:])], len(layers))
     reset = by_layer(resets, len(layers))
     for whole in found.before:
@@ -187,7 +213,8 @@ def forward(
                 whole[k].unflatten(0, (len(layers), -1))[i].copy_(state)
             highest = i == len(layers) - 1
             every, saves = highest and len(found.every) > 1, len(found.saved) > 0
-            kept = _scan(cell, precision, gates_of(xs, layer), layer, states[i], marked, reset[i], every, saves, into)
+            beside = marked, extras_of(extras, i, part), reset[i]
+            kept = _scan(cell, precision, gates_of(xs, layer), layer, states[i], *beside, every, saves, into)
             # After the last step in each direction: of the states of all steps, or of a few slots.
             slots = [-2, *(-2 if every or saves else 1 for _ in kept.states[1:])]
             states[i] = [
@@ -222,13 +249,13 @@ def _new(
     weights: list[Tensor],
 ) -> list[Tensor]:
     """The memory of the forward's results."""
-    x, _, initial, *_ = inputs_of(cell, inputs)
+    given = inputs_of(cell, inputs)
+    x, initial = given.x, given.initial
     directions, H = weights[0].size(0), initial[0].size(-1)
     steps, batch, _ = x.shape
-    rest = len(initial) - 1
+    rest, others = len(initial) - 1, whole_states(cell, save, keeps, return_c) - 1
     found = [x.new_empty(steps, batch, directions * H)]
-    if return_c or (keeps and save != "checkpoint"):
-        found += [x.new_empty(steps, batch, directions * H, dtype=cell_dtype or x.dtype) for _ in range(rest)]
+    found += [x.new_empty(steps, batch, directions * H, dtype=cell_dtype or x.dtype) for _ in range(others)]
     found += [x.new_empty(h.shape) for h in initial]
     if keeps and save == "gates":
         found.append(x.new_empty(steps, batch, directions, CELLS[cell].saved, H))
@@ -264,15 +291,22 @@ def _with_edges(whole: Tensor, initial: Tensor, reset: Tensor | None, part: Chun
 
 
 class _Totals:
-    """Gradients of a layer's weights and biases, in float32, summed chunk by chunk."""
+    """Gradients of a layer's weights, biases and parameters, in float32, summed chunk by chunk."""
 
     def __init__(self, layer: Layer) -> None:
-        self.sums = Layer(*(torch.zeros_like(w, dtype=torch.float32) for w in layer))
+        self.params = layer.params
+        self.sums = Layer(*(torch.zeros_like(w, dtype=torch.float32) for w in layer if w is not None))
 
     def add(
-        self, dx_gates: Tensor, dr_gates: Tensor, inputs: Sequence[Tensor], y: Tensor, marks: Tensor | None
-    ) -> None:
+        self, cell: str, found: Gradients, inputs: Sequence[Tensor], kept: Kept, marks: Tensor | None,
+        extras: Tensor | None,
+    ) -> None:  # fmt: skip
+        y, dr_gates = kept.states[0], found.dr_gates
+        dx_gates = autograd.of_inputs(CELLS[cell], found.dx_gates)
         with phase(WEIGHT_GEMMS):
+            if self.params is not None:
+                assert self.sums.params is not None
+                self.sums.params.add_(autograd.param_gradients(cell, found, kept, self.params, marks, extras))
             for d, x in enumerate(inputs):
                 dx, dr = (gates[0, :, :, d].flatten(0, 1) for gates in (dx_gates, dr_gates))
                 self.sums.weight_ih[d] += _product(dx.mT, x.flatten(0, 1))
@@ -281,7 +315,7 @@ class _Totals:
                 self.sums.bias_hh[d] += _sum(dr)
 
     def rounded(self, dtype: torch.dtype) -> list[Tensor]:
-        return [t.to(dtype) for t in self.sums]
+        return [t.to(dtype) for t in self.sums if t is not None]
 
 
 @torch.library.custom_op("persistrnn::chunked_backward", mutates_args=())
@@ -299,8 +333,8 @@ def backward(
     the reset states if nobody asked."""
     segments.check()
     d_every, d_finals, inputs, kept_before, weights = backward_inputs_of(cell, save, tensors)
-    x, marks, initial, reset_states, _ = inputs_of(cell, inputs)
-    n, x, layers, directions = len(initial), x.contiguous(), layers_of(weights), weights[0].size(0)
+    x, marks, extras, initial, reset_states, _ = inputs_of(cell, inputs)
+    n, x, layers, directions = len(initial), x.contiguous(), layers_of(cell, weights), weights[0].size(0)
     reset = by_layer(reset_states, len(layers))
     d_states = by_layer([d.float() for d in d_finals], len(layers))
     d_reset = [[torch.zeros_like(d) for d in of_layer] for of_layer in d_states]
@@ -317,10 +351,11 @@ def backward(
         scans = []
         with phase(SCAN_BACKWARD if save == "gates" else RECOMPUTE):
             for i, layer in enumerate(layers):
+                beside = marked, extras_of(extras, i, part)
                 if save == "checkpoint":
                     states = [s[k].unflatten(0, (len(layers), -1))[i] for s in kept_before]
                     x_gates = gates_of(xs[i], layer)
-                    kept = _scan(cell, precision, x_gates, layer, states, marked, reset[i], True, True)
+                    kept = _scan(cell, precision, x_gates, layer, states, *beside, reset[i], True, True)
                     del x_gates  # it need not outlive the scan
                     y, *others = kept.states
                     kept = kept._replace(states=[y, *(s.to(cell_dtype or x.dtype) for s in others)])
@@ -337,8 +372,9 @@ def backward(
                         h = torch.stack(
                             [autograd.h_before(states[0], marked, d).flatten(0, 2) for d in range(directions)]
                         )
-                        saved = ops.gates_again(cell, x_gates, _product(h, layer.weight_hh.mT), layer.bias_hh)
-                        del x_gates, h
+                        r_gates = _product(h, layer.weight_hh.mT)
+                        saved = ops.gates_again(cell, x_gates, r_gates, layer.recurrent, states, *beside)
+                        del x_gates, h, r_gates
                     kept = Kept(states, saved)
                     del saved
                 del states
@@ -347,23 +383,24 @@ def backward(
         del kept
         for i, layer in reversed(list(enumerate(layers))):
             kept = scans.pop()
+            beside = marked, extras_of(extras, i, part)
             with phase(SCAN_BACKWARD):
-                d = ops.scan_chunk_backward(
-                    cell, precision, outside, d_states[i], layer.weight_hh, kept, marked, resets
-                )
+                given = outside, d_states[i], layer.recurrent, kept, *beside, resets
+                d = ops.scan_chunk_backward(cell, precision, *given)
             d_states[i] = list(d.d_initial)
             for total, new in zip(d_reset[i], d.d_reset, strict=False):
                 total += new
-            totals[i].add(d.dx_gates, d.dr_gates, xs[i], kept.states[0], marked)
+            totals[i].add(cell, d, xs[i], kept, *beside)
+            dx_gates = autograd.of_inputs(CELLS[cell], d.dx_gates)
             with phase(INPUT_GEMM):
                 if i > 0:
-                    outside = [(d.dx_gates[0, :, :, 0] @ layer.weight_ih[0]).unsqueeze(2)]
+                    outside = [(dx_gates[0, :, :, 0] @ layer.weight_ih[0]).unsqueeze(2)]
                 elif needs_x:
                     for way, s in enumerate(part.slices(directions)):
-                        product = d.dx_gates[0, :, :, way].flatten(0, 1), layer.weight_ih[way]
+                        product = dx_gates[0, :, :, way].flatten(0, 1), layer.weight_ih[way]
                         dx[s].view(-1, x.size(2)).addmm_(*product, beta=directions - 1)
                         del product
-            del kept, d  # else they live on while the next ones are made
+            del kept, d, given, dx_gates  # else they live on while the next ones are made
         del outside
     found = [torch.cat(of_layers).to(x.dtype) for of_layers in zip(*d_states, strict=True)]
     if resets:
@@ -375,6 +412,7 @@ def backward(
 def _(*arguments: Any) -> list[Tensor]:
     cell, save, _, _, _, needs_x, resets, tensors = arguments
     _, _, inputs, _, weights = backward_inputs_of(cell, save, tensors)
-    x, _, initial, *_ = inputs_of(cell, inputs)
-    of = [*([x] if needs_x else []), *(list(initial) * (2 if resets else 1)), *weights]
+    given = inputs_of(cell, inputs)
+    x, initial = given.x, list(given.initial)
+    of = [*([x] if needs_x else []), *(initial * (2 if resets else 1)), *weights]
     return [x.new_empty(t.shape) for t in of]

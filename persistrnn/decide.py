@@ -305,7 +305,7 @@ def kept_bytes(call: Call, chunk: int) -> float:
 def chunk_steps(call: Call, save: str, launches: bool) -> int:
     """Steps of a time chunk, a rule that holds for every T and B of a graph. launches: whether it costs launches."""
     sizes = call.hidden_size, call.batch or 1, call.directions, call.dtype.itemsize, call.steps
-    return memory.chunk_steps(save, CELLS[call.cell].gates, *sizes, launches, torch.sym_max, torch.sym_min)
+    return memory.chunk_steps(save, CELLS[call.cell].inputs, *sizes, launches, torch.sym_max, torch.sym_min)
 
 
 def _chunk(call: Call, on_kernels: bool) -> int:

@@ -8,6 +8,8 @@ gives out they take those of what its forward kept, which only a second derivati
 Letters are those of ``kernels.tensors``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +45,8 @@ def backward(
     d_outputs: Sequence[Tensor | None],
     d_final: Sequence[Tensor],
     d_kept: Sequence[Tensor | None] = (),
+    params: Tensor | None = None,
+    extras: Tensor | None = None,
 ) -> Gradients:
     """The backward of a layer, or of a stack of one direction from its highest layer down.
 
@@ -50,10 +54,12 @@ def backward(
         cell: its name in ``kernels.cells.CELLS``
         weight_hh: [L*D, G*H, H]; weight_ih: [L - 1, G*H, H], of the upper layers, or None
         marks: uint8 [T, B, D] or None, as for the forward
-        kept: what the forward kept; d_kept: gradients of its states and then of saved, each None where there is none
+        kept: what the forward kept; d_kept: gradients of its states and then of saved, each None where there is none;
+            empty: of none, and no gradients of the parameters are formed
         d_outputs: of the highest layer's every h and, where they were given out, every other state, each [T, B, D, H]
             or None
         d_final: of the final states, each [L*D, B, H]
+        params: [L*D, P, H]; extras: [L, T, B, D, E, H]: as for the forward, or None
     """
     assert kept.saved is not None
     dtype, n = kept.saved.dtype, len(d_final)
@@ -64,28 +70,34 @@ def backward(
     for layer in reversed(range(layers)):
         states, saved = [s[layer].to(exact) for s in kept.states], kept.saved[layer].to(exact)
         *d_states, d_saved = (None if d is None else d[layer].to(exact) for d in d_kept or (None,) * (n + 1))
-        d_saved = torch.zeros_like(saved) if d_saved is None else d_saved
+        if d_kept and d_saved is None:
+            d_saved = torch.zeros_like(saved)
         given = [None if d is None else d.to(exact) for d in outside]
+        beside = None if extras is None else extras[layer].to(exact)
         ways = []
         for k in range(directions):
             row = layer * directions + k
             final = tuple(d[row].to(exact) for d in d_final)
-            of_saved, d_of_saved, *of_states = (t[:, :, k].unbind() for t in (saved, d_saved, *states))
+            of_saved, *of_states = (t[:, :, k].unbind() for t in (saved, *states))
+            d_of_saved, of_extras = _steps((d_saved, beside), k)
             outputs, others = _steps(given, k), _steps(d_states, k)
-            weight = weight_hh[row].to(exact)
-            ways.append(_one_way(cell, weight, marks, k, final, of_saved, d_of_saved, of_states, outputs, others))
-        dx_gates, dr_gates, *edges = zip(*ways, strict=True)
+            of_params = () if params is None else tuple(params[row].to(exact).unbind())
+            tiles = of_saved, d_of_saved, of_states, of_params, of_extras
+            ways.append(_one_way(cell, weight_hh[row].to(exact), marks, k, final, tiles, outputs, others))
+        dx_gates, dr_gates, *edges, d_params = zip(*ways, strict=True)
         dx, dr = (torch.stack(gates, dim=2).to(dtype) for gates in (dx_gates, dr_gates))
-        found.append((dx, dr, *([torch.stack(s).to(dtype) for s in zip(*of, strict=True)] for of in edges)))
+        states_of = ([torch.stack(s).to(dtype) for s in zip(*of, strict=True)] for of in edges)
+        found.append((dx, dr, *states_of, None if d_params[0] is None else torch.stack(d_params)))
         if layer > 0:
             assert weight_ih is not None
             outside = [dx @ weight_ih[layer - 1], *(None,) * (n - 1)]
-    dx_gates, dr_gates, d_initial, d_reset = zip(*reversed(found), strict=True)
+    dx_gates, dr_gates, d_initial, d_reset, d_params = zip(*reversed(found), strict=True)
     return Gradients(
         torch.stack(dx_gates),
         torch.stack(dr_gates),
         [torch.cat(s) for s in zip(*d_initial, strict=True)],
         [torch.cat(s) for s in zip(*d_reset, strict=True)],
+        None if d_params[0] is None else torch.cat(d_params),
     )
 
 
@@ -95,29 +107,42 @@ def _one_way(
     marks: Tensor | None,
     direction: int,
     d: Tiles,
-    saved: Tiles,
-    d_saved: Tiles,
-    states: Sequence[Tiles],
+    tiles: tuple[Any, ...],
     d_outputs: Steps,
     d_states: Steps,
-) -> tuple[Tensor, Tensor, Tiles, Tiles]:
-    """Of one layer and direction: dx_gates and dr_gates [T, B, G*H], the gradients of the initial and of the reset
-    state. weight: [G*H, H]; d: of the final state; the others as ``_steps`` has them."""
-    steps, of = len(saved), derived(cell)
+) -> tuple[Tensor, Tensor, Tiles, Tiles, Tensor | None]:
+    """Of one layer and direction: dx_gates [T, B, V*H] and dr_gates [T, B, G*H], the gradients of the initial and of
+    the reset state, and, given those of what was saved, of the parameters [P, H]. weight: [G*H, H]; d: of the final
+    state; tiles: what was saved, its gradients, the states, parameters and extras, all but the parameters as ``_steps``
+    has them."""
+    saved, d_saved, states, p, extras = tiles
+    formulas = derived(cell)
+    of = formulas.cell
+    steps = len(saved)
     first, last, back = (steps + 1, 0, 1) if direction else (0, steps + 1, -1)
     anew: Tiles = tuple(torch.zeros_like(x) for x in d)
     dx_of: dict[int, Tensor] = {}
     dr_of: dict[int, Tensor] = {}
+    d_params: list[Tensor] = [torch.zeros_like(tile) for tile in p]
     for t in range(steps) if direction else reversed(range(steps)):
         before: Tiles = tuple(s[t + 1 + back] for s in states)
         mark = None if marks is None else marks[t, :, direction].unsqueeze(-1)
         saved_t: Tiles = saved[t].unbind(1)
+        after: Tiles = tuple(states[i][t + 1] for i in of.after)
+        e: Tiles = () if extras is None else extras[t].unbind(1)
         if mark is not None:
             before = _where(mark == BEGINS, tuple(s[last] for s in states), before)
             # A NaN in a row that skips the step would be 0 * NaN in the derivative of this.
-            before, saved_t = _zero(mark == SKIPPED, before), _zero(mark == SKIPPED, saved_t)
-        d, later = _plus(_plus(d, d_outputs, t), d_states, t + 1), [s[t + 1] for s in states]
-        dx, dr, d_before, _ = of.run_second(d, saved_t, d_saved[t].unbind(1), [later[i] for i in of.cell.after], before)
+            before, saved_t, after = (_zero(mark == SKIPPED, tiles) for tiles in (before, saved_t, after))
+        d = _plus(_plus(d, d_outputs, t), d_states, t + 1)
+        if d_saved is None:
+            dx, dr, d_before = formulas.run_backward(d, saved_t, after, before, p, e)
+        else:
+            dx, dr, d_before, dp = formulas.run_second(d, saved_t, d_saved[t].unbind(1), after, before, p, e)
+            dx = (*dx, *(torch.zeros_like(dx[0]) for _ in range(of.more_gradients)))
+            if mark is not None:
+                dp = _zero(mark == SKIPPED, dp)
+            d_params = [total + tile.expand_as(d[0]).sum(0) for total, tile in zip(d_params, dp, strict=True)]
         if mark is not None:
             dx, dr = _zero(mark == SKIPPED, dx), _zero(mark == SKIPPED, dr)
             d_before = _where(mark == SKIPPED, d, d_before)
@@ -127,28 +152,30 @@ def _one_way(
             anew = tuple(a + x for a, x in zip(anew, _zero(mark != BEGINS, d), strict=True))
             d = _zero(mark == BEGINS, d)
     dx_gates, dr_gates = (torch.stack([of[t] for t in range(steps)]) for of in (dx_of, dr_of))
-    return dx_gates, dr_gates, _plus(d, d_states, first), _plus(anew, d_states, last)
+    edges = _plus(d, d_states, first), _plus(anew, d_states, last)
+    return dx_gates, dr_gates, *edges, torch.stack(d_params) if p and d_saved is not None else None
 
 
 def through(
     function: Callable[[list[Any]], Sequence[Tensor]],
     tensors: Sequence[Tensor | None],
     grads: Sequence[Tensor],
-    unread: Sequence[int] = (),
 ) -> list[Tensor | None]:
-    """Gradients of ``tensors`` through ``function(tensors)``, given those of its results: of the floating ones that it
-    reads, which are all but ``unread``."""
-    asked = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point() and i not in unread]
+    """Gradients of ``tensors`` through ``function(tensors)``, given those of its results: of the floating ones."""
+    asked = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point()]
 
     def of(*given: Tensor) -> tuple[Tensor, ...]:
         arguments = list(tensors)
         for i, tensor in zip(asked, given, strict=True):
             arguments[i] = tensor
-        return tuple(function(arguments))
+        # Each is a result too, with a gradient of zeros: torch.func.vjp cannot make the zeros of what the function does
+        # not read where it is nested.
+        return (*function(arguments), *(t.view_as(t) for t in given))
 
     found: list[Tensor | None] = [None] * len(tensors)
-    vjp = torch.func.vjp(of, *(tensors[i] for i in asked))[1]
-    for i, gradient in zip(asked, vjp(tuple(grads)), strict=True):
+    results, vjp = torch.func.vjp(of, *(tensors[i] for i in asked))[:2]
+    zeros = (torch.zeros_like(t) for t in results[len(grads) :])
+    for i, gradient in zip(asked, vjp((*grads, *zeros)), strict=True):
         found[i] = gradient
     return found
 

@@ -40,27 +40,30 @@ def scan_forward(
     keep: bool,
     cell_dtype: torch.dtype | None,
     x_gates: Tensor,
-    weights: list[Tensor],
+    weights: list[Tensor | None],
     marks: Tensor | None,
+    extras: Tensor | None,
     initial: list[Tensor],
     reset: list[Tensor],
 ) -> list[Tensor]:
     """[*states, saved] of ``Kept``, without saved unless asked for; arguments are those of ``kernels.launch.forward``,
-    weights the two or four of ``Weights``. Without autograd."""
+    weights those of ``Weights``, of which the last may be left out. Without autograd."""
     from .kernels import launch
 
     segments.check()
-    x_gates, *given = (t.contiguous() for t in (x_gates, *weights))
-    marks = None if marks is None else marks.contiguous()
-    kept = launch.forward(
-        CELLS[cell], x_gates, Weights(*given), initial, precision, save, keep, cell_dtype, marks, reset
-    )
+    marks, extras, *given = map(_contiguous, (marks, extras, *weights))
+    given_to = x_gates.contiguous(), Weights(*given), initial, precision, save, keep, cell_dtype, marks, reset  # type: ignore[arg-type]
+    kept = launch.forward(CELLS[cell], *given_to, None, extras)
     return [*kept.states, *([] if kept.saved is None else [kept.saved])]
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 @scan_forward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    cell, _, save, keep, cell_dtype, x_gates, _, marks, initial, _ = arguments
+    cell, _, save, keep, cell_dtype, x_gates, _, marks, _, initial, _ = arguments
     T, B, D, _ = x_gates.shape
     rows, _, H = initial[0].shape
     L, slots = rows // D, memory.c_slots(T, save or keep, marks is not None)
@@ -82,7 +85,9 @@ def scan_backward(
     resets: bool,
     weight_hh: Tensor,
     weight_ih: Tensor | None,
+    params: Tensor | None,
     marks: Tensor | None,
+    extras: Tensor | None,
     kept: list[Tensor],
     d_final: list[Tensor],
     d_outputs: list[Tensor],
@@ -93,11 +98,11 @@ def scan_backward(
 
     segments.check()
     finals, outputs = ([d.contiguous() for d in given] for given in (d_final, d_outputs))
-    weight_ih = None if weight_ih is None else weight_ih.contiguous()
-    marks = None if marks is None else marks.contiguous()
+    weight_ih, params, marks, extras = map(_contiguous, (weight_ih, params, marks, extras))
     d = launch.backward(
-        CELLS[cell], outputs, finals, weight_hh.contiguous(), weight_ih, kept_of(cell, kept), precision, marks, resets
-    )
+        CELLS[cell], outputs, finals, weight_hh.contiguous(), weight_ih, kept_of(cell, kept), precision, marks, resets,
+        params, extras,
+    )  # fmt: skip
     # Outputs of an operator may not alias each other.
     dr_gates = [] if d.dr_gates is d.dx_gates else [d.dr_gates]
     return [d.dx_gates, *dr_gates, *(t.contiguous() for t in (*d.d_initial, *d.d_reset))]
@@ -105,10 +110,11 @@ def scan_backward(
 
 @scan_backward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    cell, _, resets, weight_hh, _, _, _, d_final, d_outputs = arguments
+    cell, _, resets, weight_hh, *_, d_final, d_outputs = arguments
     T, B, D, H = d_outputs[0].shape
     L, of = weight_hh.shape[0] // D, CELLS[cell]
-    gates = [d_outputs[0].new_empty(L, T, B, D, of.gates * H) for _ in range(1 + of.recurrent_gradient)]
+    tiles = (of.stored_gradients, of.gates)[: 1 + of.recurrent_gradient]
+    gates = [d_outputs[0].new_empty(L, T, B, D, n * H) for n in tiles]
     return [*gates, *(d.new_empty(L * D, B, H) for _ in range(1 + resets) for d in d_final)]
 
 
@@ -129,6 +135,7 @@ def scan_chunk(
     weights: Weights,
     initial: Sequence[Tensor],
     marks: Tensor | None,
+    extras: Tensor | None,
     reset: Sequence[Tensor],
     keep: bool,
     save: bool,
@@ -139,7 +146,7 @@ def scan_chunk(
     from .kernels import launch
 
     return launch.forward(
-        CELLS[cell], x_gates, weights, initial, precision, save, keep, torch.float32, marks, reset, saved
+        CELLS[cell], x_gates, weights, initial, precision, save, keep, torch.float32, marks, reset, saved, extras
     )
 
 
@@ -148,16 +155,18 @@ def scan_chunk_backward(
     precision: str,
     d_outputs: Sequence[Tensor],
     d_final: Sequence[Tensor],
-    weight_hh: Tensor,
+    weights: Weights,
     kept: Kept,
     marks: Tensor | None,
+    extras: Tensor | None,
     resets: bool,
 ) -> Gradients:
     """Its backward, with the gradients of the states in the dtype of ``d_final``."""
     from .kernels import launch
 
     outputs, finals = ([d.contiguous() for d in given] for given in (d_outputs, d_final))
-    return launch.backward(CELLS[cell], outputs, finals, weight_hh, None, kept, precision, marks, resets)
+    how = None, kept, precision, marks, resets, weights.params, extras
+    return launch.backward(CELLS[cell], outputs, finals, weights.weight_hh, *how)
 
 
 def with_edges(inner: Tensor, initial: Tensor, reset: Tensor | None) -> Tensor:
@@ -170,8 +179,18 @@ def with_edges(inner: Tensor, initial: Tensor, reset: Tensor | None) -> Tensor:
     return states
 
 
-def gates_again(cell: str, x_gates: Tensor, r_gates: Tensor, bias_hh: Tensor) -> Tensor:
-    """What ``scan_forward`` saves of one layer, from both halves of the gates (``kernels.launch.recompute``)."""
+def gates_again(
+    cell: str,
+    x_gates: Tensor,
+    r_gates: Tensor,
+    weights: Weights,
+    states: Sequence[Tensor],
+    marks: Tensor | None,
+    extras: Tensor | None,
+) -> Tensor:
+    """What ``scan_forward`` saves of one layer, from both halves of the gates and the states
+    (``kernels.launch.recompute``)."""
     from .kernels import launch
 
-    return launch.recompute(CELLS[cell], x_gates, r_gates, bias_hh).unsqueeze(0)
+    given = x_gates, r_gates, weights.bias_hh, states, marks, weights.params, extras
+    return launch.recompute(CELLS[cell], *given).unsqueeze(0)

@@ -13,7 +13,18 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from persistrnn import autograd, chunk_ops, double_backward, segments
-from persistrnn.chunk_ops import backward_inputs_of, by_layer, cut, gates_of, inputs_of, layers_of, outputs_of
+from persistrnn.chunk_ops import (
+    backward_inputs_of,
+    by_layer,
+    cut,
+    extras_of,
+    gates_of,
+    inputs_of,
+    inputs_without_weights,
+    layers_of,
+    outputs_of,
+    whole_states,
+)
 from persistrnn.decide import expects_backward, inside_torch_func
 from persistrnn.kernels.cells import CELLS
 from persistrnn.mapping import each_sample, mapped
@@ -32,21 +43,21 @@ def recurrent(
     reset: Sequence[Tensor] = (),
     return_c: bool = False,
     cell_dtype: torch.dtype | None = None,
+    extras: Tensor | None = None,
 ) -> Result:
     """One layer, or a stack of one direction, on the persistent kernels, in chunks of time.
 
     Args:
-        cell: "lstm" or "gru".
+        cell: its name in ``kernels.cells.CELLS``.
         x: [T, B, I]. T, B >= 1.
         weights: of each layer those of ``Layer``, with H for I in the upper ones.
-        initial: (h0, c0) of an LSTM, (h0,) of a GRU, each [L*D, B, H].
+        initial: the states, h first, each [L*D, B, H].
         save: "gates", "state" or "checkpoint" (``kernels.planner.memory``); of a stack "checkpoint".
         precision: of products in float32, "tf32" or "ieee".
         chunk: steps of a chunk.
         marks: uint8 [T, B, D], where a row begins anew or skips a step (``segments``); None: nowhere.
         reset: the states that rows begin anew from, in the form of ``initial``; empty: zeros.
-        return_c: give out every c_t of the highest layer.
-        cell_dtype: of the c that is stored for the backward and given out; None: that of x.
+        return_c, cell_dtype, extras: as of ``autograd.recurrent``.
         All in one dtype (float16, bfloat16 or float32), on one device.
 
     Returns:
@@ -56,7 +67,7 @@ def recurrent(
         ValueError: the size does not fit the device.
         RuntimeError: an earlier launch gave up waiting (see ``ops.check``).
     """
-    tensors = x, marks, *initial, *(reset or (None,) * len(initial))
+    tensors = x, marks, extras, *initial, *(reset or (None,) * len(initial))
     keeps = expects_backward((*tensors, *weights))
     how = cell, save, precision, chunk, cell_dtype, keeps, return_c
     if keeps or not torch.compiler.is_compiling():
@@ -79,17 +90,20 @@ def again_in_chunks(recurrence: Callable[..., Result], chunk: int) -> Callable[.
         initial: Sequence[Tensor],
         marks: Tensor | None,
         reset: Sequence[Tensor],
+        params: Tensor | None = None,
+        extras: Tensor | None = None,
     ) -> Result:
         # Compiled, it does so as a whole; torch.func has no hooks for what is saved.
         at_once = torch.compiler.is_compiling() or inside_torch_func()
         if at_once or not torch.is_grad_enabled():
-            return recurrence(cell, x_gates, weight_hh, bias_hh, initial, marks, reset)
+            return _beside(recurrence, params, extras)(cell, x_gates, weight_hh, bias_hh, initial, marks, reset)
         directions, states = x_gates.size(2), list(initial)
         parts: list[list[Tensor]] = []
         for part in cut(x_gates.size(0), chunk):
             marked = None if marks is None else part.of(marks)
             given = part.of(x_gates), weight_hh, bias_hh, states, marked, reset
-            y, c, states = checkpoint(recurrence, cell, *given, use_reentrant=False, preserve_rng_state=False)
+            step = _beside(recurrence, params, extras_of(extras, 0, part))
+            y, c, states = checkpoint(step, cell, *given, use_reentrant=False, preserve_rng_state=False)
             parts.append([y] if c is None else [y, c])
         whole = []
         for tensors in zip(*parts, strict=True):
@@ -100,6 +114,12 @@ def again_in_chunks(recurrence: Callable[..., Result], chunk: int) -> Callable[.
     return recurrent
 
 
+def _beside(recurrence: Callable[..., Result], params: Tensor | None, extras: Tensor | None) -> Callable[..., Result]:
+    """With what the cell has of both."""
+    given = {name: t for name, t in (("params", params), ("extras", extras)) if t is not None}
+    return functools.partial(recurrence, **given) if given else recurrence
+
+
 class _Chunked(Function):
     """The tensors of ``Inputs`` to those of ``Outputs``. What is kept has no gradient of its own: a second derivative
     runs the layers anew."""
@@ -107,19 +127,19 @@ class _Chunked(Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         how, tensors = arguments[:7], arguments[7:]
-        k = 2 + 2 * CELLS[arguments[0]].states
+        k = inputs_without_weights(arguments[0])
         return tuple(chunk_ops.forward(*how, list(tensors[:k]), list(tensors[k:])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.cell, ctx.save, ctx.precision, ctx.chunk, ctx.cell_dtype, keeps, ctx.return_c, *tensors = inputs
-        found, k = outputs_of(ctx.cell, ctx.save, keeps, ctx.return_c, output), 2 + 2 * CELLS[ctx.cell].states
+        found, k = outputs_of(ctx.cell, ctx.save, keeps, ctx.return_c, output), inputs_without_weights(ctx.cell)
         if keeps:
             # The caller may let y go: it is kept only where it is read.
             kept = found.before if ctx.save == "checkpoint" else (*found.every, *found.saved)
             ctx.save_for_backward(*tensors[:k], *kept, *tensors[k:])
         ctx.set_materialize_grads(False)
-        inside = found.every[1:] if not ctx.return_c else ()
+        inside = found.every[CELLS[ctx.cell].given_out if ctx.return_c else 1 :]
         ctx.mark_non_differentiable(*inside, *found.saved, *found.before)
 
     @staticmethod
@@ -127,34 +147,34 @@ class _Chunked(Function):
         n = CELLS[ctx.cell].states
         tensors = ctx.saved_tensors
         d = outputs_of(ctx.cell, ctx.save, True, ctx.return_c, grads)
-        x, _, initial, *_ = inputs_of(ctx.cell, tensors)
-        directions = tensors[-1].size(0)  # of the last weight, a bias [D, G*H]
-        dy, *d_others = d.every if ctx.return_c else d.every[:1]
+        given = inputs_of(ctx.cell, tensors)
+        x, initial = given.x, given.initial
+        directions = tensors[-1].size(0)  # of the last weight, a bias [D, G*H] or parameters [D, P, H]
+        dy, *d_others = d.every[: CELLS[ctx.cell].given_out if ctx.return_c else 1]
         if dy is None:
             dy = x.new_zeros(*x.shape[:2], directions * initial[0].size(2))
         d_every = [dy, *d_others, *(None,) * n][:n]
         d_finals = [torch.zeros_like(s) if g is None else g for g, s in zip(d.finals, initial, strict=True)]
         needs = ctx.needs_input_grad[7:]
-        needs_x, resets = needs[0], any(needs[2 + n : 2 + 2 * n])
+        needs_x, resets = needs[0], any(needs[3 + n : 3 + 2 * n])
         how = ctx.cell, ctx.save, ctx.precision, ctx.chunk, ctx.cell_dtype, needs_x, resets
-        given = *d_every, *d_finals, *tensors
+        flat = *d_every, *d_finals, *tensors
         if torch.compiler.is_compiling():  # as in ``recurrent``; AOTAutograd refuses a second derivative
-            found = list(chunk_ops.backward(*how, list(given)))
+            found = list(chunk_ops.backward(*how, list(flat)))
         else:
-            found = list(_ChunkedBackward.apply(*how, *given))
+            found = list(_ChunkedBackward.apply(*how, *flat))
         dx = found.pop(0) if needs_x else None
         d_initial, found = found[:n], found[n:]
         d_reset, d_weights = (found[:n], found[n:]) if resets else ([None] * n, found)
-        return (*(None,) * 7, dx, None, *d_initial, *d_reset, *d_weights)
+        return (*(None,) * 7, dx, None, None, *d_initial, *d_reset, *d_weights)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         (cell, save, _, _, _, keeps, return_c), tensors = arguments[:7], arguments[7:]
-        k = 2 + 2 * CELLS[cell].states
+        k = inputs_without_weights(cell)
         # where B is in the tensors of Inputs and of Outputs
-        axes = (*(1,) * k, *(None,) * (len(tensors) - k))
-        n = CELLS[cell].states
-        m = n if return_c or (keeps and save != "checkpoint") else 1
+        axes = (1, 1, 2, *(1,) * (k - 3), *(None,) * (len(tensors) - k))
+        n, m = CELLS[cell].states, whole_states(cell, save, keeps, return_c)
         out_axes = (*(1,) * (m + n), *((1,) if save == "gates" else (2,) * n if save == "checkpoint" else ()) * keeps)
         return mapped(_Chunked, info, in_dims, arguments[:7], tensors, axes, out_axes)
 
@@ -178,7 +198,7 @@ class _ChunkedBackward(Function):
         """All at once, as one launch per layer over all steps would have it: what was kept is made anew."""
         how = ctx.cell, ctx.precision, ctx.cell_dtype, ctx.needs_x, ctx.resets
         found = double_backward.through(functools.partial(_first_derivative, *how), ctx.saved_tensors, grads)
-        k = 2 + 4 * CELLS[ctx.cell].states
+        k = 2 * CELLS[ctx.cell].states + inputs_without_weights(ctx.cell)
         return (*(None,) * 7, *found[:k], *(None,) * ctx.kept, *found[k:])
 
     @staticmethod
@@ -197,10 +217,10 @@ def _first_derivative(
     """What ``chunk_ops.backward`` computes, from its tensors but those that are kept, and differentiable."""
     n = CELLS[cell].states
     d_every, d_finals = [d for d in tensors[:n] if d is not None], tensors[n : 2 * n]
-    x, marks, initial, reset, weights = inputs_of(cell, tensors[2 * n :])
+    x, marks, extras, initial, reset, weights = inputs_of(cell, tensors[2 * n :])
 
     def unchunked(y: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        layers = layers_of(given[n + len(reset) :])
+        layers = layers_of(cell, given[n + len(reset) :])
         states, anew = (by_layer(s, len(layers)) for s in (given[:n], given[n : n + len(reset)]))
         every, finals = [y], []
         for i, layer in enumerate(layers):
@@ -208,7 +228,8 @@ def _first_derivative(
             x_gates = gates_of([below] * layer.weight_ih.size(0), layer)
             found = autograd.recurrent(
                 cell, x_gates, layer.weight_hh, layer.bias_hh, states[i], precision, marks, anew[i],
-                return_c=len(d_every) > 1, cell_dtype=cell_dtype,
+                return_c=len(d_every) > 1, cell_dtype=cell_dtype, params=layer.params,
+                extras=None if extras is None else extras[i : i + 1],
             )  # fmt: skip
             every = [found.y] if found.c is None else [found.y, found.c]
             finals.append(found.finals)

@@ -51,6 +51,16 @@ class Cell:
         """Tiles of the input half (X)."""
         return self.gates + self.more_inputs
 
+    @property
+    def stored_gradients(self) -> int:
+        """Tiles that the backward stores of the input half (V)."""
+        return self.inputs + self.more_gradients
+
+    @property
+    def given_out(self) -> int:
+        """States of which a caller can have every step: h and, where there is one, the second (c)."""
+        return min(self.states, 2)
+
 
 BUILT_IN = ("lstm", "gru")
 _registered: dict[str, Derived] = {}

@@ -7,12 +7,14 @@ moves. Jobs that cannot be resident at the same time follow in launches of their
 inside the kernel kept addresses alive through the loop over time, and spilled (seen: LSTM and GRU backward in every
 dtype, Triton 3.9.0).
 
-    forward    r_t = W_hh h_{t-1} + b_hh;  state_t, saved_t = cell.forward(x_t, r_t, state_{t-1})
-    backward   dx_t, dr_t, e_t = cell.backward(dstate_t, saved_t, state_{t-1});  dh_{t-1} = e_t + W_hh^T dr_t
+    forward    r_t = W_hh h_{t-1} + b_hh;  state_t, saved_t = cell.forward(x_t, r_t, state_{t-1}, p, e_t)
+    backward   dx_t, dr_t, d_t = cell.backward(dstate_t, saved_t, state_{t-1}, p, e_t);  dh_{t-1} = d_t + W_hh^T dr_t
+
+with p the cell's parameters per unit, in registers for all steps, and e_t what it takes per step besides its gates.
 
 Gates (or units) are the M of the product and the batch is its N. Rows past B repeat the last row and are not
-stored; units past H have zero weights and stay zero. The batch tiles of a job take turns within a step, so that one's
-exchange is on its way while another's product is formed.
+stored; units past H have zero weights, and what a cell makes of zeros stays with them. The batch tiles of a job take
+turns within a step, so that one's exchange is on its way while another's product is formed.
 
 A stack of L layers as a pipeline (``tiling.layers``): each group takes a job in one layer, and all layers of a job are
 resident together. In every step a layer also multiplies what its neighbour, the layer below (in the backward: above),
@@ -104,7 +106,7 @@ def scan_forward(
     bias,
     states,
     saved,
-    marks,
+    step_data,
     sync,
     first_job,
     T,
@@ -115,16 +117,20 @@ def scan_forward(
     KEEP: tl.constexpr,
 ):
     """states: tuple of [T + 2, B, D, H], of which those after h have few slots unless KEEP (the initial state in slot
-    0, or 1 in reverse; the final one in 1; with marks the reset state in 2). saved: [T, B, D, n, H] or None.
-    marks: uint8 [T, B, D] or None. sync: (counters int32 [jobs * L * subtiles * lanes * exchange.stride],
-    error word int32 [1], partial sums fp32 [groups * subtiles, 2, S, outputs * R*U * BB]).
-    For a stack as a pipeline: states [L, T + 2, ...], saved [L, T, ...], weight [L, 2, G*H, stride] and bias
-    [L, 2, G*H], of h first and of what comes from below second; x_gates of the lowest layer."""
+    0, or 1 in reverse; the final one in 1; with marks the reset state in 2). x_gates: [T, B, D, X*H]. saved:
+    [T, B, D, n, H] or None. step_data: (marks uint8 [T, B, D], params [D, P, H], extras [T, B, D, E, H]), None each
+    where there are none. sync: (counters int32 [jobs * L * subtiles * lanes * exchange.stride], error word int32 [1],
+    partial sums fp32 [groups * subtiles, 2, S, outputs * R*U * BB]).
+    For a stack as a pipeline: states [L, T + 2, ...], saved and extras [L, T, ...], params [L, P, H], weight
+    [L, 2, G*H, stride] and bias [L, 2, G*H], of h first and of what comes from below second; x_gates of the lowest
+    layer."""
     H: tl.constexpr = tiling.hidden
     G: tl.constexpr = tiling.gates
+    X: tl.constexpr = tiling.inputs
     L: tl.constexpr = tiling.layers
     N: tl.constexpr = tiling.subtiles
     n: tl.constexpr = len(states)
+    marks, params, extras = step_data
     program, own_sync = locate(sync, first_job, B, tiling, exchange)
     spin_limit = tl.full((), exchange.spin_limit, tl.int32)
     units, unit_mask = program.units, program.unit_mask
@@ -136,6 +142,8 @@ def scan_forward(
         # One factor after the other in 64 bits: B*K*H alone may pass 2**31.
         if saved is not None:
             saved += layer.to(tl.int64) * T * B * (tiling.saved * H)
+        if extras is not None:
+            extras += layer.to(tl.int64) * T * B * (tiling.extras * H)
         # The lowest layer has x_gates, and multiplies its own h0 by zero; to the others comes the h of the layer below.
         exists = tl.minimum(layer, 1)
         x_mask = (units < H * (1 - exists))[:, None]
@@ -165,6 +173,7 @@ def scan_forward(
             below_bias = load_bias(bias + G * H, program, tiling)
         ahead = first_streamed(own_matrix, tiling)
         own_bias = load_bias(bias + program.direction * (G * H), program, tiling)
+        p = load_params(params, program, tiling)
 
         step = 0
         while step < T:
@@ -180,8 +189,9 @@ def scan_forward(
                     reset = load_reset(states, mark, tile, program, T, B, KEEP, tiling)
                     before = choose(is_marked(mark, BEGINS), reset, before)
                 # Loaded before the wait: the exchange's latency hides it.
-                x_tile = x_gates + tile_offset(t, tile, program, B, G * H, tiling)
-                x = load_tiles(x_tile, unit_offsets(program, tile.rows, G * H, tiling), x_mask, H, G)
+                x_tile = x_gates + tile_offset(t, tile, program, B, X * H, tiling)
+                x = load_tiles(x_tile, unit_offsets(program, tile.rows, X * H, tiling), x_mask, H, X)
+                e = load_extras(extras, t, tile, program, B, tiling)
                 if L > 1:
                     h = below.pointer + tile_offset((t + 1) * below.exists, tile, program, B, H, tiling)
                     from_below, ahead, spin_limit = multiply(
@@ -192,14 +202,15 @@ def scan_forward(
                     from_below = zero_where(below.exists == 0, from_below)
                     x = add_tiles(add_tiles(x, from_below), below_bias)
                 if tiling.slices == 1:
-                    product = product_local(own_weights, before, weight.dtype.element_ty, tiling, exchange)
+                    inner = existing(before, program, tiling)
+                    product = product_local(own_weights, inner, weight.dtype.element_ty, tiling, exchange)
                 else:
                     h = states[0] + tile_offset(previous_slot(t, program.direction), tile, program, B, H, tiling)
                     product, ahead, spin_limit = multiply(
                         own_weights, ahead, h, rows_of_h, j, program, step, step, own_sync, spin_limit, tiling,
                         exchange,
                     )  # fmt: skip
-                new, to_save = cell(x, add_tiles(product, own_bias), before, (), ())
+                new, to_save = cell(x, add_tiles(product, own_bias), before, p, e)
                 if marks is not None:
                     new = choose(is_marked(mark, SKIPPED), before, new)
 
@@ -263,16 +274,62 @@ def load_bias(bias, program, tiling: tl.constexpr):
 
 
 @triton.jit
-def load_saved(d_outputs, dy_mask, saved, states, marks, t, tile, program, T, B, tiling: tl.constexpr):
+def load_params(params, program, tiling: tl.constexpr):
+    """Per parameter [U, 1], of the program's units."""
+    P: tl.constexpr = tiling.params
+    tiles = ()
+    if P > 0:
+        row = program.layer if tiling.layers > 1 else program.direction
+        for i in tl.static_range(P):
+            own = params + (row * P + i) * tiling.hidden + program.units
+            tiles = tiles + (load(own, program.units < tiling.hidden)[:, None],)
+    return tiles
+
+
+@triton.jit
+def load_extras(extras, t, tile, program, B, tiling: tl.constexpr):
+    """What the cell takes at time t besides its gates, of a batch tile."""
+    E: tl.constexpr = tiling.extras
+    H: tl.constexpr = tiling.hidden
+    tiles = ()
+    if E > 0:
+        position = tile_offset(t, tile, program, B, E * H, tiling)
+        offsets = unit_offsets(program, tile.rows, E * H, tiling)
+        tiles = load_tiles(extras + position, offsets, program.unit_mask, H, E)
+    return tiles
+
+
+@triton.jit
+def existing(tiles, program, tiling: tl.constexpr):
+    """Zero past H, where a cell may have made a NaN of zeros, which a weight of zero does not stop."""
+    if tiling.guarded:
+        return only_where(program.unit_mask, tiles)
+    else:
+        return tiles
+
+
+@triton.jit
+def load_saved(d_outputs, dy_mask, saved, states, marks, extras, t, tile, program, T, B,
+               tiling: tl.constexpr):  # fmt: skip
     """What the backward of time t needs of a batch tile: (gradients of h, and of c where it was given out; the cell's
-    saved tiles; the states before; (marks of the rows,), or empty). dy_mask: units of which d_outputs are given."""
+    saved tiles and the states after the step that it reads; the states before; its extras; (marks of the rows,), or
+    empty). dy_mask: units of which d_outputs are given."""
     H: tl.constexpr = tiling.hidden
     K: tl.constexpr = tiling.saved
+    A: tl.constexpr = len(tiling.after)
     position = tile_offset(t, tile, program, B, H, tiling)
     given = load_states(d_outputs, position, unit_offsets(program, tile.rows, H, tiling), dy_mask)
-    tiles = load_tiles(
-        saved + position * K, unit_offsets(program, tile.rows, K * H, tiling), program.unit_mask, H, K
-    )  # fmt: skip
+    tiles = ()
+    if K > 0:
+        tiles = load_tiles(
+            saved + position * K, unit_offsets(program, tile.rows, K * H, tiling), program.unit_mask, H, K
+        )  # fmt: skip
+    if A > 0:
+        later = tile_offset(t + 1, tile, program, B, H, tiling)
+        for i in tl.static_range(A):
+            state = states[tiling.after[i]] + later + unit_offsets(program, tile.rows, H, tiling)
+            tiles = tiles + (load(state, program.unit_mask),)
+    e = load_extras(extras, t, tile, program, B, tiling)
     slot = previous_slot(t, program.direction)
     rows = tile.rows
     mark = ()
@@ -281,7 +338,7 @@ def load_saved(d_outputs, dy_mask, saved, states, marks, t, tile, program, T, B,
         rows = rows_before(mark[0], tile.rows, t, program.direction, T, B)
     position = tile_offset(slot, tile, program, B, H, tiling)
     before = load_states(states, position, unit_offsets(program, rows, H, tiling), program.unit_mask)
-    return given, tiles, before, mark
+    return given, tiles, before, e, mark
 
 
 @triton.jit
@@ -315,7 +372,7 @@ def scan_backward(
     weight,
     states,
     saved,
-    marks,
+    step_data,
     d_states,
     d_gates,
     sync,
@@ -328,16 +385,19 @@ def scan_backward(
 ):
     """d_outputs: gradients of h, and of c where it was given out, of every step, [T, B, D, H] each. d_states: tuple of
     [B, D, H], for each state that of the final one, then room for those of the initial ones, then, where they are asked
-    for, of the reset ones. d_gates: (dx, dr), [T, B, D, G*H] each, the same tensor where the cell's two gradients are
-    the same. Others as in the forward, with KEEP. For a stack as a pipeline: d_outputs of the highest layer, d_states
-    [L, B, D, H], d_gates [L*T + 1, B, D, G*H], its last row zero, and the second matrix is that of the layer above."""
+    for, of the reset ones. d_gates: (dx [T, B, D, V*H], dr [T, B, D, G*H]), V = X and what is stored behind dx, the
+    same tensor where the cell's two gradients are the same. Others as in the forward, with KEEP. For a stack as a
+    pipeline: d_outputs of the highest layer, d_states [L, B, D, H], d_gates [L*T + 1, B, D, G*H], its last row zero,
+    and the second matrix is that of the layer above."""
     H: tl.constexpr = tiling.hidden
     G: tl.constexpr = tiling.gates
     L: tl.constexpr = tiling.layers
     N: tl.constexpr = tiling.subtiles
     n: tl.constexpr = len(states)
+    V: tl.constexpr = tiling.inputs + tiling.more_gradients
     resets: tl.constexpr = len(d_states) == 3 * n
     dx_gates, dr_gates = d_gates
+    marks, params, extras = step_data
     program, own_sync = locate(sync, first_job, B, tiling, exchange)
     spin_limit = tl.full((), exchange.spin_limit, tl.int32)
     units, unit_mask = program.units, program.unit_mask
@@ -345,7 +405,10 @@ def scan_backward(
     corner = corner_of(weight, program, tiling)
     if L > 1:
         layer = program.layer
-        saved += layer.to(tl.int64) * T * B * (tiling.saved * H)
+        if saved is not None:
+            saved += layer.to(tl.int64) * T * B * (tiling.saved * H)
+        if extras is not None:
+            extras += layer.to(tl.int64) * T * B * (tiling.extras * H)
         # The highest layer has d_outputs, and a row of zeros above it; to the others comes the dx of the layer above.
         exists = tl.minimum(L - 1 - layer, 1)
         dx_above = dx_gates + (layer + 1).to(tl.int64) * T * B * (G * H)
@@ -376,12 +439,15 @@ def scan_backward(
         if L > 1:
             above_weights = load_rest(above_in_registers, above_matrix, opaque_one, tiling, exchange)
         ahead = first_streamed(own_matrix, tiling)
+        p = load_params(params, program, tiling)
 
         loaded = ()  # per batch tile what the next step needs of the forward
         t = time_of(T - 1, program.direction, T)
         for j in tl.static_range(N):
             tile = batch_tile(program, j, B, tiling)
-            loaded = loaded + (load_saved(d_outputs, dy_mask, saved, states, marks, t, tile, program, T, B, tiling),)
+            loaded = loaded + (
+                load_saved(d_outputs, dy_mask, saved, states, marks, extras, t, tile, program, T, B, tiling),
+            )
 
         if L > 1:
             after = ()
@@ -405,9 +471,9 @@ def scan_backward(
             next_loaded = ()
             for j in tl.static_range(N):
                 tile = batch_tile(program, j, B, tiling)
-                given, saved_tiles, states_before, mark = loaded[j]
+                given, saved_tiles, states_before, e, mark = loaded[j]
                 d = add_tiles(d_state[j], given)
-                dx, dr, d_before = cell(d, saved_tiles, states_before, (), ())
+                dx, dr, d_before = cell(d, saved_tiles, states_before, p, e)
                 if marks is not None:
                     skipped = is_marked(mark[0], SKIPPED)
                     dx = zero_where(skipped, dx)
@@ -422,12 +488,14 @@ def scan_backward(
                     put_tiles(dx_gates + position, offsets, mask, H, dx, tiling, exchange)
                 publish(dr_gates + position, offsets, mask, H, dr, counter, tiling, exchange)
                 if tiling.recurrent_gradient and L == 1:
-                    store_tiles(dx_gates + position, offsets, mask, H, dx, tiling)
+                    wide = dx_gates + tile_offset(t, tile, program, B, V * H, tiling)
+                    store_tiles(wide, unit_offsets(program, tile.rows, V * H, tiling), mask, H, dx, tiling)
                 next_loaded = next_loaded + (
-                    load_saved(d_outputs, dy_mask, saved, states, marks, t_next, tile, program, T, B, tiling),
+                    load_saved(d_outputs, dy_mask, saved, states, marks, extras, t_next, tile, program, T, B, tiling),
                 )
                 if tiling.slices == 1:
-                    product = product_local(own_weights, dr, weight.dtype.element_ty, tiling, exchange)
+                    inner = existing(dr, program, tiling)
+                    product = product_local(own_weights, inner, weight.dtype.element_ty, tiling, exchange)
                     d_before = add_tiles(d_before, product)
                 before = before + (d_before,)
             # Then the products.
@@ -463,7 +531,7 @@ def scan_backward(
                 resets_before = d_reset
                 d_reset = ()
                 for j in tl.static_range(N):
-                    _given, _saved, _before, mark = loaded[j]
+                    _given, _saved, _before, _extras, mark = loaded[j]
                     begins = is_marked(mark[0], BEGINS)
                     if resets:
                         d_reset = d_reset + (add_tiles(resets_before[j], only_where(begins, uncut[j])),)

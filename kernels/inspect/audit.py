@@ -143,11 +143,16 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
         "sync": ("*i32", "*i32", "*fp32"),
         "states": states,
         "weight": pointer,
-        "saved": pointer,
+        "saved": pointer if cell.saved else "constexpr",
+        "step_data": (
+            "*u8" if case.marks else "constexpr",
+            pointer if cell.params else "constexpr",
+            "*u8" if cell.extras else "constexpr",
+        ),
     }
-    if case.marks:
-        signature["marks"] = "*u8"
-    constants = {"tiling": part.tiling, "exchange": exchange_on(case.arch)}
+    constants: dict[str, Any] = {"tiling": part.tiling, "exchange": exchange_on(case.arch)}
+    if not cell.saved:
+        constants["saved"] = None
     if case.backward:
         kernel = scan_backward
         outputs = states if case.marks else (pointer,)
@@ -160,22 +165,21 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
         if case.chunked:
             signature["states"] = pointer, *("*fp32",) * (cell.states - 1)
         constants |= {"cell": derived(cell.name).forward, "KEEP": True}
-    if not case.marks:
-        constants["marks"] = None
-    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, name in enumerate(kernel.arg_names):
-        kind = signature.get(name, "constexpr")
-        if isinstance(kind, tuple):
-            aligned |= {(i, j): ALIGNED for j in range(len(kind))}
-        elif kind.startswith("*"):
-            aligned[(i,)] = ALIGNED
-    source = ASTSource(
-        kernel,
-        {name: signature.get(name, "constexpr") for name in kernel.arg_names},
-        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        aligned,
-    )
+    source = source_of(kernel, signature, constants)
     return triton.compile(source, target=target_of(case.arch), options=options(part, case.arch))
+
+
+def source_of(kernel: Any, signature: dict[str, str | tuple[str, ...]], constants: dict[str, Any]) -> ASTSource:
+    """What to compile. What is constant, is None in a tuple; every pointer is aligned."""
+    names = kernel.arg_names
+    values: dict[tuple[int, ...], Any] = {(names.index(name),): value for name, value in constants.items()}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+    for name, kind in signature.items():
+        i = names.index(name)
+        parts = {(i,): kind} if isinstance(kind, str) else {(i, j): k for j, k in enumerate(kind)}
+        aligned |= {at: ALIGNED for at, k in parts.items() if k.startswith("*")}
+        values |= {at: None for at, k in parts.items() if k == "constexpr" and len(at) > 1}
+    return ASTSource(kernel, {name: signature.get(name, "constexpr") for name in names}, values, aligned)
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -189,18 +193,16 @@ _LOADS = re.compile(r"\b(tt\.(load|gather|descriptor_load)|ttg\.async_copy_globa
 _BITS = {"f16": 16, "bf16": 16, "f32": 32}
 
 
-def compile_activation(cell: Cell, dtype: str, arch: str, shape: tuple[int, ...]) -> Any:
-    """The compiled ``recompute.activate``. shape: (states, G, D, n, H)."""
+def compile_activation(cell: Cell, dtype: str, arch: str, directions: int, hidden: int) -> Any:
+    """The compiled ``recompute.activate``."""
     pointer = DTYPES[dtype]
-    signature = {"x_gates": pointer, "r_gates": "*fp32", "bias": pointer, "saved": pointer, "count": "i32"}
-    constants = {"cell": derived(cell.name).forward, "shape": shape, "interpreted": False, "BLOCK": BLOCK}
-    names = activate.arg_names
-    source = ASTSource(
-        activate,
-        {name: signature.get(name, "constexpr") for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): ALIGNED for name, kind in signature.items() if kind.startswith("*")},
-    )
+    given = "constexpr", pointer if cell.params else "constexpr", "*u8" if cell.extras else "constexpr"
+    signature: dict[str, str | tuple[str, ...]] = {
+        "x_gates": pointer, "r_gates": "*fp32", "bias": pointer, "states": (pointer,) * cell.states,
+        "step_data": given, "saved": pointer, "T": "i32", "B": "i32",
+    }  # fmt: skip
+    sizes = {"of": cell, "D": directions, "H": hidden, "BLOCK": BLOCK}
+    source = source_of(activate, signature, {"cell": derived(cell.name).forward, "interpreted": False, **sizes})
     return triton.compile(source, target=target_of(arch), options={"num_warps": 4, "enable_fp_fusion": True})
 
 

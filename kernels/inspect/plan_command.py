@@ -21,6 +21,7 @@ from ..planner import hardware as devices
 from ..planner.hardware import DEVICES, Hardware
 from ..planner.plan import DTYPES, Pass, Plan, PlanError, plan_layer
 from ..planner.problem import Problem
+from ..planner.tiling import Tiling
 from . import picture
 
 FALLBACK = "h200"
@@ -119,6 +120,8 @@ def as_json(found: Plan, cell: Cell, steps: int, origin: str) -> dict[str, Any]:
     result: dict[str, Any] = dataclasses.asdict(found)
     for name in picture.PASSES:
         part: Pass = getattr(found, name)
+        tiling = result[name]["tiling"]
+        result[name]["tiling"] = {k: v for k, v in tiling.items() if v or k not in Tiling.OF_SOME_CELLS}
         shared, registers = picture.budgets(part, found.hardware)
         result[name]["shares"] |= {"sum": picture.whole_of(found, part), "resident": part.shares.resident}
         result[name]["cost"]["total"] = part.cost.total
@@ -153,7 +156,7 @@ def bytes_of(found: Plan, cell: Cell, steps: int) -> dict[str, dict[str, float]]
     of = memory.Layers(cell, found.hidden, found.hidden, 1, found.directions, size, size, False)
     result = {}
     for mode in memory.MODES:
-        chunk = memory.chunk_steps(mode, cell.gates, found.hidden, found.batch, found.directions, size, steps)
+        chunk = memory.chunk_steps(mode, cell.inputs, found.hidden, found.batch, found.directions, size, steps)
         result[mode] = {
             "kept_per_step_and_row": memory.kept(mode, of, chunk),
             "chunk_steps": min(steps, chunk),

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from .hardware import INTERPRETER
-from .occupancy import SIGNALS, masked, pipeline_registers, register_limit, registers_needed
+from .occupancy import SIGNALS, cell_registers, masked, pipeline_registers, register_limit, registers_needed
 from .problem import Problem
-from .tiling import Choice, next_power_of_2, smallest_chunk
+from .tiling import Choice, gate_packs, next_power_of_2, smallest_chunk
 
 WARPS = 8
 WORDS = 4 * 32 * WARPS  # bytes of one register of every thread
@@ -136,7 +136,7 @@ class _Product:
 def _product(problem: Problem, backward: bool, c: Choice, slices: int) -> _Product:
     gates, size = problem.cell.gates, problem.size
     m = (1 if backward else gates) * c.rows * c.units
-    packs = 1 if backward or gates & (gates - 1) == 0 else 2
+    packs = (1,) if backward else gate_packs(gates)
     segments = gates if backward and c.rows > 1 else 1
     depth = (gates if backward else 1) * problem.hidden if c.rows == 1 else slices // c.rows * c.units
     smallest = smallest_chunk(c.splits)
@@ -144,17 +144,17 @@ def _product(problem: Problem, backward: bool, c: Choice, slices: int) -> _Produ
     largest = min(512, max(smallest, power_of_2_at_most(32 * WORDS // (size * max(m, c.batch_tile)))))
     if problem.dtype == "fp32":
         outputs = c.splits * m * c.batch_tile // (32 * WARPS)
-        largest = min(largest, c.splits * _multiply_add_depth(outputs) // packs)
+        largest = min(largest, c.splits * _multiply_add_depth(outputs) // len(packs))
     padded = c.rows > 1 and slices * c.units > problem.hidden
     return _Product(
         m=m,
-        packs=packs,
+        packs=len(packs),
         depth=depth,
         segments=segments,
         k=-(-depth // smallest) * smallest * segments,
         quantum=smallest * segments,
         largest=largest,
-        reduction=c.splits * (1 if backward else power_of_2_at_most(gates)) * c.rows * c.units * c.batch_tile * 4,
+        reduction=c.splits * max(packs) * c.rows * c.units * c.batch_tile * 4,
         masked=masked(problem.hidden, depth, padded, c.splits, size),
     )
 
@@ -174,6 +174,7 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
 
     def homes(choice: Choice, streamed: bool) -> tuple[int, int]:
         spare = limit - registers_needed(p.m, p.packs, choice, size, 0, streamed, True, p.masked)
+        spare -= cell_registers(problem.cell, backward, choice)
         if spare < 0 and strict:
             return 0, -1
         # Where several warps share a part of K, Triton 3.6.0 gives each of them all of its weights: 8 / splits times
@@ -230,6 +231,7 @@ def _filled_twice(problem: Problem, backward: bool, start: Choice, slices: int) 
         return None
     need = registers_needed(p.m, p.packs, choice, size, 0, False, True, p.masked)
     need += pipeline_registers(backward, p.depth, size, elements(choice))
+    need += cell_registers(problem.cell, backward, choice)
     spare = register_limit(choice) - need
     if spare < 0:
         return None

@@ -104,7 +104,9 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool) -> Cost:
     threads = 32 * choice.warps
     elements = -(-choice.units * columns // threads)
     pointwise = tiles * (CELL_CYCLES + share * elements * ELEMENT_CYCLES) * cycle
-    moved = (2 * cell.gates + cell.saved + 2 * cell.states) * choice.units * columns * tiles * size * work.programs
+    tiles_moved = cell.gates + cell.inputs + cell.saved + 2 * cell.states + len(cell.extras)
+    tiles_moved += len(cell.after) + cell.more_gradients if backward else 0
+    moved = tiles_moved * choice.units * columns * tiles * size * work.programs
     pointwise = max(pointwise, moved / (hardware.memory_rate * 1e3))
     return Cost(compute, weights, state, synchronisation, pointwise)
 

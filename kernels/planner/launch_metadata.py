@@ -43,21 +43,24 @@ def launch_metadata(grid: tuple[int, ...], metadata: Any, arguments: Mapping[str
 def arguments_moved(arguments: Mapping[str, Any], t: Tiling) -> Iterable[tuple[Any, int]]:
     """(tensor, elements of it that are read or written per row and step), of those that grow with T."""
     H, saved, states = t.hidden, arguments["saved"], arguments["states"]
+    marks, _, extras = arguments["step_data"]
     if t.backward:
         yield from ((d, H) for d in arguments["d_outputs"])  # of the highest layer
         dx, dr = arguments["d_gates"]
         yield dr, t.layers * t.gates * H
         if t.recurrent_gradient:
-            yield dx, t.layers * t.gates * H
+            yield dx, t.layers * (t.inputs + t.more_gradients) * H
         yield from ((state, t.layers * H) for state in states)
     else:
-        yield arguments["x_gates"], t.gates * H  # of the lowest layer
+        yield arguments["x_gates"], t.inputs * H  # of the lowest layer
         # The states after h are written at every step only where they are kept.
         yield from ((state, t.layers * H) for state in (states if arguments["KEEP"] else states[:1]))
     if saved is not None:
         yield saved, t.layers * t.saved * H
-    if arguments["marks"] is not None:
-        yield arguments["marks"], t.layers
+    if marks is not None:
+        yield marks, t.layers
+    if extras is not None:
+        yield extras, t.layers * t.extras * H
 
 
 def _per_direction(batch: int, t: Tiling) -> int:

@@ -42,25 +42,28 @@ class Layers:
     between: bool
 
     @property
-    def has_c(self) -> bool:
-        return self.cell.states > 1
-
-    @property
     def y(self) -> int:
         """Bytes of one layer's y for one step of one row, here and below."""
         return self.directions * self.hidden * self.itemsize
 
     @property
     def gates(self) -> int:
-        return self.cell.gates * self.y
+        return self.cell.inputs * self.y
 
     @property
     def c(self) -> int:
-        return self.directions * self.hidden * self.c_itemsize if self.has_c else 0
+        """Of all states after h."""
+        return self.directions * self.hidden * self.c_itemsize * (self.cell.states - 1)
+
+    @property
+    def exact_c(self) -> int:
+        """The same in float32."""
+        return self.directions * self.hidden * 4 * (self.cell.states - 1)
 
 
 def c_slots(steps: int, every: bool, marked: bool) -> int:
-    """Slots of the buffer of c: all steps and both edges, or initial and final, and with marks the reset state."""
+    """Slots of the buffer of each state after h: all steps and both edges, or initial and final, and with marks the
+    reset state."""
     return steps + 2 if every else 3 if marked else 2
 
 
@@ -78,8 +81,8 @@ def chunk_steps(
 ) -> int:
     """Steps of one chunk of time.
 
-    launches: whether a chunk costs launches on a GPU. larger, smaller: of two numbers that may be symbolic, so that a
-    graph for every T and B comes to hold no condition on them.
+    gates: tiles of their input half. launches: whether a chunk costs launches on a GPU. larger, smaller: of two numbers
+    that may be symbolic, so that a graph for every T and B comes to hold no condition on them.
     """
     most = CHUNK_BYTES[mode] // (batch * directions * gates * hidden * itemsize)
     if mode != "gates":
@@ -95,7 +98,7 @@ def kept(mode: str, of: Layers, chunk: int) -> float:
     if mode == "state":
         return of.layers * (of.y + of.c)
     # c before a chunk is exact, in float32
-    before = of.layers * (of.y + (of.directions * of.hidden * 4 if of.has_c else 0)) / chunk
+    before = of.layers * (of.y + of.exact_c) / chunk
     return before + of.y * (of.layers if of.between else 1)
 
 
@@ -107,7 +110,8 @@ def workspace(mode: str, of: Layers, whole: bool = False) -> float:
     exact = of.directions * of.hidden * 4  # of float32: a c, or the y that a product is added to
     states = of.y + of.c
     # While it is used: the gradients of both halves, of a layer between, and with two directions of y, cut out.
-    used: float = of.gates * (2 if of.cell.recurrent_gradient else 1) + (of.y if layers > 1 else 0)
+    d_gates = of.cell.inputs + of.cell.more_gradients + of.cell.gates if of.cell.recurrent_gradient else of.cell.gates
+    used: float = d_gates * of.y + (of.y if layers > 1 else 0)
     if mode == "gates" and whole:
         return used
     if both:
@@ -121,7 +125,7 @@ def workspace(mode: str, of: Layers, whole: bool = False) -> float:
     again = {
         "gates": 0.0,
         "state": of.gates + of.y + of.cell.gates * exact,
-        "checkpoint": of.gates + (exact - of.c if of.has_c else 0),
+        "checkpoint": of.gates + of.exact_c - of.c,
     }[mode]
     return held + max(again, used)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..cells import Cell
 from .tiling import Choice, Tiling, smallest_chunk
 
 # Registers per thread that a kernel needs besides weights, accumulators, the operand in flight and the streamed tile.
@@ -31,12 +32,23 @@ def register_limit(choice: Choice) -> int:
     return min(255, 65536 // (32 * choice.warps * choice.blocks) // 8 * 8)
 
 
-def register_estimate(t: Tiling, choice: Choice, size: int) -> int:
+def register_estimate(cell: Cell, t: Tiling, choice: Choice, size: int) -> int:
     """Registers per thread that the compiled kernel is expected to need. See ``BASE_REGISTERS``."""
     resident = sum(c.size for c in t.chunks[: t.in_registers])
     exchanged = t.slices > 1
     needs_mask = exchanged and masked(t.hidden, t.depth, t.ragged, t.splits, size)
-    return registers_needed(t.m, len(t.packs), choice, size, resident, t.streamed > 0, exchanged, needs_mask)
+    need = registers_needed(t.m, len(t.packs), choice, size, resident, t.streamed > 0, exchanged, needs_mask)
+    return need + cell_registers(cell, t.backward, choice)
+
+
+def cell_registers(cell: Cell, backward: bool, choice: Choice) -> int:
+    """More than the LSTM and the GRU need, to which the constants here are fitted: a register per element of the state
+    for each tile that the cell has more of, and for each parameter."""
+    forward_tiles = cell.inputs + cell.states + len(cell.extras), 6
+    backward_tiles = cell.saved + len(cell.after) + cell.states + len(cell.extras) + cell.more_gradients, 6
+    tiles, of_lstm = backward_tiles if backward else forward_tiles
+    elements = max(1, choice.units * choice.batch_tile // (32 * choice.warps))
+    return elements * (len(cell.params) + max(0, tiles - of_lstm) * choice.subtiles)
 
 
 def masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> bool:

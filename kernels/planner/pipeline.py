@@ -69,7 +69,7 @@ def finish(problem: Problem, layers: int, backward: bool, choice: Choice) -> Pas
     # The second matrix: once more what the first has, in both homes.
     total = max(total + shared, total + registers)
     more = registers // WORDS + occupancy.pipeline_registers(backward, t.depth, size, elements(choice))
-    estimate = occupancy.register_estimate(t, choice, size) + more
+    estimate = occupancy.register_estimate(problem.cell, t, choice, size) + more
     if total > hardware.shared or t.streamed or estimate > occupancy.register_limit(choice) + ROUNDING:
         return None
     jobs = t.jobs(problem.batch)

@@ -153,7 +153,7 @@ def finish(problem: Problem, backward: bool, choice: Choice, strict: bool = True
     hardware, size = problem.hardware, problem.size
     t = make_tiling(problem, choice, backward=backward)
     registers, shared, total = shared_bound(t, size)
-    estimate = register_estimate(t, choice, size)
+    estimate = register_estimate(problem.cell, t, choice, size)
     too_large = total > room(problem, choice.blocks) or (strict and estimate > register_limit(choice))
     places = hardware.multiprocessors * choice.blocks // t.slices
     if places == 0 or (too_large and hardware is not INTERPRETER):

@@ -12,6 +12,7 @@ gradients. M are the outputs, gates x units or units; K is what is summed over, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .hardware import INTERPRETER
 from .problem import Problem
@@ -75,7 +76,12 @@ class Tiling:
         packs, first_gates: gates per dot, and the index of each pack's first gate.
         precision: of a float32 dot, "tf32" or "ieee".
         layers: L of a stack that runs as a wave, each with a second matrix as large as W_hh and in the same homes.
+        more_inputs, params, extras, after, more_gradients: of the cell, the first and the last in tiles.
+        guarded: whether units past H are masked before the product of one slice.
     """
+
+    # Not in a plan's JSON where the cell has nothing of the kind.
+    OF_SOME_CELLS: ClassVar = ("more_inputs", "params", "extras", "after", "more_gradients", "guarded")
 
     hidden: int
     stride: int
@@ -104,6 +110,17 @@ class Tiling:
     precision: str
     interpreted: bool
     layers: int = 1
+    more_inputs: int = 0
+    params: int = 0
+    extras: int = 0
+    after: tuple[int, ...] = ()
+    more_gradients: int = 0
+    guarded: bool = False
+
+    @property
+    def inputs(self) -> int:
+        """Tiles of the input half of the gates."""
+        return self.gates + self.more_inputs
 
     @property
     def columns(self) -> int:
@@ -184,6 +201,12 @@ def bursts(parts: tuple[Chunk, ...], kept: int, largest: int) -> tuple[int, ...]
     return tuple(result)
 
 
+def gate_packs(gates: int) -> tuple[int, ...]:
+    """Gates of each dot: a power of two, at most 4. 4 gates are one dot, 3 gates are two."""
+    rest = {0: (), 1: (1,), 2: (2,), 3: (2, 1)}[gates % 4]
+    return (4,) * (gates // 4) + rest
+
+
 def smallest_chunk(splits: int) -> int:
     """A part of K is at least one instruction deep."""
     return 16 * splits
@@ -209,8 +232,7 @@ def make_tiling(problem: Problem, choice: Choice, *, backward: bool) -> Tiling:
             segments, depth = 1, gates * hidden if backward else hidden
         else:
             segments, depth = gates if backward else 1, min(block, hidden)
-        # A pack must be a power of two: 4 gates are one dot, 3 gates are two.
-        packs = (1,) if backward else {3: (2, 1)}.get(gates, (gates,))
+        packs = (1,) if backward else gate_packs(gates)
         smallest = smallest_chunk(choice.splits)
         largest = max(choice.largest_chunk, smallest)
         first = min(choice.in_registers // segments, depth)
@@ -247,4 +269,10 @@ def make_tiling(problem: Problem, choice: Choice, *, backward: bool) -> Tiling:
         first_gates=tuple(sum(packs[:i]) for i in range(len(packs))),
         precision=problem.precision,
         interpreted=problem.hardware is INTERPRETER,
+        more_inputs=cell.more_inputs,
+        params=len(cell.params),
+        extras=len(cell.extras),
+        after=cell.after,
+        more_gradients=cell.more_gradients,
+        guarded=slices == 1 and units > hidden and not cell.finite_at_zero,
     )

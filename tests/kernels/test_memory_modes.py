@@ -16,6 +16,7 @@ import persistrnn
 from persistrnn import chunk_ops, decide
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner import memory
+from persistrnn.kernels.tensors import Gradients, Kept
 
 MODES = memory.MODES
 
@@ -141,7 +142,7 @@ def test_gradients_of_weights_are_summed_in_float32():
     totals = chunk_ops._Totals(layer)
     gates, x, y = (torch.ones(size, dtype=torch.bfloat16) for size in ((1, 1, 1, 1, 8), (1, 1, 3), (1, 3, 1, 1, 2)))
     for _ in range(512):
-        totals.add(gates, gates, [x], y, None)
+        totals.add("lstm", Gradients(gates, gates, (), ()), [x], Kept([y], None), None, None)
     for total, weight in zip(totals.rounded(torch.bfloat16), layer, strict=True):
         torch.testing.assert_close(total, torch.full_like(weight, 512), rtol=0, atol=0)
 
@@ -224,7 +225,7 @@ def test_compiles_and_keeps_the_contract(short, save):
     weights = [w.squeeze(2) if w.size(2) == 1 else w for w in weights]
     state = torch.randn(1, 2, 4)
     given = "lstm", save, "ieee", 2, None, True, False
-    inputs = [torch.randn(3, 2, 3), None, state, state.clone(), None, None]
+    inputs = [torch.randn(3, 2, 3), None, None, state, state.clone(), None, None]
     operators = torch.ops.persistrnn
     torch.library.opcheck(operators.chunked_forward.default, (*given, inputs, weights))
     found = chunk_ops.outputs_of("lstm", save, True, False, operators.chunked_forward(*given, inputs, weights))
