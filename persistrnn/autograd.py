@@ -298,14 +298,16 @@ def param_gradients(
     for k in range(D):
         dx, dr = (_tiles(gates[:, :, :, k].unflatten(-1, (-1, H))) for gates in (d.dx_gates, d.dr_gates))
         assert kept.saved is not None
-        saved = _tiles(kept.saved[:, :, :, k])
-        after = [kept.states[i][:, 1:-1, :, k].float() for i in of.after]
+        saved: Sequence[Tensor] = _tiles(kept.saved[:, :, :, k])
+        after: Sequence[Tensor] = [kept.states[i][:, 1:-1, :, k].float() for i in of.after]
         before = [h_before(s, marks, k).float() for s in kept.states]
         p = [t[:, None, None].float() for t in params.unflatten(0, (L, D))[:, k].unbind(1)]
         e = [] if extras is None else _tiles(extras[:, :, :, k])
-        tiles = list(derived(cell).param_gradients(dx, dr, saved, after, before, p, e))
-        if marks is not None:  # where a row skips a step, what was saved may be a NaN
-            skipped = (marks[:, :, k] == SKIPPED).unsqueeze(-1)
+        skipped = None if marks is None else (marks[:, :, k] == SKIPPED).unsqueeze(-1)
+        if skipped is not None:
+            saved, after = (double_backward.finite(skipped, tiles) for tiles in (saved, after))
+        tiles: Sequence[Tensor] = derived(cell).param_gradients(dx, dr, saved, after, before, p, e)
+        if skipped is not None:
             tiles = [torch.where(skipped, 0.0, t) for t in tiles]
         found.append(torch.stack([t.expand_as(dr[0]).sum((1, 2)) for t in tiles], 1))
     return torch.stack(found, 1).flatten(0, 1)

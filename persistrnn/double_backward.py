@@ -132,8 +132,7 @@ def _one_way(
         e: Tiles = () if extras is None else extras[t].unbind(1)
         if mark is not None:
             before = _where(mark == BEGINS, tuple(s[last] for s in states), before)
-            # A NaN in a row that skips the step would be 0 * NaN in the derivative of this.
-            before, saved_t, after = (_zero(mark == SKIPPED, tiles) for tiles in (before, saved_t, after))
+            before, saved_t, after = (finite(mark == SKIPPED, tiles) for tiles in (before, saved_t, after))
         d = _plus(_plus(d, d_outputs, t), d_states, t + 1)
         if d_saved is None:
             dx, dr, d_before = formulas.run_backward(d, saved_t, after, before, p, e)
@@ -182,6 +181,12 @@ def through(
 
 def _where(rows: Tensor, chosen: Tiles, others: Tiles) -> Tiles:
     return tuple(torch.where(rows, a, b) for a, b in zip(chosen, others, strict=True))
+
+
+def finite(rows: Tensor, tiles: Sequence[Tensor]) -> Tiles:
+    """Without the NaN and infinities of rows that nobody reads, which would be 0 * NaN in a derivative: 1 for them, for
+    at 0 a root, a logarithm and a quotient have none."""
+    return tuple(torch.where(rows & ~x.isfinite(), 1.0, x) for x in tiles)
 
 
 def _zero(rows: Tensor, tiles: Tiles) -> Tiles:

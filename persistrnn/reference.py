@@ -37,17 +37,20 @@ def recurrent(
     initial: Sequence[Tensor],
     marks: Tensor | None = None,
     reset: Sequence[Tensor] = (),
+    params: Tensor | None = None,
+    extras: Tensor | None = None,
 ) -> Result:
     """Run one layer, one or two directions, over all time steps.
 
     Args:
         cell: its name in ``kernels.cells.CELLS``
-        x_gates: x @ W_ih^T + b_ih, [T, B, D, G*H], T >= 1
+        x_gates: x @ W_ih^T + b_ih, [T, B, D, X*H], T >= 1
         weight_hh: [D, G*H, H]
         bias_hh: [D, G*H]
         initial: (h0, c0) of an LSTM, (h0,) of a GRU, each [D, B, H]
         marks: uint8 [T, B, D], where a row begins anew or skips a step (`segments`); None: nowhere
         reset: the states that rows begin anew from, in the form of `initial`; empty: zeros
+        params: [D, P, H], the cell's parameters per unit; extras: [1, T, B, D, E, H], what it takes per step
         A state may have a wider dtype than the gates, as under autocast on a CPU: it keeps its own from step to step.
 
     Returns:
@@ -62,6 +65,8 @@ def recurrent(
         state: State = tuple(s[d] for s in initial)
         anew: State = tuple(s[d] for s in reset) or tuple(torch.zeros_like(s) for s in state)
         states = []
+        p = () if params is None else params[d].unbind()
+        beside = None if extras is None else extras[0, :, :, d].to(x_gates.dtype).unbind()
         inputs = x_gates[:, :, d].unbind()  # each x_gates[t] would have a gradient as large as all of it
         for t in range(steps) if d == 0 else reversed(range(steps)):
             if marks is not None:
@@ -71,7 +76,8 @@ def recurrent(
                 before = _where(marks[t, :, d] == SKIPPED, tuple(torch.zeros_like(s) for s in state), state)
             r_gates = F.linear(before[0].to(weight_hh.dtype), weight_hh[d], bias_hh[d])
             x, r = inputs[t].chunk(of.inputs, dim=-1), r_gates.chunk(of.gates, dim=-1)
-            new = tuple(n.to(s.dtype) for n, s in zip(step(x, r, before), initial, strict=True))
+            e = () if beside is None else beside[t].unbind(1)
+            new = tuple(n.to(s.dtype) for n, s in zip(step(x, r, before, p, e), initial, strict=True))
             state = new if marks is None else _where(marks[t, :, d] == SKIPPED, state, new)
             states.append(state)
         every.append([torch.stack(s if d == 0 else s[::-1]) for s in zip(*states, strict=True)])
