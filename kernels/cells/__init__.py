@@ -60,7 +60,8 @@ class Cell:
         object.__setattr__(self, "given_out", min(self.states, 2))
 
 
-BUILT_IN = ("lstm", "gru")
+# The names of ``library.CELLS``, known without deriving one.
+BUILT_IN = ("lstm", "gru", "rnn_tanh", "rnn_relu", "peephole", "coupled", "mgu", "janet", "slstm")
 _registered: dict[str, Derived] = {}
 
 
