@@ -104,11 +104,15 @@ def made(cell, dtype=torch.float64, **options):
     return layer, x, hx
 
 
-@pytest.mark.parametrize("cut", ["whole", "lengths", "resets"])
-@pytest.mark.parametrize(
-    "options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False, "bidirectional": True}], ids=str
-)
-@pytest.mark.parametrize("backend", PATHS)
+MARK = pytest.mark.interpreter
+ONE, FOUR = {}, {"num_layers": 2, "bidirectional": True}
+RUNS = [("torch", options, cut) for options in (ONE, FOUR) for cut in ("whole", "lengths", "resets")]
+RUNS += [("torch", {"bias": False}, "whole")]
+ON_KERNELS = [(ONE, "lengths"), (FOUR, "resets"), ({"num_layers": 2, "bias": False}, "whole")]
+RUNS += [pytest.param("persistent", *run, marks=MARK) for run in ON_KERNELS]
+
+
+@pytest.mark.parametrize(("backend", "options", "cut"), RUNS, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_layers_are_the_paper(cell, backend, options, cut):
     on_torch = backend == "torch"
@@ -145,13 +149,15 @@ def test_parameters_have_the_documented_names(cell):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own
-@pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("cell", "backend"),
+    [*((cell, "torch") for cell in CELLS), *(pytest.param(c, "persistent", marks=MARK) for c in ("peephole", "slstm"))],
+)
 def test_compiled_in_one_graph(cell, backend):
     torch._dynamo.reset()
-    layer, x, hx = made(cell, torch.float32, backend=backend, num_layers=2, bidirectional=True)
+    layer, x, hx = made(cell, torch.float32, backend=backend, bidirectional=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    given = {"lengths": torch.tensor([T, 2, 5]), "reset_state": None}
+    given = {"lengths": torch.tensor([T, 2, 5])}
     leaves = [x, *hx, *layer.parameters()]
     found = []
     for call in (layer, compiled):
@@ -160,7 +166,7 @@ def test_compiled_in_one_graph(cell, backend):
         found.append(outputs + list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        torch.testing.assert_close(tensors(compiled(x, as_hx(hx))), tensors(layer(x, as_hx(hx))))
+        torch.testing.assert_close(compiled(x, as_hx(hx), **given)[0], found[0][0])
 
 
 @pytest.mark.parametrize("backend", PATHS)
