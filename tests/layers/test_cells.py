@@ -230,7 +230,7 @@ def test_what_such_layers_refuse():
     x = torch.randn(T, B, INPUT)
     with pytest.raises(RuntimeError, match=r"SLSTM: hx is a tuple of 4 tensors, h0 first, got 2 of them"):
         layer(x, (x, x))
-    with pytest.raises(ValueError, match=r"torch.nn has GRU, LSTM, RNN, and no layer of the cell of this SLSTM"):
+    with pytest.raises(ValueError, match=r"torch.nn has GRU, LSTM, RNN, and no layer of this SLSTM's cell"):
         layer.to_torch()
     with pytest.raises(ValueError, match=r"only supported for LSTM, not for PeepholeLSTM, got 3"):
         persistrnn.PeepholeLSTM(INPUT, H, proj_size=3)

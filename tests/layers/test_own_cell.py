@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from pairs import PATHS, tensors
+from pairs import PAIRS, PATHS, tensors
 
 import persistrnn
 from persistrnn.kernels.cells import CELLS
@@ -107,14 +107,16 @@ def test_it_is_explained():
     assert "states: h, c, n, m" in persistrnn.check_cell("slstm")
 
 
-def test_built_in_cells_by_their_names():
+@pytest.mark.parametrize("cell", PAIRS)
+def test_built_in_cells_by_their_names(cell):
     torch.manual_seed(0)
-    layer = persistrnn.Recurrent("gru", INPUT, H)
+    layer = persistrnn.Recurrent(cell, INPUT, H)
     torch.manual_seed(0)
-    x = torch.randn(T, B, INPUT)
-    torch.manual_seed(0)
-    theirs = torch.nn.GRU(INPUT, H)
-    torch.testing.assert_close(layer(x), theirs(x))
+    theirs, x = PAIRS[cell][1](INPUT, H), torch.randn(T, B, INPUT)
+    torch.testing.assert_close(layer(x), theirs(x), rtol=0, atol=0)
+    back = layer.to_torch()
+    assert (type(back), back.mode) == (type(theirs), theirs.mode)
+    torch.testing.assert_close(back(x), theirs(x), rtol=0, atol=0)
 
 
 def plain(x, r, state):
