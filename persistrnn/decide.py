@@ -31,8 +31,8 @@ class OfTorch(NamedTuple):
     """What torch has of a cell, beside a function of its name in torch._VF.
 
     layer, arguments: in torch.nn, and what makes it this cell's. projects: whether that has projections. onednn:
-    whether ATen asks oneDNN for it on a CPU. keeps_dtype: whether ATen's loop there keeps the states' own dtype under autocast,
-    as it does where a step adds the old state to what it computes.
+    whether ATen asks oneDNN for it on a CPU. keeps_dtype: whether ATen's loop there keeps the states' own dtype under
+    autocast, as it does where a step adds the old state to what it computes.
     """
 
     layer: str
