@@ -17,7 +17,7 @@ PYTEST := -m pytest -n $(JOBS) --dist worksteal --durations=15
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help check test lint types test-newest test-oldest emulate train audit counts gpu rehearse bench format clean
+.PHONY: help check test lint types test-newest test-oldest emulate train audit gpu rehearse bench format clean
 
 # Tests say themselves whether they want the interpreter.
 unexport TRITON_INTERPRET
@@ -79,10 +79,6 @@ AUDIT := -m persistrnn audit --workloads bench/workloads/*.csv --arch sm_80 sm_9
 audit: $(NEWEST)/.dev $(OLDEST)/.dev ## compile and inspect the kernels of every workload, on both Triton versions
 	$(NEWEST)/bin/python $(AUDIT) --jobs $(JOBS) --resume runs/audit.jsonl --output bench/results/audit-newest.csv $(ARGS)
 	$(OLDEST)/bin/python $(AUDIT) --jobs $(JOBS) --resume runs/audit.jsonl --output bench/results/audit-oldest.csv $(ARGS)
-
-counts: $(NEWEST)/.dev ## count what the compiled kernels, ours and others', do per step, in the emulator of the tests
-	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(NEWEST)/bin/python tests/helpers/counted.py
-	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(NEWEST)/bin/python tests/helpers/counted_rivals.py
 
 # The GPU machine may have no package index: its own Python brings torch, Triton and pytest.
 gpu: ## correctness, stress, micro, race and tune on a GPU, with its own Python (PYTHON_GPU); ARGS=first before all else

@@ -28,11 +28,15 @@ MODES = memory.MODES
 
 
 class OfTorch(NamedTuple):
-    """What torch has of a cell: the name of its layer in torch.nn (its function in torch._VF has the cell's own name),
-    whether that has projections, whether ATen asks oneDNN for it on a CPU, and whether ATen's loop there keeps the
-    states' own dtype under autocast: where a step adds the old state to what it computes."""
+    """What torch has of a cell, beside a function of its name in torch._VF.
+
+    layer, arguments: in torch.nn, and what makes it this cell's. projects: whether that has projections. onednn:
+    whether ATen asks oneDNN for it on a CPU. keeps_dtype: whether ATen's loop there keeps the states' own dtype under
+    autocast, as it does where a step adds the old state to what it computes.
+    """
 
     layer: str
+    arguments: tuple[tuple[str, str], ...] = ()
     projects: bool = False
     onednn: bool = False
     keeps_dtype: bool = False
@@ -42,8 +46,8 @@ class OfTorch(NamedTuple):
 TORCH = {
     "lstm": OfTorch("LSTM", projects=True, onednn=True, keeps_dtype=True),
     "gru": OfTorch("GRU", keeps_dtype=True),
-    "rnn_tanh": OfTorch("RNN"),
-    "rnn_relu": OfTorch("RNN"),
+    "rnn_tanh": OfTorch("RNN", (("nonlinearity", "tanh"),)),
+    "rnn_relu": OfTorch("RNN", (("nonlinearity", "relu"),)),
 }
 
 

@@ -1,8 +1,6 @@
 """The layers: LSTM, GRU and RNN with torch.nn's constructor, parameters, state_dict and results, and cells that torch
 has not. The mathematics of all of them is in ``kernels.cells.library``."""
 
-from typing import Any
-
 import torch
 
 from persistrnn import functional
@@ -168,14 +166,11 @@ class RNN(RecurrentBase):
         options = Options(
             num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training=True
         )
-        self._build(input_size, hidden_size, proj_size, options, device, dtype)
+        self._build(input_size, hidden_size, self._unprojected(proj_size), options, device, dtype)
 
     @property
     def cell(self) -> str:  # type: ignore[override]
         return functional.rnn_cell(self.nonlinearity)
-
-    def _of_torch(self) -> dict[str, Any]:
-        return {"nonlinearity": self.nonlinearity}
 
 
 class PeepholeLSTM(RecurrentBase):

@@ -55,16 +55,14 @@ def check_options(options: Options) -> None:
         )
 
 
-def check_sizes(input_size: object, hidden_size: object, proj_size: object) -> int:
-    """proj_size."""
+def check_sizes(input_size: object, hidden_size: object, proj_size: object) -> None:
     check_count("input_size", input_size)
     hidden = check_count("hidden_size", hidden_size)
-    if not 0 <= (size := _check_int("proj_size", proj_size)) < hidden:
+    if not 0 <= _check_int("proj_size", proj_size) < hidden:
         raise ValueError(
             "proj_size should be zero (no projection) or a positive integer smaller than "
             f"hidden_size={hidden}, got {proj_size}"
         )
-    return size
 
 
 def check_save(save: object, budget: object, proj_size: int = 0) -> None:

@@ -127,7 +127,7 @@ class Recurrent(RecurrentBase):
         options = Options(
             num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training=True
         )
-        self._build(input_size, hidden_size, proj_size, options, device, dtype)
+        self._build(input_size, hidden_size, self._unprojected(proj_size), options, device, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.cell.partition(':')[0]}, {super().extra_repr()}"

@@ -84,23 +84,24 @@ class RecurrentBase(nn.Module):
         options = Options(
             num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training=True
         )
-        self._build(input_size, hidden_size, proj_size, options, device, dtype)
+        self._build(input_size, hidden_size, self._unprojected(proj_size), options, device, dtype)
+
+    def _unprojected(self, proj_size: object) -> int:
+        if proj_size is None:
+            return 0
+        name = type(self).__name__
+        raise ValueError(
+            f"proj_size argument is only supported for LSTM, not for {name}, got {proj_size}; leave it out"
+        )
 
     def _build(
-        self, input_size: int, hidden_size: int, proj_size: int | None, options: Options, device: Any, dtype: Any
+        self, input_size: int, hidden_size: int, proj_size: int, options: Options, device: Any, dtype: Any
     ) -> None:
         """What every constructor calls by itself: the warning names the line that called it."""
         super().__init__()
-        if not (self.cell in TORCH and TORCH[self.cell].projects):
-            if proj_size is not None:
-                name = type(self).__name__
-                raise ValueError(
-                    f"proj_size argument is only supported for LSTM, not for {name}, got {proj_size}; leave it out"
-                )
-            proj_size = 0
         check_options(options)
         validate.check_states(self.cell, options.cell_dtype)
-        proj_size = check_sizes(input_size, hidden_size, proj_size)
+        check_sizes(input_size, hidden_size, proj_size)
         check_save(options.save, options.save_budget, proj_size)
         num_layers, bias, dropout = options.num_layers, options.bias, float(options.dropout)
         if dropout > 0 and num_layers == 1:
@@ -223,23 +224,22 @@ class RecurrentBase(nn.Module):
         name = type(self).__name__
         if self.cell not in TORCH:
             known = ", ".join(sorted({of.layer for of in TORCH.values()}))
-            raise ValueError(f"torch.nn has {known}, and no layer of the cell of this {name}")
+            raise ValueError(f"torch.nn has {known}, and no layer of this {name}'s cell")
         if parametrize.is_parametrized(self):
             raise ValueError(
                 f"a parametrized {TORCH[self.cell].layer} has no equal in torch.nn; call torch.nn.utils.parametrize."
                 "remove_parametrizations on its tensors first"
             )
+        options: dict[str, Any] = dict(TORCH[self.cell].arguments)
+        if self.proj_size:
+            options["proj_size"] = self.proj_size
         new: nn.RNNBase = getattr(nn, TORCH[self.cell].layer)(
             self.input_size, self.hidden_size, self.num_layers, bias=self.bias, batch_first=self.batch_first,
-            bidirectional=self.bidirectional, device=torch.device("meta"), **self._of_torch(),
+            bidirectional=self.bidirectional, device=torch.device("meta"), **options,
         )  # fmt: skip
         new.dropout = self.dropout
-        take_over(new, self, ignored={"cell", "backend", "cell_dtype", "save", "save_budget", "last_path"})
+        take_over(new, self, ignored={"cell", "function", "backend", "cell_dtype", "save", "save_budget", "last_path"})
         return new
-
-    def _of_torch(self) -> dict[str, Any]:
-        """The arguments that torch.nn's layer of this cell takes, and others do not."""
-        return {"proj_size": self.proj_size} if self.proj_size else {}
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"

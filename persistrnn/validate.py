@@ -71,10 +71,9 @@ def parameter_names(cell: str, layer: int, direction: int, bias: bool, projectio
 def parameter_shapes(stack: "Stack", layer: int) -> list[tuple[int, ...]]:
     """Their shapes."""
     cell, H, features = CELLS[stack.cell], stack.hidden_size, stack.proj_size or stack.hidden_size
-    inputs = cell.gates + cell.more_inputs  # dynamo cannot read a property of a record
     width = stack.input_size if layer == 0 else stack.directions * features
-    shapes: list[tuple[int, ...]] = [(inputs * H, width), (cell.gates * H, features)]
-    shapes += [(inputs * H,), (cell.gates * H,)] * stack.bias + [(H,) for _ in cell.params]
+    shapes: list[tuple[int, ...]] = [(cell.inputs * H, width), (cell.gates * H, features)]
+    shapes += [(cell.inputs * H,), (cell.gates * H,)] * stack.bias + [(H,) for _ in cell.params]
     return shapes + [(stack.proj_size, H)] * (stack.proj_size > 0)
 
 

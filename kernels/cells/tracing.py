@@ -222,7 +222,7 @@ def _checked(results: Any, outputs: int, recorder: Recorder) -> tuple[Tensor, ..
     given = f"{type(results).__name__}" + (f" of {len(results)}" if isinstance(results, tuple) else "")
     if not isinstance(results, tuple) or len(results) != outputs:
         raise CellError(
-            f"{recorder.name}: a step returns the tuple of its new states, {outputs} here, h first; got a {given}"
+            f"{recorder.name}: a step returns the tuple of its {outputs} new states, h first; got a {given}"
         )
     for t in results:
         if not isinstance(t, Tensor):

@@ -3,7 +3,7 @@
 Run as ``python -m persistrnn audit``; the exit status is 1 if any row fails. With ``--workloads`` the shapes are those
 of tables with the columns cell, hidden, batch (and bidirectional); two shapes with the same kernel are one row.
 Green rows are kept in ``--resume`` (JSON lines) and not compiled again while the kernel, its plan and Triton are the
-same.
+same. ``--run`` executes kernels instead, in the emulator of a checkout.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import csv
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, fields, replace
@@ -26,6 +27,9 @@ from ..planner import plan as planning
 from .audit import DEVICE_OF_ARCH, DTYPES, Case, Row, audit, key, planned, row_of
 from .plan_command import positive
 
+# What counts in a checkout; an installation does not have it.
+CHECKOUT = Path(__file__).resolve().parents[2]
+COUNTS = CHECKOUT / "tests" / "helpers" / "counted.py"
 FIELDS = [f.name for f in fields(Row)]
 SHOWN = [name for name in FIELDS if name not in ("failures", "refused")]
 BEGIN = '{"key": '  # of a line of finished rows
@@ -165,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
     def several(name: str, default: Sequence[Any], what: str, **how: Any) -> None:
         add(name, nargs="+", default=default, help=f"{what} (default: {' '.join(map(str, default))})", **how)
 
-    several("--cells", list(CELLS), "of the layers", choices=list(CELLS))
+    several("--cells", ["lstm", "gru"], "of the layers", choices=list(CELLS))
     several("--dtypes", list(DTYPES), "of the layers", choices=list(DTYPES))
     several("--arch", ["sm_80", "sm_90", "sm_100"], "architectures", choices=list(DEVICE_OF_ARCH))
     shapes = result.add_mutually_exclusive_group()
@@ -181,12 +185,22 @@ def parser() -> argparse.ArgumentParser:
     add("--resume", type=_file(BEGIN), metavar="FILE.jsonl", help=text)
     add("--output", type=_file(",".join(FIELDS[:7])), metavar="FILE.csv", help="also write the table here")
     add("--failures", action="store_true", help="print only rows that are not ok")
+    text = "count what the compiled kernels do per step, in the emulator of a checkout's tests, and write its table"
+    add("--run", action="store_true", help=text)
     return result
 
 
 def main(given: Sequence[str] | None = None) -> int:
     options = parser()
     arguments = options.parse_args(given)
+    if arguments.run:
+        if not COUNTS.exists():
+            options.error(f"--run needs a checkout, whose tests hold the emulator: there is no {COUNTS}")
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        folders = str(CHECKOUT), str(CHECKOUT / "tests"), os.environ.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+        scripts = COUNTS, COUNTS.with_name("counted_rivals.py")
+        return int(any(subprocess.run([sys.executable, str(script)], env=environment).returncode for script in scripts))
     if arguments.output and arguments.resume and arguments.output.samefile(arguments.resume):
         options.error(f"--output and --resume are two files, got {str(arguments.output)!r} for both")
     try:

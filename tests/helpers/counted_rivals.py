@@ -1,6 +1,6 @@
 """W_hh that a step reads and launches that a sequence takes: ours beside other scans in Triton, in the same emulator.
 
-`make counts` runs this after counted.py, and `PYTHONPATH=.:tests python tests/helpers/counted_rivals.py` by
+`persistrnn audit --run` runs this after counted.py, and `PYTHONPATH=.:tests python tests/helpers/counted_rivals.py` by
 itself: what is importable gets new rows in bench/results/rivals.csv, what is not keeps its rows.
 """
 
