@@ -34,13 +34,10 @@ CASES = [
     ("gru", "fp32", "flags", 13, 3, 2, True, {"homes": "shared", "splits": 2}),
     ("lstm", "bf16", "flags", 21, 17, 1, False, {"homes": "all three"}),
     ("gru", "fp16", "counter", 21, 3, 1, True, {"homes": "registers and stream"}),
-    ("lstm", "fp16", "counter", 29, 1, 1, False, {"homes": "stream"}),
     ("gru", "bf16", "counter", 29, 1, 2, False, {"homes": "shared and stream", "splits": 2}),
     ("lstm", "fp32", "flags", 32, 3, 1, False, {"homes": "stream", "splits": 2}),  # no mask anywhere
     ("gru", "fp32", "counter", 61, 3, 1, False, {"homes": "all three", "units": 16, "burst": 16}),
-    ("lstm", "bf16", "counter", 61, 3, 1, False, {"homes": "registers and shared", "units": 16, "splits": 2}),
     ("gru", "fp16", "flags", 61, 1, 1, False, {"homes": "registers", "splits": 2}),
-    ("lstm", "fp16", "flags", 61, 1, 1, False, {"homes": "stream", "units": 16, "stream_chunk": 32}),
     # Two dimensions.
     ("lstm", "fp32", "counter", 29, 3, 1, False, {"rows": 2}),
     ("gru", "bf16", "flags", 99, 3, 1, False, {"rows": 2, "units": 32, "homes": "all three"}),
@@ -53,13 +50,8 @@ CASES = [
     ("gru", "fp32", "counter", 57, 1, 1, False, {"rows": 8, "splits": 2}),
     # Several batch tiles in each program: the last not full, empty, the only one and not full.
     ("gru", "fp32", "flags", 27, 25, 1, False, {"subtiles": 4, "batch_tile": 8}),
-    ("lstm", "bf16", "counter", 27, 19, 1, False, {"subtiles": 2, "batch_tile": 8, "homes": "registers and shared"}),
     ("lstm", "fp16", "flags", 13, 3, 1, True, {"subtiles": 4, "batch_tile": 8, "homes": "shared"}),
     # All together.
-    ("gru", "fp16", "counter", 61, 11, 1, False,
-     {"rows": 2, "units": 16, "subtiles": 2, "batch_tile": 8, "homes": "registers and stream"}),
-    ("lstm", "fp32", "flags", 29, 13, 1, True,
-     {"rows": 2, "subtiles": 2, "batch_tile": 8, "homes": "shared", "groups": 1}),
     ("lstm", "bf16", "counter", 61, 9, 1, False,
      {"rows": 4, "units": 16, "subtiles": 2, "batch_tile": 8, "homes": "stream"}),
 ]  # fmt: skip

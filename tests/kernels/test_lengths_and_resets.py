@@ -147,23 +147,6 @@ def test_padding_is_zero_and_takes_no_gradient(cell, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradient_does_not_cross_a_reset(backend):
-    layer = persistrnn.LSTM(3, 6, backend=backend)
-    x = torch.randn(5, 2, 3, requires_grad=True)
-    h0, c0 = (torch.randn(1, 2, 6, requires_grad=True) for _ in range(2))
-    resets = torch.zeros(5, 2, dtype=torch.bool)
-    resets[3, 0] = True
-    y, _ = layer(x, (h0, c0), resets=resets)
-    gx, gh, gc = torch.autograd.grad(y[3:].sum(), (x, h0, c0))
-    assert not gx[:3, 0].any()
-    assert not gh[:, 0].any()
-    assert not gc[:, 0].any()
-    assert gx[:3, 1].all()
-    assert gh[:, 1].all()
-    assert gc[:, 1].all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 def test_mask_is_the_sequence_without_its_gaps(cell, proj, backend):
     torch.manual_seed(0)
@@ -277,36 +260,6 @@ def test_packed_sequences_on_the_kernels(cell, proj, batch_first, sort):
 # ---- reinforcement learning ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_recurrent_policy_is_the_loop_over_steps(backend):
-    """As a recurrent PPO evaluates a rollout: one call with resets against a step at a time, its state masked."""
-    torch.manual_seed(0)
-    layer = persistrnn.LSTM(4, 8, backend=backend)
-    head = nn.Linear(8, 3)
-    T, B = 6, 3
-    x, starts = torch.randn(T, B, 4), torch.rand(T, B) < 0.3
-    state = [torch.randn(1, B, 8) for _ in range(2)]
-    advantages, actions = torch.randn(T, B), torch.randint(3, (T, B))
-
-    def loss(y):
-        logits = head(y).log_softmax(-1).gather(-1, actions[..., None])[..., 0]
-        ratio = (logits - logits.detach()).exp()
-        return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
-
-    parameters = [*layer.parameters(), *head.parameters()]
-    y, final = layer(x, state, resets=starts)
-    grads = torch.autograd.grad(loss(y), parameters)
-    ys, carried = [], tuple(state)
-    for t in range(T):
-        keep = (~starts[t])[None, :, None].float()
-        y_t, carried = layer.step(x[t], tuple(s * keep for s in carried))
-        ys.append(y_t)
-    expected = torch.autograd.grad(loss(torch.stack(ys)), parameters)
-    torch.testing.assert_close(y, torch.stack(ys), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(final, carried, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
-
-
 def test_marks():
     lengths = torch.tensor([4, 0, 3, 2])
     resets = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
@@ -346,12 +299,6 @@ def test_every_c_has_its_dtype_on_every_path(batch, backend):
     layer = persistrnn.LSTM(3, 6, dtype=torch.bfloat16, cell_dtype=torch.float32, backend=backend)
     x = torch.zeros(4, batch, 3, dtype=torch.bfloat16)
     assert layer(x, return_cell_states=True)[2].dtype == torch.float32
-
-
-def test_lengths_out_of_range_are_told_by_the_next_call(monkeypatch):
-    monkeypatch.setattr(segments, "check", lambda: (_ for _ in ()).throw(RuntimeError("as told")))
-    with pytest.raises(RuntimeError, match="as told"):
-        persistrnn.GRU(3, 6)(torch.zeros(4, 2, 3), lengths=torch.tensor([4, 2]))
 
 
 # ---- limits --------------------------------------------------------------------------------------------------------

@@ -209,8 +209,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("cell", "layout"), [("lstm", "transposed"), ("gru", "every second"), ("lstm", "expanded"), ("gru", "expanded")]
+)
 def test_any_strides_give_torch_nn_values_and_gradients(cell, layout, backend):
     """Of input, states and weights; torch.nn's layer has contiguous copies."""
     torch.manual_seed(0)
