@@ -124,29 +124,6 @@ def test_without_gradients_the_same_bits(cell):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cell", CELLS)
-def test_padding_is_zero_and_takes_no_gradient(cell, backend):
-    """Whatever stands there, NaN included: no weight's gradient hears of it."""
-    torch.manual_seed(0)
-    layer = make_layer(cell, 3, 6, 2, bidirectional=True, backend=backend)
-    lengths = torch.tensor([4, 0, 2])
-    padding = torch.arange(4)[:, None] >= lengths
-    x = torch.randn(4, 3, 3)
-    found = []
-    for filler in (0.0, float("nan")):
-        given = torch.where(padding[..., None], filler, x).requires_grad_()
-        y, final = layer(given, lengths=lengths)
-        assert not y[padding].any()
-        final = tensors(final)
-        outputs = [y, *final]
-        grads = torch.autograd.grad(outputs, [given, *layer.parameters()], [torch.ones_like(t) for t in outputs])
-        assert not grads[0][padding].any()
-        found.append([y, *final, *grads[1:]])
-    for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("cell", "proj"), SHAPES)
 def test_mask_is_the_sequence_without_its_gaps(cell, proj, backend):
     torch.manual_seed(0)
@@ -273,24 +250,6 @@ def test_marks():
     assert segments.marks(None, resets, 1).squeeze(2).eq(B).equal(resets)
     assert segments.first_steps(active, 2)[:, 2].tolist() == [[True, False], [False, False], [False, True], [False] * 2]
     assert not segments.first_steps(active, 2)[:, 1].any()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("cell", "proj"), SHAPES)
-@pytest.mark.parametrize("where", ["before a reset", "of no step", "of a reset that never comes"])
-def test_a_nan_that_no_step_reads_goes_nowhere(where, cell, proj, backend):
-    layer = make_layer(cell, 3, 6, backend=backend, proj_size=proj)
-    states = [[torch.zeros(1, 2, n) for n in (proj or 6, 6)][: CELLS[cell].states] for _ in range(2)]
-    for s in states[where == "of a reset that never comes"]:
-        s[:, 0] = torch.nan
-    hx, reset = map(as_hx, states)
-    resets = torch.zeros(3, 2, dtype=torch.bool)
-    resets[0, 0] = where == "before a reset"
-    cut = {"lengths": torch.tensor([0, 3])} if where == "of no step" else {"resets": resets, "reset_state": reset}
-    y, _ = layer(torch.randn(3, 2, 3), hx, **cut)
-    y.sum().backward()
-    assert y.isfinite().all()
-    assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
 @pytest.mark.parametrize("batch", [0, 2])
