@@ -150,11 +150,7 @@ def test_autocast_of_a_packed_sequence_is_torch_nn(cell, half, lengths):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("cell", "half", "input_dtype"),
-    [
-        ("lstm", torch.float16, torch.float32),
-        ("gru", torch.bfloat16, torch.bfloat16),
-    ],
+    ("cell", "half", "input_dtype"), [("lstm", torch.float16, torch.float32), ("gru", torch.bfloat16, torch.bfloat16)]
 )
 def test_autocast_on_the_kernels_is_the_cast_layer(cell, half, input_dtype):
     """Outputs in autocast's dtype, as torch.nn has them on a GPU, and each gradient in its own tensor's dtype."""

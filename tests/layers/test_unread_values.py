@@ -68,12 +68,7 @@ def unread(case: Case) -> dict[str, Tensor]:
         anew[0, ANEW] = False
         if lengths is None:
             anew[:, SHORT] = False  # its reset is read
-    return {
-        "x": ~active,
-        "initial": initial.repeat(case.layers, 1),
-        "reset": anew.repeat(case.layers, 1),
-        "d": ~active,
-    }
+    return {"x": ~active, "initial": initial.repeat(case.layers, 1), "reset": anew.repeat(case.layers, 1), "d": ~active}
 
 
 def run(case: Case, backend: str, junk: float, second: bool = False, compiled: bool = False) -> dict[str, Any]:
