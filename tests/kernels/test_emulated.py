@@ -7,7 +7,8 @@ import accuracy
 import emulated as cases
 import pytest
 import torch
-from emulated import ARCHITECTURES, COUNTER, FLAGS, GROUPS, failures, precise
+from accuracy import failures
+from emulated import ARCHITECTURES, COUNTER, FLAGS, GROUPS, precise
 from emulator import Schedule
 from emulator.opcodes import ACQUIRE, LOAD, RELEASE, STORE
 from forced import force_waves

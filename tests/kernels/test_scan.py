@@ -121,11 +121,9 @@ def test_one_slice_keeps_the_bound_with_any_choice(forced, cell, dtype, hidden, 
         # The forward has one tile of K, and so one home.
         assert " and ".join(sorted(homes)) in (chosen["homes"], "registers")
     case = accuracy.Case(cell, dtype, hidden, batch, 3, 1, bidirectional, True, True)
-    bound = accuracy.Bound(accuracy.DTYPES[dtype])
     before = launch.LAUNCHES.copy()
-    bound.add(case, *accuracy.run(case, 0))
+    assert accuracy.failures(case) == []
     assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
-    assert not bound.failures, "\n".join(bound.failures)
 
 
 @triton.jit

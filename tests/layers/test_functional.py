@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-from asked import asked
 from torch import nn
 
 import persistrnn
@@ -119,15 +118,6 @@ def path_of(layer, x, backend, **options):
     arguments = {**options_of(layer), **options}
     cell = type(layer).__name__.lower()
     return functional.run(cell, x, list(layer.parameters()), None, Options(**arguments, backend=backend)).path
-
-
-def test_auto_follows_the_kernels_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(decide, "unsupported", lambda call: "H=7 is odd." if call.hidden_size == 7 else None)
-    monkeypatch.setattr(decide, "slower", lambda call: None)
-    for backend in ("auto", "persistent"):
-        assert decide.obstacle(asked("gru", 8, device="cuda", backend=backend)) is None
-        assert decide.obstacle(asked("gru", 7, device="cuda", backend=backend)) == "H=7 is odd."
-    assert decide.obstacle(asked("gru", 8, device="cuda", backend="torch")) is not None
 
 
 @pytest.mark.parametrize("what", ["plain", "projected", "packed"])
