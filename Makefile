@@ -46,7 +46,7 @@ test-newest: $(NEWEST)/.dev ## every test that needs no GPU, newest Triton
 	@echo "== $(NEWEST): $$(tr '\n' ' ' <$(NEWEST)/versions.txt)"
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(NEWEST)/bin/python $(PYTEST) -m "interpreter and not gpu" tests $(ARGS)
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "not interpreter and not gpu and not emulator_long" tests $(ARGS)
-	OMP_NUM_THREADS=1 ONEDNN_MAX_CPU_ISA=AVX2 $(NEWEST)/bin/python $(PYTEST) -m "torch_path and not interpreter" tests $(ARGS)
+	OMP_NUM_THREADS=1 ONEDNN_MAX_CPU_ISA=AVX2 $(NEWEST)/bin/python $(PYTEST) -m "torch_path and not interpreter" --sample 2 tests $(ARGS)
 
 # Of each test one case in three: the newest Triton runs them all.
 SAMPLE := --sample 3

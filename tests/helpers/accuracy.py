@@ -200,3 +200,10 @@ class Bound:
     def check(self) -> None:
         failures = self.failures + list(self.pooled())
         assert not failures, "\n".join(failures)
+
+
+def failures(case: Case, seed: int = 0) -> list[str]:
+    """What of a case breaks the bound of single cases: the pooled one is for pools."""
+    bound = Bound(DTYPES[case.dtype])
+    bound.add((case, seed), *run(case, seed))
+    return bound.failures

@@ -7,7 +7,6 @@ on a GPU: it is the race detector that must see them.
 import re
 from types import SimpleNamespace
 
-import accuracy
 import torch
 from torch import Tensor
 
@@ -19,13 +18,6 @@ ARCHITECTURES = ("sm_80", "sm_90")
 def precise(monkeypatch, asked: str) -> None:
     """How float32 is multiplied in every RNN: "ieee" or "tf32"."""
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", asked)
-
-
-def failures(case: accuracy.Case, seed: int = 0) -> list[str]:
-    """What breaks the bound of accuracy.py."""
-    bound = accuracy.Bound(accuracy.DTYPES[case.dtype])
-    bound.add(case, *accuracy.run(case, seed))
-    return bound.failures
 
 
 # ---- tf32 ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import test_lengths_and_resets
 import test_memory_modes
 import test_pipeline
 import torch
-from emulated import ARCHITECTURES, failures, precise
+from accuracy import failures
+from emulated import ARCHITECTURES, precise
 from emulator import EmulatorError, Schedule
 from emulator.opcodes import ACQUIRE, LOAD, RELEASE, STORE
 from forced import force, force_waves

@@ -34,13 +34,10 @@ CASES = [
     ("gru", "fp32", "flags", 13, 3, 2, True, {"homes": "shared", "splits": 2}),
     ("lstm", "bf16", "flags", 21, 17, 1, False, {"homes": "all three"}),
     ("gru", "fp16", "counter", 21, 3, 1, True, {"homes": "registers and stream"}),
-    ("lstm", "fp16", "counter", 29, 1, 1, False, {"homes": "stream"}),
     ("gru", "bf16", "counter", 29, 1, 2, False, {"homes": "shared and stream", "splits": 2}),
     ("lstm", "fp32", "flags", 32, 3, 1, False, {"homes": "stream", "splits": 2}),  # no mask anywhere
     ("gru", "fp32", "counter", 61, 3, 1, False, {"homes": "all three", "units": 16, "burst": 16}),
-    ("lstm", "bf16", "counter", 61, 3, 1, False, {"homes": "registers and shared", "units": 16, "splits": 2}),
     ("gru", "fp16", "flags", 61, 1, 1, False, {"homes": "registers", "splits": 2}),
-    ("lstm", "fp16", "flags", 61, 1, 1, False, {"homes": "stream", "units": 16, "stream_chunk": 32}),
     # Two dimensions.
     ("lstm", "fp32", "counter", 29, 3, 1, False, {"rows": 2}),
     ("gru", "bf16", "flags", 99, 3, 1, False, {"rows": 2, "units": 32, "homes": "all three"}),
@@ -53,13 +50,8 @@ CASES = [
     ("gru", "fp32", "counter", 57, 1, 1, False, {"rows": 8, "splits": 2}),
     # Several batch tiles in each program: the last not full, empty, the only one and not full.
     ("gru", "fp32", "flags", 27, 25, 1, False, {"subtiles": 4, "batch_tile": 8}),
-    ("lstm", "bf16", "counter", 27, 19, 1, False, {"subtiles": 2, "batch_tile": 8, "homes": "registers and shared"}),
     ("lstm", "fp16", "flags", 13, 3, 1, True, {"subtiles": 4, "batch_tile": 8, "homes": "shared"}),
     # All together.
-    ("gru", "fp16", "counter", 61, 11, 1, False,
-     {"rows": 2, "units": 16, "subtiles": 2, "batch_tile": 8, "homes": "registers and stream"}),
-    ("lstm", "fp32", "flags", 29, 13, 1, True,
-     {"rows": 2, "subtiles": 2, "batch_tile": 8, "homes": "shared", "groups": 1}),
     ("lstm", "bf16", "counter", 61, 9, 1, False,
      {"rows": 4, "units": 16, "subtiles": 2, "batch_tile": 8, "homes": "stream"}),
 ]  # fmt: skip
@@ -75,15 +67,12 @@ def test_many_slices_keep_the_bound(forced, index):
     cell, dtype, protocol, hidden, batch, layers, bidirectional, chosen = CASES[index]
     forced(protocol, **chosen)
     case = accuracy.Case(cell, dtype, hidden, batch, 3, layers, bidirectional, True, True)
-    bound = accuracy.Bound(accuracy.DTYPES[dtype])
     (_, forward), (_, backward) = tilings(cell, hidden, 2 if bidirectional else 1, **choice_of(chosen))
     rounds = [-(-t.jobs(batch) // chosen.get("groups", t.jobs(batch))) for t in (forward, backward)]
     before = launch.LAUNCHES.copy()
     with concurrent_grid(Delays(tuple(EXCHANGE)[index % len(EXCHANGE)], slow=index % forward.slices)):
-        bound.add(case, *accuracy.run(case, seed=0))
+        assert accuracy.failures(case) == []
     assert launch.LAUNCHES - before == {"scan_forward": layers * rounds[0], "scan_backward": layers * rounds[1]}
-    # The pooled bound is for pools: with a single case, the bound of single cases.
-    assert not bound.failures, "\n".join(bound.failures)
 
 
 def features(backward):
@@ -144,12 +133,10 @@ def test_jobs_that_do_not_fit_follow_in_turn(forced, cell, groups, rounds, chose
     """Fewer groups than jobs: several launches, with other weights for the other direction."""
     forced(groups=groups, **chosen)
     case = accuracy.Case(cell, "fp32", 13, 35, 3, 1, True, True, True)
-    bound = accuracy.Bound(torch.float32)
     before = launch.LAUNCHES.copy()
     with concurrent_grid():
-        bound.add(case, *accuracy.run(case, seed=1))
+        assert accuracy.failures(case, seed=1) == []
     assert launch.LAUNCHES - before == {"scan_forward": rounds, "scan_backward": rounds}
-    assert not bound.failures, "\n".join(bound.failures)
 
 
 @pytest.mark.parametrize("batch", [3, 40])
@@ -194,15 +181,13 @@ def is_wrong(forced, scenario, operation, slow, spin_limit, stretch=1):
     protocol, cell, hidden, batch, chosen, _, (seconds, every) = SCENARIOS[scenario]
     forced(protocol, spin_limit=spin_limit * stretch, **chosen)
     case = accuracy.Case(cell, "fp32", hidden, batch, 3, 1, False, True, True)
-    bound = accuracy.Bound(torch.float32)
     try:
         with concurrent_grid(Delays(operation, slow, seconds * stretch, every)):
-            bound.add(case, *accuracy.run(case, seed=0))
+            return accuracy.failures(case) != []
     except RuntimeError as error:
         if "gave up waiting" not in str(error):
             raise
         return True
-    return bool(bound.failures)
 
 
 @pytest.mark.parametrize(

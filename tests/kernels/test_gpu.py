@@ -228,10 +228,7 @@ def test_more_jobs_than_fit_run_in_rounds(cell, hidden, choices):
     made, cotangents = operands(cell, hidden, batch, 5, 2, torch.bfloat16)
     before = launch.LAUNCHES.copy()
     found = outputs_and_gradients(cell, made, cotangents)
-    assert launch.LAUNCHES - before == {
-        "scan_forward": plan.forward.rounds,
-        "scan_backward": plan.backward.rounds,
-    }
+    assert launch.LAUNCHES - before == {"scan_forward": plan.forward.rounds, "scan_backward": plan.backward.rounds}
     half = batch // 2
     parts = []
     for rows in (slice(0, half), slice(half, batch)):

@@ -13,28 +13,17 @@ from persistrnn.kernels.planner.hardware import DEVICES, corrected
 from persistrnn.kernels.planner.measurements import MEASURABLE, MEASURED, Provenance, Step, measurements
 
 STEP = {
-    "cell": "lstm",
-    "hidden": 1024,
-    "batch": 16,
-    "directions": 1,
-    "dtype": "bf16",
-    "backward": False,
-    "path": "persistent",
-    "microseconds": 1.25,
-}
+    "cell": "lstm", "hidden": 1024, "batch": 16, "directions": 1, "dtype": "bf16", "backward": False,
+    "path": "persistent", "microseconds": 1.25,
+}  # fmt: skip
 GOOD: dict[str, Any] = {
     "provenance": {
-        "device": "NVIDIA H200",
-        "driver": "570.1",
-        "torch": "2.13",
-        "triton": "3.9.0",
-        "commit": "abc1234",
-        "date": "2026-01-02",
-        "command": "make gpu",
+        "device": "NVIDIA H200", "driver": "570.1", "torch": "2.13", "triton": "3.9.0", "commit": "abc1234",
+        "date": "2026-01-02", "command": "make gpu",
     },
     "constants": {"exchange": 0.66, "l2_rate": 58},
     "steps": [STEP, STEP | {"backward": True, "path": "torch"}],
-}
+}  # fmt: skip
 
 
 def write(folder: Path, content: object, name: str = "h200") -> Path:

@@ -148,8 +148,9 @@ def test_gradients_of_weights_are_summed_in_float32():
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("save", ["state", "checkpoint"])
-@pytest.mark.parametrize(("cell", "dtype", "bidirectional"), [("lstm", "bf16", True), ("gru", "fp32", False)])
+@pytest.mark.parametrize(
+    ("cell", "dtype", "bidirectional", "save"), [("lstm", "bf16", True, "state"), ("gru", "fp32", False, "checkpoint")]
+)
 def test_modes_keep_the_bound(short, saving, cell, dtype, bidirectional, save):
     short(2)
     saving(save)
@@ -170,15 +171,14 @@ def test_modes_in_the_concurrent_grid(short, saving, forced, cell, save, protoco
     saving(save)
     forced(protocol)
     case = accuracy.Case(cell, "fp32", 19, 3, 5, 1 if bidirectional else 2, bidirectional, True, True)
-    bound = accuracy.Bound(torch.float32)
     with concurrent_grid(Delays(operation, slow=1)):
-        bound.add(case, *accuracy.run(case, 0))
-    assert not bound.failures, "\n".join(bound.failures)
+        assert accuracy.failures(case) == []
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("save", MODES)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("cell", "save"), [("lstm", "gates"), ("lstm", "state"), ("gru", "state"), ("gru", "checkpoint")]
+)
 def test_transforms(short, cell, save):
     """Per-sample gradients, second derivatives, torch.func: those of one launch over all steps."""
     layer = make_layer(cell, 3, 4, bidirectional=save == "state", backend="persistent")
@@ -236,15 +236,15 @@ def test_compiles_and_keeps_the_contract(short, save):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("save", MODES)
+@pytest.mark.parametrize(("save", "strict"), [("gates", True), ("state", False), ("checkpoint", False)])
 def test_exports_for_every_length(monkeypatch, save, strict):
     """No condition on T comes from the chunks: one program for what is one chunk, and for what is several."""
     monkeypatch.setitem(memory.CHUNK_BYTES, "gates", 1)
+    monkeypatch.setattr(memory, "SHORTEST_CHUNK", 16)
     layer = persistrnn.LSTM(7, 9, backend="persistent", save=save)
     dynamic = {0: torch.export.Dim("steps", min=2), 1: torch.export.Dim("batch", min=2)}
     program = torch.export.export(layer, (torch.randn(5, 4, 7),), dynamic_shapes=(dynamic,), strict=strict).module()
-    for steps, batch in ((3, 2), (300, 3)):
+    for steps, batch in ((3, 2), (40, 3)):
         x = torch.randn(steps, batch, 7)
         torch.testing.assert_close(program(x)[0], layer(x)[0])
 
@@ -275,6 +275,19 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _):
         return torch.zeros(ctx.like[0], dtype=ctx.like[1])
+
+
+def trained_peak(layer, x):
+    """Bytes above those before, of a second training step."""
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def train():
+        y = layer(x)[0]  # held, as by the layer that reads it
+        Loss.apply(y).backward()
+
+    train()
+    return measured_peak(train)
 
 
 @pytest.fixture
@@ -310,8 +323,6 @@ def test_predicted_bytes_are_those_that_are_allocated(
     H, batch, steps = 64, 8, 2048
     options = {"bidirectional": bidirectional, "backend": "persistent", "dtype": dtype, "save": save}
     layer = make_layer(cell, H, H, layers, **options)
-    for p in layer.parameters():
-        p.grad = torch.zeros_like(p)
     x = torch.zeros(steps, batch, H, dtype=dtype, requires_grad=needs_x)
     of = asked(cell, H, num_layers=layers, directions=2 if bidirectional else 1, dtype=dtype).layers
     kept = []
@@ -330,14 +341,9 @@ def test_predicted_bytes_are_those_that_are_allocated(
     assert found == pytest.approx(memory.kept(save, of, 16) * steps * batch, rel=0.05)
     del y, kept[:], storages
 
-    def train():
-        y = layer(x)[0]  # held, as by the layer that reads it
-        Loss.apply(y).backward()
-
     def peaks(chunk):
         short(chunk)
-        train()
-        return measured_peak(train), memory.peak(save, of, batch, steps, chunk, needs_x)
+        return trained_peak(layer, x), memory.peak(save, of, batch, steps, chunk, needs_x)
 
     if dtype == torch.float32 or save != "gates":  # else the one launch's own products make float32 copies on a CPU
         measured, predicted = peaks(steps)
@@ -390,19 +396,6 @@ def test_auto_takes_no_mode_that_needs_more():
     for on_kernels, steps in ((True, 128), (False, 32)):
         needs = {mode: decide.needed_bytes(asked("gru", 64, 2, steps), mode, on_kernels) for mode in MODES}
         assert min(needs, key=lambda mode: needs[mode]) == "gates", needs
-
-
-def trained_peak(layer, x):
-    """Bytes above those before, of a second training step."""
-    for p in layer.parameters():
-        p.grad = torch.zeros_like(p)
-
-    def train():
-        y = layer(x)[0]
-        Loss.apply(y).backward()
-
-    train()
-    return measured_peak(train)
 
 
 @pytest.mark.parametrize("save", ["gates", "checkpoint"])

@@ -1,7 +1,6 @@
 """What the kernels tell Triton's profiler: flops and bytes of each launch, against the tensors of that launch."""
 
 import dataclasses
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -165,12 +164,3 @@ def test_triton_asks_for_it(launches, monkeypatch, backward):
     expected = stand_in.found[0]
     assert {name: told[name] for name in expected} == expected
     assert expected["flops16"] == 2 * 256 * 64 * 3 * 5
-
-
-def test_rows_of_uneven_batches():
-    for batch in (1, 31, 32, 33, 75):
-        tiling = SimpleNamespace(subtiles=2, batch_tile=16, directions=2, jobs=lambda b: math.ceil(b / 32) * 2)
-        jobs = range(tiling.jobs(batch))
-        assert metadata.rows_of(jobs, batch, tiling) == 2 * batch
-        assert metadata.directions_of(jobs, batch, tiling) == 2
-        assert metadata.directions_of(jobs[:1], batch, tiling) == 1

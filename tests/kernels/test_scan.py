@@ -1,6 +1,7 @@
 """The scan kernels in Triton's interpreter, one slice, against float64 (the bound stands in accuracy.py)."""
 
 import itertools
+import math
 
 import accuracy
 import numpy as np
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.interpreter
 
 CASES = accuracy.cases()
 CLASSES = sorted({(case.cell, case.dtype) for case in CASES})
-SEEDS = 3
+SEEDS = 2
 
 
 @pytest.mark.parametrize(("cell", "dtype"), CLASSES)
@@ -34,11 +35,10 @@ def test_outputs_and_gradients_keep_the_bound(cell, dtype):
     bound.check()
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize(("cell", "bidirectional"), [("lstm", True), ("gru", False)])
 def test_one_hidden_unit(cell, bidirectional):
     """At most a ten-thousandth of a gradient is wrong: its terms nearly cancel, and what is left of them is small."""
-    ours, truth, _ = accuracy.run(accuracy.Case(cell, "fp32", 1, 9, 5, 3, bidirectional, True, True), seed=1)
+    ours, truth, _ = accuracy.run(accuracy.Case(cell, "fp32", 1, 9, 5, 2, bidirectional, True, True), seed=1)
     for name, true in truth.items():
         assert (ours[name] - true).norm() <= 1e-4 * true.norm(), name
 
@@ -65,8 +65,9 @@ def test_bound_rejects_a_lost_term():
         bound.check()
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("cell", "value"), [("lstm", math.nan), ("gru", math.nan), ("lstm", math.inf), ("gru", -math.inf)]
+)
 def test_nan_and_inf_flow_through_as_in_torch(cell, value):
     ours_class, torch_class = accuracy.MODULES[cell]
     torch.manual_seed(0)
@@ -120,11 +121,9 @@ def test_one_slice_keeps_the_bound_with_any_choice(forced, cell, dtype, hidden, 
         # The forward has one tile of K, and so one home.
         assert " and ".join(sorted(homes)) in (chosen["homes"], "registers")
     case = accuracy.Case(cell, dtype, hidden, batch, 3, 1, bidirectional, True, True)
-    bound = accuracy.Bound(accuracy.DTYPES[dtype])
     before = launch.LAUNCHES.copy()
-    bound.add(case, *accuracy.run(case, 0))
+    assert accuracy.failures(case) == []
     assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
-    assert not bound.failures, "\n".join(bound.failures)
 
 
 @triton.jit

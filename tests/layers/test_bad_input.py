@@ -126,6 +126,13 @@ def test_lstm_refuses_h0_without_c0_as_torch_nn():
         make_pair("lstm", num_layers=2)[0](X, H)
 
 
+def test_persistent_on_a_cpu_names_what_it_needs():
+    with pytest.raises(RuntimeError) as refused:
+        persistrnn.GRU(INPUT, HIDDEN, backend="persistent")(X)
+    for part in ('backend="persistent"', "got a tensor on cpu", "'cuda'", "backend='torch'", "TRITON_INTERPRET=1"):
+        assert part in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("cell", "input", "hx", "message"),
     [
@@ -251,5 +258,6 @@ def test_lengths_out_of_range_on_a_device_are_clamped_and_raised_once(monkeypatc
         noted.check()
     noted.check()
     monkeypatch.setattr(segments, "check", lambda: (_ for _ in ()).throw(RuntimeError("as told")))
-    with pytest.raises(RuntimeError, match="as told"):
-        persistrnn.check()
+    for look in (persistrnn.check, lambda: persistrnn.GRU(INPUT, HIDDEN)(X, lengths=LENGTHS)):
+        with pytest.raises(RuntimeError, match="as told"):
+            look()

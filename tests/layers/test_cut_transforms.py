@@ -64,8 +64,7 @@ def test_differentiates_twice_step_by_step(cell, proj):
 # dynamo's own, on any tensor with a history that crosses a graph break
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("proj", [0, 2])
-@pytest.mark.parametrize("return_c", [False, True])
+@pytest.mark.parametrize(("return_c", "proj"), [(False, 2), (True, 0)])
 def test_compiles_packed_sequences(return_c, proj, backend):
     """The graph breaks, as torch.nn's does, and the result is that of the eager call."""
     torch._dynamo.reset()

@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-from asked import asked
 from torch import nn
 
 import persistrnn
@@ -121,33 +120,13 @@ def path_of(layer, x, backend, **options):
     return functional.run(cell, x, list(layer.parameters()), None, Options(**arguments, backend=backend)).path
 
 
-def test_auto_runs_cpu_tensors_on_torch_path_even_where_kernels_could(kernels):
-    layer, x, _ = make("lstm")
-    assert path_of(layer, x, "auto") == "torch"
-    assert path_of(layer, x, "torch") == "torch"
+@pytest.mark.parametrize("what", ["plain", "projected", "packed"])
+def test_auto_runs_cpu_tensors_on_torch_path_even_where_kernels_could(kernels, what):
+    layer, x, _ = make("lstm", **({"proj_size": 2} if what == "projected" else {}))
+    x = nn.utils.rnn.pack_padded_sequence(x, [STEPS] * BATCH) if what == "packed" else x
+    assert [path_of(layer, x, backend) for backend in ("auto", "torch")] == ["torch"] * 2
     assert path_of(layer, x, "persistent") == "persistent"
     assert len(kernels) == 1
-
-
-def test_auto_follows_the_kernels_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(decide, "unsupported", lambda call: "H=7 is odd." if call.hidden_size == 7 else None)
-    monkeypatch.setattr(decide, "slower", lambda call: None)
-    for backend in ("auto", "persistent"):
-        assert decide.obstacle(asked("gru", 8, device="cuda", backend=backend)) is None
-        assert decide.obstacle(asked("gru", 7, device="cuda", backend=backend)) == "H=7 is odd."
-    assert decide.obstacle(asked("gru", 8, device="cuda", backend="torch")) is not None
-
-
-def test_projections_and_packed_sequences_run_on_the_kernels(kernels):
-    layer, x, _ = make("lstm", proj_size=2)
-    assert path_of(layer, x, "persistent") == "persistent"
-    layer, x, _ = make("lstm")
-    packed = nn.utils.rnn.pack_padded_sequence(x, [STEPS] * BATCH)
-    assert path_of(layer, packed, "persistent") == "persistent"
-    assert len(kernels) == 2
-    assert path_of(layer, packed, "auto") == "torch"
-    assert path_of(layer, packed, "torch") == "torch"
-    assert len(kernels) == 2
 
 
 @pytest.mark.parametrize("cell", PAIRS)

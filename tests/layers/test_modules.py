@@ -121,18 +121,14 @@ def test_dropout_bits_are_torch_nn(cell):
     assert_same_bits(pair[0].eval()(x), pair[1].eval()(x))
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize(("with_state", "batch_first"), [(False, False), (True, True)])
 @pytest.mark.parametrize("cell", PAIRS)
 def test_unbatched_input(cell, with_state, batch_first):
     ours, theirs = make_pair(cell, num_layers=2, batch_first=batch_first)
-    x = torch.randn(STEPS, INPUT)
-    state = make_state(cell, 2, 1)
-    state = tuple(s[:, 0] for s in state) if cell == "lstm" else state[:, 0]
-    hx = state if with_state else None
-    assert [t.shape for t in tensors_of(ours(x, hx))] == [t.shape for t in tensors_of(theirs(x, hx))]
-    for a, e in zip(tensors_of(ours(x, hx)), tensors_of(theirs(x, hx)), strict=True):
-        assert torch.equal(a, e)
+    x, hx = torch.randn(STEPS, INPUT), None
+    if with_state:
+        hx = torch.utils._pytree.tree_map(lambda s: s[:, 0], make_state(cell, 2, 1))
+    assert_same_bits(ours(x, hx), theirs(x, hx))
 
 
 @pytest.mark.parametrize("with_state", [False, True])
@@ -147,14 +143,6 @@ def test_packed_sequences(cell, ordered, with_state):
     assert isinstance(actual[0], PackedSequence)
     assert_same_bits(actual, expected)
     assert ours.last_path == "torch"
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("cell", PAIRS)
-def test_other_dtypes(cell, dtype):
-    ours, theirs = make_pair(cell, dtype=dtype)
-    x = torch.randn(STEPS, BATCH, INPUT, dtype=dtype)
-    assert_same_bits(ours(x), theirs(x))
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
@@ -269,16 +257,12 @@ def test_explain_reads_autocast(planned):
 )
 def test_explain_says_why_not(planned, options, path, why):
     layer = persistrnn.LSTM(**{"input_size": INPUT, "hidden_size": HIDDEN, **options})
-    text = persistrnn.explain(layer, 2, 3)
+    text = persistrnn.explain(layer, BATCH, STEPS)
     assert path in text
     assert why in text
-
-
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_explain_agrees_with_the_call(planned, backend):
-    layer = persistrnn.LSTM(INPUT, HIDDEN, backend=backend)
-    layer(torch.zeros(STEPS, BATCH, INPUT))
-    assert f"path: {layer.last_path}" in persistrnn.explain(layer, BATCH, STEPS)
+    if path == "path: torch" and "device" not in options:
+        layer(torch.zeros(STEPS, BATCH, INPUT))
+        assert f"path: {layer.last_path}" in text, "as the call"
 
 
 @pytest.mark.parametrize(
@@ -287,7 +271,6 @@ def test_explain_agrees_with_the_call(planned, backend):
         ((nn.LSTM(2, 3), 1, 1), TypeError, "such as persistrnn.LSTM, got torch.nn.modules.rnn.LSTM"),
         ((persistrnn.GRU(2, 3), 0, 1), ValueError, "batch must be greater than zero, got 0"),
         ((persistrnn.GRU(2, 3), 1, -2), ValueError, "steps must be greater than zero, got -2"),
-        ((persistrnn.GRU(2, 3), 1.0, 1), TypeError, "batch should be of type int, got: float"),
         ((persistrnn.GRU(2, 3), 1, True), TypeError, "steps should be of type int, got: bool"),
     ],
 )

@@ -44,15 +44,3 @@ def test_equals_torch_nn_with_all_gradients(cell, directions):
         rtol=1e-11,
         atol=1e-12,
     )
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_differentiates_twice(cell):
-    layer, x, states = make(cell, directions=2)
-    weights = list(layer.parameters())
-
-    def scalar(x, *states):
-        return sum(t.square().sum() for t in through_reference(cell, x, states, weights))
-
-    inputs = (x[:2].detach().requires_grad_(), *states)
-    assert torch.autograd.gradgradcheck(scalar, inputs)

@@ -309,8 +309,7 @@ def test_first_compiled_call_has_the_bits_of_the_others():
 
 
 @pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("cut", [False, True])
-@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "frozen"])
+@pytest.mark.parametrize(("how", "cut"), [("no_grad", False), ("inference_mode", True), ("frozen", False)])
 def test_compiled_layer_runs_without_gradients(how, cut, backend):
     layer, theirs = make_pair("lstm", backend, num_layers=2)
     torch._dynamo.reset()

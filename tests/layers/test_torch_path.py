@@ -81,9 +81,10 @@ def test_autograd_records_inside_an_operator():
     assert seen == [[5, 1]]
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("cell", PAIRS)
+@pytest.mark.parametrize(
+    ("cell", "bias", "batch_first"),
+    [("lstm", True, False), ("lstm", False, True), ("gru", True, True), ("gru", False, False)],
+)
 def test_compiled_training_equals_eager(cell, bias, batch_first):
     """Forward and backward in one graph; aot_eager draws the same dropout bits as eager."""
     options = {"bias": bias, "batch_first": batch_first, "dropout": 0.5, "bidirectional": True}
@@ -108,14 +109,13 @@ def test_steps_and_batch_do_not_recompile(cell):
     counter = CompileCounterWithBackend("aot_eager")
     layer = PAIRS[cell][0](INPUT, HIDDEN, 2, bidirectional=True)
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
-    for steps, batch in ((5, 4), (6, 7), (7, 3), (12, 5), (31, 16)):
+    for steps, batch in ((5, 4), (6, 7), (31, 16)):
         x = torch.randn(steps, batch, INPUT)
         torch.testing.assert_close(compiled(x)[0], layer(x)[0])
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("input_dtype", "with_state"), [(torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize("cell", PAIRS)
 def test_compiled_autocast_equals_eager(cell, input_dtype, with_state):
     layer = PAIRS[cell][0](INPUT, HIDDEN, 2, bidirectional=True)
