@@ -38,8 +38,6 @@ from persistrnn.kernels.planner import hardware as devices
 from persistrnn.kernels.planner.hardware import Hardware
 from persistrnn.kernels.planner.pipeline import Pipeline
 
-# What is measured of the exchange, and all else that the plan takes for granted.
-EXCHANGE = micro.Scale(programs=(4, 16, 64, 128), payloads=(0, 4 * micro.KIB, 64 * micro.KIB))
 STEPS = 2  # that are run here; no kernel depends on how many there will be
 
 
@@ -87,7 +85,7 @@ class Compiler(micro.Machine):
     """A machine on which the microbenchmarks' kernels are compiled and nothing is measured."""
 
     def __init__(self, hardware: Hardware) -> None:
-        super().__init__(torch.device("cpu"), replace(EXCHANGE, exchanges=STEPS, copied=micro.KIB))
+        super().__init__(torch.device("cpu"), micro.Scale(exchanges=STEPS, copied=micro.KIB))
         self.hardware, self.cuda, self.multiprocessors = hardware, True, hardware.multiprocessors
 
     def error_word(self) -> torch.Tensor:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import compile_first, micro, smoke
-from bench.gpu.compile_first import Driver, Task, compile_task, fill, summary, tasks
+from bench.gpu import compile_first, smoke
+from bench.gpu.compile_first import Compilation, Driver, compile_task, fill, tasks
 from bench.race import suites
 from bench.report.results import Case
 from persistrnn.kernels import launch
@@ -63,7 +63,7 @@ def test_the_exchange_is_that_of_a_launch_on_a_gpu(monkeypatch: pytest.MonkeyPat
 
 def test_a_second_time_all_is_in_the_cache() -> None:
     """Whatever T is; and forward and backward are tasks of their own."""
-    forward, backward = (Task(SMALL, kernel) for kernel in ("scan_forward", "scan_backward"))
+    forward, backward = (Compilation(SMALL, kernel) for kernel in ("scan_forward", "scan_backward"))
     assert len(compile_task(forward, H200)) == 1
     assert compile_task(forward, H200) == []
     assert compile_task(replace(forward, work=replace(SMALL, steps=1)), H200) == []
@@ -73,7 +73,7 @@ def test_a_second_time_all_is_in_the_cache() -> None:
     assert len(compile_task(replace(forward, work=replace(SMALL, marks="resets")), H200)) == 1
 
 
-BARRIER = Task(("barrier", 132, 0))
+BARRIER = Compilation(("barrier", 132, 0))
 
 
 def test_a_measurements_kernels() -> None:
@@ -83,9 +83,9 @@ def test_a_measurements_kernels() -> None:
     assert compile_task(task, H200) == []
 
 
-def test_whether_a_stack_is_a_wave_is_that_of_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whether_a_stack_is_a_pipeline_is_that_of_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not of the two that are run here."""
-    stack = next(one.case for one in smoke.SMOKE if one.wanted == "wave")
+    stack = next(one.case for one in smoke.SMOKE if one.wanted == "pipeline")
     asked: list[int] = []
     faster, layers = compile_first.Pipeline.faster, []
 
@@ -95,7 +95,7 @@ def test_whether_a_stack_is_a_wave_is_that_of_its_own_steps(monkeypatch: pytest.
 
     monkeypatch.setattr(compile_first.Pipeline, "faster", watched)
     monkeypatch.setattr(compile_first.JITFunction, "run", lambda *_, tiling, **__: layers.append(tiling.layers))
-    compile_task(Task(stack, "scan_forward"), H200)
+    compile_task(Compilation(stack, "scan_forward"), H200)
     assert asked
     assert set(asked) == {stack.steps}
     assert set(layers) == {stack.layers}
@@ -106,28 +106,14 @@ def test_marks_reach_the_kernels(marks: str, monkeypatch: pytest.MonkeyPatch) ->
     """On a CPU rows with lengths would else run as a PackedSequence."""
     seen = []
     monkeypatch.setattr(compile_first.JITFunction, "run", lambda *_, marks, **__: seen.append(marks))
-    compile_task(Task(replace(SMALL, marks=marks), "scan_forward"), H200)
+    compile_task(Compilation(replace(SMALL, marks=marks), "scan_forward"), H200)
     assert [one is not None for one in seen] == [bool(marks)]
 
 
-def test_what_cannot_be_compiled_is_said_and_the_others_are() -> None:
-    said: list[str] = []
-    seconds, wrong = fill(H200, 2, said.append, [Task(("no such thing", 1, 0)), BARRIER])
-    assert len(seconds) == 2
-    assert len(said) == 1
+def test_what_cannot_be_compiled_is_said_and_the_others_are(capfd: pytest.CaptureFixture[str]) -> None:
+    message, wrong = fill(H200, [Compilation(("no such thing", 1, 0)), BARRIER])
+    assert message.startswith("2 kernels in ")
     assert len(wrong) == 1
     assert wrong[0].startswith("no such thing 1 0: ValueError: ")
+    assert "barrier 132 0: " in capfd.readouterr().out
     assert any(Path(os.environ["TRITON_CACHE_DIR"]).iterdir())
-
-
-def test_summary() -> None:
-    assert summary([], 3.0, 2) == "all in the cache, 3 s"
-    told = summary([1.0, 3.0, 2.0], 4.0, 2)
-    assert told == "3 kernels in 4 s on 2 cores: 6 s of one core, median 2.00 s, longest 3.0 s"
-
-
-def test_the_compilers_machine_measures_nothing() -> None:
-    machine = compile_first.Compiler(H200)
-    assert machine.multiprocessors == 132
-    assert isinstance(machine, micro.Machine)
-    assert machine.options(8)["maxnreg"] == 255

@@ -186,7 +186,8 @@ def test_a_red_case_and_its_causes(task: Callable[..., Task], monkeypatch: pytes
     worker.work(job, list(steps.smoked(job)))
     (red,) = entries(job)
     assert not red.ok
-    assert red.message.startswith("AssertionError: y has error ")
+    assert red.message.startswith("AssertionError: training lstm fp16 ")
+    assert ": y has error " in red.message
     causes = task("causes", red=CASE.name)
     assert [name for name, _ in steps.causes(causes)] == [f"{CASE.name}: {name}" for name in smoke.VARIANTS]
 

@@ -77,11 +77,6 @@ def scaled(factor: float) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor * factor
 
 
-def swapped(tensor: Tensor, gates: int) -> Tensor:
-    first, second, *others = tensor.chunk(gates)
-    return torch.cat([second, first, *others])
-
-
 # Right and wrong
 
 
@@ -133,10 +128,6 @@ def test_the_bound(shape: tuple[str, int, int, bool]) -> None:
         assert f"allowed {allowed:.2e}" in message
 
 
-def test_units() -> None:
-    assert [correctness.unit(dtype) for dtype in ("fp16", "bf16", "tf32", "fp32")] == [2**-11, 2**-8, 2**-11, 2**-24]
-
-
 @pytest.mark.parametrize("name", ["d bias_ih_l0", "d bias_hh_l1_reverse"])
 def test_a_bias_without_a_gradient(name: str) -> None:
     """Zeros are wrong, and so is none at all."""
@@ -149,20 +140,6 @@ def test_a_bias_without_a_gradient(name: str) -> None:
     runner = Runner(lambda x: torch.func.functional_call(module, used, (x,))[0], leaves, of.dtype, str)
     check = truth(of).check("torch", runner)
     assert (check.ok, check.message, check.error) == (False, f"{name} is missing", 1e9)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_swapped_gates(shape: tuple[str, int, int, bool]) -> None:
-    of = case(shape)
-    gates = CELLS[of.cell].gates
-    swap = functools.partial(swapped, gates=gates)
-    check = truth(of).check("torch", right(of, {n: swap(p) for n, p in truth(of).parameters.items()}))
-    assert not check.ok
-    assert "y has error" in check.message
-    for name in list(truth(of).true)[2:]:
-        check = truth(of).check("torch", hooked(of, name, swap))
-        assert not check.ok
-        assert check.message.startswith(f"{name} has error"), name
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -234,13 +211,6 @@ def test_parameters_and_inputs_are_the_same_in_every_dtype() -> None:
     assert torch.equal(one.x, other.x.half())
     assert torch.equal(one.dy, other.dy.half())
     assert not torch.equal(other.x[0], other.x[1])
-
-
-def test_initial_parameters_take_no_random_numbers() -> None:
-    state = torch.random.get_rng_state()
-    first = arms.source(CASE)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert not torch.equal(arms.source(CASE, seed=1)["bias_hh_l0"], first["bias_hh_l0"])
 
 
 def test_the_reference_without_input_product() -> None:
@@ -318,8 +288,7 @@ def test_our_kernels_if_they_were_wrong(shape: tuple[str, int, int, bool], monke
     monkeypatch.setattr(launch, "backward", wrong)
     check = truth(of).check("persistrnn", ARMS["persistrnn"](of, truth(of).parameters, CPU))
     assert not check.ok
-    assert "d x has error" in check.message
-    assert "y has" not in check.message
+    assert check.message.startswith("d x has error")
 
 
 def same_leaves(one: Runner, other: Runner) -> None:
@@ -425,13 +394,6 @@ def test_expectation_of_a_stack_that_runs_at_once(mode: str) -> None:
     one_step = race.expectation(replace(stack, steps=1), hardware)
     assert one_step[:2] == pytest.approx((sum(found.layered[: 1 + training]), 4 * floor))
     assert "wave" not in race.expectation(stack, INTERPRETER)[2]
-
-
-def test_skipped_keeps_the_prediction() -> None:
-    hardware = named("h200")
-    found = race.skipped(CASE, "xma", "not today", hardware)
-    assert (found.skipped, found.microseconds, found.rounds, found.tflops) == ("not today", 0.0, 0, 0.0)
-    assert (found.predicted, found.floor, found.plan) == race.expectation(CASE, hardware)
 
 
 # Rows with marks
