@@ -389,11 +389,11 @@ def test_expectation_of_a_stack_that_runs_at_once(mode: str) -> None:
     floor = race.expectation(replace(stack, layers=1), hardware)[1]
     predicted = race.expectation(stack, hardware)
     assert predicted[:2] == pytest.approx((step, floor))
-    assert predicted[2].startswith("wave of 4 layers: ")
+    assert predicted[2].startswith("pipeline of 4 layers: ")
     assert floor < predicted[0] < sum(found.layered[: 1 + training])
     one_step = race.expectation(replace(stack, steps=1), hardware)
     assert one_step[:2] == pytest.approx((sum(found.layered[: 1 + training]), 4 * floor))
-    assert "wave" not in race.expectation(stack, INTERPRETER)[2]
+    assert "pipeline" not in race.expectation(stack, INTERPRETER)[2]
 
 
 # Rows with marks

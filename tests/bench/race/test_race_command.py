@@ -17,7 +17,7 @@ from synthetic import CASE
 from bench.race import arithmetic, conftest
 from bench.race.correctness import Truth
 from bench.race.engine import Race
-from bench.report.results import ARMS, Check
+from bench.report.results import Check
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -60,21 +60,6 @@ def test_the_gpu_command_without_an_installation(tmp_path: Path) -> None:
     output = str(tmp_path / "results.json")
     shown = started("-S", "-c", code, "correctness", "--rehearse", "h200", "--output", output, PYTHONPATH=site)
     assert "tests/kernels/test_gpu.py: " in shown
-
-
-@pytest.mark.parametrize(
-    ("name", "given", "message"),
-    [
-        ("suite", ["short", "long"], r"--suite must be of flashrnn, .*, deepbench_skip_input, got 'long'"),
-        ("dtype", ["fp8"], r"--dtype must be of fp16, bf16, tf32, fp32, got 'fp8'"),
-        ("arm", ["torch", "jax"], r"--arm must be of persistrnn, torch, torch-best, torchrl, flashrnn, xma, got 'jax'"),
-    ],
-)
-def test_names(name: str, given: list[str], message: str) -> None:
-    right = {"suite": ["short"], "dtype": ["fp16"], "arm": list(ARMS)}
-    conftest.pytest_configure(SimpleNamespace(getoption=right.get))
-    with pytest.raises(pytest.UsageError, match=message):
-        conftest.pytest_configure(SimpleNamespace(getoption=(right | {name: given}).get))
 
 
 @pytest.mark.parametrize(
