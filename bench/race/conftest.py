@@ -70,10 +70,14 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: object, outp
 race_of = lru_cache(maxsize=1)(Race)
 
 
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return device_of(request.config)
+
+
 @pytest.fixture
-def compete(request: pytest.FixtureRequest) -> Callable[[BenchmarkFixture, Case, str], None]:
+def compete(device: torch.device) -> Callable[[BenchmarkFixture, Case, str], None]:
     """compete(benchmark, case, arm): check, then time."""
-    device = device_of(request.config)
     return lambda benchmark, case, arm: run(benchmark, race_of(case, device), arm)
 
 
