@@ -174,7 +174,7 @@ class Run:
     def begin(self, step: Step, until: float, red: str) -> Child:
         given = self.options
         task = Task(
-            step.name, str(self.journal(step.name)), until - 2, sorted(self.done(step.name)), red,
+            step.name, str(self.journal(step.name)), until - 2, frozenset(self.done(step.name)), red,
             given.rehearse or "", given.minutes, given.suite, given.dtype, given.arm,
         )  # fmt: skip
         return Child(step, task, self.command(step, task), until)

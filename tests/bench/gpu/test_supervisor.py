@@ -42,7 +42,7 @@ for i, item in enumerate(items):
     open(journal, "a").write(text + "\\n")
     if "lost" in item:
         open(state, "w").write("\\n".join(["", *items[i + 1 :]]))
-        sys.exit(3)
+        sys.exit(70)
 os.remove(state)
 """
 STEP = Step("step", 60, 1, "", lambda task: ())
