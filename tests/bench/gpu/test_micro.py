@@ -197,7 +197,7 @@ def launch_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
     def made(item: Item, device: str, spin: bool = False) -> Launch:
         # Of a rate there is nothing in no cycles.
-        with compiling(hardware.DEVICES[device], "", "counter", 1), contextlib.suppress(ZeroDivisionError):
+        with compiling(hardware.DEVICES[device], "counter", 1), contextlib.suppress(ZeroDivisionError):
             item.start()()
         return next(one for one in reversed(seen) if (one.kernel.metadata.name == "spin") == spin)
 
