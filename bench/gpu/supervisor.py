@@ -72,8 +72,7 @@ class Child:
         """Whether it has ended; one that takes too long is ended here."""
         status = self.process.poll()
         if status is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # what it had started
+            self.kill()
             if status != 0:
                 self.how = f"died by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
             return True
@@ -89,7 +88,9 @@ class Child:
         return True
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """End it with all that it has started; of one that has ended, what it had started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:  # stuck in the driver of the device

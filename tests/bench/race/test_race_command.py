@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,8 +101,10 @@ def test_what_is_said_of_a_timing() -> None:
 
 def test_a_wrong_arm_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Truth, "check", lambda self, arm, runner: Check(TINY, arm, False, 37.0, "y is upside down"))
-    with pytest.raises(pytest.fail.Exception, match=r"torch is wrong on training lstm fp32 .*: y is upside down"):
+    with pytest.raises((pytest.fail.Exception, pytest.skip.Exception)) as stop:
         conftest.run(Benchmark(), Race(TINY, CPU), "torch")
+    assert isinstance(stop.value, pytest.fail.Exception), "a skip would end this test green"
+    assert re.match(r"torch is wrong on training lstm fp32 .*: y is upside down", str(stop.value))
 
 
 def test_an_arm_that_does_not_run_says_why() -> None:
