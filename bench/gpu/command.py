@@ -23,7 +23,7 @@ from bench.gpu.steps import FIRST, PARTS, ROOT, TESTS
 from bench.gpu.supervisor import Run, printed, say
 from bench.race import suites
 from bench.report import provenance, results
-from bench.report.results import ARMS, Results
+from bench.report.results import ARMS
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner.hardware import DEVICES
 
@@ -60,18 +60,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def opened(path: Path, now: results.Provenance) -> Results:
-    """What the file has, or nothing yet.
-
-    Raises:
-        OSError, ValueError: it is no results file.
-        UsageError: it is of another machine, or of other versions.
-    """
-    found = results.load(path) if path.exists() else Results(now)
-    provenance.refuse_another(path, found.provenance, now)
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     argv = sys.argv[1:] if argv is None else argv
@@ -85,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = f"rehearsal-{given.rehearse}" if given.rehearse else now.device
     path = given.output or ROOT / "bench" / "results" / f"{'-'.join(name.lower().split())}-{now.commit[:8]}.json"
     try:
-        run = Run(path, opened(path, now), given)
+        found = results.load(path) if path.exists() else results.Results(now)
+        provenance.refuse_another(path, found.provenance, now)
+        run = Run(path, found, given)
     except (UsageError, ValueError, OSError) as error:
         p.error(str(error))
     say(f"{now.device}, results in {path}")
