@@ -142,22 +142,14 @@ def changes(record: Hardware, found: Measurements) -> str:
     return str(table("", words("constant", "old", "", "new", "new/old"), lines))
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m bench.gpu.calibrate", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    about = __doc__.split("\n")[0]
+    p = argparse.ArgumentParser(prog="python -m bench.gpu.calibrate", description=about, allow_abbrev=False)
     p.add_argument("results", type=Path, metavar="RESULTS.json", help="what `make gpu` wrote")
-    p.add_argument(
-        "--device", type=str.lower, choices=sorted(DEVICES), help="the record (default: the one of the measured device)"
-    )
+    p.add_argument("--device", type=str.lower, choices=sorted(DEVICES), help="the record (default: the measured one's)")
     p.add_argument("--output", type=Path, metavar="FILE.json", help="default: kernels/measured/<record>.json")
     p.add_argument("--allow-dirty", action="store_true", help="take results of a checkout with uncommitted changes")
     p.add_argument("--force", action="store_true", help="replace the file that is there")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    p = parser()
     arguments = p.parse_args(argv)
     results = named(arguments.results, p)
     try:

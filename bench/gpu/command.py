@@ -23,7 +23,7 @@ from bench.gpu.steps import FIRST, PARTS, ROOT, TESTS
 from bench.gpu.supervisor import Run, printed, say
 from bench.race import suites
 from bench.report import provenance, results
-from bench.report.results import ARMS, DTYPES, Results
+from bench.report.results import ARMS
 from persistrnn.kernels import launch
 from persistrnn.kernels.planner.hardware import DEVICES
 
@@ -53,23 +53,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, help="the file (default: bench/results/DEVICE-COMMIT.json)")
     p.add_argument("--minutes", type=_minutes, default=8.0, help="per part, of first in all (default: 8)")
     p.add_argument("--suite", nargs="+", choices=list(suites.SUITES), default=list(suites.SUITES))
-    p.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16", "fp16", "tf32", "fp32"])
+    p.add_argument("--dtype", nargs="+", choices=list(suites.IN_ORDER), default=list(suites.IN_ORDER))
     p.add_argument("--arm", nargs="+", choices=list(ARMS), default=list(ARMS))
     p.add_argument("--commit", default="", help="what is checked out, where git cannot say")
     p.add_argument("--rehearse", choices=sorted(DEVICES), help="no GPU: predict for this one")
     return p
-
-
-def opened(path: Path, now: results.Provenance) -> Results:
-    """What the file has, or nothing yet.
-
-    Raises:
-        OSError, ValueError: it is no results file.
-        UsageError: it is of another machine, or of other versions.
-    """
-    found = results.load(path) if path.exists() else Results(now)
-    provenance.refuse_another(path, found.provenance, now)
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = f"rehearsal-{given.rehearse}" if given.rehearse else now.device
     path = given.output or ROOT / "bench" / "results" / f"{'-'.join(name.lower().split())}-{now.commit[:8]}.json"
     try:
-        run = Run(path, opened(path, now), given)
+        found = results.load(path) if path.exists() else results.Results(now)
+        provenance.refuse_another(path, found.provenance, now)
+        run = Run(path, found, given)
     except (UsageError, ValueError, OSError) as error:
         p.error(str(error))
     say(f"{now.device}, results in {path}")

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 from unittest import mock
@@ -29,7 +29,6 @@ from triton.runtime.jit import JITFunction
 from bench.gpu import micro, smoke
 from bench.race import arms, suites
 from bench.race.correctness import run as outputs_and_gradients
-from bench.report.results import Case
 from persistrnn import decide
 from persistrnn.kernels import launch
 from persistrnn.kernels.device.exchange import Exchange
@@ -38,8 +37,6 @@ from persistrnn.kernels.planner import hardware as devices
 from persistrnn.kernels.planner.hardware import Hardware
 from persistrnn.kernels.planner.pipeline import Pipeline
 
-# What is measured of the exchange, and all else that the plan takes for granted.
-EXCHANGE = micro.Scale(programs=(4, 16, 64, 128), payloads=(0, 4 * micro.KIB, 64 * micro.KIB))
 STEPS = 2  # that are run here; no kernel depends on how many there will be
 
 
@@ -59,35 +56,23 @@ class Driver:
         return 0
 
 
-@dataclass(frozen=True)
-class Compilation:
-    """A case and the kernel of it that is compiled; or the measurement of that name, with all of its kernels."""
-
-    work: Case | tuple[str, int, int]
-    kernel: str = ""
-    protocol: str = "counter"
-
-    def __str__(self) -> str:
-        what = self.work.key if isinstance(self.work, Case) else " ".join(map(str, self.work))
-        return " ".join(word for word in (what, self.kernel, self.protocol * bool(self.kernel)) if word)
+# A case with its exchange; or the key of a measurement.
+Work = smoke.Smoke | tuple[str, int, int]
 
 
-def tasks(hardware: Hardware) -> list[Compilation]:
+def tasks(hardware: Hardware) -> list[Work]:
     """In the order in which the first run needs them, equal ones once."""
-    found: list[Compilation] = []
-    for case, protocol in [*((s.case, s.protocol) for s in smoke.SMOKE), *((c, "counter") for c in suites.first())]:
-        kernels = ("scan_forward", "scan_backward")[: 2 if case.mode == "training" else 1]
-        found += [Compilation(case, kernel, protocol) for kernel in kernels]
-    machine = Compiler(hardware)
-    found += [Compilation(item.key) for item in micro.items(machine) if item.name not in ("clock", "memory")]
-    return list(dict.fromkeys(found))
+    cases = [*smoke.SMOKE, *(smoke.Smoke(case.key, case) for case in suites.first())]
+    once = {(one.case, one.protocol): one for one in reversed(cases)}
+    items = micro.items(Compiler(hardware))
+    return [*reversed(once.values()), *(item.key for item in items if item.name not in ("clock", "memory"))]
 
 
 class Compiler(micro.Machine):
     """A machine on which the microbenchmarks' kernels are compiled and nothing is measured."""
 
     def __init__(self, hardware: Hardware) -> None:
-        super().__init__(torch.device("cpu"), replace(EXCHANGE, exchanges=STEPS, copied=micro.KIB))
+        super().__init__(torch.device("cpu"), micro.Scale(exchanges=STEPS, copied=micro.KIB))
         self.hardware, self.cuda, self.multiprocessors = hardware, True, hardware.multiprocessors
 
     def error_word(self) -> torch.Tensor:
@@ -103,8 +88,8 @@ class Compiler(micro.Machine):
 
 
 @contextlib.contextmanager
-def compiling(hardware: Hardware, kernel: str, protocol: str, steps: int) -> Iterator[list[float]]:
-    """Inside, launches on CPU tensors compile ``kernel`` ("": all) for a device and launch nothing.
+def compiling(hardware: Hardware, protocol: str, steps: int) -> Iterator[list[float]]:
+    """Inside, launches on CPU tensors compile their kernels for a device and launch nothing.
 
     Yields the seconds (of a core that does nothing else) of each compilation; what is in the cache takes none.
     steps: T of the run that this is for; whether a stack is a pipeline is theirs.
@@ -114,12 +99,11 @@ def compiling(hardware: Hardware, kernel: str, protocol: str, steps: int) -> Ite
     run, faster = JITFunction.run, Pipeline.faster
 
     def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        if kernel in ("", self.__name__):
-            start = sum(os.times()[:4])  # this process and those that it has waited for, such as ptxas
-            run(self, *args, grid=grid, warmup=True, **kwargs)
-            if any(missed):
-                seconds.append(sum(os.times()[:4]) - start)
-            missed.clear()
+        start = sum(os.times()[:4])  # this process and those that it has waited for, such as ptxas
+        run(self, *args, grid=grid, warmup=True, **kwargs)
+        if any(missed):
+            seconds.append(sum(os.times()[:4]) - start)
+        missed.clear()
 
     def listen(*, cache_hit: bool, **_: Any) -> None:
         missed.append(not cache_hit)
@@ -142,26 +126,28 @@ def compiling(hardware: Hardware, kernel: str, protocol: str, steps: int) -> Ite
         driver._active = before
 
 
-def compile_task(task: Compilation, hardware: Hardware) -> list[float]:
+def compile_task(work: Work, hardware: Hardware) -> list[float]:
     """Seconds of each kernel that this compiled."""
     torch.set_num_threads(1)
-    if not isinstance(task.work, Case):
-        machine = Compiler(hardware)
-        (item,) = (item for item in micro.items(machine) if item.key == task.work)
-        with compiling(hardware, "", "counter", 1) as seconds, contextlib.suppress(ZeroDivisionError):
+    if not isinstance(work, smoke.Smoke):
+        (item,) = (item for item in micro.items(Compiler(hardware)) if item.key == work)
+        with compiling(hardware, "counter", 1) as seconds, contextlib.suppress(ZeroDivisionError):
             item.start()()  # of a rate, nothing in no cycles
         return seconds
-    case = replace(task.work, steps=STEPS)
-    device = torch.device("cpu")
-    with compiling(hardware, task.kernel, task.protocol, task.work.steps) as seconds:
-        runner = arms.persistent(case, arms.source(case), device)
+    case = replace(work.case, steps=STEPS)
+    with compiling(hardware, work.protocol, work.case.steps) as seconds:
+        runner = arms.persistent(case, arms.source(case), torch.device("cpu"))
         x = torch.zeros(arms.input_shape(case))
         dy = torch.zeros(case.steps, case.batch, case.hidden * (2 if case.bidirectional else 1))
         outputs_and_gradients(runner, case, x, dy)
     return seconds
 
 
-def fill(hardware: Hardware, chosen: Sequence[Compilation]) -> tuple[str, list[str]]:
+def title(work: Work) -> str:
+    return work.name if isinstance(work, smoke.Smoke) else micro.title(*work)
+
+
+def fill(hardware: Hardware, chosen: Sequence[Work]) -> tuple[str, list[str]]:
     """Compile in processes of their own, as many as there are cores.
 
     Returns:
@@ -172,7 +158,7 @@ def fill(hardware: Hardware, chosen: Sequence[Compilation]) -> tuple[str, list[s
     wrong = []
     # Fresh processes: a fork of one that has threads, or a GPU, may hang.
     with ProcessPoolExecutor(min(jobs, len(chosen)), get_context("spawn")) as pool:
-        pending = {pool.submit(compile_task, task, hardware): task for task in chosen}
+        pending = {pool.submit(compile_task, work, hardware): title(work) for work in chosen}
         for done in as_completed(pending):
             try:
                 took = done.result()

@@ -19,6 +19,8 @@ from bench.report import results
 from bench.report.results import Entry, Results
 from persistrnn.kernels.planner.hardware import Hardware, named
 
+LISTED = 20  # of what is left
+
 
 @dataclass(frozen=True)
 class Task:
@@ -36,7 +38,7 @@ class Task:
     step: str
     journal: str
     until: float
-    done: Sequence[str] = ()
+    done: frozenset[str] = frozenset()
     red: str = ""
     rehearse: str = ""
     minutes: float = 8.0
@@ -63,7 +65,7 @@ class Task:
         return Path(self.journal).with_suffix(".running")
 
     def save(self) -> None:
-        self.file.write_text(json.dumps(asdict(self)))
+        self.file.write_text(json.dumps(asdict(self), default=sorted))
 
     def late(self) -> bool:
         return time.monotonic() >= self.until
@@ -82,13 +84,16 @@ class Task:
         if not item and not left:
             self.running.unlink(missing_ok=True)
             return
+        # The race has thousands of them.
+        more = [f"and {len(left) - LISTED} more"] if len(left) > LISTED else []
         unfinished = self.running.with_suffix(".tmp")
-        unfinished.write_text("\n".join([item, *left]))
+        unfinished.write_text("\n".join([item, *left[:LISTED], *more]))
         os.replace(unfinished, self.running)
 
 
 def load(file: Path) -> Task:
-    return Task(**json.loads(file.read_text()))
+    given = json.loads(file.read_text())
+    return Task(**given | {"done": frozenset(given["done"])})
 
 
 def outcomes(found: Results) -> dict[str, bool]:

@@ -58,7 +58,7 @@ class Scale:
         spin_limit: polls before a wait gives up.
     """
 
-    programs: tuple[int, ...] = (2, 4, 16, 33, 66, 132)
+    programs: tuple[int, ...] = (4, 16, 64, 128)
     payloads: tuple[int, ...] = (0, 4 * KIB, 64 * KIB)
     exchanges: int = 512
     lines: int = 256
@@ -84,6 +84,10 @@ REHEARSAL = Scale(
 )  # fmt: skip
 
 
+def title(name: str, programs: int, payload: int) -> str:
+    return f"{name}, {programs} programs, {payload:,} bytes"
+
+
 @dataclass(frozen=True)
 class Item:
     """One measurement. start: allocates, and returns what takes one round's value. skip: why it cannot run here."""
@@ -100,7 +104,7 @@ class Item:
         return self.name, self.programs, self.payload
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.programs} programs, {self.payload:,} bytes"
+        return title(*self.key)
 
 
 class Machine:

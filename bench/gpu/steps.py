@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ Item = tuple[str, Callable[[], str]]
 
 @dataclass(frozen=True)
 class Step:
-    """seconds: of the whole step, at most; item: of one of its items, at most. beside: runs beside the next one.
+    """seconds: of the whole step, at most; item: of one of its items, at most.
 
     items: what there is to do, or None for the GPU tests, which run under pytest.
     """
@@ -39,7 +39,6 @@ class Step:
     item: int
     what: str
     items: Callable[[Task], Iterable[Item]] | None
-    beside: bool = False
 
 
 def kept(task: Task, entry: Entry, message: str) -> str:
@@ -55,17 +54,13 @@ def kept(task: Task, entry: Entry, message: str) -> str:
 
 def machine(task: Task) -> Iterator[Item]:
     def facts() -> str:
-        now = provenance.provenance(task.device)
-        found = [now.device, now.arch, f"driver {now.driver}", f"CUDA {now.cuda}", f"cuDNN {now.cudnn}"]
-        found += [f"torch {now.torch}", f"Triton {now.triton}", f"Python {now.python}", f"{os.cpu_count()} cores"]
+        found: dict[str, object] = asdict(provenance.provenance(task.device)) | {"cores": os.cpu_count()}
         if task.device.type == "cuda":
-            here = launch.hardware(task.device)
-            free, total = torch.cuda.mem_get_info(task.device)
-            found += [f"{here.multiprocessors} multiprocessors", f"L2 {here.l2:,} bytes"]
-            found += [f"shared memory {here.shared:,} bytes", f"registers {here.registers:,}"]
-            found += [f"memory {free >> 20:,} of {total >> 20:,} MiB free", f"clock {now.clocks_before} MHz"]
-            found += [f"planned for as {here.name!r}", provenance.state()]
-        return "; ".join(found)
+            here, (free, total) = launch.hardware(task.device), torch.cuda.mem_get_info(task.device)
+            found |= {name: getattr(here, name) for name in ("multiprocessors", "l2", "shared", "registers")}
+            found |= {"planned for as": here.name, "MiB free": f"{free >> 20} of {total >> 20}"}
+            found |= {"state": provenance.state()}
+        return "; ".join(f"{name} {value}" for name, value in found.items())
 
     def touched(cooperative: bool) -> str:
         here = micro.Machine(task.device, micro.REHEARSAL)
@@ -95,6 +90,7 @@ def compiled(task: Task) -> Iterator[Item]:
     hardware = task.hardware or launch.hardware(task.device)
 
     def run() -> str:
+        os.environ.pop("TRITON_INTERPRET", None)  # which compiles nothing
         chosen = compile_first.tasks(hardware)[: 1 if task.hardware else None]
         message, wrong = compile_first.fill(hardware, chosen)
         if wrong:
@@ -136,9 +132,9 @@ def stressed(task: Task) -> Iterator[Item]:
 # ---- what it costs ------------------------------------------------------------------------------------------------
 
 
-def measured(task: Task, scale: micro.Scale, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Item]:
+def measured(task: Task, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Item]:
     # In the interpreter programs run one after the other: one that waits for another waits for ever.
-    here = micro.Machine(task.device, replace(micro.REHEARSAL, programs=(1,)) if task.hardware else scale)
+    here = micro.Machine(task.device, replace(micro.REHEARSAL, programs=(1,)) if task.hardware else micro.Scale())
 
     def take(item: micro.Item) -> str:
         if item.skip:
@@ -152,11 +148,11 @@ def measured(task: Task, scale: micro.Scale, wanted: Callable[[str], bool] = lam
 
 
 def exchange(task: Task) -> Iterator[Item]:
-    return measured(task, compile_first.EXCHANGE, lambda name: name.startswith("exchange"))
+    return measured(task, lambda name: name.startswith("exchange"))
 
 
 def constants(task: Task) -> Iterator[Item]:
-    return measured(task, compile_first.EXCHANGE, lambda name: not name.startswith("exchange"))
+    return measured(task, lambda name: not name.startswith("exchange"))
 
 
 def micros(task: Task) -> Iterator[Item]:
@@ -166,8 +162,8 @@ def micros(task: Task) -> Iterator[Item]:
         found = micro.first_call()
         return kept(task, found, f"forward and backward of an LSTM, H=1024, compiling included: {found.value:.1f} s")
 
-    yield "first call in a process", first_call
-    yield from measured(task, micro.Scale())
+    yield micro.title("first call", 1, 0), first_call
+    yield from measured(task)
 
 
 def tuned(task: Task) -> Iterator[Item]:
@@ -230,7 +226,7 @@ def raced(task: Task) -> Iterator[Item]:
 
 CORRECTNESS = "every test that needs a GPU, the most telling first"
 FIRST = (
-    Step("machine", 30, 15, "device, versions, clocks; cooperative launch, pinned memory", machine, beside=True),
+    Step("machine", 30, 15, "device, versions, clocks; cooperative launch, pinned memory", machine),
     Step("compile", 60, 60, "all kernels that follow, on all cores", compiled),
     Step("smoke", 60, 20, f"{len(smoke.SMOKE)} cases against float64, from the simplest up", smoked),
     Step("exchange", 40, 10, "both protocols among 4, 16, 64 and 128 programs", exchange),
@@ -244,7 +240,7 @@ CAUSES = Step("causes", 60, 15, "only where smoke is red: what the first red cas
 PARTS = (
     Step("correctness", REST, 240, CORRECTNESS, None),
     Step("stress", REST, 240, "random shapes beside a busy neighbour, several streams, compute-sanitizer", stressed),
-    Step("micro", REST, 60, "the constants that the plan assumes, and the first call in a process", micros),
+    Step("micro", REST, 60, "exchange and constants, and the first call in a process", micros),
     Step("race", REST, 120, "every suite by every arm, checked, then timed", raced),
     Step("tune", REST, 120, "the choices that the planner ranks highest, against each other", tuned),
 )

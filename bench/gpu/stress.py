@@ -46,11 +46,11 @@ def random_shapes(device: torch.device, seconds: float, largest: int = 2048, lon
     """The bound of the tests on shapes drawn until the time is over, with a loud neighbour on another stream."""
     generator = random.Random(seed)
     end, count = time.monotonic() + seconds, 0
-    neighbour = Neighbour(device)
+    disturb = neighbour(device)
     while time.monotonic() < end or count == 0:
         case = drawn(generator, largest, longest)
         race = Race(case, device)
-        neighbour.work()
+        disturb()
         check = race.check("persistrnn", race.runner("persistrnn"))
         if not check.ok:
             raise AssertionError(f"{case.key}: {check.message}")
@@ -58,20 +58,19 @@ def random_shapes(device: torch.device, seconds: float, largest: int = 2048, lon
     return f"{count} shapes, outputs and all gradients within the bound"
 
 
-class Neighbour:
-    """Products on another stream that take multiprocessors from whoever wants all of them."""
+def neighbour(device: torch.device) -> Callable[[], None]:
+    """Queues products on another stream that take multiprocessors from whoever wants all of them."""
+    if device.type != "cuda":
+        return lambda: None
+    stream = torch.cuda.Stream(device)
+    matrix = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
 
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        if self.cuda:
-            self.stream = torch.cuda.Stream(device)
-            self.matrix = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+    def work() -> None:
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                matrix @ matrix
 
-    def work(self) -> None:
-        if self.cuda:
-            with torch.cuda.stream(self.stream):
-                for _ in range(20):
-                    self.matrix @ self.matrix
+    return work
 
 
 def many_streams(device: torch.device, seconds: float) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bench.gpu import smoke
+from bench.gpu import micro, smoke
 from bench.gpu.journal import Task, outcomes
 from bench.gpu.steps import CAUSES, REST, ROOT, STEPS, TESTS, Step
 from bench.gpu.worker import LOST
@@ -36,9 +36,7 @@ def printed(steps: Sequence[Step], minutes: float) -> str:
     """The plan; what a step does not need goes to those that follow."""
     lines = [f"{START:5d} s  start and end"]
     for step in steps:
-        seconds = (
-            "beside the next" if step.beside else "what is left" if step.seconds == REST else f"{step.seconds:5d} s"
-        )
+        seconds = "what is left" if step.seconds == REST else f"{step.seconds:5d} s"
         lines.append(f"{seconds}  {step.name}: {step.what}")
     lines.append(f"in place of what follows, {CAUSES.seconds} s  {CAUSES.name}: {CAUSES.what}")
     return "\n".join([*lines, f"{60 * minutes:5.0f} s at most: what comes last is cut first"])
@@ -53,15 +51,13 @@ class Child:
 
     def __init__(self, step: Step, task: Task, command: list[str], until: float) -> None:
         self.step, self.task, self.until = step, task, until
-        self.read, self.item, self.since = 0, "", time.monotonic()
+        self.item, self.since = "", time.monotonic()
         self.how = ""  # how it was ended, or ended badly
         self.cut = False  # the time of the whole step was over
         task.save()
         task.running.unlink(missing_ok=True)
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         environment.setdefault("TRITON_CACHE_DIR", str(ROOT / CACHE))
-        if step.name == "compile":
-            environment.pop("TRITON_INTERPRET", None)  # which compiles nothing
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=self.errors)
 
@@ -76,8 +72,7 @@ class Child:
         """Whether it has ended; one that takes too long is ended here."""
         status = self.process.poll()
         if status is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # what it had started
+            self.kill()
             if status != 0:
                 self.how = f"died by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
             return True
@@ -93,7 +88,9 @@ class Child:
         return True
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """End it with all that it has started; of one that has ended, what it had started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:  # stuck in the driver of the device
@@ -158,11 +155,13 @@ class Run:
         return start + len(content) - len(rest)
 
     def done(self, step: str) -> set[str]:
-        """What is not run: all that was tried in this run, and what was green, or raced, in an earlier one. Kernels are
-        compiled again: this machine may be another one."""
+        """What is not run: all that was tried in this run, and what was green, raced or measured in an earlier one.
+        Kernels are compiled again: this machine may be another one."""
         before = {name for name, ok in outcomes(self.results).items() if ok or name.startswith("race")}
-        raced = {f"{step}: {timing.case.key}, {timing.arm}" for timing in self.results.timings}
-        return self.tried | raced | {name for name in before if not name.startswith("compile:")}
+        found = {f"{timing.case.key}, {timing.arm}" for timing in self.results.timings}
+        found |= {micro.title(one.name, one.programs, one.payload) for one in self.results.micro}
+        kept = {name for name in before if not name.startswith("compile:")}
+        return self.tried | kept | {f"{step}: {name}" for name in found}
 
     # -- processes
 
@@ -176,30 +175,26 @@ class Run:
     def begin(self, step: Step, until: float, red: str) -> Child:
         given = self.options
         task = Task(
-            step.name, str(self.journal(step.name)), until - 2, sorted(self.done(step.name)), red,
+            step.name, str(self.journal(step.name)), until - 2, frozenset(self.done(step.name)), red,
             given.rehearse or "", given.minutes, given.suite, given.dtype, given.arm,
         )  # fmt: skip
         return Child(step, task, self.command(step, task), until)
 
-    def watch(self, steps: list[tuple[Step, float]], red: str = "") -> None:
-        """Run steps beside each other, each again without the item that ended it, until they are through."""
-        now = time.monotonic()
-        children = [self.begin(step, now + seconds, red) for step, seconds in steps]
-        try:
-            while children:
-                time.sleep(0.05)
-                for child in list(children):
+    def watch(self, step: Step, seconds: float, red: str = "") -> None:
+        """Run a step, again without the item that ended it, until it is through. red: as in ``Task``."""
+        until = time.monotonic() + seconds
+        again = True
+        while again:
+            child, read, over = self.begin(step, until, red), 0, False
+            try:
+                while not over:
+                    time.sleep(0.05)
                     over = child.over()
-                    child.read = self.fold(child.step.name, child.read, over)
-                    if not over:
-                        continue
-                    children.remove(child)
-                    if self.ended(child):
-                        children.append(self.begin(child.step, child.until, red))
-        finally:
-            for child in children:  # on the way out by an exception
+                    read = self.fold(step.name, read, over)
+            except BaseException:
                 child.kill()
-                child.stderr()
+                raise
+            again = self.ended(child)
 
     def ended(self, child: Child) -> bool:
         """Note how a process ended; whether there are items left for another one."""
@@ -234,18 +229,14 @@ class Run:
         return all(found.values())
 
     def group(self, steps: Sequence[Step]) -> None:
-        stopped, beside = "", []
+        stopped = ""
         for step in steps:
-            seconds = min(step.seconds, self.end - time.monotonic())
-            if stopped or (seconds < LEAST and not beside):
+            start = time.monotonic()
+            seconds = min(step.seconds, self.end - start)
+            if stopped or seconds < LEAST:
                 self.note(NOT_RUN + step.name, False, 0.0, stopped or "no time was left")
                 continue
-            beside.append((step, seconds))
-            if step.beside and step is not steps[-1]:
-                continue
-            start = time.monotonic()
-            self.watch(beside)
-            beside = []
+            self.watch(step, seconds)
             say(f"== {step.name}: {time.monotonic() - start:.0f} s")
             if step.name == "smoke":
                 stopped = self.after_smoke()
@@ -258,7 +249,7 @@ class Run:
             return ""
         seconds = min(CAUSES.seconds, self.end - time.monotonic())
         if seconds >= LEAST:
-            self.watch([(CAUSES, seconds)], red[0])
+            self.watch(CAUSES, seconds, red[0])
         return f"the simplest cases are wrong: {red[0]}" if red[0] in smoke.FIRST else ""
 
     def summary(self, found: dict[str, bool]) -> str:

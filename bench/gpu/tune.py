@@ -67,12 +67,14 @@ def words(choice: Choice) -> str:
 
 def items(device: torch.device) -> Iterator[tuple[str, Callable[[], Tuning]]]:
     """Names of what there is to run, and what runs it; the names tell choices apart."""
-    hardware, kept = launch.hardware(device), []  # of the present case
+    hardware = launch.hardware(device)
+    present: list[Race] = []
 
     def take(case: Case, backward: bool, part: planning.Pass, planned: bool) -> Tuning:
-        if not kept or kept[0].case != case:
-            kept[:] = [Race(case, device)]
-        return Tuning(case, backward, words(part.choice), planned, part.predicted, run(kept[0], part, backward))
+        if not present or present[0].case != case:
+            present.clear()  # its memory first
+            present.append(Race(case, device))
+        return Tuning(case, backward, words(part.choice), planned, part.predicted, run(present[0], part, backward))
 
     for case in cases():
         for backward in (False, True):

@@ -16,7 +16,7 @@ from bench.race.arithmetic import bytes_moved
 from bench.race.arms import Skip
 from bench.race.engine import REHEARSED, Race
 from bench.report.provenance import provenance
-from bench.report.results import ARMS, DTYPES, Case, Timing
+from bench.report.results import ARMS, Case
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -24,19 +24,11 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     group = parser.getgroup("persistrnn")
-    group.addoption("--suite", nargs="+", default=list(suites.SUITES), help=f"of {', '.join(suites.SUITES)}")
-    group.addoption("--dtype", nargs="+", default=["bf16", "fp16", "tf32", "fp32"], help=f"of {', '.join(DTYPES)}")
-    group.addoption("--arm", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}")
+    for name, allowed in (("suite", suites.SUITES), ("dtype", suites.IN_ORDER), ("arm", ARMS)):
+        group.addoption(f"--{name}", nargs="+", choices=list(allowed), default=list(allowed))
     group.addoption("--rehearse", action="store_true", help="in Triton's interpreter, in small, without speeds")
     if not pluginmanager.hasplugin("timeout"):  # as on a GPU machine without a package index
         parser.addini("timeout", "of pytest-timeout, which is not installed here")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for name, allowed in (("suite", tuple(suites.SUITES)), ("dtype", DTYPES), ("arm", ARMS)):
-        for given in config.getoption(name):
-            if given not in allowed:
-                raise pytest.UsageError(f"--{name} must be of {', '.join(allowed)}, got {given!r}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -78,10 +70,14 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: object, outp
 race_of = lru_cache(maxsize=1)(Race)
 
 
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return device_of(request.config)
+
+
 @pytest.fixture
-def compete(request: pytest.FixtureRequest) -> Callable[[BenchmarkFixture, Case, str], None]:
+def compete(device: torch.device) -> Callable[[BenchmarkFixture, Case, str], None]:
     """compete(benchmark, case, arm): check, then time."""
-    device = device_of(request.config)
     return lambda benchmark, case, arm: run(benchmark, race_of(case, device), arm)
 
 
@@ -100,13 +96,7 @@ def run(benchmark: BenchmarkFixture, race: Race, arm: str) -> None:
             pytest.fail("pytest-benchmark takes no times here; run with --benchmark-only, and without -n")
         return list(benchmark.stats.stats.data)  # per call, not per round
 
-    keep(benchmark, race.time(arm, runner, timer))
-    if race.device.type == "cpu":
-        pytest.skip(REHEARSED)
-
-
-def keep(benchmark: BenchmarkFixture, timing: Timing) -> None:
-    """What pytest-benchmark's own file says of a timing."""
+    timing = race.time(arm, runner, timer)
     seconds = timing.microseconds / 1e6
     benchmark.group = timing.case.key
     benchmark.extra_info.update(
@@ -122,3 +112,5 @@ def keep(benchmark: BenchmarkFixture, timing: Timing) -> None:
         plan=timing.plan,
         path=timing.path,
     )
+    if race.device.type == "cpu":
+        pytest.skip(REHEARSED)

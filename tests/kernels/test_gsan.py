@@ -36,7 +36,7 @@ def test_the_exchange_is_instrumented(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.knobs.compilation, "instrumentation_mode", "gsan")
     monkeypatch.setattr(JITFunction, "run", lambda *a, **options: found.append(inner(*a, **options)))
     case = replace(next(one.case for one in smoke.SMOKE if one.wanted == "several slices"), steps=2)
-    with compiling(hardware, "scan_forward", "counter", 2):
+    with compiling(hardware, "counter", 2):
         monkeypatch.setattr(launch, "exchange_for", lambda device: Exchange(poll="atomic"))
         runner = arms.persistent(case, arms.source(case), torch.device("cpu"))
         run(runner, case, torch.zeros(arms.input_shape(case)), torch.zeros(2, case.batch, case.hidden))

@@ -47,8 +47,8 @@ IMPORTERS = {"persistrnn.decide", "persistrnn.ops"}
 RECORDS = {f"persistrnn.kernels.{name}" for name in ("cells", "cells.registration", "tensors", "planner.typed_json")}
 # Of bench/ those that measure the kernels themselves, and not what users call.
 MEASURE_KERNELS = {
-    *(f"bench.gpu.{name}" for name in ("calibrate", "command", "compile_first", "first_steps", "micro", "smoke")),
-    *("bench.gpu.micro_kernels", "bench.gpu.stress", "bench.gpu.tune"),
+    *(f"bench.gpu.{name}" for name in ("calibrate", "command", "compile_first", "journal", "micro", "micro_kernels")),
+    *(f"bench.gpu.{name}" for name in ("smoke", "steps", "stress", "tune", "worker")),
     *("bench.race.arms", "bench.race.engine", "bench.race.test_host"),
 }
 PUBLIC = {"persistrnn", "persistrnn.functional", "persistrnn.explain"} | RECORDS

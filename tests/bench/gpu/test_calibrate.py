@@ -71,48 +71,37 @@ def test_two_directions_are_kept_apart() -> None:
     }  # fmt: skip
 
 
+FORWARD, TRAINING = both(ROW, 1.0, 3.0)
+SHORT = both(replace(ROW, steps=8), 9.0, 99.0)
+ONE = {("persistent", False): 1.0}
+
+
 @pytest.mark.parametrize(
-    "left_out",
+    ("timings", "expected"),
     [
-        timing(replace(ROW, layers=2)),
-        timing(replace(ROW, input=0)),
-        timing(replace(ROW, marks="lengths")),
-        timing(replace(ROW, cell="other")),
-        timing(ROW, "torch-best"),
-        timing(ROW, "torchrl"),
-        timing(ROW, dtype="fp16"),
-        skipped(ROW, "persistrnn", "out of time"),
-        timing(replace(ROW, mode="training")),
+        ([timing(replace(ROW, layers=2))], {}),
+        ([timing(replace(ROW, input=0))], {}),
+        ([timing(replace(ROW, marks="lengths"))], {}),
+        ([timing(replace(ROW, cell="other"))], {}),
+        ([timing(ROW, "torch-best")], {}),
+        ([timing(ROW, dtype="fp16")], {}),
+        ([skipped(ROW, "persistrnn", "out of time")], {}),
+        # A backward needs a forward of the same shape and arm, and has a time.
+        ([TRAINING], {}),
+        ([timing(ROW, "torch", 100), TRAINING], {("torch", False): 1.0}),
+        ([timing(replace(ROW, steps=50), "persistrnn", 50), TRAINING], ONE),
+        ([timing(replace(ROW, input=128), "persistrnn", 100), TRAINING], ONE),
+        (both(ROW, 1.0, 1.0), ONE),
+        (both(ROW, 1.0, 0.5), ONE),
+        # The longest sequence counts, pass by pass, then the narrowest input.
+        ([*SHORT, FORWARD, TRAINING], ONE | {("persistent", True): 2.0}),
+        ([*SHORT, FORWARD], ONE | {("persistent", True): 90.0}),
+        ([timing(replace(ROW, input=512), "persistrnn", 400), timing(replace(ROW, input=64), "persistrnn", 100)], ONE),
     ],
 )
-def test_what_is_no_step_of_one_layer_is_left_out(left_out: Timing) -> None:
-    assert found_of(left_out) == {}
-
-
-def test_backward_needs_a_forward_of_the_same_shape_and_arm() -> None:
-    training = timing(replace(ROW, mode="training"), "persistrnn", 300)
-    assert found_of(timing(ROW, "torch", 100), training) == {("torch", False): 1.0}
-    assert found_of(timing(replace(ROW, steps=50), "persistrnn", 50), training) == {("persistent", False): 1.0}
-    assert found_of(timing(replace(ROW, input=128), "persistrnn", 100), training) == {("persistent", False): 1.0}
-
-
-@pytest.mark.parametrize("training", [1.0, 0.5])
-def test_backward_of_no_time_is_none(training: float) -> None:
-    assert found_of(*both(ROW, 1.0, training)) == {("persistent", False): 1.0}
-
-
-@pytest.mark.parametrize("turn", [1, -1])
-def test_longest_sequence_counts(turn: int) -> None:
-    """Whichever comes first, and pass by pass."""
-    short, long = both(replace(ROW, steps=8), 9.0, 99.0), both(ROW, 1.0, 3.0)
-    assert found_of(*[*short, *long][::turn]) == {("persistent", False): 1.0, ("persistent", True): 2.0}
-    assert found_of(*[*short, long[0]][::turn]) == {("persistent", False): 1.0, ("persistent", True): 90.0}
-
-
-@pytest.mark.parametrize("turn", [1, -1])
-def test_of_equal_lengths_the_narrowest_input_counts(turn: int) -> None:
-    rows = timing(replace(ROW, input=512), "persistrnn", 400), timing(replace(ROW, input=64), "persistrnn", 100)
-    assert found_of(*rows[::turn]) == {("persistent", False): 1.0}
+def test_what_is_a_step_of_one_layer(timings: list[Timing], expected: dict[tuple[str, bool], float]) -> None:
+    """Whichever comes first."""
+    assert found_of(*timings) == found_of(*timings[::-1]) == expected
 
 
 def test_constants_are_the_measurable_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench.gpu import compile_first, micro, smoke
-from bench.gpu.compile_first import Driver, Task, compile_task, fill, summary, tasks
+from bench.gpu import compile_first, smoke
+from bench.gpu.compile_first import Driver, compile_task, fill, tasks
+from bench.gpu.smoke import SMOKE, Smoke
 from bench.race import suites
 from bench.report.results import Case
 from persistrnn.kernels import launch
@@ -36,13 +38,12 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def test_tasks_are_all_that_the_first_run_launches() -> None:
     found = tasks(H200)
-    assert len(set(found)) == len(found)
-    asked = {(one.work, one.protocol, one.kernel) for one in found if isinstance(one.work, Case)}
-    cases = [(one.case, one.protocol) for one in smoke.SMOKE] + [(case, "counter") for case in suites.first()]
-    for case, protocol in cases:
-        assert (case, protocol, "scan_forward") in asked
-        assert ((case, protocol, "scan_backward") in asked) == (case.mode == "training")
-    measured = [one.work for one in found if not isinstance(one.work, Case)]
+    cases = [one for one in found if isinstance(one, Smoke)]
+    asked = [(one.case, one.protocol) for one in cases]
+    assert len(set(asked)) == len(asked)
+    assert set(asked) == {(one.case, one.protocol) for one in SMOKE} | {(case, "counter") for case in suites.first()}
+    assert cases[: len(SMOKE)] == list(SMOKE), "in their order"
+    measured = [one for one in found if not isinstance(one, Smoke)]
     assert {(name, n) for name, n, _ in measured if name.startswith("exchange")} == {
         (f"exchange {protocol}", n) for protocol in ("counter", "flags") for n in (4, 16, 64, 128)
     }
@@ -57,35 +58,35 @@ def test_the_exchange_is_that_of_a_launch_on_a_gpu(monkeypatch: pytest.MonkeyPat
     for protocol in ("counter", "flags"):
         with smoke.changed(cuda, protocol=protocol):
             launched = launch.exchange_for(cuda)
-        with compile_first.compiling(H200, "", protocol, 1):
+        with compile_first.compiling(H200, protocol, 1):
             assert launch.exchange_for(torch.device("cpu")) == launched == Exchange(protocol=protocol, poll="ptx")
 
 
+def compiled(**changes: Any) -> int:
+    """How many kernels of a small case that is changed so were not in the cache."""
+    return len(compile_task(Smoke("small", replace(SMALL, **changes)), H200))
+
+
 def test_a_second_time_all_is_in_the_cache() -> None:
-    """Whatever T is; and forward and backward are tasks of their own."""
-    forward, backward = (Task(SMALL, kernel) for kernel in ("scan_forward", "scan_backward"))
-    assert len(compile_task(forward, H200)) == 1
-    assert compile_task(forward, H200) == []
-    assert compile_task(replace(forward, work=replace(SMALL, steps=1)), H200) == []
-    assert len(compile_task(backward, H200)) == 1
-    assert compile_task(backward, H200) == []
-    assert len(compile_task(replace(forward, work=replace(SMALL, mode="forward")), H200)) == 1, "it saves nothing"
-    assert len(compile_task(replace(forward, work=replace(SMALL, marks="resets")), H200)) == 1
+    """Whatever T is."""
+    assert compiled() == 2
+    assert compiled() == compiled(steps=1) == 0
+    assert compiled(mode="forward") == 1, "it saves nothing"
+    assert compiled(mode="forward", marks="resets") == 1
 
 
-BARRIER = Task(("barrier", 132, 0))
+BARRIER = ("barrier", 132, 0)
 
 
 def test_a_measurements_kernels() -> None:
-    task = BARRIER
-    assert task in tasks(H200)
-    assert len(compile_task(task, H200)) == 2, "the barriers, and the spin that is ahead of all that is timed"
-    assert compile_task(task, H200) == []
+    assert BARRIER in tasks(H200)
+    assert len(compile_task(BARRIER, H200)) == 2, "the barriers, and the spin that is ahead of all that is timed"
+    assert compile_task(BARRIER, H200) == []
 
 
-def test_whether_a_stack_is_a_wave_is_that_of_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whether_a_stack_is_a_pipeline_is_that_of_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not of the two that are run here."""
-    stack = next(one.case for one in smoke.SMOKE if one.wanted == "wave")
+    stack = next(one for one in SMOKE if one.wanted == "pipeline")
     asked: list[int] = []
     faster, layers = compile_first.Pipeline.faster, []
 
@@ -95,10 +96,10 @@ def test_whether_a_stack_is_a_wave_is_that_of_its_own_steps(monkeypatch: pytest.
 
     monkeypatch.setattr(compile_first.Pipeline, "faster", watched)
     monkeypatch.setattr(compile_first.JITFunction, "run", lambda *_, tiling, **__: layers.append(tiling.layers))
-    compile_task(Task(stack, "scan_forward"), H200)
+    compile_task(replace(stack, case=replace(stack.case, mode="forward")), H200)
     assert asked
-    assert set(asked) == {stack.steps}
-    assert set(layers) == {stack.layers}
+    assert set(asked) == {stack.case.steps}
+    assert set(layers) == {stack.case.layers}
 
 
 @pytest.mark.parametrize("marks", ["", "lengths", "resets"])
@@ -106,28 +107,14 @@ def test_marks_reach_the_kernels(marks: str, monkeypatch: pytest.MonkeyPatch) ->
     """On a CPU rows with lengths would else run as a PackedSequence."""
     seen = []
     monkeypatch.setattr(compile_first.JITFunction, "run", lambda *_, marks, **__: seen.append(marks))
-    compile_task(Task(replace(SMALL, marks=marks), "scan_forward"), H200)
+    compiled(mode="forward", marks=marks)
     assert [one is not None for one in seen] == [bool(marks)]
 
 
-def test_what_cannot_be_compiled_is_said_and_the_others_are() -> None:
-    said: list[str] = []
-    seconds, wrong = fill(H200, 2, said.append, [Task(("no such thing", 1, 0)), BARRIER])
-    assert len(seconds) == 2
-    assert len(said) == 1
+def test_what_cannot_be_compiled_is_said_and_the_others_are(capfd: pytest.CaptureFixture[str]) -> None:
+    message, wrong = fill(H200, [("no such thing", 1, 0), BARRIER])
+    assert message.startswith("2 kernels in ")
     assert len(wrong) == 1
-    assert wrong[0].startswith("no such thing 1 0: ValueError: ")
+    assert wrong[0].startswith("no such thing, 1 programs, 0 bytes: ValueError: ")
+    assert "barrier, 132 programs, 0 bytes: " in capfd.readouterr().out
     assert any(Path(os.environ["TRITON_CACHE_DIR"]).iterdir())
-
-
-def test_summary() -> None:
-    assert summary([], 3.0, 2) == "all in the cache, 3 s"
-    told = summary([1.0, 3.0, 2.0], 4.0, 2)
-    assert told == "3 kernels in 4 s on 2 cores: 6 s of one core, median 2.00 s, longest 3.0 s"
-
-
-def test_the_compilers_machine_measures_nothing() -> None:
-    machine = compile_first.Compiler(H200)
-    assert machine.multiprocessors == 132
-    assert isinstance(machine, micro.Machine)
-    assert machine.options(8)["maxnreg"] == 255

@@ -37,7 +37,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, path: Path) -> Callable[..., int]:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Steps that do nothing but say so here, in order."""
     begun: list[str] = []
-    monkeypatch.setattr(Run, "watch", lambda run, steps: begun.extend(step.name for step, _ in steps))
+    monkeypatch.setattr(Run, "watch", lambda run, step, seconds: begun.append(step.name))
     return begun
 
 
@@ -111,7 +111,7 @@ def test_steps_run_in_order(
 
 
 def test_a_step_that_is_not_green(machine: Callable[..., int], monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    def watch(run: Run, steps: object) -> None:
+    def watch(run: Run, step: object, seconds: float) -> None:
         run.note("race: a row, torch", False, 1.0, "y is wrong")
 
     monkeypatch.setattr(Run, "watch", watch)

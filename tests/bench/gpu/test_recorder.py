@@ -40,7 +40,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # the file changes faster than its time of change
 
     def inside(content: str, *done: str, seconds: float = 600) -> tuple[int, list[tuple[str, bool, str]]]:
-        task = Task("correctness", str(tmp_path / "x.journal"), time.monotonic() + seconds, done)
+        task = Task("correctness", str(tmp_path / "x.journal"), time.monotonic() + seconds, frozenset(done))
         task.save()
         file = tmp_path / "test_it.py"
         file.write_text(content)

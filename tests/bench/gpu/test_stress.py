@@ -1,18 +1,14 @@
 """What runs under load, as far as no load is needed: shapes, verdicts, and what the sanitizer says in other words."""
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.gpu import command as gpu
-from bench.gpu import stress
+from bench.gpu import micro, stress
 from bench.race.engine import Race
 from bench.report.results import Check
-from persistrnn.kernels import launch
-from persistrnn.kernels.tensors import Kept
 
 CPU = torch.device("cpu")
 
@@ -21,21 +17,14 @@ def test_shapes_stay_in_their_ranges() -> None:
     """And reach everything that there is."""
     generator = random.Random(0)
     shapes = [stress.drawn(generator, 2048, 48) for _ in range(2000)]
-    assert {c.cell for c in shapes} == {"lstm", "gru"}
-    assert {c.dtype for c in shapes} == {"fp16", "bf16", "tf32", "fp32"}
-    assert {c.bidirectional for c in shapes} == {False, True}
-    assert {c.layers for c in shapes} == {1, 2}
-    assert {c.mode for c in shapes} == {"training"}
+    kinds = {(c.cell, c.dtype, c.bidirectional, c.layers) for c in shapes}
+    assert len(kinds) == 2 * 4 * 2 * 2
     for name, largest in (("hidden", 2048), ("batch", 200), ("steps", 48), ("input", 64)):
         values = {getattr(c, name) for c in shapes}
         assert min(values) == 1, name
         assert 0.9 * largest < max(values) <= largest, name
-    assert {64, 512, 2048} < {c.hidden for c in shapes}
-    assert len({c.key for c in shapes}) > 1990
-    assert [stress.drawn(random.Random(0), 2048, 48)] == shapes[:1]
     small = [stress.drawn(generator, 20, 4) for _ in range(200)]
-    assert max(max(c.hidden, c.batch) for c in small) == 20
-    assert max(c.steps for c in small) == 4
+    assert (max(max(c.hidden, c.batch) for c in small), max(c.steps for c in small)) == (20, 4)
 
 
 def test_shapes_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,89 +46,46 @@ def test_shapes_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.interpreter
-def test_shapes_on_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_on_our_kernels() -> None:
     assert stress.random_shapes(CPU, 0.0, largest=5, longest=3, seed=1).startswith("1 shapes, ")
-    forward = launch.forward
-
-    def wrong(*arguments: object, **options: object) -> Kept:
-        kept = forward(*arguments, **options)
-        kept.states[0].mul_(1.1)
-        return kept
-
-    monkeypatch.setattr(launch, "forward", wrong)
-    with pytest.raises(AssertionError, match=r"training \w+ \w+ I=.*: y has error"):
-        stress.random_shapes(CPU, 0.0, largest=5, longest=3, seed=1)
 
 
 def test_streams_need_a_gpu() -> None:
     assert stress.many_streams(CPU, 1.0) == "not run: no CUDA device"
 
 
-# The sanitizer
-
-
-@pytest.fixture
-def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """program(script): what ``compute-sanitizer`` does; it finds its arguments in "$@"."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-
-    def install(script: str) -> None:
-        path = tmp_path / "compute-sanitizer"
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-
-    return install
-
-
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        ('echo "========= ERROR SUMMARY: 0 errors"', "memcheck: ERROR SUMMARY: 0 errors"),
+        ('echo "ERROR SUMMARY: $1 $2 $3 $4 $6"', "memcheck: ERROR SUMMARY: --tool memcheck --error-exitcode 66 -c"),
         ("echo '========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)'", "memcheck: RACECHECK SUMMARY: 0 "),
-        ("echo '========= Error: Device not supported' >&2; exit 1", "refused: ========= Error: Device not supported"),
         ("echo 'ERROR SUMMARY: 0 errors'; echo 'no debugger here'; exit 1", "refused: ERROR SUMMARY: 0 errors no "),
         ("exit 0", "refused: "),
         ("while :; do :; done", "not finished: memcheck was stopped after 0 s"),
-    ],
-    ids=["clean", "no hazards", "refused", "refused with a summary", "silent", "slow"],
-)  # fmt: skip
-def test_sanitizer(script: str, says: str, program: Callable[[str], None]) -> None:
-    program(script)
-    seconds = 0.2 if "while" in script else 30.0
-    assert stress.sanitizer("memcheck")(CPU, seconds).startswith(says)
-
-
-@pytest.mark.parametrize(
-    ("script", "says"),
-    [
         (
             "echo 'Invalid __global__ read'; echo 'ERROR SUMMARY: 3 errors'; exit 66",
-            "synccheck: ERROR SUMMARY: 3 errors",
+            "WRONG memcheck: ERROR SUMMARY: 3 ",
         ),
-        (
-            "echo 'ERROR SUMMARY: 0 errors'; echo 'Traceback (most recent call last)' >&2; exit 1",
-            "synccheck: ERROR SUMMARY: 0 errors",
-        ),
+        ("echo 'ERROR SUMMARY: 0'; echo 'Traceback (most recent call last)' >&2; exit 1", "WRONG memcheck: ERROR SUMM"),
+        (None, "not run: there is no compute-sanitizer on this machine"),
     ],
-    ids=["found something", "the program itself failed"],
+    ids=["clean", "no hazards", "refused", "silent", "slow", "found something", "the program failed", "not there"],
 )
-def test_sanitizer_finds_something(script: str, says: str, program: Callable[[str], None]) -> None:
-    program(script)
-    with pytest.raises(AssertionError, match=says):
-        stress.sanitizer("synccheck")(CPU, 30.0)
+def test_sanitizer(script: str | None, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The tool by name, a status of its own for errors, and what it says in other words."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if script is not None:
+        program = tmp_path / "compute-sanitizer"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    try:
+        found = stress.ITEMS["compute-sanitizer memcheck"](CPU, 0.2 if says.startswith("not finished") else 30.0)
+    except AssertionError as error:
+        found = f"WRONG {error}"
+    assert found.startswith(says)
 
 
-def test_no_sanitizer(program: Callable[[str], None]) -> None:
-    assert stress.sanitizer("memcheck")(CPU, 1.0) == "not run: there is no compute-sanitizer on this machine"
-
-
-def test_what_the_sanitizer_is_asked(program: Callable[[str], None]) -> None:
-    """The tool by name, a status of its own for errors, and a program that Python can read."""
-    program('echo "ERROR SUMMARY: $1 $2 $3 $4 $6"')
-    assert stress.ITEMS["compute-sanitizer racecheck"](CPU, 30.0).endswith("--tool racecheck --error-exitcode 66 -c")
-
-
-@pytest.mark.parametrize("program", [stress.SANITIZED, gpu.FIRST_CALL], ids=["sanitized", "first call"])
+@pytest.mark.parametrize("program", [stress.SANITIZED, micro.FIRST_CALL], ids=["sanitized", "first call"])
 def test_programs_of_their_own_run(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     """On a CPU, in small and on torch's path: no name in them is misspelt."""
     for old, new in (

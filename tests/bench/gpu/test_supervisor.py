@@ -6,7 +6,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from synthetic import CASE, timing
@@ -17,7 +16,7 @@ from bench.gpu.journal import Task
 from bench.gpu.steps import CAUSES, FIRST, PARTS, Step
 from bench.gpu.supervisor import LEAST, START, Run
 from bench.race import suites
-from bench.report.results import Results, Stress, line, load
+from bench.report.results import Micro, Results, Stress, line, load
 
 # A step's process without torch: it does what its items are called, and keeps the journal as a worker does.
 FAKE = """
@@ -43,7 +42,7 @@ for i, item in enumerate(items):
     open(journal, "a").write(text + "\\n")
     if "lost" in item:
         open(state, "w").write("\\n".join(["", *items[i + 1 :]]))
-        sys.exit(3)
+        sys.exit(70)
 os.remove(state)
 """
 STEP = Step("step", 60, 1, "", lambda task: ())
@@ -89,7 +88,7 @@ def alive(pid: int) -> bool:
 
 def test_whatever_an_item_does_the_others_have_their_turn(fake: Callable[..., Run], path: Path) -> None:
     run = fake("a", "die", "b", "red and lost", "c", "cut", "d", "hang", "e")
-    run.watch([(STEP, 60)])
+    run.watch(STEP, 60)
     found = outcomes(path)
     assert found.pop("step: die") == (False, "died by SIGSEGV. it broke")
     assert found.pop("step: red and lost") == (False, "seen")
@@ -111,7 +110,7 @@ def test_whatever_an_item_does_the_others_have_their_turn(fake: Callable[..., Ru
 
 def test_a_step_whose_time_is_over(fake: Callable[..., Run], path: Path) -> None:
     """What was begun late is not wrong; it is named with what was left, and no other process begins."""
-    fake("a", "hang", "b", "c").watch([(replace(STEP, item=60), 1.5)])
+    fake("a", "hang", "b", "c").watch(replace(STEP, item=60), 1.5)
     assert outcomes(path) == {
         "step: a": (True, "seen"),
         "not run: step": (False, "its time was over: step: hang; step: b; step: c"),
@@ -121,13 +120,8 @@ def test_a_step_whose_time_is_over(fake: Callable[..., Run], path: Path) -> None
 def test_a_process_that_cannot_begin(fake: Callable[..., Run], path: Path) -> None:
     run = fake("a")
     path.with_name("fake.py").write_text("raise SystemExit('no such driver')")
-    run.watch([(STEP, 60)])
+    run.watch(STEP, 60)
     assert outcomes(path) == {"step": (False, "ended with status 1. no such driver")}
-
-
-def test_two_beside_each_other(fake: Callable[..., Run], path: Path) -> None:
-    fake("a", "die").watch([(replace(STEP, name="one"), 60), (replace(STEP, name="two"), 60)])
-    assert {name for name, (ok, _) in outcomes(path).items() if not ok} == {"one: die", "two: die"}
 
 
 def test_a_speed_without_a_check_is_red_and_not_kept(path: Path) -> None:
@@ -150,9 +144,10 @@ def test_the_same_file_again(fake: Callable[..., Run], path: Path) -> None:
     before.add(Stress("compile: kernels", True, 0.0, "on another machine"))
     before.add(replace(timing(CASE), skipped="not installed", microseconds=0.0))
     run = fake("hang", "red", "b", before=before)
-    raced = f"race: {CASE.key}, persistrnn"
-    assert run.done("race") == {"step: hang", "race-1: a row, torch", raced}
-    run.watch([(STEP, 60)])
+    before.add(Micro("l2", 7, 4096, 1.0, 1.0, 1.0, "us", 3))
+    found = {f"race: {CASE.key}, persistrnn", "race: l2, 7 programs, 4,096 bytes"}
+    assert run.done("race") == {"step: hang", "race-1: a row, torch"} | found
+    run.watch(STEP, 60)
     found = outcomes(path)
     assert found["step: hang"] == (True, "before")
     assert found["step: red"] == (False, "seen")
@@ -169,9 +164,9 @@ def steps(monkeypatch: pytest.MonkeyPatch, path: Path) -> Callable[..., tuple[li
     def run(*red: str, minutes: float = 8.0) -> tuple[list[str], bool]:
         begun: list[str] = []
 
-        def watch(self: Run, steps: list[tuple[Step, float]], case: str = "") -> None:
-            begun.append(" ".join([*(step.name for step, _ in steps), case]).strip())
-            if steps[-1][0].name == "smoke":
+        def watch(self: Run, step: Step, seconds: float, case: str = "") -> None:
+            begun.append(f"{step.name} {case}".strip())
+            if step.name == "smoke":
                 for one in smoke.SMOKE:
                     self.note(f"smoke: {one.name}", one.name not in red, 0.0, "seen")
 
@@ -181,15 +176,15 @@ def steps(monkeypatch: pytest.MonkeyPatch, path: Path) -> Callable[..., tuple[li
     return run
 
 
-EVERY = ["machine compile", "smoke", "exchange", "constants", "race-1", "race-2", "race-3", "correctness"]
+EVERY = ["machine", "compile", "smoke", "exchange", "constants", "race-1", "race-2", "race-3", "correctness"]
 
 
 @pytest.mark.parametrize(
     ("red", "begun"),
     [
         ([], EVERY),
-        ([smoke.SMOKE[5].name], [*EVERY[:2], f"causes {smoke.SMOKE[5].name}", *EVERY[2:]]),
-        ([smoke.FIRST[1]], [*EVERY[:2], f"causes {smoke.FIRST[1]}"]),
+        ([smoke.SMOKE[5].name], [*EVERY[:3], f"causes {smoke.SMOKE[5].name}", *EVERY[3:]]),
+        ([smoke.FIRST[1]], [*EVERY[:3], f"causes {smoke.FIRST[1]}"]),
     ],
     ids=["all right", "a later case is wrong", "the first cases are wrong"],
 )
@@ -198,22 +193,13 @@ def test_every_step_in_its_order(
 ) -> None:
     assert steps(*red) == (begun, not red)
     stopped = f"the simplest cases are wrong: {smoke.FIRST[1]}"
-    left = EVERY[2:] if len(begun) == 3 else []
+    left = EVERY[3:] if len(begun) == 4 else []
     assert {n: m for n, (_, m) in outcomes(path).items() if "not run" in n} == {f"not run: {n}": stopped for n in left}
 
 
 def test_without_time_the_steps_say_so(steps: Callable[..., tuple[list[str], bool]], path: Path) -> None:
     assert steps(minutes=0.4) == ([], True)
     assert outcomes(path) == {f"not run: {step.name}": (False, "no time was left") for step in FIRST}
-
-
-def test_a_step_beside_nothing(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    begun: list[Any] = []
-    monkeypatch.setattr(Run, "watch", lambda self, steps: begun.append([step for step, _ in steps]))
-    assert FIRST[0].beside
-    assert run_of(path).all([FIRST[:1], PARTS[:1]])
-    assert begun == [[FIRST[0]], [PARTS[0]]]
-    assert load(path).provenance.clocks_before == 1000
 
 
 def test_red_outcomes_of_other_steps_are_not_this_runs(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
@@ -225,7 +211,7 @@ def test_red_outcomes_of_other_steps_are_not_this_runs(monkeypatch: pytest.Monke
 
 
 def test_eight_minutes_hold_every_step() -> None:
-    *before, last = [step for step in FIRST if not step.beside]
+    *before, last = FIRST
     assert START + sum(step.seconds for step in before) <= 8 * 60 - last.item
     assert all(LEAST <= step.seconds <= 60 for step in before)
     assert all(step.item <= step.seconds for step in (*FIRST, CAUSES, *PARTS))

@@ -1,20 +1,18 @@
 """The planner's choices against each other: which are run, in which order, and that none is timed unchecked."""
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from forced import tilings
-from torch import Tensor
 
 from bench.gpu import tune
-from bench.race.engine import Race
-from bench.report.results import Case, Tuning
+from bench.report.results import Case
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import plan
-from persistrnn.kernels.planner.hardware import INTERPRETER, named
+from persistrnn.kernels.planner.hardware import named
 from persistrnn.kernels.planner.plan import Pass
 from persistrnn.kernels.planner.problem import Problem
 from persistrnn.kernels.tensors import Gradients
@@ -38,18 +36,6 @@ def test_ranked(case: Case, backward: bool) -> None:
     assert others == sorted(others)
     kinds = {(c.units, c.rows, c.batch_tile, c.subtiles, c.splits) for c in (part.choice for part in found)}
     assert len(kinds) == len({tune.words(part.choice) for part in found}) == len(found)
-
-
-def test_the_planners_choice_is_first_even_if_another_is_predicted_to_be_faster(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    case = next(tune.cases())
-    planned = plan.plan_layer(Problem(CELLS[case.cell], case.hidden, case.batch, 1, case.dtype, H200))
-    fastest, _, slower, *_ = tune.ranked(case, False, H200)
-    monkeypatch.setattr(plan, "plan_layer", lambda *_: replace(planned, forward=slower))
-    found = tune.ranked(case, False, H200)
-    assert found[:2] == [slower, fastest]
-    assert found.count(slower) == 1
 
 
 def test_words_tell_choices_apart() -> None:
@@ -79,40 +65,25 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("choices")
-def test_tune(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each choice once, really run, the planner's marked; what is done is not repeated, what is late is named."""
-    run: list[tuple[str, int]] = []
-    for name in ("forward", "backward"):
-        monkeypatch.setattr(launch, name, counted(name, getattr(launch, name), run))
-    found: list[Tuning] = []
-    lines: list[str] = []
-    assert tune.tune(found.append, set(), CPU, lines.append, None) == []
-    assert [(t.backward, t.planned, t.case, t.predicted) for t in found] == [
-        (False, True, TINY, 7.5), (False, False, TINY, 7.5), (True, True, TINY, 7.5), (True, False, TINY, 7.5),
-    ]  # fmt: skip
-    assert all(t.microseconds > 0 for t in found)
-    assert len(lines) == 4
-    assert "us per step" in lines[0]
-    tiles = {name: [tile for what, tile in run if what == name] for name in ("forward", "backward")}
-    assert set(tiles["forward"]) == set(tiles["backward"]) == {16, 32}, "both choices have run"
+def test_each_choice_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner's is marked, and afterwards the plan is as before."""
+    run: list[tuple[bool, int]] = []
+    scan, planned = launch.launch_scan, launch.choose
 
-    done = {(t.case.key, t.backward, t.choice) for t in found}
-    again: list[Tuning] = []
-    assert tune.tune(again.append, done - {(TINY.key, True, found[3].choice)}, CPU, lines.append, None) == []
-    assert [(t.backward, t.planned, t.choice) for t in again] == [(True, False, found[3].choice)]
-    left = tune.tune(again.append, {(TINY.key, False, found[0].choice)}, CPU, lines.append, 0.0)
-    assert left == [f"{TINY.key} {'backward' if t.backward else 'forward'} {t.choice}" for t in found[1:]]
-    assert len(again) == 1
+    def watched(kernel: Any, part: Pass, *arguments: Any, **options: Any) -> None:
+        run.append((kernel.__name__ == "scan_backward", part.tiling.batch_tile))
+        scan(kernel, part, *arguments, **options)
 
-
-def counted(name: str, function: Callable[..., object], run: list[tuple[str, int]]) -> Callable[..., object]:
-    def call(cell: object, first: Tensor | tuple[Tensor, ...], *others: object, **options: object) -> object:
-        dtype = (first if isinstance(first, Tensor) else first[0]).dtype
-        made = launch.choose(cell, TINY.hidden, TINY.batch, 1, dtype, "ieee", CPU)
-        run.append((name, getattr(made, name).tiling.batch_tile))
-        return function(cell, first, *others, **options)
-
-    return call
+    monkeypatch.setattr(launch, "launch_scan", watched)
+    expected = [(backward, tile) for backward in (False, True) for tile in (16, 32)]
+    for (name, take), (backward, tile) in zip(tune.items(CPU), expected, strict=True):
+        run.clear()
+        found = take()
+        assert (found.backward, found.planned, found.case, found.predicted) == (backward, tile == 16, TINY, 7.5)
+        assert found.microseconds > 0
+        assert name == f"{TINY.key} {'backward' if backward else 'forward'} {found.choice}"
+        assert (backward, tile) in run
+    assert launch.choose is planned
 
 
 @pytest.mark.interpreter
@@ -126,16 +97,6 @@ def test_a_wrong_choice_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     monkeypatch.setattr(launch, "backward", wrong)
-    found: list[Tuning] = []
+    take = next(take for name, take in tune.items(CPU) if " backward " in name)
     with pytest.raises(AssertionError, match=r"training lstm fp32 I=0 H=10 .* with U=16 R=1 BB=16x1 .*: d x has error"):
-        tune.tune(found.append, set(), CPU, print, None)
-    assert found == []
-
-
-@pytest.mark.interpreter
-def test_the_plan_is_as_before_afterwards() -> None:
-    planned = launch.choose
-    race = Race(TINY, CPU)
-    assert tune.run(race, forced(True, units=16), True, CPU) > 0
-    assert launch.choose is planned
-    assert launch.hardware(CPU) is INTERPRETER
+        take()

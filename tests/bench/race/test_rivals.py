@@ -143,18 +143,12 @@ def test_torchrl(cell: str, layers: int, dtype: str, mode: str) -> None:
 
 @pytest.mark.usefixtures("flash")
 @pytest.mark.parametrize("mode", ["forward", "training"])
-@pytest.mark.parametrize(("input", "layers"), [(5, 1), (5, 2), (4, 1)])
+@pytest.mark.parametrize(("input", "layers"), [(5, 1), (5, 2), (4, 1), (0, 1)])
 def test_flashrnn(input: int, layers: int, mode: str) -> None:
+    """Without the input's product one bias, and no W_ih: gradients to what the other arms have."""
     runner = checked("flashrnn", replace(CASE, input=input, layers=layers, dtype="bf16", mode=mode))
     assert {leaf.dtype for leaf in runner.leaves.values()} == {torch.bfloat16}
-
-
-@pytest.mark.usefixtures("flash")
-@pytest.mark.parametrize("mode", ["forward", "training"])
-def test_flashrnn_without_the_inputs_product(mode: str) -> None:
-    """One bias, and no W_ih: gradients to what the other arms have."""
-    runner = checked("flashrnn", replace(CASE, input=0, dtype="bf16", mode=mode))
-    assert list(runner.leaves) == ["weight_hh", "bias_hh"]
+    assert input or list(runner.leaves) == ["weight_hh", "bias_hh"]
 
 
 @pytest.mark.usefixtures("torchrl", "flash")
@@ -167,19 +161,17 @@ def test_flashrnn_without_the_inputs_product(mode: str) -> None:
         ("flashrnn", {"bidirectional": True}, "one direction"),
         ("flashrnn", {"dtype": "fp16"}, "compute in bfloat16"),
         ("flashrnn", {"input": 0, "layers": 2}, "is for one layer"),
+        ("xma", {}, "XMA has no LSTM"),
+        ("xma", {"cell": "gru"}, "XMA's GRU resets h before"),
     ],
 )
-def test_what_a_rival_does_not_run(arm: str, changes: dict[str, object], reason: str) -> None:
+def test_what_a_rival_does_not_run(
+    arm: str, changes: dict[str, object], reason: str, installed: Callable[..., None]
+) -> None:
+    installed("xma")
     of = replace(CASE, **({"dtype": "bf16"} | changes))
     with pytest.raises(Skip, match=reason):
         ARMS[arm](of, arms.source(of), CPU)
-
-
-@pytest.mark.parametrize(("cell", "reason"), [("lstm", "XMA has no LSTM"), ("gru", "XMA's GRU resets h before")])
-def test_xma_has_no_function_of_ours(cell: str, reason: str, installed: Callable[..., None]) -> None:
-    installed("xma")
-    with pytest.raises(Skip, match=reason):
-        ARMS["xma"](replace(CASE, cell=cell), {}, CPU)
 
 
 @pytest.mark.parametrize(("arm", "what"), [("torchrl", "TorchRL"), ("flashrnn", "FlashRNN"), ("xma", "XMA")])

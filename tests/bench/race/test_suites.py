@@ -7,7 +7,6 @@ from dataclasses import astuple, replace
 import pytest
 import torch
 
-from bench import UsageError
 from bench.race import suites
 from bench.race.arithmetic import bytes_moved, input_bytes, operations, parameter_bytes
 from bench.report.results import DTYPES, Case
@@ -120,16 +119,6 @@ def test_a_suite_has_both_cells_or_what_its_table_has(name: str) -> None:
     assert all(min(c.hidden, c.layers, c.batch, c.steps) >= 1 for c in found)
 
 
-def test_questions_of_our_own() -> None:
-    """Each pairs what it compares."""
-    assert {(c.mode, c.batch) for c in suites.inference("fp16")} == {("forward", batch) for batch in (1, 2, 4)}
-    assert {c.steps for c in suites.short("fp16")} == {1, 8}
-    shapes = Counter((c.cell, c.hidden) for c in suites.directions("fp16"))
-    assert set(shapes.values()) == {2}
-    assert {c.name: c.bidirectional for c in suites.directions("fp16")} == {"one": False, "two": True}
-    assert {(c.name, c.layers) for c in suites.stacked("fp16")} == {("L=1", 1), ("L=2", 2), ("L=4", 4)}
-
-
 def test_equal_work_is_there_once() -> None:
     everything = suites.cases()
     assert max(Counter(c.key for c in everything).values()) == 1
@@ -146,18 +135,6 @@ def test_the_first_dtype_comes_first() -> None:
     found = suites.cases(["short", "stacked"], ["bf16", "fp32"])
     order = list(dict.fromkeys((c.dtype, c.suite) for c in found))
     assert order == [("bf16", "short"), ("bf16", "stacked"), ("fp32", "short"), ("fp32", "stacked")]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((["short", "long"], ["fp16"]), r"suite must be one of flashrnn, .*deepbench_skip_input, got 'long'"),
-        ((["short"], ["fp8"]), r"dtype must be one of fp16, bf16, tf32, fp32, got 'fp8'"),
-    ],
-)
-def test_unknown_names_are_refused(arguments: tuple[list[str], list[str]], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        suites.cases(*arguments)
 
 
 def test_miniatures_reach_every_kind() -> None:
