@@ -179,7 +179,9 @@ class TestFolder:
 
         monkeypatch.setattr(Path, "open", opened)
         sentence = refused(unfinished, "--resume", "--save-seconds=0")
-        assert "run cannot be read or written (No space left on device): change its permissions, make room, or" in sentence
+        assert (
+            "run cannot be read or written (No space left on device): change its permissions, make room, or" in sentence
+        )
         assert (unfinished / "checkpoint.pt").read_bytes() == before
         assert sorted(path.name for path in unfinished.iterdir()) == ["checkpoint.pt", "lock"]
 
