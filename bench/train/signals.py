@@ -81,12 +81,14 @@ def load_recordings(file: Path) -> tuple[list[Recording], list[str], str]:
         content = numpy.load(file, allow_pickle=True).item()
         names = list(map(str, content["y_labels"]))
         every = [
-            Recording(torch.tensor(signal, dtype=torch.float32), range(len(names))[exercise], int(subject))
+            Recording(torch.tensor(signal, dtype=torch.float32), int(exercise), int(subject))
             for signal, exercise, subject in zip(content["X"], content["y"], content["subject"], strict=True)
         ]
         joined = torch.cat([recording.signal for recording in every])  # which must have as many channels
         if joined.ndim != 2 or not joined.isfinite().all() or not all(len(recording.signal) for recording in every):
             raise ValueError("each signal is [T, channels], at least one step, finite")
+        if not {recording.exercise for recording in every} <= set(range(len(names))):
+            raise ValueError(f"an exercise is none of 0 to {len(names) - 1}")
     except ImportError as error:
         raise UsageError(
             f"--recordings {file}: NumPy reads it and is not installed: pip install 'persistrnn[signals]'"

@@ -176,7 +176,7 @@ def compile_activation(cell: Cell, dtype: str, arch: str, shape: tuple[int, ...]
 def _compile(kernel: Any, signature: dict[str, Any], constants: dict[str, Any], arch: str, how: dict[str, Any]) -> Any:
     """A jitted function for types of run-time arguments, every pointer aligned to 16 bytes, and values of constants."""
     names = kernel.arg_names
-    aligned = {}
+    aligned: dict[tuple[int, ...], Any] = {}
     for i, name in enumerate(names):
         kind = signature.get(name, "constexpr")
         if isinstance(kind, tuple):

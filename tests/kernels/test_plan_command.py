@@ -185,6 +185,11 @@ def test_wrong_arguments_are_refused_at_the_door(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("half", "fp16"), ("torch.float16", "fp16"), ("BFLOAT16", "bf16")])
+def test_torchs_names_of_dtypes_are_understood(capsys: pytest.CaptureFixture[str], name: str, dtype: str) -> None:
+    assert f" {dtype} on h200" in call(capsys, *SMALL, "--dtype", name)[1]
+
+
 def test_layer_without_a_plan_is_an_error_and_draws_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     drawing = tmp_path / "chip.svg"
     status, out, err = call(capsys, *SMALL, "--hidden", "100000", "--draw", str(drawing))

@@ -80,7 +80,7 @@ class TestRecordings:
         [
             ("X", None, "KeyError"),
             ("X", 3, "TypeError"),
-            ("y_labels", ["one"], "IndexError"),
+            ("y_labels", ["one"], "an exercise is none of 0 to 0"),
             ("subject", [1], "ValueError"),
             ("X", [np.zeros((5, 2)), np.zeros((5, 3))], "Sizes of tensors must match"),
             ("X", [np.zeros((0, 2))] * 2, "at least one step"),
