@@ -237,12 +237,3 @@ class TestCommand:
         for wrong in ("fr 42", "de", "de 123", "de -1", "42", "de ٣"):
             message = refused(translation.main, [*out, "--translate", wrong], capsys)
             assert f"--translate {wrong!r} given: allowed is a language of en,de, a space and a number of" in message
-
-    def test_changed_words_are_noticed(
-        self, small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        assert translation.main(small) == 0
-        monkeypatch.setattr(num2words, "num2words", lambda number, lang: f"{lang}{number}")
-        assert "--languages en,de has changed since the checkpoint" in refused(
-            translation.main, [*small, "--resume"], capsys
-        )
