@@ -251,9 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"argument --draw: {str(given.draw)!r} given, and it cannot be written ({error.strerror}); allowed: a "
                 "file that you may write, in a folder that exists"
             )
-    answer = as_text(problem, given.steps, origin)
     if given.json:
         answer = json.dumps(as_json(problem, given.steps, origin), indent=2, allow_nan=False)
+    else:
+        answer = as_text(problem, given.steps, origin)
     try:
         print(answer, flush=True)
     except BrokenPipeError:
