@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -190,6 +189,12 @@ def test_torchs_names_of_dtypes_are_understood(capsys: pytest.CaptureFixture[str
     assert f" {dtype} on h200" in call(capsys, *SMALL, "--dtype", name)[1]
 
 
+def test_draws_beside_the_answer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, _ = call(capsys, *SMALL, "--draw", str(tmp_path / "chip.svg"), "--json")
+    assert (status, json.loads(out)["cell"]) == (0, "gru")
+    assert (tmp_path / "chip.svg").read_text(encoding="utf-8") == picture.svg(plan_layer(asked("gru", 64)))
+
+
 def test_layer_without_a_plan_is_an_error_and_draws_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     drawing = tmp_path / "chip.svg"
     status, out, err = call(capsys, *SMALL, "--hidden", "100000", "--draw", str(drawing))
@@ -197,24 +202,6 @@ def test_layer_without_a_plan_is_an_error_and_draws_nothing(capsys: pytest.Captu
     assert err.startswith("persistrnn plan: hidden_size=100000: ")
     assert err.count("\n") == 1
     assert not drawing.exists()
-
-
-# As a user runs it
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "persistrnn", "plan", *arguments]
-    return subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, timeout=120, cwd=WORKLOADS
-    )
-
-
-def test_command_draws_the_same_in_every_process(tmp_path: Path) -> None:
-    path = tmp_path / "chip.svg"
-    done = run(*SMALL, "--draw", str(path), "--json", PYTHONHASHSEED="1")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["cell"] == "gru"
-    assert path.read_text(encoding="utf-8") == picture.svg(plan_layer(asked("gru", 64)))
 
 
 def test_reader_may_leave_early() -> None:
