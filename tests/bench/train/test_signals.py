@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from killed_runs import assert_same, die_and_resume
+from killed_runs import assert_same, die_and_resume, refused
 from torch import Tensor, nn
 
 import persistrnn
@@ -99,13 +99,12 @@ class TestRecordings:
         with pytest.raises(UsageError, match=rf"--recordings {bad} cannot be read .*{message}.*leave --recordings out"):
             load_recordings(bad)
 
-    def test_packages_that_are_missing(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "numpy", None)
-        with pytest.raises(UsageError, match=r"NumPy .* not installed: pip install 'persistrnn\[signals\]'"):
-            load_recordings(file)
+    def test_without_seglearn(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(UsageError, match=r"not installed: pip install 'persistrnn\[signals\]', or name a file"):
-            SignalSettings.complete({"device": "cpu"})
+        message = "seglearn is not installed: pip install 'persistrnn[signals]'"
+        assert message in refused(signals.main, ["--device=cpu", f"--output={tmp_path}"], capsys)
 
     @pytest.mark.skipif(importlib.util.find_spec("seglearn") is None, reason="pip install 'persistrnn[signals]'")
     def test_seglearns_own(self) -> None:
