@@ -81,15 +81,18 @@ def main(program: type[Workload], arguments: Sequence[str] | None = None) -> int
             else:
                 with checkpoint.held(job.output):
                     run_all(program, job, given)
-    except (UsageError, OSError) as error:
+    except (UsageError, OSError, ModuleNotFoundError) as error:
         if ranks.rank():  # rank 0 says it
             return 2
-        made.error(
-            f"{error.filename or job.output} cannot be read or written ({error.strerror}): change its permissions, "
-            "make room, or name another; a checkpoint that was there before is kept"
-            if isinstance(error, OSError)
-            else str(error)
-        )
+        text = str(error)
+        if isinstance(error, OSError):
+            text = (
+                f"{error.filename or job.output} cannot be read or written ({error.strerror}): change its permissions, "
+            )
+            text += "make room, or name another; a checkpoint that was there before is kept"
+        if isinstance(error, ModuleNotFoundError):  # of an extra, which has the program's name
+            text = f"{error.name} is not installed: pip install 'persistrnn[{program.name}]'"
+        made.error(text)
     except torch.OutOfMemoryError as error:
         made.error(f"the GPU's memory is full ({error}): take a smaller --batch or --sequence, or --save checkpoint")
     except KeyboardInterrupt as stop:  # without a number outside the training loop, where Ctrl-C stops at once

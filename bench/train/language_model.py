@@ -48,8 +48,8 @@ class TextSettings(Settings):
     def whole(self) -> bool:
         return self.lines
 
-    def check(self) -> None:
-        super().check()
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.tied and self.embedding != self.hidden:
             raise UsageError(
                 f"--tied given with --embedding {self.embedding} and --hidden {self.hidden}: one matrix cannot have "
@@ -104,11 +104,6 @@ class LanguageModeling(Workload):
             self.lines, self.held_out_lines = (
                 Lines(side, self.vocabulary.newline, settings.sequence) for side in (self.train, self.held_out)
             )
-            if not len(self.lines.lengths) or not len(self.held_out_lines.lengths):
-                raise UsageError(
-                    f"--lines given, but {self.data} has no line that is not empty to train on, or none held out: name "
-                    "a folder that holds more Python source"
-                )
             self.buckets = Buckets(self.lines.lengths, settings.batch, settings.seed)
 
     @classmethod

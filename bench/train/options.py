@@ -93,7 +93,7 @@ class Settings:
         """Whether a row's gradient flows through all of it: then there is no --truncate."""
         return False
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raises UsageError where options contradict each other or this machine. Subclasses extend it."""
         there, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
         numbered = [f"cuda:{index}" for index in range(there)] if ranks.world() == 1 else []
@@ -127,9 +127,7 @@ class Settings:
     @classmethod
     def complete(cls: type[SettingsT], given: dict[str, Any]) -> SettingsT:
         """The given options and, for the rest, the defaults that suit this machine."""
-        settings = cls(**{**cls.defaults(given), **given})
-        settings.check()
-        return settings
+        return cls(**{**cls.defaults(given), **given})
 
     @classmethod
     def resumed(cls: type[SettingsT], saved: dict[str, Any], given: dict[str, Any]) -> SettingsT:
@@ -145,9 +143,7 @@ class Settings:
                     f"{flag(name)} {value} given, but the checkpoint was made with {flag(name)} {saved[name]}: "
                     f"leave {flag(name)} out to resume it, or {ANEW}"
                 )
-        settings = cls(**saved)
-        settings.check()
-        return settings
+        return cls(**saved)
 
 
 def flag(name: str) -> str:

@@ -64,10 +64,7 @@ def shipped() -> Path:
     """The file in the installed package seglearn, which need not be imported (it would import scikit-learn)."""
     package = importlib.util.find_spec("seglearn")
     if package is None or not package.submodule_search_locations:
-        raise UsageError(
-            "--recordings is not given, and seglearn, which ships the recordings of the default, is not installed: "
-            "pip install 'persistrnn[signals]', or name a file of the same form"
-        )
+        raise ModuleNotFoundError(name="seglearn")
     return Path(package.submodule_search_locations[0]) / "data/watch_dataset.npy"
 
 
@@ -75,22 +72,20 @@ def load_recordings(file: Path) -> tuple[list[Recording], list[str], str]:
     """Reads a file like seglearn's: a NumPy object array that holds a dict with X (signals, [T, channels] each), y (the
     exercise of each, 0 and up), y_labels (the exercises' names) and subject. It is a pickle: reading it runs what its
     maker put in. Returns the recordings, the exercises' names and a sha256 of all of it."""
-    try:
-        import numpy  # only here: torch alone does not need it
+    import numpy  # only here: torch alone does not need it
 
+    try:
         content = numpy.load(file, allow_pickle=True).item()
         names = list(map(str, content["y_labels"]))
         every = [
-            Recording(torch.tensor(signal, dtype=torch.float32), range(len(names))[exercise], int(subject))
+            Recording(torch.tensor(signal, dtype=torch.float32), int(exercise), int(subject))
             for signal, exercise, subject in zip(content["X"], content["y"], content["subject"], strict=True)
         ]
         joined = torch.cat([recording.signal for recording in every])  # which must have as many channels
         if joined.ndim != 2 or not joined.isfinite().all() or not all(len(recording.signal) for recording in every):
             raise ValueError("each signal is [T, channels], at least one step, finite")
-    except ImportError as error:
-        raise UsageError(
-            f"--recordings {file}: NumPy reads it and is not installed: pip install 'persistrnn[signals]'"
-        ) from error
+        if not {recording.exercise for recording in every} <= set(range(len(names))):
+            raise ValueError(f"an exercise is none of 0 to {len(names) - 1}")
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UsageError(
             f"--recordings {file} cannot be read ({error!r}): allowed is a .npy file of a dict with X, y, y_labels and "

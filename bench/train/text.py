@@ -91,6 +91,8 @@ class Lines:
         lengths = ends - starts + 1
         self.starts = starts[lengths > 1]
         self.lengths = lengths[lengths > 1].clamp(max=longest)
+        if not len(self.lengths):
+            raise UsageError("--lines given, and there is no line that is not empty: name more Python source by --text")
 
     def padded(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of some lines what `teacher_forced` makes: START opens each."""

@@ -67,12 +67,8 @@ def load_pairs(languages: str, digits: int, count: int) -> tuple[list[Pair], lis
     """Up to `count` pairs: the same numbers of up to so many digits in each of the languages, num2words' names with
     commas between them. A hash of the number decides on which side it falls, in all languages alike. Returns those to
     train on, those held out and a sha256 of all."""
-    try:
-        from num2words import CONVERTER_CLASSES, num2words
-    except ImportError as error:
-        raise UsageError(
-            "num2words makes the words and is not installed: pip install 'persistrnn[translation]'"
-        ) from error
+    from num2words import CONVERTER_CLASSES, num2words  # only here: the other programs do not need it
+
     names = languages.split(",")
     if not set(names) <= CONVERTER_CLASSES.keys():
         raise UsageError(

@@ -25,10 +25,16 @@ from . import picture
 from .prediction import FALLBACK, device_of
 
 LARGEST = 2**31 - 1
+NAMES = {"half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float": "fp32", "float32": "fp32"}  # torch's
 # Steps of compiled kernels by the clock of a checkout's tests; an installation does not have them.
 CLOCK = Path(__file__).resolve().parents[2] / "bench" / "results" / "clock.csv"
 APART = 0.2  # of clock and model: from here on the text says where to read why
 GLYPHS = {"weights": "#", "staging": "=", "working": "=", "reserved": "r", "free": ".", "out of reach": "x"}
+
+
+def _dtype(given: str) -> str:
+    name = given.lower().removeprefix("torch.")
+    return NAMES.get(name, name)
 
 
 def positive(given: str) -> int:
@@ -62,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     text = "time steps, on which the memory of training depends (default: 1024)"
     add("--steps", type=positive, default=1024, metavar="T", help=text)
     add("--directions", type=int, choices=(1, 2), default=1, help="2 is a bidirectional layer (default: 1)")
-    add("--dtype", type=str.lower, choices=list(DTYPES), default="bf16", help="default: bf16")
+    add("--dtype", type=_dtype, choices=list(DTYPES), default="bf16", help="default: bf16")
     text = f"default: the GPU at hand; without one, {FALLBACK}"
     add("--device", type=str.lower, choices=list(DEVICES), help=text)
     add("--draw", type=_drawing, metavar="FILE.svg", help="also draw the chip")
@@ -248,9 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"argument --draw: {str(given.draw)!r} given, and it cannot be written ({error.strerror}); allowed: a "
                 "file that you may write, in a folder that exists"
             )
-    answer = as_text(problem, given.steps, origin)
     if given.json:
         answer = json.dumps(as_json(problem, given.steps, origin), indent=2, allow_nan=False)
+    else:
+        answer = as_text(problem, given.steps, origin)
     try:
         print(answer, flush=True)
     except BrokenPipeError:

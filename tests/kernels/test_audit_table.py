@@ -79,19 +79,15 @@ def test_a_failure_is_the_exit_status(monkeypatch, capsys, tmp_path):
     assert output.read_text().splitlines()[1].startswith("gru forward,bf16,128,"), "replaced"
 
 
-def command(*arguments: object, cwd: Path) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    call = [sys.executable, "-m", "persistrnn", *map(str, arguments)]
-    done = subprocess.run(call, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_command_prints_the_table_and_resumes(tmp_path):
+def test_command_prints_the_table_and_resumes(tmp_path, capsys):
     resume, output = tmp_path / "runs" / "audit.jsonl", tmp_path / "results" / "audit.csv"
-    call = ["audit", "--cells", "gru", "--hidden", 64, "--dtypes", "bf16", "--arch", "sm_90", "--jobs", 1]
-    call += ["--resume", resume, "--output", output]
-    head, *rows, total = command(*call, cwd=tmp_path).splitlines()
+    call = ["--cells", "gru", "--hidden", "64", "--dtypes", "bf16", "--arch", "sm_90", "--jobs", "1", "--resume"]
+    call += [str(resume), "--output", str(output)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    line = [sys.executable, "-m", "persistrnn", "audit", *call]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    head, *rows, total = done.stdout.splitlines()
     assert head.split()[:7] == ["kernel", "dtype", "H", "B", "D", "arch", "triton"]
     assert [r.split()[:4] for r in rows] == [["gru", p, "bf16", "64"] for p in ("forward", "backward")]
     assert all(r.endswith("ok") for r in rows)
@@ -105,12 +101,14 @@ def test_command_prints_the_table_and_resumes(tmp_path):
     for entry in changed:
         entry["row"]["registers"] = 12_345
     resume.write_text("".join(json.dumps(entry) + "\n" for entry in changed))
-    assert command(*call, cwd=tmp_path).count("12345") == 2
+    assert audit_table.main(call) == 0
+    assert capsys.readouterr().out.count("12345") == 2
     assert len(resume.read_text().splitlines()) == 2, "nothing was added"
 
     # Rows of another kernel are not believed, and what is compiled is found again below a line that was not finished.
     resume.write_text(json.dumps(changed[0]) + "\n" + json.dumps(changed[1])[:-20])
-    assert command(*call, "--failures", cwd=tmp_path) == "2 ok, 0 refused by the plan, 0 failed\n"
+    assert audit_table.main([*call, "--failures"]) == 0
+    assert capsys.readouterr().out == "2 ok, 0 refused by the plan, 0 failed\n"
     assert len(audit_table.kept(resume)) == 2
 
 

@@ -192,6 +192,12 @@ def test_drawing_has_the_numbers_of_the_plan(drawn: tuple[Plan, ElementTree.Elem
         assert f"{part.predicted:.2f} us {name}" in title
         shares = dataclasses.astuple(part.shares)
         assert [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*", line)] == [*shares, sum(shares)]
+        left = picture.MARGIN + PASSES.index(name) * (picture.PANEL + picture.GUTTER)
+        bar = [
+            r for r in root.iter(f"{SVG}rect") if r.get("y") == "81" and 0 <= float(r.get("x")) - left < picture.PANEL
+        ]
+        lengths = [picture.PANEL * n / sum(shares) for n in shares if n]
+        assert [float(r.get("width")) for r in bar] == pytest.approx(lengths, abs=0.1)
         idle = max(0, found.hardware.multiprocessors - running(part, found.hardware))
         assert any(
             text.endswith(f" {idle} of {found.hardware.multiprocessors} multiprocessors idle") for text in others

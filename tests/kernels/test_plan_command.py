@@ -2,8 +2,8 @@
 
 import csv
 import dataclasses
+import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -54,62 +54,64 @@ def asked(cell: str = "lstm", hidden: int = 256, batch: int = 16, directions: in
     return Problem(CELLS[cell], hidden, batch, directions, dtype, hardware)
 
 
-def check_text(text: str, problem: Problem) -> None:
-    """The numbers of both passes are in the text, and add up there."""
-    found = plan_layer(problem)
+def check(problem: Problem, text: str, facts: dict[str, Any]) -> None:
+    """The numbers of text and JSON are those of the plan, and add up."""
+    found, hidden = plan_layer(problem), problem.hidden
+    gates, kept, state = {"lstm": (4, 6, 2), "gru": (3, 5, 1)}[found.cell]  # kept with "gates": y, the LSTM's c, 4 more
+    assert facts["times"] == "predicted"
     for name, section in zip(PASSES, re.split(r"^(?:forward|backward)$", text, flags=re.M)[1:], strict=True):
-        part = getattr(found, name)
-        homes = re.search(
-            r"W_hh of one direction: ([\d,]+) bytes in registers \+ ([\d,]+) in shared memory \+ ([\d,]+) streamed "
-            r"each step\s+= ([\d,]+), all (\d) x (\d+) x (\d+) x (\d) bytes of it; ([\d.]+)% resident",
-            section,
-        )
-        assert homes, section
-        *shares, total, gates, rows, columns, size = (int(n.replace(",", "")) for n in homes.groups()[:-1])
-        assert tuple(shares) == dataclasses.astuple(part.shares)
-        assert (gates, rows, columns, size) == (problem.cell.gates, problem.hidden, problem.hidden, problem.size)
-        assert gates * rows * columns * size == total == sum(shares)
-        assert float(homes[9]) == pytest.approx(100 * (shares[0] + shares[1]) / total, abs=0.1)
-        for memory in ("shared memory", "registers"):
-            assert len(re.findall(rf"{memory} +\[[^]]{{64}}\] [\d,]+ bytes\n", section)) == 1
-        step = re.search(
-            r"compute ([\d.]+) \+ weights ([\d.]+) \+ state ([\d.]+) \+ synchronisation ([\d.]+) \+ pointwise ([\d.]+) "
-            r"= ([\d.]+), x ([\d,]+) rounds? = ([\d.]+)",
-            section,
-        )
-        assert step, section
-        *parts, once, rounds, predicted = (float(n.replace(",", "")) for n in step.groups())
-        assert sum(parts) == pytest.approx(once, abs=0.03)
-        assert parts == pytest.approx(list(dataclasses.astuple(part.cost)), abs=0.006)
-        assert rounds == part.rounds
-        assert predicted == pytest.approx(part.cost.total * part.rounds, abs=0.006)
-        assert f"floor of any plan {found.floor:.2f} us" in section
+        part = facts[name]
+        shares, times = part["shares"], part["cost"]
+        assert shares["registers"] + shares["shared"] + shares["streamed"] == shares["sum"]
+        assert shares["sum"] == gates * hidden**2 * DTYPES[found.dtype]
+        assert f"{shares['registers']:,} bytes in registers + {shares['shared']:,} in shared memory + " in section
+        assert f"= {shares['sum']:,}, all {gates} x {hidden} x {hidden} x {problem.size} bytes of it; " in section
+        resident = float(re.search(r"([\d.]+)% resident", section)[1])  # type: ignore[index]
+        assert resident == pytest.approx(100 * (1 - shares["streamed"] / shares["sum"]), abs=0.1)
+        for memory in ("shared_memory", "registers"):
+            held = dict(part["multiprocessor"][memory])
+            assert held.pop("whole") == sum(held.values())
+            assert re.search(rf"{memory.replace('_', ' ')} +\[[^]]{{64}}\] {sum(held.values()):,} bytes\n", section)
+        total = times.pop("total")
+        assert sum(times.values()) == pytest.approx(total)
+        assert all(f" {field} {us:.2f} " in section for field, us in times.items())
+        assert facts["predicted_us"][name] == pytest.approx(total * part["rounds"])
+        assert re.search(rf" = {total:.2f}, x {part['rounds']:,} rounds? = {total * part['rounds']:.2f}\n", section)
+        assert f"floor of any plan {found.floor:.2f} us; torch's own path {facts['torch_us'][name]:.2f} us" in section
     assert "All times are predicted by the cost model, none is measured; so are the bytes." in text
-    units = found.directions * found.hidden * DTYPES[found.dtype]
-    gates, state = (6, 2) if found.cell == "lstm" else (5, 1)  # y, the LSTM's c, and with "gates" 4 more
-    assert f"  gates: {gates * units:,} bytes per step and row, and " in text
+    units = found.directions * hidden * DTYPES[found.dtype]
+    assert f"  gates: {kept * units:,} bytes per step and row, and " in text
     assert f"  state: {state * units:,} bytes per step and row, and " in text
 
 
 @pytest.mark.parametrize("table", ["deepbench", "flashrnn", "models"])
-def test_text_of_every_workload_adds_up(table: str) -> None:
+def test_every_workload_adds_up(table: str) -> None:
     shapes = rows(table)
     assert len(shapes) >= {"deepbench": 60, "flashrnn": 8, "models": 15}[table]
     for cell, hidden, batch, directions in shapes:
         problem = asked(cell, hidden, batch, directions)
-        check_text(as_text(problem, 1024, "for a test"), problem)
+        check(problem, as_text(problem, 1024, "for a test"), plan_command.as_json(problem, 1024, "for a test"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("device", DEVICES)
-def test_text_for_every_device_and_dtype(capsys: pytest.CaptureFixture[str], device: str, dtype: str) -> None:
-    arguments = ("--cell", "lstm", "--hidden", "320", "--batch", "33", "--directions", "2")
-    status, out, err = call(capsys, *arguments, "--device", device, "--dtype", dtype)
-    assert (status, err) == (0, "")
+@pytest.mark.parametrize(("device", "dtype"), [*zip(DEVICES, itertools.cycle(DTYPES), strict=False)])
+def test_every_device_and_dtype(capsys: pytest.CaptureFixture[str], device: str, dtype: str) -> None:
+    arguments = ("--cell", "lstm", "--hidden", "320", "--batch", "33", "--directions", "2", "--device", device)
+    (_, out, err), (_, facts, _) = (call(capsys, *arguments, "--dtype", dtype, *more) for more in ((), ("--json",)))
+    assert err == ""
     assert out.startswith(f"lstm H=320 B=33 D=2 {dtype} on {device} ")
-    check_text(out, asked("lstm", 320, 33, 2, dtype, named(device)))
+    problem, read = asked("lstm", 320, 33, 2, dtype, named(device)), json.loads(facts)
+    check(problem, out, json.loads(facts))
     assumed = sourced(named(device), "assumed")
     assert f"Assumed in the record of {device}: {', '.join(assumed)}.\n" in out
+    assert (read["assumed"], read["device_from"]) == (assumed, "named by --device")
+
+    def contains(whole: Any, part: Any) -> bool:
+        if isinstance(part, dict):
+            return all(key in whole and contains(whole[key], value) for key, value in part.items())
+        return bool(whole == part)
+
+    plan = json.loads(json.dumps(dataclasses.asdict(plan_layer(problem))))
+    assert contains(read, plan), "the whole of it"
 
 
 def test_the_models_error_is_printed_where_there_are_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,73 +135,24 @@ def test_measured_numbers_are_named(tmp_path: Path) -> None:
     assert "Assumed in the record of h200: barrier, launch." in text
 
 
-# JSON
-
-
-def as_read(value: object) -> Any:
-    return json.loads(json.dumps(value))
-
-
-@pytest.mark.parametrize(("cell", "hidden", "batch", "directions"), [("lstm", 1150, 80, 1), ("gru", 2560, 1, 2)])
-def test_json_has_the_whole_plan(
-    capsys: pytest.CaptureFixture[str], cell: str, hidden: int, batch: int, directions: int
-) -> None:
-    status, out, err = call(
-        capsys, "--cell", cell, "--hidden", str(hidden), "--batch", str(batch), "--directions", str(directions),
-        "--device", "h200", "--dtype", "tf32", "--json",
-    )  # fmt: skip
-    assert (status, err) == (0, "")
-    given = json.loads(out)
-    found = plan_layer(asked(cell, hidden, batch, directions, "tf32"))
-
-    def contains(whole: Any, part: Any) -> bool:
-        if isinstance(part, dict):
-            return all(key in whole and contains(whole[key], value) for key, value in part.items())
-        return bool(whole == part)
-
-    assert contains(given, as_read(dataclasses.asdict(found)))
-    assert given["floor_us"] == found.floor
-    assert given["times"] == "predicted"
-    assert "exchange" in given["assumed"] + given["measured"]
-    assert given["device_from"] == "named by --device"
-    for name in PASSES:
-        part = given[name]
-        shares = part["shares"]
-        assert shares["registers"] + shares["shared"] + shares["streamed"] == shares["sum"]
-        assert shares["sum"] == {"lstm": 4, "gru": 3}[cell] * hidden**2 * 4
-        assert given["predicted_us"][name] == pytest.approx(part["cost"]["total"] * part["rounds"])
-        assert given["torch_us"][name] > 0
-        for memory in ("shared_memory", "registers"):
-            held = dict(part["multiprocessor"][memory])
-            assert held.pop("whole") == sum(held.values())
-
-
 # The device
 
 
-def test_without_a_gpu_it_plans_for_an_h200_and_says_so(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    status, out, _ = call(capsys, "--cell", "gru", "--hidden", "64")
-    assert status == 0
-    assert "on h200 (sm_90, 132 multiprocessors; no GPU here: planned for h200; --device names another)" in out
-
-
-def test_with_a_gpu_it_plans_for_what_that_has(
+def test_it_plans_for_the_gpu_at_hand_or_says_that_there_is_none(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hardware(device: torch.device) -> Hardware:
         assert device == torch.device("cuda", 3)
         return live("NVIDIA H200 MIG 1g.18gb", "sm_90", 16, 232_448, 65_536, 8 << 20)
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    none = "on h200 (sm_90, 132 multiprocessors; no GPU here: planned for h200; --device names another)"
+    assert none in call(capsys, "--cell", "gru", "--hidden", "64")[1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(launch, "hardware", hardware)
-    status, out, _ = call(capsys, "--cell", "gru", "--hidden", "512")
-    assert status == 0
-    assert "on NVIDIA H200 MIG 1g.18gb (sm_90, 16 multiprocessors; the GPU at hand)" in out
-    check_text(out, asked("gru", 512, hardware=hardware(torch.device("cuda", 3))))
+    found = "on NVIDIA H200 MIG 1g.18gb (sm_90, 16 multiprocessors; the GPU at hand)"
+    assert found in call(capsys, "--cell", "gru", "--hidden", "512")[1]
 
 
 # Errors
@@ -231,6 +184,17 @@ def test_wrong_arguments_are_refused_at_the_door(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("half", "fp16"), ("torch.float16", "fp16"), ("BFLOAT16", "bf16")])
+def test_torchs_names_of_dtypes_are_understood(capsys: pytest.CaptureFixture[str], name: str, dtype: str) -> None:
+    assert f" {dtype} on h200" in call(capsys, *SMALL, "--dtype", name)[1]
+
+
+def test_draws_beside_the_answer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, _ = call(capsys, *SMALL, "--draw", str(tmp_path / "chip.svg"), "--json")
+    assert (status, json.loads(out)["cell"]) == (0, "gru")
+    assert (tmp_path / "chip.svg").read_text(encoding="utf-8") == picture.svg(plan_layer(asked("gru", 64)))
+
+
 def test_layer_without_a_plan_is_an_error_and_draws_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     drawing = tmp_path / "chip.svg"
     status, out, err = call(capsys, *SMALL, "--hidden", "100000", "--draw", str(drawing))
@@ -238,24 +202,6 @@ def test_layer_without_a_plan_is_an_error_and_draws_nothing(capsys: pytest.Captu
     assert err.startswith("persistrnn plan: hidden_size=100000: ")
     assert err.count("\n") == 1
     assert not drawing.exists()
-
-
-# As a user runs it
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "persistrnn", "plan", *arguments]
-    return subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, timeout=120, cwd=WORKLOADS
-    )
-
-
-def test_command_draws_the_same_in_every_process(tmp_path: Path) -> None:
-    path = tmp_path / "chip.svg"
-    done = run(*SMALL, "--draw", str(path), "--json", PYTHONHASHSEED="1")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["cell"] == "gru"
-    assert path.read_text(encoding="utf-8") == picture.svg(plan_layer(asked("gru", 64)))
 
 
 def test_reader_may_leave_early() -> None:

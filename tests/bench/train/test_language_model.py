@@ -413,31 +413,3 @@ class TestCompare:
         assert "path persistent" in errors
         assert "path torch.nn" in errors
         assert float(re.search(r"largest difference (\S+) bits", output)[1]) < 1e-4  # type: ignore[index]
-
-
-def test_the_memory_modes_example_saves_memory(
-    small: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """`--save checkpoint --sequence ...`, by what torch allocates in a training step."""
-    peaks = []
-    whole_step = Run.train_step
-
-    def train_step(run: Run) -> None:
-        if run.step != 1:  # the optimizer's state is made in the one before
-            return whole_step(run)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            whole_step(run)
-        level = highest = 0
-        events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            level += event.nbytes()
-            highest = max(highest, level)
-        peaks.append(highest)
-        return None
-
-    monkeypatch.setattr(Run, "train_step", train_step)
-    for save in ("gates", "checkpoint"):
-        more = ["--steps=3", "--hidden=64", "--sequence=256", f"--save={save}", f"--output={tmp_path / save}"]
-        assert language_model.main([*small, *more]) == 0
-    gates, checkpoint = peaks
-    assert checkpoint < 0.75 * gates, peaks

@@ -24,30 +24,25 @@ from bench.train.progress import PeakMemory
 SMALL = ["--hidden=16", "--embedding=8", "--sequence=16", "--device=cpu"]
 SAMPLE = "--sample-tokens=20"
 
-# While both take a step, rank 1 sends a signal, STEP:SIGNAL, to torchrun, whose own then arrives in the same step.
+# While both take their third step, rank 1 sends a signal to torchrun, whose own then arrives in the same step.
 STOPPED = """
 import os, signal, sys, time
 from bench.train import language_model, ranks
 from bench.train.loop import Run
 
-def main(arguments):
-    when, *arguments = arguments
-    step, number = when.split(":")
-    number = signal.Signals[number]
-    whole_step = Run.train_step
-    def train_step(run):
-        if run.step == int(step) and ranks.rank() == 1:
-            seen, note = [], signal.getsignal(number)
-            signal.signal(number, lambda *received: (seen.append(received), note(*received)))
-            os.kill(os.getppid(), number)
-            while not seen:
-                time.sleep(0.01)
-        whole_step(run)
-    Run.train_step = train_step
-    return language_model.main(arguments)
+step = Run.train_step
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def train_step(run):
+    if run.step == 2 and ranks.rank() == 1:
+        seen, note = [], signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *received: (seen.append(received), note(*received)))
+        os.kill(os.getppid(), signal.SIGTERM)
+        while not seen:
+            time.sleep(0.01)
+    step(run)
+
+Run.train_step = train_step
+sys.exit(language_model.main())
 """
 
 
@@ -107,14 +102,6 @@ class TestTruncation:
         assert cut.losses == pytest.approx(whole.losses, rel=1e-6)
         full = dict(whole.model.named_parameters())["rnn.weight_hh_l0"].grad
         assert (full - expected["rnn.weight_hh_l0"]).norm() > 1e-3 * full.norm()
-
-    def test_the_state_goes_on_to_the_next_step(self, source: Path) -> None:
-        runs = new_run(source), new_run(source, truncate=5)
-        for run in runs:
-            run.settings = replace(run.settings, learning_rate=0.0)
-            for _ in range(3):
-                run.train_step()
-        assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-6)
 
 
 class TestOptions:
@@ -209,7 +196,7 @@ class TestProcesses:
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-                *(str(tmp_path / "program.py"), "2:SIGTERM", *arguments, *run),
+                *(str(tmp_path / "program.py"), *arguments, *run),
             ],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
@@ -220,9 +207,7 @@ class TestProcesses:
         assert "SIGTERM: every step taken is saved. Go on with --resume --output" in done.stdout
 
         whole = ["--output", str(tmp_path / "whole")]
-        shown = two_processes(
-            "program", ["99:SIGINT", *resumed, *run], ["99:SIGINT", *arguments, *whole], path=tmp_path
-        )
+        shown = two_processes("bench.train.language_model", [*resumed, *run], [*arguments, *whole])
         assert re.findall(r"(.*) are the statuses", shown) == ["[0, 0]", "[0, 0]"]
         assert shown.count("3 of 8 steps are done") == 1
         assert_same(saved(tmp_path / "run"), saved(tmp_path / "whole"))
@@ -240,8 +225,6 @@ class TestLayers:
         x, lengths = torch.randn(7, 4, 3), torch.tensor([3, 7, 1, 5])
         results = [layers.run_padded(layer, x, lengths) for layer in (ours, theirs)]
         assert_same(*results)
-        expected = ours(x, lengths=lengths)  # what a GPU runs
-        torch.testing.assert_close(results[0], expected)
         assert results[0][0].shape == (7, 4, 12)
         assert not results[0][0][3:, 0].any()
 
