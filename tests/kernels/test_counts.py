@@ -8,6 +8,7 @@ import pytest
 import triton
 from emulator.ptx import Kernel
 
+from persistrnn.kernels.inspect import audit_command
 from persistrnn.kernels.inspect.audit import compile_pass, planned
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +29,27 @@ def test_counts_are_those_of_a_fresh_run(shape):
 def test_the_page_is_made_of_the_file():
     page = (ROOT / "bench" / "README.md").read_text()
     assert len(counted.read()) == 2 * len(counted.SHAPES)
-    assert counted.table([row for row in counted.read() if row["B"] == "16"]) in page, "make counts prints it"
+    assert counted.table([row for row in counted.read() if row["B"] == "16"]) in page, (
+        "persistrnn audit --run prints it"
+    )
     # None of these sizes streams: executed as read from the code.
     assert {(row["executed_weights"], row["audit_streamed"]) for row in counted.read()} == {("0", "0")}
+
+
+def test_counting_needs_a_checkout(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(audit_command, "COUNTS", tmp_path / "counted.py")
+    with pytest.raises(SystemExit):
+        audit_command.main(["--run"])
+    assert "needs a checkout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fails", ["", "counted.py", "counted_rivals.py"])
+def test_the_command_runs_both_counts(monkeypatch, tmp_path, fails):
+    """From the checkout, of which both import what is in no package."""
+    for name in ("counted.py", "counted_rivals.py"):
+        script = "import os, sys\nimport bench\nassert 'TRITON_INTERPRET' not in os.environ\n"
+        (tmp_path / name).write_text(f"{script}sys.exit({name == fails})\n")
+    monkeypatch.setattr(audit_command, "COUNTS", tmp_path / "counted.py")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert audit_command.main(["--run"]) == bool(fails)
