@@ -133,4 +133,4 @@ def test_the_page_is_made_of_the_file():
     assert [(row["library"], row["cell"], row["dtype"], int(row["H"]), int(row["B"])) for row in rows] == (
         counted_rivals.CASES
     )
-    assert counted.table(rows) in PAGE.read_text(), "persistrnn audit --run prints it"
+    assert counted.table(rows) in PAGE.read_text(), "audit --run prints it"
