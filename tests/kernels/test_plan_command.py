@@ -222,17 +222,17 @@ def test_a_plan_that_is_expected_to_spill_says_so(capsys: pytest.CaptureFixture[
 def test_what_auto_takes(capsys: pytest.CaptureFixture[str], hidden: str, path: str) -> None:
     arguments = ("--cell", "lstm", "--hidden", hidden, "--batch", "64", "--device", "h200", "--steps", "64")
     _, out, _ = call(capsys, *arguments)
-    told = json.loads(call(capsys, *arguments, "--json")[1])
-    for name, one in told["auto"].items():
+    facts = json.loads(call(capsys, *arguments, "--json")[1])
+    for name, one in facts["auto"].items():
         assert one["path"] == path
         assert (one["persistent"] < one["torch"]) == (path == "the kernels")
         assert (
             f'backend="auto" takes {path} in {name}: {one["persistent"]:.2f} us per step on the kernels, '
             f"{one['torch']:.2f} on torch's own path (predicted)"
         ) in out
-    needs = {mode: told["memory_bytes"][mode]["needed"] for mode in ("gates", "state", "checkpoint")}
+    needs = {mode: facts["memory_bytes"][mode]["needed"] for mode in ("gates", "state", "checkpoint")}
     assert needs["gates"] < needs["state"], "of 64 steps, one chunk"
-    assert f"at T = {told['memory_bytes']['steps']}, by what is kept" in out
+    assert f"at T = {facts['memory_bytes']['steps']}, by what is kept" in out
 
 
 # The clock

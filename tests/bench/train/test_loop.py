@@ -103,6 +103,14 @@ class TestTruncation:
         full = dict(whole.model.named_parameters())["rnn.weight_hh_l0"].grad
         assert (full - expected["rnn.weight_hh_l0"]).norm() > 1e-3 * full.norm()
 
+    def test_the_state_goes_on_to_the_next_step(self, source: Path) -> None:
+        runs = new_run(source), new_run(source, truncate=5)
+        for run in runs:
+            run.settings = replace(run.settings, learning_rate=0.0)
+            for _ in range(3):
+                run.train_step()
+        assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-6)
+
 
 class TestOptions:
     @dataclass(frozen=True, kw_only=True)
