@@ -215,7 +215,9 @@ class _Scan(Function):
             if needs.weights.params:
                 d_params = found.d_params
                 if d_params is None:
-                    d_params = param_gradients(ctx.cell, found, ops.kept_of(ctx.cell, kept), params, marks, extras)
+                    gates = [found.dx_gates, *([found.dr_gates] if cell.recurrent_gradient else [])]
+                    of = _param_gradients if torch.compiler.is_compiling() else _flat_param_gradients
+                    d_params = of(ctx.cell, gates, kept, params, marks, extras)
                 d_weights[4] = d_params.to(params.dtype)
         d_reset = found.d_reset if resets else [None] * len(needs.reset)
         return (*(None,) * 5, dx_gates[0], *d_weights, None, None, *found.d_initial, *d_reset)
@@ -311,6 +313,24 @@ def param_gradients(
             tiles = [torch.where(skipped, 0.0, t) for t in tiles]
         found.append(torch.stack([t.expand_as(dr[0]).sum((1, 2)) for t in tiles], 1))
     return torch.stack(found, 1).flatten(0, 1)
+
+
+def _flat_param_gradients(
+    cell: str, gates: list[Tensor], kept: list[Tensor], params: Tensor, marks: Tensor | None, extras: Tensor | None
+) -> Tensor:
+    d = Gradients(gates[0], gates[-1], (), ())
+    return param_gradients(cell, d, ops.kept_of(cell, kept), params, marks, extras)
+
+
+# Dynamo cannot trace a cell's graph.
+_param_gradients = torch.library.custom_op("persistrnn::param_gradients", _flat_param_gradients, mutates_args=())
+
+
+@_param_gradients.register_fake
+def _(
+    cell: str, gates: list[Tensor], kept: list[Tensor], params: Tensor, marks: Tensor | None, extras: Tensor | None
+) -> Tensor:
+    return torch.empty_like(params, dtype=torch.float32)
 
 
 def _tiles(tensor: Tensor) -> list[Tensor]:

@@ -27,6 +27,36 @@ from persistrnn.kernels.planner.problem import Problem
 MODES = memory.MODES
 
 
+class OfTorch(NamedTuple):
+    """What torch has of a cell, beside a function of its name in torch._VF.
+
+    layer, arguments: in torch.nn, and what makes it this cell's. projects: whether that has projections. onednn:
+    whether ATen asks oneDNN for it on a CPU. keeps_dtype: whether ATen's loop there keeps the states' own dtype under
+    autocast, as it does where a step adds the old state to what it computes.
+    """
+
+    layer: str
+    arguments: tuple[tuple[str, str], ...] = ()
+    projects: bool = False
+    onednn: bool = False
+    keeps_dtype: bool = False
+
+
+# The cells that torch has kernels of its own for; of all others its path is a loop over torch's operations.
+TORCH = {
+    "lstm": OfTorch("LSTM", projects=True, onednn=True, keeps_dtype=True),
+    "gru": OfTorch("GRU", keeps_dtype=True),
+    "rnn_tanh": OfTorch("RNN", (("nonlinearity", "tanh"),)),
+    "rnn_relu": OfTorch("RNN", (("nonlinearity", "relu"),)),
+}
+
+
+def called(cell: str) -> str:
+    """A cell as torch's messages name it, or by its own name."""
+    name, _, own = cell.partition(":")
+    return TORCH[cell].layer if cell in TORCH else name if own else name.upper()
+
+
 class Call(NamedTuple):
     """What is asked of a stack of layers.
 
@@ -62,7 +92,7 @@ class Call(NamedTuple):
     @property
     def packs(self) -> bool:
         """Whether torch's own kernels take the rows with lengths as a PackedSequence: where the host knows them."""
-        if not self.lengths or self.marks or self.return_c or self.device.type != "cpu":
+        if self.cell not in TORCH or not self.lengths or self.marks or self.return_c or self.device.type != "cpu":
             return False
         traced = torch.compiler.is_compiling() or inside_torch_func()
         # which torch's path cannot cut out of packed rows
@@ -72,7 +102,12 @@ class Call(NamedTuple):
     @property
     def loops(self) -> bool:
         """Whether torch's own kernels cannot do it, and what is left beside ours is a loop over torch's operations."""
-        return (self.lengths or self.marks or self.return_c) and not self.packs
+        return (self.lengths or self.marks or self.return_c or self.cell not in TORCH) and not self.packs
+
+    @property
+    def torchs(self) -> str:
+        """What torch has for the cell, in a word."""
+        return "kernels" if self.cell in TORCH else "operations"
 
     @property
     def layers(self) -> memory.Layers:
@@ -143,9 +178,9 @@ def obstacle(call: Call) -> str | None:
     path and in part by the other.
     """
     if call.backend == "torch":
-        return 'backend="torch" asks for torch\'s own kernels.'
+        return f'backend="torch" asks for torch\'s own {call.torchs}.'
     if call.backend == "auto" and call.device.type == "cpu":
-        return 'backend="auto" runs CPU tensors on torch\'s own kernels; move the tensors to a GPU.'
+        return f'backend="auto" runs CPU tensors on torch\'s own {call.torchs}; move the tensors to a GPU.'
     # A compiled graph holds for every B and T: it is decided for some that most have. What fits with 16 rows fits with
     # any. An empty batch takes the path of a batch of one.
     batch, steps = (16, 64) if torch.compiler.is_compiling() else (call.batch or 1, call.steps)
@@ -293,7 +328,7 @@ def needed_bytes(call: Call, save: str, on_kernels: bool | None = None) -> float
     if on_kernels:
         return memory.needed(save, of, batch, steps, chunk)
     mkldnn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    onednn = call.cell == "lstm" and mkldnn and call.dtype in (torch.float32, torch.bfloat16)
+    onednn = call.cell in TORCH and TORCH[call.cell].onednn and mkldnn and call.dtype in (torch.float32, torch.bfloat16)
     return memory.torch_peak(save, of, batch, steps, chunk, onednn, False) - steps * batch * of.y
 
 

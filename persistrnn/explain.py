@@ -2,15 +2,17 @@
 
 from persistrnn import decide, functional, validate
 from persistrnn.decide import Call, Decision, expects_backward
-from persistrnn.modules import GRU, LSTM
 from persistrnn.options import check_count, check_options, check_save, check_sizes
+from persistrnn.recurrent import RecurrentBase, check_layer
+
+STEPWISE = "stepwise, a loop over torch's operations"
 
 
-def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
+def explain(layer: RecurrentBase, batch: int, steps: int) -> str:
     """Say what `layer` would do with a padded input of `steps` time steps and `batch` rows.
 
     Args:
-        layer: a persistrnn.LSTM or persistrnn.GRU, on any device, the meta device included
+        layer: one of persistrnn's layers, on any device, the meta device included
         batch: B >= 1
         steps: T >= 1
 
@@ -25,15 +27,14 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
         ValueError: a batch or steps below 1
         RuntimeError: a save_budget that does not hold what such a call keeps
     """
-    if not isinstance(layer, (LSTM, GRU)):
-        raise TypeError(f"layer is a persistrnn.LSTM or persistrnn.GRU, got {type(layer).__name__}")
+    check_layer(layer)
     check_count("batch", batch)
     check_count("steps", steps)
     options, own = layer.options, (layer.input_size, layer.hidden_size, layer.proj_size)
     check_options(options)
     check_sizes(*own)
     weights = [weight for weights in layer.all_weights for weight in weights]
-    stack = validate.read_weights(layer.mode.lower(), weights, options)
+    stack = validate.read_weights(layer.cell, weights, options)
     validate.check_attributes(stack, *own)
     check_save(options.save, options.save_budget, layer.proj_size)
 
@@ -47,11 +48,11 @@ def explain(layer: LSTM | GRU, batch: int, steps: int) -> str:
     elif call.backend == "persistent":
         lines += ['path: none, the call would raise, because backend="persistent"', f"why: {reason}"]
     else:
-        lines += ["path: torch (cuDNN, oneDNN or ATen, as torch.nn would run it)", f"why: {reason}"]
+        torchs = "torch (cuDNN, oneDNN or ATen, as torch.nn would run it)"
+        lines += [f"path: {torchs if found.path == 'torch' else STEPWISE}", f"why: {reason}"]
     lines.append(_kept(found, layer.dropout))
-    if reason is not None and call.backend != "persistent":
-        loop = decide.decide(call._replace(marks=True)).path == "stepwise"
-        path = "stepwise, a loop over torch's operations" if loop else "persistent"
+    if found.path == "torch" and call.backend != "persistent":
+        path = STEPWISE if decide.decide(call._replace(marks=True)).path == "stepwise" else "persistent"
         packs = call._replace(lengths=True).packs
         lines.append(f"with {'' if packs else 'lengths, '}mask, resets or cell states: {path}")
     if call.device.type == "cuda" and decide.unsupported(call) is None:

@@ -1,4 +1,4 @@
-"""LSTM and GRU as functions: what goes in and out of the path that is decided on.
+"""LSTM, GRU and RNN as functions: what goes in and out of the path that is decided on.
 
 Letters: T steps, B batch, I input, H hidden, P projection, D directions, L layers.
 """
@@ -157,8 +157,56 @@ def gru(
     return found.output, found.states[0]
 
 
+def rnn(
+    input: Input,
+    weights: Sequence[Tensor],
+    hx: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bias: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    backend: Backend = "auto",
+    save: Save = "gates",
+    save_budget: int | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
+) -> tuple[Input, Tensor]:
+    """A stack of RNN layers (Elman 1990).
+
+        h_t = nonlinearity(x_t @ W_ih^T + b_ih + h_{t-1} @ W_hh^T + b_hh)
+
+    Args:
+        weights: the tensors of torch.nn.RNN in its order: for each layer, for each direction
+            weight_ih [H, I or D*H], weight_hh [H, H], and with bias=True bias_ih and bias_hh [H]
+        nonlinearity: "tanh" or "relu"
+
+    All other arguments, the results, dtypes and errors are those of `gru`.
+    """
+    options = Options(num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training)
+    check_options(options)
+    found = run(rnn_cell(nonlinearity), input, weights, hx, options, Given(lengths, mask, resets, reset_state))
+    return found.output, found.states[0]
+
+
+def rnn_cell(nonlinearity: object) -> str:
+    """The cell of an RNN.
+
+    Raises:
+        ValueError: another nonlinearity
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity {nonlinearity!r}. Select from 'tanh' or 'relu'.")
+    return f"rnn_{nonlinearity}"
+
+
 class Found(NamedTuple):
-    """What a call gives: output, [h_n] or [h_n, c_n], every c or None, and the path that ran it."""
+    """What a call gives: output, the final states, every c or None, and the path that ran it."""
 
     output: Any
     states: list[Tensor]
@@ -181,6 +229,7 @@ def run(
     options: checked before. sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be.
     """
     check_flag("return_cell_states", return_c)
+    validate.check_states(cell, options.cell_dtype, return_c)
     stack = validate.read_weights(cell, weights, options)
     if sizes is not None:
         validate.check_attributes(stack, *sizes)
@@ -256,7 +305,8 @@ def _on_kernels_or_steps(
         for given_states in (states, cuts.reset)
     )
     tensors = x.to(call.dtype).contiguous(), [w.to(call.dtype) for w in weights], initial
-    found = stacks.run(decision, *tensors, cuts._replace(reset=anew))
+    extras = [e.to(call.dtype) for e in cuts.extras]
+    found = stacks.run(decision, *tensors, cuts._replace(reset=anew, extras=extras))
     outputs = [found.y] if found.c is None else [found.y, found.c]
     if packed is not None:
         outputs = [outside_of_graphs(_pack, t, row_lengths) for t in outputs]

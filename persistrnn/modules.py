@@ -1,224 +1,14 @@
-"""LSTM and GRU modules with torch.nn's constructor, parameters, state_dict and results."""
-
-import math
-import warnings
-from collections.abc import Container, Iterator
-from typing import Any
+"""The layers: LSTM, GRU and RNN with torch.nn's constructor, parameters, state_dict and results, and cells that torch
+has not. The mathematics of all of them is in ``kernels.cells.library``."""
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import PackedSequence
 
-from persistrnn import functional, validate
-from persistrnn.functional import Input
-from persistrnn.kernels.cells import CELLS
-from persistrnn.options import Backend, Options, Save, check_options, check_save, check_sizes
-from persistrnn.validate import Given
+from persistrnn import functional
+from persistrnn.options import Backend, Options, Save
+from persistrnn.recurrent import RecurrentBase
 
 
-def take_over(new: nn.Module, old: nn.Module, ignored: Container[str] = ()) -> None:
-    """Give `new`, of the same sizes, what `old` has: its very Parameter objects, its hooks (the same dictionaries, so
-    that handles still remove them), its training mode, and attributes that `new` does not know, but for those ignored.
-    """
-    for name, parameter in old.named_parameters(recurse=False):
-        setattr(new, name, parameter)
-    apart = {"_parameters", "_buffers", "_modules"}
-    for name in nn.Module().__dict__.keys() - apart:
-        new.__dict__[name] = old.__dict__[name]
-    for name, value in old.__dict__.items():
-        if name not in new.__dict__ and name not in ignored:
-            new.__dict__[name] = value
-
-
-class _Recurrent(nn.Module):
-    """What LSTM and GRU share. Not a torch.nn.RNNBase: each subclass of that breaks a compiled graph, and it
-    keeps a second list of the weights which goes stale under parametrizations."""
-
-    mode: str  # "LSTM" or "GRU", as in torch.nn
-    input_size: int
-    hidden_size: int
-    num_layers: int
-    bias: bool
-    batch_first: bool
-    dropout: float
-    bidirectional: bool
-    proj_size: int
-    backend: Backend
-    cell_dtype: torch.dtype | None
-    save: Save = "gates"  # here too, for layers pickled before it was
-    save_budget: int | None = None
-    last_path: str | None
-
-    def __init__(
-        self, input_size: int, hidden_size: int, proj_size: int, options: Options, device: Any, dtype: Any
-    ) -> None:
-        super().__init__()
-        check_options(options)
-        check_sizes(input_size, hidden_size, proj_size)
-        check_save(options.save, options.save_budget, proj_size)
-        num_layers, bias, dropout = options.num_layers, options.bias, float(options.dropout)
-        if dropout > 0 and num_layers == 1:
-            warnings.warn(
-                "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
-                f"num_layers greater than 1, but got dropout={options.dropout} and num_layers={num_layers}",
-                stacklevel=3,
-            )
-        self.input_size, self.hidden_size, self.proj_size = input_size, hidden_size, proj_size
-        for name, value in options._replace(dropout=dropout)._asdict().items():
-            setattr(self, name, value)
-        self.last_path = None
-
-        rows = CELLS[self.mode.lower()].gates * hidden_size
-        features = proj_size or hidden_size
-        for layer, names in self._names():
-            width = input_size if layer == 0 else self._directions * features
-            shapes = [(rows, width), (rows, features)] + [(rows,), (rows,)] * bias + [(proj_size, hidden_size)]
-            for name, shape in zip(names, shapes, strict=False):
-                self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self.reset_parameters()
-
-    @property
-    def _directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    def _names(self) -> Iterator[tuple[int, list[str]]]:
-        """(layer, names of its parameters), once for each direction of each layer."""
-        for layer in range(self.num_layers):
-            for direction in range(self._directions):
-                yield layer, validate.parameter_names(layer, direction, self.bias, self.proj_size != 0)
-
-    @property
-    def all_weights(self) -> list[list[Tensor]]:
-        """The weights in torch.nn's order, one list for each direction of each layer.
-
-        Raises:
-            RuntimeError: one is missing, or would be left out: the sizes, changed since, are not those of the layer
-        """
-        # No AttributeError, which Module.__getattr__ would take for one of all_weights itself.
-        places = self._parameters, self.__dict__, type(self).__dict__  # hasattr takes 8 us to find nothing
-        if left := [name for name in self._names_beyond() if any(name in place for place in places)]:
-            raise RuntimeError(f"the layer has {left[0]}, and {self._shape_in_words()} leave it out; set them back")
-        try:
-            # by name at every call: a parametrization, functional_call and weight_norm replace the attribute
-            return [[getattr(self, name) for name in names] for _, names in self._names()]
-        except AttributeError as error:
-            missing = [name for _, names in self._names() for name in names if not hasattr(self, name)]
-            raise RuntimeError(
-                f"the layer has no {', '.join(missing)}, and {self._shape_in_words()} ask for it; register it "
-                "again, or set them back"
-            ) from error
-
-    def _names_beyond(self) -> list[str]:
-        """The first names that the layer would have with a layer, a direction, biases or projections more."""
-        names = [f"weight_ih_l{self.num_layers}"]
-        if not self.bidirectional:
-            names.append("weight_ih_l0_reverse")
-        if not self.bias:
-            names.append("bias_ih_l0")
-        if not self.proj_size:
-            names.append("weight_hr_l0")
-        return names
-
-    def _shape_in_words(self) -> str:
-        names = ("num_layers", "bidirectional", "bias", "proj_size")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-    @property
-    def _all_weights(self) -> list[list[str]]:
-        """Their names, as torch.nn has them: TorchRL, for one, reads it."""
-        return [names for _, names in self._names()]
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters from U(-1/sqrt(H), 1/sqrt(H)): with torch.nn's seed, torch.nn's weights."""
-        bound = 1.0 / math.sqrt(self.hidden_size)
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: torch.nn needs it for cuDNN, here no path asks for contiguous weights."""
-
-    def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        """One time step, for environments and streams: y_t and the state that the next step takes.
-
-        Step by step it is what the sequence call computes, to rounding; dropout between layers is drawn anew each time.
-
-        Args:
-            input: [B, I], or [I] unbatched, whatever batch_first says
-            hx: the state, in the form that a call takes and returns; None: zeros
-
-        Returns:
-            y_t [B, H] ([B, P] with projections; [H] unbatched), and the state after it.
-
-        Raises:
-            ValueError: a bidirectional layer, which needs the whole sequence; an input that is not 1-D or 2-D
-        """
-        if self.bidirectional:
-            raise ValueError(
-                "a bidirectional layer has no steps: its second direction begins at the sequence's end; "
-                "call it with the sequence, or use bidirectional=False"
-            )
-        if not isinstance(input, Tensor):
-            raise TypeError(f"the input of a step is a tensor [B, I] or [I], got {type(input).__name__}")
-        if input.dim() not in (1, 2):
-            raise ValueError(f"the input of a step is [B, I] or [I], got {input.dim()}-D; a sequence goes to the layer")
-        time = 1 if self.batch_first and input.dim() == 2 else 0
-        y, state = self(input.unsqueeze(time), hx)
-        return y.squeeze(time), state
-
-    def to_torch(self) -> nn.LSTM | nn.GRU:
-        """The torch.nn layer of the same sizes with the same Parameter objects, hooks and mode (for ONNX, to compare).
-
-        Raises:
-            ValueError: a parametrized layer, for which torch.nn has no equal; remove the parametrizations first
-        """
-        if parametrize.is_parametrized(self):
-            raise ValueError(
-                f"a parametrized {self.mode} has no equal in torch.nn; call torch.nn.utils.parametrize."
-                "remove_parametrizations on its tensors first"
-            )
-        options = {"proj_size": self.proj_size} if self.proj_size else {}
-        new: nn.LSTM | nn.GRU = getattr(nn, self.mode)(
-            self.input_size, self.hidden_size, self.num_layers, self.bias, self.batch_first,
-            bidirectional=self.bidirectional, device=torch.device("meta"), **options,
-        )  # fmt: skip
-        new.dropout = self.dropout
-        take_over(new, self, ignored={"backend", "cell_dtype", "save", "save_budget", "last_path"})
-        return new
-
-    def extra_repr(self) -> str:
-        text = f"{self.input_size}, {self.hidden_size}"
-        for name, default in {"proj_size": 0, **Options._field_defaults}.items():
-            if name != "training" and (value := getattr(self, name)) != default:
-                text += f", {name}={value}"
-        return text
-
-    @property
-    def options(self) -> Options:
-        """How a call runs now."""
-        return Options(
-            self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.backend,
-            self.cell_dtype, self.save, self.save_budget, self.training,
-        )  # fmt: skip
-
-    def _run(
-        self,
-        input: Tensor | PackedSequence,
-        hx: object,
-        given: Given,
-        return_c: bool = False,
-    ) -> functional.Found:
-        options, sizes = self.options, (self.input_size, self.hidden_size, self.proj_size)
-        check_options(options)
-        check_sizes(*sizes)
-        weights = [weight for weights in self.all_weights for weight in weights]
-        found = functional.run(self.mode.lower(), input, weights, hx, options, given, return_c, sizes)
-        if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
-            self.last_path = found.path
-        return found
-
-
-class LSTM(_Recurrent):
+class LSTM(RecurrentBase):
     """torch.nn.LSTM on persistent kernels: constructor, parameters, state_dict and results are torch.nn's.
 
     Each layer computes (Hochreiter and Schmidhuber 1997, forget gate of Gers et al. 2000)
@@ -286,7 +76,7 @@ class LSTM(_Recurrent):
     asks isinstance(m, torch.nn.LSTM) must ask for this class (`to_torch` gives torch.nn's back).
     """
 
-    mode = "LSTM"
+    cell = "lstm"
 
     def __init__(
         self,
@@ -309,25 +99,10 @@ class LSTM(_Recurrent):
         options = Options(
             num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training=True
         )
-        super().__init__(input_size, hidden_size, proj_size, options, device, dtype)
-
-    def forward(
-        self,
-        input: Input,
-        hx: tuple[Tensor, Tensor] | None = None,
-        *,
-        lengths: Tensor | None = None,
-        mask: Tensor | None = None,
-        resets: Tensor | None = None,
-        reset_state: tuple[Tensor, Tensor] | None = None,
-        return_cell_states: bool = False,
-    ) -> Any:
-        found = self._run(input, hx, Given(lengths, mask, resets, reset_state), return_cell_states)
-        h_n, c_n = found.states
-        return (found.output, (h_n, c_n), found.c) if return_cell_states else (found.output, (h_n, c_n))
+        self._build(input_size, hidden_size, proj_size, options, device, dtype)
 
 
-class GRU(_Recurrent):
+class GRU(RecurrentBase):
     """torch.nn.GRU on persistent kernels: constructor, parameters, state_dict and results are torch.nn's.
 
     Each layer computes (Cho et al. 2014, in cuDNN's and torch's form: reset after the matrix product)
@@ -352,13 +127,29 @@ class GRU(_Recurrent):
     proj_size is refused with ValueError.
     """
 
-    mode = "GRU"
+    cell = "gru"
+
+
+class RNN(RecurrentBase):
+    """torch.nn.RNN on persistent kernels: constructor, parameters, state_dict and results are torch.nn's.
+
+    Each layer computes (Elman 1990), with nonlinearity "tanh" or "relu",
+
+        h_t = nonlinearity(x_t @ W_ih^T + b_ih + h_{t-1} @ W_hh^T + b_hh)
+
+    Attributes:
+        weight_ih_l[k] [H, I or D*H], weight_hh_l[k] [H, H], bias_ih_l[k], bias_hh_l[k] [H]
+        nonlinearity: "tanh" or "relu"
+
+    Inputs, outputs and all else are those of `GRU`.
+    """
 
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
         num_layers: int = 1,
+        nonlinearity: str = "tanh",
         bias: bool = True,
         batch_first: bool = False,
         dropout: float = 0.0,
@@ -371,24 +162,94 @@ class GRU(_Recurrent):
         save_budget: int | None = None,
         proj_size: int | None = None,
     ) -> None:
-        if proj_size is not None:
-            raise ValueError(
-                f"proj_size argument is only supported for LSTM, not for GRU, got {proj_size}; leave it out"
-            )
+        self.nonlinearity = nonlinearity
         options = Options(
             num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training=True
         )
-        super().__init__(input_size, hidden_size, 0, options, device, dtype)
+        self._build(input_size, hidden_size, self._unprojected(proj_size), options, device, dtype)
 
-    def forward(
-        self,
-        input: Input,
-        hx: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        mask: Tensor | None = None,
-        resets: Tensor | None = None,
-        reset_state: Tensor | None = None,
-    ) -> tuple[Input, Tensor]:
-        found = self._run(input, hx, Given(lengths, mask, resets, reset_state))
-        return found.output, found.states[0]
+    @property
+    def cell(self) -> str:  # type: ignore[override]
+        return functional.rnn_cell(self.nonlinearity)
+
+
+class PeepholeLSTM(RecurrentBase):
+    """An LSTM whose gates see c (Gers, Schraudolph and Schmidhuber 2002), with x = x_t @ W_ih^T + b_ih and r = h_{t-1}
+    @ W_hh^T + b_hh:
+
+        i = sigmoid(x_i + r_i + weight_ci * c_{t-1})
+        f = sigmoid(x_f + r_f + weight_cf * c_{t-1})
+        c_t = f * c_{t-1} + i * tanh(x_g + r_g)
+        h_t = sigmoid(x_o + r_o + weight_co * c_t) * tanh(c_t)
+
+    Attributes: those of `LSTM`, gate order i, f, g, o, and weight_ci_l[k], weight_cf_l[k], weight_co_l[k] [H], behind
+    the biases. ONNX's LSTM has gate order i, o, f, c in W, R and B, and P [D, 3*H] is weight_ci, weight_co, weight_cf,
+    one behind the other.
+
+    Arguments, inputs, outputs and errors are those of `LSTM`, without projections.
+    """
+
+    cell = "peephole"
+
+
+class CoupledLSTM(RecurrentBase):
+    """An LSTM whose input gate is 1 - f (CIFG of Greff et al. 2015), with x and r as for `PeepholeLSTM`:
+
+        f = sigmoid(x_f + r_f)
+        c_t = f * c_{t-1} + (1 - f) * tanh(x_g + r_g)
+        h_t = sigmoid(x_o + r_o) * tanh(c_t)
+
+    Attributes: those of `LSTM`, with 3*H rows, gate order f, g, o. ONNX's LSTM with input_forget=1 has the gate i and f
+    = 1 - i: its rows of i are those of f here with the other sign.
+
+    Arguments, inputs, outputs and errors are those of `LSTM`, without projections.
+    """
+
+    cell = "coupled"
+
+
+class MGU(RecurrentBase):
+    """The minimal gated unit (Zhou et al. 2016) in the form of `GRU`: the gate acts after the matrix product. x and r
+    are those of `PeepholeLSTM`:
+
+        f = sigmoid(x_f + r_f)
+        h_t = (1 - f) * h_{t-1} + f * tanh(x_n + f * r_n)
+
+    Attributes: those of `GRU`, with 2*H rows, gate order f, n. Arguments, inputs, outputs and errors are those of
+    `GRU`.
+    """
+
+    cell = "mgu"
+
+
+class JANET(RecurrentBase):
+    """Just another network: an LSTM with a forget gate alone (van der Westhuizen and Lasenby 2018), with beta = 1. x
+    and r are those of `PeepholeLSTM`:
+
+        f, g = x_f + r_f, x_g + r_g
+        c_t = sigmoid(f) * c_{t-1} + (1 - sigmoid(f - 1)) * tanh(g)
+        h_t = c_t
+
+    Attributes: those of `LSTM`, with 2*H rows, gate order f, g. Arguments, inputs, outputs and errors are those of
+    `LSTM`, without projections.
+    """
+
+    cell = "janet"
+
+
+class SLSTM(RecurrentBase):
+    """The sLSTM of xLSTM (Beck et al. 2024): exponential gates, a normaliser n and a stabiliser m. x and r are those of
+    `PeepholeLSTM`:
+
+        i, f, z, o = x + r
+        m_t = max(log(sigmoid(f)) + m_{t-1}, i)
+        i', f' = exp(i - m_t), exp(log(sigmoid(f)) + m_{t-1} - m_t)
+        c_t = f' * c_{t-1} + i' * tanh(z)
+        n_t = f' * n_{t-1} + i'
+        h_t = sigmoid(o) * c_t / n_t
+
+    Attributes: those of `LSTM`, gate order i, f, z, o. The states are (h, c, n, m), each [L*D, B, H]. Arguments,
+    inputs, outputs and errors are else those of `LSTM`, without projections.
+    """
+
+    cell = "slstm"

@@ -47,7 +47,7 @@ def recurrent(
         x_gates: x @ W_ih^T + b_ih, [T, B, D, X*H], T >= 1
         weight_hh: [D, G*H, H]
         bias_hh: [D, G*H]
-        initial: (h0, c0) of an LSTM, (h0,) of a GRU, each [D, B, H]
+        initial: the states, h first, as (h0, c0) of an LSTM, each [D, B, H]
         marks: uint8 [T, B, D], where a row begins anew or skips a step (`segments`); None: nowhere
         reset: the states that rows begin anew from, in the form of `initial`; empty: zeros
         params: [D, P, H], the cell's parameters per unit; extras: [1, T, B, D, E, H], what it takes per step

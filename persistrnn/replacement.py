@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from persistrnn.modules import GRU, LSTM, take_over
+from persistrnn.modules import GRU, LSTM, RNN
 from persistrnn.options import BACKENDS, Backend, check_name
+from persistrnn.recurrent import RecurrentBase, take_over
 
-SWAPPED = {nn.LSTM: LSTM, nn.GRU: GRU}
+SWAPPED: dict[type[nn.RNNBase], type[RecurrentBase]] = {nn.LSTM: LSTM, nn.GRU: GRU, nn.RNN: RNN}
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Replacement:
     """
 
     model: nn.Module
-    swapped: dict[str, LSTM | GRU] = field(default_factory=dict)
+    swapped: dict[str, RecurrentBase] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -36,7 +38,7 @@ class Replacement:
 
 
 def replace(model: nn.Module, *, backend: Backend = "auto") -> Replacement:
-    """Swap every torch.nn.LSTM and torch.nn.GRU in a model for ours, in place.
+    """Swap every torch.nn.LSTM, GRU and RNN in a model for ours, in place.
 
     A new layer has the old one's very Parameter objects (an optimizer made before stays right), its hooks (their
     handles still remove them), training mode, and whatever else was set on it. A layer that stands in several places of
@@ -45,12 +47,12 @@ def replace(model: nn.Module, *, backend: Backend = "auto") -> Replacement:
     model (DDP, FSDP, torch.compile) after the swap.
 
     Args:
-        model: any module; itself a torch.nn.LSTM or GRU, the new layer is the result's `model`
+        model: any module; itself a torch.nn.LSTM, GRU or RNN, the new layer is the result's `model`
         backend: of the new layers, see `persistrnn.functional.lstm`
 
     Returns:
         A `Replacement`, printable. Left alone, with a reason each: subclasses, parametrized or weight-normalised layers
-        (swap first, parametrize then), layers with a forward of their own, torch.nn.RNN.
+        (swap first, parametrize then), layers with a forward of their own.
 
     Raises:
         TypeError: model is no module
@@ -60,7 +62,7 @@ def replace(model: nn.Module, *, backend: Backend = "auto") -> Replacement:
         raise TypeError(f"model is a torch.nn.Module, got {type(model).__name__}")
     check_name("backend", backend, BACKENDS)
     result = Replacement(model)
-    made: dict[int, LSTM | GRU] = {}
+    made: dict[int, RecurrentBase] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.RNNBase):
             continue
@@ -83,7 +85,7 @@ def _obstacle(module: nn.RNNBase) -> str | None:
     if parametrize.is_parametrized(module):
         return "it is parametrized; swap before you parametrize"
     if kind not in SWAPPED:
-        known = " and ".join(f"torch.nn.{cls.__name__}" for cls in SWAPPED)
+        known = ", ".join(f"torch.nn.{cls.__name__}" for cls in SWAPPED)
         return f"it is a {kind.__module__}.{kind.__qualname__}; only {known} themselves are swapped"
     if "forward" in vars(module):
         return "it has a forward of its own, set on the instance"
@@ -97,14 +99,15 @@ def _obstacle(module: nn.RNNBase) -> str | None:
     return None
 
 
-def _new(old: nn.RNNBase, backend: Backend) -> LSTM | GRU:
-    cls = SWAPPED[type(old)]
-    options = {"proj_size": old.proj_size} if cls is LSTM else {}
-    new = cls(
-        old.input_size, old.hidden_size, old.num_layers, old.bias, old.batch_first, bidirectional=old.bidirectional,
-        device=torch.device("meta"), backend=backend, **options,
+def _new(old: nn.RNNBase, backend: Backend) -> RecurrentBase:
+    options: dict[str, Any] = {"proj_size": old.proj_size} if old.proj_size else {}
+    if isinstance(old, nn.RNN):
+        options["nonlinearity"] = old.nonlinearity
+    new = SWAPPED[type(old)](
+        old.input_size, old.hidden_size, old.num_layers, bias=old.bias, batch_first=old.batch_first,
+        bidirectional=old.bidirectional, device=torch.device("meta"), backend=backend, **options,
     )  # fmt: skip
     # Not through the constructor, which would warn again of a dropout without effect.
     new.dropout = float(old.dropout)
-    take_over(new, old, ignored={"_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights"})
+    take_over(new, old, ignored={"_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights", "mode"})
     return new

@@ -11,7 +11,7 @@ for the other slices once, where a projection inside it would wait twice, and pa
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +25,30 @@ from persistrnn.validate import Cuts
 
 
 class _OfLayer(NamedTuple):
-    """Of one layer: the initial and the reset states [D, B, features], marks [T, B, D], active [T, B]; and whether the
-    initial states are zeros."""
+    """Of one layer: the initial and the reset states [D, B, features], marks [T, B, D], active [T, B]; whether the
+    initial states are zeros; and by name what only some cells take, params [D, P, H] and extras [1, T, B, D, E, H]."""
 
     states: Sequence[Tensor]
     reset: Sequence[Tensor]
     marks: Tensor | None
     active: Tensor | None
     fresh: bool
+    beside: dict[str, Any]
 
 
-# (cell, x_gates, weight_hh, bias_hh, initial, *, marks, reset)
+class _Weights(NamedTuple):
+    """Of one layer, each [D, ...]: weight_ih [D, X*H, I], weight_hh [D, G*H, H], biases alike (bias_ih: None without,
+    bias_hh: zeros), params [D, P, H] of a cell that has such, weight_hr [D, P, H] of an LSTM with projections."""
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor
+    params: Tensor | None
+    weight_hr: Tensor | None
+
+
+# (cell, x_gates, weight_hh, bias_hh, initial, *, marks, reset), and params and extras of a cell that has such
 Recurrence = Callable[..., Result]
 
 
@@ -46,7 +59,7 @@ def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequen
         decision: what was decided
         x: [T, B, I], contiguous
         weights: all of them, in torch.nn's order
-        states: [h0] or [h0, c0], each [L*D, B, features]
+        states: h0 and what other states the cell has, each [L*D, B, features]
     """
     call, marks = decision.call, None
     if cuts.active is not None or cuts.resets is not None:
@@ -55,6 +68,7 @@ def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequen
     if cuts.active is not None:
         active = cuts.active.unsqueeze(-1)
         x = torch.where(active, x, 0.0)  # a NaN there would reach the weights' gradient, as 0 * NaN
+        cuts = cuts._replace(extras=[torch.where(active, e, 0.0) for e in cuts.extras])
     given = call, x, weights, states, cuts, marks
     if decision.pipeline:
         result = _in_one_launch(*given)
@@ -86,15 +100,17 @@ def _in_one_launch(
     cuts: Cuts,
     marks: Tensor | None,
 ) -> Result:
-    step = 4 if stack.bias else 2
-    weight_hh = torch.stack(list(weights[1::step]))
-    weight_ih = torch.stack(list(weights[step::step]))
-    bias_hh = torch.stack(list(weights[3::step])) if stack.bias else weight_hh.new_zeros(weight_hh.shape[:2])
-    bias_ih = torch.stack(list(weights[step + 2 :: step])) if stack.bias else bias_hh.new_zeros(weight_ih.shape[:2])
+    layers = [_weights_of(stack, weights, layer) for layer in range(stack.num_layers)]
+    weight_hh, bias_hh = (torch.cat(of) for of in zip(*((w.weight_hh, w.bias_hh) for w in layers), strict=True))
+    weight_ih = torch.cat([w.weight_ih for w in layers[1:]])
+    biases = [w.bias_ih for w in layers[1:] if w.bias_ih is not None]
+    bias_ih = torch.cat(biases) if biases else weight_ih.new_zeros(weight_ih.shape[:2])
+    params = [w.params for w in layers if w.params is not None]
     x_gates = F.linear(x, weights[0], weights[2] if stack.bias else None)
     return autograd.recurrent(
         stack.cell, x_gates.unsqueeze(2), weight_hh, bias_hh, states, stack.precision,
         marks, cuts.reset, stack.return_c, stack.cell_dtype, weight_ih, bias_ih,
+        **_beside(stack, torch.cat(params) if params else None, cuts.extras),
     )  # fmt: skip
 
 
@@ -115,17 +131,19 @@ def _layers(
         if layer > 0 and stack.dropout > 0:
             y = F.dropout(y, stack.dropout)
         rows = slice(layer * directions, (layer + 1) * directions)
-        weight_ih, weight_hh, *others = _weights_of(stack, weights, layer)
-        bias_ih = others[0].flatten() if stack.bias else None
-        bias_hh = others[1] if stack.bias else weight_hh.new_zeros(weight_hh.shape[:2])
-        # both directions read the same rows, so that one GEMM with [D*G*H, I] makes the gates of both
+        own = _weights_of(stack, weights, layer)
+        bias_ih = None if own.bias_ih is None else own.bias_ih.flatten()
+        # both directions read the same rows, so that one GEMM with [D*X*H, I] makes the gates of both
         with phase(INPUT_GEMM):
-            x_gates = F.linear(y, weight_ih.flatten(0, 1), bias_ih).unflatten(-1, (directions, -1))
-        given = _OfLayer([s[rows] for s in states], [r[rows] for r in cuts.reset], marks, cuts.active, cuts.fresh)
-        if stack.proj_size:
-            y, c, final = _projected(stack.cell, x_gates, weight_hh, bias_hh, others[-1], given, recurrence)
+            x_gates = F.linear(y, own.weight_ih.flatten(0, 1), bias_ih).unflatten(-1, (directions, -1))
+        beside = _beside(stack, own.params, [e[rows] for e in cuts.extras])
+        given = _OfLayer(
+            [s[rows] for s in states], [r[rows] for r in cuts.reset], marks, cuts.active, cuts.fresh, beside
+        )
+        if own.weight_hr is not None:
+            y, c, final = _projected(stack.cell, x_gates, own.weight_hh, own.bias_hh, own.weight_hr, given, recurrence)
         else:
-            y, c, final = _recurrent(stack.cell, x_gates, weight_hh, bias_hh, given, recurrence)
+            y, c, final = _recurrent(stack.cell, x_gates, own.weight_hh, own.bias_hh, given, recurrence)
         finals.append(final)
     return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
 
@@ -152,9 +170,10 @@ def _in_chunks(
         rows = slice(layer * stack.directions, (layer + together) * stack.directions)
         given: list[Tensor] = []
         for i in range(layer, layer + together):
-            weight_ih, weight_hh, *biases = _weights_of(stack, weights, i)
-            bias_ih, bias_hh = biases or [weight_hh.new_zeros(weight_hh.shape[:2]) for _ in range(2)]
-            given += [weight_ih, bias_ih, weight_hh, bias_hh]
+            own = _weights_of(stack, weights, i)
+            bias_ih = own.weight_ih.new_zeros(own.weight_ih.shape[:2]) if own.bias_ih is None else own.bias_ih
+            given += [own.weight_ih, bias_ih, own.weight_hh, own.bias_hh]
+            given += [] if own.params is None else [own.params]
         initial, reset = ([s[rows] for s in given_states] for given_states in (states, cuts.reset))
         y, c, final = time_chunks.recurrent(
             stack.cell,
@@ -168,16 +187,29 @@ def _in_chunks(
             reset,
             stack.return_c,
             stack.cell_dtype,
+            **_beside(stack, None, [e[rows] for e in cuts.extras]),
         )
         finals.append(final)
     return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
 
 
-def _weights_of(stack: Call, weights: Sequence[Tensor], layer: int) -> list[Tensor]:
-    """A layer's weights in torch.nn's order, each [D, ...]."""
-    each = (4 if stack.bias else 2) + (stack.proj_size > 0)
+def _weights_of(stack: Call, weights: Sequence[Tensor], layer: int) -> _Weights:
+    each = len(weights) // (stack.num_layers * stack.directions)
     first, last = layer * stack.directions * each, (layer + 1) * stack.directions * each
-    return [_side_by_side(weights[first + k : last : each]) for k in range(each)]
+    weight_ih, weight_hh, *others = (_side_by_side(weights[first + k : last : each]) for k in range(each))
+    bias_ih, bias_hh = others[:2] if stack.bias else (None, weight_hh.new_zeros(weight_hh.shape[:2]))
+    weight_hr = others.pop() if stack.proj_size else None
+    own = others[2 * stack.bias :]
+    return _Weights(weight_ih, weight_hh, bias_ih, bias_hh, torch.stack(own, dim=1) if own else None, weight_hr)
+
+
+def _beside(stack: Call, params: Tensor | None, extras: Sequence[Tensor]) -> dict[str, Any]:
+    """What only some cells take, by name. extras: each [L*D, T, B, H]; of a stack of more layers D is 1."""
+    given: dict[str, Any] = {} if params is None else {"params": params}
+    if extras:
+        sides = torch.stack(list(extras), dim=-2).unflatten(0, (-1, stack.directions))
+        given["extras"] = sides.movedim(1, 3).contiguous()
+    return given
 
 
 def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
@@ -220,9 +252,11 @@ def _recurrent(
     cell: str, x_gates: Tensor, weight_hh: Tensor, bias_hh: Tensor, given: _OfLayer, recurrence: Recurrence
 ) -> Result:
     if x_gates.size(1) > 0:
-        return recurrence(cell, x_gates, weight_hh, bias_hh, given.states, marks=given.marks, reset=given.reset)
+        how = {"marks": given.marks, "reset": given.reset, **given.beside}
+        return recurrence(cell, x_gates, weight_hh, bias_hh, given.states, **how)
     # Without a row there is nothing to launch: one step of the reference gives every shape and, as torch.nn does, a
     # gradient of zeros to every weight.
-    y, c, finals = reference.recurrent(cell, x_gates[:1], weight_hh, bias_hh, given.states)
+    beside = {name: t if name == "params" else t[:, :1] for name, t in given.beside.items()}
+    y, c, finals = reference.recurrent(cell, x_gates[:1], weight_hh, bias_hh, given.states, **beside)
     steps = x_gates.size(0)
     return Result(y.expand(steps, -1, -1), None if c is None else c.expand(steps, -1, -1), finals)

@@ -24,58 +24,78 @@ def recurrent(
     initial: Sequence[Tensor],
     marks: Tensor | None = None,
     reset: Sequence[Tensor] = (),
+    params: Tensor | None = None,
+    extras: Tensor | None = None,
 ) -> Result:
     """`reference.recurrent`, as an operator where it is compiled."""
     if not torch.compiler.is_compiling():
-        return reference.recurrent(cell, x_gates, weight_hh, bias_hh, initial, marks, reset)
-    tensors = [x_gates, weight_hh, bias_hh, *initial, *reset]
-    found = _Stepwise.apply(cell, marks, *tensors) if expects_backward(tensors) else forward(cell, marks, tensors)
-    y, *others = found
+        return reference.recurrent(cell, x_gates, weight_hh, bias_hh, initial, marks, reset, params, extras)
+    own = [] if params is None else [params]
+    tensors = [x_gates, weight_hh, bias_hh, *own, *initial, *reset]
+    apply = _Stepwise.apply if expects_backward(tensors) else _forward
+    y, *others = apply(cell, marks, extras, *tensors)
     n = CELLS[cell].states
     return Result(y, others[n] if n > 1 else None, list(others[:n]))
 
 
-def _run(cell: str, marks: Tensor | None, tensors: Sequence[Tensor]) -> list[Tensor]:
-    n = 3 + CELLS[cell].states
+def _states(cell: str) -> slice:
+    """Where the initial states are in ``tensors``."""
+    first = 4 if CELLS[cell].params else 3
+    return slice(first, first + CELLS[cell].states)
+
+
+def _run(cell: str, marks: Tensor | None, extras: Tensor | None, tensors: Sequence[Tensor]) -> list[Tensor]:
+    where = _states(cell)
+    params = tensors[3] if CELLS[cell].params else None
     x_gates, weight_hh, bias_hh = tensors[:3]
-    y, c, finals = reference.recurrent(cell, x_gates, weight_hh, bias_hh, tensors[3:n], marks, tensors[n:])
+    states = tensors[where], marks, tensors[where.stop :]
+    y, c, finals = reference.recurrent(cell, x_gates, weight_hh, bias_hh, *states, params, extras)
     return [y, *finals, *([] if c is None else [c])]
 
 
 @torch.library.custom_op("persistrnn::stepwise", mutates_args=())
-def forward(cell: str, marks: Tensor | None, tensors: list[Tensor]) -> list[Tensor]:
-    """[y, the final states, of an LSTM every c]. tensors: x_gates, weight_hh, bias_hh, the initial states, the reset
-    states."""
-    return unaliased(_run(cell, marks, tensors), tensors)
+def forward(cell: str, marks: Tensor | None, extras: Tensor | None, tensors: list[Tensor]) -> list[Tensor]:
+    """[y, the final states, every second state where there is one]. tensors: x_gates, weight_hh, bias_hh, the cell's
+    parameters if it has such, the initial states, the reset states."""
+    return unaliased(_run(cell, marks, extras, tensors), tensors)
 
 
 @forward.register_fake
-def _(cell: str, marks: Tensor | None, tensors: list[Tensor]) -> list[Tensor]:
+def _(cell: str, marks: Tensor | None, extras: Tensor | None, tensors: list[Tensor]) -> list[Tensor]:
     steps, batch, directions, _ = tensors[0].shape
-    initial = tensors[3 : 3 + CELLS[cell].states]
-    y, *c = (s.new_empty(steps, batch, directions * s.shape[-1]) for s in initial)
+    initial = tensors[_states(cell)]
+    y, *c = (s.new_empty(steps, batch, directions * s.shape[-1]) for s in initial[:2])
     return [y, *(s.new_empty(s.shape) for s in initial), *c]
 
 
+def _forward(cell: str, marks: Tensor | None, extras: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    found: list[Tensor] = forward(cell, marks, extras, list(tensors))
+    return found
+
+
 @torch.library.custom_op("persistrnn::stepwise_backward", mutates_args=())
-def backward(cell: str, marks: Tensor | None, tensors: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+def backward(
+    cell: str, marks: Tensor | None, extras: Tensor | None, tensors: list[Tensor], grads: list[Tensor]
+) -> list[Tensor]:
     """Gradients of ``tensors``, given those of the forward's outputs. Runs the forward again."""
     with autograd_inside_an_operator():
         leaves = [t.detach().requires_grad_() for t in tensors]
-        outputs = _run(cell, marks, leaves)
+        outputs = _run(cell, marks, extras, leaves)
         found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True, materialize_grads=True)
     return unaliased(found, [*tensors, *grads])
 
 
 @backward.register_fake
-def _(cell: str, marks: Tensor | None, tensors: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+def _(
+    cell: str, marks: Tensor | None, extras: Tensor | None, tensors: list[Tensor], grads: list[Tensor]
+) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in tensors]
 
 
 class _Stepwise(Function):
     @staticmethod
-    def forward(cell: str, marks: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(forward(cell, marks, list(tensors)))
+    def forward(cell: str, marks: Tensor | None, extras: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(forward(cell, marks, extras, list(tensors)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -84,5 +104,5 @@ class _Stepwise(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        marks, *tensors = ctx.saved_tensors
-        return None, None, *backward(ctx.cell, marks, tensors, list(grads))
+        marks, extras, *tensors = ctx.saved_tensors
+        return None, None, None, *backward(ctx.cell, marks, extras, tensors, list(grads))

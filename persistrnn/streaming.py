@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from persistrnn import validate
-from persistrnn.modules import GRU, LSTM
 from persistrnn.options import check_flag
+from persistrnn.recurrent import RecurrentBase, check_layer
 
 
 class Streaming(nn.Module):
@@ -18,7 +18,7 @@ class Streaming(nn.Module):
     (truncated back-propagation), or with detach=False goes through it to the beginning.
 
     Args:
-        layer: a persistrnn.LSTM or persistrnn.GRU of one direction
+        layer: one of persistrnn's layers, of one direction
         detach: whether the state is cut from its graph after each call; if not, reset() before a deepcopy
 
     Inputs: a piece of the input, [T, B, I], [B, T, I] with the layer's batch_first, or [T, I], and the layer's keyword
@@ -33,13 +33,9 @@ class Streaming(nn.Module):
         ValueError: a bidirectional layer, which needs the whole sequence
     """
 
-    def __init__(self, layer: LSTM | GRU, *, detach: bool = True) -> None:
+    def __init__(self, layer: RecurrentBase, *, detach: bool = True) -> None:
         super().__init__()
-        if not isinstance(layer, (LSTM, GRU)):
-            raise TypeError(
-                f"layer is a persistrnn.LSTM or persistrnn.GRU, got {type(layer).__name__}; persistrnn.replace makes "
-                "them of torch.nn's"
-            )
+        check_layer(layer)
         if layer.bidirectional:
             raise ValueError(
                 "a bidirectional layer has no stream: its second direction begins at the sequence's end; "
@@ -84,7 +80,7 @@ class Streaming(nn.Module):
         """What ``state`` holds, which anyone may set, as a list."""
         if self.state is None:
             return []
-        states = validate.state_tensors(self.layer.mode.lower(), self.state, "state")
+        states = validate.state_tensors(self.layer.cell, self.state, "state")
         if any(s.dtype not in validate.FLOATS for s in states):
             raise RuntimeError(
                 f"state is of torch.float16, torch.bfloat16, torch.float32 or torch.float64, got {states[-1].dtype}; "

@@ -1,4 +1,4 @@
-"""PyTorch's own LSTM and GRU kernels (cuDNN, MIOpen, oneDNN, ATen), without torch.nn.RNNBase around them.
+"""PyTorch's own LSTM, GRU and RNN kernels (cuDNN, MIOpen, oneDNN, ATen), without torch.nn.RNNBase around them.
 
 Eager, a call is one call of torch's function for the whole stack: torch.nn's results to the bit. With dropout on a
 GPU every layer is a call of its own: cuDNN would draw masks that no other path of ours could draw from the same seed.
@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from persistrnn.decide import expects_backward, inside_torch_func
-
-FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {"lstm": torch._VF.lstm, "gru": torch._VF.gru}
+from persistrnn.decide import TORCH, expects_backward, inside_torch_func
+from persistrnn.kernels.cells import CELLS
 
 
 def stack(
@@ -39,10 +38,10 @@ def stack(
     bidirectional: bool,
     batch_first: bool,
 ) -> list[Tensor]:
-    """Run a whole stack on torch's kernels: [output, h_n] of a GRU, [output, h_n, c_n] of an LSTM.
+    """Run a whole stack on torch's kernels: [output, h_n], of an LSTM [output, h_n, c_n].
 
     Args:
-        cell: "lstm" or "gru"
+        cell: one of ``decide.TORCH``
         input: [T, B, I], [B, T, I] with batch_first, or the data of a PackedSequence
         batch_sizes: of the PackedSequence, else None
         states: [h0] or [h0, c0], each [num_layers*D, B, H] (h0's H is proj_size where weights project)
@@ -152,18 +151,19 @@ def _eager(
     options: tuple[bool, int, float, bool, bool],
     batch_first: bool,
 ) -> list[Tensor]:
-    hx = tuple(states) if cell == "lstm" else states[0]
+    function: Callable[..., tuple[Tensor, ...]] = getattr(torch._VF, cell)
+    hx = tuple(states) if len(states) > 1 else states[0]
     # Only on a GPU can the warning come, and catching it costs time and changes a setting of the whole process.
     with _no_flat_weight_warning() if input.is_cuda else _NOTHING:
         given = [input, hx] if batch_sizes is None else [input, batch_sizes, hx]
         how = (*options, batch_first) if batch_sizes is None else options
         autocast = autocast_dtype(input)
         if autocast is None or input.device.type != "cpu":
-            return list(FUNCTIONS[cell](*given, list(weights), *how))
+            return list(function(*given, list(weights), *how))
         dtypes = output_dtypes(cell, input, states, autocast)
-        if cell == "lstm" and input.dtype != torch.float64:
+        if TORCH[cell].onednn and input.dtype != torch.float64:
             given[0] = input.to(autocast)
-        outputs = FUNCTIONS[cell](*given, list(weights), *how)
+        outputs = function(*given, list(weights), *how)
         return [t.to(dtype) for t, dtype in zip(outputs, dtypes, strict=True)]
 
 
@@ -251,8 +251,8 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
 def output_dtypes(
     cell: str, input: Tensor, states: Sequence[Tensor], autocast: torch.dtype | None
 ) -> list[torch.dtype]:
-    """Dtypes of the output, of h_n and of an LSTM's c_n: torch.nn's for a batch of equally long rows, on a CPU that has
-    what it asks oneDNN for.
+    """Dtypes of the output and of the final states: torch.nn's for a batch of equally long rows, on a CPU that has
+    what it asks oneDNN for; of cells that torch.nn has not, autocast's.
 
     Args:
         input: as it came, of which the dtype and the device are read
@@ -262,11 +262,10 @@ def output_dtypes(
     n = 1 + len(states)
     if autocast is None or input.dtype == torch.float64:  # autocast leaves float64 alone
         return [input.dtype] * n
-    projects = cell == "lstm" and states[0].size(-1) != states[1].size(-1)
-    if input.device.type != "cpu" or (cell == "lstm" and not projects):
+    projects, of = states[0].size(-1) != states[-1].size(-1), TORCH.get(cell)
+    if input.device.type != "cpu" or of is None or not of.keeps_dtype or (of.onednn and not projects):
         return [autocast] * n
-    # ATen's CPU loop autocasts its matrix products and keeps the states in their own dtype: all but the h that comes
-    # out of a product, the projection.
+    # All but the h that comes out of a product, the projection.
     kept = torch.promote_types(autocast, states[-1].dtype)
     return [autocast, autocast, kept] if projects else [kept] * n
 
@@ -290,7 +289,7 @@ def _run_layer(
 
 def _split(cell: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """(input, *states, *weights) in its three parts."""
-    first_weight = 3 if cell == "lstm" else 2
+    first_weight = 1 + CELLS[cell].states
     return tensors[0], tensors[1:first_weight], tensors[first_weight:]
 
 

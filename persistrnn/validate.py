@@ -2,10 +2,11 @@
 to mend it, and has the type that torch.nn's has.
 
 Letters: T steps, B batch, I input, H hidden, P projection, G gates (LSTM 4, GRU 3), D directions, L layers.
+A cell's facts are in ``kernels.cells``: gates, states, and its parameters per unit beside weights and biases.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from persistrnn import segments, torch_path
+from persistrnn.decide import TORCH, called
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Options, check_sizes, described
 
@@ -48,18 +50,31 @@ class Batch(NamedTuple):
 
 class Cuts(NamedTuple):
     """Where the rows of a batch run and begin anew. active, resets: bool [T, B]; reset: the states that a row
-    begins anew from, each [L*D, B, features]; empty: zeros. fresh: the initial states are zeros."""
+    begins anew from, each [L*D, B, features]; empty: zeros. fresh: the initial states are zeros. extras: what the cell
+    takes per step and unit, each [L*D, T, B, H]."""
 
     active: Tensor | None = None
     resets: Tensor | None = None
     reset: Sequence[Tensor] = ()
     fresh: bool = False
+    extras: Sequence[Tensor] = ()
 
 
-def parameter_names(layer: int, direction: int, bias: bool, projection: bool) -> list[str]:
-    """torch.nn's names of one layer's and direction's parameters, in torch.nn's order."""
-    names = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * bias + ["weight_hr"] * projection
+def parameter_names(cell: str, layer: int, direction: int, bias: bool, projection: bool) -> list[str]:
+    """torch.nn's names of one layer's and direction's parameters, in torch.nn's order, with those of the cell's own
+    behind the biases."""
+    own = list(CELLS[cell].params)
+    names = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * bias + own + ["weight_hr"] * projection
     return [f"{name}_l{layer}{'_reverse' * direction}" for name in names]
+
+
+def parameter_shapes(stack: "Stack", layer: int) -> list[tuple[int, ...]]:
+    """Their shapes."""
+    cell, H, features = CELLS[stack.cell], stack.hidden_size, stack.proj_size or stack.hidden_size
+    width = stack.input_size if layer == 0 else stack.directions * features
+    shapes: list[tuple[int, ...]] = [(cell.inputs * H, width), (cell.gates * H, features)]
+    shapes += [(cell.inputs * H,), (cell.gates * H,)] * stack.bias + [(H,) for _ in cell.params]
+    return shapes + [(stack.proj_size, H)] * (stack.proj_size > 0)
 
 
 def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stack:
@@ -70,20 +85,20 @@ def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stac
         )
     num_layers, bias, directions = options.num_layers, options.bias, options.directions
     groups = num_layers * directions
-    plain = 4 if bias else 2
+    plain = len(parameter_names(cell, 0, 0, bias, False))
     projection = len(weights) == groups * (plain + 1)
     if len(weights) != groups * plain and not projection:
         raise ValueError(
             f"{num_layers} layers x {directions} directions with bias={bias} take {groups * plain} weights "
             f"({groups * (plain + 1)} with projections), got {len(weights)}"
         )
-    if projection and CELLS[cell].states == 1:
-        raise ValueError(f"a {cell.upper()} has no projections: it takes {groups * plain} weights, got {len(weights)}")
+    if projection and not (cell in TORCH and TORCH[cell].projects):
+        raise ValueError(f"a {called(cell)} has no projections: it takes {groups * plain} weights, got {len(weights)}")
     per_group = plain + projection
 
     def name_of(k: int) -> str:
         group = k // per_group
-        return parameter_names(group // directions, group % directions, bias, projection)[k % per_group]
+        return parameter_names(cell, group // directions, group % directions, bias, projection)[k % per_group]
 
     for k, weight in enumerate(weights):
         if not isinstance(weight, Tensor):
@@ -106,8 +121,10 @@ def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stac
         hidden_size=weights[1].size(0) // CELLS[cell].gates if matrix else 0,
         proj_size=weights[1].size(1) if matrix and projection else 0,
     )
+    lowest, upper = parameter_shapes(stack, 0) * directions, parameter_shapes(stack, 1) * directions
+    expected = lowest + upper * (num_layers - 1)
     for k, weight in enumerate(weights):
-        if weight.shape != _weight_shape(stack, k // (per_group * directions), k % per_group) or not stack.hidden_size:
+        if len(expected) != len(weights) or weight.shape != expected[k] or not stack.hidden_size:
             _refuse_shapes(stack, weights, [name_of(k) for k in range(len(weights))])
         if weight.dtype != dtype:
             raise ValueError(
@@ -121,13 +138,14 @@ def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stac
 
 def _refuse_shapes(stack: Stack, weights: Sequence[Tensor], names: Sequence[str]) -> None:
     """Raise RuntimeError for the first weight that does not fit what most of them say of H and P."""
-    gates, per_group = CELLS[stack.cell].gates, len(weights) // (stack.num_layers * stack.directions)
-    plain = 4 if stack.bias else 2
+    cell, per_group = CELLS[stack.cell], len(weights) // (stack.num_layers * stack.directions)
+    plain = len(parameter_names(stack.cell, 0, 0, stack.bias, False))
+    rows = [cell.inputs, cell.gates] * (1 + stack.bias) + [1] * len(cell.params)  # of each weight, per unit
     hidden, features = [], []
     for k, weight in enumerate(weights):
         slot = k % per_group
         if weight.dim() == (1 if 2 <= slot < plain else 2):
-            hidden.append(weight.size(1) if slot == plain else weight.size(0) // gates)
+            hidden.append(weight.size(1) if slot == plain else weight.size(0) // rows[slot])
             features += [weight.size(1)] if slot == 1 else [weight.size(0)] if slot == plain else []
     projection = per_group > plain
     H = Counter(hidden if projection else hidden + features).most_common(1)[0][0] if hidden else 0
@@ -135,14 +153,21 @@ def _refuse_shapes(stack: Stack, weights: Sequence[Tensor], names: Sequence[str]
     possible = [size for size in features if 0 < size < H]
     P = Counter(possible).most_common(1)[0][0] if projection and possible else 0
     if H == 0 or (projection and P == 0):
-        rows = f"{gates}*H, {'P) and weight_hr_l0 (P, H) with H > P > 0' if projection else 'H) with H > 0'}"
+        sizes = f"{cell.gates}*H, {'P) and weight_hr_l0 (P, H) with H > P > 0' if projection else 'H) with H > 0'}"
         got = f"{tuple(weights[1].shape)}" + (f" and {tuple(weights[plain].shape)}" if projection else "")
-        raise RuntimeError(f"weight_hh_l0 must have shape ({rows}, got {got}")
+        raise RuntimeError(f"weight_hh_l0 must have shape ({sizes}, got {got}")
     stack = stack._replace(hidden_size=H, proj_size=P)
     for k, (weight, name) in enumerate(zip(weights, names, strict=True)):
-        expected = _weight_shape(stack, k // (per_group * stack.directions), k % per_group)
+        expected = parameter_shapes(stack, k // (per_group * stack.directions))[k % per_group]
         if weight.shape != expected:
             raise RuntimeError(f"{name} must have shape {expected}, got {tuple(weight.shape)}")
+
+
+def check_states(cell: str, cell_dtype: object, return_c: bool = False) -> None:
+    """Raise ValueError for what asks for more states than the cell has."""
+    if CELLS[cell].states == 1 and (cell_dtype is not None or return_c):
+        what = "return_cell_states" if return_c else "cell_dtype"
+        raise ValueError(f"{what} is for cells with a state beside h, and a {called(cell)} has none; leave it out")
 
 
 def check_attributes(stack: Stack, input_size: object, hidden_size: object, proj_size: object) -> None:
@@ -155,18 +180,6 @@ def check_attributes(stack: Stack, input_size: object, hidden_size: object, proj
             )
 
 
-def _weight_shape(stack: Stack, layer: int, slot: int) -> tuple[int, ...]:
-    rows = CELLS[stack.cell].gates * stack.hidden_size
-    features = stack.proj_size or stack.hidden_size
-    if slot == 0:
-        return rows, stack.input_size if layer == 0 else stack.directions * features
-    if slot == 1:
-        return rows, features
-    if slot < 4 and stack.bias:
-        return (rows,)
-    return stack.proj_size, stack.hidden_size
-
-
 def read_input(input: object, stack: Stack, weights: Sequence[Tensor], batch_first: bool) -> Batch:
     packed = input if isinstance(input, PackedSequence) else None
     data = input if packed is None else packed.data
@@ -176,7 +189,7 @@ def read_input(input: object, stack: Stack, weights: Sequence[Tensor], batch_fir
     if packed is not None:
         _check_packed(packed)
     if data.dim() not in (2, 3):
-        raise ValueError(f"{stack.cell.upper()}: Expected input to be 2D or 3D, got {data.dim()}D instead")
+        raise ValueError(f"{called(stack.cell)}: Expected input to be 2D or 3D, got {data.dim()}D instead")
     dtype = weights[0].dtype
     if data.dtype != dtype and not _autocast_together(data, dtype):
         raise ValueError(
@@ -255,7 +268,7 @@ def read_states(stack: Stack, hx: object, batch: Batch, name: str = "hidden") ->
     """[h0] or [h0, c0], each [L*D, B, H], from what the caller gave as hx; zeros for None."""
     data, several = batch.data, CELLS[stack.cell].states > 1
     rows = stack.num_layers * stack.directions
-    sizes = [stack.proj_size or stack.hidden_size, stack.hidden_size][: CELLS[stack.cell].states]
+    sizes = [stack.proj_size or stack.hidden_size] + [stack.hidden_size] * (CELLS[stack.cell].states - 1)
     if hx is None:
         return [data.new_zeros(rows, batch.rows, size) for size in sizes]
     given = "hx" if name == "hidden" else name
@@ -263,7 +276,8 @@ def read_states(stack: Stack, hx: object, batch: Batch, name: str = "hidden") ->
     dims = 2 if batch.unbatched else 3
     if any(s.dim() != dims for s in states):
         kind = "unbatched 2-D" if batch.unbatched else "batched 3-D"
-        names = f"both tensors of {given}" if several else given
+        every = "both" if len(sizes) == 2 else "all"
+        names = f"{every} tensors of {given}" if several else given
         got = ", ".join(f"{s.dim()}-D" for s in states)
         raise RuntimeError(f"For {kind} input, {names} should also be {dims}-D but got {got}")
     if batch.unbatched:
@@ -289,19 +303,22 @@ def read_states(stack: Stack, hx: object, batch: Batch, name: str = "hidden") ->
 
 
 def state_tensors(cell: str, hx: object, name: str) -> list[Tensor]:
-    """[h] or [h, c], dense, of what was given as hx, or under another name."""
-    several, initial = CELLS[cell].states > 1, "0" if name == "hx" else ""
-    form = f"a pair of tensors (h{initial}, c{initial})" if several else f"one tensor h{initial}"
+    """The cell's states, h first, dense, of what was given as hx, or under another name."""
+    count, initial = CELLS[cell].states, "0" if name == "hx" else ""
+    several = count > 1
+    tuples = {1: f"one tensor h{initial}", 2: f"a pair of tensors (h{initial}, c{initial})"}
+    form = tuples.get(count, f"a tuple of {count} tensors, h{initial} first")
     if several and isinstance(hx, Tensor):
         raise RuntimeError(
-            f"{cell.upper()}: {name} is {form}, got one tensor of shape {tuple(hx.shape)}; give both, or None for zeros"
+            f"{called(cell)}: {name} is {form}, got one tensor of shape {tuple(hx.shape)}; give "
+            f"{'both' if count == 2 else 'all'}, or None for zeros"
         )
     states = list(hx) if several and isinstance(hx, (tuple, list)) else [hx]
     tensors = [s for s in states if isinstance(s, Tensor)]
     if len(tensors) < len(states):
-        raise TypeError(f"{cell.upper()}: {name} is {form}, got {type(hx).__name__}")
-    if len(tensors) != CELLS[cell].states:
-        raise RuntimeError(f"{cell.upper()}: {name} is {form}, got {len(tensors)} of them")
+        raise TypeError(f"{called(cell)}: {name} is {form}, got {type(hx).__name__}")
+    if len(tensors) != count:
+        raise RuntimeError(f"{called(cell)}: {name} is {form}, got {len(tensors)} of them")
     for state in tensors:
         _check_dense(name, state)
     return tensors
@@ -314,15 +331,12 @@ class Given(NamedTuple):
     mask: object = None
     resets: object = None
     reset_state: object = None
-
-    @property
-    def any(self) -> bool:
-        return any(x is not None for x in self)
+    extras: Mapping[str, object] = {}
 
 
 def read_cuts(stack: Stack, batch: Batch, fresh: bool, given: Given) -> Cuts:
     """fresh: no initial states were given."""
-    lengths, mask, resets, reset_state = given
+    lengths, mask, resets, reset_state, extras = given
     if mask is not None and (lengths is not None or resets is not None):
         other = "lengths" if lengths is not None else "resets"
         raise ValueError(f"mask says by itself which steps a row has, got {other} too; give one of them")
@@ -337,7 +351,39 @@ def read_cuts(stack: Stack, batch: Batch, fresh: bool, given: Given) -> Cuts:
         _read_bools("resets", resets, batch),
         () if reset_state is None else read_states(stack, reset_state, batch, "reset_state"),
         fresh,
+        _read_extras(stack, batch, extras),
     )
+
+
+def _read_extras(stack: Stack, batch: Batch, given: Mapping[str, object]) -> list[Tensor]:
+    """What the cell takes per step and unit, each [L*D, T, B, H] in the input's dtype."""
+    names, data = CELLS[stack.cell].extras, batch.data
+    if unknown := [name for name in given if name not in names]:
+        takes = f"it takes {', '.join(names)}" if names else "it takes none of the kind"
+        raise TypeError(f"{called(stack.cell)}: got an unexpected keyword argument {unknown[0]!r}; {takes}")
+    if missing := [name for name in names if given.get(name) is None]:
+        raise TypeError(f"{called(stack.cell)}: {missing[0]}=, a tensor [L*D, T, B, H], is missing; give it")
+    if names and batch.packed is not None:
+        raise ValueError(
+            f"{names[0]} goes with a padded tensor, got a PackedSequence; give the padded tensor and lengths"
+        )
+    size = (stack.num_layers * stack.directions, batch.steps, batch.rows, stack.hidden_size)
+    found = []
+    for name in names:
+        value = given[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a tensor [L*D, T, B, H], got {type(value).__name__}")
+        _check_dense(name, value)
+        if batch.unbatched and value.dim() == 3:
+            value = value.unsqueeze(2)
+        if value.shape != size:
+            raise RuntimeError(
+                f"Expected {name} size {size}, got {list(value.shape)} (num_layers * directions, steps, batch, "
+                "hidden_size; batch_first does not apply)"
+            )
+        _same_device(name, value, data)
+        found.append(value.detach())
+    return found
 
 
 def _read_lengths(lengths: object, batch: Batch) -> Tensor:

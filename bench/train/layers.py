@@ -7,16 +7,24 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import persistrnn
+from bench import UsageError
 from bench.train.options import Settings
 
 
 def recurrent(settings: Settings, backend: str, input_size: int, bidirectional: bool = False) -> nn.Module:
-    """Layers of the settings' cell and sizes. `backend` is persistrnn's, or "torch.nn" for torch's own layer."""
-    name, sizes = settings.cell.upper(), (input_size, settings.hidden, settings.layers)
+    """Layers of the settings' cell and sizes. `backend` is persistrnn's, or "torch.nn" for torch's own layer.
+
+    Raises:
+        UsageError: torch.nn has no such cell
+    """
+    sizes = input_size, settings.hidden, settings.layers
     how = {"dropout": settings.dropout, "bidirectional": bidirectional}
-    if backend == "torch.nn":
-        return getattr(nn, name)(*sizes, **how)
-    return getattr(persistrnn, name)(*sizes, **how, backend=backend, save=settings.save)
+    if backend != "torch.nn":
+        return persistrnn.Recurrent(settings.cell, *sizes, **how, backend=backend, save=settings.save)
+    try:
+        return persistrnn.Recurrent(settings.cell, *sizes, **how).to_torch()
+    except ValueError as error:
+        raise UsageError(f"--backend torch.nn with --cell {settings.cell}: {error}; use --backend auto") from error
 
 
 def run_padded(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any = None) -> tuple[Tensor, Any]:

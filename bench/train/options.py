@@ -14,7 +14,7 @@ import torch
 from bench import UsageError
 from bench.train import ranks
 from bench.train.checkpoint import ANEW
-from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.cells import BUILT_IN
 
 METAVARS = {int: "N", float: "X"}
 
@@ -74,7 +74,7 @@ class Settings:
         "of the matrix products (default float32 on a CPU, else bfloat16)",
         choices=["float32", "bfloat16", "float16"],
     )
-    cell: str = option("lstm", "recurrent cell", choices=list(CELLS))
+    cell: str = option("lstm", "recurrent cell", choices=list(BUILT_IN))
     hidden: int = option(256, "hidden units a layer", type=number(int, 1))
     layers: int = option(1, "recurrent layers", type=number(int, 1))
     dropout: float = option(0.0, "share of units dropped between layers", type=number(float, 0, 1))

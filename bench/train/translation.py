@@ -122,7 +122,7 @@ class Translator(nn.Module):
         hidden = settings.hidden
         self.source = nn.Embedding(sources, settings.embedding)
         self.encoder = recurrent(settings, backend, settings.embedding, bidirectional=True)
-        self.bridges = nn.ModuleList(nn.Linear(2 * hidden, hidden) for _ in range(CELLS[settings.cell].states))
+        self.bridges = nn.ModuleList(nn.Linear(2 * hidden, hidden) for _ in range(CELLS[settings.cell].given_out))
         self.target = nn.Embedding(targets, settings.embedding)
         self.decoder = recurrent(settings, backend, settings.embedding)
         self.score = nn.Linear(2 * hidden, hidden, bias=False)
@@ -134,9 +134,10 @@ class Translator(nn.Module):
         memory, states = run_padded(self.encoder, self.source(source), lengths)
         states = states if isinstance(states, tuple) else (states,)
         first = []
-        for bridge, state in zip(self.bridges, states, strict=True):
+        for bridge, state in zip(self.bridges, states, strict=False):
             both = state.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)  # (layers, B, 2H)
             first.append(torch.tanh(bridge(both)).to(state.dtype))
+        first += [torch.zeros_like(first[0]) for _ in states[len(first) :]]  # a normaliser, a stabiliser
         present = torch.arange(len(source), device=source.device)[:, None] < lengths
         return (tuple(first) if len(first) > 1 else first[0]), (memory, self.score(memory), present)
 

@@ -7,7 +7,7 @@ Neither torch nor Triton is imported before that.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ class Cell:
         more_gradients: tiles that the backward stores behind dx, for the gradients of ``params`` alone.
         finite_at_zero: whether both passes make finite numbers of zeros, step after step: then units past H, which
             have nothing else, need no mask.
+        inputs: tiles of the input half (X).
+        stored_gradients: tiles that the backward stores of the input half (V).
+        given_out: states of which a caller can have every step: h and, where there is one, the second (c).
     """
 
     name: str
@@ -46,23 +49,19 @@ class Cell:
     more_gradients: int = 0
     finite_at_zero: bool = False
 
-    @property
-    def inputs(self) -> int:
-        """Tiles of the input half (X)."""
-        return self.gates + self.more_inputs
+    # Fields and no properties: torch.compile reads the fields of a frozen dataclass alone.
+    inputs: int = field(init=False)
+    stored_gradients: int = field(init=False)
+    given_out: int = field(init=False)
 
-    @property
-    def stored_gradients(self) -> int:
-        """Tiles that the backward stores of the input half (V)."""
-        return self.inputs + self.more_gradients
-
-    @property
-    def given_out(self) -> int:
-        """States of which a caller can have every step: h and, where there is one, the second (c)."""
-        return min(self.states, 2)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", self.gates + self.more_inputs)
+        object.__setattr__(self, "stored_gradients", self.inputs + self.more_gradients)
+        object.__setattr__(self, "given_out", min(self.states, 2))
 
 
-BUILT_IN = ("lstm", "gru")
+# The names of ``library.CELLS``, known without deriving one.
+BUILT_IN = ("lstm", "gru", "rnn_tanh", "rnn_relu", "peephole", "coupled", "mgu", "janet", "slstm")
 _registered: dict[str, Derived] = {}
 
 

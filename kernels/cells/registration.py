@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from . import add
-from .derive import Derived, Names, derive
+from .derive import Derived, Names, derive, in_a_thread
 from .graph import CellError
 from .verify import verify
 
@@ -29,7 +29,7 @@ def register(
 
     Args:
         step: ``step(x, r, state[, p][, e]) -> new_state``, with p if there are params and e if there are extras; each a
-            named tuple of float tensors of one shape, the result a tuple of the new states.
+            named tuple of float tensors of one shape, the result a tuple of the new states (or, of one, the tensor).
         gates: names of the tiles of ``r`` and of ``x``, in the order of the rows of W_hh and W_ih
         states: names of the states, h first; that alone is multiplied by W_hh and is the layer's output
         params: names of the parameters per unit, which are learned
@@ -48,7 +48,7 @@ def register(
     for what, given in {"name": (name,), **parts, "gates and more_inputs": (*gates, *more_inputs)}.items():
         _check(name, what, given)
     found = of_step(step, name, Names(**{part: tuple(given) for part, given in parts.items()}))
-    verify(found)
+    in_a_thread(lambda: verify(found))
     add(found)
     return found
 
@@ -77,6 +77,8 @@ def of_step(step: Callable[..., Any], name: str, names: Names, built_in: bool = 
     ) -> tuple[Tensor, ...]:  # fmt: skip
         more = ((P(*p),) if names.params else ()) + ((E(*e),) if names.extras else ())
         found = step(*(kind(*tiles) for kind, tiles in zip(kinds, (x, r, state), strict=True)), *more)
+        if isinstance(found, Tensor) and len(names.states) == 1:
+            return (found,)
         return tuple(found) if isinstance(found, tuple) else found
 
     return derive(wide, name, names, built_in)

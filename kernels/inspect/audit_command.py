@@ -203,13 +203,13 @@ def parser() -> argparse.ArgumentParser:
         "where one fails.",
         allow_abbrev=False,
     )
-    cells, dtypes, archs = sorted(CELLS, reverse=True), list(DTYPES), ["sm_80", "sm_90", "sm_100"]
+    cells, dtypes, archs = ["lstm", "gru"], list(DTYPES), ["sm_80", "sm_90", "sm_100"]
 
     def several(name: str, choices: Sequence[str], default: Sequence[str], what: str) -> None:
         shown = f"{what} (default: {' '.join(default)})"
         result.add_argument(name, nargs="+", choices=choices, default=default, metavar="NAME", help=shown)
 
-    several("--cells", sorted(CELLS), cells, "lstm, gru")
+    several("--cells", sorted(CELLS), cells, ", ".join(CELLS))
     several("--dtypes", sorted(DTYPES), dtypes, ", ".join(dtypes))
     several("--arch", list(DEVICE_OF_ARCH), archs, f"architectures: {', '.join(DEVICE_OF_ARCH)}")
     sizes = f"hidden sizes (default: {' '.join(map(str, HIDDEN))})"

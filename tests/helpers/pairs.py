@@ -1,6 +1,7 @@
 """Our layers beside torch.nn's: the same weights, states in the cell's form, results with their gradients."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,18 +10,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import persistrnn
-from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels import cells
 
-__all__ = ["CELLS"]
-
-PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
+PAIRS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
+    "lstm": (persistrnn.LSTM, nn.LSTM),
+    "gru": (persistrnn.GRU, nn.GRU),
+    "rnn_tanh": (persistrnn.RNN, nn.RNN),
+    "rnn_relu": (partial(persistrnn.RNN, nonlinearity="relu"), partial(nn.RNN, nonlinearity="relu")),
+}
+CELLS = {name: cells.CELLS[name] for name in ("lstm", "gru")}  # those that every path is tried with
 ON_KERNELS = pytest.param("persistent", marks=pytest.mark.interpreter)
 PATHS = ["torch", ON_KERNELS]
 BACKENDS = ["auto", ON_KERNELS]
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:
-    """A GRU takes no proj_size, not even 0."""
+    """All but an LSTM take no proj_size, not even 0."""
     return {name: value for name, value in options.items() if name != "proj_size" or value}
 
 
@@ -39,8 +44,8 @@ def pair(cell: str, *sizes: int, backend: str = "torch", truth: bool = False, **
 
 
 def states(cell: str, *shape: int, **options: Any) -> list[Tensor]:
-    """[h, c] or [h], drawn."""
-    return [torch.randn(shape, **options) for _ in range(CELLS[cell].states)]
+    """The cell's states, h first, drawn."""
+    return [torch.randn(shape, **options) for _ in range(cells.CELLS[cell].states)]
 
 
 def as_hx(states: Iterable[Tensor]) -> Any:

@@ -14,10 +14,10 @@ from emulated import ARCHITECTURES, failures, precise
 from emulator import EmulatorError, Schedule
 from emulator.opcodes import ACQUIRE, LOAD, RELEASE, STORE
 from forced import force, force_waves
+from pairs import CELLS
 
 import persistrnn
 from persistrnn.kernels import launch
-from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import memory
 from persistrnn.kernels.tensors import Weights
 

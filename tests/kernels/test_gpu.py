@@ -28,11 +28,10 @@ from gpu import (
     synchronize,
     two_dimensions,
 )
-from pairs import make_layer
+from pairs import CELLS, make_layer
 
 import persistrnn
 from persistrnn.kernels import launch
-from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import Exchange
 from persistrnn.kernels.planner.plan import BATCH_CLASSES
 

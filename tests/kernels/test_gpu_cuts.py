@@ -6,13 +6,12 @@ import pytest
 import torch
 from cuts import Case
 from gpu import DEVICE, check_same_bits, no_waits, synchronize
-from pairs import PAIRS, make_layer, pair
+from pairs import CELLS, PAIRS, make_layer, pair
 from test_gpu import PROTOCOLS, a_gpu, exchange, precision
 from torch import nn
 
 import persistrnn
 from persistrnn.kernels import launch
-from persistrnn.kernels.cells import CELLS
 
 pytestmark = pytest.mark.gpu
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 from asked import asked
 from gpu import DEVICE, synchronize
-from pairs import make_layer
+from pairs import CELLS, make_layer
 from test_gpu import a_gpu
 from torch import nn
 
-from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import memory
 
 pytestmark = pytest.mark.gpu

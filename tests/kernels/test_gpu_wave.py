@@ -4,11 +4,11 @@ import accuracy
 import pytest
 import torch
 from gpu import check_bound, check_same_bits, planned_wave
+from pairs import CELLS
 from test_gpu import PRECISION, PROTOCOLS, a_gpu, exchange, precision
 
 import persistrnn
 from persistrnn.kernels import launch
-from persistrnn.kernels.cells import CELLS
 
 pytestmark = pytest.mark.gpu
 

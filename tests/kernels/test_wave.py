@@ -8,11 +8,11 @@ import pytest
 import torch
 from asked import asked
 from grid import Delays, concurrent_grid
+from pairs import CELLS
 
 import persistrnn
 from persistrnn import autograd, decide
 from persistrnn.kernels import launch
-from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device import scan
 from persistrnn.kernels.inspect import audit
 from persistrnn.kernels.planner import pipeline

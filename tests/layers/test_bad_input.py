@@ -1,17 +1,19 @@
 """Bad input, one by one: an exception of torch.nn's type, with the given value, what is allowed, and the remedy."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from pairs import PAIRS
 from torch.nn.utils.rnn import pack_sequence
 
 import persistrnn
-from persistrnn import decide, segments
+from persistrnn import decide, functional, segments
 
-PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
 STEPS, BATCH, INPUT, HIDDEN = 5, 3, 4, 6
+FUNCTIONS = {"lstm": functional.lstm, "gru": functional.gru, "rnn_tanh": functional.rnn}
+FUNCTIONS["rnn_relu"] = partial(functional.rnn, nonlinearity="relu")
 
 
 def make_pair(cell, *args, **options):
@@ -52,7 +54,7 @@ def exception_of(call):
 )
 @pytest.mark.parametrize("cell", PAIRS)
 def test_constructor_refuses_as_torch_nn(cell, options, message):
-    if cell == "gru" and "proj_size" in options:
+    if cell != "lstm" and "proj_size" in options:
         message = "only supported for LSTM"
     arguments = {"input_size": INPUT, "hidden_size": HIDDEN, **options}
     ours, theirs = (exception_of(lambda c=c: c(**arguments)) for c in PAIRS[cell])
@@ -60,10 +62,11 @@ def test_constructor_refuses_as_torch_nn(cell, options, message):
     assert re.search(message, str(ours))
 
 
-def test_gru_refuses_any_proj_size():
+@pytest.mark.parametrize("name", ["GRU", "RNN"])
+def test_other_cells_refuse_any_proj_size(name):
     for proj_size in (0, 2):
-        with pytest.raises(ValueError, match=f"only supported for LSTM, not for GRU, got {proj_size}"):
-            persistrnn.GRU(INPUT, HIDDEN, proj_size=proj_size)
+        with pytest.raises(ValueError, match=f"only supported for LSTM, not for {name}, got {proj_size}"):
+            getattr(persistrnn, name)(INPUT, HIDDEN, proj_size=proj_size)
 
 
 @pytest.mark.parametrize("cell", PAIRS)
@@ -94,7 +97,7 @@ def test_save_is_a_mode_or_auto_with_a_budget(cell, options, error, message):
     layer = PAIRS[cell][0](INPUT, HIDDEN)
     weights = [w for of_layer in layer.all_weights for w in of_layer]
     with pytest.raises(error, match=message):
-        getattr(persistrnn.functional, cell)(torch.zeros(STEPS, BATCH, INPUT), weights, **options)
+        FUNCTIONS[cell](torch.zeros(STEPS, BATCH, INPUT), weights, **options)
 
 
 def test_save_has_no_projections():
@@ -217,7 +220,7 @@ def test_call_refuses_layouts_and_kinds_as_torch_nn(cell, input, message):
 
 def wrong_weights():
     """(what is wrong, cell, weights, options, exception, message)."""
-    lstm, gru = ([p.detach() for p in PAIRS[cell][0](INPUT, HIDDEN).parameters()] for cell in PAIRS)
+    lstm, gru = ([p.detach() for p in PAIRS[cell][0](INPUT, HIDDEN).parameters()] for cell in ("lstm", "gru"))
     w_ih, w_hh, *biases = lstm
     deep = [p.detach() for p in persistrnn.GRU(INPUT, HIDDEN, 2, bidirectional=True).parameters()]
     deep[13] = deep[13][:, :-1]
@@ -356,8 +359,12 @@ def test_reset_state_of_a_gru_is_a_tensor():
 
 
 def test_a_gru_has_no_cell_states():
-    with pytest.raises(TypeError, match="return_cell_states"):
+    with pytest.raises(ValueError, match="return_cell_states is for cells with a state beside h, and a GRU has none"):
         persistrnn.GRU(INPUT, HIDDEN)(X, return_cell_states=True)
+    with pytest.raises(ValueError, match="cell_dtype is for cells with a state beside h, and a GRU has none"):
+        persistrnn.GRU(INPUT, HIDDEN, cell_dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"LSTM: got an unexpected keyword argument 'zone'; it takes none"):
+        persistrnn.LSTM(INPUT, HIDDEN)(X, zone=X)
 
 
 def test_lengths_out_of_range_on_a_device_are_clamped_and_raised_once(monkeypatch):

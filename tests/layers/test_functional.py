@@ -17,7 +17,7 @@ from persistrnn.options import Options
 
 pytestmark = pytest.mark.torch_path
 
-PAIRS = {"lstm": (functional.lstm, nn.LSTM), "gru": (functional.gru, nn.GRU)}
+PAIRS = {"lstm": (functional.lstm, nn.LSTM), "gru": (functional.gru, nn.GRU), "rnn_tanh": (functional.rnn, nn.RNN)}
 STEPS, BATCH, INPUT, HIDDEN = 4, 3, 5, 6
 
 
@@ -243,8 +243,19 @@ def test_persistent_checks_devices_before_it_launches(kernels, cell):
 
 def test_public_names():
     assert set(persistrnn.__all__) == {
-        "GRU",
-        "LSTM",
+        *(
+            "GRU",
+            "JANET",
+            "LSTM",
+            "MGU",
+            "RNN",
+            "SLSTM",
+            "CoupledLSTM",
+            "PeepholeLSTM",
+            "Recurrent",
+            "cell",
+            "check_cell",
+        ),
         "Streaming",
         "__version__",
         "check",

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from anywhere import anywhere
+from pairs import PAIRS
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -17,7 +18,6 @@ from persistrnn import autograd, decide, reference
 
 pytestmark = pytest.mark.torch_path
 
-PAIRS = {"lstm": (persistrnn.LSTM, nn.LSTM), "gru": (persistrnn.GRU, nn.GRU)}
 STEPS, BATCH, INPUT, HIDDEN = 5, 3, 4, 6
 STACKS = [
     dict(zip(("num_layers", "bidirectional", "bias", "batch_first"), values, strict=True))
@@ -99,10 +99,12 @@ def test_reset_parameters_draws_in_torch_nn_order(cell):
 
 @pytest.mark.parametrize("cell", PAIRS)
 def test_constructor_is_torch_nn(cell):
-    ours = inspect.signature(PAIRS[cell][0]).parameters
+    layer = PAIRS[cell][0](INPUT, HIDDEN)
+    ours = inspect.signature(type(layer)).parameters
     positional = [name for name, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    sizes = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"]
-    assert positional == [*sizes, *(["proj_size"] if cell == "lstm" else []), "device", "dtype"]
+    sizes, others = ["input_size", "hidden_size", "num_layers"], ["bias", "batch_first", "dropout", "bidirectional"]
+    nonlinearity = ["nonlinearity"] if "rnn" in cell else []
+    assert positional == [*sizes, *nonlinearity, *others, *(["proj_size"] if cell == "lstm" else []), "device", "dtype"]
     assert ours["backend"].kind is inspect.Parameter.KEYWORD_ONLY
     layer = PAIRS[cell][0](INPUT, HIDDEN, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
@@ -353,7 +355,7 @@ def test_explain_agrees_with_the_call(planned, backend):
 @pytest.mark.parametrize(
     ("arguments", "exception", "message"),
     [
-        ((nn.LSTM(2, 3), 1, 1), TypeError, "persistrnn.LSTM or persistrnn.GRU, got LSTM"),
+        ((nn.LSTM(2, 3), 1, 1), TypeError, "such as persistrnn.LSTM, got torch.nn.modules.rnn.LSTM"),
         ((persistrnn.GRU(2, 3), 0, 1), ValueError, "batch must be greater than zero, got 0"),
         ((persistrnn.GRU(2, 3), 1, -2), ValueError, "steps must be greater than zero, got -2"),
         ((persistrnn.GRU(2, 3), 1.0, 1), TypeError, "batch should be of type int, got: float"),

@@ -101,7 +101,7 @@ def test_every_feature_names_its_tests():
 def test_counted_table_is_made_from_the_results():
     with (RESULTS / "rivals.csv").open(newline="") as file:
         counted = {(row["library"], row["cell"], row["H"]): row for row in csv.DictReader(file)}
-    for cell in CELLS:
+    for cell in ("lstm", "gru"):
         ours, theirs = (
             "; ".join(f"{int(row[f'{way}_read']):,}, {row[f'{way}_launches']}" for way in ("forward", "backward"))
             for row in (counted[library, cell, "512"] for library in ("persistrnn", "torchrl"))

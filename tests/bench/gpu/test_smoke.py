@@ -96,7 +96,7 @@ MINI = suites.miniatures([SMOKE[4].case])[0]
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_nothing_is_seen_where_all_is_right(cell: str, mode: str) -> None:
     assert observe(simplest(replace(MINI, cell=cell, mode=mode)), CPU) == []
