@@ -133,7 +133,7 @@ class Derived:
             new, saved = self.run_forward(*arguments)
             return (*new, *saved)
 
-        nodes, grads = _alone(lambda: trace(graph, step, self.cell.name, _groups(self.names), count))
+        nodes, grads = in_a_thread(lambda: trace(graph, step, self.cell.name, _groups(self.names), count))
         return graph, nodes, self.traced.graph.copied(self.saving.bits, graph), grads
 
     def _kept(
@@ -165,7 +165,7 @@ def _groups(names: Names) -> list[tuple[str, int]]:
     return [(letter, len(some)) for letter, some in zip("xrspe", counts, strict=True)]
 
 
-def _alone(function: Callable[[], Any]) -> Any:
+def in_a_thread(function: Callable[[], Any]) -> Any:
     """In a thread of its own: modes, transforms, autocast and grad mode of the caller are those of its thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
@@ -178,7 +178,7 @@ def derive(step: Callable[..., tuple[Tensor, ...]], name: str, names: Names, bui
         CellError: it is not pointwise, or its backward needs the outcomes of more than 8 comparisons.
     """
     graph = Graph()
-    new, (dx, dr, ds, dp, _) = _alone(lambda: trace(graph, step, name, _groups(names), len(names.states)))
+    new, (dx, dr, ds, dp, _) = in_a_thread(lambda: trace(graph, step, name, _groups(names), len(names.states)))
     traced = Traced(graph, new, dx, dr, ds, dp)
     try:
         found = _derived(step, name, names, built_in, traced, choose(traced, forward_only=False))
@@ -186,7 +186,7 @@ def derive(step: Callable[..., tuple[Tensor, ...]], name: str, names: Names, bui
             found = _derived(step, name, names, built_in, traced, choose(traced, forward_only=True))
     except CellError as error:
         raise CellError(f"{name}: {error}") from None
-    return replace(found, cell=replace(found.cell, finite_at_zero=_alone(lambda: _finite_at_zero(found))))
+    return replace(found, cell=replace(found.cell, finite_at_zero=in_a_thread(lambda: _finite_at_zero(found))))
 
 
 def _derived(

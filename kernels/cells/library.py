@@ -9,6 +9,7 @@ Pointwise: each unit and row by itself. The pair of Triton functions, and all el
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def slstm(x: Any, r: Any, state: Any) -> Tiles:
     return sigmoid(o) * c / n, c, n, m
 
 
-CELLS = {
+CELLS: dict[str, tuple[Callable[..., Tiles], Names]] = {
     "lstm": (lstm, Names(("i", "f", "g", "o"), ("h", "c"))),
     "gru": (gru, Names(("r", "z", "n"), ("h",))),
     "rnn_tanh": (rnn_tanh, Names(("h",), ("h",))),

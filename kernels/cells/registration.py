@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from . import add
-from .derive import Derived, Names, derive
+from .derive import Derived, Names, derive, in_a_thread
 from .graph import CellError
 from .verify import verify
 
@@ -48,7 +48,7 @@ def register(
     for what, given in {"name": (name,), **parts, "gates and more_inputs": (*gates, *more_inputs)}.items():
         _check(name, what, given)
     found = of_step(step, name, Names(**{part: tuple(given) for part, given in parts.items()}))
-    verify(found)
+    in_a_thread(lambda: verify(found))
     add(found)
     return found
 

@@ -132,6 +132,8 @@ RULES: dict[str, Callable[..., Any]] = {
 KEYWORDS = {"alpha", "value", "min", "max", "beta", "threshold"}
 # That give what they are given: aliases, and views of the same shape.
 SAME = {"alias", "detach", "clone", "_to_copy", "expand", "lift_fresh", "view", "_unsafe_view", "contiguous"}
+# Whose results have other shapes, which is refused where they are used, or at once.
+TURNED, PARTS = {"t", "permute", "transpose"}, {"select", "slice", "unsqueeze", "squeeze"}
 # That give one number everywhere: the number, or which argument it is.
 FILLED: dict[str, float | tuple[int]] = {
     "zeros_like": 0.0, "ones_like": 1.0, "zeros": 0.0, "ones": 1.0, "new_zeros": 0.0, "new_ones": 1.0, "full": (1,),

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .graph import CellError, Graph
-from .rules import FILLED, KEYWORDS, SAME, Tile, refusal, rule_of
+from .rules import FILLED, KEYWORDS, PARTS, SAME, TURNED, Tile, refusal, rule_of
 
 SHAPE = (3, 5)  # of tiles while tracing: no two dimensions alike, neither 1
 _NOT_THE_USER_S = tuple(
@@ -82,7 +82,7 @@ class Recorder(TorchDispatchMode):
             if not (self.derivative or torch.is_grad_enabled()):
                 node = self.graph.add("detach", node)
             truth = self.graph.is_truth(node) or (self.graph.value(node) is not None and result.dtype == torch.bool)
-            if tuple(result.shape) not in ((), SHAPE):
+            if tuple(result.shape) not in ((), SHAPE) and op not in TURNED:
                 raise self.error(
                     f"{op} gives the shape {tuple(result.shape)} from tiles {SHAPE}; a step is pointwise, each unit "
                     "and row by itself"
@@ -99,7 +99,7 @@ class Recorder(TorchDispatchMode):
             return [self.tile(value).node if isinstance(value, Tensor) else self.graph.constant(value)]
         if op == "copy_":
             return [self.tile(args[1]).node]
-        if op in SAME or op in ("select", "slice"):  # of a tensor from outside: say so, not that its shape is another
+        if op in SAME or op in TURNED or op in PARTS:
             kept = self.tile(args[0], op)
             return [kept.do("detach").node if self.detaching else kept.node]
         rule = rule_of(op)
@@ -108,9 +108,9 @@ class Recorder(TorchDispatchMode):
         for option in kwargs.keys() - KEYWORDS:
             if kwargs[option] is not None:
                 raise self.error(f"{op} with {option}={kwargs[option]!r} is not supported in a step")
-        named = {k: self.tile(v) for k, v in kwargs.items() if k in KEYWORDS}
+        tiles, named = [self.tile(a) for a in args], {k: self.tile(v) for k, v in kwargs.items()}
         try:
-            made = rule(*map(self.tile, args), **named)
+            made = rule(*tiles, **{k: v for k, v in named.items() if k in KEYWORDS})
         except CellError as error:
             raise self.error(str(error)) from None
         return [m.node for m in (made if isinstance(made, tuple) else (made,))]
@@ -225,6 +225,7 @@ def _checked(results: Any, outputs: int, recorder: Recorder) -> tuple[Tensor, ..
             f"{recorder.name}: a step returns the tuple of its {outputs} new states, h first; got a {given}"
         )
     for t in results:
-        if not isinstance(t, Tensor):
-            raise CellError(f"{recorder.name}: a step returns a tuple of tensors, got a {type(t).__name__} in it")
+        if not isinstance(t, Tensor) or tuple(t.shape) != SHAPE:
+            got = f"one of shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+            raise CellError(f"{recorder.name}: a step returns tensors of its arguments' shape, {SHAPE} here; got {got}")
     return results

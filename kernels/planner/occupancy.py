@@ -14,6 +14,7 @@ SHARED_PART_REGISTERS = {2: 44, 4: 26}  # more where warps share a part of a str
 WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
 PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
+ADDRESS_REGISTERS = 10  # more for each kind of tensor that neither the LSTM nor the GRU has
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
 # Registers per thread that a layer of a pipeline needs more than a layer alone: the product of what comes from its
@@ -43,12 +44,15 @@ def register_estimate(cell: Cell, t: Tiling, choice: Choice, size: int) -> int:
 
 def cell_registers(cell: Cell, backward: bool, choice: Choice) -> int:
     """More than the LSTM and the GRU need, to which the constants here are fitted: a register per element of the state
-    for each tile that the cell has more of, and for each parameter."""
-    forward_tiles = cell.inputs + cell.states + len(cell.extras), 6
-    backward_tiles = cell.saved + len(cell.after) + cell.states + len(cell.extras) + cell.more_gradients, 6
-    tiles, of_lstm = backward_tiles if backward else forward_tiles
+    for each tile that the cell has more of, and for each parameter; and addresses."""
+    if backward:
+        tiles, width = cell.saved + len(cell.after) + cell.more_gradients, cell.stored_gradients
+    else:
+        tiles, width = cell.inputs, cell.inputs
+    more = max(0, tiles + cell.states + len(cell.extras) - 6)
     elements = max(1, choice.units * choice.batch_tile // (32 * choice.warps))
-    return elements * (len(cell.params) + max(0, tiles - of_lstm) * choice.subtiles)
+    addresses = bool(cell.extras) + (width != cell.gates) + max(0, cell.states - 2)
+    return elements * (len(cell.params) + more * choice.subtiles) + ADDRESS_REGISTERS * addresses
 
 
 def masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> bool:

@@ -87,6 +87,8 @@ class Opcodes:
             self.write(d, f"to_{to}({a})", "b32" if to == "tf32" else "b16")
         elif to == "f32" and origin in ("f16", "bf16"):
             self.write(d, self.widened(a, origin), "f32")
+        elif to == "f32" and origin[0] in "us" and i.modifiers[0] == "rn":
+            self.write(d, f"{a}.astype({origin.upper()}).astype(F32)", "f32")
         elif origin[0] in "us" and to[0] in "us":
             self.write(d, f"{a}.astype({origin.upper()}).astype({to.upper()})", to)
         else:

@@ -4,11 +4,15 @@ import numpy as np
 import own_cells
 import pytest
 import torch
+from accuracy import Bound
+from grid import concurrent_grid
 
-from persistrnn import autograd, reference, segments
+from persistrnn import autograd, reference, segments, time_chunks
 from persistrnn.kernels import launch
+from persistrnn.kernels.inspect import audit
 
-T, B, H = 5, 3, 12
+T, B, H = 3, 3, 12
+SOUND = "test_schema", "test_faketensor", "test_aot_dispatch_static"
 NAMES = list(own_cells.DECLARED)
 
 
@@ -64,7 +68,7 @@ def results(recurrence, cell, arguments, orders=1, **how):
     """Outputs by name, and gradients of the first and, asked for, of the second order."""
     y, c, finals = recurrence(cell.name, **arguments, **how)
     outputs = {"y": y, **{f"final {i}": s for i, s in enumerate(finals)}}
-    if c is not None and how.get("return_c", recurrence is reference.recurrent) and cell.states > 1:
+    if c is not None:
         outputs["c"] = c
     generator, leaves = torch.Generator().manual_seed(7), leaves_of(arguments)
     weights = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs.values()]
@@ -86,8 +90,7 @@ def assert_true(found, truth, within=2e-6):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("marked", [False, True])
-@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize(("directions", "marked"), [(1, False), (2, True)])
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_and_derivatives_are_those_of_the_step(name, directions, marked):
     """In one slice, with units past H; both orders of derivatives, every c among the outputs."""
@@ -97,3 +100,228 @@ def test_outputs_and_derivatives_are_those_of_the_step(name, directions, marked)
     found = results(autograd.recurrent, cell, arguments, 2, precision="ieee", return_c=True)
     assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
     assert_true(found, results(reference.recurrent, cell, in_dtype(arguments, torch.float64), 2))
+
+
+# ---- every dtype, split and home ------------------------------------------------------------------------------------
+
+
+def bound_of(cell, dtype, arguments):
+    """What breaks the bound of accuracy.py; the witness is the step in torch, in the tested dtype."""
+    bound = Bound(dtype)
+    ours = results(autograd.recurrent, cell, arguments, precision="ieee", return_c=True)
+    truth, witness = (results(reference.recurrent, cell, in_dtype(arguments, of)) for of in (torch.float64, dtype))
+    bound.add(cell.name, ours, truth, witness)
+    return bound.failures
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("name", "dtype", "chosen"), [
+    ("everything", torch.bfloat16, {"units": 16}),  # one slice, with units past H
+    ("rnn", torch.bfloat16, {"homes": "registers and shared"}),
+    ("slstm", torch.float16, {"homes": "registers and shared", "rows": 2}),
+    ("peephole", torch.float32, {"homes": "shared and stream"}),
+    ("highway", torch.bfloat16, {"homes": "stream", "rows": 2}),
+    ("zoneout", torch.float16, {"homes": "registers", "subtiles": 2, "batch_tile": 8}),
+    ("everything", torch.float32, {"homes": "registers", "subtiles": 2, "batch_tile": 8, "protocol": "flags"}),
+])  # fmt: skip
+def test_any_split_keeps_the_bound(forced, name, dtype, chosen):
+    cell = own_cells.cell_of(name)
+    forced(**chosen)
+    arguments = in_dtype(given(cell, directions=2, batch=11, marked=True, hidden=14), dtype)
+    before = launch.LAUNCHES.copy()
+    with concurrent_grid():
+        failures = bound_of(cell, dtype, arguments)
+    assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", NAMES)
+def test_a_long_sequence_in_bfloat16_keeps_the_bound(name):
+    """Outcomes of comparisons that were formed again from rounded tiles would show after some dozen steps."""
+    cell = own_cells.cell_of(name)
+    failures = bound_of(cell, torch.bfloat16, in_dtype(given(cell, steps=48), torch.bfloat16))
+    assert not failures, "\n".join(failures)
+
+
+# ---- chunks of time, stacks, transforms -----------------------------------------------------------------------------
+
+
+CHUNKED = [
+    ("rnn", "state"), ("peephole", "state"), ("slstm", "state"), ("highway", "gates"), ("zoneout", "checkpoint"),
+    ("everything", "gates"), ("everything", "state"), ("everything", "checkpoint"),
+]  # fmt: skip
+
+
+def whole(cell, x, weights, initial, marks, reset, extras):
+    """The same layers by the reference."""
+    layers, y, finals = time_chunks.layers_of(cell, weights), x, []
+    states, anew = (time_chunks.by_layer(s, len(layers)) for s in (initial, reset))
+    for i, layer in enumerate(layers):
+        y = segments.without_skipped(y, marks)
+        x_gates = time_chunks.gates_of([y] * layer.weight_ih.size(0), layer)
+        beside = {"params": layer.params, "extras": None if extras is None else extras[i : i + 1]}
+        found = reference.recurrent(cell, x_gates, *layer[2:4], states[i], marks, anew[i], **beside)
+        y = found.y
+        finals.append(found.finals)
+    return y, found.c, [torch.cat(s) for s in zip(*finals, strict=True)]
+
+
+def chunked_arguments(cell, layers, directions, marked):
+    arguments = [given(cell, directions, marked=marked, seed=i) for i in range(layers)]
+    generator, weights = torch.Generator().manual_seed(3), []
+    for one in arguments:
+        shape = directions, cell.inputs * H
+        of_input = [torch.randn(*shape, H, generator=generator) / H**0.5, torch.randn(shape, generator=generator)]
+        weights += [*(t.requires_grad_() for t in of_input), one["weight_hh"], one["bias_hh"]]
+        weights += [one["params"]] if cell.params else []
+    x = torch.randn(T, B, H, generator=generator).requires_grad_()
+    states = [torch.cat(s).detach().requires_grad_() for s in zip(*(one["initial"] for one in arguments), strict=True)]
+    reset = [torch.cat(s).detach().requires_grad_() for s in zip(*(a.get("reset", []) for a in arguments), strict=True)]
+    extras = torch.cat([one["extras"] for one in arguments]) if cell.extras else None
+    return x, weights, states, arguments[0].get("marks"), reset, extras
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("name", "save"), CHUNKED)
+def test_in_chunks_of_time(name, save):
+    """All modes of what is kept, with marks; of the cell that has everything both orders of derivatives."""
+    cell, (layers, directions) = own_cells.cell_of(name), (2, 1) if save == "checkpoint" else (1, 2)
+    x, weights, states, marks, reset, extras = chunked_arguments(cell, layers, directions, True)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *weights, *states, *reset)]
+        given_weights, rest = leaves[1 : 1 + len(weights)], leaves[1 + len(weights) :]
+        initial, anew = rest[: cell.states], rest[cell.states :]
+        if dtype == torch.float32:
+            how = save, "ieee", 2, marks, anew, False, None, extras
+            y, _, finals = time_chunks.recurrent(cell.name, leaves[0], given_weights, initial, *how)
+        else:
+            y, _, finals = whole(cell.name, leaves[0], given_weights, initial, marks, anew, extras)
+        loss = y.sin().sum() + sum((i + 1) * s.square().sum() for i, s in enumerate(finals))
+        twice = name == "everything"
+        first = torch.autograd.grad(loss, leaves, create_graph=twice)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves) if twice else ()
+        found.append({str(i): t.detach().double() for i, t in enumerate((y, *finals, *first, *second))})
+    assert_true(*found, within=1e-5)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["peephole", "zoneout", "slstm"])
+def test_a_stack_in_one_launch(waves, name):
+    """Parameters and extras of each layer."""
+    waves()
+    cell = own_cells.cell_of(name)
+    x, weights, states, marks, reset, extras = chunked_arguments(cell, 2, 1, True)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *weights, *states, *reset)]
+        given_weights, rest = leaves[1 : 1 + len(weights)], leaves[1 + len(weights) :]
+        initial, anew = rest[: cell.states], rest[cell.states :]
+        if dtype == torch.float32:
+            layers = time_chunks.layers_of(cell.name, given_weights)
+            x_gates = time_chunks.gates_of([leaves[0]], layers[0])
+            stacked = [torch.cat(t) for t in zip(*(layer[2 : 4 + bool(cell.params)] for layer in layers), strict=True)]
+            before = launch.LAUNCHES.copy()
+            with concurrent_grid():
+                y, _, finals = autograd.recurrent(
+                    cell.name, x_gates, *stacked[:2], initial, "ieee", marks, anew, weight_ih=layers[1].weight_ih,
+                    bias_ih=layers[1].bias_ih, params=stacked[2] if cell.params else None, extras=extras,
+                )  # fmt: skip
+                loss = y.sin().sum() + sum((i + 1) * s.square().sum() for i, s in enumerate(finals))
+                first = torch.autograd.grad(loss, leaves)
+            assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
+        else:
+            y, _, finals = whole(cell.name, leaves[0], given_weights, initial, marks, anew, extras)
+            loss = y.sin().sum() + sum((i + 1) * s.square().sum() for i, s in enumerate(finals))
+            first = torch.autograd.grad(loss, leaves)
+        found.append({str(i): t.detach().double() for i, t in enumerate((y, *finals, *first))})
+    assert_true(*found, within=5e-6)
+
+
+# ---- compiled -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "chosen"), [(torch.float32, {"units": 16}), (torch.bfloat16, {"homes": "shared"})])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_compiled_kernels_keep_the_bound(emulated, forced, monkeypatch, arch, dtype, chosen):
+    """In one slice, whose units past H have gradients that are no numbers, and in two."""
+    cell = own_cells.cell_of("everything")
+    session = emulated(arch)
+    forced(**chosen)
+    failures = bound_of(cell, dtype, in_dtype(given(cell, hidden=13, marked=True), dtype))
+    assert not failures, "\n".join(failures)
+    assert {report.kernel.name for report in session.reports} == {"scan_forward", "scan_backward"}
+
+
+@pytest.mark.audit
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_kernels_do_not_spill(name, backward):
+    cell = own_cells.cell_of(name)
+    row = audit.audit(audit.Case(cell.name, backward, "bf16", 1024, "sm_90"))
+    assert row.failures == "", row
+    assert row.registers <= audit.planned(audit.Case(cell.name, backward, "bf16", 1024, "sm_90")).registers
+
+
+# ---- torch.func, torch.compile, what is refused ---------------------------------------------------------------------
+
+
+@pytest.mark.interpreter
+def test_gradients_per_sample():
+    """vmap of grad equals grad one by one."""
+    cell = own_cells.cell_of("everything")
+    many = [given(cell, 2, marked=True, seed=i) for i in range(2)]
+    names = [n for n in many[0] if n not in ("weight_hh", "bias_hh", "params")]
+    shared = {n: many[0][n].detach() for n in ("weight_hh", "bias_hh", "params")}
+
+    def loss(params, one):
+        y, _, finals = autograd.recurrent(cell.name, **(shared | {"params": params} | one), precision="ieee")
+        return y.square().sum() + sum(s.sum() for s in finals)
+
+    each = [{n: one[n] for n in names} for one in many]
+    together = torch.utils._pytree.tree_map(lambda *t: torch.stack(t).detach(), *each)
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(shared["params"], together)
+    for i, one in enumerate(each):
+        alone = torch.func.grad(loss)(shared["params"], torch.utils._pytree.tree_map(torch.Tensor.detach, one))
+        torch.testing.assert_close(found[i], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["everything", "rnn"])
+def test_operators_keep_the_contract_of_torch_library(name):
+    cell = own_cells.cell_of(name)
+    a = given(cell, 2, marked=True)
+    weights = [a["weight_hh"], a["bias_hh"], None, None, a.get("params")]
+    beside = a["marks"], a.get("extras")
+    forward = cell.name, "ieee", True, False, None, a["x_gates"], weights, *beside, a["initial"], a["reset"]
+    torch.library.opcheck(torch.ops.persistrnn.scan_forward.default, forward, test_utils=SOUND)
+    with torch.no_grad():
+        kept = torch.ops.persistrnn.scan_forward(*forward)
+    d_final = [torch.randn_like(s) for s in a["initial"]]
+    backward = cell.name, "ieee", True, weights[0], None, weights[4], *beside, kept, d_final, [torch.randn(T, B, 2, H)]
+    torch.library.opcheck(torch.ops.persistrnn.scan_backward.default, backward, test_utils=SOUND)
+
+
+@pytest.mark.interpreter
+def test_compiles_into_one_graph():
+    cell = own_cells.cell_of("everything")
+    arguments = given(cell)
+
+    def run(arguments):
+        y, c, finals = autograd.recurrent(cell.name, **arguments, precision="ieee", return_c=True)
+        return y.sum() + c.sin().sum() + sum(s.square().sum() for s in finals)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected, found = (torch.autograd.grad(f(arguments), leaves_of(arguments)) for f in (run, compiled))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("missing", ["params", "extras"])
+def test_what_a_cell_takes_must_be_given(missing):
+    cell = own_cells.cell_of("everything")
+    arguments = given(cell)
+    del arguments[missing]
+    with pytest.raises(ValueError, match=f"everything.* takes {missing} .*got 0"):
+        autograd.recurrent(cell.name, **arguments, precision="ieee")
