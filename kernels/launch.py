@@ -109,10 +109,8 @@ def plan_of(
         return choose(cell, hidden, batch, directions, like.dtype, precision, like.device)
     found = choose_stack(cell, hidden, layers, batch, like.dtype, precision, like.device)
     if found is None:
-        raise ValueError(
-            f"{layers} layers of hidden_size={hidden} do not fit {hardware(like.device).name} together; "
-            "run them one after the other"
-        )
+        what = f"{layers} layers of hidden_size={hidden} do not fit {hardware(like.device).name} together"
+        raise ValueError(f"{pipeline.obstacle(cell) or what}; run them one after the other")
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ..cells import Cell
 from . import cost as model
 from . import occupancy
 from . import plan as planning
@@ -61,6 +62,16 @@ class Pipeline:
         return forward + (steps + 2 * later) * self.backward.predicted if backward else forward
 
 
+def obstacle(cell: Cell) -> str | None:
+    """Why no stack of a cell runs in one launch; None if one may."""
+    if cell.stored_gradients == cell.gates:
+        return None
+    return (
+        f"a stack of {cell.name} cannot run in one launch, whose two matrices have the same rows: beside {cell.gates} "
+        f"gates it has {cell.inputs} tiles of input, and {cell.stored_gradients} gradients of them"
+    )
+
+
 def finish(problem: Problem, layers: int, backward: bool, choice: Choice) -> Pass | None:
     """The pass that a choice makes, or None if it does not fit after all."""
     hardware, size = problem.hardware, problem.size
@@ -99,7 +110,8 @@ def _with_neighbour(cost: Cost, t: Tiling, choice: Choice, hardware: Hardware) -
 
 @lru_cache(maxsize=1024)
 def plan_pipeline(problem: Problem, layers: int) -> Pipeline | None:
-    """The plan of a stack of so many layers, of one direction; None if they do not fit the device together.
+    """The plan of a stack of so many layers, of one direction; None if they do not fit the device together, or if the
+    cell runs layer by layer (``obstacle``).
 
     Raises:
         ValueError: fewer than 2 layers, or two directions.
@@ -108,7 +120,7 @@ def plan_pipeline(problem: Problem, layers: int) -> Pipeline | None:
         raise ValueError(
             f"a pipeline has at least 2 layers and one direction, got {layers} and {problem.directions} directions"
         )
-    if layers > MOST_LAYERS or problem.cell.gates * problem.hidden * problem.size > DEEPEST:
+    if obstacle(problem.cell) or layers > MOST_LAYERS or problem.cell.gates * problem.hidden * problem.size > DEEPEST:
         return None
     alone, planned_for = planning.plan_layer(problem), planning.of_class(problem)
     passes = []

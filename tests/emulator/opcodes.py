@@ -22,19 +22,22 @@ KNOWN = {
     "bar": "sync red and pred", "bfe": "s32 u32 s64 u64", "bra": "uni",
     "cvt": f"{INTEGERS} u8 f32 f16 bf16 tf32 f16x2 bf16x2 rn rna", "div": f"{INTEGERS} full rn f32",
     "ex2": "approx f32", "fence": "proxy async shared cta", "fma": "rn f32 f32x2 f16 bf16",
-    "ld": f"param acquire cg {SCOPES} {MEMORY}", "ldmatrix": MATRIX, "mad": f"lo wide {INTEGERS}",
+    "ld": f"param acquire cg {SCOPES} {MEMORY}", "ldmatrix": MATRIX,
+    "lg2": "approx ftz f32", "mad": f"lo wide {INTEGERS}",
     "max": f"{INTEGERS} f32 NaN", "min": f"{INTEGERS} f32 NaN",
     "mma": "sync aligned m16n8k16 m16n8k8 row col f32 f16 bf16 tf32", "mov": f"{INTEGERS} {BITS} f32 pred",
     "mul": f"lo hi wide rn f32 f32x2 {INTEGERS}", "neg": "s32 f32 s64 s16", "not": f"{BITS} pred", "or": f"{BITS} pred",
     "prmt": "b32", "rcp": "approx f32", "red": ATOMICS, "redux": "sync max add s32", "ret": "",
     "selp": f"{INTEGERS} {BITS} f32", "setp": f"{COMPARISONS} and or xor {INTEGERS} {BITS} f32",
-    "shfl": "sync idx bfly b32", "shl": BITS, "shr": f"{INTEGERS} {BITS}", "st": f"release cg {SCOPES} {MEMORY}",
+    "shfl": "sync idx bfly b32", "shl": BITS, "shr": f"{INTEGERS} {BITS}", "sqrt": "approx rn ftz f32",
+    "st": f"release cg {SCOPES} {MEMORY}",
     "stmatrix": MATRIX, "sub": f"{INTEGERS} f32 f32x2 rn f16 bf16", "tanh": "approx f32",
     "wgmma": "fence commit_group wait_group mma_async sync aligned f32 f16 bf16 tf32", "xor": f"{BITS} pred",
 }  # fmt: skip
 
 BINARY = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
-UNARY = {"abs": "absolute({})", "ex2": "exp2({})", "neg": "-{}", "not": "~{}", "rcp": "1 / {}", "tanh": "tanh({})"}
+UNARY = {"abs": "absolute({})", "ex2": "exp2({})", "lg2": "log2({})", "neg": "-{}", "not": "~{}", "rcp": "1 / {}",
+         "sqrt": "sqrt({})", "tanh": "tanh({})"}  # fmt: skip
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
            "hs": ">="}  # fmt: skip
 WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
@@ -169,7 +172,7 @@ class Opcodes:
     def _unary(self, i: Instruction, d: Any, a: Any) -> None:
         self.write(d, UNARY[i.name].format(self.read(a, i.modifiers[-1], True)), i.modifiers[-1])
 
-    _abs = _ex2 = _neg = _not = _rcp = _tanh = _unary
+    _abs = _ex2 = _lg2 = _neg = _not = _rcp = _sqrt = _tanh = _unary
 
     def _min(self, i: Instruction, d: Any, a: Any, b: Any) -> None:
         kind = i.modifiers[-1]

@@ -10,9 +10,11 @@ from grid import concurrent_grid
 from persistrnn import autograd, reference, segments, time_chunks
 from persistrnn.kernels import launch
 from persistrnn.kernels.inspect import audit
+from persistrnn.kernels.planner import pipeline
+from persistrnn.kernels.planner.hardware import DEVICES
+from persistrnn.kernels.planner.problem import Problem
 
 T, B, H = 3, 3, 12
-SOUND = "test_schema", "test_faketensor", "test_aot_dispatch_static"
 NAMES = list(own_cells.DECLARED)
 
 
@@ -57,9 +59,9 @@ def leaves_of(arguments):
     return [t for t in flat if t.requires_grad]
 
 
-def in_dtype(arguments, dtype):
+def in_dtype(arguments, dtype, leaves=True):
     def of(t):
-        return t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t
+        return t.detach().to(dtype).requires_grad_(leaves) if t.is_floating_point() else t
 
     return {name: list(map(of, v)) if isinstance(v, list) else of(v) for name, v in arguments.items()}
 
@@ -291,16 +293,15 @@ def test_gradients_per_sample():
 @pytest.mark.parametrize("name", ["everything", "rnn"])
 def test_operators_keep_the_contract_of_torch_library(name):
     cell = own_cells.cell_of(name)
-    a = given(cell, 2, marked=True)
+    a = in_dtype(given(cell, 2, marked=True), torch.float32, leaves=False)
     weights = [a["weight_hh"], a["bias_hh"], None, None, a.get("params")]
     beside = a["marks"], a.get("extras")
     forward = cell.name, "ieee", True, False, None, a["x_gates"], weights, *beside, a["initial"], a["reset"]
-    torch.library.opcheck(torch.ops.persistrnn.scan_forward.default, forward, test_utils=SOUND)
-    with torch.no_grad():
-        kept = torch.ops.persistrnn.scan_forward(*forward)
+    torch.library.opcheck(torch.ops.persistrnn.scan_forward.default, forward)
+    kept = torch.ops.persistrnn.scan_forward(*forward)
     d_final = [torch.randn_like(s) for s in a["initial"]]
     backward = cell.name, "ieee", True, weights[0], None, weights[4], *beside, kept, d_final, [torch.randn(T, B, 2, H)]
-    torch.library.opcheck(torch.ops.persistrnn.scan_backward.default, backward, test_utils=SOUND)
+    torch.library.opcheck(torch.ops.persistrnn.scan_backward.default, backward)
 
 
 @pytest.mark.interpreter
@@ -325,3 +326,14 @@ def test_what_a_cell_takes_must_be_given(missing):
     del arguments[missing]
     with pytest.raises(ValueError, match=f"everything.* takes {missing} .*got 0"):
         autograd.recurrent(cell.name, **arguments, precision="ieee")
+
+
+def test_a_stack_of_a_cell_with_wider_input_is_refused_one_launch():
+    for name in ("highway", "everything"):
+        cell = own_cells.cell_of(name)
+        problem = Problem(cell, 256, 16, 1, "bf16", DEVICES["h200"])
+        assert pipeline.plan_pipeline(problem, 2) is None
+        assert "tiles of input" in pipeline.obstacle(cell)
+        with pytest.raises(ValueError, match=r"cannot run in one launch.*one after the other"):
+            launch.plan_of(cell, 8, 2, 2, 1, torch.zeros(1), "ieee")
+    assert pipeline.plan_pipeline(Problem(own_cells.cell_of("peephole"), 256, 16, 1, "bf16", DEVICES["h200"]), 2)
