@@ -222,7 +222,7 @@ def recurrent(
 
     Args:
         cell: a built-in one by its name, or ``step.cell`` of a function decorated with `persistrnn.cell`
-        weights: for each layer, for each direction weight_ih, weight_hh, with bias=True bias_ih and bias_hh, and then the
+        weights: for each layer, for each direction weight_ih, weight_hh, with bias=True bias_ih and bias_hh, and the
             cell's own parameters, as `persistrnn.Recurrent` has them
         hx, reset_state, extras: as of `persistrnn.Recurrent`
 
