@@ -83,4 +83,5 @@ def _kept(found: Decision, dropout: float) -> str:
         told += "what it needs"
     else:
         told += f"its state every {found.chunk:,} steps, and runs the forward again between them"
-    return f"{told}; {most}" if call.device.type == "cpu" else told
+    # Of cuDNN nobody knows, and a loop over torch's operations keeps what each of them does.
+    return f"{told}; {most}" if call.device.type == "cpu" and found.path == "torch" else told

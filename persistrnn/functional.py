@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN as functions: what goes in and out of the path that is decided on.
+"""Recurrent layers as functions: what goes in and out of the path that is decided on.
 
 Letters: T steps, B batch, I input, H hidden, P projection, D directions, L layers.
 """
@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from persistrnn import stack as stacks
 from persistrnn import torch_path, validate
 from persistrnn.decide import Call, Decision, decide, expects_backward
-from persistrnn.options import Backend, Options, Save, check_flag, check_options, check_save
+from persistrnn.kernels.cells import CELLS
+from persistrnn.options import Backend, Options, Save, check_flag, check_name, check_options, check_save
 from persistrnn.tracing import outside_of_graphs
 from persistrnn.validate import Batch, Cuts, Given, Stack
 
@@ -192,6 +193,51 @@ def rnn(
     check_options(options)
     found = run(rnn_cell(nonlinearity), input, weights, hx, options, Given(lengths, mask, resets, reset_state))
     return found.output, found.states[0]
+
+
+def recurrent(
+    cell: str,
+    input: Input,
+    weights: Sequence[Tensor],
+    hx: Any = None,
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    backend: Backend = "auto",
+    cell_dtype: torch.dtype | None = None,
+    save: Save = "gates",
+    save_budget: int | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Any = None,
+    return_cell_states: bool = False,
+    **extras: Tensor,
+) -> Any:
+    """A stack of layers of any cell.
+
+    Args:
+        cell: a built-in one by its name, or ``step.cell`` of a function decorated with `persistrnn.cell`
+        weights: for each layer, for each direction weight_ih, weight_hh, with bias=True bias_ih and bias_hh, and the
+            cell's own parameters, as `persistrnn.Recurrent` has them
+        hx, reset_state, extras: as of `persistrnn.Recurrent`
+
+    All other arguments, the results and errors are those of `lstm`.
+    """
+    options = Options(
+        num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training
+    )
+    check_options(options)
+    check_name("cell", cell, list(CELLS))
+    found = run(
+        cell, input, weights, hx, options, Given(lengths, mask, resets, reset_state, extras), return_cell_states
+    )
+    state = found.states[0] if len(found.states) == 1 else tuple(found.states)
+    return (found.output, state, found.c) if return_cell_states else (found.output, state)
 
 
 def rnn_cell(nonlinearity: object) -> str:

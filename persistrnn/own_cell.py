@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from persistrnn import decide
-from persistrnn.kernels.cells import CELLS, derived, registration
+from persistrnn.kernels.cells import CELLS, derived
 from persistrnn.options import Backend, Options, Save
 from persistrnn.recurrent import RecurrentBase
 from persistrnn.validate import parameter_names
@@ -58,6 +58,8 @@ def cell(
             raise ValueError(f"{what} has {used[0]!r}, a name that layers use themselves; choose another")
 
     def register(step: Step) -> Step:
+        from persistrnn.kernels.cells import registration  # which derives: not at the import of persistrnn
+
         found = registration.register(
             step, gates=gates, states=states, params=params, extras=extras, more_inputs=more_inputs
         )

@@ -256,7 +256,6 @@ def _recurrent(
         return recurrence(cell, x_gates, weight_hh, bias_hh, given.states, **how)
     # Without a row there is nothing to launch: one step of the reference gives every shape and, as torch.nn does, a
     # gradient of zeros to every weight.
-    beside = {name: t if name == "params" else t[:, :1] for name, t in given.beside.items()}
-    y, c, finals = reference.recurrent(cell, x_gates[:1], weight_hh, bias_hh, given.states, **beside)
+    y, c, finals = reference.recurrent(cell, x_gates[:1], weight_hh, bias_hh, given.states, **given.beside)
     steps = x_gates.size(0)
     return Result(y.expand(steps, -1, -1), None if c is None else c.expand(steps, -1, -1), finals)

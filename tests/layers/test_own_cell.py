@@ -16,7 +16,7 @@ T, B, INPUT, H = 5, 3, 4, 6
 def damped(x, r, state, p, e):
     f = torch.sigmoid(x.f + r.f)
     n = p.slope * torch.tanh(x.n + f * r.n)
-    return (torch.where(e.keep > 0, state.h, state.h + f * (n - state.h)),)
+    return (state.h + (1 - e.keep) * f * (n - state.h),)
 
 
 @persistrnn.cell(gates=("z",), more_inputs=("skip",))
@@ -37,7 +37,7 @@ def by_hand(layer, x, keep):
             )
             f = torch.sigmoid(xf + rf)
             n = getattr(layer, f"slope_l0{way}") * torch.tanh(xn + f * rn)
-            h = torch.where(keep[d, t].bool(), h, (1 - f) * h + f * n)
+            h = torch.where(keep[d, t], h, (1 - f) * h + f * n)
             y[t] = h
         found.append(torch.stack(y))
         finals.append(h)
@@ -72,6 +72,9 @@ def test_extras_go_with_each_layer_and_through_lengths(backend):
     torch.testing.assert_close(layer(x, keep=spoilt, lengths=lengths), layer(x, keep=keep, lengths=lengths))
     loss = layer(x, keep=spoilt, lengths=lengths)[0].sum()
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, list(layer.parameters())))
+    nobody, _ = layer(x[:0], keep=keep[:, :, :0])
+    assert nobody.shape == (0, T, H)
+    assert not any(g.any() for g in torch.autograd.grad(nobody.sum(), list(layer.parameters())))
     row = layer(x[0], keep=keep[:, :, 0])[0]
     torch.testing.assert_close(row, layer(x, keep=keep)[0][0])
 
@@ -96,6 +99,18 @@ def test_inputs_wider_than_the_gates(backend):
         torch.autograd.grad(ours.sin().sum(), weights), torch.autograd.grad(torch.stack(y).sin().sum(), weights),
         rtol=1e-5, atol=2e-6,
     )  # fmt: skip
+
+
+def test_the_function_is_the_layer():
+    torch.manual_seed(0)
+    layer = persistrnn.Recurrent(damped, INPUT, H, 2, bidirectional=True)
+    x, keep = torch.randn(T, B, INPUT), torch.rand(4, T, B, H) < 0.4
+    found = persistrnn.functional.recurrent(
+        damped.cell, x, list(layer.parameters()), num_layers=2, bidirectional=True, keep=keep
+    )
+    torch.testing.assert_close(found, layer(x, keep=keep), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"cell is one of 'lstm', .* got 'lstn'"):
+        persistrnn.functional.recurrent("lstn", x, list(layer.parameters()))
 
 
 def test_it_is_explained():
