@@ -177,7 +177,7 @@ def scan_forward(
 
         step = 0
         while step < T:
-            t = time_of(step, program.direction, T)
+            t = time_of(step, program.reverse, T)
             after = ()
             for j in tl.static_range(N):
                 tile = batch_tile(program, j, B, tiling)
@@ -185,7 +185,7 @@ def scan_forward(
                 rows_of_h = tile.rows
                 if marks is not None:
                     mark = load_marks(marks, t, tile, program, B, tiling)
-                    rows_of_h = rows_before(mark, tile.rows, t, program.direction, T, B)
+                    rows_of_h = rows_before(mark, tile.rows, t, program.reverse, T, B)
                     reset = load_reset(states, mark, tile, program, T, B, KEEP, tiling)
                     before = choose(is_marked(mark, BEGINS), reset, before)
                 # Loaded before the wait: the exchange's latency hides it.
@@ -205,7 +205,7 @@ def scan_forward(
                     inner = existing(before, program, tiling)
                     product = product_local(own_weights, inner, weight.dtype.element_ty, tiling, exchange)
                 else:
-                    h = states[0] + tile_offset(previous_slot(t, program.direction), tile, program, B, H, tiling)
+                    h = states[0] + tile_offset(previous_slot(t, program.reverse), tile, program, B, H, tiling)
                     product, ahead, spin_limit = multiply(
                         own_weights, ahead, h, rows_of_h, j, program, step, step, own_sync, spin_limit, tiling,
                         exchange,
@@ -247,12 +247,12 @@ def load_initial(states, program, T, B, KEEP: tl.constexpr, tiling: tl.constexpr
     N: tl.constexpr = tiling.subtiles
     n: tl.constexpr = len(states)
     all_tiles = ()
-    t = time_of(0, program.direction, T)
+    t = time_of(0, program.reverse, T)
     for j in tl.static_range(N):
         tile = batch_tile(program, j, B, tiling)
         state = ()
         for i in tl.static_range(n):
-            slot = previous_slot(t, program.direction)
+            slot = previous_slot(t, program.reverse)
             if i > 0 and not KEEP:
                 slot = tl.minimum(slot, 1)
             position = tile_offset(slot, tile, program, B, tiling.hidden, tiling)
@@ -330,12 +330,12 @@ def load_saved(d_outputs, dy_mask, saved, states, marks, extras, t, tile, progra
             state = states[tiling.after[i]] + later + unit_offsets(program, tile.rows, H, tiling)
             tiles = tiles + (load(state, program.unit_mask),)
     e = load_extras(extras, t, tile, program, B, tiling)
-    slot = previous_slot(t, program.direction)
+    slot = previous_slot(t, program.reverse)
     rows = tile.rows
     mark = ()
     if marks is not None:
         mark = (load_marks(marks, t, tile, program, B, tiling),)
-        rows = rows_before(mark[0], tile.rows, t, program.direction, T, B)
+        rows = rows_before(mark[0], tile.rows, t, program.reverse, T, B)
     position = tile_offset(slot, tile, program, B, H, tiling)
     before = load_states(states, position, unit_offsets(program, rows, H, tiling), program.unit_mask)
     return given, tiles, before, e, mark
@@ -442,7 +442,7 @@ def scan_backward(
         p = load_params(params, program, tiling)
 
         loaded = ()  # per batch tile what the next step needs of the forward
-        t = time_of(T - 1, program.direction, T)
+        t = time_of(T - 1, program.reverse, T)
         for j in tl.static_range(N):
             tile = batch_tile(program, j, B, tiling)
             loaded = loaded + (
@@ -463,8 +463,8 @@ def scan_backward(
 
         step = 0
         while step < T:
-            t = time_of(T - 1 - step, program.direction, T)
-            t_next = time_of(tl.maximum(T - 2 - step, 0), program.direction, T)
+            t = time_of(T - 1 - step, program.reverse, T)
+            t_next = time_of(tl.maximum(T - 2 - step, 0), program.reverse, T)
             # First what is elementwise, of all batch tiles: the gate gradients are on their way to the other slices
             # while what the next step needs is loaded.
             before = ()
