@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--cell", type=str.lower, choices=list(CELLS), required=True, help="of the layer")
     add("--hidden", type=positive, required=True, metavar="H", help="hidden_size")
+    add("--heads", type=positive, default=1, metavar="N", help="blocks of a block-diagonal W_hh (1: it is whole)")
     add("--batch", type=positive, default=16, metavar="B", help="sequences side by side (default: 16)")
     text = "time steps, on which the memory of training depends (default: 1024)"
     add("--steps", type=positive, default=1024, metavar="T", help=text)
@@ -79,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 def clocked(problem: Problem, name: str) -> dict[str, Any] | None:
     """What the clock predicts for a pass, where its table has this very plan: us per time step, and the largest shares
     of it by source line."""
-    if problem.directions != 1 or not CLOCK.exists():
+    if problem.directions * problem.heads != 1 or not CLOCK.exists():
         return None
     model = f"{getattr(plan_layer(problem), name).predicted:.2f}"
     of = {"device": problem.hardware.name, "dtype": problem.dtype, "cell": problem.cell.name, "model_us": model,
@@ -104,13 +105,13 @@ def expected(problem: Problem) -> dict[str, forecast.Forecast]:
 
 def bytes_of(problem: Problem, steps: int) -> dict[str, dict[str, float]]:
     """Predicted bytes of a training step by ``save`` mode, without the input and the gradients of input and output."""
-    cell, hidden, batch, directions, size = (
-        problem.cell, problem.hidden, problem.batch, problem.directions, problem.size,
+    cell, hidden, batch, recurrences, size = (
+        problem.cell, problem.hidden, problem.batch, problem.recurrences, problem.size,
     )  # fmt: skip
-    of = memory.Layers(cell, hidden, hidden, 1, directions, size, size, False)
+    of = memory.Layers(cell, hidden, hidden, 1, recurrences, size, size, False)
     result = {}
     for mode in memory.MODES:
-        chunk = memory.chunk_steps(mode, cell.gates, hidden, batch, directions, size, steps)
+        chunk = memory.chunk_steps(mode, cell.inputs, hidden, batch, recurrences, size, steps)
         result[mode] = {
             "kept_per_step_and_row": memory.kept(mode, of, chunk),
             "chunk_steps": min(steps, chunk),
@@ -123,10 +124,14 @@ def as_json(problem: Problem, steps: int, origin: str) -> dict[str, Any]:
     """Everything: the fields of the plan, and what is worked out from them."""
     found, hardware = plan_layer(problem), problem.hardware
     result: dict[str, Any] = dataclasses.asdict(found)
+    if found.heads == 1:
+        del result["heads"]
     for name in picture.PASSES:
         part: Pass = getattr(found, name)
         tiling = result[name]["tiling"]
-        result[name]["tiling"] = {k: v for k, v in tiling.items() if v or k not in Tiling.OF_SOME_CELLS}
+        result[name]["tiling"] = {
+            k: v for k, v in tiling.items() if k not in Tiling.OF_SOME_CELLS or v != getattr(Tiling, k)
+        }
         result[name]["shares"] |= {"sum": problem.weight_bytes, "resident": part.shares.resident}
         result[name]["cost"]["total"] = part.cost.total
         budgets = picture.budgets(part, hardware).items()
@@ -150,7 +155,7 @@ def as_text(problem: Problem, steps: int, origin: str) -> str:
     """The same in words."""
     found, hardware, facts = plan_layer(problem), problem.hardware, as_json(problem, steps, origin)
     lines = [
-        f"{found.cell} H={found.hidden} B={found.batch} D={found.directions} {found.dtype} on {hardware.name} "
+        f"{found.cell} {found.size_in_words} B={found.batch} D={found.directions} {found.dtype} on {hardware.name} "
         f"({hardware.arch}, {hardware.multiprocessors} multiprocessors; {origin})"
     ]
     for name in picture.PASSES:
@@ -191,12 +196,14 @@ def _pass(problem: Problem, name: str, facts: dict[str, Any]) -> list[str]:
     t, shares = part.tiling, part.shares
     exchange = "two exchanges each step" if t.rows > 1 else "an exchange each step" if t.slices > 1 else "no exchange"
     rows = "1 row" if problem.batch == 1 else f"rows 0 to {problem.batch - 1}"
+    shared_out = ", 2 directions" * (problem.directions - 1) + f", {problem.heads} heads" * (problem.heads > 1)
+    one = "direction" if problem.heads == 1 else "head"
     lines = [
         picture.describe(part, hardware),
-        f"{count(t.jobs(problem.batch), 'job')} ({rows}{', 2 directions' * (problem.directions - 1)}); "
+        f"{count(t.jobs(problem.batch), 'job')} ({rows}{shared_out}); "
         f"{count(picture.running(part, hardware), 'program')} run at once, {picture.crowd(part, hardware)} per "
         f"multiprocessor, {count(picture.idle(part, hardware), 'multiprocessor')} idle; {exchange}",
-        f"W_hh of one direction: {shares.registers:,} bytes in registers + {shares.shared:,} in shared memory + "
+        f"W_hh of one {one}: {shares.registers:,} bytes in registers + {shares.shared:,} in shared memory + "
         f"{shares.streamed:,} streamed each step",
         f"  = {problem.weight_bytes:,}, all {t.gates} x {problem.hidden} x {problem.hidden} x {problem.size} bytes of "
         f"it; {picture.resident(part)} resident",
@@ -239,7 +246,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser()
     given = options.parse_args(arguments)
     hardware, origin = device_of(given.device)
-    problem = Problem(CELLS[given.cell], given.hidden, given.batch, given.directions, given.dtype, hardware)
+    if given.hidden % given.heads:
+        options.error(
+            f"argument --heads: {given.heads} given, which does not divide --hidden {given.hidden}; "
+            "allowed: its divisors"
+        )
+    sizes = given.hidden // given.heads, given.batch, given.directions
+    problem = Problem(CELLS[given.cell], *sizes, given.dtype, hardware, given.heads)
     try:
         found = plan_layer(problem)
     except PlanError as error:
