@@ -13,11 +13,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from bench.race.engine import Race, expectation
 from bench.report.results import Case
 from persistrnn.kernels import launch
+from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner.plan import Pass
+from persistrnn.kernels.tensors import Weights
 
 # Of a variant: half a second of polls, or so. A kernel that waits for nothing shall not take the time of the others.
 SPIN_LIMIT = 1 << 20
@@ -61,25 +64,20 @@ FIRST = tuple(smoke.name for smoke in SMOKE[:2])
 
 
 def run(smoke: Smoke, device: torch.device) -> str:
-    """The error as a share of what is allowed, and the plan; raises as ``checked`` does."""
-    return f"{checked(smoke.case, device, protocol=smoke.protocol)}; {expectation(smoke.case, device)[2]}"
-
-
-def checked(case: Case, device: torch.device, **how: Any) -> str:
-    """One case with launches that differ in this (``changed``).
+    """The error as a share of what is allowed, and the plan.
 
     Raises:
-        AssertionError: it is wrong; the text says what and by how much.
+        AssertionError: the case is wrong.
         RuntimeError: a program gave up waiting for another.
     """
-    with changed(device, **how):
-        race = Race(case, device)
+    with changed(device, protocol=smoke.protocol):
+        race = Race(smoke.case, device)
         check = race.check("persistrnn", race.runner("persistrnn"))
         synchronize(device)
         launch.check()
     if not check.ok:
-        raise AssertionError(f"{case.key}: {check.message}")
-    return f"error {check.error:.2f} of what is allowed"
+        raise AssertionError(check.message)
+    return f"error {check.error:.2f} of what is allowed; {expectation(smoke.case, device)[2]}"
 
 
 def synchronize(device: torch.device) -> None:
@@ -139,10 +137,78 @@ VARIANTS: dict[str, Variant] = {
 
 
 def vary(name: str, smoke: Smoke, device: torch.device) -> str:
-    """What one variant of a red case computes; raises as ``run`` does where that is wrong too."""
+    """What one variant of a red case computes.
+
+    Raises:
+        AssertionError: it is wrong too; the text says what was seen.
+    """
     change, given = VARIANTS[name]
     how = {"protocol": smoke.protocol, "spin_limit": SPIN_LIMIT} | given
     if how["protocol"] == "other":
         how["protocol"] = "counter" if smoke.protocol == "flags" else "flags"
     case = change(simplest(smoke.case))
-    return f"{case.key}: {checked(case, device, **how)}"
+    with changed(device, **how):
+        seen = observe(case, device)
+    if seen:
+        raise AssertionError(f"{case.key}: {'; '.join(seen)}")
+    return f"{case.key}: right"
+
+
+def observe(case: Case, device: torch.device) -> list[str]:
+    """Run one layer as the operators do, on buffers full of the reserved NaN, and say what is wrong; empty if nothing
+    is: the error word, which programs did not put their part and of which step, where the first wrong numbers are."""
+    race, cell, training = Race(case, device), CELLS[case.cell], case.mode == "training"
+    truth, asked = race.truth, "tf32" if case.dtype == "tf32" else "ieee"
+    x, dy = truth.x.unsqueeze(2), truth.dy.unsqueeze(2)
+    weights = Weights(*(truth.parameters[f"{name}_l0"][None].to(x) for name in ("weight_hh", "bias_hh")))
+    states = [x.new_zeros(1, case.batch, case.hidden)] * cell.states
+    plan = launch.choose(cell, case.hidden, case.batch, 1, x.dtype, asked, device)
+    with mock.patch.object(launch, "flag", lambda buffer, part, exchange: _bits(buffer).fill_(-1)):
+        kept = launch.forward(cell, x, weights, states, asked, save=training)
+        y = kept.states[0][0, 1:-1, :, 0]
+        seen = _gave_up("forward", device) + _missing("forward", y, plan.forward)
+        seen = seen or _wrong("y", y, truth.true["y"], truth.witness["y"])
+        if training and not seen:
+            found = launch.backward(cell, [dy], states, weights.weight_hh, None, kept, asked)
+            gates = found.dr_gates[0, :, :, 0].unflatten(-1, (cell.gates, case.hidden)).flip(0).flatten(1, 2)
+            seen = _gave_up("backward", device) + _missing("backward, steps from the end,", gates, plan.backward)
+    if training and not seen:
+        check = race.check("persistrnn", race.runner("persistrnn"))
+        seen = [] if check.ok else [check.message]
+    return seen
+
+
+def _bits(buffer: Tensor) -> Tensor:
+    return buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32)
+
+
+def _gave_up(which: str, device: torch.device) -> list[str]:
+    """What the error word says, which is then taken back."""
+    synchronize(device)
+    seen = [f"{which}: error word {int(word[0])} (a wait ran out)" for word in launch._errors.values() if word[0]]
+    for word in launch._errors.values():
+        word.zero_()
+    return seen
+
+
+def _missing(which: str, found: Tensor, part: Pass) -> list[str]:
+    """Which programs never put their units of which step. found: [T, rows, H], of a buffer that was full of -1."""
+    absent = (_bits(found.contiguous()) == -1).any(1)  # [T, H]
+    if not absent.any():
+        return []
+    step, t = int(absent.any(1).nonzero()[0]), part.tiling
+    columns = sorted({int(unit) // t.units for unit in absent[step].nonzero().flatten()})
+    programs = f"columns {columns} of {-(-found.shape[-1] // t.units)} ({t.slices} programs, R={t.rows})"
+    lack = f"{int(absent.any(1).sum())} steps of {len(found)} lack some"
+    return [f"{which}: step {step} was not put by {programs}; {lack}"]
+
+
+def _wrong(name: str, found: Tensor, true: Tensor, witness: Tensor) -> list[str]:
+    """Where a tensor [T, B, H] first leaves the truth by far more than the witness does."""
+    error = (found.double() - true).abs().nan_to_num(torch.inf)
+    where = (error > 8 * float((witness - true).abs().max()) + 1e-6).nonzero()
+    if not len(where):
+        return []
+    t, b, unit = (int(i) for i in where[0])
+    values = f"{float(found[t, b, unit]):.6g} instead of {float(true[t, b, unit]):.6g}"
+    return [f"{name}: {len(where)} of {found.numel()} wrong, the first at t={t}, row {b}, unit {unit}: {values}"]

@@ -1,5 +1,6 @@
 """The smoke cases are of the kinds that they are named for, and what is wrong with one is seen and told."""
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from grid import concurrent_grid
 
 from bench.gpu import smoke
-from bench.gpu.smoke import SMOKE, VARIANTS, changed, vary
+from bench.gpu.smoke import SMOKE, VARIANTS, changed, observe, simplest, vary
 from bench.race import suites
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
@@ -73,34 +75,92 @@ def test_changes_reach_the_launch_and_end(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_every_variant_changes_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the cases and launches that are observed differs from all others."""
     one, seen = SMOKE[4], {}
-    monkeypatch.setattr(smoke, "checked", lambda case, device, **how: seen.setdefault((case, *how.items()), "right"))
+    monkeypatch.setattr(smoke, "observe", lambda case, device: seen.setdefault((case, *how.items()), []))
+    monkeypatch.setattr(smoke, "changed", lambda device, **given: contextlib.nullcontext(how.update(given)))
     for name in VARIANTS:
+        how: dict[str, Any] = {}
         assert vary(name, one, CPU).endswith(": right")
-    assert len(seen) == len(VARIANTS), "each differs from all others"
+    assert len(seen) == len(VARIANTS) == 12
 
 
 # In the interpreter
 
+(MINI,) = suites.miniatures([SMOKE[4].case])
+
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_a_case_is_right_or_wrong(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its plan and how exact it is; a wait that ran out; and what is wrong, as the check of the race says it."""
-    (case,) = suites.miniatures([replace(SMOKE[4].case, cell=cell)])
-    one = replace(SMOKE[4], case=case)
-    assert re.match(r"error 0\.\d\d of what is allowed; 1x16 R=1", smoke.run(one, CPU))
+def test_nothing_is_seen_where_all_is_right(cell: str) -> None:
+    case = replace(MINI, cell=cell)
+    assert re.match(r"error 0\.\d\d of what is allowed; 1x16 R=1", smoke.run(replace(SMOKE[4], case=case), CPU))
+    assert observe(simplest(case), CPU) == []
+
+
+def lose(options: dict[str, Any]) -> None:
+    options["states"][0][0, 2:-1, :, :, 8:].view(torch.int16).fill_(-1)
+
+
+def lose_gradients(options: dict[str, Any]) -> None:
+    options["d_gates"][1][0, :3].view(torch.int16).fill_(-1)
+
+
+def lie(options: dict[str, Any]) -> None:
+    options["states"][0][0, 3, 1, 0, 5] = 7
+
+
+def scale_gradients(options: dict[str, Any]) -> None:
+    options["d_gates"][0].mul_(1.1)
+
+
+def give_up(options: dict[str, Any]) -> None:
+    for word in launch._errors.values():
+        word.fill_(1)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("kernel", "spoil", "seen"),
+    [
+        (
+            "forward",
+            lose,
+            r"forward: step 1 was not put by columns \[1\] of 2 \(2 programs, R=1\); 3 steps of 4 lack some",
+        ),
+        ("forward", lie, r"y: 1 of 144 wrong, the first at t=2, row 1, unit 5: 7 instead of "),
+        ("forward", give_up, r"forward: error word 1 \(a wait ran out\)"),
+        ("backward", lose_gradients, r"backward, steps from the end,: step 1 was not put by columns \[0\] of 1"),
+        ("backward", scale_gradients, r"d x has error"),
+    ],
+)
+def test_what_is_seen_of_a_red_case(
+    kernel: str, spoil: Callable[[dict[str, Any]], None], seen: str, monkeypatch: pytest.MonkeyPatch,
+    forced: Callable[..., None],
+) -> None:  # fmt: skip
+    """A program that did not arrive is named, wrong numbers are shown, and the error word is taken back."""
     inner = launch.launch_scan
 
-    def spoiled(kernel: Any, *arguments: Any, **options: Any) -> None:
-        inner(kernel, *arguments, **options)
-        if kernel.__name__ == "scan_backward":
+    def spoiled(of: Any, *arguments: Any, **options: Any) -> None:
+        inner(of, *arguments, **options)
+        if of.__name__ == f"scan_{kernel}":
             spoil(options)
 
     monkeypatch.setattr(launch, "launch_scan", spoiled)
-    spoil = lambda options: options["d_gates"][0].mul_(1.1)  # noqa: E731
-    with pytest.raises(AssertionError, match=r"training .* I=0 H=12 .*: d x has error"):
+    monkeypatch.setattr(launch, "check", lambda: None)
+    one = replace(SMOKE[4], case=replace(MINI, mode={"forward": "forward", "backward": "training"}[kernel]))
+    together: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if spoil is lose:
+        forced(units=8)  # 12 units: two slices, which wait for each other
+        together = concurrent_grid()
+    with together, pytest.raises(AssertionError, match=rf"I=0 H=12 .*: {seen}"):
         vary("as it is", one, CPU)
-    spoil = lambda options: launch._error_word(CPU).fill_(1)  # noqa: E731
+    assert not any(int(word) for word in launch._errors.values())
+
+
+@pytest.mark.interpreter
+def test_a_wait_that_ran_out_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though all numbers are right."""
+    monkeypatch.setattr(smoke, "synchronize", lambda device: launch._error_word(device).fill_(1))
     with pytest.raises(RuntimeError, match="wait"):
-        smoke.run(one, CPU)
+        smoke.run(replace(SMOKE[4], case=replace(MINI, mode="forward")), CPU)
