@@ -142,7 +142,7 @@ def test_large_layers_stay_on_the_device(cell, hidden, batch, dtype, device, lea
 @pytest.mark.parametrize(("dtype", "largest"), [("fp16", 64), ("bf16", 64), ("tf32", 32), ("fp32", 16)])
 def test_small_layers_are_one_slice(device, cell, dtype, largest):
     """No exchange at all where the weights and the arithmetic are small, and little of a batch is padding."""
-    for hidden in range(1, largest + 1):
+    for hidden in (*range(1, largest, 5), largest):
         for batch in (1, 8, 16, 128):
             found = plan_layer(Problem(SHAPES[cell], hidden, batch, 1, dtype, DEVICES[device]))
             for part in (found.forward, found.backward):
