@@ -204,7 +204,7 @@ class Run:
             file.unlink(missing_ok=True)
         if child.cut:
             left = [item or "all of it", *left]
-        # Of a lost device the item has told already.
+        # A lost device is in the outcome of its item.
         elif child.how and child.process.returncode != LOST:
             self.note(item or name, False, time.monotonic() - child.since, f"{child.how}. {errors}".strip())
         again = bool(child.how and left) and child.until - time.monotonic() >= LEAST

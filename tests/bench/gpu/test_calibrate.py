@@ -153,7 +153,7 @@ def test_file_is_what_the_plan_reads(call: Callable[..., Any], tmp_path: Path) -
     assert corrected(RECORD, tmp_path).barrier == RECORD.barrier
 
 
-def test_changes_are_told(call: Callable[..., Any]) -> None:
+def test_changes_are_printed(call: Callable[..., Any]) -> None:
     _, out, _ = call(filled())
     assert re.search(r"^exchange +0\.7 +-> +0\.91 +1\.30$", out, re.MULTILINE)
     assert re.search(r"^clock +1\.98 +-> +1\.5 +0\.76$", out, re.MULTILINE)
@@ -186,7 +186,7 @@ def wrong_elsewhere() -> Results:
 
 
 @pytest.mark.parametrize(
-    ("given", "arguments", "told"),
+    ("given", "arguments", "says"),
     [
         (filled(rehearsal=True), (), ("a rehearsal on 'NVIDIA H200'", "allowed: a run on a GPU", "make gpu")),
         (filled(dirty=True), (), ("uncommitted changes", "'0123456789abcdef'", "allowed: a clean", "--allow-dirty")),
@@ -207,12 +207,12 @@ def wrong_elsewhere() -> Results:
     ],
 )
 def test_refusals(
-    call: Callable[..., Any], tmp_path: Path, given: Results | str, arguments: tuple[str, ...], told: tuple[str, ...]
+    call: Callable[..., Any], tmp_path: Path, given: Results | str, arguments: tuple[str, ...], says: tuple[str, ...]
 ) -> None:
     (tmp_path / "broken.json").write_text("{")
     status, out, err = call(given, *arguments)
     assert (status, out) == (2, "")
-    assert [part for part in told if part not in err] == []
+    assert [part for part in says if part not in err] == []
     shutil.rmtree(tmp_path / "in", ignore_errors=True)
     assert [p.name for p in tmp_path.iterdir()] == ["broken.json"], "nothing is written"
 

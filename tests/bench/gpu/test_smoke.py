@@ -1,4 +1,4 @@
-"""The smoke cases are of the kinds that they are named for, and what is wrong with one is seen and told."""
+"""The smoke cases are of the kinds that they are named for, and what is wrong with one is seen and reported."""
 
 import contextlib
 import re
