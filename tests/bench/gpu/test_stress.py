@@ -9,6 +9,8 @@ import torch
 from bench.gpu import micro, stress
 from bench.race.engine import Race
 from bench.report.results import Check
+from persistrnn.kernels import launch
+from persistrnn.kernels.tensors import Kept
 
 CPU = torch.device("cpu")
 
@@ -46,8 +48,18 @@ def test_shapes_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.interpreter
-def test_shapes_on_our_kernels() -> None:
+def test_shapes_on_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stress.random_shapes(CPU, 0.0, largest=5, longest=3, seed=1).startswith("1 shapes, ")
+    forward = launch.forward
+
+    def wrong(*arguments: object, **options: object) -> Kept:
+        kept = forward(*arguments, **options)
+        kept.states[0].mul_(1.1)
+        return kept
+
+    monkeypatch.setattr(launch, "forward", wrong)
+    with pytest.raises(AssertionError, match=r"training \w+ \w+ I=.*: y has error"):
+        stress.random_shapes(CPU, 0.0, largest=5, longest=3, seed=1)
 
 
 def test_streams_need_a_gpu() -> None:

@@ -22,6 +22,7 @@ from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner.hardware import INTERPRETER, named
 from persistrnn.kernels.planner.pipeline import plan_pipeline
 from persistrnn.kernels.planner.problem import Problem
+from persistrnn.kernels.tensors import Gradients
 
 CPU = torch.device("cpu")
 CASE = Case("suite", "name", "lstm", 5, 4, 1, False, 3, 6, "fp32", "training")
@@ -139,6 +140,25 @@ def test_a_bias_without_a_gradient(name: str) -> None:
     runner = Runner(lambda x: torch.func.functional_call(module, used, (x,))[0], leaves, of.dtype, str)
     check = truth(of).check("torch", runner)
     assert (check.ok, check.message, check.error) == (False, f"{name} is missing", 1e9)
+
+
+def swapped(tensor: Tensor, gates: int) -> Tensor:
+    first, second, *others = tensor.chunk(gates)
+    return torch.cat([second, first, *others])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_swapped_gates(shape: tuple[str, int, int, bool]) -> None:
+    of = case(shape)
+    gates = CELLS[of.cell].gates
+    swap = functools.partial(swapped, gates=gates)
+    check = truth(of).check("torch", right(of, {n: swap(p) for n, p in truth(of).parameters.items()}))
+    assert not check.ok
+    assert "y has error" in check.message
+    for name in list(truth(of).true)[2:]:
+        check = truth(of).check("torch", hooked(of, name, swap))
+        assert not check.ok
+        assert check.message.startswith(f"{name} has error"), name
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -274,6 +294,23 @@ def test_our_kernels(shape: tuple[str, int, int, bool]) -> None:
     for name, leaf in runner.leaves.items():
         assert leaf.requires_grad
         assert torch.equal(leaf, others[name].to(leaf.dtype)), name
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2]], ids=str)
+def test_our_kernels_if_they_were_wrong(shape: tuple[str, int, int, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    of, backward = case(shape, dtype="bf16"), launch.backward
+
+    def wrong(*arguments: object) -> Gradients:
+        found = backward(*arguments)
+        found.dx_gates.mul_(1.2)
+        return found
+
+    monkeypatch.setattr(launch, "backward", wrong)
+    check = truth(of).check("persistrnn", ARMS["persistrnn"](of, truth(of).parameters, CPU))
+    assert not check.ok
+    assert "d x has error" in check.message
+    assert "y has" not in check.message
 
 
 def test_ours_never_takes_torchs_path() -> None:
