@@ -81,24 +81,36 @@ def hardware(device: torch.device) -> devices.Hardware:
     )
 
 
-def choose(
-    cell: Cell, hidden: int, batch: int, directions: int, dtype: torch.dtype, precision: str, device: torch.device
-) -> planning.Plan:
-    return planning.plan_layer(Problem(cell, hidden, batch, directions, label(dtype, precision), hardware(device)))
+def problem_of(
+    cell: Cell,
+    hidden: int,
+    batch: int,
+    directions: int,
+    dtype: torch.dtype,
+    precision: str,
+    device: torch.device,
+    heads: int = 1,
+) -> Problem:
+    """What the planner is asked about one layer. hidden: H of one head."""
+    return Problem(cell, hidden, batch, directions, label(dtype, precision), hardware(device), heads)
+
+
+def choose(*sizes: Any) -> planning.Plan:
+    """The plan of a layer, by the arguments of ``problem_of``."""
+    return planning.plan_layer(problem_of(*sizes))
 
 
 def choose_stack(
     cell: Cell, hidden: int, layers: int, batch: int, dtype: torch.dtype, precision: str, device: torch.device
 ) -> pipeline.Pipeline | None:
     """The plan of a stack in one launch; None where its layers do not fit the device together."""
-    found = hardware(device)
-    if found is devices.INTERPRETER:
+    if hardware(device) is devices.INTERPRETER:
         return None  # programs that run one after the other cannot wait for each other
-    return pipeline.plan_pipeline(Problem(cell, hidden, batch, 1, label(dtype, precision), found), layers)
+    return pipeline.plan_pipeline(problem_of(cell, hidden, batch, 1, dtype, precision, device), layers)
 
 
 def plan_of(
-    cell: Cell, hidden: int, layers: int, batch: int, directions: int, like: Tensor, precision: str
+    cell: Cell, hidden: int, layers: int, batch: int, directions: int, like: Tensor, precision: str, heads: int = 1
 ) -> planning.Plan | pipeline.Pipeline:
     """The plan of a call.
 
@@ -106,7 +118,7 @@ def plan_of(
         ValueError: a layer does not fit the device, or several do not together.
     """
     if layers == 1:
-        return choose(cell, hidden, batch, directions, like.dtype, precision, like.device)
+        return choose(cell, hidden, batch, directions // heads, like.dtype, precision, like.device, heads)
     found = choose_stack(cell, hidden, layers, batch, like.dtype, precision, like.device)
     if found is None:
         what = f"{layers} layers of hidden_size={hidden} do not fit {hardware(like.device).name} together"
@@ -203,7 +215,7 @@ def flag(buffer: Tensor, part: planning.Pass, exchange: Exchange) -> None:
         buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(-1)
 
 
-def edges(states: Tensor, initial: Tensor, reset: Tensor | None, every: bool = True) -> None:
+def edges(states: Tensor, initial: Tensor, reset: Tensor | None, every: bool = True, heads: int = 1) -> None:
     """Fill the slots of states [L, slots, B, D, H] that no step fills, from [L*D, B, H]: an operator's output is
     defined everywhere.
 
@@ -225,7 +237,7 @@ def edges(states: Tensor, initial: Tensor, reset: Tensor | None, every: bool = T
     for where, filling in ((0, initial), (1, reset)):
         if filling is not None:
             for d, part in enumerate(filling.unbind() if directions > 1 else [filling]):
-                ends[:, abs(where - d), :, d].copy_(part)
+                ends[:, abs(where - d // heads), :, d].copy_(part)
 
 
 def unreserved(h: Tensor, exchange: Exchange) -> Tensor:
@@ -266,6 +278,7 @@ def forward(
     reset: Sequence[Tensor] = (),
     saved: Tensor | None = None,
     extras: Tensor | None = None,
+    heads: int = 1,
 ) -> Kept:
     """Run the forward scan.
 
@@ -281,6 +294,8 @@ def forward(
         reset: the states that rows begin anew from, each [L*D, B, H]; none: zeros.
         saved: with save, where to put what the backward needs; None: in new memory.
         extras: [L, T, B, D, E, H], what the cell takes per step besides its gates, uint8 or the dtype of x_gates.
+        heads: in each direction. Then D, here and in the results, counts all of them, those of one direction side by
+            side, and H is of one; but for marks, which they share.
         All tensors contiguous, on one device, float16, bfloat16 or float32.
 
     Raises:
@@ -290,17 +305,17 @@ def forward(
     T, B, D, _ = x_gates.shape
     rows, _, H = initial[0].shape
     L = rows // D
-    part = plan_of(cell, H, L, B, D, x_gates, precision).forward
+    part = plan_of(cell, H, L, B, D, x_gates, precision, heads).forward
     exchange = exchange_for(x_gates.device)
     every = save or keep
     slots = c_slots(T, every, marks is not None)
     y = x_gates.new_empty(L, T + 2, B, D, H)
     flag(y, part, exchange)
-    edges(y, unreserved(initial[0], exchange), unreserved(reset[0], exchange) if reset else None)
+    edges(y, unreserved(initial[0], exchange), unreserved(reset[0], exchange) if reset else None, heads=heads)
     states = [y]
     for i in range(1, cell.states):
         states.append(x_gates.new_empty(L, slots, B, D, H, dtype=cell_dtype or x_gates.dtype))
-        edges(states[i], initial[i], reset[i] if reset else None, every)
+        edges(states[i], initial[i], reset[i] if reset else None, every, heads)
     if save and saved is None:
         saved = x_gates.new_empty(L, T, B, D, cell.saved, H)
     launch_scan(
@@ -335,6 +350,7 @@ def backward(
     resets: bool = False,
     params: Tensor | None = None,
     extras: Tensor | None = None,
+    heads: int = 1,
 ) -> Gradients:
     """Run the backward scan.
 
@@ -342,7 +358,7 @@ def backward(
         d_outputs: gradient of the highest layer's every h_t and, where they were given out, of every further state,
             [T, B, D, H] each.
         d_final: that of the final states, each [L*D, B, H].
-        weight_hh, weight_ih, precision, marks, params, extras: of the forward; kept: what it left, with save.
+        weight_hh, weight_ih, precision, marks, params, extras, heads: of the forward; kept: what it left, with save.
         resets: whether gradients of the reset states are asked for.
 
     Raises:
@@ -352,7 +368,7 @@ def backward(
     like = d_outputs[0]
     T, B, D, H = like.shape
     L = d_final[0].shape[0] // D
-    part = plan_of(cell, H, L, B, D, like, precision).backward
+    part = plan_of(cell, H, L, B, D, like, precision, heads).backward
     exchange = exchange_for(like.device)
 
     def gates(tiles: int, exchanged: bool) -> Tensor:

@@ -77,6 +77,7 @@ def recurrent(
     bias_ih: Tensor | None = None,
     params: Tensor | None = None,
     extras: Tensor | None = None,
+    heads: int = 1,
 ) -> Result:
     """The recurrence of a layer, all directions in one launch, or of a stack of one direction in one launch, on the
     persistent kernels.
@@ -95,6 +96,9 @@ def recurrent(
         params: [L*D, P, H], the cell's parameters per unit; None: it has none.
         extras: [L, T, B, D, E, H], what the cell takes per step besides its gates, without gradient, also as uint8;
             None: nothing.
+        heads: blocks of a block-diagonal W_hh, in each direction. Then D, here and below, counts all of them, those of
+            one direction side by side, and H is of one: x_gates [T, B, D*heads, X*H/heads], weight_hh
+            [D*heads, G*H/heads, H/heads]; y stays [T, B, D*H]. Marks are shared by the heads of a direction.
         All in one dtype (float16, bfloat16 or float32), on one device.
 
     Returns:
@@ -110,7 +114,7 @@ def recurrent(
     save = expects_backward(tensors)
     # Without gradients dynamo calls no Function with a variable number of arguments.
     direct = torch.compiler.is_compiling() and not save
-    flat = (_forward if direct else _Scan.apply)(cell, precision, save, return_c, cell_dtype, *tensors)
+    flat = (_forward if direct else _Scan.apply)(cell, precision, save, return_c, cell_dtype, heads, *tensors)
     (y, *c), finals, _ = _outputs(cell, return_c, flat)
     return Result(y, c[0] if c else None, list(finals))
 
@@ -135,13 +139,19 @@ def _backward_inputs(cell: str, flat: Sequence[Any]) -> BackwardInputs:
 
 
 def _forward(
-    cell: str, precision: str, save: bool, return_c: bool, cell_dtype: torch.dtype | None, *tensors: Tensor | None
+    cell: str,
+    precision: str,
+    save: bool,
+    return_c: bool,
+    cell_dtype: torch.dtype | None,
+    heads: int,
+    *tensors: Tensor | None,
 ) -> tuple[Tensor, ...]:
     x_gates, weights, marks, extras, initial, reset = _inputs(cell, tensors)
     states = list(initial), list(reset)
     with phase(SCAN_FORWARD):
         kept = ops.scan_forward(
-            cell, precision, save, return_c, cell_dtype, x_gates, list(weights), marks, extras, *states
+            cell, precision, save, return_c, cell_dtype, heads, x_gates, list(weights), marks, extras, *states
         )
     n, stacked = CELLS[cell].states, weights.weight_ih is not None
     every = [s[-1, 1:-1].flatten(2) for s in kept[: CELLS[cell].given_out if return_c else 1]]
@@ -151,7 +161,7 @@ def _forward(
     for i, states in enumerate(kept[:n]):
         # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
         last = -2 if i == 0 or save or return_c else 1
-        rows = [states[:, 1 if d else last, :, d] for d in range(x_gates.shape[2])]
+        rows = [states[:, 1 if d // heads else last, :, d] for d in range(x_gates.shape[2])]
         finals.append(torch.cat(rows).to(x_gates.dtype))
     return (*every, *finals, *(kept if save else ()))
 
@@ -162,13 +172,19 @@ class _Scan(Function):
 
     @staticmethod
     def forward(
-        cell: str, precision: str, save: bool, return_c: bool, cell_dtype: torch.dtype | None, *tensors: Tensor | None
+        cell: str,
+        precision: str,
+        save: bool,
+        return_c: bool,
+        cell_dtype: torch.dtype | None,
+        heads: int,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        return _forward(cell, precision, save, return_c, cell_dtype, *tensors)
+        return _forward(cell, precision, save, return_c, cell_dtype, heads, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.cell, ctx.precision, save, ctx.return_c, _, *tensors = inputs
+        ctx.cell, ctx.precision, save, ctx.return_c, _, ctx.heads, *tensors = inputs
         given, kept = _inputs(ctx.cell, tensors), _outputs(ctx.cell, ctx.return_c, output).kept
         if save:
             of, beside = given.weights, (given.marks, given.extras)
@@ -191,21 +207,21 @@ class _Scan(Function):
             d_outputs.pop()
         d_outputs = [y.new_zeros(T, B, D, H) if g is None else g for g in d_outputs]
         d_final = [y.new_zeros(weight_hh.shape[0], B, H) if g is None else g for g in d.finals]
-        needs = _inputs(ctx.cell, ctx.needs_input_grad[5:])
+        needs = _inputs(ctx.cell, ctx.needs_input_grad[6:])
         resets = any(needs.reset)
         given = weight_hh, weight_ih, params, marks, extras, *kept, *d_final, *d_outputs
         if _is_second(d.kept):
-            found = _formula(ctx.cell, given, d.kept)
+            found = _formula(ctx.cell, ctx.heads, given, d.kept)
         else:
             # In a backward dynamo calls no Function with a variable number of arguments.
             scan = _backward if torch.compiler.is_compiling() else _ScanBackward.apply
-            found = ops.gradients_of(ctx.cell, scan(ctx.cell, ctx.precision, resets, *given))
+            found = ops.gradients_of(ctx.cell, scan(ctx.cell, ctx.precision, resets, ctx.heads, *given))
         d_weights: list[Tensor | None] = [None] * 5
         dr_gates = found.dr_gates if cell.recurrent_gradient else found.dx_gates
         dx_gates = of_inputs(cell, found.dx_gates)
         with phase(WEIGHT_GEMMS):
             if needs.weights.weight_hh:
-                d_weights[0] = _products(dr_gates, [h_before(y, marks, d) for d in range(D)])
+                d_weights[0] = _products(dr_gates, [h_before(y, marks, d, ctx.heads) for d in range(D)])
             if needs.weights.bias_hh:
                 d_weights[1] = _bias(dr_gates)
             if needs.weights.weight_ih:
@@ -217,37 +233,37 @@ class _Scan(Function):
                 if d_params is None:
                     gates = [found.dx_gates, *([found.dr_gates] if cell.recurrent_gradient else [])]
                     of = _param_gradients if torch.compiler.is_compiling() else _flat_param_gradients
-                    d_params = of(ctx.cell, gates, kept, params, marks, extras)
+                    d_params = of(ctx.cell, ctx.heads, gates, kept, params, marks, extras)
                 d_weights[4] = d_params.to(params.dtype)
         d_reset = found.d_reset if resets else [None] * len(needs.reset)
-        return (*(None,) * 5, dx_gates[0], *d_weights, None, None, *found.d_initial, *d_reset)
+        return (*(None,) * 6, dx_gates[0], *d_weights, None, None, *found.d_initial, *d_reset)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        cell, save, return_c, tensors = arguments[0], arguments[2], arguments[3], arguments[5:]
+        cell, save, return_c, tensors = arguments[0], arguments[2], arguments[3], arguments[6:]
         n, m = CELLS[cell].states, CELLS[cell].given_out if return_c else 1
         # where B is in the tensors of Inputs, and of Outputs
         axes = (1, *(None,) * len(Weights._fields), 1, 2, *(1,) * (len(tensors) - 8))
         out_axes = (*(1,) * (m + n), *(2,) * (n + 1 if save else 0))
-        return mapped(_Scan, info, in_dims, arguments[:5], tensors, axes, out_axes)
+        return mapped(_Scan, info, in_dims, arguments[:6], tensors, axes, out_axes)
 
 
-def _backward(cell: str, precision: str, resets: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def _backward(cell: str, precision: str, resets: bool, heads: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     *given, kept, d_final, d_outputs = _backward_inputs(cell, tensors)
     with phase(SCAN_BACKWARD):
-        return tuple(ops.scan_backward(cell, precision, resets, *given, *map(list, (kept, d_final, d_outputs))))
+        return tuple(ops.scan_backward(cell, precision, resets, heads, *given, *map(list, (kept, d_final, d_outputs))))
 
 
 class _ScanBackward(Function):
     """The tensors of ``BackwardInputs`` to those of ``Gradients``, of the reset states only if ``resets``."""
 
     @staticmethod
-    def forward(cell: str, precision: str, resets: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _backward(cell, precision, resets, *tensors)
+    def forward(cell: str, precision: str, resets: bool, heads: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return _backward(cell, precision, resets, heads, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.cell, _, ctx.resets, *tensors = inputs
+        ctx.cell, _, ctx.resets, ctx.heads, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -256,27 +272,28 @@ class _ScanBackward(Function):
         cell = CELLS[ctx.cell]
 
         def formula(tensors: list[Any]) -> Sequence[Tensor]:
-            found = _formula(ctx.cell, tensors)
+            found = _formula(ctx.cell, ctx.heads, tensors)
             gates = (found.dx_gates, found.dr_gates) if cell.recurrent_gradient else (found.dx_gates,)
             return (*gates, *found.d_initial, *(found.d_reset if ctx.resets else ()))
 
-        return (None, None, None, *double_backward.through(formula, ctx.saved_tensors, grads))
+        return (None, None, None, None, *double_backward.through(formula, ctx.saved_tensors, grads))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        cell, tensors = CELLS[arguments[0]], arguments[3:]
+        cell, tensors = CELLS[arguments[0]], arguments[4:]
         n = cell.states
         # where B is in the tensors of BackwardInputs, and of Gradients
         axes = (None, None, None, 1, 2, *(2,) * (n + 1), *(1,) * (len(tensors) - n - 6))
         out_axes = (*(2,) * (1 + cell.recurrent_gradient), *(1,) * (2 * n if arguments[2] else n))
-        return mapped(_ScanBackward, info, in_dims, arguments[:3], tensors, axes, out_axes)
+        return mapped(_ScanBackward, info, in_dims, arguments[:4], tensors, axes, out_axes)
 
 
-def _formula(cell: str, tensors: Sequence[Any], d_kept: Sequence[Tensor | None] = ()) -> Gradients:
+def _formula(cell: str, heads: int, tensors: Sequence[Any], d_kept: Sequence[Tensor | None] = ()) -> Gradients:
     """What the backward computes, differentiable, from the tensors of ``BackwardInputs``."""
     weight_hh, weight_ih, params, marks, extras, kept, d_final, d_outputs = _backward_inputs(cell, tensors)
     of = ops.kept_of(cell, kept)
-    return double_backward.backward(cell, weight_hh, weight_ih, marks, of, d_outputs, d_final, d_kept, params, extras)
+    beside = d_kept, params, extras, heads
+    return double_backward.backward(cell, weight_hh, weight_ih, marks, of, d_outputs, d_final, *beside)
 
 
 def _is_second(grads: Sequence[Tensor | None]) -> bool:
@@ -292,7 +309,13 @@ def of_inputs(cell: Cell, dx_gates: Tensor) -> Tensor:
 
 
 def param_gradients(
-    cell: str, d: Gradients, kept: Kept, params: Tensor, marks: Tensor | None, extras: Tensor | None
+    cell: str,
+    d: Gradients,
+    kept: Kept,
+    params: Tensor,
+    marks: Tensor | None,
+    extras: Tensor | None,
+    heads: int = 1,
 ) -> Tensor:
     """Gradients of the parameters per unit, float32 [L*D, P, H], from what is in memory after the scan."""
     of, (L, _, _, D, _), H = CELLS[cell], d.dx_gates.shape, params.shape[-1]
@@ -302,10 +325,10 @@ def param_gradients(
         assert kept.saved is not None
         saved: Sequence[Tensor] = _tiles(kept.saved[:, :, :, k])
         after: Sequence[Tensor] = [kept.states[i][:, 1:-1, :, k].float() for i in of.after]
-        before = [h_before(s, marks, k).float() for s in kept.states]
+        before = [h_before(s, marks, k, heads).float() for s in kept.states]
         p = [t[:, None, None].float() for t in params.unflatten(0, (L, D))[:, k].unbind(1)]
         e = [] if extras is None else _tiles(extras[:, :, :, k])
-        skipped = None if marks is None else (marks[:, :, k] == SKIPPED).unsqueeze(-1)
+        skipped = None if marks is None else (marks[:, :, k // heads] == SKIPPED).unsqueeze(-1)
         if skipped is not None:
             saved, after = (double_backward.finite(skipped, tiles) for tiles in (saved, after))
         tiles: Sequence[Tensor] = derived(cell).param_gradients(dx, dr, saved, after, before, p, e)
@@ -316,10 +339,16 @@ def param_gradients(
 
 
 def _flat_param_gradients(
-    cell: str, gates: list[Tensor], kept: list[Tensor], params: Tensor, marks: Tensor | None, extras: Tensor | None
+    cell: str,
+    heads: int,
+    gates: list[Tensor],
+    kept: list[Tensor],
+    params: Tensor,
+    marks: Tensor | None,
+    extras: Tensor | None,
 ) -> Tensor:
     d = Gradients(gates[0], gates[-1], (), ())
-    return param_gradients(cell, d, ops.kept_of(cell, kept), params, marks, extras)
+    return param_gradients(cell, d, ops.kept_of(cell, kept), params, marks, extras, heads)
 
 
 # Dynamo cannot trace a cell's graph.
@@ -328,7 +357,13 @@ _param_gradients = torch.library.custom_op("persistrnn::param_gradients", _flat_
 
 @_param_gradients.register_fake
 def _(
-    cell: str, gates: list[Tensor], kept: list[Tensor], params: Tensor, marks: Tensor | None, extras: Tensor | None
+    cell: str,
+    heads: int,
+    gates: list[Tensor],
+    kept: list[Tensor],
+    params: Tensor,
+    marks: Tensor | None,
+    extras: Tensor | None,
 ) -> Tensor:
     return torch.empty_like(params, dtype=torch.float32)
 
@@ -338,13 +373,14 @@ def _tiles(tensor: Tensor) -> list[Tensor]:
     return [t.float() for t in tensor.unbind(3)]
 
 
-def h_before(y: Tensor, marks: Tensor | None, direction: int) -> Tensor:
+def h_before(y: Tensor, marks: Tensor | None, direction: int, heads: int = 1) -> Tensor:
     """The h (or another state) [L, T, B, H] that each step of a direction went on from, of y [L, T + 2, B, D, H]:
     nothing at a skipped step, where a NaN would be 0 * NaN in the gradient of what is multiplied by it."""
-    h = y[:, 2:, :, 1] if direction else y[:, :-2, :, 0]
+    reverse, y = direction // heads, y[:, :, :, direction]
+    h = y[:, 2:] if reverse else y[:, :-2]
     if marks is None:
         return h
-    mark, reset = marks[:, :, direction, None], y[:, :1, :, 1] if direction else y[:, -1:, :, 0]
+    mark, reset = marks[:, :, reverse, None], y[:, :1] if reverse else y[:, -1:]
     return torch.where(mark == SKIPPED, 0.0, torch.where(mark == BEGINS, reset, h))
 
 

@@ -64,7 +64,8 @@ class Call(NamedTuple):
     dtype: of the computation; precision: of float32 products in the recurrence, "tf32" or "ieee".
     backward: whether one may come (`expects_backward`).
     backend, save, save_budget, cell_dtype: as a caller gives them. dropout: between the layers, where it acts.
-    lengths, marks: whether rows have lengths; a mask or resets. return_c: whether every c is given out.
+    lengths, marks: whether rows have lengths; a mask or resets. return_c: whether every c is given out. heads: blocks
+    of a block-diagonal W_hh, a divisor of H.
     """
 
     cell: str
@@ -88,6 +89,7 @@ class Call(NamedTuple):
     lengths: bool = False
     marks: bool = False
     return_c: bool = False
+    heads: int = 1
 
     @property
     def packs(self) -> bool:
@@ -205,6 +207,8 @@ def unsupported(call: Call) -> str | None:
         return f"{reason}, or use backend='torch'."
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels run float16, bfloat16 and float32, got {call.dtype}; use one of them, or backend='torch'."
+    if call.heads > 1 and call.save != "gates":
+        return f"with heads the kernels keep what save='gates' keeps, got save={call.save!r}; use that."
     device = call.device
     if device.type == "cpu":
         from persistrnn.kernels import launch
@@ -268,8 +272,8 @@ def problem_of(call: Call) -> Problem:
     """What the planner is asked about one layer."""
     from persistrnn.kernels import launch
 
-    dtype = launch.label(call.dtype, call.precision)
-    return Problem(CELLS[call.cell], call.hidden_size, call.batch, call.directions, dtype, launch.hardware(call.device))
+    sizes = call.hidden_size // call.heads, call.batch, call.directions
+    return launch.problem_of(CELLS[call.cell], *sizes, call.dtype, call.precision, call.device, call.heads)
 
 
 # ---- all layers in one launch ---------------------------------------------------------------------------------------
@@ -280,7 +284,7 @@ def may_be_pipeline(call: Call) -> bool:
     have the precision that they have outside."""
     single = call.num_layers > 1 and call.directions == 1 and call.dropout == 0 and call.proj_size == 0
     exact = call.dtype != torch.float32 or call.precision == matmul_precision()
-    return single and call.save == "gates" and exact
+    return single and call.heads == 1 and call.save == "gates" and exact
 
 
 @tracing.constant  # dynamo cannot read the setting
@@ -344,7 +348,7 @@ def chunk_steps(call: Call, save: str, launches: bool) -> int:
 
 
 def _chunk(call: Call, on_kernels: bool) -> int:
-    if on_kernels and (call.batch == 0 or call.proj_size):
+    if on_kernels and (call.batch == 0 or call.proj_size or call.heads > 1):
         return 0
     # An exported program may hold no condition on T: there it is one launch.
     if call.save == "gates" and (not on_kernels or torch.compiler.is_exporting()):

@@ -47,6 +47,7 @@ def backward(
     d_kept: Sequence[Tensor | None] = (),
     params: Tensor | None = None,
     extras: Tensor | None = None,
+    heads: int = 1,
 ) -> Gradients:
     """The backward of a layer, or of a stack of one direction from its highest layer down.
 
@@ -59,7 +60,7 @@ def backward(
         d_outputs: of the highest layer's every h and, where they were given out, every other state, each [T, B, D, H]
             or None
         d_final: of the final states, each [L*D, B, H]
-        params: [L*D, P, H]; extras: [L, T, B, D, E, H]: as for the forward, or None
+        params: [L*D, P, H]; extras: [L, T, B, D, E, H]: as for the forward, or None; heads: of each direction
     """
     assert kept.saved is not None
     dtype, n = kept.saved.dtype, len(d_final)
@@ -83,7 +84,7 @@ def backward(
             outputs, others = _steps(given, k), _steps(d_states, k)
             of_params = () if params is None else tuple(params[row].to(exact).unbind())
             tiles = of_saved, d_of_saved, of_states, of_params, of_extras
-            ways.append(_one_way(cell, weight_hh[row].to(exact), marks, k, final, tiles, outputs, others))
+            ways.append(_one_way(cell, weight_hh[row].to(exact), marks, k // heads, final, tiles, outputs, others))
         dx_gates, dr_gates, *edges, d_params = zip(*ways, strict=True)
         dx, dr = (torch.stack(gates, dim=2).to(dtype) for gates in (dx_gates, dr_gates))
         states_of = ([torch.stack(s).to(dtype) for s in zip(*of, strict=True)] for of in edges)

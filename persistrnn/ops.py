@@ -39,6 +39,7 @@ def scan_forward(
     save: bool,
     keep: bool,
     cell_dtype: torch.dtype | None,
+    heads: int,
     x_gates: Tensor,
     weights: list[Tensor | None],
     marks: Tensor | None,
@@ -53,7 +54,7 @@ def scan_forward(
     segments.check()
     marks, extras, *given = map(_contiguous, (marks, extras, *weights))
     given_to = x_gates.contiguous(), Weights(*given), initial, precision, save, keep, cell_dtype, marks, reset  # type: ignore[arg-type]
-    kept = launch.forward(CELLS[cell], *given_to, None, extras)
+    kept = launch.forward(CELLS[cell], *given_to, None, extras, heads)
     return [*kept.states, *([] if kept.saved is None else [kept.saved])]
 
 
@@ -63,7 +64,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 @scan_forward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    cell, _, save, keep, cell_dtype, x_gates, _, marks, _, initial, _ = arguments
+    cell, _, save, keep, cell_dtype, _, x_gates, _, marks, _, initial, _ = arguments
     T, B, D, _ = x_gates.shape
     rows, _, H = initial[0].shape
     L, slots = rows // D, memory.c_slots(T, save or keep, marks is not None)
@@ -83,6 +84,7 @@ def scan_backward(
     cell: str,
     precision: str,
     resets: bool,
+    heads: int,
     weight_hh: Tensor,
     weight_ih: Tensor | None,
     params: Tensor | None,
@@ -101,7 +103,7 @@ def scan_backward(
     weight_ih, params, marks, extras = map(_contiguous, (weight_ih, params, marks, extras))
     d = launch.backward(
         CELLS[cell], outputs, finals, weight_hh.contiguous(), weight_ih, kept_of(cell, kept), precision, marks, resets,
-        params, extras,
+        params, extras, heads,
     )  # fmt: skip
     # Outputs of an operator may not alias each other.
     dr_gates = [] if d.dr_gates is d.dx_gates else [d.dr_gates]
@@ -110,7 +112,7 @@ def scan_backward(
 
 @scan_backward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    cell, _, resets, weight_hh, *_, d_final, d_outputs = arguments
+    cell, _, resets, _, weight_hh, *_, d_final, d_outputs = arguments
     T, B, D, H = d_outputs[0].shape
     L, of = weight_hh.shape[0] // D, CELLS[cell]
     tiles = (of.stored_gradients, of.gates)[: 1 + of.recurrent_gradient]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .tile_tuples import load_states
-from .tiles import previous_slot, tile_offset, unit_offsets
+from .tiles import previous_slot, row_offset, tile_offset, unit_offsets
 
 # The values stand in persistrnn/segments.py too, which makes the marks.
 BEGINS = tl.constexpr(1)
@@ -21,7 +21,8 @@ SKIPPED = tl.constexpr(2)
 @triton.jit
 def load_marks(marks, t, tile, program, B, tiling: tl.constexpr):
     """Of the rows of a batch tile: [BB]."""
-    return tl.load(marks + tile_offset(t, tile, program, B, 1, tiling) + tile.rows * tiling.directions)
+    D: tl.constexpr = tiling.directions // tiling.heads
+    return tl.load(marks + row_offset(t, tile.first, program.reverse, B, D, 1) + tile.rows * D)
 
 
 @triton.jit
@@ -31,16 +32,16 @@ def is_marked(mark, code: tl.constexpr):
 
 
 @triton.jit
-def reset_slot(direction, T):
+def reset_slot(reverse, T):
     """Slot of the reset state: the one that this direction has no other use for."""
-    return tl.where(direction == 0, T + 1, 0)
+    return tl.where(reverse == 0, T + 1, 0)
 
 
 @triton.jit
-def rows_before(mark, rows, t, direction, T, B):
+def rows_before(mark, rows, t, reverse, T, B):
     """Rows of the states before time t, counted from those of its own slot; where a row begins anew, that of the reset
     state's slot. In 64 bits."""
-    slots = reset_slot(direction, T) - previous_slot(t, direction)
+    slots = reset_slot(reverse, T) - previous_slot(t, reverse)
     return rows.to(tl.int64) + tl.where(mark == BEGINS, slots.to(tl.int64) * B, 0)
 
 
@@ -48,7 +49,7 @@ def rows_before(mark, rows, t, direction, T, B):
 def load_reset(states, mark, tile, program, T, B, KEEP: tl.constexpr, tiling: tl.constexpr):
     """The reset states of the rows that begin anew, zero in the others."""
     H: tl.constexpr = tiling.hidden
-    slot = reset_slot(program.direction, T)
+    slot = reset_slot(program.reverse, T)
     offsets = unit_offsets(program, tile.rows, H, tiling)
     begins = program.unit_mask & is_marked(mark, BEGINS)
     h = load_states(states[:1], tile_offset(slot, tile, program, B, H, tiling), offsets, begins)

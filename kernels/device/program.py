@@ -15,7 +15,8 @@ class Program(NamedTuple):
 
     Attributes:
         layer: in a pipeline, else 0.
-        direction: 0 forward in time, 1 in reverse.
+        direction: of the recurrences, which share nothing, and its place in every tensor: one per direction and head.
+        reverse: 0 forward in time, 1 in reverse.
         first_row: of the batch, of its job.
         k_part, k_start: which of the R parts of K it multiplies, and the first unit of that.
         unit_group: whose outputs it forms; R programs share one, and with R = 1 that is its own units.
@@ -25,6 +26,7 @@ class Program(NamedTuple):
 
     layer: tl.tensor
     direction: tl.tensor
+    reverse: tl.tensor
     first_row: tl.tensor
     k_part: tl.tensor
     k_start: tl.tensor
@@ -78,6 +80,9 @@ def locate(sync, first_job, B, tiling: tl.constexpr, exchange: tl.constexpr):
     rows_of_job: tl.constexpr = tiling.subtiles * tiling.batch_tile
     jobs_of_direction = tl.cdiv(B, rows_of_job)
     direction = job // jobs_of_direction
+    reverse = direction
+    if tiling.heads > 1:
+        reverse = direction // tiling.heads
     first_row = job % jobs_of_direction * rows_of_job
     counters += (job * tiling.layers + layer) * (tiling.subtiles * tiling.lanes * exchange.stride)
     sums_of_tile: tl.constexpr = 2 * tiling.slices * tiling.outputs * tiling.wide * tiling.batch_tile
@@ -89,7 +94,7 @@ def locate(sync, first_job, B, tiling: tl.constexpr, exchange: tl.constexpr):
     k_start = k_part * tiling.block
     units = slice_id * tiling.units + tl.arange(0, tiling.units)
     mask = (units < tiling.hidden)[:, None]
-    program = Program(layer, direction, first_row, k_part, k_start, unit_group, owner_part, units, mask)
+    program = Program(layer, direction, reverse, first_row, k_part, k_start, unit_group, owner_part, units, mask)
     return program, Sync(counters, partial_sums, error)
 
 

@@ -38,15 +38,15 @@ def batch_tile(program, j: tl.constexpr, B, tiling: tl.constexpr):
 
 
 @triton.jit
-def time_of(step, direction, T):
-    """The time index that ``step`` stands for: direction is the sign of the time step."""
-    return tl.where(direction == 0, step, T - 1 - step)
+def time_of(step, reverse, T):
+    """The time index that ``step`` stands for: the direction is the sign of the time step."""
+    return tl.where(reverse == 0, step, T - 1 - step)
 
 
 @triton.jit
-def previous_slot(t, direction):
+def previous_slot(t, reverse):
     """Slot of the state before time t (slot t + 1 holds the state after it)."""
-    return tl.where(direction == 0, t, t + 2)
+    return tl.where(reverse == 0, t, t + 2)
 
 
 @triton.jit

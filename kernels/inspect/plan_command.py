@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--cell", type=str.lower, choices=list(CELLS), required=True, help="of the layer")
     add("--hidden", type=_count, required=True, metavar="H", help="hidden_size")
+    add("--heads", type=_count, default=1, metavar="N", help="blocks of a block-diagonal W_hh (1: it is whole)")
     add("--batch", type=_count, default=16, metavar="B", help="sequences side by side (default: 16)")
     text = "time steps, on which the memory of training depends (default: 1024)"
     add("--steps", type=_count, default=1024, metavar="T", help=text)
@@ -91,14 +92,14 @@ def device_of(name: str | None) -> tuple[Hardware, str]:
 
 def torch_steps(found: Plan, cell: Cell) -> dict[str, float]:
     """Predicted microseconds per time step of torch's own path, per pass."""
-    problem = Problem(cell, found.hidden, found.batch, found.directions, found.dtype, found.hardware)
+    problem = problem_of(found, cell)
     return {name: cost.torch_step(problem, name == "backward") for name in picture.PASSES}
 
 
 def clocked(found: Plan, name: str) -> dict[str, Any] | None:
     """What the clock predicts for a pass, where its table has this very plan: us per time step, and the largest shares
     of it by source line."""
-    if found.directions != 1 or not CLOCK.exists():
+    if found.directions * found.heads != 1 or not CLOCK.exists():
         return None
     of = {"device": found.hardware.name, "dtype": found.dtype, "cell": found.cell, "hidden": found.hidden,
           "batch": found.batch, "pass": name, "model_us": f"{getattr(found, name).predicted:.2f}"}  # fmt: skip
@@ -118,10 +119,14 @@ def sourced(hardware: Hardware, kind: str) -> list[str]:
 def as_json(found: Plan, cell: Cell, steps: int, origin: str) -> dict[str, Any]:
     """Everything: the fields of the plan, and what is worked out from them."""
     result: dict[str, Any] = dataclasses.asdict(found)
+    if found.heads == 1:
+        del result["heads"]
     for name in picture.PASSES:
         part: Pass = getattr(found, name)
         tiling = result[name]["tiling"]
-        result[name]["tiling"] = {k: v for k, v in tiling.items() if v or k not in Tiling.OF_SOME_CELLS}
+        result[name]["tiling"] = {
+            k: v for k, v in tiling.items() if k not in Tiling.OF_SOME_CELLS or v != getattr(Tiling, k)
+        }
         shared, registers = picture.budgets(part, found.hardware)
         result[name]["shares"] |= {"sum": picture.whole_of(found, part), "resident": part.shares.resident}
         result[name]["cost"]["total"] = part.cost.total
@@ -146,17 +151,24 @@ def as_json(found: Plan, cell: Cell, steps: int, origin: str) -> dict[str, Any]:
 
 def expected(found: Plan, cell: Cell) -> dict[str, forecast.Forecast]:
     """What ``backend="auto"`` compares, without gradients and with them."""
-    shape = cell, found.hidden, found.batch, found.directions, found.dtype, found.hardware
-    return {name: forecast.forecast(Problem(*shape), name == "training") for name in ("inference", "training")}
+    problem = problem_of(found, cell)
+    return {name: forecast.forecast(problem, name == "training") for name in ("inference", "training")}
+
+
+def problem_of(found: Plan, cell: Cell) -> Problem:
+    """What the plan answers."""
+    sizes = found.hidden, found.batch, found.directions
+    return Problem(cell, *sizes, found.dtype, found.hardware, found.heads)
 
 
 def bytes_of(found: Plan, cell: Cell, steps: int) -> dict[str, dict[str, float]]:
     """Predicted bytes of a training step by ``save`` mode, without the input and the gradients of input and output."""
     size = DTYPES[found.dtype]
-    of = memory.Layers(cell, found.hidden, found.hidden, 1, found.directions, size, size, False)
+    recurrences = found.directions * found.heads
+    of = memory.Layers(cell, found.hidden, found.hidden, 1, recurrences, size, size, False)
     result = {}
     for mode in memory.MODES:
-        chunk = memory.chunk_steps(mode, cell.inputs, found.hidden, found.batch, found.directions, size, steps)
+        chunk = memory.chunk_steps(mode, cell.inputs, found.hidden, found.batch, recurrences, size, steps)
         result[mode] = {
             "kept_per_step_and_row": memory.kept(mode, of, chunk),
             "chunk_steps": min(steps, chunk),
@@ -169,7 +181,7 @@ def as_text(found: Plan, cell: Cell, steps: int, origin: str) -> str:
     hardware = found.hardware
     torch_us = torch_steps(found, cell)
     lines = [
-        f"{found.cell} H={found.hidden} B={found.batch} D={found.directions} {found.dtype} on {hardware.name} "
+        f"{found.cell} {found.size_in_words} B={found.batch} D={found.directions} {found.dtype} on {hardware.name} "
         f"({hardware.arch}, {hardware.multiprocessors} multiprocessors; {origin})"
     ]
     for name in picture.PASSES:
@@ -257,8 +269,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = options.parse_args(arguments)
     hardware, origin = device_of(given.device)
     cell = CELLS[given.cell]
+    if given.hidden % given.heads:
+        options.error(
+            f"argument --heads: {given.heads} given, which does not divide --hidden {given.hidden}; "
+            "allowed: its divisors"
+        )
+    sizes = given.hidden // given.heads, given.batch, given.directions
     try:
-        found = plan_layer(Problem(cell, given.hidden, given.batch, given.directions, given.dtype, hardware))
+        found = plan_layer(Problem(cell, *sizes, given.dtype, hardware, given.heads))
     except PlanError as error:
         print(f"persistrnn plan: {error}", file=sys.stderr)
         return 1

@@ -123,15 +123,15 @@ def floor(problem: Problem) -> float:
     """Microseconds per step that no plan can beat under this record: all multiprocessors share the arithmetic; what
     of W_hh exceeds registers and shared memory is streamed; unless W_hh fits one multiprocessor, there is one exchange
     and each multiprocessor reads its share of the batch's state once."""
-    if problem.directions > 1:
-        # One direction after the other has the whole device to itself.
-        one = _floor(replace(problem, directions=1))
-        return min(problem.directions * one, _floor(problem))
+    if problem.recurrences > 1:
+        # One direction, or head, after the other has the whole device to itself.
+        one = _floor(replace(problem, directions=1, heads=1))
+        return min(problem.recurrences * one, _floor(problem))
     return _floor(problem)
 
 
 def _floor(problem: Problem) -> float:
-    hardware, batch, directions = problem.hardware, problem.batch, problem.directions
+    hardware, batch, directions = problem.hardware, problem.batch, problem.recurrences
     count = hardware.multiprocessors
     cycle = 1e-3 / hardware.clock
     weights = problem.weight_bytes
@@ -161,7 +161,7 @@ def torch_step(problem: Problem, backward: bool) -> float:
     )  # fmt: skip
     if persistent:
         return 3.11 if backward else 1.96
-    weights = problem.weight_bytes
+    weights = problem.weight_bytes * problem.heads
     rate = (
         hardware.memory_rate * 1e3
         if directions * weights > hardware.l2 / 2

@@ -116,9 +116,10 @@ def plan_pipeline(problem: Problem, layers: int) -> Pipeline | None:
     Raises:
         ValueError: fewer than 2 layers, or two directions.
     """
-    if layers < 2 or problem.directions != 1:
+    if layers < 2 or problem.recurrences != 1:
         raise ValueError(
-            f"a pipeline has at least 2 layers and one direction, got {layers} and {problem.directions} directions"
+            f"a pipeline has at least 2 layers, one direction and one head, got {layers}, {problem.directions} and "
+            f"{problem.heads}"
         )
     if obstacle(problem.cell) or layers > MOST_LAYERS or problem.cell.gates * problem.hidden * problem.size > DEEPEST:
         return None

@@ -100,10 +100,15 @@ class Plan:
     forward: Pass
     backward: Pass
     floor: float
+    heads: int = 1
+
+    @property
+    def size_in_words(self) -> str:
+        return f"H={self.hidden * self.heads}" + (f" in {self.heads} heads" if self.heads > 1 else "")
 
     def __str__(self) -> str:
         lines = [
-            f"{self.cell} H={self.hidden} B={self.batch} D={self.directions} {self.dtype} on {self.hardware.name} "
+            f"{self.cell} {self.size_in_words} B={self.batch} D={self.directions} {self.dtype} on {self.hardware.name} "
             f"({self.hardware.arch}, {self.hardware.multiprocessors} multiprocessors)"
         ]
         for name, part in (("forward", self.forward), ("backward", self.backward)):
@@ -174,7 +179,7 @@ def _quick(problem: Problem, backward: bool, choice: Choice) -> float:
     """A lower bound of the predicted time per step of a choice, without its tiling and so without all its padding."""
     needed = -(-problem.hidden // choice.units)
     slices = -(-needed // choice.rows) * choice.rows
-    jobs = -(-problem.batch // (choice.batch_tile * choice.subtiles)) * problem.directions
+    jobs = -(-problem.batch // (choice.batch_tile * choice.subtiles)) * problem.recurrences
     places = max(1, problem.hardware.multiprocessors * choice.blocks // slices)
     segments, outputs = (problem.cell.gates, 1) if backward else (1, problem.cell.gates)
     if slices == 1:
@@ -247,5 +252,5 @@ def plan_layer(problem: Problem) -> Plan:
     forward, backward = (_pass(problem, backward) for backward in (False, True))
     return Plan(
         problem.cell.name, hidden, problem.batch, problem.directions, problem.dtype, problem.hardware, forward,
-        backward, model.floor(problem),
+        backward, model.floor(problem), problem.heads,
     )  # fmt: skip

@@ -16,11 +16,12 @@ class Problem:
 
     Attributes:
         cell: the cell's numbers.
-        hidden: H >= 1.
+        hidden: H >= 1, of one head.
         batch: B >= 1.
         directions: 1 or 2.
         dtype: "fp16", "bf16", "tf32" (float32 tensors, tf32 products) or "fp32" (full float32).
         hardware: the device.
+        heads: blocks of a block-diagonal W_hh, each with a recurrence of its own; 1: it is whole.
 
     Raises:
         ValueError: a number or the dtype is out of range.
@@ -32,15 +33,21 @@ class Problem:
     directions: int
     dtype: str
     hardware: Hardware
+    heads: int = 1
 
     def __post_init__(self) -> None:
-        for name, value in (("hidden_size", self.hidden), ("batch", self.batch)):
+        for name, value in (("hidden_size", self.hidden), ("batch", self.batch), ("heads", self.heads)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.directions not in (1, 2):
             raise ValueError(f"directions must be 1 or 2, got {self.directions}")
         if self.dtype not in BYTES:
             raise ValueError(f"dtype must be one of {', '.join(BYTES)}, got {self.dtype!r}")
+
+    @property
+    def recurrences(self) -> int:
+        """That share nothing: one per direction and head."""
+        return self.directions * self.heads
 
     @property
     def size(self) -> int:
@@ -54,5 +61,5 @@ class Problem:
 
     @property
     def weight_bytes(self) -> int:
-        """Of W_hh of one direction."""
+        """Of W_hh of one direction, or of one head in it."""
         return self.cell.gates * self.hidden**2 * self.size

@@ -77,11 +77,12 @@ class Tiling:
         precision: of a float32 dot, "tf32" or "ieee".
         layers: L of a stack that runs as a wave, each with a second matrix as large as W_hh and in the same homes.
         more_inputs, params, extras, after, more_gradients: of the cell, the first and the last in tiles.
+        heads: in each direction; ``directions`` counts all of them.
         guarded: whether units past H are masked before the product of one slice.
     """
 
     # Not in a plan's JSON where the cell has nothing of the kind.
-    OF_SOME_CELLS: ClassVar = ("more_inputs", "params", "extras", "after", "more_gradients", "guarded")
+    OF_SOME_CELLS: ClassVar = ("more_inputs", "params", "extras", "after", "more_gradients", "guarded", "heads")
 
     hidden: int
     stride: int
@@ -116,6 +117,7 @@ class Tiling:
     after: tuple[int, ...] = ()
     more_gradients: int = 0
     guarded: bool = False
+    heads: int = 1
 
     @property
     def inputs(self) -> int:
@@ -246,7 +248,8 @@ def make_tiling(problem: Problem, choice: Choice, *, backward: bool) -> Tiling:
         hidden=hidden,
         backward=backward,
         stride=-(-hidden // aligned) * aligned if slices > 1 else hidden,
-        directions=problem.directions,
+        directions=problem.recurrences,
+        heads=problem.heads,
         gates=gates,
         saved=cell.saved,
         recurrent_gradient=cell.recurrent_gradient,

@@ -296,11 +296,23 @@ def test_operators_keep_the_contract_of_torch_library(name):
     a = in_dtype(given(cell, 2, marked=True), torch.float32, leaves=False)
     weights = [a["weight_hh"], a["bias_hh"], None, None, a.get("params")]
     beside = a["marks"], a.get("extras")
-    forward = cell.name, "ieee", True, False, None, a["x_gates"], weights, *beside, a["initial"], a["reset"]
+    forward = cell.name, "ieee", True, False, None, 1, a["x_gates"], weights, *beside, a["initial"], a["reset"]
     torch.library.opcheck(torch.ops.persistrnn.scan_forward.default, forward)
     kept = torch.ops.persistrnn.scan_forward(*forward)
     d_final = [torch.randn_like(s) for s in a["initial"]]
-    backward = cell.name, "ieee", True, weights[0], None, weights[4], *beside, kept, d_final, [torch.randn(T, B, 2, H)]
+    backward = (
+        cell.name,
+        "ieee",
+        True,
+        1,
+        weights[0],
+        None,
+        weights[4],
+        *beside,
+        kept,
+        d_final,
+        [torch.randn(T, B, 2, H)],
+    )
     torch.library.opcheck(torch.ops.persistrnn.scan_backward.default, backward)
 
 

@@ -66,7 +66,7 @@ def check_text(text: str, found: Plan) -> None:
         registers, shared, streamed, total, *factors = map(number, homes.groups()[:-1])
         assert (registers, shared, streamed) == dataclasses.astuple(part.shares)
         assert registers + shared + streamed == total
-        assert factors == [{"lstm": 4, "gru": 3}[found.cell], found.hidden, found.hidden, DTYPES[found.dtype]]
+        assert factors == [CELLS[found.cell].gates, found.hidden, found.hidden, DTYPES[found.dtype]]
         assert factors[0] * factors[1] * factors[2] * factors[3] == total
         assert float(homes[9]) == pytest.approx(100 * (registers + shared) / total, abs=0.1)
 

@@ -234,12 +234,25 @@ def test_operators_are_sound(waves, cell):
     waves()
     x_gates, *weights = arguments(cell)
     weights, initial = weights[:4], weights[4:]
-    given = cell, "ieee", True, False, None, x_gates, weights, None, None, initial, []
+    given = cell, "ieee", True, False, None, 1, x_gates, weights, None, None, initial, []
     with concurrent_grid():
         torch.library.opcheck(torch.ops.persistrnn.scan_forward.default, given)
         kept = torch.ops.persistrnn.scan_forward(*given)
         d_final = [torch.randn(2, 3, 13) for _ in initial]
-        given = cell, "ieee", False, weights[0], weights[2], None, None, None, kept, d_final, [torch.randn(2, 3, 1, 13)]
+        given = (
+            cell,
+            "ieee",
+            False,
+            1,
+            weights[0],
+            weights[2],
+            None,
+            None,
+            None,
+            kept,
+            d_final,
+            [torch.randn(2, 3, 1, 13)],
+        )
         torch.library.opcheck(torch.ops.persistrnn.scan_backward.default, given)
 
 

@@ -56,7 +56,7 @@ def expected_of(cell, arguments):
 
 def forward_arguments(cell, save, tensors):
     x_gates, weight, bias, *states = tensors
-    return cell, "ieee", save, False, None, x_gates, [weight, bias], None, None, states, []
+    return cell, "ieee", save, False, None, 1, x_gates, [weight, bias], None, None, states, []
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_backward_operator_keeps_the_contract_of_torch_library(cell, directions)
     arguments = tensors(cell, directions)
     kept = torch.ops.persistrnn.scan_forward(*forward_arguments(cell, True, arguments))
     d_final = [torch.randn(directions, B, H) for _ in arguments[3:]]
-    given = cell, "ieee", True, arguments[1], *(None,) * 4, kept, d_final, [torch.randn(T, B, directions, H)]
+    given = cell, "ieee", True, 1, arguments[1], *(None,) * 4, kept, d_final, [torch.randn(T, B, directions, H)]
     torch.library.opcheck(torch.ops.persistrnn.scan_backward.default, given)
 
 

@@ -1,0 +1,133 @@
+"""A block-diagonal W_hh: each head is a recurrence of its own, and one that fits a slice exchanges nothing."""
+
+import json
+
+import own_cells
+import pytest
+import torch
+from grid import concurrent_grid
+
+from persistrnn import autograd, reference, segments
+from persistrnn.kernels import launch
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.inspect import plan_command
+from persistrnn.kernels.planner.hardware import DEVICES
+from persistrnn.kernels.planner.plan import plan_layer
+from persistrnn.kernels.planner.problem import Problem
+
+T, B, D, HEADS, H = 3, 3, 2, 3, 10  # H of a head
+
+
+def given(cell, marked):
+    """Arguments of ``autograd.recurrent`` with heads, by name, in float64."""
+    generator, N = torch.Generator().manual_seed(0), D * HEADS
+
+    def leaf(*shape, size=0.4):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * size).requires_grad_()
+
+    found = {
+        "x_gates": leaf(T, B, N, cell.inputs * H), "weight_hh": leaf(N, cell.gates * H, H),
+        "bias_hh": leaf(N, cell.gates * H), "initial": [leaf(N, B, H) for _ in range(cell.states)],
+    }  # fmt: skip
+    if cell.params:
+        found["params"] = leaf(N, len(cell.params), H)
+    if cell.extras:
+        found["extras"] = (torch.rand(1, T, B, N, len(cell.extras), H, generator=generator) < 0.3).to(torch.uint8)
+    if marked:
+        active, begins = torch.rand(2, T, B, generator=generator) < 0.7
+        found |= {"marks": segments.marks(active, begins, D), "reset": [leaf(N, B, H) for _ in range(cell.states)]}
+    return found
+
+
+def side_by_side(t, at):
+    """[.., D * heads, .., H] as one head has it, [.., D, .., heads * H]: heads at dimension ``at``."""
+    t = t.unflatten(at, (D, HEADS)).movedim(at + 1, -2)
+    return t.flatten(-2)
+
+
+def as_one(cell, a):
+    """The same recurrence with one W_hh, whose blocks outside the diagonal are zeros."""
+    gates = a["weight_hh"].unflatten(1, (cell.gates, H)).unflatten(0, (D, HEADS))
+    blocks = torch.stack([torch.stack([torch.block_diag(*d[:, g]) for g in range(cell.gates)]) for d in gates])
+    found = {
+        "x_gates": side_by_side(a["x_gates"].unflatten(-1, (-1, H)), 2).flatten(3),
+        "weight_hh": blocks.flatten(1, 2),
+        "bias_hh": side_by_side(a["bias_hh"].unflatten(1, (-1, H)), 0).flatten(1),
+        "initial": [side_by_side(s, 0) for s in a["initial"]],
+        "marks": a.get("marks"),
+        "reset": [side_by_side(s, 0) for s in a.get("reset", [])],
+    }
+    if "params" in a:
+        found["params"] = side_by_side(a["params"], 0)
+    if "extras" in a:
+        found["extras"] = side_by_side(a["extras"], 3)
+    return found
+
+
+def derivatives(outputs, leaves):
+    first = torch.autograd.grad(sum(o.sin().sum() for o in outputs), leaves, create_graph=True)
+    second = torch.autograd.grad(
+        sum(g.square().sum() for g in first), leaves, allow_unused=True, materialize_grads=True
+    )
+    return [*outputs, *first, *second]
+
+
+def leaves_of(arguments):
+    flat = [t for value in arguments.values() for t in (value if isinstance(value, list) else [value])]
+    return [t for t in flat if t.requires_grad]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("name", "marked", "chosen"), [
+    ("lstm", True, {"units": 16}), ("gru", False, {"homes": "registers and shared"}),
+    ("everything", True, {"units": 16}),
+])  # fmt: skip
+def test_heads_are_the_blocks_of_one_matrix(forced, name, marked, chosen):
+    """In one slice and in two; both directions, with marks, both orders of derivatives."""
+    cell = CELLS[name] if name in CELLS else own_cells.cell_of(name)
+    forced(**chosen)
+    exact = given(cell, marked)
+    one = as_one(cell, exact)
+    y, c, finals = reference.recurrent(cell.name, **one)
+    truth = derivatives([y, *([] if c is None else [c]), *finals], leaves_of(exact))
+
+    def single(t):
+        return t.detach().float().requires_grad_() if t.is_floating_point() else t
+
+    arguments = {n: list(map(single, v)) if isinstance(v, list) else single(v) for n, v in exact.items()}
+    before = launch.LAUNCHES.copy()
+    with concurrent_grid():
+        y, c, finals = autograd.recurrent(cell.name, **arguments, precision="ieee", return_c=True, heads=HEADS)
+        outputs = [y, *([] if c is None else [c]), *(side_by_side(s, 0) for s in finals)]
+        found = derivatives(outputs, leaves_of(arguments))
+    assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
+    for ours, true in zip(found, truth, strict=True):
+        assert (ours - true).norm() <= 5e-6 * true.norm()
+
+
+def test_a_head_that_fits_a_slice_exchanges_nothing():
+    hardware = DEVICES["h200"]
+    found = plan_layer(Problem(CELLS["gru"], 64, 16, 1, "bf16", hardware, 8))
+    assert "H=512 in 8 heads" in str(found)
+    assert str(found).count("no exchange") == 2
+    whole = plan_layer(Problem(CELLS["gru"], 512, 16, 1, "bf16", hardware))
+    for one, all_of_it in ((found.forward, whole.forward), (found.backward, whole.backward)):
+        assert one.tiling.slices == 1
+        assert one.tiling.jobs(16) == 8
+        assert one.cost.state == 0
+        assert one.predicted < all_of_it.predicted / 2
+    wide = plan_layer(Problem(CELLS["lstm"], 512, 16, 2, "bf16", hardware, 2))
+    assert wide.forward.tiling.slices > 1, "a head that does not fit"
+    assert wide.forward.tiling.jobs(16) == 4
+
+
+def test_the_command_plans_heads(capsys):
+    given = ["--cell", "lstm", "--hidden", "512", "--batch", "16", "--device", "h200", "--heads", "8"]
+    assert plan_command.main(given) == 0
+    assert "H=512 in 8 heads" in capsys.readouterr().out
+    assert plan_command.main([*given, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["heads"], answer["hidden"], answer["forward"]["tiling"]["slices"]) == (8, 64, 1)
+    with pytest.raises(SystemExit):
+        plan_command.main([*given[:-1], "7"])
+    assert "7 given, which does not divide --hidden 512" in capsys.readouterr().err
