@@ -81,7 +81,7 @@ def hardware(device: torch.device) -> devices.Hardware:
     )
 
 
-def choose(
+def problem_of(
     cell: Cell,
     hidden: int,
     batch: int,
@@ -90,21 +90,23 @@ def choose(
     precision: str,
     device: torch.device,
     heads: int = 1,
-) -> planning.Plan:
-    """hidden: H of one head."""
-    return planning.plan_layer(
-        Problem(cell, hidden, batch, directions, label(dtype, precision), hardware(device), heads)
-    )
+) -> Problem:
+    """What the planner is asked about one layer. hidden: H of one head."""
+    return Problem(cell, hidden, batch, directions, label(dtype, precision), hardware(device), heads)
+
+
+def choose(*sizes: Any) -> planning.Plan:
+    """The plan of a layer, by the arguments of ``problem_of``."""
+    return planning.plan_layer(problem_of(*sizes))
 
 
 def choose_stack(
     cell: Cell, hidden: int, layers: int, batch: int, dtype: torch.dtype, precision: str, device: torch.device
 ) -> pipeline.Pipeline | None:
     """The plan of a stack in one launch; None where its layers do not fit the device together."""
-    found = hardware(device)
-    if found is devices.INTERPRETER:
+    if hardware(device) is devices.INTERPRETER:
         return None  # programs that run one after the other cannot wait for each other
-    return pipeline.plan_pipeline(Problem(cell, hidden, batch, 1, label(dtype, precision), found), layers)
+    return pipeline.plan_pipeline(problem_of(cell, hidden, batch, 1, dtype, precision, device), layers)
 
 
 def plan_of(

@@ -238,19 +238,10 @@ def _(cell: str, save: str, precision: str, chunk: int, *others: Any) -> list[Te
     return _new(cell, save, chunk, *others)
 
 
-def _new(
-    cell: str,
-    save: str,
-    chunk: int,
-    cell_dtype: torch.dtype | None,
-    keeps: bool,
-    return_c: bool,
-    inputs: list[Tensor | None],
-    weights: list[Tensor],
-) -> list[Tensor]:
-    """The memory of the forward's results."""
-    given = inputs_of(cell, inputs)
-    x, initial = given.x, given.initial
+def _new(cell: str, save: str, chunk: int, *given: Any) -> list[Tensor]:
+    """The memory of the forward's results, by its arguments but the precision."""
+    cell_dtype, keeps, return_c, inputs, weights = given
+    x, _, _, initial, *_ = inputs_of(cell, inputs)
     directions, H = weights[0].size(0), initial[0].size(-1)
     steps, batch, _ = x.shape
     rest, others = len(initial) - 1, whole_states(cell, save, keeps, return_c) - 1

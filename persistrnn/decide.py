@@ -272,9 +272,8 @@ def problem_of(call: Call) -> Problem:
     """What the planner is asked about one layer."""
     from persistrnn.kernels import launch
 
-    dtype = launch.label(call.dtype, call.precision)
     sizes = call.hidden_size // call.heads, call.batch, call.directions
-    return Problem(CELLS[call.cell], *sizes, dtype, launch.hardware(call.device), call.heads)
+    return launch.problem_of(CELLS[call.cell], *sizes, call.dtype, call.precision, call.device, call.heads)
 
 
 # ---- all layers in one launch ---------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import PackedSequence
 
 from persistrnn import functional, validate
 from persistrnn.decide import TORCH
@@ -268,22 +267,13 @@ class RecurrentBase(nn.Module):
         return_cell_states: bool = False,
         **extras: Tensor,
     ) -> Any:
-        found = self._run(input, hx, Given(lengths, mask, resets, reset_state, extras), return_cell_states)
-        state = found.states[0] if len(found.states) == 1 else tuple(found.states)
-        return (found.output, state, found.c) if return_cell_states else (found.output, state)
-
-    def _run(
-        self,
-        input: Tensor | PackedSequence,
-        hx: object,
-        given: Given,
-        return_c: bool = False,
-    ) -> functional.Found:
         options, sizes = self.options, (self.input_size, self.hidden_size, self.proj_size)
         check_options(options)
         check_sizes(*sizes)
         weights = [weight for weights in self.all_weights for weight in weights]
-        found = functional.run(self.cell, input, weights, hx, options, given, return_c, sizes)
+        given = Given(lengths, mask, resets, reset_state, extras)
+        found = functional.run(self.cell, input, weights, hx, options, given, return_cell_states, sizes)
         if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
             self.last_path = found.path
-        return found
+        state = found.states[0] if len(found.states) == 1 else tuple(found.states)
+        return (found.output, state, found.c) if return_cell_states else (found.output, state)

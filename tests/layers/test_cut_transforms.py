@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import persistrnn
 from persistrnn import segments
+from persistrnn.kernels import cells
 
 SHAPES = [("lstm", 0), ("lstm", 3), ("gru", 0)]
 
@@ -113,14 +114,15 @@ def test_exports(cell):
     torch.testing.assert_close(exported.module()(*given), Model()(*given))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, "peephole"])
 def test_operators_keep_the_contract_of_torch_library(cell):
-    rows = CELLS[cell].gates
-    given = [torch.randn(shape) for shape in ((3, 2, 1, rows * 5), (1, rows * 5, 5), (1, rows * 5))]
+    rows, own = cells.CELLS[cell].gates, len(cells.CELLS[cell].params)
+    shapes = (3, 2, 1, rows * 5), (1, rows * 5, 5), (1, rows * 5), *[(1, own, 5)] * (own > 0)
+    given = [torch.randn(shape) for shape in shapes]
     given += states(cell, 1, 2, 5) + states(cell, 1, 2, 5)
     marks = segments.marks(None, torch.rand(3, 2) < 0.5, 1)
     operators = torch.ops.persistrnn
-    torch.library.opcheck(operators.stepwise.default, (cell, marks, given))
-    grads = [torch.randn_like(t) for t in operators.stepwise(cell, marks, given)]
-    torch.library.opcheck(operators.stepwise_backward.default, (cell, marks, given, grads))
+    torch.library.opcheck(operators.stepwise.default, (cell, marks, None, given))
+    grads = [torch.randn_like(t) for t in operators.stepwise(cell, marks, None, given)]
+    torch.library.opcheck(operators.stepwise_backward.default, (cell, marks, None, given, grads))
     torch.library.opcheck(operators.bounded_lengths.default, (torch.tensor([3, 0]), 3))
