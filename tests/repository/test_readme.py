@@ -48,7 +48,8 @@ def test_own_cell_runs_on_a_cpu():
     assert len([line for line in second.splitlines() if line]) <= 10
     names: dict[str, Any] = {}
     exec("\n".join(first.splitlines()[:3]) + "\n" + second, names)
-    y, _ = names["layer"](names["torch"].randn(2, 3, 128, **names["here"]))
+    layer = re.search(r"`(persistrnn\.Recurrent\(.*?\))`", README)[1]
+    y, _ = eval(layer, names)(names["torch"].randn(2, 3, 128))
     assert y.shape == (2, 3, 256)
     assert "params: slope" in persistrnn.check_cell(names["scaled"])
 
