@@ -266,6 +266,11 @@ def test_a_cell_is_derived_in_any_surroundings():
         inside(torch.ones(()))
     with torch._subclasses.FakeTensorMode():
         inside(torch.ones(()))
+    torch.set_default_dtype(torch.float64)
+    try:
+        inside(torch.ones(()))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def run(code, **environment):
