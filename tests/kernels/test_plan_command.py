@@ -22,6 +22,7 @@ from persistrnn.kernels.planner.hardware import DEVICES, Hardware, corrected, li
 from persistrnn.kernels.planner.measurements import Step
 from persistrnn.kernels.planner.plan import DTYPES, Plan, plan_layer
 from persistrnn.kernels.planner.problem import Problem
+from persistrnn.kernels.planner.tiling import Tiling
 
 WORKLOADS = Path(__file__).resolve().parents[2] / "bench" / "workloads"
 PASSES = ("forward", "backward")
@@ -165,7 +166,12 @@ def test_json_has_the_whole_plan(
             return all(key in whole and contains(whole[key], value) for key, value in part.items())
         return bool(whole == part)
 
-    assert contains(given, as_read(dataclasses.asdict(found)))
+    whole = dataclasses.asdict(found)
+    assert whole.pop("heads") == 1
+    for name in PASSES:
+        for of_some in Tiling.OF_SOME_CELLS:  # which this cell has not
+            del whole[name]["tiling"][of_some]
+    assert contains(given, as_read(whole))
     assert given["floor_us"] == found.floor
     assert given["times"] == "predicted"
     assert "exchange" in given["assumed"] + given["measured"]
