@@ -188,7 +188,7 @@ def trace(
         results = _checked(_called(step, given, recorder), outputs, recorder)
         nodes = [recorder.tile(t).node for t in results]
     # As one number, whose gradient is 1: given gradients, torch.autograd.grad imports sympy, which takes seconds.
-    total = sum(((t * g).sum() for t, g in zip(results, d, strict=True)), start=torch.zeros(()))
+    total = sum(((t * g).sum() for t, g in zip(results, d, strict=True)), start=torch.zeros((), dtype=torch.float32))
     wanted = [t for tensors in given for t in tensors if t.requires_grad]
     grads: Sequence[Tensor | None] = [None] * len(wanted)
     with recorder:

@@ -1,6 +1,7 @@
 """What is derived of a step: against autograd of it in float64, over long sequences of rounded tiles, and as text."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -221,6 +222,16 @@ def test_which_units_past_the_last_need_a_mask():
     assert [name for name in BUILT_IN if not CELLS[name].finite_at_zero] == ["slstm"]
 
 
+def test_a_tile_of_parameters_or_numbers_alone_is_widened():
+    def step(x, r, state, p):
+        return tanh(x.h + r.h), torch.sigmoid(p.w) + 0.0 * state.a, torch.ones_like(x.h), torch.zeros_like(x.h)
+
+    cell = register(step, gates=("h",), states=("h", "a", "b", "c"), params=("w",))
+    assert re.search(r"return \(v\d+, (tl.zeros_like\(state\[0\]\)) \+ v\d+, \1 \+ 1.0, \1\), \(\)", cell.source), (
+        cell.source
+    )
+
+
 def test_two_cells_of_one_name_are_two():
     def step(slope):
         def cell(x, r, state):
@@ -234,9 +245,9 @@ def test_two_cells_of_one_name_are_two():
     assert {first.cell.name, other.cell.name} <= set(CELLS)
     assert first.forward is derived(first.cell.name).forward is again.forward
     assert first.forward is not other.forward
-    held = register(lambda x, r, state, p: p.w.detach() * tanh(x.h + r.h), gates=("h",), params=("w",), name="same")
-    free = register(lambda x, r, state, p: p.w * tanh(x.h + r.h), gates=("h",), params=("w",), name="same")
-    assert held.cell.name != free.cell.name, "they differ in a parameter's gradient alone"
+    named = register(lambda x, r, state: tanh(x[0] + r[0]), gates=("g",), name="same")
+    assert named.source == first.source
+    assert named.cell.name != first.cell.name, "of a gate by another name"
 
 
 def test_a_cell_is_derived_in_any_surroundings():
@@ -255,6 +266,11 @@ def test_a_cell_is_derived_in_any_surroundings():
         inside(torch.ones(()))
     with torch._subclasses.FakeTensorMode():
         inside(torch.ones(()))
+    torch.set_default_dtype(torch.float64)
+    try:
+        inside(torch.ones(()))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def run(code, **environment):
