@@ -119,6 +119,8 @@ def plan_of(
     """
     if layers == 1:
         return choose(cell, hidden, batch, directions // heads, like.dtype, precision, like.device, heads)
+    if heads > 1:
+        raise ValueError(f"{layers} layers of {heads} heads cannot run in one launch; run them one after the other")
     found = choose_stack(cell, hidden, layers, batch, like.dtype, precision, like.device)
     if found is None:
         what = f"{layers} layers of hidden_size={hidden} do not fit {hardware(like.device).name} together"

@@ -131,3 +131,8 @@ def test_the_command_plans_heads(capsys):
     with pytest.raises(SystemExit):
         plan_command.main([*given[:-1], "7"])
     assert "7 given, which does not divide --hidden 512" in capsys.readouterr().err
+
+
+def test_a_stack_of_heads_is_refused_one_launch():
+    with pytest.raises(ValueError, match="2 layers of 4 heads cannot run in one launch; run them one after the other"):
+        launch.plan_of(CELLS["lstm"], 8, 2, 2, 4, torch.zeros(1), "ieee", 4)

@@ -104,6 +104,19 @@ def test_outputs_and_derivatives_are_those_of_the_step(name, directions, marked)
     assert_true(found, results(reference.recurrent, cell, in_dtype(arguments, torch.float64), 2))
 
 
+@pytest.mark.interpreter
+def test_a_nan_in_a_skipped_step_reaches_no_gradient():
+    cell = own_cells.cell_of("everything")
+    arguments = given(cell, 2, marked=True)
+    skipped = (arguments["marks"] == segments.SKIPPED).unsqueeze(-1)
+    assert skipped.any()
+    found = []
+    for value in (0.0, float("nan")):
+        x_gates = torch.where(skipped, value, arguments["x_gates"].detach()).requires_grad_()
+        found.append(results(autograd.recurrent, cell, arguments | {"x_gates": x_gates}, precision="ieee"))
+    assert all(torch.equal(a, b) for a, b in zip(*(f.values() for f in found), strict=True))
+
+
 # ---- every dtype, split and home ------------------------------------------------------------------------------------
 
 

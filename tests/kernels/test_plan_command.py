@@ -22,6 +22,7 @@ from persistrnn.kernels.planner.hardware import DEVICES, Hardware, corrected, li
 from persistrnn.kernels.planner.measurements import Step
 from persistrnn.kernels.planner.plan import DTYPES, plan_layer
 from persistrnn.kernels.planner.problem import Problem
+from persistrnn.kernels.planner.tiling import Tiling
 
 WORKLOADS = Path(__file__).resolve().parents[2] / "bench" / "workloads"
 PASSES = ("forward", "backward")
@@ -111,7 +112,24 @@ def test_every_device_and_dtype(capsys: pytest.CaptureFixture[str], device: str,
         return bool(whole == part)
 
     plan = json.loads(json.dumps(dataclasses.asdict(plan_layer(problem))))
+    assert plan.pop("heads") == 1
+    for name, of_some in itertools.product(PASSES, Tiling.OF_SOME_CELLS):  # which this cell has not
+        del plan[name]["tiling"][of_some]
     assert contains(read, plan), "the whole of it"
+
+
+def test_heads(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--cell", "slstm", "--hidden", "512", "--device", "h200", "--heads")
+    (status, text, _), (_, facts, _) = call(capsys, *given, "8"), call(capsys, *given, "8", "--json")
+    read, problem = json.loads(facts), Problem(CELLS["slstm"], 64, 16, 1, "bf16", named("h200"), heads=8)
+    assert status == 0
+    assert text.startswith("slstm H=512 in 8 heads B=16 D=1 bf16 on h200 ")
+    assert text.count("8 jobs (rows 0 to 15, 8 heads); ") == text.count("; no exchange\n") == 2
+    assert read["heads"] == 8
+    assert read["predicted_us"]["forward"] == plan_layer(problem).forward.predicted
+    status, out, err = call(capsys, *given, "7")
+    assert (status, out) == (2, "")
+    assert "--heads: 7 given, which does not divide --hidden 512; allowed: its divisors" in err
 
 
 def test_the_models_error_is_printed_where_there_are_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
