@@ -48,13 +48,14 @@ def map_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def path(model: nn.Module) -> str:
     """The paths that the model's layers took at their last call: "persistent", "torch", ..., or "torch.nn"."""
-    ours = [module for module in model.modules() if isinstance(module, persistrnn.LSTM | persistrnn.GRU)]
-    return ", ".join(sorted({str(layer.last_path) for layer in ours})) or "torch.nn"
+    found = {str(module.last_path) for module in model.modules() if hasattr(module, "last_path")}
+    return ", ".join(sorted(found)) or "torch.nn"
 
 
 def explanation(model: nn.Module, batch: int, steps: int) -> str:
     """Which path each recurrent layer will take at this batch and T, with which plan, and why."""
-    layers = [module for module in model.modules() if isinstance(module, persistrnn.LSTM | persistrnn.GRU | nn.RNNBase)]
-    return "\n".join(
-        str(layer) if isinstance(layer, nn.RNNBase) else persistrnn.explain(layer, batch, steps) for layer in layers
-    )
+    found = []
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase) or hasattr(module, "last_path"):
+            found.append(str(module) if isinstance(module, nn.RNNBase) else persistrnn.explain(module, batch, steps))
+    return "\n".join(found)
