@@ -58,7 +58,9 @@ def asked(cell: str = "lstm", hidden: int = 256, batch: int = 16, directions: in
 def check(problem: Problem, text: str, facts: dict[str, Any]) -> None:
     """The numbers of text and JSON are those of the plan, and add up."""
     found, hidden = plan_layer(problem), problem.hidden
-    gates, kept, state = {"lstm": (4, 6, 2), "gru": (3, 5, 1)}[found.cell]  # kept with "gates": y, the LSTM's c, 4 more
+    # kept with "gates": y, the LSTM's c, and what the cell saves
+    of = {"lstm": (4, 6, 2), "gru": (3, 5, 1), "rnn_tanh": (1, 1, 1), "rnn_relu": (1, 1, 1)}
+    gates, kept, state = of[found.cell]
     assert facts["times"] == "predicted"
     for name, section in zip(PASSES, re.split(r"^(?:forward|backward)$", text, flags=re.M)[1:], strict=True):
         part = facts[name]
