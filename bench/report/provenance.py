@@ -48,15 +48,11 @@ def state() -> str:
     return f"{names}: {_query(names) or UNKNOWN}"
 
 
-def _command() -> list[str]:
-    """As it was typed, as far as Python knows: ``python -m pytest`` is called .../pytest/__main__.py."""
-    program = Path(sys.argv[0])
-    return [program.parent.name if program.stem == "__main__" else program.name, *sys.argv[1:]]
-
-
 def provenance(device: torch.device, command: list[str] | None = None, commit: str = "") -> Provenance:
     """The present circumstances. commit: for a checkout without its history, where git cannot say."""
     cuda = device.type == "cuda"
+    program = Path(sys.argv[0])  # ``python -m pytest`` is called .../pytest/__main__.py
+    typed = [program.parent.name if program.stem == "__main__" else program.name, *sys.argv[1:]]
     properties = torch.cuda.get_device_properties(device) if cuda else None
     cudnn = torch.backends.cudnn.version() if cuda else None
     return Provenance(
@@ -72,7 +68,7 @@ def provenance(device: torch.device, command: list[str] | None = None, commit: s
         commit=commit or _output("git", "rev-parse", "HEAD") or UNKNOWN,
         dirty=bool(_output("git", "status", "--porcelain")),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        command=shlex.join(_command() if command is None else command),
+        command=shlex.join(typed if command is None else command),
         clocks_before=clock() if cuda else 0,
         clocks_after=0,
         rehearsal=not cuda,

@@ -174,6 +174,7 @@ class Tuning:
 
 
 Entry: TypeAlias = Check | Timing | Micro | Stress | Tuning
+KEPT = {Check: "checks", Timing: "timings", Micro: "micro", Stress: "stress", Tuning: "tuning"}  # in lists
 
 
 @dataclass
@@ -212,29 +213,20 @@ class Results:
         Raises:
             ValueError: a speed without a green check of the same case and arm in this run, a second one, or one of 0.
         """
-        match entry:
-            case Check():
-                self.checks.append(entry)
-            case Timing():
-                if not entry.skipped and not self.correct(entry.case, entry.arm):
-                    raise ValueError(
-                        f"no speed without correctness: {entry.arm} has no green check of '{entry.case.key}' in this "
-                        "run; add its Check first, or a Timing with the reason in 'skipped'"
-                    )
-                if not entry.skipped and not (entry.microseconds and entry.case.steps):
-                    raise ValueError(
-                        f"{entry.arm} has no time of '{entry.case.key}': {entry.microseconds} microseconds, "
-                        f"{entry.case.steps} steps given, allowed: more than 0, or the reason in 'skipped'"
-                    )
-                if self.timing(entry.case, entry.arm) is not None:
-                    raise ValueError(f"{entry.arm} has a timing of '{entry.case.key}' already; one run, one number")
-                self.timings.append(entry)
-            case Micro():
-                self.micro.append(entry)
-            case Stress():
-                self.stress.append(entry)
-            case Tuning():
-                self.tuning.append(entry)
+        if isinstance(entry, Timing):
+            if not entry.skipped and not self.correct(entry.case, entry.arm):
+                raise ValueError(
+                    f"no speed without correctness: {entry.arm} has no green check of '{entry.case.key}' in this run; "
+                    "add its Check first, or a Timing with the reason in 'skipped'"
+                )
+            if not entry.skipped and not (entry.microseconds and entry.case.steps):
+                raise ValueError(
+                    f"{entry.arm} has no time of '{entry.case.key}': {entry.microseconds} microseconds, "
+                    f"{entry.case.steps} steps given, allowed: more than 0, or the reason in 'skipped'"
+                )
+            if self.timing(entry.case, entry.arm) is not None:
+                raise ValueError(f"{entry.arm} has a timing of '{entry.case.key}' already; one run, one number")
+        getattr(self, KEPT[type(entry)]).append(entry)
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""
@@ -259,7 +251,7 @@ def entry(text: str) -> Entry:
     if not isinstance(given, dict) or len(given) != 1:
         raise refused("an entry", given, "an object with the entry under the name of its kind")
     ((name, value),) = given.items()
-    kinds = {kind.__name__: kind for kind in get_args(Entry)}
+    kinds = {kind.__name__: kind for kind in KEPT}
     if name not in kinds:
         raise refused("the kind of an entry", name, ", ".join(kinds))
     found: Entry = read(kinds[name], value, name)
@@ -280,10 +272,5 @@ def named(path: Path, command: argparse.ArgumentParser) -> Results:
     """What is in the results file that a command was given; where it is none, the command ends with an error."""
     try:
         return load(path)
-    except OSError as error:
-        command.error(
-            f"argument RESULTS.json: {str(path)!r} given, and it cannot be read ({error.strerror}); allowed: a file "
-            "that `make gpu` wrote"
-        )
-    except ValueError as error:
-        command.error(f"argument RESULTS.json: {error}")
+    except (OSError, ValueError) as error:
+        command.error(f"argument RESULTS.json: {str(path)!r} given, and {error}; allowed: a file that `make gpu` wrote")

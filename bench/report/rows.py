@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import geometric_mean
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from bench.report.results import ARMS, DTYPES, MODES, Case, Results, Timing
 from persistrnn.profiling.page import printable
 
 OURS, BASELINES = ARMS[0], ARMS[1:]
-SUMMARISED = ("torch", "torch-best")
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +17,7 @@ class Row:
     """One case and all its timings, by arm; skipped ones too."""
 
     case: Case
-    arms: Mapping[str, Timing]
+    arms: dict[str, Timing] = field(default_factory=dict)
 
     def measured(self, arm: str) -> Timing | None:
         found = self.arms.get(arm)
@@ -29,6 +27,12 @@ class Row:
         """How many times faster persistrnn's call is; below 1 it loses."""
         ours, theirs = self.measured(OURS), self.measured(over)
         return theirs.microseconds / ours.microseconds if ours and theirs else None
+
+    @property
+    def per_step(self) -> float | None:
+        """persistrnn's, measured."""
+        ours = self.measured(OURS)
+        return ours.per_step if ours else None
 
     @property
     def predicted(self) -> float:
@@ -43,16 +47,14 @@ class Row:
     @property
     def over_floor(self) -> float | None:
         """Measured over floor, both per step."""
-        ours = self.measured(OURS)
-        return ours.per_step / self.floor if ours and self.floor else None
+        return self.per_step / self.floor if self.per_step and self.floor else None
 
 
 def rows(results: Results) -> list[Row]:
     """One per case, in the order of the file."""
     found: dict[str, Row] = {}
     for timing in results.timings:
-        row = found.setdefault(timing.case.key, Row(timing.case, {}))
-        found[timing.case.key] = Row(row.case, {**row.arms, timing.arm: timing})
+        found.setdefault(timing.case.key, Row(timing.case)).arms[timing.arm] = timing
     return list(found.values())
 
 
@@ -62,8 +64,7 @@ def groups(found: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
     for row in found:
         result.setdefault((row.case.suite, row.case.dtype, row.case.mode), []).append(row)
     suites = list(dict.fromkeys(suite for suite, _, _ in result))
-    order = [key for key in itertools.product(suites, DTYPES, MODES) if key in result]
-    return {key: result[key] for key in order}
+    return {key: result[key] for key in itertools.product(suites, DTYPES, MODES) if key in result}
 
 
 def shape(case: Case) -> str:
@@ -78,39 +79,3 @@ def shape(case: Case) -> str:
 def label(case: Case) -> str:
     """Name and shape; not the name where it says nothing else."""
     return shape(case) if case.name in shape(case) else f"{printable(case.name, 28)}: {shape(case)}"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """persistrnn against one arm on one suite, dtype and mode.
-
-    cases: how many there are; speedups: of those with both numbers, the lowest first.
-    """
-
-    suite: str
-    dtype: str
-    mode: str
-    over: str
-    cases: int
-    speedups: tuple[tuple[float, Row], ...]
-
-    @property
-    def mean(self) -> float | None:
-        """Geometric."""
-        return geometric_mean(value for value, _ in self.speedups) if self.speedups else None
-
-    @property
-    def losses(self) -> int:
-        return sum(value < 1 for value, _ in self.speedups)
-
-
-def summaries(found: Sequence[Row]) -> list[Summary]:
-    """One per suite, dtype, mode and arm: of SUMMARISED always, of others where a speed-up is known."""
-    result = []
-    for (suite, dtype, mode), members in groups(found).items():
-        for over in BASELINES:
-            both = [(value, row) for row in members if (value := row.speedup(over)) is not None]
-            speedups = tuple(sorted(both, key=lambda pair: pair[0]))
-            if speedups or over in SUMMARISED:
-                result.append(Summary(suite, dtype, mode, over, len(members), speedups))
-    return result

@@ -7,75 +7,66 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from html import escape
+from statistics import geometric_mean
 
-from bench.report.results import ARMS, Case, Provenance, Results, Timing, Tuning
-from bench.report.rows import OURS, Row, Summary, groups, label, rows, summaries
-from persistrnn.profiling.page import (
-    MIB,
-    NOTHING,
-    Line,
-    Part,
-    known,
-    number,
-    numbers,
-    printable,
-    table,
-    times,
-    words,
-)  # fmt: skip
+from bench.report.results import ARMS, Case, Results, Timing, Tuning
+from bench.report.rows import BASELINES, OURS, Row, groups, label, rows
+from persistrnn.profiling.page import MIB, NOTHING, Line, Part, known, number, numbers, printable, table, times, words
 
 README_ROWS = 10
 EMPTY_ROWS = 3  # of a table without a number
 
 
 def provenance(runs: Sequence[Results]) -> Part:
-    def cell(of: Provenance, name: str) -> str:
-        value = getattr(of, name)
+    """Of every run, the latest last."""
+
+    def cell(name: str, value: object) -> str:
         if name.startswith("clocks"):
             return f"{value} MHz" if value else "unknown"
-        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+        return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
-    names = {"commit": "commit", "dirty": "uncommitted changes", "clocks_before": "clock before"}
-    names |= {"clocks_after": "clock after", "rehearsal": "rehearsal, without a GPU"}
-    lines = [
-        Line((names.get(f.name, f.name), *(cell(run.provenance, f.name) for run in runs))) for f in fields(Provenance)
-    ]
+    names = {"dirty": "uncommitted changes", "clocks_before": "clock before", "clocks_after": "clock after"}
+    names["rehearsal"] = "rehearsal, without a GPU"
+    every = [asdict(run.provenance) for run in runs]
+    lines = [Line((names.get(name, name), *(cell(name, one[name]) for one in every))) for name in every[0]]
     columns = words("", *(f"run {n}" + " (this report)" * (n == len(runs)) for n in range(1, len(runs) + 1)))
     return Part("Provenance", tables=[table("Where the numbers come from", columns, lines, False)])
 
 
 def summary(found: Sequence[Row]) -> Part:
+    """Speed-ups over each arm: over torch's always, over others where one is known; and every loss."""
     part = Part("Summary")
-    every = summaries(found)
-    if not any(one.speedups for one in every):
-        part.sentences.append("No speed-up is known: no case has a measured time of both persistrnn and another arm.")
-    lines = []
-    for one in every:
-        cells = [one.suite, one.dtype, one.mode, one.over, f"{len(one.speedups)} of {one.cases}", times(one.mean)]
-        lines.append(Line([*cells, _worst(one), f"{one.losses} of {len(one.speedups)}"], (one.mean or 1) < 1))
+    lost: list[tuple[float, Row, str]] = []
+    lines, compared = [], 0
+    for (suite, dtype, mode), members in groups(found).items():
+        for over in BASELINES:
+            speedups = [(value, row) for row in members if (value := row.speedup(over)) is not None]
+            speedups.sort(key=lambda pair: pair[0])
+            if not speedups and over not in ("torch", "torch-best"):
+                continue
+            losses = [(value, row, over) for value, row in speedups if value < 1]
+            mean = geometric_mean(value for value, _ in speedups) if speedups else None
+            worst = f"{times(speedups[0][0])}: {label(speedups[0][1].case)}" if speedups else NOTHING
+            cells = [suite, dtype, mode, over, f"{len(speedups)} of {len(members)}", times(mean), worst]
+            lines.append(Line([*cells, f"{len(losses)} of {len(speedups)}"], (mean or 1) < 1))
+            lost, compared = lost + losses, compared + len(speedups)
+    part.sentences.append(
+        f"persistrnn loses {len(lost)} of {compared} comparisons{', all listed below, the worst first' * bool(lost)}."
+        if compared
+        else "No speed-up is known: no case has a measured time of both persistrnn and another arm."
+    )
     columns = words("suite", "dtype", "mode", "persistrnn over") + numbers("cases with both", "geometric mean")
     columns += words("worst case") + numbers("losses")
     part.tables.append(table("Speed-up of persistrnn, by suite, dtype and mode", columns, lines, False))
-    lost = [(value, one, row) for one in every for value, row in one.speedups if value < 1]
-    compared = sum(len(one.speedups) for one in every)
-    if compared:
-        part.sentences.append(
-            f"persistrnn loses {len(lost)} of {compared} comparisons"
-            + (", all listed below, the worst first." if lost else ".")
-        )
     lines = [
-        Line((label(row.case), row.case.suite, row.case.dtype, row.case.mode, one.over, times(value)), True)
-        for value, one, row in sorted(lost, key=lambda loss: loss[0])
+        Line((label(row.case), row.case.suite, row.case.dtype, row.case.mode, over, times(value)), True)
+        for value, row, over in sorted(lost, key=lambda loss: loss[0])
     ]
     columns = [*words("case", "suite", "dtype", "mode", "slower than"), *numbers("speed-up")]
     part.tables.append(table("Losses", columns, lines, False))
     return part
-
-
-def _worst(one: Summary) -> str:
-    return f"{times(one.speedups[0][0])}: {label(one.speedups[0][1].case)}" if one.speedups else NOTHING
 
 
 def timings(found: Sequence[Row]) -> Part:
@@ -125,11 +116,12 @@ def skipped(found: Sequence[Row]) -> Part:
             reasons.setdefault((timing.arm, timing.skipped), []).append(timing.case)
     if not reasons:
         part.sentences.append("Nothing was skipped." if found else "Nothing was to be timed.")
-    lines = [Line((arm, reason, str(len(own)))) for (arm, reason), own in reasons.items()]
-    columns = [*words("arm", "reason"), *numbers("cases")]
+    lines = [
+        Line((arm, reason, str(len(own)), "\n".join(f"{label(c)}, {c.suite}, {c.dtype}, {c.mode}" for c in own)))
+        for (arm, reason), own in reasons.items()
+    ]
+    columns = [*words("arm", "reason"), *numbers("how many"), *words("cases")]
     part.tables.append(table("Arms that were skipped, and why", columns, lines, False))
-    each = [Line((label(c), c.suite, c.dtype, c.mode, arm, why)) for (arm, why), own in reasons.items() for c in own]
-    part.tables.append(table("Every skipped arm", words("case", "suite", "dtype", "mode", "arm", "reason"), each, True))
     return part
 
 
@@ -143,13 +135,18 @@ def checks(results: Results) -> Part:
         else "Nothing was checked in this run."
     )
     columns = [*words("case", "dtype", "mode", "arm", "result"), *numbers("error over allowed"), *words("message")]
-    lines = [
-        Line(
-            (label(c.case), c.case.dtype, c.case.mode, c.arm, "green" if c.ok else "RED", number(c.error), c.message),
-            not c.ok,
-        )
-        for c in results.checks
-    ]
+    lines = []
+    for c in results.checks:
+        cells = [
+            label(c.case),
+            c.case.dtype,
+            c.case.mode,
+            c.arm,
+            "green" if c.ok else "RED",
+            number(c.error),
+            c.message,
+        ]
+        lines.append(Line(cells, not c.ok))
     part.tables.append(table("Red checks", columns, [line for line in lines if line.bad], False))
     part.tables.append(table("Green checks", columns, [line for line in lines if not line.bad]))
     return part
@@ -177,30 +174,25 @@ def stress(results: Results) -> Part:
 
 
 def tuning(results: Results) -> Part:
-    part = Part("Tuning")
     passes: dict[tuple[str, bool], list[Tuning]] = {}
-    for one in results.tuning:
+    for one in sorted(results.tuning, key=lambda one: one.microseconds):
         passes.setdefault((one.case.key, one.backward), []).append(one)
-    best = {key: min(one.microseconds for one in own) for key, own in passes.items()}
-    planned = [one for one in results.tuning if one.planned]
-    right = sum(one.microseconds <= best[one.case.key, one.backward] for one in planned)
-    part.sentences.append(
-        f"The planned choice is the fastest of those that were run in {right} of {len(planned)} passes."
-        if planned
-        else "No choice of the planner's was run against others in this run."
-    )
-    lines = []
-    for (_, backward), own in passes.items():
-        fastest = min(one.microseconds for one in own)
-        for one in sorted(own, key=lambda one: one.microseconds):
-            cells = [label(one.case), one.case.dtype, "backward" if backward else "forward", one.choice]
+    lines, planned, right = [], 0, 0
+    for own in passes.values():
+        fastest = own[0].microseconds
+        choices = [one for one in own if one.planned]
+        planned, right = planned + len(choices), right + sum(one.microseconds <= fastest for one in choices)
+        for one in own:
+            cells = [label(one.case), one.case.dtype, "backward" if one.backward else "forward", one.choice]
             cells += ["planned" if one.planned else "", number(one.microseconds)]
-            cells += [times(one.microseconds / fastest) if fastest else "", known(one.predicted)]
-            lines.append(Line(cells))
+            lines.append(Line([*cells, times(one.microseconds / fastest) if fastest else "", known(one.predicted)]))
+    sentence = f"The planned choice is the fastest of those that were run in {right} of {planned} passes."
+    if not planned:
+        sentence = "No choice of the planner's was run against others in this run."
     columns = words("case", "dtype", "pass", "choice", "plan")
     columns += numbers("us per step", "over the fastest", band="measured") + numbers("us per step", band="predicted")
-    part.tables.append(table("Choices for one pass of one layer, the fastest first", columns, lines))
-    return part
+    shown = table("Choices for one pass of one layer, the fastest first", columns, lines)
+    return Part("Tuning", [sentence], tables=[shown])
 
 
 def history(runs: Sequence[Results]) -> Part:
@@ -218,9 +210,9 @@ def history(runs: Sequence[Results]) -> Part:
         found = [None if (t := run.timing(case, OURS)) is None or t.skipped else t for run in own]
         before, last = found[-2:]
         ratio = times(last.per_step / before.per_step) if before and last else ""
-        told = [number(t.per_step if t else None) for t in found]
+        each = [number(t.per_step if t else None) for t in found]
         slower = bool(before and last and last.low > before.high)
-        lines.append(Line((label(case), case.dtype, case.mode, *told, ratio, "slower" * slower), slower))
+        lines.append(Line((label(case), case.dtype, case.mode, *each, ratio, "slower" * slower), slower))
     when = [f"{run.provenance.date[:16]} {run.provenance.commit[:10]}" for run in own]
     columns = words("case", "dtype", "mode") + numbers(*when, band="us per step of persistrnn, measured")
     columns += numbers("latest over the one before") + words("")
@@ -229,12 +221,9 @@ def history(runs: Sequence[Results]) -> Part:
     return part
 
 
-# The README's table.
-
-
 def markdown(results: Results) -> str:
-    """At most README_ROWS rows (EMPTY_ROWS before anything is measured), chosen by the rule that stands below them;
-    without a line break at the end."""
+    """The README's table: at most README_ROWS rows (EMPTY_ROWS before anything is measured), chosen by the rule that
+    stands below them; without a line break at the end."""
     of = results.provenance
     suites: dict[str, list[Row]] = {}
     for row in rows(results):
@@ -242,31 +231,25 @@ def markdown(results: Results) -> str:
     measured = not of.rehearsal and any(not timing.skipped for timing in results.timings)
     most = README_ROWS if measured else EMPTY_ROWS
     each = max(1, min(3, most // max(1, len(suites))))
+    which = {1: "the median", 2: "the lowest and the highest", 3: "the lowest, the median and the highest"}[each]
     lines = [f"| case | {OURS} us/step | torch us/step | speed-up | floor us/step |", "|---|---|---|---|---|"]
     for members in list(suites.values())[:most]:
-        for row in _chosen(members, each, of.rehearsal):
+        fast = [] if of.rehearsal else [row for row in members if row.speedup("torch") is not None]
+        order = sorted(fast, key=lambda row: row.speedup("torch") or 0)
+        order = order or sorted(members, key=lambda row: row.case.hidden)
+        places = {1: [len(order) // 2], 2: [0, -1], 3: [0, len(order) // 2, -1]}[each]
+        for row in dict.fromkeys(order[place] for place in places):
             ours, theirs = (None if of.rehearsal else row.measured(arm) for arm in (OURS, "torch"))
             cells = [f"{label(row.case)}, {row.case.dtype}, {row.case.mode}"]
             cells += [number(timing.per_step if timing else None) for timing in (ours, theirs)]
             cells += [times(row.speedup("torch") if ours else None), known(row.floor)]
             lines.append("| " + " | ".join(_plain(cell) for cell in cells) + " |")
-    which = {1: "the median", 2: "the lowest and the highest", 3: "the lowest, the median and the highest"}[each]
     where = f"measured on {of.device}, {of.date[:10]}, commit {of.commit[:10]}"
     origin = printable(where, 100) if measured else NOTHING
     suite = "each suite" if len(suites) <= most else f"the first {most} suites"
-    told = f"Of {suite}, {which} by speed-up over torch (by hidden size where none is known); {origin}. "
-    told += "The floor is predicted."
-    return "\n".join([*lines, "", textwrap.fill(_plain(told), 120, break_on_hyphens=False)])
-
-
-def _chosen(members: Sequence[Row], count: int, rehearsal: bool) -> list[Row]:
-    """The median, or the ends, or all three, by speed-up; by hidden size if no speed-up is there."""
-    speeds = [] if rehearsal else [row for row in members if row.speedup("torch") is not None]
-    order = sorted(speeds, key=lambda row: row.speedup("torch") or 0) or sorted(
-        members, key=lambda row: row.case.hidden
-    )
-    places = {1: [len(order) // 2], 2: [0, -1], 3: [0, len(order) // 2, -1]}[count]
-    return list(dict.fromkeys(order[place] for place in places))
+    note = f"Of {suite}, {which} by speed-up over torch (by hidden size where none is known); {origin}. "
+    note += "The floor is predicted."
+    return "\n".join([*lines, "", textwrap.fill(_plain(note), 120, break_on_hyphens=False)])
 
 
 def _plain(text: str) -> str:

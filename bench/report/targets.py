@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
+from typing import TypeAlias
 
 from bench import UsageError
 from bench.race import suites
-from bench.report.results import Case, Results, Timing, load, named
+from bench.report.results import Case, Results, load, named
+from bench.report.rows import Row, rows
+from persistrnn.profiling.page import NOTHING
 
 DEVICE = "H200"
 FOLDER = Path(__file__).parents[1] / "results"
-NOTHING = "not yet measured"
-FIRST_CALL = "first call"  # a microbenchmark
+FIRST, FIRST_CALL = "first call in a process, compiling included: under 10 s", "first call"  # a microbenchmark
 # Targets that are tests of their own, by what is in the names of their outcomes.
 TESTED = {
     "a new B or T compiles nothing, but for a new class of batches": "test_only_a_new_class_of_batches_compiles",
@@ -44,37 +46,34 @@ class Target:
     met: str = NOTHING
 
 
-class Race:
-    """The timings of a run, found by their work, whichever suite it was measured in."""
+Find: TypeAlias = Callable[[Case], Row]  # the row of a run with that work, whichever suite it was measured in
 
-    def __init__(self, results: Results | None) -> None:
-        timings = results.timings if results else []
-        self.timings = {(t.arm, t.case.key): t for t in timings if not t.skipped}
 
-    def ours(self, case: Case) -> Timing | None:
-        return self.timings.get(("persistrnn", case.key))
+def finder(results: Results | None) -> Find:
+    found = {row.case.key: row for row in rows(results)} if results else {}
+    return lambda case: found.get(case.key, Row(case))
 
-    def speedup(self, case: Case) -> float | None:
-        ours, theirs = self.ours(case), self.timings.get(("torch", case.key))
-        return theirs.microseconds / ours.microseconds if ours and theirs else None
 
-    def per_step(self, case: Case) -> float | None:
-        ours = self.ours(case)
-        return ours.per_step if ours else None
+def speedup(find: Find, case: Case) -> float | None:
+    return find(case).speedup("torch")
 
-    def over_floor(self, case: Case) -> float | None:
-        ours = self.ours(case)
-        return ours.per_step / ours.floor if ours and ours.floor else None
 
-    def over_one_direction(self, case: Case) -> float | None:
-        return self._over(case, replace(case, bidirectional=False))
+def per_step(find: Find, case: Case) -> float | None:
+    return find(case).per_step
 
-    def over_one_layer(self, case: Case) -> float | None:
-        return self._over(case, replace(case, layers=1))
 
-    def _over(self, case: Case, less: Case) -> float | None:
-        more, base = self.ours(case), self.ours(less)
-        return more.microseconds / base.microseconds if more and base else None
+def over_floor(find: Find, case: Case) -> float | None:
+    return find(case).over_floor
+
+
+def against(**less: object) -> Callable[[Find, Case], float | None]:
+    """The time over that of the case with these fields instead."""
+
+    def ratio(find: Find, case: Case) -> float | None:
+        more, base = find(case).per_step, find(replace(case, **less)).per_step  # type: ignore[arg-type]
+        return more / base if more and base else None
+
+    return ratio
 
 
 @dataclass(frozen=True)
@@ -87,29 +86,29 @@ class Goal:
 
     text: str
     rows: Callable[[Case], bool]
-    value: Callable[[Race, Case], float | None]
+    value: Callable[[Find, Case], float | None]
     over: Callable[[Iterable[float]], float]
     least: float = 0.0
     most: float = math.inf
     below: float = math.inf
     unit: str = ""
 
-    def target(self, race: Race, cases: Sequence[Case], origin: str) -> Target:
+    def target(self, find: Find, cases: Sequence[Case], origin: str) -> Target:
         wanted = [case for case in cases if self.rows(case)]
-        found = [(value, case) for case in wanted if (value := self.value(race, case)) is not None]
+        found = [(value, case) for case in wanted if (value := self.value(find, case)) is not None]
         if not found:
             return Target(self.text)
         values = [value for value, _ in found]
         number = self.over(values)
-        told = [f"{_short(min(values))} to {_short(max(values))} in {len(found)} of {len(wanted)} rows"]
-        if len(wanted) == 1 and (only := race.ours(wanted[0])):
-            low, high = (x / only.case.steps for x in (only.low, only.high))
-            told = [f"quartiles {_short(low)} and {_short(high)} of {only.rounds} rounds"]
+        words = [f"{_short(min(values))} to {_short(max(values))} in {len(found)} of {len(wanted)} rows"]
+        if len(wanted) == 1 and (only := find(wanted[0]).measured("persistrnn")):
+            low, high = (_short(x / only.case.steps) for x in (only.low, only.high))
+            words = [f"quartiles {low} and {high} of {only.rounds} rounds"]
         elif self.over in (min, max):
-            told.append(next(case.key for value, case in found if value == number))
+            words.append(next(case.key for value, case in found if value == number))
         ok = self.least <= number <= self.most and number < self.below
         met = "no" if not ok else "yes" if len(found) == len(wanted) else "so far"
-        return Target(self.text, f"{_short(number)}{self.unit} ({'; '.join([*told, origin])})", met)
+        return Target(self.text, f"{_short(number)}{self.unit} ({'; '.join([*words, origin])})", met)
 
 
 def _short(number: float) -> str:
@@ -134,10 +133,6 @@ def window(case: Case, dtypes: Sequence[str]) -> bool:
     return raced(case) and plain and sizes and case.batch <= 128 and case.batch % 8 == 0
 
 
-def outside(case: Case, dtypes: Sequence[str]) -> bool:
-    return raced(case) and not window(case, dtypes) and case.mode == "training"
-
-
 def published(mode: str) -> Callable[[Case], bool]:
     """The row of which times on an H100 are published."""
     wanted = ("lstm", "fp16", 768, 768, 16, 1024, 1, False, mode)
@@ -158,31 +153,31 @@ def goals(dtypes: Sequence[str]) -> tuple[Goal, ...]:
         return window(case, dtypes)
 
     def others(case: Case) -> bool:
-        return outside(case, dtypes)
+        return raced(case) and not inside(case) and case.mode == "training"
 
     return (
         Goal("outside cuDNN's persistent window, training: geometric mean of torch / persistrnn at least 4",
-             others, Race.speedup, geometric_mean, least=4),
-        Goal("the same rows: none below 1.5", others, Race.speedup, min, least=1.5),
+             others, speedup, geometric_mean, least=4),
+        Goal("the same rows: none below 1.5", others, speedup, min, least=1.5),
         Goal("inside that window (LSTM in fp16, from cuDNN 9.13 on in bf16; one layer and direction, H <= 1024): "
              "no row below 1.0",
-             inside, Race.speedup, min, least=1),
-        Goal("inside that window: geometric mean at least 1.15", inside, Race.speedup, geometric_mean, least=1.15),
+             inside, speedup, min, least=1),
+        Goal("inside that window: geometric mean at least 1.15", inside, speedup, geometric_mean, least=1.15),
         Goal("LSTM fp16 H=768 B=16 T=1024, forward: under 2.0 us per step",
-             published("forward"), Race.per_step, max, below=2, unit=" us"),
+             published("forward"), per_step, max, below=2, unit=" us"),
         Goal("LSTM fp16 H=768 B=16 T=1024, forward and backward: under 5.0 us per step",
-             published("training"), Race.per_step, max, below=5, unit=" us"),
-        Goal(FLOOR, lambda c: c.input == 0 and c.steps >= 64, Race.over_floor, max, most=1.5),
-        Goal(FLOOR, lambda c: raced(c) and c.steps >= 64, Race.over_floor, max, most=1.5),
+             published("training"), per_step, max, below=5, unit=" us"),
+        Goal(FLOOR, lambda c: c.input == 0 and c.steps >= 64, over_floor, max, most=1.5),
+        Goal(FLOOR, lambda c: raced(c) and c.steps >= 64, over_floor, max, most=1.5),
         *(Goal(f"B = 1 inference, H = {hidden}: at most 1.3 us per step, worst row",
-               latency(hidden), Race.per_step, max, most=1.3, unit=" us") for hidden in (256, 512, 1024)),
-        Goal("T = 1: not slower than torch.nn", lambda c: raced(c) and c.steps == 1, Race.speedup, min, least=1),
+               latency(hidden), per_step, max, most=1.3, unit=" us") for hidden in (256, 512, 1024)),
+        Goal("T = 1: not slower than torch.nn", lambda c: raced(c) and c.steps == 1, speedup, min, least=1),
         Goal("two directions at most 1.15 times one, worst row",
-             lambda c: c.suite == "directions" and c.bidirectional, Race.over_one_direction, max, most=1.15),
+             lambda c: c.suite == "directions" and c.bidirectional, against(bidirectional=False), max, most=1.15),
         Goal("DeepBench's largest rows (LSTM, H = 4096): not slower than torch.nn",
-             lambda c: raced(c) and c.cell == "lstm" and c.hidden == 4096, Race.speedup, min, least=1),
+             lambda c: raced(c) and c.cell == "lstm" and c.hidden == 4096, speedup, min, least=1),
         Goal("a stack of 4 layers of H = 512 at most 1.4 times one layer, worst row",
-             lambda c: c.suite == "stacked" and (c.layers, c.hidden) == (4, 512), Race.over_one_layer, max, most=1.4),
+             lambda c: c.suite == "stacked" and (c.layers, c.hidden) == (4, 512), against(layers=1), max, most=1.4),
     )  # fmt: skip
 
 
@@ -192,20 +187,23 @@ def targets(results: Results | None, origin: str = "") -> list[Target]:
     Raises:
         UsageError: the results are of another device, or of none.
     """
-    if results is not None and not suitable(results):
-        where = results.provenance
-        kind = "a rehearsal on" if where.rehearsal else "of"
-        raise UsageError(
-            f"the results are {kind} {where.device!r}; allowed: a run on a whole {DEVICE}, for which the targets are; "
-            "make one with `make gpu`"
-        )
-    race, cases = Race(results), suites.cases()
+    if results is not None:
+        check_device(results)
+    find, cases = finder(results), suites.cases()
     found: dict[str, Target] = {}
     for goal in goals(persistent_dtypes(results)):
         if found.get(goal.text, Target("")).met == NOTHING:
-            found[goal.text] = goal.target(race, cases, origin)
-    tested = (_tested(text, name, results, origin) for text, name in TESTED.items())
-    return [*found.values(), _first_call(results, origin), *tested]
+            found[goal.text] = goal.target(find, cases, origin)
+    first = [one for one in results.micro if one.name == FIRST_CALL] if results else []
+    found[FIRST] = Target(FIRST)
+    for one in first[:1]:
+        seconds = f"{_short(one.value)} s ({one.rounds} {'process' if one.rounds == 1 else 'processes'}; {origin})"
+        found[FIRST] = Target(FIRST, seconds, "yes" if one.value < 10 else "no")
+    for text, name in TESTED.items():
+        oks = [one.ok for one in results.stress if name in one.name] if results else []
+        green = f"{sum(oks)} of {len(oks)} tests green ({origin})"
+        found[text] = Target(text, green, "yes" if all(oks) else "no") if oks else Target(text)
+    return list(found.values())
 
 
 def suitable(results: Results) -> bool:
@@ -213,20 +211,15 @@ def suitable(results: Results) -> bool:
     return not results.provenance.rehearsal and results.provenance.device.split()[-1:] == [DEVICE]
 
 
-def _first_call(results: Results | None, origin: str) -> Target:
-    text = "first call in a process, compiling included: under 10 s"
-    for one in results.micro if results else ():
-        if one.name == FIRST_CALL:
-            seconds = f"{_short(one.value)} s ({one.rounds} {'process' if one.rounds == 1 else 'processes'}; {origin})"
-            return Target(text, seconds, "yes" if one.value < 10 else "no")
-    return Target(text)
-
-
-def _tested(text: str, name: str, results: Results | None, origin: str) -> Target:
-    found = [one.ok for one in results.stress if name in one.name] if results else []
-    if not found:
-        return Target(text)
-    return Target(text, f"{sum(found)} of {len(found)} tests green ({origin})", "yes" if all(found) else "no")
+def check_device(results: Results) -> None:
+    """Raises UsageError for results of another device, or of none."""
+    if not suitable(results):
+        where = results.provenance
+        kind = "a rehearsal on" if where.rehearsal else "of"
+        raise UsageError(
+            f"the results are {kind} {where.device!r}; allowed: a run on a whole {DEVICE}, for which the predictions "
+            "and the targets are; make one with `make gpu`"
+        )
 
 
 def markdown(found: Sequence[Target]) -> str:

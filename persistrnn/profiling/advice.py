@@ -3,7 +3,7 @@ numbers say nothing. Predicted numbers are called so."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ..decide import MODES
 from .page import MIB, number
@@ -19,113 +19,91 @@ EQUAL = 0.05  # times that differ by less are equal
 
 def advice(profile: Profile) -> list[str]:
     """A few sentences each, the most general first."""
-    found = (rule(profile) for rule in RULES)
-    return [words for told in found for words in ([told] if isinstance(told, str) else told) if words]
+    return [words for rule in RULES for words in rule(profile)]
 
 
-def host(profile: Profile) -> str:
-    """On a CPU the kernels do not run."""
-    machine, points = profile.machine, profile.of(profile.arms[0])
-    if machine.kind != "cpu" or not points:
-        return ""
-    if machine.interpreted:
-        return "The kernels ran in Triton's interpreter, which is for tests: no time here says anything about a GPU."
-    if any("persistent" in point.path for point in points):
-        return ""
-    return (
-        "This is a CPU: torch's own kernels ran, and the persistent ones did not. Time and memory are those of this "
-        "CPU; what a GPU would do is predicted, and stands apart."
-    )
-
-
-def untraced(profile: Profile) -> str:
+def untraced(profile: Profile) -> Iterator[str]:
     """A GPU whose kernels torch's profiler could not see."""
     points = [point for point in profile.points if point.untraced == NO_KERNELS]
-    if not points:
-        return ""
-    steps = ", ".join(dict.fromkeys(f"{point.steps:,}" for point in points))
-    return (
-        f"The profiler saw no kernels at T = {steps}: where the time goes is not known, and host time does not stand "
-        "for it. CUPTI is held by another profiler (nsys, ncu, DCGM: end it), or not allowed to this user (ask for "
-        "NVreg_RestrictProfilingToAdminUsers=0); then profile again."
-    )
+    if points:
+        steps = ", ".join(dict.fromkeys(f"{point.steps:,}" for point in points))
+        yield (
+            f"The profiler saw no kernels at T = {steps}: where the time goes is not known, and host time does not "
+            "stand for it. CUPTI is held by another profiler (nsys, ncu, DCGM: end it), or not allowed to this user "
+            "(ask for NVreg_RestrictProfilingToAdminUsers=0); then profile again."
+        )
 
 
-def compared(profile: Profile) -> str:
+def compared(profile: Profile) -> Iterator[str]:
     """Both arms at the longest T that both have."""
-    if len(profile.arms) < 2:
-        return ""
-    first, second = ({point.steps: point for point in profile.of(arm)} for arm in profile.arms)
+    first, *others = ({point.steps: point for point in profile.of(arm)} for arm in profile.arms)
+    second = others[0] if others else {}
     both = first.keys() & second.keys()
     if not both:
-        return ""
+        return
     ours, theirs = first[max(both)], second[max(both)]
     ratio, less = theirs.seconds / ours.seconds, 1 - ours.peak / theirs.peak if ours.peak and theirs.peak else 0.0
     spread = max(ours.high / ours.low, theirs.high / theirs.low) - 1
     if abs(ratio - 1) <= max(EQUAL, spread):
-        told = f"{ours.arm} and {theirs.arm} take the same time within the spread at T = {ours.steps:,}"
+        found = f"{ours.arm} and {theirs.arm} take the same time within the spread at T = {ours.steps:,}"
     else:
         faster, slower = (ours.arm, theirs.arm) if ratio > 1 else (theirs.arm, ours.arm)
-        told = f"{faster} is {max(ratio, 1 / ratio):.2f} times as fast as {slower} at T = {ours.steps:,}"
+        found = f"{faster} is {max(ratio, 1 / ratio):.2f} times as fast as {slower} at T = {ours.steps:,}"
     if abs(less) > EQUAL:
-        told += f"; {ours.arm} needs {abs(less):.0%} {'less' if less > 0 else 'more'} memory per token"
-    if OURS in (ours.arm, theirs.arm) and TORCH in (ours.arm, theirs.arm) and "torch" in ours.path.split(", "):
-        told += ". Both ran torch's own kernels: what differs is the load of the machine, or our Python around them"
-    return f"{told}."
+        found += f"; {ours.arm} needs {abs(less):.0%} {'less' if less > 0 else 'more'} memory per token"
+    if {OURS, TORCH} == set(profile.arms) and "torch" in ours.path.split(", "):
+        found += ". Both ran torch's own kernels: what differs is the load of the machine, or our Python around them"
+    yield f"{found}."
 
 
-def batch(profile: Profile) -> str:
+def batch(profile: Profile) -> Iterator[str]:
     """Rows that a step has room for."""
     found = profile.outlook
     if found is None:
-        return ""
+        return
     totals = {rows: sum(parts.values()) for rows, parts in found.batches.items()}
-    now = totals[found.batch]
-    parts = found.batches[found.batch]
+    now, parts = totals[found.batch], found.batches[found.batch]
     waits = (parts["synchronisation"] + parts["state"]) / now
     free = max((rows for rows, total in totals.items() if total <= FREE * now), default=found.batch)
     cheap = max((rows for rows, total in totals.items() if 2 * total / now <= rows / found.batch), default=found.batch)
-    begin = (
-        f"{waits:.0%} of the step is synchronisation and reading the state (barriers, and exchange between slices; "
-        f"predicted for {found.device}): batch {found.batch} to "
-    )
-    if free > found.batch:
-        more, factor = totals[free] / now, free // found.batch
-        return f"{begin}{free} is nearly free, {more:.2f} times the step for {factor} times the rows."
-    if cheap > found.batch:
-        more, factor = totals[cheap] / now, cheap // found.batch
-        return f"{begin}{cheap} makes it {more:.2f} times as long, for {factor} times the rows."
-    return ""
+    rows = free if free > found.batch else cheap
+    if rows > found.batch:
+        more, factor = totals[rows] / now, rows // found.batch
+        gain = f"{rows} makes it {more:.2f} times as long, for {factor} times the rows."
+        if rows == free:
+            gain = f"{rows} is nearly free, {more:.2f} times the step for {factor} times the rows."
+        yield (
+            f"{waits:.0%} of the step is synchronisation and reading the state (barriers, and exchange between slices; "
+            f"predicted for {found.device}): batch {found.batch} to {gain}"
+        )
 
 
-def dtype(profile: Profile) -> str:
+def dtype(profile: Profile) -> Iterator[str]:
     """Half precision."""
     found = profile.outlook
     if found is None or "bf16" not in found.dtypes or found.dtype in ("bf16", "fp16"):
-        return ""
+        return
     before, after = found.dtypes[found.dtype], found.dtypes["bf16"]
-    if before < FREE * after:
-        return ""
-    return (
-        f"In bf16 a step is predicted to take {after:.2f} us on {found.device}, in {found.dtype} {before:.2f}: "
-        "autocast, or bfloat16 parameters."
-    )
+    if before >= FREE * after:
+        yield (
+            f"In bf16 a step is predicted to take {after:.2f} us on {found.device}, in {found.dtype} {before:.2f}: "
+            "autocast, or bfloat16 parameters."
+        )
 
 
-def streamed(profile: Profile) -> str:
+def streamed(profile: Profile) -> Iterator[str]:
     """What of W_hh is not resident."""
     found = profile.outlook
-    if found is None or found.resident > 0.995:
-        return ""
-    weights = sum(one.parts["weights"] for one in found.passes.values()) / found.total
-    return (
-        f"{1 - found.resident:.0%} of W_hh does not fit on {found.device} and is read again at each step, "
-        f"{weights:.0%} of the step (predicted): a smaller hidden size, or a dtype of fewer bytes."
-    )
+    if found is not None and found.resident <= 0.995:
+        weights = sum(one.parts["weights"] for one in found.passes.values()) / found.total
+        yield (
+            f"{1 - found.resident:.0%} of W_hh does not fit on {found.device} and is read again at each step, "
+            f"{weights:.0%} of the step (predicted): a smaller hidden size, or a dtype of fewer bytes."
+        )
 
 
 # (phases, the least share of the time, what to do about it), of the first arm at its longest T.
-SHARES: tuple[tuple[tuple[str, ...], float, str], ...] = (
+SHARES = (
     (
         (INPUT_GEMM, WEIGHT_GEMMS),
         0.5,
@@ -147,56 +125,50 @@ SHARES: tuple[tuple[tuple[str, ...], float, str], ...] = (
 )
 
 
-def shares(profile: Profile) -> list[str]:
+def shares(profile: Profile) -> Iterator[str]:
     """What takes much of the time."""
-    points = [point for point in profile.of(profile.arms[0]) if point.phases]
-    if not points:
-        return []
-    found, whole = points[-1].phases, points[-1].seconds
-    each = (
-        (sum(found[name].seconds for name in names if name in found) / whole, least, text)
-        for names, least, text in SHARES
-    )
-    return [text.format(share=share) for share, least, text in each if share >= least]
+    for point in [point for point in profile.of(profile.arms[0]) if point.phases][-1:]:
+        for names, least, text in SHARES:
+            share = sum(point.phases[name].seconds for name in names if name in point.phases) / point.seconds
+            if share >= least:
+                yield text.format(share=share)
 
 
-def fixed(profile: Profile) -> str:
+def fixed(profile: Profile) -> Iterator[str]:
     """What does not grow with T."""
     points = profile.of(profile.arms[0])
     if len(points) < 2:
-        return ""
+        return
     first, last = points[0], points[-1]
     slope = (last.seconds - first.seconds) / (last.steps - first.steps)
     constant = first.seconds - slope * first.steps
-    if slope <= 0 or constant < FIXED_SHARE * first.seconds:
-        return ""
-    return (
-        f"{constant * 1e3:.3g} ms of an iteration do not grow with T, {constant / first.seconds:.0%} of it at T = "
-        f"{first.steps:,} and {constant / last.seconds:.0%} at T = {last.steps:,}: longer sequences use them better."
-    )
+    if slope > 0 and constant >= FIXED_SHARE * first.seconds:
+        yield (
+            f"{constant * 1e3:.3g} ms of an iteration do not grow with T, {constant / first.seconds:.0%} of it at "
+            f"T = {first.steps:,} and {constant / last.seconds:.0%} at T = {last.steps:,}: longer sequences use them "
+            "better."
+        )
 
 
-def memory(profile: Profile) -> str:
+def memory(profile: Profile) -> Iterator[str]:
     """How long sequences can be."""
     arm = profile.arms[0]
     most = profile.longest(arm)
-    if most == 0:
-        return ""
-    point = [point for point in profile.of(arm) if point.peak][-1]
-    told = (
-        f"{point.bytes_per_token / 1024:.3g} KiB per token: about T = {most:,} fits in "
-        f"{profile.machine.memory / GIB:.1f} GiB (extrapolated from what was measured)"
-    )
-    told += _smaller_mode(point, profile.machine.kind)
-    failed = [other for other in profile.points if other.arm == arm and other.failed]
-    return told + (f". T = {failed[0].steps:,} did not fit." if failed else ".")
+    if most:
+        point = [point for point in profile.of(arm) if point.peak][-1]
+        failed = [other for other in profile.points if other.arm == arm and other.failed]
+        yield (
+            f"{point.bytes_per_token / 1024:.3g} KiB per token: about T = {most:,} fits in "
+            f"{profile.machine.memory / GIB:.1f} GiB (extrapolated from what was measured)"
+            + _smaller_mode(point, profile.machine.kind)
+            + (f". T = {failed[0].steps:,} did not fit." if failed else ".")
+        )
 
 
 def _smaller_mode(point: Point, kind: str) -> str:
     """The mode that is predicted to need the least memory, where that is clearly less."""
-    calls = [call for call in point.calls if call.save == "gates" and call.path in ("persistent", "torch")]
-    # What cuDNN keeps is not known.
-    calls = [call for call in calls if call.path == "persistent" or kind == "cpu"]
+    known = ("persistent", "torch") if kind == "cpu" else ("persistent",)  # what cuDNN keeps is not known
+    calls = [call for call in point.calls if call.save == "gates" and call.path in known]
     needs = {mode: sum(call.needed(mode) for call in calls) for mode in reversed(MODES)}  # of equals the last
     least = min(needs, key=lambda mode: needs[mode])
     if needs[least] > (1 - CLEARLY_LESS) * needs["gates"] or not calls:
@@ -208,6 +180,6 @@ def _smaller_mode(point: Point, kind: str) -> str:
     )
 
 
-RULES: tuple[Callable[[Profile], str | list[str]], ...] = (
-    host, untraced, compared, batch, dtype, streamed, shares, fixed, memory,
+RULES: tuple[Callable[[Profile], Iterator[str]], ...] = (
+    untraced, compared, batch, dtype, streamed, shares, fixed, memory,
 )  # fmt: skip

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..options import BACKENDS, SAVES
-from . import drawing, progress, report, tables
+from . import report, tables
 from .advice import advice
-from .measure import OPTIMIZERS
+from .measure import OPTIMIZERS, precision
 from .run import COMPARISONS, profile
-from .subject import DTYPES, LAYERS, Sizes, SubjectError, load, working_folder
+from .subject import DTYPES, LAYERS, Sizes, SubjectError, load
 
 NAMES = {"half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float": "fp32", "float32": "fp32"}  # torch's
 # Of a layer; a model of the user's has its own.
@@ -22,28 +24,10 @@ OF_SIZES = ("hidden", "input", "layers", "bidirectional", "dtype", "batch", "sav
 
 
 def _steps(given: str) -> list[int]:
-    parts = given.split(",")
-    # isascii: int() takes digits of any script.
-    counts = [int(part) if part.isascii() and part.strip().isdigit() else 0 for part in parts]
-    if min(counts) < 1 or len(set(counts)) < len(counts):
-        raise argparse.ArgumentTypeError(
-            f"{given!r} given, allowed: integers of at least 1, none twice, such as 512,2048"
-        )
-    return counts
-
-
-def _least(least: float, kind: type) -> Callable[[str], Any]:
-    def check(given: str) -> Any:
-        try:
-            number = kind(given)
-        except ValueError:
-            number = least - 1
-        if not least <= number < 2**31:
-            what = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{given!r} given, allowed: {what} of at least {least}")
-        return number
-
-    return check
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{given!r} given, allowed: integers, such as 512,2048") from error
 
 
 def _dtype(given: str) -> str:
@@ -67,16 +51,14 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--steps", type=_steps, required=True, metavar="T,T,...", help="lengths of the sequence")
     sizes = result.add_argument_group("with --cell")
-    sizes.add_argument("--hidden", type=_least(1, int), metavar="H", help="hidden_size")
-    sizes.add_argument("--input", type=_least(1, int), metavar="I", help="input_size (default: H)")
-    sizes.add_argument("--layers", type=_least(1, int), metavar="L", help="num_layers (default: 1)")
+    sizes.add_argument("--hidden", type=int, metavar="H", help="hidden_size")
+    sizes.add_argument("--input", type=int, metavar="I", help="input_size (default: H)")
+    sizes.add_argument("--layers", type=int, metavar="L", help="num_layers (default: 1)")
     sizes.add_argument("--bidirectional", action="store_const", const=True, help="both directions")
-    sizes.add_argument("--batch", type=_least(1, int), metavar="B", help="sequences side by side (default: 16)")
+    sizes.add_argument("--batch", type=int, metavar="B", help="sequences side by side (default: 16)")
     sizes.add_argument("--dtype", type=_dtype, choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
     sizes.add_argument("--save", type=str.lower, choices=SAVES, help="what the layer keeps (default: gates)")
-    sizes.add_argument(
-        "--save-budget", type=_least(1, int), metavar="BYTES", help="with --save auto: what a call may keep"
-    )
+    sizes.add_argument("--save-budget", type=int, metavar="BYTES", help="with --save auto: what a call may keep")
     sizes.add_argument("--backend", type=str.lower, choices=BACKENDS, help="default: auto")
     text = "torch: the same with torch.nn's layers; persistrnn: a --model of torch.nn's with ours"
     result.add_argument("--compare", type=str.lower, choices=COMPARISONS, help=text)
@@ -87,31 +69,22 @@ def parser() -> argparse.ArgumentParser:
         help="plan for this device, such as h200 (default: the GPU at hand, else h200)",
     )
     result.add_argument("--optimizer", type=str.lower, choices=list(OPTIMIZERS), default="adam", help="default: adam")
-    result.add_argument(
-        "--iterations", type=_least(1, int), metavar="N", help="timed at each T (default: 10 on a GPU, 3 on a CPU)"
-    )
-    result.add_argument(
-        "--warmup",
-        type=_least(1, int),
-        metavar="N",
-        help="before them; from the second T on one of them is the profiled one, unless N is 1 (default: 3 on a GPU, "
-        "1 on a CPU)",
-    )
-    result.add_argument(
-        "--seconds", type=_least(0, float), default=20.0, metavar="S",
-        help="begin no further iteration after so many at one T, but for two (default: 20)",
-    )  # fmt: skip
-    result.add_argument(
-        "--output", default="persistrnn-profile", metavar="DIR", help="the folder to write into (default: %(default)s)"
-    )
+    text = "timed at each T (default: 10 on a GPU, 3 on a CPU)"
+    result.add_argument("--iterations", type=int, metavar="N", help=text)
+    text = "before them; from the second T on one is the profiled one, unless N is 1 (default: 3 on a GPU, 1 on a CPU)"
+    result.add_argument("--warmup", type=int, metavar="N", help=text)
+    text = "begin no further iteration after so many at one T, but for two (default: 20)"
+    result.add_argument("--seconds", type=float, default=20.0, metavar="S", help=text)
+    text = "the folder to write into (default: %(default)s)"
+    result.add_argument("--output", default="persistrnn-profile", metavar="DIR", help=text)
     return result
 
 
-def _subject(options: argparse.ArgumentParser, given: argparse.Namespace) -> Any:
+def _subject(options: argparse.ArgumentParser, given: argparse.Namespace) -> Callable[..., Any]:
+    named = {name: value for name in OF_SIZES if (value := getattr(given, name)) is not None}
     if given.model is not None:
-        told = [name for name in OF_SIZES if getattr(given, name) is not None]
-        if told:
-            name = told[0].replace("_", "-")
+        if named:
+            name = next(iter(named)).replace("_", "-")
             options.error(f"argument --{name}: given with --model, allowed with --cell; the model has its own")
         try:
             return load(given.model)
@@ -119,31 +92,33 @@ def _subject(options: argparse.ArgumentParser, given: argparse.Namespace) -> Any
             options.error(f"argument --model: {error}")
     if given.hidden is None:
         options.error("argument --hidden: not given, allowed with --cell: an integer of at least 1, such as 512")
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = given.dtype or ("bf16" if device.startswith("cuda") else "fp32")
-    return Sizes(
-        given.cell, given.input or given.hidden, given.hidden, given.layers or 1, bool(given.bidirectional),
-        given.batch or 16, dtype, device, given.backend or "auto", given.save or "gates", given.save_budget,
-    )  # fmt: skip
+    on_gpu = (given.device or "cuda").startswith("cuda") and torch.cuda.is_available()
+    if given.dtype == "tf32" and not on_gpu:
+        options.error("argument --dtype: 'tf32' given, allowed on a CPU: fp16, bf16, fp32; a CPU has no tf32 products")
+    try:
+        return Sizes(given.cell, **{"input": given.hidden, "dtype": "bf16" if on_gpu else "fp32"} | named)
+    except (TypeError, ValueError) as error:
+        options.error(str(error))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser()
     given = options.parse_args(arguments)
+    sys.path.insert(0, os.getcwd())  # a model may import its neighbours: now, when it is made, or when it is called
     subject = _subject(options, given)
     names = ("compare", "output", "device", "device_model", "optimizer", "iterations", "warmup", "seconds")
     try:
-        with working_folder():  # a model may import its neighbours when it is made, or called
+        with precision(subject.dtype if isinstance(subject, Sizes) else ""):
             found = profile(
                 subject, given.steps, title=given.model or "", **{name: getattr(given, name) for name in names}
             )
     except SubjectError as error:
         print(f"persistrnn profile: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError, drawing.MissingMatplotlib, progress.MissingTqdm) as error:
+    except (ValueError, ImportError, OSError) as error:
         options.error(str(error))
     print(tables.report(found, advice(found)))
-    print(f"\nwrote {', '.join(map(str, report.files(found, given.output)))}")
+    print(f"\nwrote {Path(given.output) / report.PAGE}; the tables, the numbers and the traces are beside it")
     return 0
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from .page import MARK, Plot, printable
+from .page import Plot, needs, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,24 +55,10 @@ STYLE: Any = {
 }
 
 
-class MissingMatplotlib(RuntimeError):
-    """There is nothing to draw with."""
-
-
-def check() -> None:
-    """Raises MissingMatplotlib if there is nothing to draw with."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingMatplotlib(
-            f"the page needs matplotlib, which cannot be imported ({error}): pip install 'persistrnn[profile]'"
-        ) from error
-
-
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Drawn inside, a figure has our look, whatever the reader's own settings are. Raises MissingMatplotlib."""
-    check()
+    """Drawn inside, a figure has our look, whatever the reader's own settings are. Raises ImportError."""
+    needs("matplotlib", "the page")
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -88,15 +74,13 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def finish(drawn: Figure, name: str, alt: str, lines: Sequence[str], alarm: bool = False, png: bool = False) -> Plot:
-    """The figure with ``lines`` above it, as SVG, and as PNG too where that is wanted."""
-    told = "\n".join(printable(line, 110) for line in lines)
-    drawn.suptitle(told, fontsize=9 if len(lines) > 1 else 8, x=0.01, ha="left", color=ALARM if alarm else INK)
-    svg, image = io.StringIO(), io.BytesIO()
-    if png:
-        drawn.savefig(image, format="png", dpi=150, facecolor="white", metadata={"Software": MARK})
-    drawn.savefig(svg, format="svg", facecolor="none", metadata={"Date": None, "Creator": MARK})
-    return Plot(name, alt, _inline(svg.getvalue(), name, alt), image.getvalue())
+def finish(drawn: Figure, name: str, alt: str, lines: Sequence[str], alarm: bool = False) -> Plot:
+    """The figure with ``lines`` above it, as SVG. name: one that no other drawing of a page has."""
+    head = "\n".join(printable(line, 110) for line in lines)
+    drawn.suptitle(head, fontsize=9 if len(lines) > 1 else 8, x=0.01, ha="left", color=ALARM if alarm else INK)
+    svg = io.StringIO()
+    drawn.savefig(svg, format="svg", facecolor="none", metadata={"Date": None})
+    return Plot(alt, _inline(svg.getvalue(), name, alt))
 
 
 def _inline(svg: str, name: str, alt: str) -> str:
@@ -119,20 +103,26 @@ def log(axes: Axes, which: str, base: int = 10, unit: str = "") -> None:
 
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    fine = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5)
-    axis.set_major_locator(LogLocator(base, fine if base == 10 else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}{unit}" if base == 10 else f"{value:g}"))
+    low, high = axis.get_view_interval()
+    fine = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 1000 * low else (1,)
+    axis.set_major_locator(LogLocator(base, fine if base == 10 else (1,), numticks=6 if base == 2 else None))
+
+    def words(value: float, _: object) -> str:
+        return f"{value / 1024:g}k" if base == 2 and value >= 16384 else f"{value:,.6g}{unit}"  # 65536 is 64k
+
+    axis.set_major_formatter(FuncFormatter(words))
     axis.set_minor_locator(NullLocator())
 
 
-def dots(axes: Axes, points: Sequence[tuple[float, float]], style: tuple[str, str], name: str, full: bool) -> None:
+def dots(
+    axes: Axes, points: Sequence[tuple[float, float]], style: tuple[str, str], name: str, full: bool = True
+) -> None:
     """Markers at (x, y): filled where measured, hollow where predicted; of the measured, earlier calls lie on top."""
-    colour, marker = style
+    (colour, marker), x, y = style, [x for x, _ in points], [y for _, y in points]
+    order = 4 - 0.01 * len(axes.collections) if full else 3
     axes.scatter(
-        [x for x, _ in points], [y for _, y in points], s=17, marker=marker, linewidths=0.8, label=name,
-        facecolors=colour if full else "none", edgecolors=colour, alpha=0.9 if full else 0.6,
-        zorder=4 - 0.01 * len(axes.collections) if full else 3,
+        x, y, s=17, marker=marker, linewidths=0.8, label=name, facecolors=colour if full else "none",
+        edgecolors=colour, alpha=0.9 if full else 0.6, zorder=order,
     )  # fmt: skip
 
 

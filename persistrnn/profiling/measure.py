@@ -7,7 +7,6 @@ or the clock of a CPU); where it goes, from one more iteration under torch.profi
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import itertools
@@ -18,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,8 @@ from torch.utils._pytree import tree_leaves
 
 from . import trace
 from .record import GIB, NO_KERNELS, UNTRACED, Point, Profile, Settings, machine
-from .subject import TORCH, Build, Built, Call, SubjectError, calls
-from .trace import (
-    IDLE,
-    ITERATION,
-    RECOMPUTE,
-    SCAN_BACKWARD,
-    SCAN_FORWARD,
-    STAGES,
-    TORCH_BACKWARD,
-    TORCH_FORWARD,
-    Iteration,
-    Phase,
-)
+from .subject import TORCH, Build, Built, Call, SubjectError, calls, shown
+from .trace import STAGES, Iteration, Phase
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer] | None] = {
     "adam": torch.optim.Adam,
@@ -69,9 +58,6 @@ def precision(dtype: str) -> Iterator[None]:
 def on(device: str) -> contextlib.AbstractContextManager[Any]:
     """With that GPU as the current one; of a CPU there is only one."""
     return torch.cuda.device(device) if torch.device(device).type == "cuda" else contextlib.nullcontext()
-
-
-# One iteration.
 
 
 class _Training:
@@ -104,23 +90,22 @@ class _Training:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def operators(self, most: int) -> int:
-        """Of a forward; where there are more than ``most``, that number."""
-        counter = _Counter(most)
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), contextlib.suppress(_TooMany), counter:
+    def few_operators(self) -> bool:
+        """Whether a forward has fewer than MOST_OPERATORS."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), contextlib.suppress(_TooMany), _Counter():
             self.built.module(*self.built.args, **self.built.kwargs)
-        return counter.seen
+            return True
+        return False
 
     def held(self) -> int:
         """Bytes between iterations."""
         if self.cuda:
             return torch.cuda.memory_allocated()
-        module, state = self.built.module, self.optimizer.state if self.optimizer else {}
-        every = [*module.parameters(), *module.buffers(), *_tensors([self.built.args, self.built.kwargs])]
-        every += _tensors([dict(own) for own in state.values()])
-        return sum(
-            storage.nbytes() for storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in every}.values()
-        )
+        module, states = self.built.module, self.optimizer.state.values() if self.optimizer else ()
+        every = [*module.parameters(), *module.buffers()]
+        every += _tensors([self.built.args, self.built.kwargs, *map(dict, states)])
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in every}
+        return sum(storage.nbytes() for storage in storages.values())
 
 
 class _TooMany(Exception):
@@ -128,15 +113,13 @@ class _TooMany(Exception):
 
 
 class _Counter(TorchDispatchMode):
-    """Counts operators, up to a number."""
+    """Raises _TooMany at the operator of that number."""
 
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.most, self.seen = most, 0
+    seen = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen += 1
-        if self.seen >= self.most:
+        if self.seen >= MOST_OPERATORS:
             raise _TooMany
         return func(*args, **(kwargs or {}))
 
@@ -154,12 +137,9 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    told = str(error).lower()
-    told_so = isinstance(error, RuntimeError) and ("can't allocate memory" in told or "out of memory" in told)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or told_so
-
-
-# The sweep.
+    words = ("can't allocate memory", "out of memory")
+    raised = isinstance(error, RuntimeError) and any(some in str(error).lower() for some in words)
+    return raised or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def measure(
@@ -171,14 +151,8 @@ def measure(
     traces: Path | None = None,
     progress: Callable[[str, int, str], None] = lambda arm, steps, what: None,
 ) -> Profile:
-    """Run every arm at every T, the shortest first.
-
-    Args:
-        subject: what is run, in words
-        arms: what to build, by name
-        steps: the values of T
-        traces: a folder for the Chrome trace of each arm at its longest T
-        progress: called before each iteration with (arm, T, what comes)
+    """Run every arm at every T, the shortest first. subject: what is run, in words; traces: a folder for the Chrome
+    trace of each arm at its longest T; progress: called before each iteration with (arm, T, what comes).
 
     Raises:
         SubjectError: an arm cannot be built or trained. Where memory does not suffice, the point says so and the rest
@@ -192,8 +166,17 @@ def measure(
             gib = found.machine.memory / GIB
             point = Point(arm, count, f"not run: it would need more than this machine's {gib:.1f} GiB (extrapolated)")
         else:
-            told = functools.partial(progress, arm, count)
-            point = _point(arm, build, count, device, settings, not found.of(arm), traces, told)
+            keep = None if traces is None else traces / trace_name(arm)
+            each = functools.partial(progress, arm, count)
+            try:
+                with on(device):
+                    point = _point(arm, build, count, device, settings, not found.of(arm), keep, each)
+            except SubjectError:
+                raise
+            except Exception as error:
+                if not _out_of_memory(error):
+                    raise SubjectError(f"{arm} failed at T = {count}: {shown(error)}") from error
+                point = Point(arm, count, "out of memory")
         found.points.append(point)
     found.points.sort(key=lambda point: list(arms).index(point.arm))
     return found
@@ -204,64 +187,48 @@ def trace_name(arm: str) -> str:
 
 
 def _point(
-    arm: str, build: Build, steps: int, device: str, settings: Settings, first: bool, traces: Path | None,
+    arm: str, build: Build, steps: int, device: str, settings: Settings, first: bool, keep: Path | None,
     progress: Callable[[str], None],
 ) -> Point:  # fmt: skip
-    """One arm at one T; first: of this arm."""
+    """One arm at one T; first: of this arm. keep: a file for its trace."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-    try:
-        with on(device):
-            progress("build")
-            training = _Training(build(steps), settings, device)
-            keep = None if traces is None else traces / trace_name(arm)
-            return Point(arm, steps, **_measured(training, settings, first, keep, progress))
-    except SubjectError:
-        raise
-    except Exception as error:
-        if _out_of_memory(error):
-            return Point(arm, steps, "out of memory")
-        words = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        raise SubjectError(f"{arm} failed at T = {steps}: {words}") from error
-
-
-def _measured(
-    training: _Training, settings: Settings, first: bool, keep: Path | None, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    """The numbers of a Point."""
+    progress("build")
+    training = _Training(build(steps), settings, device)
     # The profiled iteration warms up as well, but for the very first ones of an arm, which compile. One is before it at
     # any T: where the optimizer's state and oneDNN's primitives are made is no iteration as the others are.
     for _ in range(max(settings.warmup - (not first), 1)):
         progress("warm-up")
         training()
-    few = training.cuda or training.operators(MOST_OPERATORS) < MOST_OPERATORS
+    few = training.cuda or training.few_operators()
     progress("profile" if few else "warm-up")
+    iteration = None
     with calls(training.built.module) as called:
-        iteration = _traced(training, keep) if few else None
-        if iteration is None:
+        if few:
+            iteration = _traced(training, keep)
+        else:
             training()
     if not called:
         raise SubjectError(
             "the model calls no recurrent layer; allowed: one with LSTM or GRU of persistrnn or torch.nn"
         )
-    untraced = _untraced(iteration, training.cuda)
-    held = training.held()
     if training.cuda:
         torch.cuda.reset_peak_memory_stats()
+    point = Point(arm, steps, held=training.held(), calls=called, untraced=untraced(iteration, training.cuda))
+    point.tokens = max(call.steps * call.batch for call in called)
     times = _timed(training, settings, progress)
-    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
-    found: dict[str, Any] = {"seconds": middle, "low": low, "high": high, "iterations": len(times), "held": held}
-    found |= {"tokens": max(call.steps * call.batch for call in called), "calls": called, "untraced": untraced}
-    if iteration is not None and not untraced:
-        found |= {"profiled": iteration.seconds, "spans": iteration.spans, "peak": iteration.peak}
-        found["phases"] = _scaled(iteration, middle, called)
+    point.iterations = len(times)
+    point.low, point.seconds, point.high = statistics.quantiles(times, n=4, method="inclusive")
+    if iteration is not None and not point.untraced:
+        point.peak, point.profiled, point.spans = iteration.peak, iteration.seconds, iteration.spans
+        point.phases = _scaled(iteration, point.seconds, called)
     if training.cuda:
-        found["peak"] = torch.cuda.max_memory_allocated() - held
-    return found
+        point.peak = torch.cuda.max_memory_allocated() - point.held
+    return point
 
 
-def _untraced(iteration: Iteration | None, cuda: bool) -> str:
+def untraced(iteration: Iteration | None, cuda: bool) -> str:
     """Why there are no phases; empty if there are."""
     if iteration is None:
         return UNTRACED
@@ -280,7 +247,7 @@ def _traced(training: _Training, keep: Path | None) -> Iteration:
     options: dict[str, Any] = {"record_shapes": True, "profile_memory": not training.cuda}
     with (
         torch.profiler.profile(activities=activities, **options) as profiler,
-        torch.profiler.record_function(ITERATION),
+        torch.profiler.record_function(trace.ITERATION),
     ):
         training()
         training.synchronize()
@@ -297,12 +264,9 @@ def _timed(training: _Training, settings: Settings, progress: Callable[[str], No
     marks: list[Any] = []
 
     def mark() -> None:
+        marks.append(torch.cuda.Event(enable_timing=True) if training.cuda else time.perf_counter())
         if training.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            marks.append(event)
-        else:
-            marks.append(time.perf_counter())
+            marks[-1].record()
 
     training.synchronize()
     mark()
@@ -313,8 +277,7 @@ def _timed(training: _Training, settings: Settings, progress: Callable[[str], No
         training()
         mark()
     training.synchronize()
-    pairs = itertools.pairwise(marks)
-    return [a.elapsed_time(b) / 1e3 if training.cuda else b - a for a, b in pairs]
+    return [a.elapsed_time(b) / 1e3 if training.cuda else b - a for a, b in itertools.pairwise(marks)]
 
 
 def _scaled(iteration: Iteration, seconds: float, called: Sequence[Call]) -> dict[str, Phase]:
@@ -322,27 +285,26 @@ def _scaled(iteration: Iteration, seconds: float, called: Sequence[Call]) -> dic
     layers' sizes: that of scans, which are no matrix products, and of torch's layers."""
     busy = math.fsum(phase.seconds for phase in iteration.phases.values())
     scale = 1.0 if iteration.device else seconds / busy
-    result = {
-        name: dataclasses.replace(phase, seconds=phase.seconds * scale) for name, phase in iteration.phases.items()
-    }
+    result = {name: replace(phase, seconds=phase.seconds * scale) for name, phase in iteration.phases.items()}
     ours = [call for call in called if call.path == "persistent"]
     torchs = [call for call in called if call.path != "persistent"]
-    # In a wave the inputs of the upper layers are multiplied within the scan.
+    # In a pipeline the inputs of the upper layers are multiplied within the scan.
     scans = sum(call.flops for call in ours) - iteration.of_inputs
+    theirs = sum(call.flops for call in torchs)
+    again = scans * any(call.save == "checkpoint" for call in ours)
+    again += sum(call.flops for call in torchs if call.save != "gates")
     work = {
-        SCAN_FORWARD: (scans, sum(call.scan_bytes(False) for call in ours)),
-        SCAN_BACKWARD: (scans, sum(call.scan_bytes(True) for call in ours)),
-        TORCH_FORWARD: (sum(call.flops for call in torchs), 0.0),
-        TORCH_BACKWARD: (2 * sum(call.flops for call in torchs), 0.0),
+        trace.SCAN_FORWARD: (scans, sum(call.scan_bytes(False) for call in ours)),
+        trace.SCAN_BACKWARD: (scans, sum(call.scan_bytes(True) for call in ours)),
+        trace.TORCH_FORWARD: (theirs, 0.0),
+        trace.TORCH_BACKWARD: (2 * theirs, 0.0),
+        trace.RECOMPUTE: (again, 0.0),
     }
-    again = scans if any(call.save == "checkpoint" for call in ours) else 0.0
-    work[RECOMPUTE] = again + sum(call.flops for call in torchs if call.save != "gates"), 0.0
-    for name, (flops, moved) in work.items():
-        if name in result:
-            result[name].flops += flops
-            result[name].bytes += moved
-    if RECOMPUTE in result and any(call.save == "auto" for call in called):
-        result[RECOMPUTE].flops = 0.0  # which mode it took is not known here
+    for name in work.keys() & result.keys():
+        result[name].flops += work[name][0]
+        result[name].bytes += work[name][1]
+    if trace.RECOMPUTE in result and any(call.save == "auto" for call in called):
+        result[trace.RECOMPUTE].flops = 0.0  # which mode it took is not known here
     if iteration.device and busy < seconds:
-        result[IDLE] = Phase(seconds - busy)
+        result[trace.IDLE] = Phase(seconds - busy)
     return result

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-MARK = "persistrnn report"  # in everything that is written, by which the next run knows its own files
+MARK = "persistrnn report"  # in every page, by which the next run knows its own folder
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 NOTHING = "not yet measured"
 FOLDED = 16  # longer tables are closed at first
@@ -43,12 +45,10 @@ def printable(text: str, length: int) -> str:
 
 @dataclass(frozen=True)
 class Plot:
-    """One drawing. name: of its file, without ending; alt: what it shows, in words; png: empty if not asked for."""
+    """One drawing. alt: what it shows, in words."""
 
-    name: str
     alt: str
     svg: str
-    png: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,14 @@ class Table:
 
 @dataclass
 class Part:
-    """A section of a page: sentences, points, what is missing and why, plots, tables, text as it is, and parts of its
-    own."""
+    """A section of a page: sentences, points, text as it is, plots and tables."""
 
     title: str
     sentences: list[str] = field(default_factory=list)
     points: list[str] = field(default_factory=list)
-    missing: str = ""
+    text: str = ""
     plots: list[Plot] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    text: str = ""
-    parts: list[Part] = field(default_factory=list)
 
     @property
     def anchor(self) -> str:
@@ -158,16 +155,47 @@ def render(
     )
 
 
-def ours(path: Path) -> bool:
-    """Whether this was written by us: a file with our mark near its start."""
+def needs(package: str, what: str) -> None:
+    """Raises ImportError where a package of the extra ``profile`` cannot be imported."""
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f"{what} needs {package}, which cannot be imported ({error}): pip install 'persistrnn[profile]'"
+        ) from error
+
+
+def folder(given: str | Path, page: str, *others: str) -> Path:
+    """A folder to write a page and other files into; it is made, and an earlier page and its files will be replaced.
+
+    Raises:
+        OSError: it cannot be made or written, or has a file of such a name and no page that bears our mark.
+    """
+    path = Path(given)
+    path.mkdir(parents=True, exist_ok=True)
+    if not _ours(path / page):
+        for name in (page, *others):
+            if os.path.lexists(path / name):
+                raise FileExistsError(
+                    f"{path / name} is there, and no report wrote it: move it, or name another folder"
+                )
+    with tempfile.TemporaryFile(dir=path):  # raises where the folder cannot be written
+        pass
+    return path
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8", errors="replace")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _ours(path: Path) -> bool:
     if not path.is_file():
         return False
     with open(path, "rb") as file:
         return MARK.encode() in file.read(2048)
-
-
-def refuse_others(paths: Iterable[Path]) -> None:
-    """Raises FileExistsError for what is there and was not written by us."""
-    for path in paths:
-        if os.path.lexists(path) and not ours(path):
-            raise FileExistsError(f"{path} is there, and no report wrote it: move it, or name another folder")

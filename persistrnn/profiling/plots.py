@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from . import drawing, trace
@@ -37,12 +36,13 @@ PARTS = {
     "synchronisation": "#CC6677",
     "pointwise": "#8C8C8C",
 }
-STAGE = {"forward": "#44AA99", "loss": "#DDCC77", "backward": "#CC6677", "optimizer": "#332288"}
-DARK = "#1a1a1b"  # not the ink, which turns light on a dark page
+STAGE = {"forward": "#44AA99", "loss": "#DDCC77", "backward": "#CC6677", "optimizer": "#7777CC"}
+DARK = ("#4477AA", "#228833", "#AA3377", "#332288")  # white is read on them, black on the others
+BLACK = "#1a1a1b"  # not the ink, which turns light on a dark page
 
 
 def draw(profile: Profile) -> list[Part]:
-    """Every plot there is something for. Raises MissingMatplotlib."""
+    """Every plot there is something for. Raises ImportError without matplotlib."""
     with drawing.style():
         found = (kind(profile) for kind in (against_steps, breakdown, timeline, batches))
         return [part for part in found if part is not None]
@@ -52,51 +52,40 @@ def _origin(profile: Profile) -> str:
     return f"{profile.machine.name}, {where(profile.machine)}; {profile.subject}"
 
 
-def _style(arm: str) -> tuple[str, str]:
-    return COLOURS.get(arm.removesuffix(".nn"), COLOURS["torchrl"])
-
-
 def against_steps(profile: Profile) -> Part | None:
     """Time and memory against T."""
-    if not any(profile.of(arm) for arm in profile.arms):
+    arms = [arm for arm in profile.arms if profile.of(arm)]
+    if not arms:
         return None
     figure = drawing.figure(8, 3.1)
     whole, step, memory = figure.subplots(1, 3)
-    for n, arm in enumerate(profile.arms):
+    for arm in arms:
         points = profile.of(arm)
-        if not points:
-            continue
-        colour, marker = _style(arm)
+        colour, marker = COLOURS.get(arm.removesuffix(".nn"), COLOURS["torchrl"])
         # The first arm is wide and hollow: a later one that runs over it does not hide it.
-        width, size, face = (3.2, 7.5, "none") if n == 0 and len(profile.arms) > 1 else (1.1, 4, colour)
-        line = {"color": colour, "marker": marker, "markersize": size, "linewidth": width, "label": arm}
-        line |= {"markerfacecolor": face, "alpha": 0.65 if n == 0 and len(profile.arms) > 1 else 1.0}
-        steps = [point.steps for point in points]
+        below = arm == profile.arms[0] and len(profile.arms) > 1
+        line = {"color": colour, "linewidth": 3.2 if below else 1.1, "alpha": 0.65 if below else 1.0}
+        dots = {"marker": marker, "markersize": 7.5 if below else 4, "markerfacecolor": "none" if below else colour}
         for axes, factor in ((whole, lambda point: 1e3), (step, lambda point: 1e6 / point.steps)):
             middle = [point.seconds * factor(point) for point in points]
             low = [(point.seconds - point.low) * factor(point) for point in points]
             high = [(point.high - point.seconds) * factor(point) for point in points]
-            axes.errorbar(steps, middle, yerr=[low, high], capsize=2, elinewidth=0.8, **line)
-        known = [point for point in points if point.peak]
-        memory.plot([point.steps for point in known], [(point.held + point.peak) / MIB for point in known], **line)
-        most = profile.longest(arm)
-        if known and most > known[-1].steps:
-            last = known[-1]
-            memory.plot(
-                [last.steps, most], [(last.held + last.peak) / MIB, profile.machine.memory / MIB], color=colour,
-                linestyle=":", linewidth=line["linewidth"], alpha=line["alpha"], label=f"{arm}, extrapolated",
-            )  # fmt: skip
+            steps = [point.steps for point in points]
+            axes.errorbar(steps, middle, yerr=[low, high], capsize=2, elinewidth=0.8, label=arm, **line, **dots)
+        known = [(point.steps, point.total / MIB) for point in points if point.peak]
+        if known:
+            memory.plot(*zip(*known, strict=True), label=arm, **line, **dots)
+        if known and profile.longest(arm) > known[-1][0]:
+            end = profile.longest(arm), profile.machine.memory / MIB
+            memory.plot(*zip(known[-1], end, strict=True), linestyle=":", label=f"{arm}, extrapolated", **line)
     memory.axhline(profile.machine.memory / MIB, color=FAINT, linewidth=0.8)
     memory.annotate(
         "all memory of this machine" if profile.machine.kind == "cpu" else "all memory of the device",
         (0.02, profile.machine.memory / MIB), xycoords=("axes fraction", "data"), xytext=(0, -9),
         textcoords="offset points", fontsize=7, color=FAINT,
     )  # fmt: skip
-    for axes, title, unit in (
-        (whole, "time of an iteration", "ms"),
-        (step, "time per step", "us"),
-        (memory, "memory", "MiB"),
-    ):
+    titles = (whole, "time of an iteration", "ms"), (step, "time per step", "us"), (memory, "memory", "MiB")
+    for axes, title, unit in titles:
         axes.set_title(title)
         axes.set(xlabel="time steps T (log)", ylabel=unit if axes is step else f"{unit} (log)")
         drawing.log(axes, "x", base=2)
@@ -104,11 +93,8 @@ def against_steps(profile: Profile) -> Part | None:
             axes.set_ylim(bottom=0)
         else:
             drawing.log(axes, "y")
-    _sparse(memory)
     drawing.legend(figure)
-    longest = [
-        f"{point.arm} {number(point.seconds * 1e3)} ms" for arm in profile.arms for point in profile.of(arm)[-1:]
-    ]
+    longest = [f"{arm} {number(profile.of(arm)[-1].seconds * 1e3)} ms" for arm in arms]
     alt = f"Time and memory against T; at the longest: {', '.join(longest)}"
     plot = drawing.finish(figure, "profile-steps", alt, [_origin(profile)])
     caption = "One iteration: forward, loss, backward, optimizer. Points are medians, whiskers quartiles. Memory is "
@@ -116,25 +102,6 @@ def against_steps(profile: Profile) -> Part | None:
         "the most that is allocated at once; the dotted line goes on by the two longest T, up to all memory there is."
     )
     return Part("Time and memory against T", [caption], plots=[plot])
-
-
-def _sparse(axes: Axes) -> None:
-    """Few marks on logarithmic axes of many decades; 65536 is 64k."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    low, high = axes.get_xlim()
-    octaves = math.log2(high / low)
-    axes.xaxis.set_major_locator(LogLocator(2 ** max(1, round(octaves / 5))))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _binary(value)))
-    axes.yaxis.set_major_locator(LogLocator(10))
-
-
-def _binary(value: float) -> str:
-    for unit in ("", "k", "M"):
-        if value < 1024:
-            return f"{value:g}{unit}"
-        value /= 1024
-    return f"{value:g}G"
 
 
 def breakdown(profile: Profile) -> Part | None:
@@ -147,23 +114,20 @@ def breakdown(profile: Profile) -> Part | None:
     names = [f"{point.arm}, T = {point.steps:,}" for point in points]
     left = [0.0] * len(points)
     for name in trace.ORDER:
-        widths = [_micro(point, name) for point in points]
-        if any(widths):
-            axes.barh(names, widths, left=left, height=0.62, color=PHASES[name], label=name)
-            for row, (begin, width) in enumerate(zip(left, widths, strict=True)):
-                share = width / points[row].per_step
-                if share > 0.08:
-                    dark = PHASES[name] in ("#332288", "#228833", "#AA3377", "#4477AA")
-                    axes.text(
-                        begin + width / 2, row, f"{share:.0%}", ha="center", va="center", fontsize=7,
-                        color="white" if dark else DARK,
-                    )  # fmt: skip
-            left = [begin + width for begin, width in zip(left, widths, strict=True)]
+        widths = [point.phases.get(name, trace.Phase()).seconds / point.steps * 1e6 for point in points]
+        if not any(widths):
+            continue
+        bars = axes.barh(names, widths, left=left, height=0.62, color=PHASES[name], label=name)
+        shares = [width / point.per_step for width, point in zip(widths, points, strict=True)]
+        shown = [f"{share:.0%}" if share > 0.08 else "" for share in shares]
+        colour = "white" if PHASES[name] in DARK else BLACK
+        axes.bar_label(bars, shown, label_type="center", fontsize=7, color=colour)
+        left = [begin + width for begin, width in zip(left, widths, strict=True)]
     drawing.rows(axes)
     axes.set_xlabel("us per time step")
     drawing.legend(figure)
-    last = points[-1]
-    top = max(points[-1].phases, key=lambda name: last.phases[name].seconds)
+    last = points[-1].phases
+    top = max(last, key=lambda name: last[name].seconds)
     alt = f"Phases of an iteration in microseconds per step; of {names[-1]} the largest is {top}"
     plot = drawing.finish(figure, "profile-phases", alt, [_origin(profile)])
     what = "the CPU's own time in each phase, scaled to the iteration without the profiler"
@@ -174,18 +138,12 @@ def breakdown(profile: Profile) -> Part | None:
     return Part("Where the time goes", [caption], plots=[plot])
 
 
-def _micro(point: Point, name: str) -> float:
-    return point.phases[name].seconds / point.steps * 1e6 if name in point.phases else 0.0
-
-
 def timeline(profile: Profile) -> Part | None:
     """One iteration of each arm at its longest T."""
     points = [known[-1] for arm in profile.arms if (known := traced(profile, arm))]
     if not points:
         return None
-    tracks = [
-        [track for track in ("stages", "host", "device") if any(s.track == track for s in p.spans)] for p in points
-    ]
+    tracks = [list(dict.fromkeys(span.track for span in point.spans)) for point in points]
     figure = drawing.figure(8, 1.2 + sum(0.35 + 0.27 * len(own) for own in tracks))
     grid = figure.subplots(len(points), 1, sharex=True, squeeze=False, height_ratios=[len(own) for own in tracks])
     for axes, point, own in zip(grid.flat, points, tracks, strict=True):
@@ -199,7 +157,7 @@ def timeline(profile: Profile) -> Part | None:
     alt = f"Timeline of one iteration: {', '.join(f'{p.arm} {number(p.profiled * 1e3)} ms' for p in points)}"
     plot = drawing.finish(figure, "profile-timeline", alt, [_origin(profile)])
     caption = "Stages of the training step, and within them what the recurrent layers do on the host"
-    caption += " and the kernels on the device" if profile.machine.kind == "cuda" else ""
+    caption += " and the kernels on the device" * (profile.machine.kind == "cuda")
     caption += ". The Chrome trace beside this page has every operator."
     return Part("Timeline of one iteration", [caption], plots=[plot])
 
@@ -207,14 +165,16 @@ def timeline(profile: Profile) -> Part | None:
 def _bars(axes: Axes, point: Point, track: str, row: int) -> None:
     """The spans of one track, by name and so by colour."""
     colours = STAGE if track == "stages" else PHASES
-    spans = [span for span in point.spans if span.track == track]
-    for name in dict.fromkeys(span.name for span in spans):
-        pieces = [(span.start * 1e3, span.seconds * 1e3) for span in spans if span.name == name]
+    pieces: dict[str, list[tuple[float, float]]] = {}
+    for span in point.spans:
+        if span.track == track:
+            pieces.setdefault(span.name, []).append((span.start * 1e3, span.seconds * 1e3))
+    for name, own in pieces.items():
         label = f"{name} (stage)" if track == "stages" else name
-        axes.broken_barh(pieces, (row - 0.38, 0.76), facecolors=colours.get(name, FAINT), label=label, linewidth=0)
-        whole = sum(seconds for _, seconds in pieces)
-        if track == "stages" and len(pieces) == 1 and whole > 0.08 * point.profiled * 1e3:
-            axes.text(pieces[0][0] + whole / 2, row, name, ha="center", va="center", fontsize=7, color=DARK)
+        axes.broken_barh(own, (row - 0.38, 0.76), facecolors=colours.get(name, FAINT), label=label, linewidth=0)
+        begin, width = own[0]
+        if track == "stages" and width > 80 * point.profiled:  # a twelfth of the whole
+            axes.text(begin + width / 2, row, name, ha="center", va="center", fontsize=7, color=BLACK)
 
 
 def batches(profile: Profile) -> Part | None:
@@ -229,18 +189,17 @@ def batches(profile: Profile) -> Part | None:
     for part, colour in PARTS.items():
         widths = [split[part] for split in found.batches.values()]
         look: dict[str, Any] = {"facecolor": "none", "edgecolor": colour, "hatch": "/////", "linewidth": 1}
-        axes.barh(names, widths, left=left, height=0.62, label=part, **look)
+        bars = axes.barh(names, widths, left=left, height=0.62, label=part, **look)
         left = [begin + width for begin, width in zip(left, widths, strict=True)]
-    for row, (rows, total) in enumerate(zip(found.batches, left, strict=True)):
-        told = f"{total:.3g} us, {total / rows * found.batch / left[0]:.0%} of the time per row"
-        axes.annotate(told, (total, row), (5, 0), textcoords="offset points", va="center", fontsize=7, color=INK)
+    per_row = [total / rows * found.batch / found.total for rows, total in zip(found.batches, left, strict=True)]
+    words = [f"{total:.3g} us, {ratio:.0%} of the time per row" for total, ratio in zip(left, per_row, strict=True)]
+    axes.bar_label(bars, words, padding=5, fontsize=7, color=INK)
     axes.set_xlim(0, 1.3 * max(left))
     drawing.rows(axes)
     axes.set_xlabel(f"us per time step, forward and backward, predicted for {found.device}")
     drawing.legend(figure)
-    alt = f"Predicted step on {found.device} by its parts, {found.dtype}: " + ", ".join(
-        f"{total:.3g} us at batch {rows}" for rows, total in zip(found.batches, left, strict=True)
-    )
+    each = ", ".join(f"{total:.3g} us at batch {rows}" for rows, total in zip(found.batches, left, strict=True))
+    alt = f"Predicted step on {found.device} by its parts, {found.dtype}: {each}"
     origin = f"predicted for {found.device}, nothing of it measured; {found.dtype}, the largest recurrent stack"
     plot = drawing.finish(figure, "profile-batches", alt, [origin])
     caption = "By the plan's cost model. State is reading it; synchronisation, barriers and exchange between slices."

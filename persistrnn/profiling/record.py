@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -34,7 +33,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it ran. kind: "cpu" or "cuda"; memory: bytes of the device (of the whole machine on a CPU)."""
+    """Where it ran. kind: "cpu" or "cuda"; memory: bytes of the device, on a CPU of the machine or its container."""
 
     kind: str
     name: str
@@ -53,8 +52,8 @@ class Point:
 
     seconds: of an iteration, median; low, high: the quartiles. held: bytes between two iterations (parameters,
     optimizer, batch); peak: bytes above that within one. phases: seconds scaled to the iteration's, on a GPU those of
-    kernels and of the idle device. spans: of the profiled iteration, which took ``profiled`` seconds. Where nothing is
-    known of such an iteration ``untraced`` says why: then all of them are empty, and on a CPU the peak is 0.
+    kernels and of the idle device; spans: of the profiled iteration, which took ``profiled`` seconds. Where none are
+    known ``untraced`` says why, and on a CPU the peak is 0 as well.
     """
 
     arm: str
@@ -81,6 +80,11 @@ class Point:
     def per_step(self) -> float:
         """Microseconds per time step."""
         return self.seconds / self.steps * 1e6
+
+    @property
+    def total(self) -> int:
+        """Bytes allocated at once, at the highest point."""
+        return self.held + self.peak
 
     @property
     def tokens_per_second(self) -> float:
@@ -112,20 +116,16 @@ class Profile:
         return [point for point in self.points if point.arm == arm and not point.failed]
 
     def longest(self, arm: str) -> int:
-        """The longest T that fits the memory, by a line through the two longest measured; 0 if none was."""
-        return longest(self.of(arm), self.machine.memory)
-
-
-def longest(points: Sequence[Point], memory: int) -> int:
-    """Of measured points of one arm; three digits, as no more are known."""
-    known = sorted(((p.steps, p.held + p.peak) for p in points if p.peak), reverse=True)[:2]
-    if not known:
-        return 0
-    (steps, most), (fewer, less) = known[0], known[-1] if len(known) > 1 else (0, 0)
-    slope = (most - less) / (steps - fewer)
-    found = int((memory - most) / slope) + steps if slope > 0 else 0
-    digits = max(len(str(found)) - 3, 0)
-    return found // 10**digits * 10**digits
+        """The longest T that fits the memory, by a line through the two longest measured; 0 if none was. Three digits,
+        as no more are known."""
+        known = [(0, 0), *((point.steps, point.total) for point in self.of(arm) if point.peak)]
+        if len(known) == 1:
+            return 0
+        (fewer, less), (steps, most) = known[-2:]
+        slope = (most - less) / (steps - fewer)
+        found = int((self.machine.memory - most) / slope) + steps if slope > 0 else 0
+        digits = max(len(str(found)) - 3, 0)
+        return found // 10**digits * 10**digits
 
 
 def machine(device: str) -> Machine:

@@ -6,9 +6,7 @@ A ``Build`` makes it for a number of time steps. ``calls`` watches the recurrent
 from __future__ import annotations
 
 import contextlib
-import importlib
-import os
-import sys
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -21,12 +19,11 @@ from torch.utils._pytree import tree_map_only
 from .. import decide, functional, replacement
 from ..kernels.cells import CELLS
 from ..modules import GRU, LSTM
-from ..options import Backend, Save
+from ..options import Backend, Save, check_count
 
 OURS, TORCH = "persistrnn", "torch.nn"
 LAYERS: dict[str, type[LSTM] | type[GRU]] = {"lstm": LSTM, "gru": GRU}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-BYTES = {"fp16": 2, "bf16": 2, "tf32": 4, "fp32": 4}
 
 
 class Built(NamedTuple):
@@ -46,91 +43,53 @@ class SubjectError(ValueError):
 
 @dataclass(frozen=True)
 class Sizes:
-    """A stack of layers. input: I; dtype: of DTYPES; the others as in ``persistrnn.LSTM``."""
+    """A stack of layers, called as a callable of the user's is. input: I; dtype: of DTYPES; the others as in
+    ``persistrnn.LSTM``, which refuses what cannot be."""
 
     cell: str
     input: int
     hidden: int
-    layers: int
-    bidirectional: bool
-    batch: int
-    dtype: str
-    device: str
+    layers: int = 1
+    bidirectional: bool = False
+    batch: int = 16
+    dtype: str = "fp32"
     backend: Backend = "auto"
     save: Save = "gates"
     save_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("hidden_size", self.hidden), ("batch", self.batch)):
+            check_count(name, value)
+        self._layer("meta")
 
     def __str__(self) -> str:
         both, save = " D=2" * self.bidirectional, f" save={self.save}" * (self.save != "gates")
         return f"{self.cell} I={self.input} H={self.hidden} L={self.layers}{both} B={self.batch} {self.dtype}{save}"
 
-    def check(self) -> None:
-        """Raises SubjectError for sizes that no call could run as asked."""
-        for name, allowed in (("cell", LAYERS), ("dtype", DTYPES)):
-            if not isinstance(given := getattr(self, name), str) or given not in allowed:
-                raise SubjectError(f"{name} is {given!r}, allowed: {', '.join(allowed)}")
-        if not isinstance(self.device, str):
-            raise SubjectError(f"device is {self.device!r}, allowed: 'cpu', 'cuda' or 'cuda:N'")
-        if self.dtype == "tf32" and not self.device.startswith("cuda"):
-            raise SubjectError("dtype is 'tf32', allowed on a CPU: fp16, bf16, fp32; a CPU has no tf32 products")
-        if type(self.batch) is not int or self.batch < 1:
-            raise SubjectError(f"batch is {self.batch!r}, allowed: an int of at least 1, the sequences side by side")
-        try:
-            self._layer("meta")
-        except (TypeError, ValueError) as error:
-            raise SubjectError(str(error)) from error
-
     def _layer(self, device: str) -> LSTM | GRU:
         return LAYERS[self.cell](
             self.input, self.hidden, self.layers, bidirectional=self.bidirectional, backend=self.backend,
-            save=self.save, save_budget=self.save_budget, device=device,
+            save=self.save, save_budget=self.save_budget, device=device, dtype=DTYPES[self.dtype],
         )  # fmt: skip
 
-    def __call__(self, steps: int) -> Built:
+    def __call__(self, steps: int) -> tuple[nn.Module, Tensor]:
         """The layer and a batch [T, B, I] of noise, the same at every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            layer = self._layer("cpu")
-        where: dict[str, Any] = {"device": self.device, "dtype": DTYPES[self.dtype]}
-        noise = torch.Generator(self.device).manual_seed(0)
-        x = torch.randn(steps, self.batch, self.input, generator=noise, **where)
-        return Built(layer.to(**where), (x,), {})
-
-
-@contextlib.contextmanager
-def working_folder() -> Iterator[None]:
-    """With the working folder first among those where modules are looked for."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # the user's code may change the list too
-            sys.path.remove(here)
+            return self._layer("cpu"), torch.randn(steps, self.batch, self.input, dtype=DTYPES[self.dtype])
 
 
 def load(given: str) -> Callable[..., Any]:
-    """The callable that "module:callable" names; modules are looked for in the working folder first. To call it, and
-    what it returns, stay within ``working_folder``: it may import more.
+    """The callable that "module:callable" names.
 
     Raises:
-        SubjectError: it is not of that form, cannot be imported, or is no callable.
+        SubjectError: it cannot be imported, or is no callable.
     """
-    name, colon, attribute = given.partition(":")
     form = "module:callable, such as mymodel:make for `def make(steps)` in mymodel.py"
-    if not (name and colon and attribute):
-        raise SubjectError(f"{given!r} given, allowed: {form}")
     try:
-        with working_folder():
-            found: Any = importlib.import_module(name)
+        found: Any = pkgutil.resolve_name(given)
     except Exception as error:  # whatever the user's file raises
-        raise SubjectError(
-            f"{given!r} given, and {name!r} cannot be imported ({_words(error)}); allowed: {form}"
-        ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise SubjectError(f"{given!r} given, and {name!r} has no {attribute!r}; allowed: {form}")
-        found = getattr(found, part)
+        raise SubjectError(f"{given!r} given, which cannot be imported ({shown(error)}); allowed: {form}") from error
     if not callable(found):
         raise SubjectError(f"{given!r} given, and that is of type {type(found).__name__}; allowed: {form}")
     result: Callable[..., Any] = found
@@ -145,15 +104,21 @@ def of_callable(make: Callable[..., Any], device: str) -> Build:
         try:
             made = make(steps)
         except Exception as error:
-            raise SubjectError(f"the callable failed when called with steps={steps}: {_words(error)}") from error
-        allowed = "allowed: (module, batch), or (module, args, kwargs) with a tuple and a dict"
-        if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
-            parts = [type(part).__name__ for part in made] if isinstance(made, tuple) else type(made).__name__
-            raise SubjectError(f"the callable returned {parts}; {allowed}")
-        if len(made) == 3 and not (isinstance(made[1], tuple) and isinstance(made[2], dict)):
-            raise SubjectError(f"the callable returned {[type(part).__name__ for part in made]}; {allowed}")
-        args, kwargs = (made[1], made[2]) if len(made) == 3 else ((made[1],), {})
-        return Built(made[0].to(device), _moved(args, device), _moved(kwargs, device))
+            raise SubjectError(f"the callable failed when called with steps={steps}: {shown(error)}") from error
+        args: tuple[Any, ...]
+        kwargs: dict[str, Any] = {}
+        match made:
+            case (nn.Module() as module, batch):
+                args = (batch,)
+            case (nn.Module() as module, tuple(args), dict(kwargs)):
+                pass
+            case _:
+                parts = [type(part).__name__ for part in made] if isinstance(made, tuple) else type(made).__name__
+                raise SubjectError(
+                    f"the callable returned {parts}; allowed: (module, batch), or (module, args, kwargs) with a tuple "
+                    "and a dict"
+                )
+        return Built(module.to(device), _moved(args, device), _moved(kwargs, device))
 
     return build
 
@@ -171,27 +136,26 @@ def on_torch(build: Build) -> Build:
 
     def other(steps: int) -> Built:
         module, args, kwargs = build(steps)
-        made: dict[int, nn.Module] = {}
-        for name, layer in module.named_modules():
-            if isinstance(layer, (LSTM, GRU)):
+        made: dict[nn.Module, nn.Module] = {}
+        for name, layer in list(module.named_modules(remove_duplicate=False)):
+            if not isinstance(layer, (LSTM, GRU)):
+                continue
+            if layer not in made:
                 try:
-                    new = layer.to_torch()
+                    new = made[layer] = layer.to_torch()
                 except ValueError as error:
                     raise SubjectError(
                         f"torch is to be compared with, and {name or 'the layer'} cannot: {error}"
                     ) from error
                 new.flatten_parameters()  # cuDNN wants its weights in one piece: once, not at each call
-                made[id(layer)] = new
+            if name:
+                module.set_submodule(name, made[layer])
         if not made:
             raise SubjectError(
                 "torch is to be compared with, and the model has no layer of persistrnn to replace; allowed: a model "
                 "with persistrnn.LSTM or GRU. For one with torch.nn's, compare with persistrnn"
             )
-        for parent in list(module.modules()):
-            for name, child in parent._modules.items():
-                if id(child) in made:
-                    parent._modules[name] = made[id(child)]
-        return Built(made.get(id(module), module), args, kwargs)
+        return Built(made.get(module, module), args, kwargs)
 
     return other
 
@@ -201,17 +165,19 @@ def on_ours(build: Build) -> Build:
 
     def other(steps: int) -> Built:
         module, args, kwargs = build(steps)
-        if not any(isinstance(layer, (nn.LSTM, nn.GRU)) for layer in module.modules()):
+        found = replacement.replace(module)
+        if not found.swapped:
             raise SubjectError(
-                "persistrnn is to be compared with, and the model has no torch.nn.LSTM or GRU to replace; allowed: a "
-                "model that has one"
+                f"persistrnn is to be compared with, and the model has no torch.nn.LSTM or GRU to replace ({found}); "
+                "allowed: a model that has one"
             )
-        return Built(replacement.replace(module).model, args, kwargs)
+        return Built(found.model, args, kwargs)
 
     return other
 
 
-def _words(error: BaseException) -> str:
+def shown(error: BaseException) -> str:
+    """An error's kind and words, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
@@ -244,14 +210,13 @@ class Call:
     def scan_bytes(self, backward: bool) -> float:
         """Bytes that the scans of one pass must move, in training: their inputs and results, and W_hh, once each."""
         cell = CELLS[self.cell]
-        gates, kept = cell.gates, cell.saved + cell.states  # with c and y
+        kept = cell.states + len(cell.extras)  # c and y, the masks
         if backward:
-            kept += 1 + gates * (2 if cell.recurrent_gradient else 1)  # dy, and dx; dr too where it differs
+            kept += cell.saved + 1 + cell.stored_gradients + cell.recurrent_gradient * cell.gates  # dy, dx, dr
         else:
-            kept += gates
-            kept -= {"state": cell.saved, "checkpoint": cell.saved}.get(self.save, 0)
-        rows = self.steps * self.batch * kept + gates * self.hidden
-        return float(self.layers * self.directions * self.hidden * rows * BYTES[self.dtype])
+            kept += cell.inputs + cell.saved * (self.save not in ("state", "checkpoint"))
+        rows = self.steps * self.batch * kept + cell.gates * self.hidden
+        return float(self.layers * self.directions * self.hidden * rows * DTYPES[self.dtype].itemsize)
 
     def needed(self, save: str) -> float:
         """Predicted bytes of its training with another ``save``, on its path and without dropout."""
@@ -275,8 +240,8 @@ def calls(module: nn.Module) -> Iterator[list[Call]]:
             steps, batch = (x.size(0), 1) if x.dim() == 2 else (x.size(time), x.size(1 - time))
         weight = next(layer.parameters())
         dtype = functional.compute_dtype(data, weight)
-        exact = dtype == torch.float32 and functional.precision() != "tf32"
-        names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32" if exact else "tf32"}
+        single = "tf32" if functional.precision() == "tf32" else "fp32"
+        names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: single}
         path = getattr(layer, "last_path", None) or TORCH
         label = names.get(dtype, str(dtype).removeprefix("torch."))
         sizes = layer.input_size, layer.hidden_size, layer.num_layers, 2 if layer.bidirectional else 1

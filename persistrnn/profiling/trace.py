@@ -1,4 +1,4 @@
-"""One iteration, read from a trace of torch.profiler: time, arithmetic, bytes and the peak of memory by phase.
+"""One iteration, read from a trace of torch.profiler: time, arithmetic and bytes by phase, and the peak of memory.
 
 The trace is the JSON of ``torch.profiler.profile.export_chrome_trace``, with shapes. The iteration is in a range
 ``ITERATION``, its stages in ranges of ``STAGES``; the layers' own ranges are those of ``phases``. On a GPU a kernel
@@ -13,7 +13,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,24 +34,20 @@ ORDER = (
 
 # Ranges and operators of our layers, and their phases.
 _LAYERS = {name: name.split(": ")[1] for name in phases.PHASES}
-_LAYERS |= {f"persistrnn::{kind}_forward": SCAN_FORWARD for kind in ("scan", "wave")}
-_LAYERS |= {f"persistrnn::{kind}_backward": SCAN_BACKWARD for kind in ("scan", "wave")}
-# What of these nodes is neither in a range nor in an operator of ours is the gradients of W_hh and of the bias.
-_NODES = ("_ScanBackward", "_WaveBackward")
+_LAYERS |= {"persistrnn::scan_forward": SCAN_FORWARD, "persistrnn::scan_backward": SCAN_BACKWARD}
+# What of this node is neither in a range nor in an operator of ours is the gradients of W_hh and of the bias.
+_NODE = "_ScanBackward"
 _STAGE_OF = {name: stage for stage, name in STAGES.items()}
 # Torch's own LSTM and GRU, as operators and as nodes of autograd; in ATen's loops over steps nodes have no such name.
 _TORCH_FORWARD = ("aten::lstm", "aten::gru", "persistrnn::torch_layer")
 _TORCH_BACKWARD = (
-    "MkldnnRnnLayerBackward0",
-    "CudnnRnnBackward0",
-    "MiopenRnnBackward0",
+    *("MkldnnRnnLayerBackward0", "CudnnRnnBackward0", "MiopenRnnBackward0"),
     "persistrnn::torch_layer_backward",
 )
 # Matrix products, and where their first operand stands.
-_PRODUCTS = {"aten::mm": 0, "aten::bmm": 0} | {
-    f"aten::{name}": 1 for name in ("addmm", "addmm_", "baddbmm", "baddbmm_")
-}
-_SIZES = {"c10::Half": 2, "c10::BFloat16": 2, "float": 4, "double": 8}
+_PRODUCTS = {"aten::mm": 0, "aten::bmm": 0}
+_PRODUCTS |= {f"aten::{name}": 1 for name in ("addmm", "addmm_", "baddbmm", "baddbmm_")}
+_BYTES = {"c10::Half": 2, "c10::BFloat16": 2, "float": 4, "double": 8}
 
 
 class Span(NamedTuple):
@@ -74,8 +70,7 @@ class Phase:
     floor: float = 0.0
 
 
-@dataclass
-class Iteration:
+class Iteration(NamedTuple):
     """seconds: its wall time while it was profiled. peak: bytes that torch had allocated at most, above those at its
     start (on a CPU; 0 if memory was not traced). device: whether ``phases`` are times of kernels, else of the host.
     of_inputs: operations of the input's products in the forward."""
@@ -120,19 +115,14 @@ def read(trace: Mapping[str, Any]) -> Iteration:
     threads = _threads(events, begin, end)
     _label(threads)
     hosts = [host for thread in threads.values() for host in thread]  # what lies in another one comes after it
+    pieces = [("stages", _STAGE_OF[host.name], host.start, host.end) for host in hosts if host.name in _STAGE_OF]
+    pieces += [("host", host.label, host.start, host.end) for host in hosts if _leads(host)]
     found: dict[str, Phase] = defaultdict(Phase)
-    spans = [
-        Span("stages", _STAGE_OF[host.name], (host.start - begin) / 1e6, (host.end - host.start) / 1e6)
-        for host in hosts
-        if host.name in _STAGE_OF
-    ]
-    if kernels:
-        spans += _of_kernels(found, kernels, threads, begin)
-    else:
-        main = threads[whole[0]["tid"]]
-        for host in main:
-            found[host.label].seconds += max(0.0, host.end - host.start - host.children) / 1e6
-    spans += _merged("host", ((host.label, host.start, host.end) for host in hosts if _leads(host)), begin, end)
+    for label, start, stop in _of_kernels(kernels, hosts):
+        found[label].seconds += (stop - start) / 1e6
+        pieces.append(("device", label, start, stop))
+    for host in threads[whole[0]["tid"]] if not kernels else ():
+        found[host.label].seconds += max(0.0, host.end - host.start - host.children) / 1e6
     of_inputs = 0.0
     for host in hosts:
         flops, moved = product(host.name, host.arguments)
@@ -145,7 +135,7 @@ def read(trace: Mapping[str, Any]) -> Iteration:
             of_inputs += flops if (host.label, host.stage) == (INPUT_GEMM, "forward") else 0.0
     ordered = {name: found[name] for name in ORDER if name in found}
     most = peak(trace["traceEvents"], begin)
-    return Iteration((end - begin) / 1e6, ordered, spans, most, bool(kernels), of_inputs)
+    return Iteration((end - begin) / 1e6, ordered, _spans(pieces, begin, end), most, bool(kernels), of_inputs)
 
 
 def _threads(events: Sequence[Mapping[str, Any]], begin: float, end: float) -> dict[Any, list[_Host]]:
@@ -197,7 +187,7 @@ def _label(threads: Mapping[Any, Sequence[_Host]]) -> None:
             host.label = _LAYERS[host.name]
         elif host.name in _TORCH_FORWARD:
             host.label = RECOMPUTE if host.stage == "backward" else TORCH_FORWARD
-        elif host.stage == "backward" and (host.name in _NODES or number in products):
+        elif host.stage == "backward" and (host.name == _NODE or number in products):
             host.label, host.node = WEIGHT_GEMMS, True
         elif above in (TORCH_FORWARD, TORCH_BACKWARD, WEIGHT_GEMMS):
             host.label, host.node = above, above == WEIGHT_GEMMS
@@ -214,38 +204,35 @@ def _leads(host: _Host) -> bool:
     return host.label not in (OTHER, *REST.values()) and (host.inside is None or host.inside.label != host.label)
 
 
-def _of_kernels(
-    found: dict[str, Phase], kernels: Sequence[Mapping[str, Any]], threads: Mapping[Any, Sequence[_Host]], begin: float
-) -> list[Span]:
-    """Add the time of kernels to the phases from which they were launched; and the device's spans."""
+def _of_kernels(kernels: Iterable[Mapping[str, Any]], hosts: Iterable[_Host]) -> Iterator[tuple[str, float, float]]:
+    """The phase from which each kernel was launched, its start and its end."""
     launches: dict[Any, _Host] = {}
     operators: dict[Any, _Host] = {}
-    for thread in threads.values():
-        for host in thread:
-            if "correlation" in host.arguments:
-                launches[host.arguments["correlation"]] = host
-            elif "External id" in host.arguments:
-                operators[host.arguments["External id"]] = host
-    pieces = []
+    for host in hosts:
+        if "correlation" in host.arguments:
+            launches[host.arguments["correlation"]] = host
+        elif "External id" in host.arguments:
+            operators[host.arguments["External id"]] = host
     for kernel in kernels:
         arguments = kernel.get("args", {})
         source = launches.get(arguments.get("correlation")) or operators.get(arguments.get("External id"))
-        label = source.label if source else OTHER
-        found[label].seconds += kernel["dur"] / 1e6
-        pieces.append((label, kernel["ts"], kernel["ts"] + kernel["dur"]))
-    return _merged("device", pieces, begin, max(end for _, _, end in pieces))
+        yield source.label if source else OTHER, kernel["ts"], kernel["ts"] + kernel["dur"]
 
 
-def _merged(track: str, pieces: Iterable[tuple[str, float, float]], begin: float, end: float) -> list[Span]:
-    """Neighbours of one name as one span, where less than a thousandth of the whole is between them."""
-    result: list[tuple[str, float, float]] = []
-    gap = (end - begin) / 1000
-    for name, start, stop in sorted(pieces, key=lambda piece: piece[1]):
-        if result and result[-1][0] == name and start - result[-1][2] <= gap:
-            result[-1] = name, result[-1][1], max(stop, result[-1][2])
+def _spans(pieces: Iterable[tuple[str, str, float, float]], begin: float, end: float) -> list[Span]:
+    """Neighbours of one name on one track as one span, where less than a thousandth of the whole is between them."""
+    found: dict[str, list[tuple[str, float, float]]] = {"stages": [], "host": [], "device": []}
+    for track, name, start, stop in sorted(pieces, key=lambda piece: piece[2]):
+        own = found[track]
+        if own and own[-1][0] == name and start - own[-1][2] <= (end - begin) / 1000:
+            own[-1] = name, own[-1][1], max(stop, own[-1][2])
         else:
-            result.append((name, start, stop))
-    return [Span(track, name, (start - begin) / 1e6, (stop - start) / 1e6) for name, start, stop in result]
+            own.append((name, start, stop))
+    return [
+        Span(track, name, (start - begin) / 1e6, (stop - start) / 1e6)
+        for track, own in found.items()
+        for name, start, stop in own
+    ]
 
 
 def peak(events: Iterable[Mapping[str, Any]], begin: float) -> int:
@@ -276,5 +263,5 @@ def product(name: str, arguments: Mapping[str, Any]) -> tuple[float, float]:
         return 0.0, 0.0
     (*outer, m, k), (*_, n) = shapes[first], shapes[first + 1]
     count = math.prod(outer)
-    size = max((_SIZES.get(kind, 0) for kind in arguments.get("Input type", ())), default=0)
+    size = max((_BYTES.get(kind, 0) for kind in arguments.get("Input type", ())), default=0)
     return 2.0 * count * m * k * n, float(count * (m * k + k * n + m * n) * size)

@@ -1,4 +1,4 @@
-"""What is measured for a profile: time, memory, what does not fit, what is traced."""
+"""What is measured for a profile: time, memory, what does not fit, what is traced; and the plan beside it."""
 
 import dataclasses
 import subprocess
@@ -9,17 +9,16 @@ import torch
 
 import persistrnn
 from persistrnn.kernels.planner import memory
-from persistrnn.profiling import measure as profiling
-from persistrnn.profiling import record as profile_record
-from persistrnn.profiling import report as profile_report
-from persistrnn.profiling import tables as profile_tables
+from persistrnn.profiling import measure as measuring
+from persistrnn.profiling import record, tables
 from persistrnn.profiling.advice import advice
 from persistrnn.profiling.measure import measure
-from persistrnn.profiling.record import NO_KERNELS, UNTRACED, Point, Settings, longest
-from persistrnn.profiling.subject import OURS, TORCH, Built, Sizes, SubjectError, calls, on_torch
+from persistrnn.profiling.record import NO_KERNELS, UNTRACED, Machine, Point, Profile, Settings
+from persistrnn.profiling.subject import OURS, TORCH, Built, Sizes, SubjectError, calls, of_callable, on_torch
 from persistrnn.profiling.trace import Iteration
 
-SIZES = Sizes("lstm", 6, 8, 2, False, 3, "fp32", "cpu")
+SIZES = Sizes("lstm", 6, 8, 2, batch=3)
+LAYER = of_callable(SIZES, "cpu")
 TWICE = Settings("adam", 2, 1, 20.0)
 
 
@@ -27,7 +26,7 @@ def failing(at: int, error: BaseException):
     def build(steps: int) -> Built:
         if steps == at:
             raise error
-        return SIZES(steps)
+        return LAYER(steps)
 
     return build
 
@@ -40,19 +39,13 @@ NO_MEMORY = [
 
 
 @pytest.mark.parametrize("error", NO_MEMORY)
-def test_errors_of_memory(error):
-    (point,) = measure("lstm", {OURS: failing(8, error)}, [8], "cpu", TWICE).points
-    assert point.failed == "out of memory"
-
-
-def test_one_t_without_memory_leaves_the_others():
-    error = NO_MEMORY[0]
+def test_one_t_without_memory_leaves_the_others(error):
     found = measure("lstm", {OURS: failing(8, error), TORCH: failing(4, error)}, [4, 8], "cpu", TWICE)
     assert [(point.arm, point.steps, point.failed) for point in found.points] == [
         (OURS, 4, ""), (OURS, 8, "out of memory"), (TORCH, 4, "out of memory"), (TORCH, 8, ""),
     ]  # fmt: skip
-    assert ("persistrnn at T = 8: out of memory", True) in profile_report.banners(found)
-    line = profile_tables.summary(found).rows[1]
+    assert ("persistrnn at T = 8: out of memory", True) in tables.banners(found)
+    line = tables.summary(found).rows[1]
     assert line.bad
     assert line.cells[:3] == [OURS, "8", "out of memory"]
 
@@ -63,27 +56,32 @@ def test_other_errors_are_errors():
 
 
 def test_what_cannot_fit_a_cpu_is_not_run(monkeypatch):
-    monkeypatch.setattr(profile_record, "_host_memory", lambda: 2_000_000)
+    monkeypatch.setattr(record, "_host_memory", lambda: 2_000_000)
     found = measure("lstm", {OURS: failing(4096, AssertionError("run"))}, [4, 16, 4096], "cpu", TWICE)
     assert [bool(point.failed) for point in found.points] == [False, False, True]
     assert "not run: it would need more than this machine's 0.0 GiB (extrapolated)" in found.points[-1].failed
 
 
-def test_longest():
-    def point(steps, size):
-        return Point(OURS, steps, held=size // 4, peak=size - size // 4)
-
-    assert longest([], 100) == 0
-    assert longest([point(10, 100)], 1000) == 100
-    assert longest([point(1, 999), point(10, 150), point(20, 250)], 1000) == 95, "by the two longest"
-    assert longest([point(20, 250), point(10, 150)], 240) == 19, "what was measured needs more than there is"
-    assert longest([point(10, 100), point(20, 100)], 1000) == 0, "no slope"
-    assert longest([point(10, 10)], 123_999) == 123_000
+@pytest.mark.parametrize(
+    ("sizes", "size", "expected"),
+    [
+        ([], 100, 0),
+        ([(10, 100)], 1000, 100),
+        ([(1, 999), (10, 150), (20, 250)], 1000, 95),  # by the two longest
+        ([(10, 150), (20, 250)], 240, 19),  # what was measured needs more than there is
+        ([(10, 100), (20, 100)], 1000, 0),  # no slope
+        ([(10, 10)], 123_999, 123_000),
+    ],
+)
+def test_longest(sizes, size, expected):
+    points = [Point(OURS, steps, held=total // 4, peak=total - total // 4) for steps, total in sizes]
+    machine = Machine("cpu", "", size, 1, False, "", "", "", "")
+    assert Profile("", machine, TWICE, points).longest(OURS) == expected
 
 
 def test_peak_is_what_torch_allocates():
     """Of the same layer on the same kernels, whoever calls them; and it grows with T as the saved tensors do."""
-    arms = {OURS: SIZES, TORCH: on_torch(SIZES)}
+    arms = {OURS: LAYER, TORCH: on_torch(LAYER)}
     found = measure("lstm", arms, [16, 64], "cpu", Settings("none", 2, 1, 20.0))
     ours, theirs = ([point.peak for point in found.of(arm)] for arm in (OURS, TORCH))
     assert ours == theirs
@@ -93,7 +91,7 @@ def test_peak_is_what_torch_allocates():
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    layer, (x,), _ = SIZES(64)
+    layer, x = SIZES(64)
     fixed = sum(p.nbytes for p in layer.parameters()) + x.nbytes
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = layer(x)[0].square().mean()
@@ -108,18 +106,20 @@ def test_recompute_on_torchs_path(cell, steps, monkeypatch):
     monkeypatch.setitem(memory.CHUNK_BYTES, "checkpoint", 1)
     monkeypatch.setattr(memory, "SHORTEST_OF_TORCH", 8)
     sizes = [dataclasses.replace(SIZES, cell=cell, save=save) for save in ("gates", "checkpoint")]
-    gates, checkpoint = (measure("", {OURS: one}, [steps], "cpu", TWICE).points[0] for one in sizes)
+    gates, checkpoint = (measure("", {OURS: of_callable(one, "cpu")}, [steps], "cpu", TWICE).points[0] for one in sizes)
     assert gates.phases["torch's layers, forward"].flops == gates.calls[0].flops
+    assert gates.phases["torch's layers, backward"].flops == 2 * gates.calls[0].flops
     assert "recompute" not in gates.phases
     assert checkpoint.phases["recompute"].seconds > 0
     assert checkpoint.phases["recompute"].flops == checkpoint.calls[0].flops
     assert (checkpoint.peak < gates.peak) or cell == "gru"
 
 
-def test_loops_of_many_operators_are_not_traced(monkeypatch, tmp_path):
+def test_loops_of_many_operators_are_not_traced(monkeypatch):
     """A trace of them is huge: time is measured all the same, and what is missing is said."""
-    monkeypatch.setattr(profiling, "MOST_OPERATORS", 150)
-    found = measure("gru", {OURS: dataclasses.replace(SIZES, cell="gru")}, [4, 16], "cpu", TWICE)
+    monkeypatch.setattr(measuring, "MOST_OPERATORS", 150)
+    gru = of_callable(dataclasses.replace(SIZES, cell="gru"), "cpu")
+    found = measure("gru", {OURS: gru}, [4, 16], "cpu", TWICE)
     short, long = found.points
     assert short.phases
     assert short.peak > 0
@@ -127,19 +127,17 @@ def test_loops_of_many_operators_are_not_traced(monkeypatch, tmp_path):
     assert long.seconds > 0
     assert long.calls[0].steps == 16
     assert found.longest(OURS) > 16, "by the short one"
-    text = profile_tables.report(found, advice(found))
+    text = tables.report(found, advice(found))
     assert "not traced: too many operators" in text
     assert "persistrnn at T = 4: time of this CPU by phase" in text
-    assert "persistrnn at T = 4: time of this CPU by phase" in profile_report.page(found)
 
 
 def test_host_time_never_stands_for_kernels():
     """A GPU whose kernels the profiler did not see has no phases, and says why."""
-    known = {"seconds": 1.0, "phases": {}, "spans": [], "peak": 0, "of_inputs": 0.0}
-    assert profiling._untraced(Iteration(device=True, **known), cuda=True) == ""
-    assert profiling._untraced(Iteration(device=False, **known), cuda=True) == NO_KERNELS
-    assert profiling._untraced(Iteration(device=False, **known), cuda=False) == ""
-    assert profiling._untraced(None, cuda=True) == UNTRACED
+    seen, unseen = (Iteration(1.0, {}, [], 0, device, 0.0) for device in (True, False))
+    assert measuring.untraced(seen, cuda=True) == measuring.untraced(unseen, cuda=False) == ""
+    assert measuring.untraced(unseen, cuda=True) == NO_KERNELS
+    assert measuring.untraced(None, cuda=True) == UNTRACED
 
 
 def test_the_profiler_is_silent():
@@ -156,9 +154,8 @@ def test_the_profiler_is_silent():
 def test_few_iterations_where_they_are_long():
     seen = []
     found = measure(
-        "lstm", {OURS: SIZES}, [4, 8], "cpu", Settings("adam", 50, 3, 0.0),
-        progress=lambda *what: seen.append(what),
-    )  # fmt: skip
+        "lstm", {OURS: LAYER}, [4, 8], "cpu", Settings("adam", 50, 3, 0.0), progress=lambda *what: seen.append(what)
+    )
     assert [point.iterations for point in found.points] == [2, 2]
     warmups = [sum(what == (OURS, steps, "warm-up") for what in seen) for steps in (4, 8)]
     assert warmups == [3, 2], "the profiled iteration warms up too"
@@ -167,15 +164,15 @@ def test_few_iterations_where_they_are_long():
 def test_one_iteration_at_least_is_before_the_profiled_one():
     """There the optimizer's state is made: what the profiled one allocates is not more than without one."""
     seen = []
-    found = measure("", {OURS: SIZES}, [4, 5], "cpu", TWICE, progress=lambda *what: seen.append(what[1:]))
+    found = measure("", {OURS: LAYER}, [4, 5], "cpu", TWICE, progress=lambda *what: seen.append(what[1:]))
     assert [what for steps, what in seen if steps == 5][:3] == ["build", "warm-up", "profile"]
-    without = measure("", {OURS: SIZES}, [5], "cpu", Settings("none", 2, 1, 20.0))
+    without = measure("", {OURS: LAYER}, [5], "cpu", Settings("none", 2, 1, 20.0))
     assert found.points[1].peak == without.points[0].peak
 
 
 def test_precision_is_put_back():
     before = torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-    with profiling.precision("fp32"):
+    with measuring.precision("fp32"):
         assert torch.backends.cudnn.rnn.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
         layer = persistrnn.LSTM(3, 4)
         with calls(layer) as called:

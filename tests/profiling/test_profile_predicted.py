@@ -1,6 +1,7 @@
 """What is predicted beside a profile: the plan's own numbers, and floors where the device is the measured one."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,10 +11,7 @@ from persistrnn.kernels.planner import hardware
 from persistrnn.kernels.planner.pipeline import plan_pipeline
 from persistrnn.kernels.planner.plan import plan_layer
 from persistrnn.kernels.planner.problem import Problem
-from persistrnn.profiling import plots as profile_plots
-from persistrnn.profiling import predicted as profile_predicted
-from persistrnn.profiling import report as profile_report
-from persistrnn.profiling import tables as profile_tables
+from persistrnn.profiling import predicted, report, tables
 from persistrnn.profiling.record import Machine, Point, Profile, Settings
 from persistrnn.profiling.subject import Call
 from persistrnn.profiling.trace import IDLE, Phase, Span
@@ -32,8 +30,10 @@ def synthetic(*calls: Call, machine: Machine = GPU) -> Profile:
         IDLE: Phase(2e-3),
     }
     spans = [Span("stages", "forward", 0, 1e-2), Span("device", "scan forward", 1e-3, 9e-3)]
-    point = Point("persistrnn", 2048, "", 2048 * 32, 30e-3, 29e-3, 31e-3, 5, 1 << 28, 1 << 30, 40e-3, phases, spans)
-    point.calls = list(calls)
+    point = Point(
+        "persistrnn", 2048, tokens=2048 * 32, seconds=30e-3, low=29e-3, high=31e-3, iterations=5, held=1 << 28,
+        peak=1 << 30, profiled=40e-3, phases=phases, spans=spans, calls=list(calls),
+    )  # fmt: skip
     return Profile("gru", machine, Settings("adam", 5, 2, 20.0), [point])
 
 
@@ -60,7 +60,7 @@ def test_one_layer_is_the_plans():
     assert found.rate == hardware.named("h200").rate("bf16")
 
 
-def test_a_stack_is_a_wave_where_that_is_faster():
+def test_a_stack_is_a_pipeline_where_that_is_faster():
     found = prediction.predict_stack("lstm", 256, 3, 8, 1, 100, "bf16", "h200")
     together = plan_pipeline(Problem(CELLS["lstm"], 256, 8, 1, "bf16", hardware.named("h200")), 3)
     assert together is not None
@@ -79,23 +79,26 @@ def test_float32_has_bf16_beside_it():
     assert found.dtypes["fp32"] == pytest.approx(found.total) != found.dtypes["bf16"]
 
 
-def test_what_does_not_fit_is_said(monkeypatch):
-    profile = synthetic(dataclasses.replace(CALL, hidden=200_000))
-    profile_predicted.add(profile, "h200")
-    assert profile.outlook is None
-    assert "hidden_size=200000" in profile.no_outlook
-    double = synthetic(dataclasses.replace(CALL, dtype="float64"))
-    profile_predicted.add(double, "h200")
-    assert "dtype must be one of" in double.no_outlook
-    monkeypatch.setattr(profile_plots, "draw", lambda profile: [])
-    assert "There is no plan: dtype must be one of" in profile_report.page(double)
+def test_where_there_is_no_plan_the_page_says_why(monkeypatch):
+    monkeypatch.setattr("persistrnn.profiling.plots.draw", lambda profile: [])
+    nothing = Profile("lstm", GPU, Settings("adam", 5, 2, 20.0), [Point("persistrnn", 8, "out of memory")])
+    for profile, words in (
+        (synthetic(dataclasses.replace(CALL, hidden=200_000)), "hidden_size=200000"),
+        (synthetic(dataclasses.replace(CALL, dtype="float64")), "dtype must be one of"),
+        (nothing, "nothing was measured"),
+    ):
+        predicted.add(profile, "h200")
+        assert profile.outlook is None
+        assert words in profile.no_outlook
+        assert "There is no plan: " in report.html(profile)
+    assert "persistrnn at T = 8: out of memory" in report.html(nothing)
 
 
 def test_floors_on_the_live_device(on_h200):
     """The scans' is the plan's of every call; that of products is arithmetic or memory, whichever takes longer."""
     small = dataclasses.replace(CALL, hidden=256, steps=512)
     profile = synthetic(small, CALL)
-    profile_predicted.add(profile, None)
+    predicted.add(profile, None)
     (point,) = profile.points
     record = hardware.named("h200")
     shape = CELLS["gru"]
@@ -109,7 +112,7 @@ def test_floors_on_the_live_device(on_h200):
         "of the largest"
     )
 
-    table = profile_tables.phases(profile, point, False)
+    table = tables.phases(profile, point, False)
     assert [column.name for column in table.columns][-2:] == ["floor, us per step", "floor over time"]
     assert {column.band for column in table.columns} == {"", "measured", "predicted", "ratio"}
     line = table.rows[1].cells
@@ -120,35 +123,40 @@ def test_floors_on_the_live_device(on_h200):
     assert table.rows[4].cells[4:] == ["", "", "", ""], "what is not known is not there"
 
 
-def test_page_of_a_gpu(on_h200):
-    """Kernels on a track of their own; nothing calls itself a CPU."""
+def test_each_scan_has_the_floor_of_its_pass(monkeypatch):
+    passes = {"forward": SimpleNamespace(floor=1.0), "backward": SimpleNamespace(floor=2.0)}
+    found = SimpleNamespace(live=True, passes=passes, rate=1.0, memory_rate=1.0)
+    monkeypatch.setattr(predicted, "_of", lambda call, device: found)
     profile = synthetic(CALL)
-    profile_predicted.add(profile, None)
-    page = profile_report.page(profile)
+    predicted.add(profile, None)
+    floors = [profile.points[0].phases[name].floor for name in ("scan forward", "scan backward")]
+    assert floors == [2048 * 1e-6, 2048 * 2e-6]
+
+
+def test_page_of_a_gpu(on_h200):
+    """Kernels on a track of their own; nothing calls itself a CPU; a number is one in the table and on its card."""
+    profile = synthetic(CALL)
+    predicted.add(profile, None)
+    page = report.html(profile)
     assert "Measured on a CPU" not in page
     assert "those of the kernels; the rest of the iteration the device is idle" in page
     assert "device idle" in page
     assert ">device<" in page
+    card = next(card for card in report.cards(profile) if card.what == "peak memory")
+    table = tables.summary(profile)
+    row = dict(zip((column.name for column in table.columns), table.rows[-1].cells, strict=True))
+    assert (card.value, row["peak MiB"], row["of it held MiB"]) == ("1,280", "1,280", "256.0")
 
 
 def test_no_floors_for_another_device():
     """A plan for a device that is not there has no share of what was measured here."""
-    profile = synthetic(CALL)
-    profile_predicted.add(profile, "a100")
-    assert profile.outlook.device == "a100"
+    profile = synthetic(dataclasses.replace(CALL, hidden=256), CALL)
+    predicted.add(profile, "a100")
+    assert "gru H=1024 B=32 D=2 bf16 on a100" in profile.outlook.text, "of the largest"
     assert all(phase.floor == 0 for phase in profile.points[0].phases.values())
     cpu = synthetic(CALL, machine=dataclasses.replace(GPU, kind="cpu"))
-    profile_predicted.add(cpu, None)
+    predicted.add(cpu, None)
     assert all(phase.floor == 0 for phase in cpu.points[0].phases.values())
-
-
-def test_nothing_measured():
-    profile = Profile("lstm", GPU, Settings("adam", 5, 2, 20.0), [Point("persistrnn", 8, "out of memory")])
-    profile_predicted.add(profile, None)
-    assert profile.no_outlook == "nothing was measured"
-    page = profile_report.page(profile)
-    assert "persistrnn at T = 8: out of memory" in page
-    assert "There is no plan: nothing was measured." in page
 
 
 def test_work_of_a_scan():

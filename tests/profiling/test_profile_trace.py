@@ -7,7 +7,7 @@ import torch
 
 from persistrnn import phases
 from persistrnn.profiling import trace as profile_trace
-from persistrnn.profiling.trace import ITERATION, STAGES, Span, read
+from persistrnn.profiling.trace import ITERATION, STAGES, read
 
 MAIN, AUTOGRAD = 1, 2
 
@@ -59,18 +59,20 @@ def test_kernels_belong_to_the_range_that_launched_them():
         )
     )
     assert found.device
-    assert found.seconds == pytest.approx(230e-6)
     assert seconds(found) == {
         "input GEMM": 40, "scan forward": 300, "rest of forward": 7, "loss": 5, "scan backward": 400,
         "weight GEMMs": 60, "rest of backward": 3, "optimizer": 11, "other": 4,
     }  # fmt: skip
-    device = [
-        (span.name, round(span.start * 1e6), round(span.seconds * 1e6))
-        for span in found.spans
-        if span.track == "device"
-    ]
-    assert device[0] == ("input GEMM", 50, 40)
-    assert ("scan forward", 90, 300) in device
+    spans = [(span.track, span.name, round(span.start * 1e6), round(span.seconds * 1e6)) for span in found.spans]
+    assert spans[:4] == [("stages", name, start, long) for name, start, long in (
+        ("forward", 0, 100), ("loss", 100, 10), ("backward", 110, 90), ("optimizer", 200, 30),
+    )]  # fmt: skip
+    assert ("host", "input GEMM", 10, 10) in spans
+    assert ("host", "scan backward", 120, 30) in spans
+    assert not [name for track, name, _, _ in spans if track == "host" and name.startswith("rest")]
+    device = [rest for track, *rest in spans if track == "device"]
+    assert device[:2] == [["input GEMM", 50, 40], ["scan forward", 90, 300]]
+    assert len(device) == 9
 
 
 def test_a_kernel_without_a_launch_event_is_found_by_its_operator():
@@ -99,7 +101,7 @@ def test_own_time_of_a_cpu_adds_up():
     assert not found.device
     expected = {"input GEMM": 20, "scan forward": 60, "rest of forward": 20, "loss": 10, "scan backward": 35}
     assert seconds(found) == expected | {"weight GEMMs": 25, "rest of backward": 30, "optimizer": 30, "other": 0}
-    assert sum(phase.seconds for phase in found.phases.values()) == pytest.approx(found.seconds)
+    assert sum(phase.seconds for phase in found.phases.values()) == pytest.approx(found.seconds) == 230e-6
 
 
 def test_torchs_layers_are_told_apart_where_nodes_have_names_and_else_not():
@@ -170,6 +172,13 @@ def test_products_are_counted_once():
     assert found.of_inputs == 2 * 3 * 5 * 7, "of the forward alone"
 
 
+def test_neighbours_of_one_name_are_one_span():
+    pieces = [("host", "a", 0, 10), ("host", "b", 20, 30), ("host", "a", 10.5, 20), ("host", "b", 32, 40)]
+    found = profile_trace._spans([("device", "b", 30, 40), *pieces], 0, 1000)
+    expected = [("host", "a", 0, 20), ("host", "b", 20, 10), ("host", "b", 32, 8), ("device", "b", 30, 10)]
+    assert [(*rest, round(start * 1e6), round(long * 1e6)) for *rest, start, long in found] == expected
+
+
 def test_peak_of_memory():
     def memory(ts, size, place, device=0):
         arguments = {"Bytes": size, "Addr": place, "Device Type": device}
@@ -187,14 +196,6 @@ def test_peak_of_memory():
         memory(80, 350, 4),
     ]
     assert profile_trace.peak(reversed(events), 0) == 800
-
-
-def test_neighbours_of_one_name_are_one_span():
-    pieces = [("a", 0, 10), ("b", 20, 30), ("a", 10.5, 20), ("a", 90, 100)]
-    found = profile_trace._merged("device", pieces, 0, 1000)
-    expected = [("a", 0, 20), ("b", 20, 10), ("a", 90, 10)]
-    assert [(name, round(start * 1e6), round(long * 1e6)) for _, name, start, long in found] == expected
-    assert all(isinstance(span, Span) for span in found)
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -45,7 +45,10 @@ def first_run() -> Results:
 def test_a_first_run_fills_the_notebook() -> None:
     """Those cells and nothing else."""
     found = notes.cells(first_run(), "r.json")
-    assert found.keys() == notes.CELLS.keys()
+    assert found.keys() == {
+        "self-flagging exchange", "one poller per group", "weights in registers", "staggered reads of h", "CUDA graphs",
+        "several batch tiles", "stack as a wavefront", "marks instead of masks",
+    }  # fmt: skip
     assert found["self-flagging exchange"] == "an exchange among 128 programs, 4,096 bytes: 0.97 -> 0.67 us (r.json)"
     assert found["one poller per group"] == "an announcement: 0.80 us among 4, 0.93 us among 128 (r.json)"
     assert found["weights in registers"] == "from shared memory: 118 bytes per clock (r.json)"
@@ -83,7 +86,7 @@ def test_the_rest_takes_a_first_run_as_it_is(tmp_path: Path, capsys: pytest.Capt
     assert '"backward"' in content
     shown = {one.text: one.met for one in targets.targets(first_run(), "h200.json")}
     assert sum(met != targets.NOTHING for met in shown.values()) >= 8
-    assert "lstm H=768 B=16 T=1024" in tables.markdown(first_run())
+    assert targets.NOTHING not in tables.markdown(first_run())
     wrong = first_run()
     wrong.timings = [one for one in wrong.timings if one.case != suites.first()[0]]
     wrong.add(Check(suites.first()[0], "persistrnn", False, 9.0, "y is wrong"))

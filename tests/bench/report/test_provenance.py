@@ -27,7 +27,7 @@ def program(folder: Path, name: str, script: str) -> None:
 
 
 def test_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/x", "--text", "a b"])
+    monkeypatch.setattr(sys, "argv", ["/a/pytest/__main__.py", "--text", "a b"])
     found = provenance.provenance(CPU)
     assert found.rehearsal
     assert found.device == f"CPU ({platform.machine()})"
@@ -35,19 +35,9 @@ def test_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.torch, found.triton, found.python) == (
         torch.__version__, triton.__version__, platform.python_version(),
     )  # fmt: skip
-    assert found.command == "x --text 'a b'"
+    assert found.command == "pytest --text 'a b'"
     assert (found.clocks_before, found.clocks_after) == (0, 0)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found.date)
-
-
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [(["/a/pytest/__main__.py", "bench"], "pytest bench"), (["/a/bin/pytest", "bench"], "pytest bench")],
-)
-def test_the_command_is_what_was_typed(argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", argv)
-    assert provenance.provenance(CPU).command == expected
-    assert provenance.provenance(CPU, ["python", "-m", "x y"]).command == "python -m 'x y'"
 
 
 def test_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,20 +59,13 @@ def test_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--query-gpu=clocks.sm --format=csv,noheader,nounits" in asked.read_text()
 
 
-@pytest.mark.parametrize("script", ["exit 1", "echo '[N/A]'", ""], ids=["fails", "knows nothing", "says nothing"])
-def test_clocks_that_cannot_be_read(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program(tmp_path, "nvidia-smi", script)
+@pytest.mark.parametrize(
+    "script", ["exit 1", "echo '[N/A]'", "", None], ids=["fails", "knows nothing", "mute", "absent"]
+)
+def test_clocks_that_cannot_be_read(script: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if script is not None:
+        program(tmp_path, "nvidia-smi", script)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert provenance.clock() == 0
-
-
-def test_a_program_that_hangs_or_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hang(*_: object, **__: object) -> None:
-        raise subprocess.TimeoutExpired("nvidia-smi", 30)
-
-    assert provenance._output("no-such-program") == ""
-    monkeypatch.setattr(subprocess, "run", hang)
-    assert provenance._output("nvidia-smi") == ""
     assert provenance.clock() == 0
 
 

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,6 @@ def test_what_is_saved_is_loaded(make: Callable[[], Results], tmp_path: Path) ->
     make().save(path)
     assert load(path) == make()
     assert [p.name for p in path.parent.iterdir()] == ["results.json"], "nothing unfinished is left"
-
-
-def test_integers_are_read_where_a_float_is_meant(tmp_path: Path) -> None:
-    document = raw()
-    document["stress"][0]["seconds"] = 2
-    (tmp_path / "r.json").write_text(json.dumps(document))
-    (found,) = load(tmp_path / "r.json").stress
-    assert found == Stress("wakes up", True, 2.0, "it did")
-    assert isinstance(found.seconds, float)
 
 
 def test_file_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> None:
@@ -57,17 +48,10 @@ def test_speed_needs_a_green_check_of_its_case_and_arm() -> None:
     found.add(timing(CASE))
     assert found.timing(CASE, "persistrnn") == timing(CASE)
     assert found.timing(CASE, "torch") is None
-
-
-@pytest.mark.parametrize("oks", [(False,), (True, False), (False, True)])
-def test_one_red_check_is_enough_to_refuse_a_speed(oks: tuple[bool, ...]) -> None:
-    found = empty()
-    for ok in oks:
-        found.add(Check(CASE, "persistrnn", ok, 0.5, ""))
-    assert not found.correct(CASE, "persistrnn")
+    found.add(Check(CASE, "torch", False, 0.5, ""))
     with pytest.raises(ValueError, match="no green check"):
-        found.add(timing(CASE))
-    found.add(skipped(CASE, "persistrnn", "its check is red"))
+        found.add(timing(CASE, "torch"))  # one red check is enough
+    found.add(skipped(CASE, "torch", "its check is red"))
 
 
 def test_equal_work_in_another_suite_is_the_same_case() -> None:
@@ -79,16 +63,10 @@ def test_equal_work_in_another_suite_is_the_same_case() -> None:
         found.add(timing(other))
 
 
-@pytest.mark.parametrize("field", ["cell", "input", "hidden", "layers", "bidirectional", "batch", "steps"])
+@pytest.mark.parametrize("field", ["cell", "input", "hidden", "layers", "bidirectional", "batch", "steps", "marks"])
 def test_other_work_is_another_case(field: str) -> None:
-    value = {"cell": "gru", "bidirectional": True}.get(field, 77)
+    value = {"cell": "gru", "bidirectional": True, "marks": "resets"}.get(field, 77)
     assert case(**{field: value}).key != CASE.key
-
-
-@pytest.mark.parametrize(("microseconds", "steps"), [(0.0, 100), (5.0, 0)])
-def test_time_of_nothing_is_refused(microseconds: float, steps: int) -> None:
-    with pytest.raises(ValueError, match="allowed: more than 0, or the reason in 'skipped'"):
-        add(empty(), timing(case(steps=steps), microseconds=microseconds))
 
 
 # Malformed files
@@ -130,39 +108,33 @@ WRONG: dict[type, tuple[list[Any], str]] = {
     list: ([{}, "a", 3, None], "a list"),
     dict: ([[], "a", 3, None], "an object with"),
 }
+CHOICES = {"arm": ARMS, "dtype": DTYPES, "marks": MARKS, "mode": MODES}
 
 
-@pytest.mark.parametrize("keys", [keys for keys, _ in nodes(raw())], ids=lambda keys: place(keys) or "all")
-def test_wrong_value_is_refused_with_its_place(keys: tuple[Any, ...], tmp_path: Path) -> None:
-    (now,) = (value for k, value in nodes(raw()) if k == keys)
+@pytest.mark.parametrize("part", ["provenance", "checks", "timings", "micro", "stress", "tuning"])
+def test_wrong_values_and_keys_are_refused_with_their_place(part: str, tmp_path: Path) -> None:
+    """Everywhere in the file."""
     path = tmp_path / "results.json"
-    values, allowed = WRONG[type(now)]
-    choices = {"arm": ARMS, "dtype": DTYPES, "marks": MARKS, "mode": MODES}
-    if keys and keys[-1] in choices and ("case" in keys or keys[-1] == "arm"):
-        allowed = ", ".join(choices[keys[-1]])
-    for value in values:
-        path.write_text(json.dumps(changed(keys, value)))
+
+    def refused(document: Any, *words: str) -> None:
+        path.write_text(json.dumps(document))
         with pytest.raises(ValueError, match="allowed: ") as caught:
             load(path)
-        assert f"{path}{place(keys)} is " in str(caught.value)
-        assert repr(str(value)[:200]) in str(caught.value)
-        assert f"allowed: {allowed}" in str(caught.value)
+        assert [some for some in words if some not in str(caught.value)] == []
 
-
-OBJECTS = [keys for keys, value in nodes(raw()) if isinstance(value, dict)]
-
-
-@pytest.mark.parametrize("keys", OBJECTS, ids=lambda keys: place(keys) or "all")
-def test_missing_and_unknown_keys_are_refused(keys: tuple[Any, ...], tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    (now,) = (value for k, value in nodes(raw()) if k == keys)
-    gone = now.keys() - {"marks"}  # older files have none
-    for other in [now | {"colour": "red"}, *({k: v for k, v in now.items() if k != name} for name in gone)]:
-        path.write_text(json.dumps(changed(keys, other)))
-        with pytest.raises(ValueError, match="allowed: exactly ") as caught:
-            load(path)
-        assert f"the list of keys of {path}{place(keys)} is " in str(caught.value)
-        assert ", ".join(now) in str(caught.value)
+    for keys, now in nodes(raw()):
+        if keys and keys[0] != part:
+            continue
+        where = f"{path}{place(keys)}"
+        values, allowed = WRONG[type(now)]
+        if keys and keys[-1] in CHOICES and ("case" in keys or keys[-1] == "arm"):
+            values, allowed = ["fp63", *values], ", ".join(CHOICES[keys[-1]])
+        for value in values:
+            refused(changed(keys, value), f"{where} is {str(value)[:200]!r}", f"allowed: {allowed}")
+        if isinstance(now, dict):
+            gone = now.keys() - {"marks"}  # older files have none
+            for other in [now | {"colour": "red"}, *({k: v for k, v in now.items() if k != name} for name in gone)]:
+                refused(changed(keys, other), f"the list of keys of {where} is ", f"exactly {', '.join(now)}")
 
 
 def test_files_from_before_marks_are_read(tmp_path: Path) -> None:
@@ -171,33 +143,6 @@ def test_files_from_before_marks_are_read(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace(',\n    "marks": ""', "").replace(',\n     "marks": ""', ""))
     assert "marks" not in path.read_text()
     assert load(path) == everything()
-
-
-def test_marks_are_other_work() -> None:
-    keys = {replace(CASE, marks=marks).key for marks in MARKS}
-    assert len(keys) == len(MARKS)
-    assert CASE.key in keys
-
-
-@pytest.mark.parametrize(
-    ("keys", "allowed"),
-    [
-        (("timings", 1, "case", "marks"), MARKS),
-        (("timings", 0, "case", "dtype"), DTYPES),
-        (("checks", 1, "case", "mode"), MODES),
-        (("tuning", 0, "case", "dtype"), DTYPES),
-        (("timings", 1, "arm"), ARMS),
-        (("checks", 0, "arm"), ARMS),
-    ],
-)
-def test_unknown_name_is_refused_with_the_known_ones(
-    keys: tuple[Any, ...], allowed: tuple[str, ...], tmp_path: Path
-) -> None:
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(changed(keys, "fp63")))
-    with pytest.raises(ValueError, match="'fp63'") as caught:
-        load(path)
-    assert str(caught.value) == f"{path}{place(keys)} is 'fp63', allowed: {', '.join(allowed)}"
 
 
 def test_rules_hold_for_a_file_too(tmp_path: Path) -> None:
@@ -209,7 +154,7 @@ def test_rules_hold_for_a_file_too(tmp_path: Path) -> None:
     for document, where, message in (
         (red, "timings[1]", "no speed without correctness"),
         (twice, "timings[3]", "one run, one number"),
-        (changed(("timings", 0, "microseconds"), 0), "timings[0]", "allowed: more than 0"),
+        (changed(("timings", 0, "microseconds"), 0), "timings[0]", "allowed: more than 0, or the reason in 'skipped'"),
     ):
         path.write_text(json.dumps(document))
         with pytest.raises(ValueError, match=message) as caught:
@@ -232,26 +177,18 @@ def test_what_is_no_json_is_refused(content: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["checks", "timings", "micro", "stress", "tuning"])
 def test_an_entry_by_itself_is_a_line(kind: str) -> None:
+    """And half a line is none."""
     for one in getattr(everything(), kind):
         text = line(one)
-        assert text.count("\n") == 1
-        assert text.endswith("\n")
+        assert (text.count("\n"), text[-1]) == (1, "\n")
         assert entry(text) == one
         for cut in range(0, len(text) - 2, 7):
             with pytest.raises(ValueError, match=r"allowed: |line 1 column"):
                 entry(text[:cut])
-
-
-@pytest.mark.parametrize(
-    ("text", "allowed"),
-    [
+    for other, allowed in (
         ("[]", "an object with the entry under the name of its kind"),
-        ('{"Stress": {}, "Micro": {}}', "an object with the entry"),
         ('{"Provenance": {}}', "Check, Timing, Micro, Stress, Tuning"),
         ('{"Stress": {"name": "x"}}', "exactly name, ok, seconds, message"),
-    ],
-)
-def test_other_lines_are_refused(text: str, allowed: str) -> None:
-    with pytest.raises(ValueError, match="allowed: ") as caught:
-        entry(text)
-    assert allowed in str(caught.value)
+    ):
+        with pytest.raises(ValueError, match=f"allowed: {allowed}"):
+            entry(other)
