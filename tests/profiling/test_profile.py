@@ -12,9 +12,14 @@ import torch
 from html_page import Page
 
 from persistrnn.profiling import command, page, plots, run
-from persistrnn.profiling.subject import OURS, TORCH, Sizes, load
+from persistrnn.profiling import report as profile_report
+from persistrnn.profiling.measure import measure
+from persistrnn.profiling.record import Settings
+from persistrnn.profiling.subject import OURS, TORCH, Sizes, load, of_callable
 from persistrnn.profiling.trace import ORDER, STAGES
 
+SIZES = Sizes("lstm", 8, 8, 2, batch=3)
+TWICE = Settings("adam", 2, 1, 20.0)
 COMMAND = "--cell lstm --hidden 8 --layers 2 --batch 3 --steps 16,4 --device cpu --iterations 2"
 
 
@@ -228,3 +233,37 @@ def test_phases_of_the_kernels(tmp_path, undrawn):
     text = (tmp_path / "profile.txt").read_text()
     assert "measured in Triton's interpreter, CPU" in text
     assert "no time here says anything about a GPU" in text
+
+
+@pytest.mark.parametrize(("broken", "left"), [("data", set()), ("shutil.move", {"profile.html"})])
+def test_a_report_that_fails_leaves_its_folder_to_the_next(broken, left, tmp_path, undrawn, monkeypatch):
+    """Nothing is written before all is made; and what is written bears the page's mark."""
+
+    def fail(*given):
+        raise OSError("no space left")
+
+    found = measure("lstm", {OURS: of_callable(SIZES, "cpu")}, [4], "cpu", TWICE)
+    traces = tmp_path / "traces"
+    traces.mkdir()
+    (traces / "trace.json").write_text("{}")
+    folder = profile_report.folder(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"persistrnn.profiling.report.{broken}", fail)
+        with pytest.raises(OSError, match="no space left"):
+            profile_report.write(found, folder, traces)
+    names = {path.name for path in folder.iterdir()}
+    assert left <= names
+    assert bool(left) == bool(names)
+    assert profile_report.folder(folder) == folder
+    profile_report.write(found, folder, traces)
+    assert {path.name for path in folder.iterdir()} == {"profile.html", "profile.txt", "profile.json", "trace.json"}
+
+
+def test_the_page_comes_first_and_whole(tmp_path, undrawn, monkeypatch):
+    """Killed after any step, the folder has the mark or nothing of the report's names."""
+    found = measure("lstm", {OURS: of_callable(SIZES, "cpu")}, [4], "cpu", TWICE)
+    replace, order = Path.replace, []
+    monkeypatch.setattr(Path, "replace", lambda own, other: (order.append(other.name), replace(own, other)))
+    (tmp_path / "traces").mkdir()
+    profile_report.write(found, tmp_path, tmp_path / "traces")
+    assert order == ["profile.html", "profile.txt", "profile.json"]

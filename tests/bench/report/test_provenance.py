@@ -69,6 +69,16 @@ def test_clocks_that_cannot_be_read(script: str | None, tmp_path: Path, monkeypa
     assert provenance.clock() == 0
 
 
+def test_a_program_that_hangs_or_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(*_: object, **__: object) -> None:
+        raise subprocess.TimeoutExpired("nvidia-smi", 30)
+
+    assert provenance._output("no-such-program") == ""
+    monkeypatch.setattr(subprocess, "run", hang)
+    assert provenance._output("nvidia-smi") == ""
+    assert provenance.clock() == 0
+
+
 def test_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Git's, with what is not in it; without a history what the caller says, or nothing."""
     monkeypatch.setattr(provenance, "ROOT", tmp_path)

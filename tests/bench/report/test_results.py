@@ -24,6 +24,15 @@ def test_what_is_saved_is_loaded(make: Callable[[], Results], tmp_path: Path) ->
     assert [p.name for p in path.parent.iterdir()] == ["results.json"], "nothing unfinished is left"
 
 
+def test_integers_are_read_where_a_float_is_meant(tmp_path: Path) -> None:
+    document = raw()
+    document["stress"][0]["seconds"] = 2
+    (tmp_path / "r.json").write_text(json.dumps(document))
+    (found,) = load(tmp_path / "r.json").stress
+    assert found == Stress("wakes up", True, 2.0, "it did")
+    assert isinstance(found.seconds, float)
+
+
 def test_file_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     everything().save(path)
