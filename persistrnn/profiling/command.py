@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from ..kernels.cells import CELLS
 from ..options import BACKENDS, SAVES
 from . import report, tables
 from .advice import advice
 from .measure import OPTIMIZERS, precision
 from .run import COMPARISONS, profile
-from .subject import DTYPES, LAYERS, Sizes, SubjectError, load
+from .subject import DTYPES, Sizes, SubjectError, load
 
 NAMES = {"half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float": "fp32", "float32": "fp32"}  # torch's
 # Of a layer; a model of the user's has its own.
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     what = result.add_mutually_exclusive_group(required=True)
-    what.add_argument("--cell", type=str.lower, choices=list(LAYERS), help="or --model for a model of yours")
+    what.add_argument("--cell", type=str.lower, choices=list(CELLS), help="or --model for a model of yours")
     what.add_argument(
         "--model",
         metavar="MODULE:CALLABLE",

@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_map_only
 
 from .. import decide, functional, replacement
 from ..kernels.cells import CELLS
-from ..modules import GRU, LSTM
 from ..options import Backend, Save, check_count
+from ..own_cell import Recurrent
+from ..recurrent import RecurrentBase
 
 OURS, TORCH = "persistrnn", "torch.nn"
-LAYERS: dict[str, type[LSTM] | type[GRU]] = {"lstm": LSTM, "gru": GRU}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 
 
@@ -43,8 +43,8 @@ class SubjectError(ValueError):
 
 @dataclass(frozen=True)
 class Sizes:
-    """A stack of layers, called as a callable of the user's is. input: I; dtype: of DTYPES; the others as in
-    ``persistrnn.LSTM``, which refuses what cannot be."""
+    """A stack of layers, called as a callable of the user's is. cell: a built-in one's name; input: I; dtype: of
+    DTYPES; the others as in ``persistrnn.Recurrent``, which refuses what cannot be."""
 
     cell: str
     input: int
@@ -66,9 +66,9 @@ class Sizes:
         both, save = " D=2" * self.bidirectional, f" save={self.save}" * (self.save != "gates")
         return f"{self.cell} I={self.input} H={self.hidden} L={self.layers}{both} B={self.batch} {self.dtype}{save}"
 
-    def _layer(self, device: str) -> LSTM | GRU:
-        return LAYERS[self.cell](
-            self.input, self.hidden, self.layers, bidirectional=self.bidirectional, backend=self.backend,
+    def _layer(self, device: str) -> RecurrentBase:
+        return Recurrent(
+            self.cell, self.input, self.hidden, self.layers, bidirectional=self.bidirectional, backend=self.backend,
             save=self.save, save_budget=self.save_budget, device=device, dtype=DTYPES[self.dtype],
         )  # fmt: skip
 
@@ -138,7 +138,7 @@ def on_torch(build: Build) -> Build:
         module, args, kwargs = build(steps)
         made: dict[nn.Module, nn.Module] = {}
         for name, layer in list(module.named_modules(remove_duplicate=False)):
-            if not isinstance(layer, (LSTM, GRU)):
+            if not isinstance(layer, RecurrentBase):
                 continue
             if layer not in made:
                 try:
@@ -153,7 +153,7 @@ def on_torch(build: Build) -> Build:
         if not made:
             raise SubjectError(
                 "torch is to be compared with, and the model has no layer of persistrnn to replace; allowed: a model "
-                "with persistrnn.LSTM or GRU. For one with torch.nn's, compare with persistrnn"
+                "with persistrnn.LSTM, GRU or RNN. For one with torch.nn's, compare with persistrnn"
             )
         return Built(made.get(module, module), args, kwargs)
 
@@ -168,8 +168,8 @@ def on_ours(build: Build) -> Build:
         found = replacement.replace(module)
         if not found.swapped:
             raise SubjectError(
-                f"persistrnn is to be compared with, and the model has no torch.nn.LSTM or GRU to replace ({found}); "
-                "allowed: a model that has one"
+                f"persistrnn is to be compared with, and the model has no torch.nn.LSTM, GRU or RNN to replace "
+                f"({found}); allowed: a model that has one"
             )
         return Built(found.model, args, kwargs)
 
@@ -204,8 +204,9 @@ class Call:
     def flops(self) -> float:
         """Floating-point operations of a forward's products, those of the inputs included; a backward has about twice
         as many."""
-        widths = self.input + (self.layers - 1) * self.directions * self.hidden + self.layers * self.hidden
-        return 2.0 * self.steps * self.batch * self.directions * CELLS[self.cell].gates * self.hidden * widths
+        cell, below = CELLS[self.cell], self.input + (self.layers - 1) * self.directions * self.hidden
+        widths = cell.inputs * below + cell.gates * self.layers * self.hidden
+        return 2.0 * self.steps * self.batch * self.directions * self.hidden * widths
 
     def scan_bytes(self, backward: bool) -> float:
         """Bytes that the scans of one pass must move, in training: their inputs and results, and W_hh, once each."""
@@ -245,9 +246,10 @@ def calls(module: nn.Module) -> Iterator[list[Call]]:
         path = getattr(layer, "last_path", None) or TORCH
         label = names.get(dtype, str(dtype).removeprefix("torch."))
         sizes = layer.input_size, layer.hidden_size, layer.num_layers, 2 if layer.bidirectional else 1
-        found.append(Call(layer.mode.lower(), *sizes, steps, batch, label, path, getattr(layer, "save", "gates")))
+        cell = layer.cell if isinstance(layer, RecurrentBase) else layer.mode.lower()
+        found.append(Call(cell, *sizes, steps, batch, label, path, getattr(layer, "save", "gates")))
 
-    layers = [layer for layer in module.modules() if isinstance(layer, (LSTM, GRU, nn.LSTM, nn.GRU))]
+    layers = [layer for layer in module.modules() if isinstance(layer, (RecurrentBase, nn.RNNBase))]
     hooks = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
     try:
         yield found

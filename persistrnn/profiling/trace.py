@@ -38,8 +38,8 @@ _LAYERS |= {"persistrnn::scan_forward": SCAN_FORWARD, "persistrnn::scan_backward
 # What of this node is neither in a range nor in an operator of ours is the gradients of W_hh and of the bias.
 _NODE = "_ScanBackward"
 _STAGE_OF = {name: stage for stage, name in STAGES.items()}
-# Torch's own LSTM and GRU, as operators and as nodes of autograd; in ATen's loops over steps nodes have no such name.
-_TORCH_FORWARD = ("aten::lstm", "aten::gru", "persistrnn::torch_layer")
+# Torch's own layers, as operators and as nodes of autograd; in ATen's loops over steps nodes have no such name.
+_TORCH_FORWARD = ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "persistrnn::torch_layer")
 _TORCH_BACKWARD = (
     *("MkldnnRnnLayerBackward0", "CudnnRnnBackward0", "MiopenRnnBackward0"),
     "persistrnn::torch_layer_backward",

@@ -142,7 +142,7 @@ def test_bad_arguments(model, arguments, message, capsys):
         ("--model mymodel:without", "the callable failed when called with steps=4: TypeError"),
         ("--model mymodel:wrong_size", "as given failed at T = 4: "),
         ("--model mymodel:theirs --compare torch", "the model has no layer of persistrnn to replace"),
-        ("--model mymodel:ours --compare persistrnn", "the model has no torch.nn.LSTM or GRU to replace"),
+        ("--model mymodel:ours --compare persistrnn", "the model has no torch.nn.LSTM, GRU or RNN to replace"),
         ("--cell lstm --hidden 3 --save auto --save-budget 9", "need at least"),
         ("--cell lstm --hidden 3 --backend persistent", "persistrnn failed at T = 4: "),
     ],
