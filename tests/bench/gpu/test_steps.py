@@ -192,8 +192,12 @@ def test_a_red_case_and_its_causes(task: Callable[..., Task], monkeypatch: pytes
 
 
 @pytest.mark.interpreter
-def test_a_rehearsal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_rehearsal(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """For real, every step in its own process: what was green is not run again, and the file says what it is."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))  # else in the checkout
     path = tmp_path / "results.json"
     unknown = dict.fromkeys(("device", "driver", "torch", "triton", "commit"), "unknown")
     before = empty(rehearsal=True, **unknown)
