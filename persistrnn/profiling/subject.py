@@ -282,7 +282,9 @@ def calls(module: nn.Module) -> Iterator[list[Call]]:
         sizes = layer.input_size, layer.hidden_size, layer.num_layers, 2 if layer.bidirectional else 1
         found.append(Call(layer.mode.lower(), *sizes, steps, batch, label, path, getattr(layer, "save", "gates")))
 
-    layers = [layer for layer in module.modules() if isinstance(layer, (LSTM, GRU, nn.LSTM, nn.GRU))]
+    kinds = LSTM, GRU, nn.LSTM, nn.GRU
+    # W_hh of heads is smaller than what is counted here.
+    layers = [layer for layer in module.modules() if isinstance(layer, kinds) and getattr(layer, "heads", 1) == 1]
     hooks = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
     try:
         yield found
