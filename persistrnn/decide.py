@@ -211,11 +211,6 @@ def unsupported(call: Call) -> str | None:
         return f"{reason}, or use backend='torch'."
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels run float16, bfloat16 and float32, got {call.dtype}; use one of them, or backend='torch'."
-    if call.heads > 1 and call.save != "gates":
-        return (
-            f"with heads the kernels keep what save='gates' keeps, got save={call.save!r}; use that, or a save_budget "
-            "that holds it."
-        )
     device = call.device
     if device.type == "cpu":
         from persistrnn.kernels import launch
@@ -355,7 +350,7 @@ def chunk_steps(call: Call, save: str, launches: bool) -> int:
 
 
 def _chunk(call: Call, on_kernels: bool) -> int:
-    if on_kernels and (call.batch == 0 or call.proj_size or call.heads > 1):
+    if on_kernels and (call.batch == 0 or call.proj_size):
         return 0
     # An exported program may hold no condition on T: there it is one launch.
     if call.save == "gates" and (not on_kernels or torch.compiler.is_exporting()):

@@ -38,8 +38,7 @@ class LSTM(RecurrentBase):
             whole stack keeps only the last layer's output). Time is processed in chunks, so that all else takes the
             memory of a chunk. "auto" takes the first of them that is predicted to need at most save_budget bytes.
             torch's own path keeps what it keeps with "gates", and runs the forward again in chunks with both others.
-            Of few steps one chunk holds all, and "gates" needs the least. Not with projections; with heads the kernels
-            have "gates" alone
+            Of few steps one chunk holds all, and "gates" needs the least. Not with projections
         save_budget: with save="auto", bytes at the highest point of a training step, without the input, the weights,
             and the gradients of the input and the output
         heads: n > 1 makes W_hh block-diagonal (the heads of xLSTM, Beck et al. 2024; TorchRL's block GRU): head k alone

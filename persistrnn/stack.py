@@ -51,6 +51,8 @@ class _Weights(NamedTuple):
 
     def by_head(self, heads: int) -> "_Weights":
         """With each head as one more direction, as the kernels take them: [D * heads, ...] of H / heads units."""
+        if heads == 1:
+            return self
 
         def rows(tensor: Tensor) -> Tensor:  # [D, tiles * H, ...]
             tiles = tensor.unflatten(1, (-1, heads, self.weight_hh.size(-1)))
@@ -67,7 +69,12 @@ class _Weights(NamedTuple):
 
 def _by_head(tensor: Tensor, heads: int) -> Tensor:
     """[D, .., H] as [D * heads, .., H / heads]."""
-    return tensor.unflatten(-1, (heads, -1)).movedim(-2, 1).flatten(0, 1)
+    return tensor if heads == 1 else tensor.unflatten(-1, (heads, -1)).movedim(-2, 1).flatten(0, 1)
+
+
+def _heads_together(states: Tensor, heads: int) -> Tensor:
+    """[D * heads, B, H / heads] as [D, B, H]."""
+    return states if heads == 1 else states.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
 
 
 # (cell, x_gates, weight_hh, bias_hh, initial, *, marks, reset), and params and extras of a cell that has such
@@ -157,11 +164,8 @@ def _layers(
         if layer > 0 and stack.dropout > 0:
             y = F.dropout(y, stack.dropout)
         rows = slice(layer * directions, (layer + 1) * directions)
-        own = _weights_of(stack, weights, layer)
-        initial, reset, extras = ([t[rows] for t in of] for of in (states, cuts.reset, cuts.extras))
-        if split > 1:
-            own = own.by_head(split)
-            initial, reset, extras = ([_by_head(t, split) for t in of] for of in (initial, reset, extras))
+        own = _weights_of(stack, weights, layer).by_head(split)
+        initial, reset, extras = ([_by_head(t[rows], split) for t in of] for of in (states, cuts.reset, cuts.extras))
         bias_ih = None if own.bias_ih is None else own.bias_ih.flatten()
         # both directions read the same rows, so that one GEMM with [D*X*H, I] makes the gates of both
         with phase(INPUT_GEMM):
@@ -172,9 +176,7 @@ def _layers(
             y, c, final = _projected(stack.cell, x_gates, own.weight_hh, own.bias_hh, own.weight_hr, given, recurrence)
         else:
             y, c, final = _recurrent(stack.cell, x_gates, own.weight_hh, own.bias_hh, given, recurrence)
-        if split > 1:
-            final = [s.unflatten(0, (directions, split)).transpose(1, 2).flatten(2) for s in final]
-        finals.append(final)
+        finals.append([_heads_together(s, split) for s in final])
     return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
 
 
@@ -200,11 +202,13 @@ def _in_chunks(
         rows = slice(layer * stack.directions, (layer + together) * stack.directions)
         given: list[Tensor] = []
         for i in range(layer, layer + together):
-            own = _weights_of(stack, weights, i)
+            own = _weights_of(stack, weights, i).by_head(stack.heads)
             bias_ih = own.weight_ih.new_zeros(own.weight_ih.shape[:2]) if own.bias_ih is None else own.bias_ih
             given += [own.weight_ih, bias_ih, own.weight_hh, own.bias_hh]
             given += [] if own.params is None else [own.params]
-        initial, reset = ([s[rows] for s in given_states] for given_states in (states, cuts.reset))
+        initial, reset, extras = (
+            [_by_head(t[rows], stack.heads) for t in of] for of in (states, cuts.reset, cuts.extras)
+        )
         y, c, final = time_chunks.recurrent(
             stack.cell,
             y,
@@ -217,9 +221,10 @@ def _in_chunks(
             reset,
             stack.return_c,
             stack.cell_dtype,
-            **_beside(stack.directions, None, [e[rows] for e in cuts.extras]),
+            heads=stack.heads,
+            **_beside(stack.directions * stack.heads, None, extras),
         )
-        finals.append(final)
+        finals.append([_heads_together(s, stack.heads) for s in final])
     return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
 
 
