@@ -240,7 +240,7 @@ def test_every_c_and_chunks_of_time(cell):
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("cell", "save", "options", "cut"), [
     ("lstm", "gates", FOUR, "resets"), ("slstm", "gates", {"num_layers": 2}, "mask"),
-    ("lstm", "state", FOUR, "resets"), ("everything", "state", FOUR, "lengths"), ("gru", "state", ONE, "mask"),
+    ("peephole", "state", FOUR, "resets"), ("everything", "state", FOUR, "lengths"), ("gru", "state", ONE, "mask"),
     ("everything", "checkpoint", {"num_layers": 2}, "resets"), ("gru", "checkpoint", FOUR, "lengths"),
 ])  # fmt: skip
 def test_chunks_of_time_on_the_kernels(monkeypatch, cell, save, options, cut):
