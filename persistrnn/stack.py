@@ -232,8 +232,8 @@ def _weights_of(stack: Call, weights: Sequence[Tensor], layer: int) -> _Weights:
     each = len(weights) // (stack.num_layers * stack.directions)
     first, last = layer * stack.directions * each, (layer + 1) * stack.directions * each
     weight_ih, weight_hh, *others = (_side_by_side(weights[first + k : last : each]) for k in range(each))
-    no_bias = None, weight_hh.new_zeros(len(weight_hh), CELLS[stack.cell].gates * stack.hidden_size)
-    bias_ih, bias_hh = others[:2] if stack.bias else no_bias
+    rows = CELLS[stack.cell].gates * stack.hidden_size
+    bias_ih, bias_hh = others[:2] if stack.bias else (None, weight_hh.new_zeros(len(weight_hh), rows))
     weight_hr = others.pop() if stack.proj_size else None
     own = others[2 * stack.bias :]
     return _Weights(weight_ih, weight_hh, bias_ih, bias_hh, torch.stack(own, dim=1) if own else None, weight_hr)
