@@ -421,6 +421,7 @@ def recompute(
     marks: Tensor | None = None,
     params: Tensor | None = None,
     extras: Tensor | None = None,
+    heads: int = 1,
 ) -> Tensor:
     """What the forward would have saved, from both halves of the gates and the states of all steps.
 
@@ -430,7 +431,7 @@ def recompute(
         r_gates: float32 [D, T*B, G*H], ``h_{t-1} @ W_hh^T`` of every step.
         bias_hh: [D, G*H].
         states: each [1, T + 2, B, D, H], as a forward with ``keep`` leaves them.
-        marks, params, extras: of that forward.
+        marks, params, extras, heads: of that forward.
         All contiguous, on one device.
 
     Returns:
@@ -444,6 +445,6 @@ def recompute(
     grid = (triton.cdiv(T * B * H, BLOCK), D)
     given = x_gates, r_gates, bias_hh, tuple(states), _step_data(cell, marks, params, extras), saved, T, B
     with on_device(x_gates.device):
-        activate[grid](*given, derived(cell.name).forward, cell, D, H, INTERPRETED, BLOCK, enable_fp_fusion=True)
+        activate[grid](*given, derived(cell.name).forward, cell, D, H, heads, INTERPRETED, BLOCK, enable_fp_fusion=True)
     LAUNCHES["activate"] += 1
     return saved

@@ -28,7 +28,7 @@ from persistrnn.phases import INPUT_GEMM, RECOMPUTE, SCAN_BACKWARD, SCAN_FORWARD
 
 class Layer(NamedTuple):
     """weight_ih [D, X*H, I], bias_ih [D, X*H], weight_hh [D, G*H, H], bias_hh [D, G*H], and params [D, P, H] if the
-    cell has parameters per unit."""
+    cell has parameters per unit. D counts the heads of each direction, as in ``autograd.recurrent``."""
 
     weight_ih: Tensor
     bias_ih: Tensor
@@ -115,23 +115,26 @@ class Chunk(NamedTuple):
     first: int
     last: int
     steps: int
+    directions: int
 
-    def slices(self, directions: int) -> list[slice]:
-        return [slice(self.first, self.last), slice(self.steps - self.last, self.steps - self.first)][:directions]
+    def slices(self, count: int) -> list[slice]:
+        """Of the heads of all directions, of which there are ``count``."""
+        both = slice(self.first, self.last), slice(self.steps - self.last, self.steps - self.first)
+        return [both[d * self.directions // count] for d in range(count)]
 
     def of(self, whole: Tensor) -> Tensor:
         """The chunk [T', B, D, ...] of [T, B, D, ...]; of one direction a view."""
-        if whole.size(2) == 1:
+        if self.directions == 1:
             return whole[self.first : self.last]
-        return torch.stack([whole[s, :, d] for d, s in enumerate(self.slices(2))], dim=2)
+        return torch.stack([whole[s, :, d] for d, s in enumerate(self.slices(whole.size(2)))], dim=2)
 
     def put(self, part: Tensor, whole: Tensor) -> None:
         for d, s in enumerate(self.slices(whole.size(2))):
             whole[s, :, d].copy_(part[:, :, d])
 
 
-def cut(steps: int, chunk: int) -> Iterator[Chunk]:
-    return (Chunk(first, min(first + chunk, steps), steps) for first in range(0, steps, chunk))
+def cut(steps: int, chunk: int, directions: int) -> Iterator[Chunk]:
+    return (Chunk(first, min(first + chunk, steps), steps, directions) for first in range(0, steps, chunk))
 
 
 # ---- the forward ----------------------------------------------------------------------------------------------------
@@ -148,10 +151,12 @@ def extras_of(extras: Tensor | None, layer: int, part: Chunk) -> Tensor | None:
 
 
 def gates_of(inputs: Sequence[Tensor], layer: Layer) -> Tensor:
-    """Input half of the gates [T', B, D, X*H], of [T', B, I] for each direction."""
+    """Input half of the gates [T', B, D, X*H], of [T', B, I] for each direction, whose heads share it."""
     with phase(INPUT_GEMM):
-        parts = [F.linear(x, w, b) for x, w, b in zip(inputs, layer.weight_ih, layer.bias_ih, strict=True)]
-        return parts[0].unsqueeze(2) if len(parts) == 1 else torch.stack(parts, dim=2)
+        given = (w.unflatten(0, (len(inputs), -1)).flatten(1, 2) for w in (layer.weight_ih, layer.bias_ih))
+        parts = [F.linear(x, w, b) for x, w, b in zip(inputs, *given, strict=True)]
+        gates = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return gates.unflatten(-1, (layer.weight_ih.size(0), -1))
 
 
 def _scan(
@@ -165,11 +170,12 @@ def _scan(
     reset: Sequence[Tensor],
     every: bool,
     save: bool,
+    heads: int,
     into: Tensor | None = None,
 ) -> Kept:
     with phase(SCAN_FORWARD):
         given = x_gates, layer.recurrent, states, marks, extras, reset
-        return ops.scan_chunk(cell, precision, *given, every, save, into)
+        return ops.scan_chunk(cell, precision, *given, every, save, into, heads)
 
 
 def _to_next(kept: Kept, marks: Tensor | None) -> Tensor:
@@ -191,20 +197,22 @@ def forward(
     cell_dtype: torch.dtype | None,
     keeps: bool,
     return_c: bool,
+    heads: int,
     inputs: list[Tensor | None],
     weights: list[Tensor],
 ) -> list[Tensor]:
     """The tensors of ``Outputs`` from those of ``Inputs``, without autograd. keeps: a backward follows."""
     segments.check()
-    flat = _new(cell, save, chunk, cell_dtype, keeps, return_c, inputs, weights)
+    flat = _new(cell, save, chunk, cell_dtype, keeps, return_c, heads, inputs, weights)
     found = outputs_of(cell, save, keeps, return_c, flat)
     x, marks, extras, initial, resets, _ = inputs_of(cell, inputs)
-    x, layers, directions = x.contiguous(), layers_of(cell, weights), weights[0].size(0)
+    x, layers, D = x.contiguous(), layers_of(cell, weights), weights[0].size(0)
+    directions = D // heads
     states = by_layer([initial[0], *(s.float() for s in initial[1:])], len(layers))
     reset = by_layer(resets, len(layers))
     for whole in found.before:
         whole[-(-x.size(0) // chunk) :].zero_()  # what no chunk has is the same in every run
-    for k, part in enumerate(cut(x.size(0), chunk)):
+    for k, part in enumerate(cut(x.size(0), chunk, directions)):
         marked = None if marks is None else part.of(marks).contiguous()
         into = part.of(found.saved[0]).unsqueeze(0) if found.saved and directions == 1 else None
         xs = [x[s] for s in part.slices(directions)]
@@ -214,17 +222,17 @@ def forward(
             highest = i == len(layers) - 1
             every, saves = highest and len(found.every) > 1, len(found.saved) > 0
             beside = marked, extras_of(extras, i, part), reset[i]
-            kept = _scan(cell, precision, gates_of(xs, layer), layer, states[i], *beside, every, saves, into)
+            kept = _scan(cell, precision, gates_of(xs, layer), layer, states[i], *beside, every, saves, heads, into)
             # After the last step in each direction: of the states of all steps, or of a few slots.
             slots = [-2, *(-2 if every or saves else 1 for _ in kept.states[1:])]
             states[i] = [
-                torch.stack([s[0, 1 if d else slot, :, d] for d in range(directions)])
+                torch.stack([s[0, 1 if d // heads else slot, :, d] for d in range(D)])
                 for s, slot in zip(kept.states, slots, strict=True)
             ]
             if not highest:
                 xs = [_to_next(kept, marked)]
         for whole, s in zip(found.every, kept.states, strict=False):
-            part.put(s[0, 1:-1], whole.unflatten(2, (directions, -1)))
+            part.put(s[0, 1:-1], whole.unflatten(2, (D, -1)))
         if into is None and kept.saved is not None:
             part.put(kept.saved[0], found.saved[0])
         del kept, xs, s  # else they live on while the next chunk's are made
@@ -240,16 +248,16 @@ def _(cell: str, save: str, precision: str, chunk: int, *others: Any) -> list[Te
 
 def _new(cell: str, save: str, chunk: int, *given: Any) -> list[Tensor]:
     """The memory of the forward's results, by its arguments but the precision."""
-    cell_dtype, keeps, return_c, inputs, weights = given
+    cell_dtype, keeps, return_c, _, inputs, weights = given
     x, _, _, initial, *_ = inputs_of(cell, inputs)
-    directions, H = weights[0].size(0), initial[0].size(-1)
+    D, H = weights[0].size(0), initial[0].size(-1)
     steps, batch, _ = x.shape
     rest, others = len(initial) - 1, whole_states(cell, save, keeps, return_c) - 1
-    found = [x.new_empty(steps, batch, directions * H)]
-    found += [x.new_empty(steps, batch, directions * H, dtype=cell_dtype or x.dtype) for _ in range(others)]
+    found = [x.new_empty(steps, batch, D * H)]
+    found += [x.new_empty(steps, batch, D * H, dtype=cell_dtype or x.dtype) for _ in range(others)]
     found += [x.new_empty(h.shape) for h in initial]
     if keeps and save == "gates":
-        found.append(x.new_empty(steps, batch, directions, CELLS[cell].saved, H))
+        found.append(x.new_empty(steps, batch, D, CELLS[cell].saved, H))
     if keeps and save == "checkpoint":  # never one chunk: a graph would hold a condition on T
         dtypes = [x.dtype, *(torch.float32,) * rest]
         found += [x.new_empty(steps // chunk + 2, *h.shape, dtype=t) for h, t in zip(initial, dtypes, strict=True)]
@@ -274,11 +282,11 @@ def _sum(gates: Tensor) -> Tensor:
     return gates.sum(0, dtype=torch.float32)
 
 
-def _with_edges(whole: Tensor, initial: Tensor, reset: Tensor | None, part: Chunk) -> Tensor:
+def _with_edges(whole: Tensor, initial: Tensor, reset: Tensor | None, part: Chunk, heads: int) -> Tensor:
     """A chunk of the states of all steps [T, B, D, H], as a scan leaves it: [1, T' + 2, B, D, H]."""
     if part.first > 0:
-        initial = torch.stack([whole[(part.first - 1, -part.first)[d], :, d] for d in range(whole.size(2))])
-    return ops.with_edges(part.of(whole), initial, reset)
+        initial = torch.stack([whole[(part.first - 1, -part.first)[d // heads], :, d] for d in range(whole.size(2))])
+    return ops.with_edges(part.of(whole), initial, reset, heads)
 
 
 class _Totals:
@@ -290,18 +298,19 @@ class _Totals:
 
     def add(
         self, cell: str, found: Gradients, inputs: Sequence[Tensor], kept: Kept, marks: Tensor | None,
-        extras: Tensor | None,
+        extras: Tensor | None, heads: int = 1,
     ) -> None:  # fmt: skip
         y, dr_gates = kept.states[0], found.dr_gates
         dx_gates = autograd.of_inputs(CELLS[cell], found.dx_gates)
         with phase(WEIGHT_GEMMS):
             if self.params is not None:
                 assert self.sums.params is not None
-                self.sums.params.add_(autograd.param_gradients(cell, found, kept, self.params, marks, extras))
-            for d, x in enumerate(inputs):
+                self.sums.params.add_(autograd.param_gradients(cell, found, kept, self.params, marks, extras, heads))
+            for d in range(y.size(3)):
+                x = inputs[d // heads]
                 dx, dr = (gates[0, :, :, d].flatten(0, 1) for gates in (dx_gates, dr_gates))
                 self.sums.weight_ih[d] += _product(dx.mT, x.flatten(0, 1))
-                self.sums.weight_hh[d] += _product(dr.mT, autograd.h_before(y, marks, d).flatten(0, 2))
+                self.sums.weight_hh[d] += _product(dr.mT, autograd.h_before(y, marks, d, heads).flatten(0, 2))
                 self.sums.bias_ih[d] += _sum(dx)
                 self.sums.bias_hh[d] += _sum(dr)
 
@@ -318,6 +327,7 @@ def backward(
     cell_dtype: torch.dtype | None,
     needs_x: bool,
     resets: bool,
+    heads: int,
     tensors: list[Tensor | None],
 ) -> list[Tensor]:
     """Gradients of [x, *initial, *reset, *weights] from the tensors of ``BackwardInputs``, without those of x and of
@@ -325,18 +335,19 @@ def backward(
     segments.check()
     d_every, d_finals, inputs, kept_before, weights = backward_inputs_of(cell, save, tensors)
     x, marks, extras, initial, reset_states, _ = inputs_of(cell, inputs)
-    n, x, layers, directions = len(initial), x.contiguous(), layers_of(cell, weights), weights[0].size(0)
+    n, x, layers, D = len(initial), x.contiguous(), layers_of(cell, weights), weights[0].size(0)
+    directions = D // heads
     reset = by_layer(reset_states, len(layers))
     d_states = by_layer([d.float() for d in d_finals], len(layers))
     d_reset = [[torch.zeros_like(d) for d in of_layer] for of_layer in d_states]
     totals = [_Totals(layer) for layer in layers]
     dx = x.new_empty(x.shape if needs_x else 0)
-    if directions > 1:
+    if D > 1:
         dx.zero_()  # it is added to
-    whole = [] if save == "checkpoint" else [t.unflatten(2, (directions, -1)) for t in kept_before[:n]]
+    whole = [] if save == "checkpoint" else [t.unflatten(2, (D, -1)) for t in kept_before[:n]]
     all_saved = kept_before[n].contiguous() if save == "gates" else None
-    d_whole = [d.unflatten(2, (directions, -1)) for d in d_every if d is not None]
-    for k, part in reversed(list(enumerate(cut(x.size(0), chunk)))):
+    d_whole = [d.unflatten(2, (D, -1)) for d in d_every if d is not None]
+    for k, part in reversed(list(enumerate(cut(x.size(0), chunk, directions)))):
         marked = None if marks is None else part.of(marks).contiguous()
         xs = [[x[s] for s in part.slices(directions)]]
         scans = []
@@ -346,7 +357,7 @@ def backward(
                 if save == "checkpoint":
                     states = [s[k].unflatten(0, (len(layers), -1))[i] for s in kept_before]
                     x_gates = gates_of(xs[i], layer)
-                    kept = _scan(cell, precision, x_gates, layer, states, *beside, reset[i], True, True)
+                    kept = _scan(cell, precision, x_gates, layer, states, *beside, reset[i], True, True, heads)
                     del x_gates  # it need not outlive the scan
                     y, *others = kept.states
                     kept = kept._replace(states=[y, *(s.to(cell_dtype or x.dtype) for s in others)])
@@ -355,16 +366,16 @@ def backward(
                         xs.append([_to_next(kept, marked)])
                 else:
                     anew: Sequence[Tensor | None] = reset[i] or [None] * n
-                    states = [_with_edges(*edge, part) for edge in zip(whole, initial, anew, strict=True)]
+                    states = [_with_edges(*edge, part, heads) for edge in zip(whole, initial, anew, strict=True)]
                     if all_saved is not None:
                         saved = part.of(all_saved).unsqueeze(0)
                     else:
                         x_gates = gates_of(xs[i], layer)
                         h = torch.stack(
-                            [autograd.h_before(states[0], marked, d).flatten(0, 2) for d in range(directions)]
+                            [autograd.h_before(states[0], marked, d, heads).flatten(0, 2) for d in range(D)]
                         )
                         r_gates = _product(h, layer.weight_hh.mT)
-                        saved = ops.gates_again(cell, x_gates, r_gates, layer.recurrent, states, *beside)
+                        saved = ops.gates_again(cell, x_gates, r_gates, layer.recurrent, states, *beside, heads)
                         del x_gates, h, r_gates
                     kept = Kept(states, saved)
                     del saved
@@ -376,20 +387,22 @@ def backward(
             kept = scans.pop()
             beside = marked, extras_of(extras, i, part)
             with phase(SCAN_BACKWARD):
-                given = outside, d_states[i], layer.recurrent, kept, *beside, resets
+                given = outside, d_states[i], layer.recurrent, kept, *beside, resets, heads
                 d = ops.scan_chunk_backward(cell, precision, *given)
             d_states[i] = list(d.d_initial)
             for total, new in zip(d_reset[i], d.d_reset, strict=False):
                 total += new
-            totals[i].add(cell, d, xs[i], kept, *beside)
+            totals[i].add(cell, d, xs[i], kept, *beside, heads)
             dx_gates = autograd.of_inputs(CELLS[cell], d.dx_gates)
             with phase(INPUT_GEMM):
                 if i > 0:
-                    outside = [(dx_gates[0, :, :, 0] @ layer.weight_ih[0]).unsqueeze(2)]
+                    below = dx_gates[0].flatten(2) @ layer.weight_ih.flatten(0, 1)
+                    outside = [below.unflatten(2, (D, -1))]
+                    del below
                 elif needs_x:
-                    for way, s in enumerate(part.slices(directions)):
+                    for way, s in enumerate(part.slices(D)):
                         product = dx_gates[0, :, :, way].flatten(0, 1), layer.weight_ih[way]
-                        dx[s].view(-1, x.size(2)).addmm_(*product, beta=directions - 1)
+                        dx[s].view(-1, x.size(2)).addmm_(*product, beta=min(D - 1, 1))
                         del product
             del kept, d, given, dx_gates  # else they live on while the next ones are made
         del outside
@@ -401,7 +414,7 @@ def backward(
 
 @backward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    cell, save, _, _, _, needs_x, resets, tensors = arguments
+    cell, save, _, _, _, needs_x, resets, _, tensors = arguments
     _, _, inputs, _, weights = backward_inputs_of(cell, save, tensors)
     given = inputs_of(cell, inputs)
     x, initial = given.x, list(given.initial)

@@ -94,7 +94,7 @@ class Call(NamedTuple):
     @property
     def packs(self) -> bool:
         """Whether torch's own kernels take the rows with lengths as a PackedSequence: where the host knows them."""
-        if self.cell not in TORCH or not self.lengths or self.marks or self.return_c or self.device.type != "cpu":
+        if not self._of_torch or not self.lengths or self.marks or self.return_c or self.device.type != "cpu":
             return False
         traced = torch.compiler.is_compiling() or inside_torch_func()
         # which torch's path cannot cut out of packed rows
@@ -104,12 +104,16 @@ class Call(NamedTuple):
     @property
     def loops(self) -> bool:
         """Whether torch's own kernels cannot do it, and what is left beside ours is a loop over torch's operations."""
-        return (self.lengths or self.marks or self.return_c or self.cell not in TORCH) and not self.packs
+        return (self.lengths or self.marks or self.return_c or not self._of_torch) and not self.packs
 
     @property
     def torchs(self) -> str:
         """What torch has for the cell, in a word."""
-        return "kernels" if self.cell in TORCH else "operations"
+        return "kernels" if self._of_torch else "operations"
+
+    @property
+    def _of_torch(self) -> bool:
+        return self.cell in TORCH and self.heads == 1
 
     @property
     def layers(self) -> memory.Layers:
@@ -207,8 +211,6 @@ def unsupported(call: Call) -> str | None:
         return f"{reason}, or use backend='torch'."
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels run float16, bfloat16 and float32, got {call.dtype}; use one of them, or backend='torch'."
-    if call.heads > 1 and call.save != "gates":
-        return f"with heads the kernels keep what save='gates' keeps, got save={call.save!r}; use that."
     device = call.device
     if device.type == "cpu":
         from persistrnn.kernels import launch
@@ -348,7 +350,7 @@ def chunk_steps(call: Call, save: str, launches: bool) -> int:
 
 
 def _chunk(call: Call, on_kernels: bool) -> int:
-    if on_kernels and (call.batch == 0 or call.proj_size or call.heads > 1):
+    if on_kernels and (call.batch == 0 or call.proj_size):
         return 0
     # An exported program may hold no condition on T: there it is one launch.
     if call.save == "gates" and (not on_kernels or torch.compiler.is_exporting()):

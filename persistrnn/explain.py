@@ -32,7 +32,7 @@ def explain(layer: RecurrentBase, batch: int, steps: int) -> str:
     check_count("steps", steps)
     options, own = layer.options, (layer.input_size, layer.hidden_size, layer.proj_size)
     check_options(options)
-    check_sizes(*own)
+    check_sizes(*own, layer.heads)
     weights = [weight for weights in layer.all_weights for weight in weights]
     stack = validate.read_weights(layer.cell, weights, options)
     validate.check_attributes(stack, *own)
@@ -55,7 +55,7 @@ def explain(layer: RecurrentBase, batch: int, steps: int) -> str:
         path = STEPWISE if decide.decide(call._replace(marks=True)).path == "stepwise" else "persistent"
         packs = call._replace(lengths=True).packs
         lines.append(f"with {'' if packs else 'lengths, '}mask, resets or cell states: {path}")
-    if call.device.type == "cuda" and decide.unsupported(call) is None:
+    if call.device.type == "cuda" and not call.loops and decide.unsupported(call) is None:
         lines += [_expected(call, backward) for backward in (False, True)]
     return "\n".join(lines)
 

@@ -38,6 +38,7 @@ def lstm(
     cell_dtype: torch.dtype | None = None,
     save: Save = "gates",
     save_budget: int | None = None,
+    heads: int = 1,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     resets: Tensor | None = None,
@@ -74,6 +75,7 @@ def lstm(
         save: what the call keeps for its backward: "gates", "state" or "checkpoint", or "auto", the first of them that
             is predicted to need at most save_budget bytes (`LSTM` has the details)
         save_budget: bytes, with save="auto"
+        heads: n blocks of a block-diagonal W_hh; weight_hh is then [n, 4*H/n, H/n] (`LSTM` has the details)
         lengths: integers [B] on the input's device, each in [0, T]. Past its length a row's output is zero and takes
             no gradient; the final state is that after its last step; the second direction begins there. Nothing is
             sorted and the host does not wait: on a GPU a length out of range is taken as 0 or T, and raised by the
@@ -106,7 +108,7 @@ def lstm(
         TypeError: something that is not a tensor in the place of one
     """
     options = Options(
-        num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training
+        num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training, heads
     )
     check_options(options)
     found = run("lstm", input, weights, hx, options, Given(lengths, mask, resets, reset_state), return_cell_states)
@@ -128,6 +130,7 @@ def gru(
     backend: Backend = "auto",
     save: Save = "gates",
     save_budget: int | None = None,
+    heads: int = 1,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     resets: Tensor | None = None,
@@ -152,7 +155,9 @@ def gru(
 
     All other arguments, dtypes and errors are those of `lstm`.
     """
-    options = Options(num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training)
+    options = Options(
+        num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training, heads
+    )
     check_options(options)
     found = run("gru", input, weights, hx, options, Given(lengths, mask, resets, reset_state))
     return found.output, found.states[0]
@@ -173,6 +178,7 @@ def rnn(
     backend: Backend = "auto",
     save: Save = "gates",
     save_budget: int | None = None,
+    heads: int = 1,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     resets: Tensor | None = None,
@@ -189,7 +195,9 @@ def rnn(
 
     All other arguments, the results, dtypes and errors are those of `gru`.
     """
-    options = Options(num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training)
+    options = Options(
+        num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training, heads
+    )
     check_options(options)
     found = run(rnn_cell(nonlinearity), input, weights, hx, options, Given(lengths, mask, resets, reset_state))
     return found.output, found.states[0]
@@ -211,6 +219,7 @@ def recurrent(
     cell_dtype: torch.dtype | None = None,
     save: Save = "gates",
     save_budget: int | None = None,
+    heads: int = 1,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     resets: Tensor | None = None,
@@ -229,7 +238,7 @@ def recurrent(
     All other arguments, the results and errors are those of `lstm`.
     """
     options = Options(
-        num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training
+        num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training, heads
     )
     check_options(options)
     check_name("cell", cell, list(CELLS))
@@ -326,11 +335,12 @@ def asked(
 ) -> Call:
     """The call, as `decide` takes it."""
     return Call(
-        *stack, batch, steps, dtype, device, precision(), backward,
+        *stack[:-1], batch, steps, dtype, device, precision(), backward,
         options.backend, options.save, options.save_budget, options.cell_dtype, options.active_dropout,
         lengths=given.lengths is not None,
         marks=given.mask is not None or given.resets is not None,
         return_c=bool(return_c),  # read, so that dynamo makes a constant of it
+        heads=stack.heads,
     )  # fmt: skip
 
 

@@ -41,6 +41,9 @@ class LSTM(RecurrentBase):
             Of few steps one chunk holds all, and "gates" needs the least. Not with projections
         save_budget: with save="auto", bytes at the highest point of a training step, without the input, the weights,
             and the gradients of the input and the output
+        heads: n > 1 makes W_hh block-diagonal (the heads of xLSTM, Beck et al. 2024; TorchRL's block GRU): head k alone
+            reads and writes the k-th of n equal parts of the H units, and one that fits a multiprocessor waits for no
+            other. n divides H; not with projections. torch.nn has none: beside the kernels it runs step by step
 
     Inputs: input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence), T >= 1; and
     optionally (h0, c0), each [L*D, B, H] ([L*D, H] unbatched; h0 has P features with projections). By keyword, what
@@ -59,7 +62,12 @@ class LSTM(RecurrentBase):
     Attributes:
         weight_ih_l[k] [4*H, I or D*H], weight_hh_l[k] [4*H, H], bias_ih_l[k], bias_hh_l[k] [4*H]: gate order
             i, f, g, o; the second direction's names end in _reverse. With projections [4*H, I or D*P], [4*H, P] and
-            weight_hr_l[k] [P, H]
+            weight_hr_l[k] [P, H]. With heads weight_hh_l[k] is [n, 4*H/n, H/n], each head's rows in gate order, and all
+            others are as before: weight_hh @ h is
+
+                r = torch.einsum("bnk,ngk->bng", h.unflatten(1, (n, -1)), weight_hh)  # [B, n, 4*H/n]
+                r.unflatten(2, (4, -1)).transpose(1, 2).flatten(1)  # [B, 4*H], gate by gate
+
         last_path: what ran the last eager call: "persistent", "torch", or "stepwise", a loop over torch's operations
             for what torch's own kernels cannot do; None before the first. A call under torch.compile leaves it as it
             is: ask `persistrnn.explain`
@@ -95,9 +103,10 @@ class LSTM(RecurrentBase):
         cell_dtype: torch.dtype | None = None,
         save: Save = "gates",
         save_budget: int | None = None,
+        heads: int = 1,
     ) -> None:
         options = Options(
-            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training=True
+            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, True, heads
         )
         self._build(input_size, hidden_size, proj_size, options, device, dtype)
 
@@ -160,11 +169,12 @@ class RNN(RecurrentBase):
         backend: Backend = "auto",
         save: Save = "gates",
         save_budget: int | None = None,
+        heads: int = 1,
         proj_size: int | None = None,
     ) -> None:
         self.nonlinearity = nonlinearity
         options = Options(
-            num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training=True
+            num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, True, heads
         )
         self._build(input_size, hidden_size, self._unprojected(proj_size), options, device, dtype)
 

@@ -142,14 +142,14 @@ def scan_chunk(
     keep: bool,
     save: bool,
     saved: Tensor | None = None,
+    heads: int = 1,
 ) -> Kept:
     """The forward over one chunk of time: that of ``kernels.launch``, with the states after h, which may come in
     float32, in float32."""
     from .kernels import launch
 
-    return launch.forward(
-        CELLS[cell], x_gates, weights, initial, precision, save, keep, torch.float32, marks, reset, saved, extras
-    )
+    given = initial, precision, save, keep, torch.float32, marks, reset, saved, extras, heads
+    return launch.forward(CELLS[cell], x_gates, weights, *given)
 
 
 def scan_chunk_backward(
@@ -162,22 +162,23 @@ def scan_chunk_backward(
     marks: Tensor | None,
     extras: Tensor | None,
     resets: bool,
+    heads: int = 1,
 ) -> Gradients:
     """Its backward, with the gradients of the states in the dtype of ``d_final``."""
     from .kernels import launch
 
     outputs, finals = ([d.contiguous() for d in given] for given in (d_outputs, d_final))
-    how = None, kept, precision, marks, resets, weights.params, extras
+    how = None, kept, precision, marks, resets, weights.params, extras, heads
     return launch.backward(CELLS[cell], outputs, finals, weights.weight_hh, *how)
 
 
-def with_edges(inner: Tensor, initial: Tensor, reset: Tensor | None) -> Tensor:
+def with_edges(inner: Tensor, initial: Tensor, reset: Tensor | None, heads: int = 1) -> Tensor:
     """[1, T + 2, B, D, H] as a scan leaves it, from the states of all steps [T, B, D, H] and those at the edges."""
     from .kernels import launch
 
     states = inner.new_empty(1, inner.shape[0] + 2, *inner.shape[1:])
     states[0, 1:-1].copy_(inner)
-    launch.edges(states, initial, reset)
+    launch.edges(states, initial, reset, heads=heads)
     return states
 
 
@@ -189,10 +190,11 @@ def gates_again(
     states: Sequence[Tensor],
     marks: Tensor | None,
     extras: Tensor | None,
+    heads: int = 1,
 ) -> Tensor:
     """What ``scan_forward`` saves of one layer, from both halves of the gates and the states
     (``kernels.launch.recompute``)."""
     from .kernels import launch
 
-    given = x_gates, r_gates, weights.bias_hh, states, marks, weights.params, extras
+    given = x_gates, r_gates, weights.bias_hh, states, marks, weights.params, extras, heads
     return launch.recompute(CELLS[cell], *given).unsqueeze(0)

@@ -26,6 +26,7 @@ class Options(NamedTuple):
     save: str = "gates"
     save_budget: int | None = None
     training: bool = False
+    heads: int = 1
 
     @property
     def directions(self) -> int:
@@ -40,7 +41,8 @@ def check_options(options: Options) -> None:
     """What a constructor, a function and a changed module refuse alike, on every path; ``check_save`` has the rest."""
     for name in ("bias", "batch_first", "bidirectional", "training"):
         check_flag(name, getattr(options, name))
-    check_count("num_layers", options.num_layers)
+    for name in ("num_layers", "heads"):
+        check_count(name, getattr(options, name))
     dropout = options.dropout
     is_number = type(dropout) is float or (isinstance(dropout, numbers.Real) and not isinstance(dropout, bool))
     if not is_number or not 0 <= dropout <= 1:
@@ -55,13 +57,25 @@ def check_options(options: Options) -> None:
         )
 
 
-def check_sizes(input_size: object, hidden_size: object, proj_size: object) -> None:
+def check_sizes(input_size: object, hidden_size: object, proj_size: object, heads: int = 1) -> None:
     check_count("input_size", input_size)
     hidden = check_count("hidden_size", hidden_size)
     if not 0 <= _check_int("proj_size", proj_size) < hidden:
         raise ValueError(
             "proj_size should be zero (no projection) or a positive integer smaller than "
             f"hidden_size={hidden}, got {proj_size}"
+        )
+    check_heads(heads, hidden, bool(proj_size))
+
+
+def check_heads(heads: int, hidden: int, projection: bool) -> None:
+    if heads > 1 and projection:
+        raise ValueError(f"a layer with projections has one W_hh, got heads={heads}; leave heads or proj_size out")
+    if hidden % heads:
+        divisors = ", ".join(str(n) for n in range(1, hidden + 1) if hidden % n == 0)
+        raise ValueError(
+            f"heads divides hidden_size={hidden}: it is one of {divisors}, got {heads}; give one of them, or another "
+            "hidden_size"
         )
 
 

@@ -98,8 +98,8 @@ class Recurrent(RecurrentBase):
 
     Attributes:
         weight_ih_l[k] [G*H, I or D*H], weight_hh_l[k] [G*H, H], bias_ih_l[k], bias_hh_l[k] [G*H], and of each of the
-            cell's parameters name_l[k] [H]; the second direction's names end in _reverse. All are drawn from
-            U(-1/sqrt(H), 1/sqrt(H))
+            cell's parameters name_l[k] [H]; with heads weight_hh_l[k] is [n, G*H/n, H/n], as of `LSTM`. The second
+            direction's names end in _reverse. All are drawn from U(-1/sqrt(H), 1/sqrt(H))
         function: the cell, as it was given
         last_path: as for `LSTM`; where `LSTM` takes torch's own kernels, a cell that torch has not is a loop over
             torch's operations, "stepwise"
@@ -122,12 +122,13 @@ class Recurrent(RecurrentBase):
         cell_dtype: torch.dtype | None = None,
         save: Save = "gates",
         save_budget: int | None = None,
+        heads: int = 1,
         proj_size: int | None = None,
     ) -> None:
         self.cell = _name_of(cell)
         self.function = cell  # by its name in its module, so that whoever unpickles a layer has its cell
         options = Options(
-            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training=True
+            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, True, heads
         )
         self._build(input_size, hidden_size, self._unprojected(proj_size), options, device, dtype)
 

@@ -60,6 +60,7 @@ class RecurrentBase(nn.Module):
     cell_dtype: torch.dtype | None
     save: Save = "gates"  # here too, for layers pickled before it was
     save_budget: int | None = None
+    heads: int = 1
     last_path: str | None
 
     def __init__(
@@ -78,10 +79,11 @@ class RecurrentBase(nn.Module):
         cell_dtype: torch.dtype | None = None,
         save: Save = "gates",
         save_budget: int | None = None,
+        heads: int = 1,
         proj_size: int | None = None,
     ) -> None:
         options = Options(
-            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training=True
+            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, True, heads
         )
         self._build(input_size, hidden_size, self._unprojected(proj_size), options, device, dtype)
 
@@ -100,7 +102,7 @@ class RecurrentBase(nn.Module):
         super().__init__()
         check_options(options)
         validate.check_states(self.cell, options.cell_dtype)
-        check_sizes(input_size, hidden_size, proj_size)
+        check_sizes(input_size, hidden_size, proj_size, options.heads)
         check_save(options.save, options.save_budget, proj_size)
         num_layers, bias, dropout = options.num_layers, options.bias, float(options.dropout)
         if dropout > 0 and num_layers == 1:
@@ -114,7 +116,7 @@ class RecurrentBase(nn.Module):
             setattr(self, name, value)
         self.last_path = None
 
-        stack = Stack(self.cell, num_layers, self._directions, bias, input_size, hidden_size, proj_size)
+        stack = Stack(self.cell, num_layers, self._directions, bias, input_size, hidden_size, proj_size, options.heads)
         for layer, names in self._names():
             for name, shape in zip(names, validate.parameter_shapes(stack, layer), strict=True):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
@@ -217,13 +219,17 @@ class RecurrentBase(nn.Module):
         """The torch.nn layer of the same sizes with the same Parameter objects, hooks and mode (for ONNX, to compare).
 
         Raises:
-            ValueError: a cell that torch.nn has not; a parametrized layer, which has no equal in torch.nn: remove the
-                parametrizations first
+            ValueError: a cell, or heads, that torch.nn has not; a parametrized layer, which has no equal in torch.nn:
+                remove the parametrizations first
         """
         name = type(self).__name__
         if self.cell not in TORCH:
             known = ", ".join(sorted({of.layer for of in TORCH.values()}))
             raise ValueError(f"torch.nn has {known}, and no layer of this {name}'s cell")
+        if self.heads > 1:
+            raise ValueError(
+                f"torch.nn has no heads, this {name} has heads={self.heads}; one with heads=1 has an equal"
+            )
         if parametrize.is_parametrized(self):
             raise ValueError(
                 f"a parametrized {TORCH[self.cell].layer} has no equal in torch.nn; call torch.nn.utils.parametrize."
@@ -237,7 +243,8 @@ class RecurrentBase(nn.Module):
             bidirectional=self.bidirectional, device=torch.device("meta"), **options,
         )  # fmt: skip
         new.dropout = self.dropout
-        take_over(new, self, ignored={"cell", "function", "backend", "cell_dtype", "save", "save_budget", "last_path"})
+        ours = {"cell", "function", "backend", "cell_dtype", "save", "save_budget", "heads", "last_path"}
+        take_over(new, self, ignored=ours)
         return new
 
     def extra_repr(self) -> str:
@@ -252,7 +259,7 @@ class RecurrentBase(nn.Module):
         """How a call runs now."""
         return Options(
             self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.backend,
-            self.cell_dtype, self.save, self.save_budget, self.training,
+            self.cell_dtype, self.save, self.save_budget, self.training, self.heads,
         )  # fmt: skip
 
     def forward(
@@ -269,7 +276,7 @@ class RecurrentBase(nn.Module):
     ) -> Any:
         options, sizes = self.options, (self.input_size, self.hidden_size, self.proj_size)
         check_options(options)
-        check_sizes(*sizes)
+        check_sizes(*sizes, self.heads)
         weights = [weight for weights in self.all_weights for weight in weights]
         given = Given(lengths, mask, resets, reset_state, extras)
         found = functional.run(self.cell, input, weights, hx, options, given, return_cell_states, sizes)

@@ -45,7 +45,7 @@ def recurrent(
     Args:
         cell: its name in ``kernels.cells.CELLS``
         x_gates: x @ W_ih^T + b_ih, [T, B, D, X*H], T >= 1
-        weight_hh: [D, G*H, H]
+        weight_hh: [D, G*H, H]; in heads [D, n, G*H/n, H/n], the blocks of a block-diagonal one
         bias_hh: [D, G*H]
         initial: the states, h first, as (h0, c0) of an LSTM, each [D, B, H]
         marks: uint8 [T, B, D], where a row begins anew or skips a step (`segments`); None: nowhere
@@ -58,6 +58,7 @@ def recurrent(
         its final state is that of step 0. Where a row skips a step, its state repeats.
     """
     step, of = derived(cell).step, derived(cell).cell
+    product = F.linear if weight_hh.dim() == 3 else _in_heads
     steps, _, directions, _ = x_gates.shape
     every: list[list[Tensor]] = []  # of each direction: its states, each [T, B, H]
     final_states = []
@@ -74,7 +75,7 @@ def recurrent(
             before = state
             if marks is not None:  # a NaN in a row that skips the step would be 0 * NaN in the weights' gradient
                 before = _where(marks[t, :, d] == SKIPPED, tuple(torch.zeros_like(s) for s in state), state)
-            r_gates = F.linear(before[0].to(weight_hh.dtype), weight_hh[d], bias_hh[d])
+            r_gates = product(before[0].to(weight_hh.dtype), weight_hh[d], bias_hh[d])
             x, r = inputs[t].chunk(of.inputs, dim=-1), r_gates.chunk(of.gates, dim=-1)
             e = () if beside is None else beside[t].unbind(1)
             new = tuple(n.to(s.dtype) for n, s in zip(step(x, r, before, p, e), initial, strict=True))
@@ -84,6 +85,14 @@ def recurrent(
         final_states.append(state)
     y, *c = (torch.cat(tensors, dim=-1) for tensors in zip(*every, strict=True))
     return Result(y, c[0] if c else None, [torch.stack(tensors) for tensors in zip(*final_states, strict=True)])
+
+
+def _in_heads(h: Tensor, blocks: Tensor, bias: Tensor) -> Tensor:
+    """The recurrent half of the gates [B, G*H] of h [B, H] and blocks [n, G*H/n, H/n]: head k reads the k-th of n parts
+    of the units, and its rows are those of each gate for them."""
+    heads, _, width = blocks.shape
+    gates = torch.einsum("bnk,ngk->bng", h.unflatten(-1, (heads, width)), blocks)
+    return gates.unflatten(-1, (-1, width)).transpose(1, 2).flatten(1) + bias
 
 
 def _where(rows: Tensor, chosen: State, others: State) -> State:

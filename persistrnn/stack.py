@@ -19,6 +19,7 @@ from torch import Tensor
 
 from persistrnn import autograd, reference, segments, stepwise, time_chunks
 from persistrnn.decide import Call, Decision
+from persistrnn.kernels.cells import CELLS
 from persistrnn.phases import INPUT_GEMM, phase
 from persistrnn.reference import Result
 from persistrnn.validate import Cuts
@@ -37,8 +38,9 @@ class _OfLayer(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """Of one layer, each [D, ...]: weight_ih [D, X*H, I], weight_hh [D, G*H, H], biases alike (bias_ih: None without,
-    bias_hh: zeros), params [D, P, H] of a cell that has such, weight_hr [D, P, H] of an LSTM with projections."""
+    """Of one layer, each [D, ...]: weight_ih [D, X*H, I], weight_hh [D, G*H, H] or in heads [D, n, G*H/n, H/n], biases
+    alike (bias_ih: None without, bias_hh: zeros), params [D, P, H] of a cell that has such, weight_hr [D, P, H] of an
+    LSTM with projections."""
 
     weight_ih: Tensor
     weight_hh: Tensor
@@ -46,6 +48,33 @@ class _Weights(NamedTuple):
     bias_hh: Tensor
     params: Tensor | None
     weight_hr: Tensor | None
+
+    def by_head(self, heads: int) -> "_Weights":
+        """With each head as one more direction, as the kernels take them: [D * heads, ...] of H / heads units."""
+        if heads == 1:
+            return self
+
+        def rows(tensor: Tensor) -> Tensor:  # [D, tiles * H, ...]
+            tiles = tensor.unflatten(1, (-1, heads, self.weight_hh.size(-1)))
+            return tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+        return self._replace(
+            weight_ih=rows(self.weight_ih),
+            weight_hh=self.weight_hh.flatten(0, 1),
+            bias_ih=None if self.bias_ih is None else rows(self.bias_ih),
+            bias_hh=rows(self.bias_hh),
+            params=None if self.params is None else _by_head(self.params, heads),
+        )
+
+
+def _by_head(tensor: Tensor, heads: int) -> Tensor:
+    """[D, .., H] as [D * heads, .., H / heads]."""
+    return tensor if heads == 1 else tensor.unflatten(-1, (heads, -1)).movedim(-2, 1).flatten(0, 1)
+
+
+def _heads_together(states: Tensor, heads: int) -> Tensor:
+    """[D * heads, B, H / heads] as [D, B, H]."""
+    return states if heads == 1 else states.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
 
 
 # (cell, x_gates, weight_hh, bias_hh, initial, *, marks, reset), and params and extras of a cell that has such
@@ -78,11 +107,13 @@ def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequen
         recurrence: Recurrence = stepwise.recurrent
         if decision.path == "persistent":
             recurrence = functools.partial(
-                autograd.recurrent, precision=call.precision, return_c=call.return_c, cell_dtype=call.cell_dtype
-            )
+                autograd.recurrent, precision=call.precision, return_c=call.return_c, cell_dtype=call.cell_dtype,
+                heads=call.heads,
+            )  # fmt: skip
         elif decision.chunk:
             recurrence = time_chunks.again_in_chunks(recurrence, decision.chunk)
-        result = _layers(*given, recurrence)
+        split = call.heads if decision.path == "persistent" and x.size(1) > 0 else 1
+        result = _layers(*given, recurrence, split)
     y, c, finals = result
     if active is not None:
         y = torch.where(active, y, 0.0)
@@ -110,7 +141,7 @@ def _in_one_launch(
     return autograd.recurrent(
         stack.cell, x_gates.unsqueeze(2), weight_hh, bias_hh, states, stack.precision,
         marks, cuts.reset, stack.return_c, stack.cell_dtype, weight_ih, bias_ih,
-        **_beside(stack, torch.cat(params) if params else None, cuts.extras),
+        **_beside(1, torch.cat(params) if params else None, cuts.extras),
     )  # fmt: skip
 
 
@@ -122,7 +153,9 @@ def _layers(
     cuts: Cuts,
     marks: Tensor | None,
     recurrence: Recurrence,
+    split: int,
 ) -> Result:
+    """split: the heads, where each is a direction of its own to the recurrence; else 1."""
     directions = stack.directions
     y, c, finals = x, None, []
     for layer in range(stack.num_layers):
@@ -131,20 +164,19 @@ def _layers(
         if layer > 0 and stack.dropout > 0:
             y = F.dropout(y, stack.dropout)
         rows = slice(layer * directions, (layer + 1) * directions)
-        own = _weights_of(stack, weights, layer)
+        own = _weights_of(stack, weights, layer).by_head(split)
+        initial, reset, extras = ([_by_head(t[rows], split) for t in of] for of in (states, cuts.reset, cuts.extras))
         bias_ih = None if own.bias_ih is None else own.bias_ih.flatten()
         # both directions read the same rows, so that one GEMM with [D*X*H, I] makes the gates of both
         with phase(INPUT_GEMM):
-            x_gates = F.linear(y, own.weight_ih.flatten(0, 1), bias_ih).unflatten(-1, (directions, -1))
-        beside = _beside(stack, own.params, [e[rows] for e in cuts.extras])
-        given = _OfLayer(
-            [s[rows] for s in states], [r[rows] for r in cuts.reset], marks, cuts.active, cuts.fresh, beside
-        )
+            x_gates = F.linear(y, own.weight_ih.flatten(0, 1), bias_ih).unflatten(-1, (directions * split, -1))
+        beside = _beside(directions * split, own.params, extras)
+        given = _OfLayer(initial, reset, marks, cuts.active, cuts.fresh, beside)
         if own.weight_hr is not None:
             y, c, final = _projected(stack.cell, x_gates, own.weight_hh, own.bias_hh, own.weight_hr, given, recurrence)
         else:
             y, c, final = _recurrent(stack.cell, x_gates, own.weight_hh, own.bias_hh, given, recurrence)
-        finals.append(final)
+        finals.append([_heads_together(s, split) for s in final])
     return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
 
 
@@ -170,11 +202,13 @@ def _in_chunks(
         rows = slice(layer * stack.directions, (layer + together) * stack.directions)
         given: list[Tensor] = []
         for i in range(layer, layer + together):
-            own = _weights_of(stack, weights, i)
+            own = _weights_of(stack, weights, i).by_head(stack.heads)
             bias_ih = own.weight_ih.new_zeros(own.weight_ih.shape[:2]) if own.bias_ih is None else own.bias_ih
             given += [own.weight_ih, bias_ih, own.weight_hh, own.bias_hh]
             given += [] if own.params is None else [own.params]
-        initial, reset = ([s[rows] for s in given_states] for given_states in (states, cuts.reset))
+        initial, reset, extras = (
+            [_by_head(t[rows], stack.heads) for t in of] for of in (states, cuts.reset, cuts.extras)
+        )
         y, c, final = time_chunks.recurrent(
             stack.cell,
             y,
@@ -187,9 +221,10 @@ def _in_chunks(
             reset,
             stack.return_c,
             stack.cell_dtype,
-            **_beside(stack, None, [e[rows] for e in cuts.extras]),
+            heads=stack.heads,
+            **_beside(stack.directions * stack.heads, None, extras),
         )
-        finals.append(final)
+        finals.append([_heads_together(s, stack.heads) for s in final])
     return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
 
 
@@ -197,17 +232,18 @@ def _weights_of(stack: Call, weights: Sequence[Tensor], layer: int) -> _Weights:
     each = len(weights) // (stack.num_layers * stack.directions)
     first, last = layer * stack.directions * each, (layer + 1) * stack.directions * each
     weight_ih, weight_hh, *others = (_side_by_side(weights[first + k : last : each]) for k in range(each))
-    bias_ih, bias_hh = others[:2] if stack.bias else (None, weight_hh.new_zeros(weight_hh.shape[:2]))
+    rows = CELLS[stack.cell].gates * stack.hidden_size
+    bias_ih, bias_hh = others[:2] if stack.bias else (None, weight_hh.new_zeros(len(weight_hh), rows))
     weight_hr = others.pop() if stack.proj_size else None
     own = others[2 * stack.bias :]
     return _Weights(weight_ih, weight_hh, bias_ih, bias_hh, torch.stack(own, dim=1) if own else None, weight_hr)
 
 
-def _beside(stack: Call, params: Tensor | None, extras: Sequence[Tensor]) -> dict[str, Any]:
+def _beside(directions: int, params: Tensor | None, extras: Sequence[Tensor]) -> dict[str, Any]:
     """What only some cells take, by name. extras: each [L*D, T, B, H]; of a stack of more layers D is 1."""
     given: dict[str, Any] = {} if params is None else {"params": params}
     if extras:
-        sides = torch.stack(list(extras), dim=-2).unflatten(0, (-1, stack.directions))
+        sides = torch.stack(list(extras), dim=-2).unflatten(0, (-1, directions))
         given["extras"] = sides.movedim(1, 3).contiguous()
     return given
 

@@ -44,6 +44,7 @@ def recurrent(
     return_c: bool = False,
     cell_dtype: torch.dtype | None = None,
     extras: Tensor | None = None,
+    heads: int = 1,
 ) -> Result:
     """One layer, or a stack of one direction, on the persistent kernels, in chunks of time.
 
@@ -57,7 +58,7 @@ def recurrent(
         chunk: steps of a chunk.
         marks: uint8 [T, B, D], where a row begins anew or skips a step (``segments``); None: nowhere.
         reset: the states that rows begin anew from, in the form of ``initial``; empty: zeros.
-        return_c, cell_dtype, extras: as of ``autograd.recurrent``.
+        return_c, cell_dtype, extras, heads: as of ``autograd.recurrent``; then each D counts all heads.
         All in one dtype (float16, bfloat16 or float32), on one device.
 
     Returns:
@@ -69,7 +70,7 @@ def recurrent(
     """
     tensors = x, marks, extras, *initial, *(reset or (None,) * len(initial))
     keeps = expects_backward((*tensors, *weights))
-    how = cell, save, precision, chunk, cell_dtype, keeps, return_c
+    how = cell, save, precision, chunk, cell_dtype, keeps, return_c, heads
     if keeps or not torch.compiler.is_compiling():
         flat = _Chunked.apply(*how, *tensors, *weights)
     else:  # without gradients dynamo calls no Function with a variable number of arguments
@@ -99,7 +100,7 @@ def again_in_chunks(recurrence: Callable[..., Result], chunk: int) -> Callable[.
             return _beside(recurrence, params, extras)(cell, x_gates, weight_hh, bias_hh, initial, marks, reset)
         directions, states = x_gates.size(2), list(initial)
         parts: list[list[Tensor]] = []
-        for part in cut(x_gates.size(0), chunk):
+        for part in cut(x_gates.size(0), chunk, directions):
             marked = None if marks is None else part.of(marks)
             given = part.of(x_gates), weight_hh, bias_hh, states, marked, reset
             step = _beside(recurrence, params, extras_of(extras, 0, part))
@@ -126,13 +127,13 @@ class _Chunked(Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        how, tensors = arguments[:7], arguments[7:]
+        how, tensors = arguments[:8], arguments[8:]
         k = inputs_without_weights(arguments[0])
         return tuple(chunk_ops.forward(*how, list(tensors[:k]), list(tensors[k:])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.cell, ctx.save, ctx.precision, ctx.chunk, ctx.cell_dtype, keeps, ctx.return_c, *tensors = inputs
+        ctx.cell, ctx.save, ctx.precision, ctx.chunk, ctx.cell_dtype, keeps, ctx.return_c, ctx.heads, *tensors = inputs
         found, k = outputs_of(ctx.cell, ctx.save, keeps, ctx.return_c, output), inputs_without_weights(ctx.cell)
         if keeps:
             # The caller may let y go: it is kept only where it is read.
@@ -149,15 +150,15 @@ class _Chunked(Function):
         d = outputs_of(ctx.cell, ctx.save, True, ctx.return_c, grads)
         given = inputs_of(ctx.cell, tensors)
         x, initial = given.x, given.initial
-        directions = tensors[-1].size(0)  # of the last weight, a bias [D, G*H] or parameters [D, P, H]
+        D = tensors[-1].size(0)  # of the last weight, a bias [D, G*H] or parameters [D, P, H]
         dy, *d_others = d.every[: CELLS[ctx.cell].given_out if ctx.return_c else 1]
         if dy is None:
-            dy = x.new_zeros(*x.shape[:2], directions * initial[0].size(2))
+            dy = x.new_zeros(*x.shape[:2], D * initial[0].size(2))
         d_every = [dy, *d_others, *(None,) * n][:n]
         d_finals = [torch.zeros_like(s) if g is None else g for g, s in zip(d.finals, initial, strict=True)]
-        needs = ctx.needs_input_grad[7:]
+        needs = ctx.needs_input_grad[8:]
         needs_x, resets = needs[0], any(needs[3 + n : 3 + 2 * n])
-        how = ctx.cell, ctx.save, ctx.precision, ctx.chunk, ctx.cell_dtype, needs_x, resets
+        how = ctx.cell, ctx.save, ctx.precision, ctx.chunk, ctx.cell_dtype, needs_x, resets, ctx.heads
         flat = *d_every, *d_finals, *tensors
         if torch.compiler.is_compiling():  # as in ``recurrent``; AOTAutograd refuses a second derivative
             found = list(chunk_ops.backward(*how, list(flat)))
@@ -166,17 +167,17 @@ class _Chunked(Function):
         dx = found.pop(0) if needs_x else None
         d_initial, found = found[:n], found[n:]
         d_reset, d_weights = (found[:n], found[n:]) if resets else ([None] * n, found)
-        return (*(None,) * 7, dx, None, None, *d_initial, *d_reset, *d_weights)
+        return (*(None,) * 8, dx, None, None, *d_initial, *d_reset, *d_weights)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        (cell, save, _, _, _, keeps, return_c), tensors = arguments[:7], arguments[7:]
+        (cell, save, _, _, _, keeps, return_c, _), tensors = arguments[:8], arguments[8:]
         k = inputs_without_weights(cell)
         # where B is in the tensors of Inputs and of Outputs
         axes = (1, 1, 2, *(1,) * (k - 3), *(None,) * (len(tensors) - k))
         n, m = CELLS[cell].states, whole_states(cell, save, keeps, return_c)
         out_axes = (*(1,) * (m + n), *((1,) if save == "gates" else (2,) * n if save == "checkpoint" else ()) * keeps)
-        return mapped(_Chunked, info, in_dims, arguments[:7], tensors, axes, out_axes)
+        return mapped(_Chunked, info, in_dims, arguments[:8], tensors, axes, out_axes)
 
 
 class _ChunkedBackward(Function):
@@ -184,11 +185,11 @@ class _ChunkedBackward(Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(chunk_ops.backward(*arguments[:7], list(arguments[7:])))
+        return tuple(chunk_ops.backward(*arguments[:8], list(arguments[8:])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.cell, ctx.save, ctx.precision, _, ctx.cell_dtype, ctx.needs_x, ctx.resets, *tensors = inputs
+        ctx.cell, ctx.save, ctx.precision, _, ctx.cell_dtype, ctx.needs_x, ctx.resets, ctx.heads, *tensors = inputs
         given = backward_inputs_of(ctx.cell, ctx.save, tensors)
         ctx.kept = len(given.kept)
         ctx.save_for_backward(*given.d_every, *given.d_finals, *given.inputs, *given.weights)
@@ -196,14 +197,14 @@ class _ChunkedBackward(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """All at once, as one launch per layer over all steps would have it: what was kept is made anew."""
-        how = ctx.cell, ctx.precision, ctx.cell_dtype, ctx.needs_x, ctx.resets
+        how = ctx.cell, ctx.precision, ctx.cell_dtype, ctx.needs_x, ctx.resets, ctx.heads
         found = double_backward.through(functools.partial(_first_derivative, *how), ctx.saved_tensors, grads)
         k = 2 * CELLS[ctx.cell].states + inputs_without_weights(ctx.cell)
-        return (*(None,) * 7, *found[:k], *(None,) * ctx.kept, *found[k:])
+        return (*(None,) * 8, *found[:k], *(None,) * ctx.kept, *found[k:])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return each_sample(_ChunkedBackward, info, in_dims, arguments[:7], arguments[7:])
+        return each_sample(_ChunkedBackward, info, in_dims, arguments[:8], arguments[8:])
 
 
 def _first_derivative(
@@ -212,6 +213,7 @@ def _first_derivative(
     cell_dtype: torch.dtype | None,
     needs_x: bool,
     resets: bool,
+    heads: int,
     tensors: Sequence[Any],
 ) -> list[Tensor]:
     """What ``chunk_ops.backward`` computes, from its tensors but those that are kept, and differentiable."""
@@ -225,11 +227,11 @@ def _first_derivative(
         every, finals = [y], []
         for i, layer in enumerate(layers):
             below = segments.without_skipped(every[0], marks)
-            x_gates = gates_of([below] * layer.weight_ih.size(0), layer)
+            x_gates = gates_of([below] * (layer.weight_ih.size(0) // heads), layer)
             found = autograd.recurrent(
                 cell, x_gates, layer.weight_hh, layer.bias_hh, states[i], precision, marks, anew[i],
                 return_c=len(d_every) > 1, cell_dtype=cell_dtype, params=layer.params,
-                extras=None if extras is None else extras[i : i + 1],
+                extras=None if extras is None else extras[i : i + 1], heads=heads,
             )  # fmt: skip
             every = [found.y] if found.c is None else [found.y, found.c]
             finals.append(found.finals)

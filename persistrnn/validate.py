@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from persistrnn import segments, torch_path
 from persistrnn.decide import TORCH, called
 from persistrnn.kernels.cells import CELLS
-from persistrnn.options import Options, check_sizes, described
+from persistrnn.options import Options, check_heads, check_sizes, described
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -32,6 +32,7 @@ class Stack(NamedTuple):
     input_size: int
     hidden_size: int
     proj_size: int  # 0: no projection
+    heads: int = 1  # blocks of a block-diagonal W_hh
 
 
 class Batch(NamedTuple):
@@ -72,7 +73,9 @@ def parameter_shapes(stack: "Stack", layer: int) -> list[tuple[int, ...]]:
     """Their shapes."""
     cell, H, features = CELLS[stack.cell], stack.hidden_size, stack.proj_size or stack.hidden_size
     width = stack.input_size if layer == 0 else stack.directions * features
-    shapes: list[tuple[int, ...]] = [(cell.inputs * H, width), (cell.gates * H, features)]
+    n = stack.heads
+    weight_hh = (cell.gates * H, features) if n == 1 else (n, cell.gates * H // n, H // n)
+    shapes: list[tuple[int, ...]] = [(cell.inputs * H, width), weight_hh]
     shapes += [(cell.inputs * H,), (cell.gates * H,)] * stack.bias + [(H,) for _ in cell.params]
     return shapes + [(stack.proj_size, H)] * (stack.proj_size > 0)
 
@@ -83,7 +86,7 @@ def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stac
             f"weights is a list or tuple of tensors in torch.nn's order, got {described(weights)}; give "
             "list(layer.parameters())"
         )
-    num_layers, bias, directions = options.num_layers, options.bias, options.directions
+    num_layers, bias, directions, heads = options.num_layers, options.bias, options.directions, options.heads
     groups = num_layers * directions
     plain = len(parameter_names(cell, 0, 0, bias, False))
     projection = len(weights) == groups * (plain + 1)
@@ -94,6 +97,8 @@ def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stac
         )
     if projection and not (cell in TORCH and TORCH[cell].projects):
         raise ValueError(f"a {called(cell)} has no projections: it takes {groups * plain} weights, got {len(weights)}")
+    if projection:
+        check_heads(heads, heads, True)
     per_group = plain + projection
 
     def name_of(k: int) -> str:
@@ -111,15 +116,16 @@ def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stac
             f"weights are torch.float16, torch.bfloat16, torch.float32 or torch.float64, got {dtype}; convert them: "
             ".to(torch.float32)"
         )
-    matrix = weights[1].dim() == 2
+    matrix = weights[1].dim() == 2 + (heads > 1)
     stack = Stack(
         cell,
         num_layers,
         directions,
         bias,
         input_size=weights[0].size(-1) if weights[0].dim() else 0,
-        hidden_size=weights[1].size(0) // CELLS[cell].gates if matrix else 0,
+        hidden_size=heads * (weights[1].size(-2) // CELLS[cell].gates) if matrix else 0,
         proj_size=weights[1].size(1) if matrix and projection else 0,
+        heads=heads,
     )
     lowest, upper = parameter_shapes(stack, 0) * directions, parameter_shapes(stack, 1) * directions
     expected = lowest + upper * (num_layers - 1)
@@ -141,12 +147,13 @@ def _refuse_shapes(stack: Stack, weights: Sequence[Tensor], names: Sequence[str]
     cell, per_group = CELLS[stack.cell], len(weights) // (stack.num_layers * stack.directions)
     plain = len(parameter_names(stack.cell, 0, 0, stack.bias, False))
     rows = [cell.inputs, cell.gates] * (1 + stack.bias) + [1] * len(cell.params)  # of each weight, per unit
-    hidden, features = [], []
+    heads, hidden, features = stack.heads, [], []
     for k, weight in enumerate(weights):
         slot = k % per_group
-        if weight.dim() == (1 if 2 <= slot < plain else 2):
-            hidden.append(weight.size(1) if slot == plain else weight.size(0) // rows[slot])
-            features += [weight.size(1)] if slot == 1 else [weight.size(0)] if slot == plain else []
+        if weight.dim() == (1 if 2 <= slot < plain else 2 + (slot == 1 and heads > 1)):
+            each, n = (-2, heads) if slot == 1 else (0, 1)
+            hidden.append(weight.size(1) if slot == plain else weight.size(each) // rows[slot] * n)
+            features += [weight.size(-1) * n] if slot == 1 else [weight.size(0)] if slot == plain else []
     projection = per_group > plain
     H = Counter(hidden if projection else hidden + features).most_common(1)[0][0] if hidden else 0
     # A projection is smaller than H: one that is not says nothing.
@@ -154,8 +161,11 @@ def _refuse_shapes(stack: Stack, weights: Sequence[Tensor], names: Sequence[str]
     P = Counter(possible).most_common(1)[0][0] if projection and possible else 0
     if H == 0 or (projection and P == 0):
         sizes = f"{cell.gates}*H, {'P) and weight_hr_l0 (P, H) with H > P > 0' if projection else 'H) with H > 0'}"
+        if heads > 1:
+            sizes = f"{heads}, {cell.gates}*H/{heads}, H/{heads}) with H > 0"
         got = f"{tuple(weights[1].shape)}" + (f" and {tuple(weights[plain].shape)}" if projection else "")
         raise RuntimeError(f"weight_hh_l0 must have shape ({sizes}, got {got}")
+    check_heads(heads, H, False)
     stack = stack._replace(hidden_size=H, proj_size=P)
     for k, (weight, name) in enumerate(zip(weights, names, strict=True)):
         expected = parameter_shapes(stack, k // (per_group * stack.directions))[k % per_group]

@@ -15,11 +15,11 @@ BLOCK = 1024
 @triton.jit(do_not_specialize=["T", "B"])
 def activate(
     x_gates, r_gates, bias, states, step_data, saved, T, B, cell: tl.constexpr, of: tl.constexpr, D: tl.constexpr,
-    H: tl.constexpr, interpreted: tl.constexpr, BLOCK: tl.constexpr,
+    H: tl.constexpr, heads: tl.constexpr, interpreted: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x_gates: [T, B, D, X*H]; r_gates: fp32 [D, T*B, G*H]; bias: [D, G*H]; states: a tuple of [T + 2, B, D, H], those
-    of all steps; step_data: as in ``scan``; saved: [T, B, D, n, H]. of: the cell's numbers. The first axis of the grid
-    has the T*B*H elements of one direction."""
+    of all steps; step_data: as in ``scan``; saved: [T, B, D, n, H]. of: the cell's numbers. heads: in each direction; D
+    counts all of them. The first axis of the grid has the T*B*H elements of one."""
     G: tl.constexpr = of.gates
     X: tl.constexpr = of.inputs
     n: tl.constexpr = of.saved
@@ -40,11 +40,12 @@ def activate(
         at = direction.to(tl.int64) * count * G + (row * G + g) * H + unit
         b = tl.load(bias + (direction * G + g) * H + unit, mask=mask, other=0.0).to(tl.float32)
         r = r + (tl.load(r_gates + at, mask=mask, other=0.0) + b,)
-    before = row + previous_slot(0, direction) * B
+    reverse = direction // heads
+    before = row + previous_slot(0, reverse) * B
     if marks is not None:
         # Of a row that begins anew, the reset state: in slot T + 1, in reverse in slot 0.
-        begins = tl.load(marks + both, mask=mask, other=0) == BEGINS
-        before = tl.where(begins, row % B + tl.where(direction == 0, (T + 1).to(tl.int64) * B, 0), before)
+        begins = tl.load(marks + row * (D // heads) + reverse, mask=mask, other=0) == BEGINS
+        before = tl.where(begins, row % B + tl.where(reverse == 0, (T + 1).to(tl.int64) * B, 0), before)
     state = ()
     for i in tl.static_range(len(states)):
         at = (before * D + direction) * H + unit

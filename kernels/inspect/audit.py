@@ -178,7 +178,9 @@ def compile_activation(cell: Cell, dtype: str, arch: str, directions: int, hidde
         "step_data": given, "saved": pointer, "T": "i32", "B": "i32",
     }  # fmt: skip
     sizes = {"of": cell, "D": directions, "H": hidden, "BLOCK": BLOCK}
-    source = source_of(activate, signature, {"cell": derived(cell.name).forward, "interpreted": False, **sizes})
+    source = source_of(
+        activate, signature, {"cell": derived(cell.name).forward, "heads": 1, "interpreted": False, **sizes}
+    )
     return triton.compile(source, target=target_of(arch), options={"num_warps": 4, "enable_fp_fusion": True})
 
 

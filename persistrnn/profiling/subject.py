@@ -249,7 +249,9 @@ def calls(module: nn.Module) -> Iterator[list[Call]]:
         cell = layer.cell if isinstance(layer, RecurrentBase) else layer.mode.lower()
         found.append(Call(cell, *sizes, steps, batch, label, path, getattr(layer, "save", "gates")))
 
-    layers = [layer for layer in module.modules() if isinstance(layer, (RecurrentBase, nn.RNNBase))]
+    kinds = RecurrentBase, nn.RNNBase
+    # W_hh of heads is smaller than what is counted here.
+    layers = [layer for layer in module.modules() if isinstance(layer, kinds) and getattr(layer, "heads", 1) == 1]
     hooks = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
     try:
         yield found

@@ -224,7 +224,7 @@ def test_compiles_and_keeps_the_contract(short, save):
     weights = [torch.randn(1, 16, n) for n in (3, 1, 4, 1)]
     weights = [w.squeeze(2) if w.size(2) == 1 else w for w in weights]
     state = torch.randn(1, 2, 4)
-    given = "lstm", save, "ieee", 2, None, True, False
+    given = "lstm", save, "ieee", 2, None, True, False, 1
     inputs = [torch.randn(3, 2, 3), None, None, state, state.clone(), None, None]
     operators = torch.ops.persistrnn
     torch.library.opcheck(operators.chunked_forward.default, (*given, inputs, weights))

@@ -30,7 +30,7 @@ def kernels(monkeypatch):
     list of its calls."""
     calls = []
 
-    def recurrent(cell, x_gates, weight_hh, bias_hh, initial, precision, marks, reset, return_c, cell_dtype):
+    def recurrent(cell, x_gates, weight_hh, bias_hh, initial, precision, marks, reset, return_c, cell_dtype, heads):
         tensors = [x_gates, weight_hh, bias_hh, *initial]
         directions, rows, hidden = weight_hh.shape
         assert x_gates.shape[2:] == (directions, rows)
