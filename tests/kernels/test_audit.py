@@ -63,6 +63,7 @@ SAMPLE = [
     # The further cells: the most registers that a plan leaves beside parameters, states and saved tiles; nothing saved.
     Case("peephole", False, "bf16", 1024, "sm_90", 16),
     Case("peephole", True, "bf16", 512, "sm_80", 16),
+    Case("peephole", False, "tf32", 1024, "sm_80", 16, marks=True),
     Case("slstm", False, "bf16", 512, "sm_90", 16),
     Case("slstm", True, "bf16", 1024, "sm_80", 16),
     Case("slstm", True, "bf16", 512, "sm_90", 64, marks=True),
