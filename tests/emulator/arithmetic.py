@@ -1,7 +1,7 @@
 """Numbers as the GPU has them, on NumPy vectors with one element per lane.
 
-``ex2.approx`` and ``div.full`` are exact here up to NumPy's rounding. The sum inside a matrix product is in float32, in
-NumPy's order. Operands in tf32 lose their lower 13 bits, as the PTX ISA lets them.
+``ex2.approx``, ``div.approx`` and ``div.full`` are exact here up to NumPy's rounding. The sum inside a matrix product
+is in float32, in NumPy's order. Operands in tf32 lose their lower 13 bits, as the PTX ISA lets them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ def to_tf32(x: Array) -> Array:
     return np.where(np.isfinite(x), (x.view(U32) + U32(0x1000)) & U32(0xFFFFE000), x.view(U32))
 
 
+def to_s32(x: Array) -> Array:
+    """Toward zero, held within the integers; 0 of NaN."""
+    return np.clip(np.where(x == x, x, F32(0)).astype(F64), -(2.0**31), 2.0**31 - 1).astype(S32)
+
+
 def cut_to_tf32(bits: Array) -> Array:
     return (bits & U32(0xFFFFE000)).view(F32)
 
@@ -43,6 +48,11 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     return (a.astype(F64) * b + c).astype(F32)
 
 
+def flush(x: Array) -> Array:
+    """``.ftz``: zeros of their sign for the subnormal numbers of float32."""
+    return np.where(np.abs(x) < np.finfo(F32).tiny, np.copysign(F32(0), x), x)
+
+
 def pairs(x: Array) -> Array:
     """The two float32 in each 64-bit register: [lanes, 2]."""
     return np.ascontiguousarray(x).view(F32).reshape(-1, 2)
@@ -51,6 +61,11 @@ def pairs(x: Array) -> Array:
 def packed(x: Array) -> Array:
     """[lanes, 2] of float32 as 64-bit registers."""
     return np.ascontiguousarray(x, F32).view(U64).reshape(-1)
+
+
+def approximate_quotient(a: Array, b: Array) -> Array:
+    """``div.approx``: that of a large divisor is 0."""
+    return np.where(np.abs(b) > F32(2.0**126), a * np.copysign(F32(0), b), a / b)
 
 
 def divide(a: Array, b: Array) -> Array:

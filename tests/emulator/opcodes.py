@@ -20,8 +20,8 @@ MATRIX = "sync aligned m8n8 x1 x2 x4 trans shared cta b16"
 KNOWN = {
     "abs": "f32", "add": f"{INTEGERS} f32 f32x2 rn f16 bf16", "and": f"{BITS} pred", "atom": ATOMICS,
     "bar": "sync red and pred", "bfe": "s32 u32 s64 u64", "bra": "uni",
-    "cvt": f"{INTEGERS} u8 f32 f16 bf16 tf32 f16x2 bf16x2 rn rna", "div": f"{INTEGERS} full rn f32",
-    "ex2": "approx f32", "fence": "proxy async shared cta", "fma": "rn f32 f32x2 f16 bf16",
+    "cvt": f"{INTEGERS} u8 f32 f16 bf16 tf32 f16x2 bf16x2 rn rna rzi", "div": f"{INTEGERS} approx full rn f32",
+    "ex2": "approx f32", "fence": "proxy async shared cta", "fma": "rn ftz f32 f32x2 f16 bf16",
     "ld": f"param acquire cg {SCOPES} {MEMORY}", "ldmatrix": MATRIX,
     "lg2": "approx ftz f32", "mad": f"lo wide {INTEGERS}",
     "max": f"{INTEGERS} f32 NaN", "min": f"{INTEGERS} f32 NaN",
@@ -92,6 +92,8 @@ class Opcodes:
             self.write(d, self.widened(a, origin), "f32")
         elif to == "f32" and origin[0] in "us" and i.modifiers[0] == "rn":
             self.write(d, f"{a}.astype({origin.upper()}).astype(F32)", "f32")
+        elif to == "s32" and i.modifiers[0] == "rzi":
+            self.write(d, f"to_s32({a if origin == 'f32' else self.widened(a, origin)})", "s32")
         elif origin[0] in "us" and to[0] in "us":
             self.write(d, f"{a}.astype({origin.upper()}).astype({to.upper()})", to)
         else:
@@ -112,6 +114,10 @@ class Opcodes:
     def operands(self, kind: str, *sources: Any) -> list[str]:
         """A vector at least in the first place, so that NumPy works on vectors."""
         return [self.read(s, kind, n == 0) for n, s in enumerate(sources)]
+
+    @staticmethod
+    def flushed(i: Instruction, expression: str) -> str:
+        return f"flush({expression})" if "ftz" in i.modifiers else expression
 
     def _add(self, i: Instruction, d: Any, a: Any, b: Any) -> None:
         kind, sign = i.modifiers[-1], BINARY[i.name]
@@ -155,22 +161,25 @@ class Opcodes:
     def _fma(self, i: Instruction, d: Any, a: Any, b: Any, c: Any) -> None:
         kind = i.modifiers[-1]
         if kind == "f32x2":
-            x, y, z = (f"pairs({self.read(s, 'b64', True)})" for s in (a, b, c))
-            return self.write(d, f"packed(fma({x}, {y}, {z}))", "b64")
+            x, y, z = (self.flushed(i, f"pairs({self.read(s, 'b64', True)})") for s in (a, b, c))
+            return self.write(d, f"packed({self.flushed(i, f'fma({x}, {y}, {z})')})", "b64")
         if kind in ("f16", "bf16"):
             of = "f16" if kind == "f16" else "b16"
             x, y = (self.widened(self.read(s, of, True), kind) for s in (a, b))
             return self.write(d, f"fma({x}, {y}, {self.read(c, 'f32')})", "f32")
-        x, y, z = self.operands("f32", a, b, c)
-        self.write(d, f"fma({x}, {y}, {z})", "f32")
+        x, y, z = (self.flushed(i, s) for s in self.operands("f32", a, b, c))
+        self.write(d, self.flushed(i, f"fma({x}, {y}, {z})"), "f32")
 
     def _div(self, i: Instruction, d: Any, a: Any, b: Any) -> None:
         kind = i.modifiers[-1]
         x, y = self.operands(kind, a, b)
+        if "approx" in i.modifiers:
+            return self.write(d, f"approximate_quotient({x}, {y})", kind)
         self.write(d, f"{x} / {y}" if kind == "f32" else f"divide({x}, {y})", kind)
 
     def _unary(self, i: Instruction, d: Any, a: Any) -> None:
-        self.write(d, UNARY[i.name].format(self.read(a, i.modifiers[-1], True)), i.modifiers[-1])
+        x = self.flushed(i, self.read(a, i.modifiers[-1], True))
+        self.write(d, self.flushed(i, UNARY[i.name].format(x)), i.modifiers[-1])
 
     _abs = _ex2 = _lg2 = _neg = _not = _rcp = _sqrt = _tanh = _unary
 

@@ -60,6 +60,16 @@ SAMPLE = [
     Case("lstm", True, "bf16", 2048, "sm_90", 64, chunked=True),
     Case("lstm", True, "fp16", 320, "sm_80", 16, 2, chunked=True),
     Case("gru", True, "bf16", 1150, "sm_90", 80, chunked=True),
+    # The further cells: the most registers that a plan leaves beside parameters, states and saved tiles; nothing saved.
+    Case("peephole", False, "bf16", 1024, "sm_90", 16),
+    Case("peephole", True, "bf16", 512, "sm_80", 16),
+    Case("peephole", False, "tf32", 1024, "sm_80", 16, marks=True),
+    Case("slstm", False, "bf16", 512, "sm_90", 16),
+    Case("slstm", True, "bf16", 1024, "sm_80", 16),
+    Case("slstm", True, "bf16", 512, "sm_90", 64, marks=True),
+    Case("rnn_tanh", True, "bf16", 1024, "sm_90", 16),
+    Case("mgu", True, "bf16", 512, "sm_80", 16),
+    Case("janet", False, "bf16", 512, "sm_80", 16),
 ]
 
 SMALL = Case("gru", False, "bf16", 32, "sm_90")  # one slice, and quick to compile

@@ -5,7 +5,9 @@
 
 import accuracy
 import emulated as cases
+import own_cells
 import pytest
+import recurrences
 import torch
 from accuracy import failures
 from emulated import ARCHITECTURES, COUNTER, FLAGS, GROUPS, precise
@@ -16,6 +18,7 @@ from gpu import operands, outputs_and_gradients
 
 import persistrnn
 from persistrnn import reference
+from persistrnn.kernels.cells import BUILT_IN, CELLS
 from persistrnn.kernels.planner import memory
 
 pytestmark = pytest.mark.emulator
@@ -52,6 +55,43 @@ def test_compiled_kernels_keep_the_bound(emulated, forced, monkeypatch, arch, in
     forced(protocol, **chosen)
     assert failures(accuracy.Case(cell, dtype, hidden, batch, 3, layers, bidirectional, True, True)) == []
     assert {report.kernel.name for report in session.reports} == {"scan_forward", "scan_backward"}
+
+
+# Parameters per unit, four states and bits, nothing saved, extras.
+FURTHER = [
+    # cell, dtype, protocol, hidden, chosen
+    ("peephole", "fp32", "counter", 13, {"units": 16}),  # one slice
+    ("slstm", "bf16", "counter", 13, {"units": 16}),
+    ("peephole", "bf16", "flags", 13, {"homes": "registers and shared"}),
+    ("slstm", "fp32", "counter", 29, {"rows": 2}),
+    ("rnn_tanh", "fp16", "counter", 13, {"units": 16}),
+    ("rnn_tanh", "bf16", "flags", 21, {"homes": "shared and stream", "splits": 2}),
+    ("rnn_relu", "fp32", "flags", 13, {"homes": "shared"}),
+    ("coupled", "fp16", "flags", 13, {"homes": "stream"}),
+    ("mgu", "bf16", "counter", 13, {"subtiles": 2, "batch_tile": 8, "homes": "shared"}),
+    ("janet", "fp32", "counter", 13, {"homes": "all three"}),
+    ("zoneout", "fp16", "counter", 13, {}),
+]
+
+
+def further(name):
+    return CELLS[name] if name in BUILT_IN else own_cells.cell_of(name)
+
+
+@pytest.mark.parametrize("index", range(len(FURTHER)), ids=lambda i: "-".join(map(str, FURTHER[i][:4])))
+def test_further_cells_keep_the_bound(emulated, forced, monkeypatch, index):
+    """In turn on each architecture; with rows that end and begin anew."""
+    name, dtype, protocol, hidden, chosen = FURTHER[index]
+    cell, dtype = further(name), accuracy.DTYPES[dtype]
+    schedule = Schedule(seed=index, slow=((index % 2, None, None),))
+    session = emulated(ARCHITECTURES[index % 2], units=UNITS[index // 2 % 3], schedule=schedule)
+    forced(protocol, **chosen)
+    assert recurrences.broken(cell, dtype, recurrences.given(cell, 1, dtype, hidden, marked=True)) == []
+    assert {report.kernel.name for report in session.reports} == {"scan_forward", "scan_backward"}
+
+
+def test_every_built_in_cell_is_emulated():
+    assert {name for name, *_ in (*CASES, *FURTHER)} >= set(BUILT_IN)
 
 
 @pytest.mark.parametrize(

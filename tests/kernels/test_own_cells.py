@@ -4,8 +4,8 @@ import numpy as np
 import own_cells
 import pytest
 import torch
-from accuracy import Bound
 from grid import concurrent_grid
+from recurrences import B, H, T, broken, given, in_dtype, leaves_of, results
 
 from persistrnn import autograd, reference, segments, time_chunks
 from persistrnn.kernels import launch
@@ -14,7 +14,6 @@ from persistrnn.kernels.planner import pipeline
 from persistrnn.kernels.planner.hardware import DEVICES
 from persistrnn.kernels.planner.problem import Problem
 
-T, B, H = 3, 3, 12
 NAMES = list(own_cells.DECLARED)
 
 
@@ -23,66 +22,6 @@ def quiet():
     """The interpreter computes in NumPy, which warns of what a cell makes of the zeros where there is no unit."""
     with np.errstate(all="ignore"):
         yield
-
-
-def given(cell, directions=1, dtype=torch.float32, hidden=H, batch=B, steps=T, marked=False, seed=0):
-    """Arguments of a recurrence by name, leaves but for marks and extras."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def leaf(*shape, size=0.4, around=0.0):
-        return (torch.randn(shape, generator=generator) * size + around).to(dtype).requires_grad_()
-
-    D, H = directions, hidden
-    # The normaliser of an sLSTM is positive.
-    states = [leaf(D, batch, H, size=0.3, around=float(i == 2)) for i in range(cell.states)]
-    found = {
-        "x_gates": leaf(steps, batch, D, cell.inputs * H, size=1.0),
-        "weight_hh": leaf(D, cell.gates * H, H, size=H**-0.5),
-        "bias_hh": leaf(D, cell.gates * H),
-        "initial": states,
-    }
-    if cell.params:
-        found["params"] = leaf(D, len(cell.params), H, size=0.3, around=1.0)
-    if cell.extras:
-        masks = torch.rand(1, steps, batch, D, len(cell.extras), H, generator=generator) < 0.3
-        found["extras"] = masks.to(torch.uint8)
-    if marked:
-        active = torch.rand(steps, batch, generator=generator) < 0.8
-        begins = torch.rand(steps, batch, generator=generator) < 0.3
-        found["marks"] = segments.marks(active, begins, D)
-        found["reset"] = [leaf(D, batch, H, size=0.3, around=float(i == 2)) for i in range(cell.states)]
-    return found
-
-
-def leaves_of(arguments):
-    flat = [t for value in arguments.values() for t in (value if isinstance(value, list) else [value])]
-    return [t for t in flat if t.requires_grad]
-
-
-def in_dtype(arguments, dtype, leaves=True):
-    def of(t):
-        return t.detach().to(dtype).requires_grad_(leaves) if t.is_floating_point() else t
-
-    return {name: list(map(of, v)) if isinstance(v, list) else of(v) for name, v in arguments.items()}
-
-
-def results(recurrence, cell, arguments, orders=1, **how):
-    """Outputs by name, and gradients of the first and, asked for, of the second order."""
-    y, c, finals = recurrence(cell.name, **arguments, **how)
-    outputs = {"y": y, **{f"final {i}": s for i, s in enumerate(finals)}}
-    if c is not None:
-        outputs["c"] = c
-    generator, leaves = torch.Generator().manual_seed(7), leaves_of(arguments)
-    weights = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs.values()]
-    grads = torch.autograd.grad(
-        list(outputs.values()), leaves, weights, create_graph=orders > 1, allow_unused=True, materialize_grads=True
-    )
-    found = outputs | {f"d {i}": g for i, g in enumerate(grads)}
-    if orders > 1:
-        loss = sum((g * torch.randn(g.shape, generator=generator).to(g.dtype)).sum() for g in grads)
-        second = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        found |= {f"dd {i}": g for i, g in enumerate(second)}
-    return {name: t.detach().double() for name, t in found.items()}
 
 
 def assert_true(found, truth, within=2e-6):
@@ -120,15 +59,6 @@ def test_a_nan_in_a_skipped_step_reaches_no_gradient():
 # ---- every dtype, split and home ------------------------------------------------------------------------------------
 
 
-def bound_of(cell, dtype, arguments):
-    """What breaks the bound of accuracy.py; the witness is the step in torch, in the tested dtype."""
-    bound = Bound(dtype)
-    ours = results(autograd.recurrent, cell, arguments, precision="ieee", return_c=True)
-    truth, witness = (results(reference.recurrent, cell, in_dtype(arguments, of)) for of in (torch.float64, dtype))
-    bound.add(cell.name, ours, truth, witness)
-    return bound.failures
-
-
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("name", "dtype", "chosen"), [
     ("everything", torch.bfloat16, {"units": 16}),  # one slice, with units past H
@@ -145,7 +75,7 @@ def test_any_split_keeps_the_bound(forced, name, dtype, chosen):
     arguments = in_dtype(given(cell, directions=2, batch=11, marked=True, hidden=14), dtype)
     before = launch.LAUNCHES.copy()
     with concurrent_grid():
-        failures = bound_of(cell, dtype, arguments)
+        failures = broken(cell, dtype, arguments)
     assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
     assert not failures, "\n".join(failures)
 
@@ -155,7 +85,7 @@ def test_any_split_keeps_the_bound(forced, name, dtype, chosen):
 def test_a_long_sequence_in_bfloat16_keeps_the_bound(name):
     """Outcomes of comparisons that were formed again from rounded tiles would show after some dozen steps."""
     cell = own_cells.cell_of(name)
-    failures = bound_of(cell, torch.bfloat16, in_dtype(given(cell, steps=48), torch.bfloat16))
+    failures = broken(cell, torch.bfloat16, in_dtype(given(cell, steps=48), torch.bfloat16))
     assert not failures, "\n".join(failures)
 
 
@@ -264,7 +194,7 @@ def test_compiled_kernels_keep_the_bound(emulated, forced, monkeypatch, arch, dt
     cell = own_cells.cell_of("everything")
     session = emulated(arch)
     forced(**chosen)
-    failures = bound_of(cell, dtype, in_dtype(given(cell, hidden=13, marked=True), dtype))
+    failures = broken(cell, dtype, in_dtype(given(cell, hidden=13, marked=True), dtype))
     assert not failures, "\n".join(failures)
     assert {report.kernel.name for report in session.reports} == {"scan_forward", "scan_backward"}
 
@@ -339,7 +269,7 @@ def test_compiles_into_one_graph():
         return y.sum() + c.sin().sum() + sum(s.square().sum() for s in finals)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    expected, found = (torch.autograd.grad(f(arguments), leaves_of(arguments)) for f in (run, compiled))
+    expected, found = (torch.autograd.grad(f(arguments), list(leaves_of(arguments).values())) for f in (run, compiled))
     torch.testing.assert_close(found, expected)
 
 

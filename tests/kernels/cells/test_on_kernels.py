@@ -4,11 +4,14 @@ dtype, both directions, with rows that end and begin anew, over short and over l
 import numpy as np
 import pytest
 import torch
-from accuracy import DTYPES, Bound, exact_gemms
+from accuracy import DTYPES, Bound
+from grid import Delays, concurrent_grid
+from recurrences import broken, compare, given
 
-from persistrnn import autograd, reference, segments
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import BUILT_IN, CELLS
+
+pytestmark = pytest.mark.interpreter
 
 NAMES = BUILT_IN[2:]
 
@@ -20,70 +23,52 @@ def quiet():
         yield
 
 
-def drawn(cell, dtype, hidden, steps, batch, directions, marked, seed):
-    """Arguments of a recurrence, of numbers that the dtype has."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def tensor(*shape, size=1.0, around=0.0):
-        return (torch.randn(shape, generator=generator) * size + around).to(dtype)
-
-    def states():  # a normaliser is positive, and no smaller than what it normalises
-        return [tensor(directions, batch, hidden, size=0.3, around=2.0 * (i == 2)) for i in range(cell.states)]
-
-    D = directions
-    found = {
-        "x_gates": tensor(steps, batch, D, cell.inputs * hidden),
-        "weight_hh": tensor(D, cell.gates * hidden, hidden, size=hidden**-0.5),
-        "bias_hh": tensor(D, cell.gates * hidden, size=0.2),
-        "initial": states(),
-    }
-    if cell.params:
-        found["params"] = tensor(D, len(cell.params), hidden, size=0.3)
-    if marked:
-        active, begins = (torch.rand(steps, batch, generator=generator) < p for p in (0.8, 0.2))
-        found |= {"marks": segments.marks(active, begins, D), "reset": states()}
-    return found
-
-
-def run(recurrence, cell, given, weights, dtype, **options):
-    """Outputs and gradients by name, in float64."""
-
-    def leaf(t):
-        return t.to(dtype).requires_grad_() if t.is_floating_point() else t
-
-    given = {name: list(map(leaf, v)) if isinstance(v, list) else leaf(v) for name, v in given.items()}
-    y, _, finals = recurrence(cell.name, **given, **options)
-    outputs = {"y": y} | {f"state {i}": s for i, s in enumerate(finals)}
-    leaves = {
-        f"{name} {i}": t for name, v in given.items() for i, t in enumerate(v if isinstance(v, list) else [v])
-        if t.is_floating_point()
-    }  # fmt: skip
-    grads = torch.autograd.grad(
-        list(outputs.values()), list(leaves.values()), [w.to(dtype) for w in weights[: len(outputs)]],
-        allow_unused=True, materialize_grads=True,
-    )  # fmt: skip
-    found = outputs | {f"d {name}": g for name, g in zip(leaves, grads, strict=True)}
-    return {name: t.detach().double() for name, t in found.items()}
-
-
-@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bound_is_kept(name, dtype):
-    cell, bound = CELLS[name], Bound(DTYPES[dtype])
-    # hidden, steps, batch, directions, marked: units past H, and a bfloat16 sequence in which an outcome computed again
+    cell, dtype = CELLS[name], DTYPES[dtype]
+    # directions, hidden, batch, steps, marked: units past H, and a bfloat16 sequence in which an outcome computed again
     # from rounded tiles was 54% of sLSTM's gradient
-    shapes = [(18, 6, 3, 2, True), *([(16, 48, 2, 1, False)] if dtype == "bf16" else [])]
+    shapes = [(2, 18, 3, 6, True), *([(1, 16, 2, 48, False)] if dtype == torch.bfloat16 else [])]
     before = launch.LAUNCHES["scan_backward"]
-    for shape in shapes:
-        given = drawn(cell, bound.dtype, *shape, seed=0)
-        hidden, steps, batch, directions, _ = shape
-        generator, final = torch.Generator().manual_seed(99), (directions, batch, hidden)
-        sizes = (steps, batch, directions * hidden), *[final] * cell.states
-        weights = [torch.randn(size, generator=generator).to(bound.dtype) for size in sizes]
-        with exact_gemms("cpu"):
-            ours = run(autograd.recurrent, cell, given, weights, bound.dtype, precision="ieee")
-        truth, witness = (run(reference.recurrent, cell, given, weights, d) for d in (torch.float64, bound.dtype))
-        bound.add((name, shape), ours, truth, witness)
+    for directions, *shape in shapes:
+        # Seed 1: of these numbers no h is so near 0 that rounding puts it on the other side of a kink.
+        failures = broken(cell, dtype, given(cell, directions, dtype, *shape, seed=1))
+        assert not failures, "\n".join(failures)
     assert launch.LAUNCHES["scan_backward"] == before + len(shapes)
-    assert not bound.failures, "\n".join(bound.failures)  # one case of a class leaves nothing to pool
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["peephole", "slstm"])
+def test_the_pooled_bound_is_kept(name, dtype):
+    """Over eight cases, without what a single one is allowed besides."""
+    cell, bound = CELLS[name], Bound(DTYPES[dtype])
+    for seed in range(2):
+        for directions, *shape in [
+            (2, 18, 3, 6, True),
+            (1, 10, 1, 2, False),
+            (1, 25, 17, 7, True),
+            (2, 2, 3, 7, False),
+        ]:
+            compare(bound, cell, given(cell, directions, bound.dtype, *shape, seed=seed))
+    bound.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "protocol", "chosen"),
+    [
+        ("peephole", "bf16", "flags", {"homes": "registers and shared"}),
+        ("slstm", "fp32", "counter", {"rows": 2}),
+        ("slstm", "fp16", "flags", {"homes": "shared", "splits": 2}),
+    ],
+)
+@pytest.mark.parametrize("operation", ["put", "wait", "get"])
+def test_many_slices_keep_the_bound(forced, name, dtype, protocol, chosen, operation):
+    """In the concurrent grid, whose second program is late."""
+    cell, dtype = CELLS[name], DTYPES[dtype]
+    forced(protocol, **chosen)
+    before = launch.LAUNCHES.copy()
+    with concurrent_grid(Delays(operation, slow=1)):
+        failures = broken(cell, dtype, given(cell, 1, dtype, 21, marked=True))
+    assert not failures, "\n".join(failures)
+    assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
