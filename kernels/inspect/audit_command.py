@@ -50,7 +50,7 @@ def cases(shapes: list[Shape], dtypes: list[str], archs: list[str]) -> dict[str,
 
 
 def shapes_of(path: Path) -> list[Shape]:
-    """The LSTM and GRU rows of a workload table."""
+    """The rows of a workload table, of cells that we have."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     found = []

@@ -143,7 +143,7 @@ def test_gradients_of_weights_are_summed_in_float32():
     gates, x, y = (torch.ones(size, dtype=torch.bfloat16) for size in ((1, 1, 1, 1, 8), (1, 1, 3), (1, 3, 1, 1, 2)))
     for _ in range(512):
         totals.add("lstm", Gradients(gates, gates, (), ()), [x], Kept([y], None), None, None)
-    for total, weight in zip(totals.rounded(torch.bfloat16), layer, strict=True):
+    for total, weight in zip(totals.rounded(torch.bfloat16), layer[: len(sizes)], strict=True):
         torch.testing.assert_close(total, torch.full_like(weight, 512), rtol=0, atol=0)
 
 

@@ -30,10 +30,10 @@ def planned(cell: str, hidden: int, batch: int, directions: int = 1, dtype: str 
 
 
 def workload_passes() -> Iterator[tuple[Plan, Pass]]:
-    """Every LSTM and GRU of DeepBench, on a device of each kind and in each size of element."""
+    """Every layer of DeepBench, on a device of each kind and in each size of element."""
     with open(WORKLOADS / "deepbench.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["cell"] in CELLS]
-    assert Counter(row["cell"] for row in rows) == {"gru": 73, "lstm": 38}
+    assert Counter(row["cell"] for row in rows) == {"gru": 73, "lstm": 38, "rnn_relu": 14}
     for row, device, dtype in itertools.product(rows, ("a100", "h200", "mi300x"), ("bf16", "fp32")):
         try:
             found = planned(row["cell"], int(row["hidden"]), int(row["batch"]), 1, dtype, device)
@@ -82,7 +82,7 @@ def test_what_every_workload_holds_adds_up() -> None:
             shown = {text.split()[0]: int(text.split()[-1].replace(",", "")) for text in key.strip().split("   ")}
             assert sum(shown.values()) == whole
             assert all(abs(signs[sign] - 64 * n / whole) <= 1 for sign, n in shown.items())
-        gates, shares = {"lstm": 4, "gru": 3}[found.cell], dataclasses.astuple(part.shares)
+        gates, shares = {"lstm": 4, "gru": 3, "rnn_relu": 1}[found.cell], dataclasses.astuple(part.shares)
         assert sum(shares) == gates * found.hidden**2 * DTYPES[found.dtype]
         seen += 1
     assert seen > 1000

@@ -196,7 +196,9 @@ def test_what_fits_with_16_rows_fits_with_any():
 
 @pytest.mark.parametrize(("layers", "directions"), [(1, 1), (2, 2)])
 def test_a_pipeline_has_two_layers_of_one_direction(layers, directions):
-    with pytest.raises(ValueError, match=rf"at least 2 layers and one direction, got {layers} and {directions}"):
+    with pytest.raises(
+        ValueError, match=rf"at least 2 layers, one direction and one head, got {layers}, {directions} and 1"
+    ):
         pipeline.plan_pipeline(Problem(SHAPES["gru"], 64, 8, directions, "bf16", H200), layers)
 
 

@@ -106,7 +106,7 @@ def test_whether_a_stack_is_a_pipeline_is_that_of_its_own_steps(monkeypatch: pyt
 def test_marks_reach_the_kernels(marks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU rows with lengths would else run as a PackedSequence."""
     seen = []
-    monkeypatch.setattr(compile_first.JITFunction, "run", lambda *_, marks, **__: seen.append(marks))
+    monkeypatch.setattr(compile_first.JITFunction, "run", lambda *_, step_data, **__: seen.append(step_data[0]))
     compiled(mode="forward", marks=marks)
     assert [one is not None for one in seen] == [bool(marks)]
 
