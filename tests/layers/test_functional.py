@@ -94,21 +94,18 @@ def test_autocast_leaves_float64_alone(kernels):
 
 
 @pytest.fixture
-def fp32_settings():
-    """torch's float32 settings, put back afterwards."""
-    places = (torch.backends.cudnn.rnn, torch.backends.cudnn, torch.backends)
-    torch.backends.cudnn.allow_tf32 = True
-    before = [place.fp32_precision for place in places]
-    yield places
-    for place, value in zip(places, before, strict=True):
-        place.fp32_precision = value
+def rnn_precision():
+    """torch's float32 setting of recurrent layers, put back by the older flag: it sets that of convolutions, too, and
+    torch refuses to work where the two differ from it."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True
+    yield torch.backends.cudnn.rnn
+    torch.backends.cudnn.allow_tf32 = before
 
 
-def test_precision_is_torch_rnn_setting(fp32_settings):
-    rnn, _, _ = fp32_settings
+def test_precision_is_torch_rnn_setting(rnn_precision):
     assert functional.precision() == "tf32"
     for setting, expected in (("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")):
-        rnn.fp32_precision = setting
+        rnn_precision.fp32_precision = setting
         assert functional.precision() == expected
     torch.backends.cudnn.allow_tf32 = False
     assert functional.precision() == "ieee"
