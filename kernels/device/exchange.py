@@ -83,8 +83,24 @@ def put(pointers, tile, mask, exchange: tl.constexpr):
             _store_relaxed(pointers, bits, mask)
         else:
             tl.store(pointers, bits.to(tile.dtype, bitcast=True), mask=mask)
+    elif exchange.poll == "ptx":
+        store_in_place(pointers, tile, mask)
     else:
         tl.store(pointers, tile, mask=mask)
+
+
+@triton.jit
+def store_in_place(pointers, tile, mask):
+    bits = tile.to(_integer(tile.dtype), bitcast=True)
+    narrow: tl.constexpr = bits.dtype.primitive_bitwidth == 16
+    tl.inline_asm_elementwise(
+        _PLAIN_16 if narrow else _PLAIN_32,
+        "=r,l,h,r" if narrow else "=r,l,r,r",
+        [pointers, bits, mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -258,6 +274,13 @@ _LOAD = """{{
     mov.b{0} $0, 0;
     @there ld.relaxed.gpu.global.b{0} $0, [$1];
     }}"""
+_PLAIN = """{{
+    .reg .pred there;
+    setp.ne.s32 there, $3, 0;
+    @there st.global.b{0} [$1], $2;
+    mov.b32 $0, 0;
+    }}"""
+_PLAIN_16, _PLAIN_32 = tl.constexpr(_PLAIN.format(16)), tl.constexpr(_PLAIN.format(32))
 _STORE_16, _STORE_32 = tl.constexpr(_STORE.format(16)), tl.constexpr(_STORE.format(32))
 _LOAD_16, _LOAD_32 = tl.constexpr(_LOAD.format(16)), tl.constexpr(_LOAD.format(32))
 

@@ -31,25 +31,25 @@ def load_initial(states, program, T, B, KEEP: tl.constexpr, tiling: tl.constexpr
 
 @triton.jit
 def load_bias(bias, program, tiling: tl.constexpr):
-    """Per gate [U, 1], of the program's units."""
+    """Per gate [1, U], of the program's units."""
     H: tl.constexpr = tiling.hidden
     G: tl.constexpr = tiling.gates
     tiles = ()
     for g in tl.static_range(G):
-        tiles = tiles + (load(bias + g * H + program.units, program.units < H)[:, None],)
+        tiles = tiles + (load(bias + g * H + program.units, program.units < H)[None, :],)
     return tiles
 
 
 @triton.jit
 def load_params(params, program, tiling: tl.constexpr):
-    """Per parameter [U, 1], of the program's units."""
+    """Per parameter [1, U], of the program's units."""
     P: tl.constexpr = tiling.params
     tiles = ()
     if P > 0:
         row = program.layer if tiling.layers > 1 else program.direction
         for i in tl.static_range(P):
             own = params + (row * P + i) * tiling.hidden + program.units
-            tiles = tiles + (load(own, program.units < tiling.hidden)[:, None],)
+            tiles = tiles + (load(own, program.units < tiling.hidden)[None, :],)
     return tiles
 
 

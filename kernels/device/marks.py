@@ -27,8 +27,8 @@ def load_marks(marks, t, tile, program, B, tiling: tl.constexpr):
 
 @triton.jit
 def is_marked(mark, code: tl.constexpr):
-    """[1, BB]: which rows have this mark."""
-    return (mark == code)[None, :]
+    """[BB, 1]: which rows have this mark."""
+    return (mark == code)[:, None]
 
 
 @triton.jit

@@ -245,7 +245,7 @@ def nth_tile(weights, i: tl.constexpr, tiling: tl.constexpr):
 
 @triton.jit
 def gather(accs, tiling: tl.constexpr):
-    """The product as a tuple of tiles [R*U, BB], one per gate."""
+    """The product as a tuple of tiles [BB, R*U], one per gate."""
     tiles = ()
     for p in tl.static_range(len(tiling.packs)):
         tiles = tiles + split_gates(accs[p], tiling.packs[p], tiling.wide, tiling.batch_tile, tiling.splits)
@@ -270,7 +270,7 @@ def product_local(weights, tiles, dtype: tl.constexpr, tiling: tl.constexpr, exc
     """One slice: the operand never leaves the chip."""
     narrowed = ()
     for i in tl.static_range(len(tiling.chunks)):
-        narrowed = narrowed + (operand(narrow(tiles[i], dtype, tiling.interpreted), tiling, exchange),)
+        narrowed = narrowed + (operand(tl.trans(narrow(tiles[i], dtype, tiling.interpreted)), tiling, exchange),)
     accs = accumulators(tiling)
     for b in tl.static_range(len(tiling.bursts)):
         accs = add_local(weights, narrowed, b, accs, tiling)
@@ -353,19 +353,19 @@ def add_parts(tiles, sums_of_group, k_part, counter, target, spin_limit, error, 
     """Two-dimensional split: hand the other slices of the unit group their units of this partial product, and return
     the sum over all R of this slice's own, in the order of the parts of K.
 
-    sums_of_group: the unit group's fp32 buffer [R, gates, R*U, BB] of this step's parity.
+    sums_of_group: the unit group's fp32 buffer [R, gates, BB, R*U] of this step's parity.
     """
     n: tl.constexpr = len(tiles)
     BB: tl.constexpr = tiling.batch_tile
     U: tl.constexpr = tiling.units
     R: tl.constexpr = tiling.rows
     size: tl.constexpr = tiling.wide * BB
-    all_units = tl.arange(0, tiling.wide)[:, None] * BB + tl.arange(0, BB)[None, :]
+    all_units = tl.arange(0, BB)[:, None] * tiling.wide + tl.arange(0, tiling.wide)[None, :]
     for g in tl.static_range(n):
         tl.store(sums_of_group + (k_part * n + g) * size + all_units, tiles[g])
     announce(counter, exchange)
     spin_limit = await_count(counter, target, spin_limit, error, exchange)
-    own_units = (k_part * U + tl.arange(0, U))[:, None] * BB + tl.arange(0, BB)[None, :]
+    own_units = tl.arange(0, BB)[:, None] * tiling.wide + (k_part * U + tl.arange(0, U))[None, :]
     sums = ()
     for g in tl.static_range(n):
         total = read(sums_of_group + g * size + own_units)

@@ -21,7 +21,7 @@ class Program(NamedTuple):
         k_part, k_start: which of the R parts of K it multiplies, and the first unit of that.
         unit_group: whose outputs it forms; R programs share one, and with R = 1 that is its own units.
         owner_part: the part of K that its own units are in: who waits for them counts there.
-        units, unit_mask: [U] and [U, 1], its own units, and which of them exist.
+        units, unit_mask: [U] and [1, U], its own units, and which of them exist.
     """
 
     layer: tl.tensor
@@ -42,7 +42,7 @@ class Sync(NamedTuple):
     Attributes:
         counters: int32, per batch tile ``tiling.lanes`` of them: one per part of K, of the steps that its owners have
             put, and with R > 1 one per unit group, of the partial sums.
-        partial_sums: fp32, per batch tile [2, S, outputs * R*U * BB]: of even and odd steps.
+        partial_sums: fp32, per batch tile [2, S, outputs * BB * R*U]: of even and odd steps.
         error: int32 in host memory, 1 once a wait has run out.
     """
 
@@ -93,7 +93,7 @@ def locate(sync, first_job, B, tiling: tl.constexpr, exchange: tl.constexpr):
     owner_part = slice_id // tiling.columns
     k_start = k_part * tiling.block
     units = slice_id * tiling.units + tl.arange(0, tiling.units)
-    mask = (units < tiling.hidden)[:, None]
+    mask = (units < tiling.hidden)[None, :]
     program = Program(layer, direction, reverse, first_row, k_part, k_start, unit_group, owner_part, units, mask)
     return program, Sync(counters, partial_sums, error)
 

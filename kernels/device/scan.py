@@ -29,7 +29,7 @@ Rows that begin anew or skip a step (``marks``) change which state a row goes on
 number of exchanges, which is the same for every program of a group.
 
 In names, ``own`` is of the layer itself, ``below`` and ``above`` of its neighbour; ``state`` and ``d_state`` are what
-goes from step to step in registers, in float32, for each batch tile a tuple of tiles [U, BB].
+goes from step to step in registers, in float32, for each batch tile a tuple of tiles [BB, U].
 """
 
 import triton
@@ -119,7 +119,7 @@ def scan_forward(
     0, or 1 in reverse; the final one in 1; with marks the reset state in 2). x_gates: [T, B, D, X*H]. saved:
     [T, B, D, n, H] or None. step_data: (marks uint8 [T, B, D], params [D, P, H], extras [T, B, D, E, H]), None each
     where there are none. sync: (counters int32 [jobs * L * subtiles * lanes * exchange.stride], error word int32 [1],
-    partial sums fp32 [groups * subtiles, 2, S, outputs * R*U * BB]).
+    partial sums fp32 [groups * subtiles, 2, S, outputs * BB * R*U]).
     For a stack as a pipeline: states [L, T + 2, ...], saved and extras [L, T, ...], params [L, P, H], weight
     [L, 2, G*H, stride] and bias [L, 2, G*H], of h first and of what comes from below second; x_gates of the lowest
     layer."""
@@ -145,7 +145,7 @@ def scan_forward(
             extras += layer.to(tl.int64) * T * B * (tiling.extras * H)
         # The lowest layer has x_gates, and multiplies its own h0 by zero; to the others comes the h of the layer below.
         exists = tl.minimum(layer, 1)
-        x_mask = (units < H * (1 - exists))[:, None]
+        x_mask = (units < H * (1 - exists))[None, :]
         h_below = states[0] + (layer - exists).to(tl.int64) * (T + 2) * B * H
         below = Neighbour(exists, h_below, sync_of_layer(own_sync, -exists, tiling, exchange))
         slots = T + 2
@@ -289,7 +289,7 @@ def scan_backward(
         above = Neighbour(exists, dx_above, sync_of_layer(own_sync, exists, tiling, exchange))
         dx_gates += layer.to(tl.int64) * T * B * (G * H)
         dr_gates += layer.to(tl.int64) * T * B * (G * H)
-        dy_mask = (units < H * (1 - exists))[:, None]
+        dy_mask = (units < H * (1 - exists))[None, :]
         slot_size = layer.to(tl.int64) * B * H
         states = moved(states, slot_size * (T + 2))
         d_states = moved(d_states, slot_size)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .exchange import store_in_place
 from .tiles import narrow
 
 
@@ -13,7 +14,7 @@ def load(pointers, mask):
 
 @triton.jit
 def load_tiles(pointer, offsets, mask, stride: tl.constexpr, n: tl.constexpr):
-    """n tiles [U, BB], ``stride`` elements apart."""
+    """n tiles [BB, U], ``stride`` elements apart."""
     tiles = ()
     for i in tl.static_range(n):
         tiles = tiles + (load(pointer + offsets + i * stride, mask),)
@@ -31,7 +32,11 @@ def load_states(states, position, offsets, mask):
 
 @triton.jit
 def store(pointers, tile, mask, tiling: tl.constexpr):
-    tl.store(pointers, narrow(tile, pointers.dtype.element_ty, tiling.interpreted), mask=mask)
+    value = narrow(tile, pointers.dtype.element_ty, tiling.interpreted)
+    if tiling.interpreted:
+        tl.store(pointers, value, mask=mask)
+    else:
+        store_in_place(pointers, value, mask)
 
 
 @triton.jit

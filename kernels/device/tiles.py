@@ -20,7 +20,7 @@ class BatchTile(NamedTuple):
     Attributes:
         first: a row that exists.
         rows: [BB], the tile's, counted from there.
-        own: [1, BB], whether a row is the tile's own.
+        own: [BB, 1], whether a row is the tile's own.
     """
 
     first: tl.tensor
@@ -34,7 +34,7 @@ def batch_tile(program, j: tl.constexpr, B, tiling: tl.constexpr):
     start = program.first_row + j * tiling.batch_tile
     first = tl.minimum(start, B - 1)
     index = tl.arange(0, tiling.batch_tile)
-    return BatchTile(first, tl.minimum(index, B - 1 - first), (start + index < B)[None, :])
+    return BatchTile(first, tl.minimum(index, B - 1 - first), (start + index < B)[:, None])
 
 
 @triton.jit
@@ -63,8 +63,8 @@ def tile_offset(t, tile, program, B, width: tl.constexpr, tiling: tl.constexpr):
 
 @triton.jit
 def unit_offsets(program, rows, width: tl.constexpr, tiling: tl.constexpr):
-    """Offsets [U, BB] from there of the program's units, in the given rows of a tensor [*, B, D, width]."""
-    return program.units[:, None] + rows[None, :] * (tiling.directions * width)
+    """Offsets [BB, U] from there of the program's units, in the given rows of a tensor [*, B, D, width]."""
+    return program.units[None, :] + rows[:, None] * (tiling.directions * width)
 
 
 @triton.jit
@@ -180,18 +180,18 @@ def sum_splits(x, splits: tl.constexpr):
 
 @triton.jit
 def split_gates(acc, gates: tl.constexpr, units: tl.constexpr, batch: tl.constexpr, splits: tl.constexpr):
-    """[gates*U, BB] or [P, gates*U, BB] -> a tuple of ``gates`` tiles [U, BB], summed over P."""
+    """[gates*U, BB] or [P, gates*U, BB] -> a tuple of ``gates`` tiles [BB, U], summed over P."""
     if splits == 1:
         if gates == 1:
-            return (acc,)
+            return (tl.trans(acc),)
         else:
-            x = tl.permute(tl.reshape(acc, (gates, units, batch)), (1, 2, 0))
+            x = tl.permute(tl.reshape(acc, (gates, units, batch)), (2, 1, 0))
             return _unstack(x, gates)
     else:
         if gates == 1:
-            return (sum_splits(tl.permute(acc, (1, 2, 0)), splits),)
+            return (sum_splits(tl.permute(acc, (2, 1, 0)), splits),)
         else:
-            x = tl.permute(tl.reshape(acc, (splits, gates, units, batch)), (2, 3, 1, 0))
+            x = tl.permute(tl.reshape(acc, (splits, gates, units, batch)), (3, 2, 1, 0))
             return _unstack(sum_splits(x, splits), gates)
 
 
