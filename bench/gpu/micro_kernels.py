@@ -13,8 +13,8 @@ from torch import Tensor
 
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import arrive, get, put, read, wait
+from persistrnn.kernels.device.operands import as_operand, operand_index, operand_rows
 from persistrnn.kernels.device.product import accumulators, add, gather, load_rest, matrix_of, resident
-from persistrnn.kernels.device.tiles import k_index, operand_offsets
 from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
 from persistrnn.kernels.planner.problem import Problem
 from persistrnn.kernels.planner.tiling import Choice, Tiling, make_tiling
@@ -177,9 +177,11 @@ def sweep_shared(weight, operand, sums, cycles, steps, tiling: tl.constexpr,
         weights = load_rest(resident(matrix, 0, 0, tiling, exchange), matrix, opaque_one, tiling, exchange)
         operands = ()
         for i in tl.static_range(n):
-            k = k_index(tiling.chunks[i].size, tiling.splits)
-            offsets = operand_offsets(k, rows, tiling.row_stride, tiling.splits)
-            operands = operands + (tl.load(operand + tiling.chunks[i].start + offsets),)
+            dtype: tl.constexpr = operand.dtype.element_ty
+            k = operand_index(tiling.chunks[i].size, dtype, tiling.splits)
+            offsets = k + operand_rows(rows, BB, tiling.splits) * tiling.row_stride
+            tile = tl.load(operand + tiling.chunks[i].start + offsets)
+            operands = operands + (as_operand(tile, dtype, tiling.splits),)
         start = clock(tl.zeros((), tl.int64), PTX)
         step = program * 0
         while step < steps:
@@ -189,7 +191,7 @@ def sweep_shared(weight, operand, sums, cycles, steps, tiling: tl.constexpr,
         tl.store(cycles + program, clock(start, PTX) - start)
         turn += 1
     tiles = gather(accs, tiling)
-    unit = tl.arange(0, U)[:, None] * BB + rows[None, :]
+    unit = tl.arange(0, U)[None, :] * BB + rows[:, None]
     for g in tl.static_range(G):
         tl.store(sums + (program * G + g) * (U * BB) + unit, tiles[g])
 

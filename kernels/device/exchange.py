@@ -39,6 +39,8 @@ import triton.language as tl
 # About 6 seconds at the 0.7 us that one poll of L2 is assumed to take: far above any step, far below a hang.
 SPIN_LIMIT = 1 << 23
 
+MANY = tl.constexpr(1024)  # elements of a tile
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -83,24 +85,32 @@ def put(pointers, tile, mask, exchange: tl.constexpr):
             _store_relaxed(pointers, bits, mask)
         else:
             tl.store(pointers, bits.to(tile.dtype, bitcast=True), mask=mask)
-    elif exchange.poll == "ptx":
-        store_in_place(pointers, tile, mask)
     else:
-        tl.store(pointers, tile, mask=mask)
+        store_held(pointers, tile, mask, exchange)
 
 
 @triton.jit
-def store_in_place(pointers, tile, mask):
-    bits = tile.to(_integer(tile.dtype), bitcast=True)
-    narrow: tl.constexpr = bits.dtype.primitive_bitwidth == 16
-    tl.inline_asm_elementwise(
-        _PLAIN_16 if narrow else _PLAIN_32,
-        "=r,l,h,r" if narrow else "=r,l,r,r",
-        [pointers, bits, mask.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+def store_held(pointers, tile, mask, exchange: tl.constexpr):
+    """Each thread stores the elements that it holds.
+
+    ``tl.store`` first moves every tile through shared memory, between two barriers, so that a thread has more of a row:
+    of h, c and four saved tiles that was 11 barriers of 16 in a step, and 700 cycles of 3,674 (clock, LSTM 256, B=16,
+    bf16, sm_90, forward). Of a tile with many elements per thread it is the better way (registers 155 against 187, LSTM
+    128 backward in one slice).
+    """
+    if exchange.poll == "ptx" and tile.numel < MANY:
+        bits = tile.to(_integer(tile.dtype), bitcast=True)
+        narrow: tl.constexpr = bits.dtype.primitive_bitwidth == 16
+        tl.inline_asm_elementwise(
+            _HELD_16 if narrow else _HELD_32,
+            "=r,l,h,r" if narrow else "=r,l,r,r",
+            [pointers, bits, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(pointers, tile, mask=mask)
 
 
 @triton.jit
@@ -265,7 +275,7 @@ def _load_flagged(pointers, mask, exchange: tl.constexpr):
 _STORE = """{{
     .reg .pred there;
     setp.ne.s32 there, $3, 0;
-    @there st.relaxed.gpu.global.b{0} [$1], $2;
+    @there st{1}.global.b{0} [$1], $2;
     mov.b32 $0, 0;
     }}"""
 _LOAD = """{{
@@ -274,14 +284,8 @@ _LOAD = """{{
     mov.b{0} $0, 0;
     @there ld.relaxed.gpu.global.b{0} $0, [$1];
     }}"""
-_PLAIN = """{{
-    .reg .pred there;
-    setp.ne.s32 there, $3, 0;
-    @there st.global.b{0} [$1], $2;
-    mov.b32 $0, 0;
-    }}"""
-_PLAIN_16, _PLAIN_32 = tl.constexpr(_PLAIN.format(16)), tl.constexpr(_PLAIN.format(32))
-_STORE_16, _STORE_32 = tl.constexpr(_STORE.format(16)), tl.constexpr(_STORE.format(32))
+_STORE_16, _STORE_32 = (tl.constexpr(_STORE.format(bits, ".relaxed.gpu")) for bits in (16, 32))
+_HELD_16, _HELD_32 = (tl.constexpr(_STORE.format(bits, "")) for bits in (16, 32))
 _LOAD_16, _LOAD_32 = tl.constexpr(_LOAD.format(16)), tl.constexpr(_LOAD.format(32))
 
 

@@ -19,18 +19,8 @@ import triton
 import triton.language as tl
 
 from .exchange import announce, await_count, get, read
-from .tiles import (
-    accumulator,
-    k_index,
-    narrow,
-    operand,
-    operand_mask,
-    operand_offsets,
-    operands,
-    split_gates,
-    weight_mask,
-    weight_offsets,
-)
+from .operands import as_operand, as_weights, operand_index, operand_rows, weight_index, weight_outputs
+from .tiles import accumulator, narrow, operand, operands, split_gates
 
 
 class Matrix(NamedTuple):
@@ -118,15 +108,18 @@ def left_of(length, start, k_start, tiling: tl.constexpr):
 def load_tile(matrix, p: tl.constexpr, segment, start, size: tl.constexpr, length, whole: tl.constexpr,
               tiling: tl.constexpr):  # fmt: skip
     """The weights of pack p for ``size`` indices of K, of which ``length`` are valid."""
-    k = k_index(size, tiling.splits)
+    k = weight_index(size, tiling.splits, tiling.backward)
+    outputs = weight_outputs(matrix.outputs[p], tiling.splits, tiling.backward)
     # Offsets from zero, masks only where needed: what the tiles of a program share costs registers once.
     corner = matrix.corner + position(segment, start, matrix.k_start, tiling) * tiling.k_stride
     inside = left_of(length, start, matrix.k_start, tiling)
-    offsets = weight_offsets(matrix.outputs[p], tiling.m_stride, k, tiling.k_stride, tiling.splits)
+    offsets = outputs * tiling.m_stride + k * tiling.k_stride
     if whole:
-        return tl.load(corner + offsets)
+        tile = tl.load(corner + offsets)
     else:
-        return tl.load(corner + offsets, mask=weight_mask(matrix.masks[p], k, inside, tiling.splits), other=0.0)
+        mask = weight_outputs(matrix.masks[p], tiling.splits, tiling.backward) & (k < inside)
+        tile = tl.load(corner + offsets, mask=mask, other=0.0)
+    return as_weights(tile, tile.dtype, tiling.splits, tiling.backward)
 
 
 @triton.jit
@@ -290,12 +283,12 @@ def operand_tile(pointer, rows, segment, start, size: tl.constexpr, length, whol
     """The moving operand for ``size`` indices of K, of which ``length`` are valid."""
     inside = left_of(length, start, k_start, tiling)
     corner = pointer + position(segment, start, k_start, tiling)
-    k = k_index(size, tiling.splits)
-    offsets = operand_offsets(k, rows, tiling.row_stride, tiling.splits)
-    if whole:
-        return get(corner + offsets, None, spin_limit, error, exchange)
-    else:
-        return get(corner + offsets, operand_mask(k, inside, tiling.splits), spin_limit, error, exchange)
+    dtype: tl.constexpr = pointer.dtype.element_ty
+    k = operand_index(size, dtype, tiling.splits)
+    offsets = k + operand_rows(rows, tiling.batch_tile, tiling.splits) * tiling.row_stride
+    mask = None if whole else k < inside
+    tile, spin_limit = get(corner + offsets, mask, spin_limit, error, exchange)
+    return as_operand(tile, dtype, tiling.splits), spin_limit
 
 
 @triton.jit

@@ -66,7 +66,7 @@ def publish(pointer, offsets, mask, stride: tl.constexpr, tiles, arrival_counter
             exchange: tl.constexpr):  # fmt: skip
     """Store what the other slices need of this one; with one slice there are none to tell."""
     if tiling.slices == 1:
-        store_tiles(pointer, offsets, mask, stride, tiles, tiling)
+        store_tiles(pointer, offsets, mask, stride, tiles, tiling, exchange)
     else:
         put_tiles(pointer, offsets, mask, stride, tiles, tiling, exchange)
         arrive(arrival_counter, exchange)
@@ -220,11 +220,11 @@ def scan_forward(
                 publish(states[0] + position, offsets, mask, 0, (new[0],), counter, tiling, exchange)
                 if KEEP:
                     for i in tl.static_range(1, n):
-                        store(states[i] + position + offsets, new[i], mask, tiling)
+                        store(states[i] + position + offsets, new[i], mask, tiling, exchange)
                 if saved is not None:
                     to = saved + tile_offset(t, tile, program, B, tiling.saved * H, tiling)
                     offsets = unit_offsets(program, tile.rows, tiling.saved * H, tiling)
-                    store_tiles(to, offsets, mask, H, to_save, tiling)
+                    store_tiles(to, offsets, mask, H, to_save, tiling, exchange)
                 after = after + (new,)
             state = after
             step += 1
@@ -237,7 +237,7 @@ def scan_forward(
             position = tile_offset(program.direction * 0 + 1, tile, program, B, H, tiling)
             for i in tl.static_range(1, n):
                 pointers = states[i] + position + unit_offsets(program, tile.rows, H, tiling)
-                store(pointers, state[j][i], unit_mask & tile.own, tiling)
+                store(pointers, state[j][i], unit_mask & tile.own, tiling, exchange)
 
 
 @triton.jit(do_not_specialize=["first_job", "T", "B"], launch_metadata=launch_metadata)
@@ -363,7 +363,7 @@ def scan_backward(
                 publish(dr_gates + position, offsets, mask, H, dr, counter, tiling, exchange)
                 if tiling.recurrent_gradient and L == 1:
                     wide = dx_gates + tile_offset(t, tile, program, B, V * H, tiling)
-                    store_tiles(wide, unit_offsets(program, tile.rows, V * H, tiling), mask, H, dx, tiling)
+                    store_tiles(wide, unit_offsets(program, tile.rows, V * H, tiling), mask, H, dx, tiling, exchange)
                 next_loaded = next_loaded + (
                     load_saved(d_outputs, dy_mask, saved, states, marks, extras, t_next, tile, program, T, B, tiling),
                 )
@@ -426,6 +426,6 @@ def scan_backward(
         for i in tl.static_range(n):
             offsets = unit_offsets(program, tile.rows, H, tiling)
             mask = unit_mask & tile.own
-            store(d_states[n + i] + position + offsets, d_state[j][i], mask, tiling)
+            store(d_states[n + i] + position + offsets, d_state[j][i], mask, tiling, exchange)
             if resets:
-                store(d_states[2 * n + i] + position + offsets, d_reset[j][i], mask, tiling)
+                store(d_states[2 * n + i] + position + offsets, d_reset[j][i], mask, tiling, exchange)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .exchange import store_in_place
+from .exchange import store_held
 from .tiles import narrow
 
 
@@ -31,18 +31,14 @@ def load_states(states, position, offsets, mask):
 
 
 @triton.jit
-def store(pointers, tile, mask, tiling: tl.constexpr):
-    value = narrow(tile, pointers.dtype.element_ty, tiling.interpreted)
-    if tiling.interpreted:
-        tl.store(pointers, value, mask=mask)
-    else:
-        store_in_place(pointers, value, mask)
+def store(pointers, tile, mask, tiling: tl.constexpr, exchange: tl.constexpr):
+    store_held(pointers, narrow(tile, pointers.dtype.element_ty, tiling.interpreted), mask, exchange)
 
 
 @triton.jit
-def store_tiles(pointer, offsets, mask, stride: tl.constexpr, tiles, tiling: tl.constexpr):
+def store_tiles(pointer, offsets, mask, stride: tl.constexpr, tiles, tiling: tl.constexpr, exchange: tl.constexpr):
     for i in tl.static_range(len(tiles)):
-        store(pointer + offsets + i * stride, tiles[i], mask, tiling)
+        store(pointer + offsets + i * stride, tiles[i], mask, tiling, exchange)
 
 
 @triton.jit

@@ -68,34 +68,6 @@ def unit_offsets(program, rows, width: tl.constexpr, tiling: tl.constexpr):
 
 
 @triton.jit
-def k_index(size: tl.constexpr, splits: tl.constexpr):
-    """Indices into a chunk of K, from its start: [size] for one split, else [P, size // P]."""
-    if splits == 1:
-        return tl.arange(0, size)
-    else:
-        part: tl.constexpr = size // splits
-        return tl.arange(0, splits)[:, None] * part + tl.arange(0, part)[None, :]
-
-
-@triton.jit
-def operand_offsets(k, rows, row_stride: tl.constexpr, splits: tl.constexpr):
-    """Offsets of the moving operand: [K, BB] or [P, K // P, BB]."""
-    if splits == 1:
-        return k[:, None] + rows[None, :] * row_stride
-    else:
-        return k[:, :, None] + rows[None, None, :] * row_stride
-
-
-@triton.jit
-def operand_mask(k, length, splits: tl.constexpr):
-    """Which elements of the operand lie inside a chunk of ``length`` indices."""
-    if splits == 1:
-        return (k < length)[:, None]
-    else:
-        return (k < length)[:, :, None]
-
-
-@triton.jit
 def narrow(tile, dtype: tl.constexpr, interpreted: tl.constexpr):
     """``tile`` in ``dtype``, rounded to nearest even."""
     if interpreted and dtype == tl.bfloat16:
@@ -128,24 +100,6 @@ def operands(tiles, tiling: tl.constexpr, exchange: tl.constexpr):
     for i in tl.static_range(len(tiles)):
         rounded = rounded + (operand(tiles[i], tiling, exchange),)
     return rounded
-
-
-@triton.jit
-def weight_offsets(m, m_stride: tl.constexpr, k, k_stride: tl.constexpr, splits: tl.constexpr):
-    """Offsets of the weights: [M, K] or [P, M, K // P]."""
-    if splits == 1:
-        return m[:, None] * m_stride + k[None, :] * k_stride
-    else:
-        return m[None, :, None] * m_stride + k[:, None, :] * k_stride
-
-
-@triton.jit
-def weight_mask(m_mask, k, length, splits: tl.constexpr):
-    """Which of the weights lie inside the matrix and inside a chunk of ``length`` indices."""
-    if splits == 1:
-        return m_mask[:, None] & (k < length)[None, :]
-    else:
-        return m_mask[None, :, None] & (k < length)[:, None, :]
 
 
 @triton.jit
