@@ -16,7 +16,7 @@ pytestmark = pytest.mark.emulator
     ("pattern", "by", "message"),
     [
         (r"(ld\.global\.cg[.\w]*\s+[^\[]*\[ ?%rd\d+ \+ )0( \])", r"\g<1>1048576\2", "outside of every tensor; nearest"),
-        (r"(st\.global\.b16 \[ %rd\d+ \+ )0( \])", r"\g<1>1\2", "misaligned"),
+        (r"(st\.global\.b16 \[%rd\d+)(\])", r"\g<1>+1\2", "misaligned"),
         (r"(ldmatrix[^;]*\[%r\d+)[^\]]*\]", r"\1+1048576]", "shared access of 16 bytes"),
         (r"st\.shared\S*\s[^;]*;", "", "which nobody wrote"),
         (r"ldmatrix", "ldmatrices", "ldmatrices.*does not know"),
