@@ -19,6 +19,10 @@ import triton.language as tl
 
 LANES: tl.constexpr = tl.constexpr(4)  # that share a row of the moving operand
 
+# Which of the axes that are not contiguous Triton spreads over neighbouring threads first when it coalesces a load: the
+# last ones, on 3.6.0 the first ones (seen in TTGIR). Were it wrong, the results would be the same, and slower.
+LAST_AXES_FIRST: tl.constexpr = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6))
+
 
 @triton.constexpr_function
 def halves_of(dtype):
@@ -40,27 +44,36 @@ def rows_of(batch):
 
 @triton.jit
 def operand_index(size: tl.constexpr, dtype: tl.constexpr, splits: tl.constexpr):
-    """Indices into a chunk of K, from its start: [K, 1], or [1, blocks, P, 1, lanes, elements in a row]."""
+    """Indices into a chunk of K, from its start: [K, 1], or [1, blocks, P, 1, lanes, run] for a run of elements of each
+    lane in each block of each part. On 3.6.0 [lanes, 1, P, blocks, 1, run]."""
     if splits == 1:
         return tl.arange(0, size)[:, None]
     else:
         part: tl.constexpr = size // splits
         run: tl.constexpr = run_of(part, dtype)
         block: tl.constexpr = LANES * run
-        blocks = tl.arange(0, part // block)[:, None, None, None] * block
-        parts = tl.arange(0, splits)[None, :, None, None] * part
-        lanes = tl.arange(0, LANES)[None, None, :, None] * run
-        return (blocks + parts + lanes + tl.arange(0, run)[None, None, None, :])[None, :, :, None, :, :]
+        blocks = tl.arange(0, part // block) * block
+        lanes = tl.arange(0, LANES) * run
+        parts = (tl.arange(0, splits) * part)[None, None, :, None, None, None]
+        inside = parts + tl.arange(0, run)[None, None, None, None, None, :]
+        if LAST_AXES_FIRST:
+            return inside + blocks[None, :, None, None, None, None] + lanes[None, None, None, None, :, None]
+        else:
+            return inside + blocks[None, None, None, :, None, None] + lanes[:, None, None, None, None, None]
 
 
 @triton.jit
 def operand_rows(rows, batch: tl.constexpr, splits: tl.constexpr):
-    """Rows of the batch, against ``operand_index``: [1, BB], or [tiles, 1, 1, rows of a tile, 1, 1]."""
+    """Rows of the batch, against ``operand_index``: [1, BB], or [tiles, 1, 1, rows of a tile, 1, 1]; on 3.6.0
+    [1, rows of a tile, 1, 1, tiles, 1]."""
     if splits == 1:
         return rows[None, :]
     else:
         n: tl.constexpr = rows_of(batch)
-        return tl.reshape(rows, (batch // n, n))[:, None, None, :, None, None]
+        if LAST_AXES_FIRST:
+            return tl.reshape(rows, (batch // n, n))[:, None, None, :, None, None]
+        else:
+            return tl.trans(tl.reshape(rows, (batch // n, n)))[None, :, None, None, :, None]
 
 
 @triton.jit
@@ -69,28 +82,36 @@ def as_operand(tile, dtype: tl.constexpr, splits: tl.constexpr):
     if splits == 1:
         return tile
     else:
-        shape: tl.constexpr = tile.shape
-        n: tl.constexpr = min(halves_of(dtype), shape[5])
-        part: tl.constexpr = shape[1] * shape[4] * shape[5]
-        bits = tl.reshape(tile, (shape[0], shape[1], shape[2], shape[3], shape[4], shape[5] // n, n))
-        return tl.reshape(tl.permute(bits, (2, 1, 5, 4, 6, 0, 3)), (shape[2], part, shape[0] * shape[3]))
+        s: tl.constexpr = tile.shape
+        n: tl.constexpr = min(halves_of(dtype), s[5])
+        bits = tl.reshape(tile, (s[0], s[1], s[2], s[3], s[4], s[5] // n, n))
+        if LAST_AXES_FIRST:
+            return tl.reshape(tl.permute(bits, (2, 1, 5, 4, 6, 0, 3)), (s[2], s[1] * s[4] * s[5], s[0] * s[3]))
+        else:
+            return tl.reshape(tl.permute(bits, (2, 3, 5, 0, 6, 4, 1)), (s[2], s[3] * s[0] * s[5], s[4] * s[1]))
 
 
 @triton.jit
 def weight_index(size: tl.constexpr, splits: tl.constexpr, transposed: tl.constexpr):
     """Indices into a chunk of K, from its start, for the weights: [1, K] or [1, P, K // P]; transposed [K // P, P, 1].
+    On 3.6.0 [P, 1, K // P] and [P, K // P, 1].
 
-    P in the middle: the axes of K and M get the two smallest strides in shared memory, and ldmatrix, for which Triton
-    swizzles over the second, no bank conflict (clock, LSTM 1024, B=64, bf16, sm_90: 11,758 cycles forward became NNN).
+    P so that the axes of K and M get the two smallest strides in shared memory, and ldmatrix, for which Triton swizzles
+    over the second, no bank conflict (clock, LSTM 1024, B=64, bf16, sm_90, Triton 3.9.0: 11,758 cycles forward and
+    14,247 backward became 5,728 and 8,159).
     """
     if splits == 1:
         return tl.arange(0, size)[None, :]
-    elif transposed:
-        part: tl.constexpr = size // splits
-        return (tl.arange(0, part)[:, None] + tl.arange(0, splits)[None, :] * part)[:, :, None]
     else:
         part: tl.constexpr = size // splits
-        return (tl.arange(0, splits)[:, None] * part + tl.arange(0, part)[None, :])[None, :, :]
+        first = tl.arange(0, splits) * part
+        k = tl.arange(0, part)
+        if transposed:
+            return (k[:, None] + first[None, :] if LAST_AXES_FIRST else first[:, None] + k[None, :])[:, :, None]
+        elif LAST_AXES_FIRST:
+            return (first[:, None] + k[None, :])[None, :, :]
+        else:
+            return (first[:, None] + k[None, :])[:, None, :]
 
 
 @triton.jit
@@ -100,8 +121,10 @@ def weight_outputs(m, splits: tl.constexpr, transposed: tl.constexpr):
         return m[:, None]
     elif transposed:
         return m[None, None, :]
-    else:
+    elif LAST_AXES_FIRST:
         return m[:, None, None]
+    else:
+        return m[None, :, None]
 
 
 @triton.jit
@@ -110,13 +133,14 @@ def as_weights(tile, dtype: tl.constexpr, splits: tl.constexpr, transposed: tl.c
     if splits == 1:
         return tile
     else:
-        part: tl.constexpr = tile.shape[0] if transposed else tile.shape[2]
-        M: tl.constexpr = tile.shape[2] if transposed else tile.shape[0]
+        if LAST_AXES_FIRST:
+            parts_first = tl.permute(tile, (1, 0, 2))
+        else:
+            parts_first = tile
+        tile = tl.permute(parts_first, (0, 2, 1)) if transposed else parts_first
+        M: tl.constexpr = tile.shape[1]
+        part: tl.constexpr = tile.shape[2]
         run: tl.constexpr = run_of(part, dtype)
         n: tl.constexpr = min(halves_of(dtype), run)
-        blocks: tl.constexpr = part // (LANES * run)
-        if transposed:
-            bits = tl.permute(tl.reshape(tile, (blocks, LANES, run // n, n, splits, M)), (4, 5, 0, 2, 1, 3))
-        else:
-            bits = tl.permute(tl.reshape(tile, (M, splits, blocks, LANES, run // n, n)), (1, 0, 2, 4, 3, 5))
-        return tl.reshape(bits, (splits, M, part))
+        bits = tl.reshape(tile, (splits, M, part // (LANES * run), LANES, run // n, n))
+        return tl.reshape(tl.permute(bits, (0, 1, 2, 4, 3, 5)), (splits, M, part))
