@@ -344,3 +344,27 @@ def test_gates_are_formed_again_without_a_spill(cell, arch):
         registers, sass = audit.disassemble(compiled.asm["cubin"])
         assert registers < 128
         assert not [name for name in sass if name.split(".")[0] in ("LDL", "STL")]
+
+
+@pytest.mark.parametrize(
+    ("case", "barriers"),
+    [
+        (Case("lstm", False, "bf16", 256, "sm_90", 16), 2),
+        (Case("lstm", True, "fp16", 256, "sm_80", 1), 2),
+        (Case("gru", True, "bf16", 512, "sm_90", 16), 3),
+        (Case("lstm", False, "tf32", 512, "sm_80", 16), 3),
+        (Case("lstm", True, "bf16", 1024, "sm_90", 64), 6),
+    ],
+    ids=str,
+)
+def test_what_the_slices_hand_over_passes_no_shared_memory(case, barriers):
+    """The moving operand is loaded as the tensor core takes it, and a thread stores what it holds: of a step's barriers
+    one is for each announcement and one for each sum over the parts of K. (Each batch tile has its own.)"""
+    part = audit.planned(case)
+    assert part.tiling.splits > 1
+    compiled = audit.compile_pass(case, part)
+    loop = compiled.asm["ttgir"].split("scf.while")[2]
+    assert "tt.dot" in loop and "local_alloc" not in loop
+    code = compiled.asm["ptx"]
+    step = code[code.index("ld.acquire.gpu") : code.rindex("red.release.gpu")]
+    assert step.count("bar.sync") <= barriers
