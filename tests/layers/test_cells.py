@@ -373,23 +373,26 @@ def test_heads_of_the_papers_gru_are_a_block_diagonal_matrix():
 
 
 @pytest.mark.parametrize("cell", [c for c in WHOLE if "layer_norm" in c])
-def test_norms_are_summed_in_float32(cell):
-    """In bfloat16 no worse than torch's operations with its own layer norm."""
-    torch.manual_seed(0)
-    layer = CELLS[cell][0](16, 32, dtype=torch.float64)
-    x = torch.randn(12, 8, 16, dtype=torch.float64)
-    with torch.no_grad():
-        true = layer(x)[0]
-        found = layer.bfloat16()(x.bfloat16())[0]
-        own = {name.removesuffix("_l0"): w for name, w in layer.named_parameters()}
-        theirs = []
-        for b in range(8):
-            state = [torch.zeros(32, dtype=torch.bfloat16)] * CELLS[cell][3]
-            for x_t in x[:, b].bfloat16():
-                state = WHOLE[cell](x_t, *state, own)
-                theirs.append(state[0])
-    of_torch = torch.stack(theirs).view(8, 12, 32).transpose(0, 1)
-    assert (found - true).norm() <= 1.5 * (of_torch - true).norm()
+def test_norms_are_formed_in_float32(cell):
+    """In bfloat16 nearer to the truth than torch's operations with its own layer norm, whose results are rounded."""
+    ratios = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        layer = CELLS[cell][0](16, 32, dtype=torch.float64)
+        x = torch.randn(12, 8, 16, dtype=torch.float64)
+        with torch.no_grad():
+            true = layer(x)[0]
+            found = layer.bfloat16()(x.bfloat16())[0]
+            own = {name.removesuffix("_l0"): w for name, w in layer.named_parameters()}
+            rows = []
+            for b in range(8):
+                state = [torch.zeros(32, dtype=torch.bfloat16)] * CELLS[cell][3]
+                for x_t in x[:, b].bfloat16():
+                    state = WHOLE[cell](x_t, *state, own)
+                    rows.append(state[0])
+        of_torch = torch.stack(rows).view(8, 12, 32).transpose(0, 1)
+        ratios.append((found - true).norm() / (of_torch - true).norm())
+    assert torch.stack(ratios).mean() < 0.85
 
 
 def test_norms_begin_as_torchs():
