@@ -79,7 +79,7 @@ def recurrent(
             before = state
             if marks is not None:  # a NaN in a row that skips the step would be 0 * NaN in the weights' gradient
                 before = _where(marks[t, :, d] == SKIPPED, tuple(torch.zeros_like(s) for s in state), state)
-            x, r = inputs[t].chunk(of.inputs, dim=-1), products.of(0, before[0]).chunk(of.first_gates, dim=-1)
+            x, r = inputs[t].chunk(of.inputs, dim=-1), products.of(0, before[0]).chunk(of.gates_of_h, dim=-1)
             e = () if beside is None else beside[t].unbind(1)
             found = _new_states(cell, products, (x, r, before, p, e))
             new = tuple(n.to(s.dtype) for n, s in zip(found, initial, strict=True))
@@ -98,7 +98,7 @@ class _Products:
         self._multiply: Callable[..., Tensor] = F.linear if weight.dim() == 2 else _in_heads
         self._parts: list[tuple[Tensor, Tensor | None]] = [(weight, None if of.normalised else bias)]
         if of.products:
-            gates = [of.first_gates, *(1,) * of.products]
+            gates = [of.gates_of_h, *(1,) * of.products]
             rows = [weight.size(-2) // of.gates * n for n in gates], [bias.size(0) // of.gates * n for n in gates]
             self._parts = list(zip(weight.split(rows[0], dim=-2), bias.split(rows[1]), strict=True))
 

@@ -40,7 +40,7 @@ class Cell:
         inputs: tiles of the input half (X).
         stored_gradients: tiles that the backward stores of the input half (V).
         given_out: states of which a caller can have every step: h and, where there is one, the second (c).
-        first_gates: gates whose product is with h.
+        gates_of_h: gates whose product is with h.
         param_tiles: of each of ``params``, per unit.
     """
 
@@ -64,14 +64,14 @@ class Cell:
     inputs: int = field(init=False)
     stored_gradients: int = field(init=False)
     given_out: int = field(init=False)
-    first_gates: int = field(init=False)
+    gates_of_h: int = field(init=False)
     param_tiles: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", self.gates + self.more_inputs)
         object.__setattr__(self, "stored_gradients", self.inputs + self.more_gradients)
         object.__setattr__(self, "given_out", min(self.states, 2))
-        object.__setattr__(self, "first_gates", self.gates - self.products)
+        object.__setattr__(self, "gates_of_h", self.gates - self.products)
         tiles = tuple(self.gates if name in self.wide else 1 for name in self.params)
         object.__setattr__(self, "param_tiles", tiles)
 

@@ -38,7 +38,7 @@ class Names:
     normalised: bool = False
 
     @property
-    def first_gates(self) -> tuple[str, ...]:
+    def gates_of_h(self) -> tuple[str, ...]:
         """Whose recurrent half the step is given."""
         return self.gates[: len(self.gates) - self.products]
 
@@ -193,7 +193,7 @@ def _given(graph: Graph, **tiles: Tiles) -> dict[int, Tensor]:
 def _groups(names: Names) -> list[tuple[str, int]]:
     counts = (
         len(names.inputs),
-        len(names.first_gates),
+        len(names.gates_of_h),
         len(names.states),
         sum(names.of_step.values()),
         len(names.extras),

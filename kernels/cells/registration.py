@@ -69,7 +69,7 @@ def of_step(step: Callable[..., Any], name: str, names: Names, built_in: bool = 
     """Derived, unchecked and in no table."""
     kinds = [
         namedtuple(kind, fields)
-        for kind, fields in (("X", names.inputs), ("R", names.first_gates), ("State", names.states))
+        for kind, fields in (("X", names.inputs), ("R", names.gates_of_h), ("State", names.states))
     ]
     P, E = (namedtuple(kind, fields) for kind, fields in (("P", names.of_step), ("E", names.extras)))
 

@@ -314,7 +314,7 @@ def test_stages_are_one_graph_whose_cut_is_enough_for_the_backward(name):
     cell = derived(name)
     of, graph, traced = cell.cell, cell.traced.graph, cell.traced
     generator = torch.Generator().manual_seed(0)
-    counts = of.inputs, of.first_gates, of.states, sum(cell.names.of_step.values())
+    counts = of.inputs, of.gates_of_h, of.states, sum(cell.names.of_step.values())
     given = [
         [torch.randn(B, H, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(n)] for n in counts
     ]
