@@ -21,7 +21,7 @@ from persistrnn.kernels.inspect.prediction import Prediction
 from persistrnn.kernels.planner import memory
 from persistrnn.kernels.planner.forecast import Forecast, forecast
 from persistrnn.kernels.planner.pipeline import Pipeline
-from persistrnn.kernels.planner.plan import Plan, PlanError, plan_layer
+from persistrnn.kernels.planner.plan import Plan, PlanError, plan_layer, without_kernels
 from persistrnn.kernels.planner.problem import Problem
 
 MODES = memory.MODES
@@ -185,6 +185,8 @@ def obstacle(call: Call) -> str | None:
     """
     if call.backend == "torch":
         return f'backend="torch" asks for torch\'s own {call.torchs}.'
+    if (reason := without_kernels(CELLS[call.cell])) is not None:
+        return reason
     if call.backend == "auto" and call.device.type == "cpu":
         return f'backend="auto" runs CPU tensors on torch\'s own {call.torchs}; move the tensors to a GPU.'
     # A compiled graph holds for every B and T: it is decided for some that most have. What fits with 16 rows fits with

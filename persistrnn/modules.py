@@ -2,9 +2,10 @@
 has not. The mathematics of all of them is in ``kernels.cells.library``."""
 
 import torch
+from torch import nn
 
 from persistrnn import functional
-from persistrnn.options import Backend, Options, Save
+from persistrnn.options import Backend, Options, Save, check_flag
 from persistrnn.recurrent import RecurrentBase
 
 
@@ -132,11 +133,55 @@ class GRU(RecurrentBase):
             r, z, n; the second direction's names end in _reverse
         last_path: as for `LSTM`
 
-    Arguments, dtypes and errors are those of `LSTM`; as in torch.nn.GRU there is no projection, and
+    With reset_after=False the reset gate acts before the product, as in Cho et al. 2014, in Keras's GRU of that option
+    and in ONNX's GRU with linear_before_reset=0:
+
+        n = tanh(xn + (r * h_{t-1}) @ W_hn^T + b_hn)
+
+    Parameters have the same names and shapes, so that a state_dict loads into either, but they are two functions, and
+    torch.nn has this one not: `to_torch` refuses it. It runs step by step ("stepwise"): the kernels have no second
+    product, which needs r * h of all units, and backend="persistent" is refused. Keras has the gates in the order z, r,
+    n, matrices transposed, and one bias; ONNX z, r, n.
+
+    Arguments, dtypes and errors are else those of `LSTM`; as in torch.nn.GRU there is no projection, and
     proj_size is refused with ValueError.
     """
 
-    cell = "gru"
+    reset_after: bool = True  # here too, for layers pickled before it was
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+        backend: Backend = "auto",
+        save: Save = "gates",
+        save_budget: int | None = None,
+        heads: int = 1,
+        cell_dtype: torch.dtype | None = None,
+        proj_size: int | None = None,
+    ) -> None:
+        check_flag("reset_after", reset_after)
+        self.reset_after = reset_after
+        options = Options(
+            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, True, heads
+        )
+        self._build(input_size, hidden_size, self._unprojected(proj_size), options, device, dtype)
+
+    @property
+    def cell(self) -> str:  # type: ignore[override]
+        return "gru" if self.reset_after else "gru_reset_before"
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
 class RNN(RecurrentBase):
@@ -263,3 +308,55 @@ class SLSTM(RecurrentBase):
     """
 
     cell = "slstm"
+
+
+class _Normalised(RecurrentBase):
+    """Layers whose halves of the gates are layer-normalised."""
+
+    def reset_parameters(self) -> None:
+        """Draw the matrices from U(-1/sqrt(H), 1/sqrt(H)); the norms begin with weights of 1 and biases of 0."""
+        super().reset_parameters()
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.startswith("weight_ln"):
+                nn.init.ones_(parameter)
+            elif name.startswith("bias"):
+                nn.init.zeros_(parameter)
+
+
+class LayerNormLSTM(_Normalised):
+    """An LSTM with layer norms (Ba, Kiros and Hinton 2016, equations 20 to 22; haste's LayerNormLSTM). norm is over the
+    4*H numbers of a row, (v - mean(v)) / sqrt(var(v) + 1e-5), or over the H of c:
+
+        i, f, g, o = weight_ln_ih * norm(x_t @ W_ih^T) + b_ih + weight_ln_hh * norm(h_{t-1} @ W_hh^T) + b_hh
+        c_t = sigmoid(f) * c_{t-1} + sigmoid(i) * tanh(g)
+        h_t = sigmoid(o) * tanh(weight_ln_c * norm(c_t) + bias_ln_c)
+
+    The normalised c goes to h alone. The LayerNormLSTMCell of PyTorch's TorchScript benchmark, else the same, carries
+    it to the next step: another function, in which c forgets its scale at every step.
+
+    Attributes: those of `LSTM`, gate order i, f, g, o, and behind the biases weight_ln_ih_l[k] and weight_ln_hh_l[k]
+    [4*H], weight_ln_c_l[k] and bias_ln_c_l[k] [H]. The biases are those of the norms; bias=False leaves bias_ih and
+    bias_hh out. Weights of norms begin with 1, biases with 0, matrices as those of `LSTM`.
+
+    It runs step by step ("stepwise"): the kernels have no mean over all units, and backend="persistent" is refused.
+    heads is 1. Arguments, inputs, outputs and errors are else those of `LSTM`, without projections.
+    """
+
+    cell = "layer_norm_lstm"
+
+
+class LayerNormGRU(_Normalised):
+    """A GRU with layer norms (Ba, Kiros and Hinton 2016, in the form of haste's LayerNormGRU: one norm over the 3*H
+    numbers of each product, and the reset gate behind it). norm is that of `LayerNormLSTM`:
+
+        xr, xz, xn = weight_ln_ih * norm(x_t @ W_ih^T) + b_ih
+        rr, rz, rn = weight_ln_hh * norm(h_{t-1} @ W_hh^T) + b_hh
+        r, z = sigmoid(xr + rr), sigmoid(xz + rz)
+        n = tanh(xn + r * rn)
+        h_t = (1 - z) * n + z * h_{t-1}
+
+    Attributes: those of `GRU`, gate order r, z, n, and behind the biases weight_ln_ih_l[k] and weight_ln_hh_l[k] [3*H].
+    All else is as of `LayerNormLSTM`, and as of `GRU`.
+    """
+
+    cell = "layer_norm_gru"

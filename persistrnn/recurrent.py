@@ -102,6 +102,7 @@ class RecurrentBase(nn.Module):
         super().__init__()
         check_options(options)
         validate.check_states(self.cell, options.cell_dtype)
+        validate.check_reductions(self.cell, options.heads)
         check_sizes(input_size, hidden_size, proj_size, options.heads)
         check_save(options.save, options.save_budget, proj_size)
         num_layers, bias, dropout = options.num_layers, options.bias, float(options.dropout)
@@ -243,7 +244,7 @@ class RecurrentBase(nn.Module):
             bidirectional=self.bidirectional, device=torch.device("meta"), **options,
         )  # fmt: skip
         new.dropout = self.dropout
-        ours = {"cell", "function", "backend", "cell_dtype", "save", "save_budget", "heads", "last_path"}
+        ours = {"cell", "function", "reset_after", "backend", "cell_dtype", "save", "save_budget", "heads", "last_path"}
         take_over(new, self, ignored=ours)
         return new
 

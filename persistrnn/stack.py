@@ -19,7 +19,7 @@ from torch import Tensor
 
 from persistrnn import autograd, reference, segments, stepwise, time_chunks
 from persistrnn.decide import Call, Decision
-from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.cells import CELLS, LAYER_NORM_EPS
 from persistrnn.phases import INPUT_GEMM, phase
 from persistrnn.reference import Result
 from persistrnn.validate import Cuts
@@ -166,10 +166,8 @@ def _layers(
         rows = slice(layer * directions, (layer + 1) * directions)
         own = _weights_of(stack, weights, layer).by_head(split)
         initial, reset, extras = ([_by_head(t[rows], split) for t in of] for of in (states, cuts.reset, cuts.extras))
-        bias_ih = None if own.bias_ih is None else own.bias_ih.flatten()
-        # both directions read the same rows, so that one GEMM with [D*X*H, I] makes the gates of both
         with phase(INPUT_GEMM):
-            x_gates = F.linear(y, own.weight_ih.flatten(0, 1), bias_ih).unflatten(-1, (directions * split, -1))
+            x_gates = _input_half(stack.cell, y, own)
         beside = _beside(directions * split, own.params, extras)
         given = _OfLayer(initial, reset, marks, cuts.active, cuts.fresh, beside)
         if own.weight_hr is not None:
@@ -178,6 +176,19 @@ def _layers(
             y, c, final = _recurrent(stack.cell, x_gates, own.weight_hh, own.bias_hh, given, recurrence)
         finals.append([_heads_together(s, split) for s in final])
     return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
+
+
+def _input_half(cell: str, y: Tensor, own: _Weights) -> Tensor:
+    """Of the gates, [T, B, D, X*H]: both directions read the same rows, so that one GEMM makes the gates of both."""
+    of, weight, bias = CELLS[cell], own.weight_ih, own.bias_ih
+    direct = None if bias is None or of.normalised else bias.flatten()
+    gates = F.linear(y, weight.flatten(0, 1), direct).unflatten(-1, (weight.size(0), -1))
+    if not of.normalised:
+        return gates
+    assert own.params is not None
+    gain = own.params[:, : of.gates].flatten(1)  # weight_ln_ih
+    normal = F.layer_norm(gates, gates.shape[-1:], eps=LAYER_NORM_EPS) * gain
+    return (normal if bias is None else normal + bias).to(gates.dtype)
 
 
 def _in_chunks(
@@ -235,8 +246,8 @@ def _weights_of(stack: Call, weights: Sequence[Tensor], layer: int) -> _Weights:
     rows = CELLS[stack.cell].gates * stack.hidden_size
     bias_ih, bias_hh = others[:2] if stack.bias else (None, weight_hh.new_zeros(len(weight_hh), rows))
     weight_hr = others.pop() if stack.proj_size else None
-    own = others[2 * stack.bias :]
-    return _Weights(weight_ih, weight_hh, bias_ih, bias_hh, torch.stack(own, dim=1) if own else None, weight_hr)
+    own = [w.unflatten(1, (-1, stack.hidden_size)) for w in others[2 * stack.bias :]]
+    return _Weights(weight_ih, weight_hh, bias_ih, bias_hh, torch.cat(own, dim=1) if own else None, weight_hr)
 
 
 def _beside(directions: int, params: Tensor | None, extras: Sequence[Tensor]) -> dict[str, Any]:

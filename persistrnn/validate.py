@@ -76,7 +76,7 @@ def parameter_shapes(stack: "Stack", layer: int) -> list[tuple[int, ...]]:
     n = stack.heads
     weight_hh = (cell.gates * H, features) if n == 1 else (n, cell.gates * H // n, H // n)
     shapes: list[tuple[int, ...]] = [(cell.inputs * H, width), weight_hh]
-    shapes += [(cell.inputs * H,), (cell.gates * H,)] * stack.bias + [(H,) for _ in cell.params]
+    shapes += [(cell.inputs * H,), (cell.gates * H,)] * stack.bias + [(n * H,) for n in cell.param_tiles]
     return shapes + [(stack.proj_size, H)] * (stack.proj_size > 0)
 
 
@@ -87,6 +87,7 @@ def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stac
             "list(layer.parameters())"
         )
     num_layers, bias, directions, heads = options.num_layers, options.bias, options.directions, options.heads
+    check_reductions(cell, heads)
     groups = num_layers * directions
     plain = len(parameter_names(cell, 0, 0, bias, False))
     projection = len(weights) == groups * (plain + 1)
@@ -146,7 +147,7 @@ def _refuse_shapes(stack: Stack, weights: Sequence[Tensor], names: Sequence[str]
     """Raise RuntimeError for the first weight that does not fit what most of them say of H and P."""
     cell, per_group = CELLS[stack.cell], len(weights) // (stack.num_layers * stack.directions)
     plain = len(parameter_names(stack.cell, 0, 0, stack.bias, False))
-    rows = [cell.inputs, cell.gates] * (1 + stack.bias) + [1] * len(cell.params)  # of each weight, per unit
+    rows = [cell.inputs, cell.gates] * (1 + stack.bias) + [*cell.param_tiles]  # of each weight, per unit
     heads, hidden, features = stack.heads, [], []
     for k, weight in enumerate(weights):
         slot = k % per_group
@@ -171,6 +172,14 @@ def _refuse_shapes(stack: Stack, weights: Sequence[Tensor], names: Sequence[str]
         expected = parameter_shapes(stack, k // (per_group * stack.directions))[k % per_group]
         if weight.shape != expected:
             raise RuntimeError(f"{name} must have shape {expected}, got {tuple(weight.shape)}")
+
+
+def check_reductions(cell: str, heads: int) -> None:
+    """Raise ValueError for heads of a cell that averages over all units."""
+    if heads > 1 and CELLS[cell].means:
+        raise ValueError(
+            f"a {called(cell)} normalises over all units, which heads keep apart, got heads={heads}; use heads=1"
+        )
 
 
 def check_states(cell: str, cell_dtype: object, return_c: bool = False) -> None:

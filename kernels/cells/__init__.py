@@ -32,9 +32,16 @@ class Cell:
         more_gradients: tiles that the backward stores behind dx, for the gradients of ``params`` alone.
         finite_at_zero: whether both passes make finite numbers of zeros, step after step: then units past H, which
             have nothing else, need no mask.
+        products: of a step beside that with h (``stages``), each of one gate, the last ones in the order of the gates.
+        means: tiles that a step averages over all units (``stages``).
+        wide: which of ``params`` have a tile per gate, [G*H].
+        normalised: whether each half of the gates is layer-normalised over its G*H numbers before its bias is added:
+            that of the input, times the parameter weight_ln_ih, outside of the step, the recurrent one in it.
         inputs: tiles of the input half (X).
         stored_gradients: tiles that the backward stores of the input half (V).
         given_out: states of which a caller can have every step: h and, where there is one, the second (c).
+        gates_of_h: gates whose product is with h.
+        param_tiles: of each of ``params``, per unit.
     """
 
     name: str
@@ -48,20 +55,32 @@ class Cell:
     more_inputs: int = 0
     more_gradients: int = 0
     finite_at_zero: bool = False
+    products: int = 0
+    means: int = 0
+    wide: tuple[str, ...] = ()
+    normalised: bool = False
 
     # Fields and no properties: torch.compile reads the fields of a frozen dataclass alone.
     inputs: int = field(init=False)
     stored_gradients: int = field(init=False)
     given_out: int = field(init=False)
+    gates_of_h: int = field(init=False)
+    param_tiles: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", self.gates + self.more_inputs)
         object.__setattr__(self, "stored_gradients", self.inputs + self.more_gradients)
         object.__setattr__(self, "given_out", min(self.states, 2))
+        object.__setattr__(self, "gates_of_h", self.gates - self.products)
+        tiles = tuple(self.gates if name in self.wide else 1 for name in self.params)
+        object.__setattr__(self, "param_tiles", tiles)
 
 
 # The names of ``library.CELLS``, known without deriving one.
 BUILT_IN = ("lstm", "gru", "rnn_tanh", "rnn_relu", "peephole", "coupled", "mgu", "janet", "slstm")
+# Those of ``library.STAGED``, whose steps have several stages. The kernels run steps of one.
+STAGED = ("gru_reset_before", "layer_norm_lstm", "layer_norm_gru")
+LAYER_NORM_EPS = 1e-5  # what a layer norm adds to the variance: torch.nn.LayerNorm's
 _registered: dict[str, Derived] = {}
 
 
@@ -72,7 +91,7 @@ def derived(name: str) -> Derived:
         KeyError: there is no such cell.
     """
     if name not in _registered:
-        if name not in BUILT_IN:
+        if name not in (*BUILT_IN, *STAGED):
             raise KeyError(f"no cell {name!r}; there are {', '.join(CELLS)}")
         from . import library
 
@@ -89,13 +108,13 @@ class _Cells(Mapping[str, Cell]):
         return derived(name).cell
 
     def __contains__(self, name: object) -> bool:
-        return name in _registered or name in BUILT_IN
+        return name in _registered or name in BUILT_IN or name in STAGED
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*BUILT_IN, *_registered)))
+        return iter(dict.fromkeys((*BUILT_IN, *STAGED, *_registered)))
 
     def __len__(self) -> int:
-        return len({*BUILT_IN, *_registered})
+        return len({*BUILT_IN, *STAGED, *_registered})
 
 
 CELLS = _Cells()

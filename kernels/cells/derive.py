@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Cell
+from . import Cell, stages
 from .graph import CellError, Graph
 from .saving import Saving, Traced, choose
 from .tracing import trace
@@ -31,6 +31,28 @@ class Names:
     params: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     more_inputs: tuple[str, ...] = ()
+    # As of ``Cell``.
+    wide: tuple[str, ...] = ()
+    products: int = 0
+    means: int = 0
+    normalised: bool = False
+
+    @property
+    def gates_of_h(self) -> tuple[str, ...]:
+        """Whose recurrent half the step is given."""
+        return self.gates[: len(self.gates) - self.products]
+
+    @property
+    def stages(self) -> int:
+        """That follow the first."""
+        return self.products + self.means
+
+    @property
+    def of_step(self) -> dict[str, int]:
+        """The parameters that the step is given, and the tiles of each: if what is normalised is the product alone, it
+        adds the bias itself."""
+        found = {name: len(self.gates) if name in self.wide else 1 for name in self.params}
+        return found | ({"bias_hh": len(self.gates)} if self.normalised else {})
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -45,13 +67,14 @@ class Derived:
     Attributes:
         cell: its numbers
         names: of its tiles
-        step: ``step(x, r, state, p=(), e=()) -> new_state``, tuples of tensors, in torch
-        source: the text of its Triton pair
+        step: ``step(x, r, state, p=(), e=()) -> new_state``, tuples of tensors, in torch; of several stages a
+            generator (``stages``)
+        source: the text of its Triton pair; empty if it has several stages
     """
 
     cell: Cell
     names: Names
-    step: Callable[..., tuple[Tensor, ...]]
+    step: Callable[..., Any]
     source: str
     traced: Traced
     saving: Saving
@@ -70,6 +93,13 @@ class Derived:
         """Jitted: ``(d_state, saved + states after, previous_state, p, e) -> dx_gates + more, dr_gates,
         d_previous_state`` (elementwise part)."""
         return self._pair[1]
+
+    def run_step(
+        self, given: Sequence[Tiles], product: Callable[[Tensor], Tensor], mean: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The new states, of x, r, state, p and e. product, mean: of its later stages, by their operands."""
+        found: tuple[Tensor, ...] = stages.run(self.step, given, product, mean)
+        return found
 
     def run_forward(
         self, x: Tiles, r: Tiles, state: Tiles, p: Tiles = (), e: Tiles = ()
@@ -161,8 +191,14 @@ def _given(graph: Graph, **tiles: Tiles) -> dict[int, Tensor]:
 
 
 def _groups(names: Names) -> list[tuple[str, int]]:
-    counts = (names.inputs, names.gates, names.states, names.params, names.extras)
-    return [(letter, len(some)) for letter, some in zip("xrspe", counts, strict=True)]
+    counts = (
+        len(names.inputs),
+        len(names.gates_of_h),
+        len(names.states),
+        sum(names.of_step.values()),
+        len(names.extras),
+    )
+    return [*zip("xrspe", counts, strict=True)]
 
 
 def in_a_thread(function: Callable[[], Any]) -> Any:
@@ -171,14 +207,20 @@ def in_a_thread(function: Callable[[], Any]) -> Any:
         return pool.submit(function).result()
 
 
-def derive(step: Callable[..., tuple[Tensor, ...]], name: str, names: Names, built_in: bool = False) -> Derived:
+def derive(step: Callable[..., Any], name: str, names: Names, built_in: bool = False) -> Derived:
     """The cell of ``step(x, r, state, p, e)``.
 
     Raises:
         CellError: it is not pointwise, or its backward needs the outcomes of more than 8 comparisons.
     """
-    graph = Graph()
-    new, (dx, dr, ds, dp, _) = in_a_thread(lambda: trace(graph, step, name, _groups(names), len(names.states)))
+    graph, states = Graph(), len(names.states)
+    if names.stages:
+        groups = [*_groups(names), ("q", names.stages)]
+        found_nodes, grads = in_a_thread(lambda: trace(graph, stages.as_one(step), name, groups, states + names.stages))
+        dx, dr, ds, dp, _, dq = grads
+        traced = Traced(graph, found_nodes[:states], dx, dr, ds, dp, dq, found_nodes[states:])
+        return _derived(step, name, names, built_in, traced, choose(traced, forward_only=True))
+    new, (dx, dr, ds, dp, _) = in_a_thread(lambda: trace(graph, step, name, _groups(names), states))
     traced = Traced(graph, new, dx, dr, ds, dp)
     try:
         found = _derived(step, name, names, built_in, traced, choose(traced, forward_only=False))
@@ -190,15 +232,17 @@ def derive(step: Callable[..., tuple[Tensor, ...]], name: str, names: Names, bui
 
 
 def _derived(
-    step: Callable[..., tuple[Tensor, ...]], name: str, names: Names, built_in: bool, traced: Traced, saving: Saving
+    step: Callable[..., Any], name: str, names: Names, built_in: bool, traced: Traced, saving: Saving
 ) -> Derived:
-    graph = traced.graph
-    after = [traced.new[i] for i in saving.after]
-    texts = (
-        forward_text(graph, name, traced.new, saving.saved),
-        backward_text(graph, name, saving.saved, after, saving.bits, [*traced.dx, *saving.more], traced.dr, traced.ds),
-    )
-    source = HEADER.format(name=name) + "\n\n\n".join(texts) + "\n"
+    graph, source = traced.graph, ""
+    if not names.stages:
+        after = [traced.new[i] for i in saving.after]
+        dx = [*traced.dx, *saving.more]
+        texts = (
+            forward_text(graph, name, traced.new, saving.saved),
+            backward_text(graph, name, saving.saved, after, saving.bits, dx, traced.dr, traced.ds),
+        )
+        source = HEADER.format(name=name) + "\n\n\n".join(texts) + "\n"
     # Two steps of one text may differ in the parameters' gradients, and in what their tiles are called.
     rest = f"{names} {traced.dp} {[graph.nodes[i] for i in graph.needs(traced.dp)]}"
     digest = hashlib.sha256((source + rest).encode()).hexdigest()
@@ -207,12 +251,16 @@ def _derived(
         gates=len(names.gates),
         states=len(names.states),
         saved=len(saving.saved),
-        recurrent_gradient=traced.dx != traced.dr or bool(saving.more),
+        recurrent_gradient=traced.dx != [*traced.dr, *traced.dq[: names.products]] or bool(saving.more),
         after=saving.after,
         params=names.params,
         extras=names.extras,
         more_inputs=len(names.more_inputs),
         more_gradients=len(saving.more),
+        products=names.products,
+        means=names.means,
+        wide=names.wide,
+        normalised=names.normalised,
     )
     return Derived(cell, names, step, source, traced, saving)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 from collections import namedtuple
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -47,7 +48,7 @@ def register(
     parts = {"gates": gates, "states": states, "params": params, "extras": extras, "more_inputs": more_inputs}
     for what, given in {"name": (name,), **parts, "gates and more_inputs": (*gates, *more_inputs)}.items():
         _check(name, what, given)
-    found = of_step(step, name, Names(**{part: tuple(given) for part, given in parts.items()}))
+    found = of_step(step, name, Names(tuple(gates), tuple(states), tuple(params), tuple(extras), tuple(more_inputs)))
     in_a_thread(lambda: verify(found))
     add(found)
     return found
@@ -67,15 +68,18 @@ def _check(name: str, what: str, given: Sequence[str]) -> None:
 def of_step(step: Callable[..., Any], name: str, names: Names, built_in: bool = False) -> Derived:
     """Derived, unchecked and in no table."""
     kinds = [
-        namedtuple(kind, fields) for kind, fields in (("X", names.inputs), ("R", names.gates), ("State", names.states))
+        namedtuple(kind, fields)
+        for kind, fields in (("X", names.inputs), ("R", names.gates_of_h), ("State", names.states))
     ]
-    P, E = (namedtuple(kind, fields) for kind, fields in (("P", names.params), ("E", names.extras)))
+    P, E = (namedtuple(kind, fields) for kind, fields in (("P", names.of_step), ("E", names.extras)))
 
     def wide(
         x: Sequence[Tensor], r: Sequence[Tensor], state: Sequence[Tensor], p: Sequence[Tensor] = (),
         e: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        more = ((P(*p),) if names.params else ()) + ((E(*e),) if names.extras else ())
+        of_p = iter(p)
+        own = [next(of_p) if n == 1 else tuple(islice(of_p, n)) for n in names.of_step.values()]
+        more = ((P(*own),) if own else ()) + ((E(*e),) if names.extras else ())
         found = step(*(kind(*tiles) for kind, tiles in zip(kinds, (x, r, state), strict=True)), *more)
         if isinstance(found, Tensor) and len(names.states) == 1:
             return (found,)

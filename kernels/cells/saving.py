@@ -11,6 +11,7 @@ may fall to the other side: up to 8 outcomes are stored as the bits of one tile.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .cut import cut
@@ -25,7 +26,8 @@ KEEP_BOUNDS = {"detach", "mul", "neg", "sub", "maximum", "minimum"}
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """Nodes: the new states, and the gradients of the step's arguments."""
+    """Nodes: the new states, and the gradients of the step's arguments; of a step of several stages those of what the
+    later ones give, and their operands."""
 
     graph: Graph
     new: list[int]
@@ -33,6 +35,8 @@ class Traced:
     dr: list[int]
     ds: list[int]
     dp: list[int]
+    dq: Sequence[int] = ()
+    operands: Sequence[int] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +92,14 @@ class _Prices:
         for number, i in enumerate(traced.new):
             self.of_state.setdefault(i, number)
         self.late = graph.descendants(lambda i: graph.name(i).startswith("d"))
-        gradients = [*traced.dx, *traced.dr, *traced.ds, *traced.dp]
+        gradients = [*traced.dx, *traced.dr, *traced.ds, *traced.dp, *traced.dq]
         taken = {a for i in graph.needs(gradients) if i in self.late for a in graph.arguments(i)}
         self.border = taken.union(gradients) - self.late
         self._bounded: set[int] = set()
         for i, (op, args) in enumerate(graph.nodes):
             if op in BOUNDED_BY or op == "const" or (op in KEEP_BOUNDS and self._bounded.issuperset(args)):
                 self._bounded.add(i)
-        used = graph.needs(traced.new)
+        used = graph.needs([*traced.new, *traced.operands])
         self._forbidden = set(range(len(graph.nodes))).difference(used) if forward_only else set()
 
     def is_at_hand(self, i: int) -> bool:

@@ -1,12 +1,13 @@
 """Layers of the cells that torch has not, against transcriptions of their papers: a loop in the test, in float64."""
 
+import re
 from functools import partial
 
 import pytest
 import torch
-from pairs import PATHS, as_hx, tensors
+from pairs import as_hx, tensors
 from torch import sigmoid, tanh
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import persistrnn
@@ -57,6 +58,41 @@ def slstm(x, r, state, own):
     return sigmoid(o) * c / n, c / torch.exp(m), n / torch.exp(m), m
 
 
+def gru_reset_before(x, h, own):
+    """Cho et al. 2014, equations 5 to 8."""
+    wr, wz, wn = own["weight_ih"].chunk(3)
+    ur, uz, un = own["weight_hh"].chunk(3)
+    zeros = x.new_zeros(3 * H)
+    br, bz, bn = (own.get("bias_ih", zeros) + own.get("bias_hh", zeros)).chunk(3)
+    r, z = sigmoid(wr @ x + ur @ h + br), sigmoid(wz @ x + uz @ h + bz)
+    return (z * h + (1 - z) * tanh(wn @ x + un @ (r * h) + bn),)
+
+
+def normalised(x, h, own):
+    """Both halves of the gates, by torch's own layer norm."""
+    pairs = ((own["weight_ih"] @ x, "ih"), (own["weight_hh"] @ h, "hh"))
+    return (layer_norm(v, v.shape, own[f"weight_ln_{of}"], own.get(f"bias_{of}")) for v, of in pairs)
+
+
+def layer_norm_lstm(x, h, c, own):
+    """Ba, Kiros and Hinton 2016, equations 20 to 22."""
+    x, r = normalised(x, h, own)
+    i, f, g, o = (x + r).chunk(4)
+    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+    return sigmoid(o) * tanh(layer_norm(c, c.shape, own["weight_ln_c"], own["bias_ln_c"])), c
+
+
+def layer_norm_gru(x, h, own):
+    (xr, xz, xn), (rr, rz, rn) = (t.chunk(3) for t in normalised(x, h, own))
+    z = sigmoid(xz + rz)
+    return (z * h + (1 - z) * tanh(xn + sigmoid(xr + rr) * rn),)
+
+
+# of (x_t, *states, the weights by name): what is not pointwise after one product
+WHOLE = {f.__name__: f for f in (gru_reset_before, layer_norm_lstm, layer_norm_gru)}
+
+LN = ("weight_ln_ih", "weight_ln_hh")  # [G*H]
+LN_C = (*LN, "weight_ln_c", "bias_ln_c")
 # class, transcription, rows of the gates, states, parameters of its own
 CELLS = {
     "peephole": (persistrnn.PeepholeLSTM, peephole, 4, 2, ("weight_ci", "weight_cf", "weight_co")),
@@ -72,6 +108,9 @@ CELLS = {
         1,
         (),
     ),
+    "gru_reset_before": (partial(persistrnn.GRU, reset_after=False), None, 3, 1, ()),
+    "layer_norm_lstm": (persistrnn.LayerNormLSTM, None, 4, 2, LN_C),
+    "layer_norm_gru": (persistrnn.LayerNormGRU, None, 3, 1, LN),
 }
 FURTHER = [cell for cell in CELLS if "rnn" not in cell]
 
@@ -93,8 +132,11 @@ def transcribed(cell, weights, x, hx, layers, directions, lengths=None, resets=N
                 for t in reversed(steps) if d else steps:
                     begins = resets is not None and (t < steps[-1] and resets[t + 1, b] if d else resets[t, b])
                     state = tuple(torch.zeros_like(s) for s in state) if begins else state
-                    of_x = linear(x[t, b], own["weight_ih"], own.get("bias_ih"))
-                    state = step(of_x, linear(state[0], own["weight_hh"], own.get("bias_hh")), state, own)
+                    if cell in WHOLE:
+                        state = WHOLE[cell](x[t, b], *state, own)
+                    else:
+                        of_x = linear(x[t, b], own["weight_ih"], own.get("bias_ih"))
+                        state = step(of_x, linear(state[0], own["weight_hh"], own.get("bias_hh")), state, own)
                     y[t] = state[0]
                 rows.append((torch.stack(y), *state))
             y, *final = (torch.stack(part, dim=1 if k == 0 else 0) for k, part in enumerate(zip(*rows, strict=True)))
@@ -106,7 +148,11 @@ def transcribed(cell, weights, x, hx, layers, directions, lengths=None, resets=N
 
 def made(cell, dtype=torch.float64, **options):
     torch.manual_seed(0)
-    layer = CELLS[cell][0](INPUT, H, dtype=torch.float64, **options).to(dtype)
+    layer = CELLS[cell][0](INPUT, H, dtype=torch.float64, **options)
+    with torch.no_grad():
+        for w in layer.parameters():  # no norm as it begins, with weights of 1 and biases of 0
+            w += torch.rand_like(w) - 0.5 if "layer_norm" in cell else 0.0
+    layer.to(dtype)
     rows = layer.num_layers * (2 if layer.bidirectional else 1)
     x, *hx = (torch.randn(size, dtype=torch.float64) for size in ((T, B, INPUT), *[(rows, B, H)] * CELLS[cell][3]))
     if cell == "slstm":
@@ -120,11 +166,11 @@ ONE, FOUR = {}, {"num_layers": 2, "bidirectional": True}
 RUNS = [("torch", options, cut) for options in (ONE, FOUR) for cut in ("whole", "lengths", "resets")]
 RUNS += [("torch", {"bias": False}, "whole")]
 ON_KERNELS = [(ONE, "lengths"), (FOUR, "resets"), ({"num_layers": 2, "bias": False}, "whole")]
-RUNS += [pytest.param("persistent", *run, marks=MARK) for run in ON_KERNELS]
+RUNS = [(cell, *run) for cell in CELLS for run in RUNS]
+RUNS += [pytest.param(c, "persistent", *run, marks=MARK) for c in CELLS if c not in WHOLE for run in ON_KERNELS]
 
 
-@pytest.mark.parametrize(("backend", "options", "cut"), RUNS, ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("cell", "backend", "options", "cut"), RUNS, ids=str)
 def test_layers_are_the_paper(cell, backend, options, cut):
     on_torch = backend == "torch"
     layer, x, hx = made(cell, torch.float64 if on_torch else torch.float32, backend=backend, **options)
@@ -150,11 +196,12 @@ def test_parameters_have_the_documented_names(cell):
     layer = made(cell, num_layers=2, bidirectional=True)[0]
     rows = gates * H
     shapes = {"weight_ih": (rows, INPUT), "weight_hh": (rows, H), "bias_ih": (rows,), "bias_hh": (rows,)}
-    shapes |= dict.fromkeys(own, (H,))
+    shapes |= {name: (rows if name in LN else H,) for name in own}
     assert {name: tuple(p.shape) for name, p in layer.named_parameters() if "_l0" in name} == {
         f"{name}_l0{way}": shape for way in ("", "_reverse") for name, shape in shapes.items()
     }
-    assert all(p.abs().max() <= H**-0.5 and p.std() > 0 for p in layer.parameters())
+    if cell not in WHOLE:
+        assert all(p.abs().max() <= H**-0.5 and p.std() > 0 for p in layer.parameters())
     other = made(cell, num_layers=2, bidirectional=True)[0]
     other.load_state_dict(layer.state_dict())
     assert list(other.state_dict()) == list(layer.state_dict())
@@ -184,22 +231,47 @@ def test_compiled_in_one_graph(cell, backend):
         torch.testing.assert_close(compiled(x, as_hx(hx), **given)[0], found[0][0])
 
 
-@pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("cell", FURTHER)
+def by_samples_and_twice(call, weights, x, hx):
+    """Gradients per sample, and those of a gradient penalty. call: (weights by name, x, hx) -> y."""
+
+    def loss(weights, x, hx):
+        return call(weights, x.unsqueeze(1), [s.unsqueeze(1) for s in hx]).sin().sum()
+
+    sides = {name: w.detach() for name, w in weights.items()}, x.detach(), [s.detach() for s in hx]
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1, 1))(*sides)
+    leaves = [x, *weights.values()]
+    first = torch.autograd.grad(call(weights, x, hx).sin().sum(), leaves, create_graph=True)
+    penalty = sum(g.square().sum() for g in first)
+    return [*per_sample.values(), *torch.autograd.grad(penalty, leaves)]
+
+
+def called(layer):
+    return lambda weights, x, hx: torch.func.functional_call(layer, weights, (x, as_hx(hx)))[0]
+
+
+SECOND = [(cell, "torch") for cell in FURTHER if cell not in WHOLE]
+SECOND += [pytest.param(cell, "persistent", marks=MARK) for cell in FURTHER if cell not in WHOLE]
+
+
+@pytest.mark.parametrize(("cell", "backend"), SECOND)
 def test_second_derivatives_and_a_map_over_samples(cell, backend):
     found = []
     for path, dtype in ((backend, torch.float32), ("torch", torch.float64)):
-        layer, x, _ = made(cell, dtype, backend=path)
-        weights = {name: w.detach() for name, w in layer.named_parameters()}
-
-        def loss(weights, x, layer=layer):
-            return torch.func.functional_call(layer, weights, (x.unsqueeze(1),))[0].sin().sum()
-
-        per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1))(weights, x.detach())
-        first = torch.autograd.grad(layer(x)[0].sin().sum(), [x, *layer.parameters()], create_graph=True)
-        penalty = sum(g.square().sum() for g in first)
-        found.append([*per_sample.values(), *torch.autograd.grad(penalty, [x, *layer.parameters()])])
+        layer, x, hx = made(cell, dtype, backend=path)
+        found.append(by_samples_and_twice(called(layer), dict(layer.named_parameters()), x, hx))
     torch.testing.assert_close(*found, rtol=1e-4, atol=2e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize("cell", WHOLE)
+def test_second_derivatives_of_several_stages(cell):
+    layer, x, hx = made(cell)
+    given = dict(layer.named_parameters()), x, hx
+
+    def paper(weights, x, hx):
+        return transcribed(cell, weights, x, hx, 1, 1)[0]
+
+    ours, theirs = (by_samples_and_twice(call, *given) for call in (called(layer), paper))
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("cell", FURTHER)
@@ -254,3 +326,79 @@ def test_what_such_layers_refuse():
     with pytest.raises(RuntimeError, match=rf"weight_cf_l0 must have shape \({H},\), got \({H + 1},\)"):
         peephole(x)
     assert "path: stepwise, a loop over torch's operations" in persistrnn.explain(layer, B, T)
+
+
+@pytest.mark.parametrize("cell", WHOLE)
+def test_steps_of_several_stages_have_no_kernels_and_say_so(cell):
+    layer, x, _ = made(cell, torch.float32)
+    words = "within each step .* has (a second product|means over all units); use backend='torch'"
+    assert re.search(rf"path: stepwise, .*\nwhy: .*{words}", persistrnn.explain(layer, B, T))
+    layer.backend = "persistent"
+    with pytest.raises(RuntimeError, match=words):
+        layer(x)
+    with pytest.raises(ValueError, match="and no layer of this"):
+        layer.to_torch()
+    if "layer_norm" in cell:
+        with pytest.raises(
+            ValueError, match=r"a LAYER_NORM_\w+ normalises over all units, .* got heads=5; use heads=1"
+        ):
+            CELLS[cell][0](INPUT, H, heads=5)
+
+
+def test_a_state_dict_of_torchs_gru_loads_into_the_papers_and_is_another_function():
+    torchs = torch.nn.GRU(INPUT, H, 2, bidirectional=True)
+    layer = persistrnn.GRU(INPUT, H, 2, bidirectional=True, reset_after=False)
+    assert layer.load_state_dict(torchs.state_dict()).missing_keys == []
+    x = torch.randn(T, B, INPUT)
+    assert (layer(x)[0] - torchs(x)[0]).abs().max() > 1e-3
+    assert "reset_after=False" in str(layer)
+    assert persistrnn.replace(torchs).model.reset_after is True
+    with pytest.raises(TypeError, match="reset_after should be of type bool, got: int"):
+        persistrnn.GRU(INPUT, H, reset_after=0)
+
+
+def test_heads_of_the_papers_gru_are_a_block_diagonal_matrix():
+    torch.manual_seed(0)
+    whole, parted = (persistrnn.GRU(INPUT, 6, heads=n, reset_after=False, dtype=torch.float64) for n in (1, 2))
+    with torch.no_grad():
+        for a, b in zip(whole.parameters(), parted.parameters(), strict=True):
+            if a.shape == b.shape:
+                b.copy_(a)
+        whole.weight_hh_l0.zero_()
+        gates = whole.weight_hh_l0.view(3, 2, 3, 2, 3)  # gate, head, unit of it, head, unit of it
+        for head in range(2):
+            gates[:, head, :, head] = parted.weight_hh_l0[head].view(3, 3, 3)
+    x = torch.randn(T, B, INPUT, dtype=torch.float64)
+    torch.testing.assert_close(parted(x), whole(x))
+
+
+@pytest.mark.parametrize("cell", [c for c in WHOLE if "layer_norm" in c])
+def test_norms_are_formed_in_float32(cell):
+    """In bfloat16 nearer to the truth than torch's operations with its own layer norm, whose results are rounded."""
+    ratios = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        layer = CELLS[cell][0](16, 32, dtype=torch.float64)
+        x = torch.randn(12, 8, 16, dtype=torch.float64)
+        with torch.no_grad():
+            true = layer(x)[0]
+            found = layer.bfloat16()(x.bfloat16())[0]
+            own = {name.removesuffix("_l0"): w for name, w in layer.named_parameters()}
+            rows = []
+            for b in range(8):
+                state = [torch.zeros(32, dtype=torch.bfloat16)] * CELLS[cell][3]
+                for x_t in x[:, b].bfloat16():
+                    state = WHOLE[cell](x_t, *state, own)
+                    rows.append(state[0])
+        of_torch = torch.stack(rows).view(8, 12, 32).transpose(0, 1)
+        ratios.append((found - true).norm() / (of_torch - true).norm())
+    assert torch.stack(ratios).mean() < 0.85
+
+
+def test_norms_begin_as_torchs():
+    layer = persistrnn.LayerNormLSTM(INPUT, H)
+    begin = {name: w for name, w in layer.named_parameters() if "ln" in name or "bias" in name}
+    assert {name: w.unique().tolist() for name, w in begin.items()} == {
+        name: [float(name.startswith("weight"))] for name in begin
+    }
+    assert 0 < layer.weight_hh_l0.abs().max() <= H**-0.5
