@@ -15,6 +15,7 @@ from persistrnn.explain import explain
 from persistrnn.modules import GRU, JANET, LSTM, MGU, RNN, SLSTM, CoupledLSTM, PeepholeLSTM
 from persistrnn.ops import check
 from persistrnn.own_cell import Recurrent, cell, check_cell
+from persistrnn.recipe import Recipe
 from persistrnn.replacement import replace
 from persistrnn.streaming import Streaming
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "GRU", "JANET", "LSTM", "MGU", "RNN", "SLSTM", "CoupledLSTM", "PeepholeLSTM", "Recurrent", "Streaming",
+    "GRU", "JANET", "LSTM", "MGU", "RNN", "SLSTM", "CoupledLSTM", "PeepholeLSTM", "Recipe", "Recurrent", "Streaming",
     "__version__", "cell", "check", "check_cell", "explain", "functional", "profile", "replace",
 ]  # fmt: skip
 

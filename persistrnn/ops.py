@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import segments
+from . import masks, segments
 from .kernels.cells import CELLS
 from .kernels.planner import memory
 from .kernels.tensors import Gradients, Kept, Weights
@@ -52,10 +52,17 @@ def scan_forward(
     from .kernels import launch
 
     segments.check()
+    extras = masks.tiles(extras, *x_gates.shape[:2], initial[0].shape[-1])
     marks, extras, *given = map(_contiguous, (marks, extras, *weights))
     given_to = x_gates.contiguous(), Weights(*given), initial, precision, save, keep, cell_dtype, marks, reset  # type: ignore[arg-type]
     kept = launch.forward(CELLS[cell], *given_to, None, extras, heads)
     return [*kept.states, *([] if kept.saved is None else [kept.saved])]
+
+
+def _tiles(extras: Tensor | None, states: Sequence[Tensor]) -> Tensor | None:
+    """Extras as tiles for a scan that left these states."""
+    _, slots, batch, _, units = states[0].shape
+    return masks.tiles(extras, slots - 2, batch, units)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -100,6 +107,7 @@ def scan_backward(
 
     segments.check()
     finals, outputs = ([d.contiguous() for d in given] for given in (d_final, d_outputs))
+    extras = _tiles(extras, kept)
     weight_ih, params, marks, extras = map(_contiguous, (weight_ih, params, marks, extras))
     d = launch.backward(
         CELLS[cell], outputs, finals, weight_hh.contiguous(), weight_ih, kept_of(cell, kept), precision, marks, resets,
@@ -148,6 +156,7 @@ def scan_chunk(
     float32, in float32."""
     from .kernels import launch
 
+    extras = masks.tiles(extras, *x_gates.shape[:2], initial[0].shape[-1])
     given = initial, precision, save, keep, torch.float32, marks, reset, saved, extras, heads
     return launch.forward(CELLS[cell], x_gates, weights, *given)
 
@@ -168,7 +177,7 @@ def scan_chunk_backward(
     from .kernels import launch
 
     outputs, finals = ([d.contiguous() for d in given] for given in (d_outputs, d_final))
-    how = None, kept, precision, marks, resets, weights.params, extras, heads
+    how = None, kept, precision, marks, resets, weights.params, _tiles(extras, kept.states), heads
     return launch.backward(CELLS[cell], outputs, finals, weights.weight_hh, *how)
 
 
@@ -196,5 +205,5 @@ def gates_again(
     (``kernels.launch.recompute``)."""
     from .kernels import launch
 
-    given = x_gates, r_gates, weights.bias_hh, states, marks, weights.params, extras, heads
+    given = x_gates, r_gates, weights.bias_hh, states, marks, weights.params, _tiles(extras, states), heads
     return launch.recompute(CELLS[cell], *given).unsqueeze(0)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from persistrnn import masks
 from persistrnn.kernels.cells import derived
 from persistrnn.segments import BEGINS, SKIPPED
 
@@ -50,7 +51,8 @@ def recurrent(
         initial: the states, h first, as (h0, c0) of an LSTM, each [D, B, H]
         marks: uint8 [T, B, D], where a row begins anew or skips a step (`segments`); None: nowhere
         reset: the states that rows begin anew from, in the form of `initial`; empty: zeros
-        params: [D, P, H], the cell's parameters per unit; extras: [1, T, B, D, E, H], what it takes per step
+        params: [D, P, H], the cell's parameters per unit; extras: [1, T, B, D, E, H], what it takes per step, or keys
+            of masks [1, D, E, fields]
         A state may have a wider dtype than the gates, as under autocast on a CPU: it keeps its own from step to step.
 
     Returns:
@@ -59,7 +61,8 @@ def recurrent(
     """
     step, of = derived(cell).step, derived(cell).cell
     product = F.linear if weight_hh.dim() == 3 else _in_heads
-    steps, _, directions, _ = x_gates.shape
+    steps, batch, directions, _ = x_gates.shape
+    extras = masks.tiles(extras, steps, batch, initial[0].shape[-1])
     every: list[list[Tensor]] = []  # of each direction: its states, each [T, B, H]
     final_states = []
     for d in range(directions):
