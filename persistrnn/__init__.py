@@ -17,6 +17,7 @@ from persistrnn.ops import check
 from persistrnn.own_cell import Recurrent, cell, check_cell
 from persistrnn.recipe import Recipe
 from persistrnn.replacement import replace
+from persistrnn.stacked import Stacked
 from persistrnn.streaming import Streaming
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "GRU", "JANET", "LSTM", "MGU", "RNN", "SLSTM", "CoupledLSTM", "PeepholeLSTM", "Recipe", "Recurrent", "Streaming",
-    "__version__", "cell", "check", "check_cell", "explain", "functional", "profile", "replace",
+    "GRU", "JANET", "LSTM", "MGU", "RNN", "SLSTM", "CoupledLSTM", "PeepholeLSTM", "Recipe", "Recurrent", "Stacked",
+    "Streaming", "__version__", "cell", "check", "check_cell", "explain", "functional", "profile", "replace",
 ]  # fmt: skip
 
 

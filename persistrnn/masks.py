@@ -29,7 +29,9 @@ def keys(device: torch.device, rows: int, probabilities: Sequence[float], per_se
         probabilities: of each of E masks, that a unit is in it
         per_sequence: of each, whether it is the same at every step
     """
-    fields = [[0, 0, round(p * 2**32), 0, 0 if same else 1, 0] for p, same in zip(probabilities, per_sequence, strict=True)]
+    fields = [
+        [0, 0, round(p * 2**32), 0, 0 if same else 1, 0] for p, same in zip(probabilities, per_sequence, strict=True)
+    ]
     found = torch.tensor(fields, device=device).repeat(rows, 1, 1)
     seed = torch.randint(2**62, (1,), device=device)
     which = torch.arange(rows * len(fields), device=device).view(rows, -1)
@@ -80,7 +82,9 @@ def drawn(of: Tensor, steps: int, batch: int, units: int) -> Tensor:
     if together == 4:
         return torch.stack(below, -1).flatten(-2).to(torch.uint8)
     first, second, third, fourth = below
-    found = torch.where(unit & 2 == 0, torch.where(unit & 1 == 0, first, second), torch.where(unit & 1 == 0, third, fourth))
+    found = torch.where(
+        unit & 2 == 0, torch.where(unit & 1 == 0, first, second), torch.where(unit & 1 == 0, third, fourth)
+    )
     return found.to(torch.uint8)
 
 

@@ -52,7 +52,7 @@ def scan_forward(
     from .kernels import launch
 
     segments.check()
-    extras = masks.tiles(extras, *x_gates.shape[:2], initial[0].shape[-1])
+    extras = masks.tiles(extras, x_gates.shape[0], x_gates.shape[1], initial[0].shape[-1])
     marks, extras, *given = map(_contiguous, (marks, extras, *weights))
     given_to = x_gates.contiguous(), Weights(*given), initial, precision, save, keep, cell_dtype, marks, reset  # type: ignore[arg-type]
     kept = launch.forward(CELLS[cell], *given_to, None, extras, heads)
@@ -156,7 +156,7 @@ def scan_chunk(
     float32, in float32."""
     from .kernels import launch
 
-    extras = masks.tiles(extras, *x_gates.shape[:2], initial[0].shape[-1])
+    extras = masks.tiles(extras, x_gates.shape[0], x_gates.shape[1], initial[0].shape[-1])
     given = initial, precision, save, keep, torch.float32, marks, reset, saved, extras, heads
     return launch.forward(CELLS[cell], x_gates, weights, *given)
 

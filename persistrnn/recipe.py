@@ -39,8 +39,8 @@ class Recipe(NamedTuple):
         learned_state: whether the states that a sequence begins from where no hx is given, and an episode where no
             reset_state is, are parameters, zeros at first: h0 (and c0, by the states' names) [L*D, H]
         forget_bias: what the bias of the gate f is at first, in bias_ih; in bias_hh it is 0 then (Gers et al. 2000,
-            Jozefowicz et al. 2015: 1). None: drawn as all others. Of an MGU, whose f is what is replaced, a negative one
-            remembers
+            Jozefowicz et al. 2015: 1). None: drawn as all others. Of an MGU, whose f is what is replaced, a negative
+            one remembers
 
     None of them changes a parameter's name, but learned_state adds some: torch.nn's state_dict is loaded into such a
     layer with strict=False. zoneout and recurrent_dropout are cells of their own, derived from the layer's: on the
@@ -76,7 +76,7 @@ def check_recipe(recipe: object, cell: str, bias: bool, proj_size: int) -> None:
         if "f" not in gates or not bias:
             why = "bias=False" if "f" in gates else f"gates {', '.join(gates)} and no f"
             raise ValueError(
-                f"forget_bias is for the bias of a gate f, got {recipe.forget_bias!r} for a layer of {why}; leave it out"
+                f"forget_bias is the bias of a gate f, got {recipe.forget_bias!r} for a layer of {why}; leave it out"
             )
     if proj_size and (any(rates(recipe, cell)) or recipe.recurrent_dropout):
         what = "recurrent_dropout" if recipe.recurrent_dropout else "zoneout"

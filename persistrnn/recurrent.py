@@ -177,14 +177,16 @@ class RecurrentBase(nn.Module):
         Raises:
             RuntimeError: one is missing, or would be left out: recipe has changed
         """
-        names, learned = self._names_of_states(), self.recipe.learned_state
-        if found := [name for name in names if (name in self._parameters) != learned and not hasattr(self, name)]:
-            raise RuntimeError(f"the layer has no {found[0]}, and recipe.learned_state=True asks for it; make it with that")
-        if not learned and names[0] in self._parameters:
+        names = self._names_of_states()
+        if not self.recipe.learned_state:
+            if names[0] in self._parameters:
+                raise RuntimeError(f"the layer has {names[0]}, and {self.recipe} leaves it out; set learned_state=True")
+            return []
+        if missing := [name for name in names if not hasattr(self, name)]:
             raise RuntimeError(
-                f"the layer has {names[0]}, and recipe.learned_state=False leaves it out; set it back to True"
+                f"the layer has no {', '.join(missing)}, and {self.recipe} asks for it; make a layer with this recipe"
             )
-        return [getattr(self, name) for name in names] if learned else []
+        return [getattr(self, name) for name in names]
 
     def _names_beyond(self) -> list[str]:
         """The first names that the layer would have with a layer, a direction, biases or projections more."""
@@ -272,9 +274,7 @@ class RecurrentBase(nn.Module):
                 "remove_parametrizations on its tensors first"
             )
         if self.recipe._replace(forget_bias=None) != PLAIN:  # which is a matter of the first weights alone
-            raise ValueError(
-                f"torch.nn has no {name} with {self.recipe}; one with persistrnn.Recipe() has an equal"
-            )
+            raise ValueError(f"torch.nn has no {name} with {self.recipe}; one with persistrnn.Recipe() has an equal")
         options: dict[str, Any] = dict(TORCH[self.cell].arguments)
         if self.proj_size:
             options["proj_size"] = self.proj_size

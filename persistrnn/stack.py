@@ -129,9 +129,7 @@ def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequen
     return Result(y, c, finals)
 
 
-def _hiding(
-    decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cuts: Cuts
-) -> Result:
+def _hiding(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cuts: Cuts) -> Result:
     """Layers of a cell whose h is its second state, behind what other units see of it: one after the other, as each
     reads every h of the one below. states, and those of the result: h first, without what is seen."""
     call = decision.call
@@ -274,9 +272,7 @@ def _keys_of(stack: Call, cuts: Cuts, rows: slice, split: int) -> Tensor | None:
     return None if cuts.keys is None else masks.by_head(cuts.keys[rows], split, stack.hidden_size // split)
 
 
-def _beside(
-    directions: int, params: Tensor | None, extras: Sequence[Tensor], keys: Tensor | None
-) -> dict[str, Any]:
+def _beside(directions: int, params: Tensor | None, extras: Sequence[Tensor], keys: Tensor | None) -> dict[str, Any]:
     """What only some cells take, by name. extras: each [L*D, T, B, H], or keys [L*D, E, fields]; of a stack of more
     layers D is 1."""
     given: dict[str, Any] = {} if params is None else {"params": params}

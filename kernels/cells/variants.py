@@ -47,7 +47,10 @@ def _derived(name: str, zoneout: tuple[float, ...], masks: bool, drops: bool) ->
                 new.append(torch.where(next(beside) > HALF, s, n) if masks else n + part * (s - n))
         return tuple(new) if dropped is None else (new[0].masked_fill(dropped, 0.0), *new)
 
-    extras = [*(["dropped"] if drops else []), *(f"kept_{s}" for s, p in zip(states, zoneout, strict=True) if p and masks)]
+    extras = [
+        *(["dropped"] if drops else []),
+        *(f"kept_{s}" for s, p in zip(states, zoneout, strict=True) if p and masks),
+    ]
     names = Names(
         of.names.gates,
         (*(["seen"] if drops else []), *states),
