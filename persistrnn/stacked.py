@@ -181,8 +181,7 @@ class Stacked(nn.Module):
         return torch.where(mask.unsqueeze(-1), x, 0.0)
 
     def _within(self, x: Tensor, lengths: Tensor) -> Tensor:
-        time = self._times(x)
-        return time < lengths.unsqueeze(1 - self._time(x))
+        return self._times(x) < lengths.unsqueeze(self._time(x))
 
     def _time(self, x: Tensor) -> int:
         return 1 if self.batch_first and x.dim() == 3 else 0
@@ -204,7 +203,7 @@ class Stacked(nn.Module):
                 return of.flip(time)
         else:
             inside = self._within(x, lengths)
-            last = lengths.clamp(0, x.size(time)).unsqueeze(1 - time) - 1
+            last = lengths.clamp(0, x.size(time)).unsqueeze(time) - 1
             place = torch.where(inside, last - self._times(x), self._times(x))
 
             def turn(of: Tensor) -> Tensor:

@@ -8,11 +8,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from pairs import ON_KERNELS, PATHS, as_hx, tensors
+from forced import force_waves
+from grid import concurrent_grid
+from pairs import PATHS, as_hx, tensors
 from torch import nn, sigmoid, tanh
 
 import persistrnn
-from persistrnn import Recipe, decide, masks
+from persistrnn import Recipe, masks
+from persistrnn.kernels import launch
 from persistrnn.kernels.planner import memory
 
 T, B, INPUT, H = 5, 3, 4, 6
@@ -177,38 +180,39 @@ def results(layer, x, given):
     return [*outputs, *torch.autograd.grad(loss, [x, *layer.parameters()])]
 
 
-@pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize(
-    ("cell", "options"), [("lstm", {"bidirectional": True, "heads": 2}), ("gru", {"num_layers": 2, "heads": 3})], ids=str
-)
-def test_a_seed_has_its_masks_on_every_path_and_in_every_memory_mode(monkeypatch, cell, options, backend):
-    """Chunks of two steps, heads whose units share no counter, a part of the sequence."""
-    monkeypatch.setattr(memory, "chunk_steps", lambda *_: 2)
-    expected = None
-    for save in ("gates", "state", "checkpoint"):
-        for recipe in (NOISY, NOISY._replace(recurrent_dropout=0.0)):
-            layer, x, _, given = made(cell, recipe, torch.float32, "lengths", save=save, backend=backend, **options)
-            found = results(layer, x, given)
-            layer.save, layer.backend = "gates", "torch"
-            expected = results(layer, x, given)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+LSTM_HEADS, GRU_HEADS = {"bidirectional": True, "heads": 2}, {"num_layers": 2, "heads": 3}
+MODES = [("torch", *run, save) for run in (("lstm", LSTM_HEADS), ("gru", GRU_HEADS)) for save in memory.MODES]
+ON_KERNELS_TOO = [("lstm", LSTM_HEADS, "gates"), ("gru", GRU_HEADS, "state"), ("gru", GRU_HEADS, "checkpoint")]
+MODES += [pytest.param("persistent", *run, marks=pytest.mark.interpreter) for run in ON_KERNELS_TOO]
+
+
+@pytest.mark.parametrize(("backend", "cell", "options", "save"), MODES, ids=str)
+def test_a_seed_has_its_masks_on_every_path_and_in_every_memory_mode(monkeypatch, backend, cell, options, save):
+    """Chunks of three steps, heads whose units share no counter, rows of several lengths."""
+    monkeypatch.setattr(memory, "chunk_steps", lambda *_: 3)
+    recipe = NOISY if cell == "lstm" or save == "state" else NOISY._replace(recurrent_dropout=0.0)
+    layer, x, _, given = made(cell, recipe, torch.float32, "lengths", save=save, backend=backend, **options)
+    found = results(layer, x, given)
+    layer.save, layer.backend = "gates", "torch"
+    torch.testing.assert_close(found, results(layer, x, given), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.interpreter
 def test_the_layers_of_a_pipeline_have_masks_of_their_own(monkeypatch):
-    layer, x, _, given = made("lstm", ZONED, torch.float32, num_layers=3, backend="persistent")
-    found = []
-    for wins in (True, False):
-        monkeypatch.setattr(decide, "runs_as_pipeline", lambda _, wins=wins: wins)
-        found.append(results(layer, x, given))
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    layer, x, _, given = made("lstm", ZONED, torch.float32, num_layers=2)
+    expected, before = results(layer, x, given), launch.LAUNCHES.copy()
+    layer.backend = "persistent"
+    force_waves(monkeypatch)
+    with concurrent_grid():
+        torch.testing.assert_close(results(layer, x, given), expected, rtol=1e-5, atol=1e-5)
+    assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
 
 
 @pytest.mark.parametrize("save", ["gates", "checkpoint"])
-@pytest.mark.parametrize("backend", [ON_KERNELS])
-def test_second_derivatives_have_the_masks_too(backend, save):
+@pytest.mark.interpreter
+def test_second_derivatives_have_the_masks_too(save):
     found = []
-    for path in (backend, "torch"):
+    for path in ("persistent", "torch"):
         layer, x, _, given = made("lstm", NOISY, torch.float32, save=save, backend=path)
         torch.manual_seed(5)
         (first,) = torch.autograd.grad(layer(x, **given)[0].square().sum(), x, create_graph=True)
@@ -319,7 +323,9 @@ def test_in_words():
 def test_torch_has_an_equal_only_of_the_first_weights():
     assert isinstance(persistrnn.LSTM(4, 6, recipe=Recipe(forget_bias=1.0)).to_torch(), nn.LSTM)
     for recipe in (ZONED, DROPPED, Recipe(weight_drop=0.1), Recipe(learned_state=True)):
-        with pytest.raises(ValueError, match=r"torch\.nn has no LSTM with Recipe\(.*persistrnn\.Recipe\(\) has an equal"):
+        with pytest.raises(
+            ValueError, match=r"torch\.nn has no LSTM with Recipe\(.*persistrnn\.Recipe\(\) has an equal"
+        ):
             persistrnn.LSTM(4, 6, recipe=recipe).to_torch()
 
 
