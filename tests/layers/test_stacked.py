@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from pairs import PATHS, tensors
+from pairs import tensors
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import persistrnn
@@ -70,11 +70,13 @@ def by_row(stack, x, hx, lengths, resets):
     return x, finals
 
 
-@pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize(
-    ("name", "cut"), [*((n, "lengths") for n in STACKS), ("alternate", "resets"), ("sizes", "whole")]
-)
-def test_a_stack_is_its_layers_row_by_row(name, cut, backend):
+RUNS = [("torch", *run) for run in [*((n, "lengths") for n in STACKS), ("alternate", "resets"), ("sizes", "whole")]]
+ON_KERNELS = [("residual, alternate", "lengths"), ("residual, sum", "whole")]
+RUNS += [pytest.param("persistent", *run, marks=pytest.mark.interpreter) for run in ON_KERNELS]
+
+
+@pytest.mark.parametrize(("backend", "name", "cut"), RUNS)
+def test_a_stack_is_its_layers_row_by_row(backend, name, cut):
     make, options = STACKS[name]
     dtype = torch.float64 if backend == "torch" else torch.float32
     stack = Stacked(make(backend=backend, dtype=dtype), **options)
@@ -190,9 +192,8 @@ def test_steps_and_a_stream_are_the_sequence():
         persistrnn.Streaming(Stacked([GRU(2, 2), GRU(2, 2)], alternate=True))
 
 
-@pytest.mark.parametrize("backend", PATHS)
-def test_it_compiles_as_one_graph(backend):
-    stack = Stacked(layers(residual=True, backend=backend), residual=True, alternate=True)
+def test_it_compiles_as_one_graph():
+    stack = Stacked(layers(residual=True), residual=True, alternate=True)
     x, lengths = torch.randn(T, B, INPUT), torch.tensor([4, T, 1])
     compiled = torch.compile(stack, backend="aot_eager", fullgraph=True)
     found = []
