@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from persistrnn import masks
+from persistrnn.kernels import masks as kernel
 
 T, B, H, D = 9, 3, 24, 2
 
@@ -67,6 +68,15 @@ def test_heads_have_their_units_of_the_whole(keys, heads):
     by_head = masks.by_head(keys, heads, H // heads).unflatten(0, (-1, D * heads))
     found = masks.drawn(by_head, T, B, H // heads).unflatten(3, (D, heads))
     assert torch.equal(found.movedim(4, -2).flatten(-2), whole(keys))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("heads", [1, 3])
+def test_the_kernel_draws_the_same(keys, heads):
+    """Triton's Philox beside torch's operations."""
+    given = masks.by_head(keys, heads, H // heads).unflatten(0, (-1, D * heads))
+    given = masks.later(given, [2**32 - 3] * D * heads)  # the last steps that a counter can tell apart
+    assert torch.equal(kernel.drawn(given, 3, B, H // heads), masks.drawn(given, 3, B, H // heads))
 
 
 @pytest.mark.parametrize("units", [1, 6, 23])
