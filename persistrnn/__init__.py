@@ -2,7 +2,9 @@
 
 `LSTM`, `GRU` and `RNN` are torch.nn's modules on Triton kernels that keep the recurrent weights on chip for all time
 steps; `PeepholeLSTM`, `CoupledLSTM`, `MGU`, `JANET` and `SLSTM` the same of cells that torch has not, and `Recurrent`
-of a `cell` of one's own, one function of one time step, which `check_cell` explains. `functional` has them as
+of a `cell` of one's own, one function of one time step, which `check_cell` explains. A `Recipe` regularises a layer of
+any of them (zoneout, dropout of h, dropped weights, learned states), `Stacked` puts layers above each other (residuals,
+alternating directions, sizes of their own). `functional` has them as
 functions, `explain` says which path a call would take and why, `check` raises if a kernel's bounded wait ran out,
 `replace` swaps torch.nn's layers in a finished model for these, `Streaming` carries a layer's state from call to call,
 `profile` measures where training's time and memory go.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import math
 import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from torch import Tensor
 from persistrnn import masks
 from persistrnn.kernels.cells import CELLS, derived
 from persistrnn.kernels.cells.variants import variant
+from persistrnn.tracing import constant
 
 
 class Recipe(NamedTuple):
@@ -57,10 +60,26 @@ class Recipe(NamedTuple):
 PLAIN = Recipe()
 
 
+def text_of(recipe: Recipe) -> str:
+    """What a layer keeps of a recipe: torch.compile makes variables of numbers, and a constant of this."""
+    zoneout, dropout, drop, learned, bias = recipe
+    zoneout = tuple(map(float, zoneout)) if isinstance(zoneout, tuple) else float(zoneout)
+    return repr((zoneout, float(dropout), float(drop), learned, None if bias is None else float(bias)))
+
+
+_read: dict[str, Recipe] = {}
+
+
+@constant
+def recipe_of(text: str) -> Recipe:
+    """The recipe of ``text_of``."""
+    if text not in _read:
+        _read[text] = Recipe(*ast.literal_eval(text))
+    return _read[text]
+
+
 def check_recipe(recipe: object, cell: str, bias: bool, proj_size: int) -> None:
     """What a constructor and a changed module refuse alike."""
-    if recipe is PLAIN:
-        return
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe is a persistrnn.Recipe, got {type(recipe).__name__}; give persistrnn.Recipe(...)")
     for name in ("recurrent_dropout", "weight_drop"):
@@ -71,8 +90,8 @@ def check_recipe(recipe: object, cell: str, bias: bool, proj_size: int) -> None:
         raise TypeError(f"learned_state should be of type bool, got {recipe.learned_state!r}; give True or False")
     if recipe.forget_bias is not None:
         gates = derived(cell).names.gates
-        if not _is_number(recipe.forget_bias):
-            raise TypeError(f"forget_bias is a number or None, got {recipe.forget_bias!r}")
+        if not _is_number(recipe.forget_bias) or not math.isfinite(recipe.forget_bias):
+            raise ValueError(f"forget_bias is a finite number or None, got {recipe.forget_bias!r}")
         if "f" not in gates or not bias:
             why = "bias=False" if "f" in gates else f"gates {', '.join(gates)} and no f"
             raise ValueError(

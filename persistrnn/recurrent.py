@@ -14,7 +14,7 @@ from persistrnn.decide import TORCH
 from persistrnn.functional import Input
 from persistrnn.kernels.cells import derived
 from persistrnn.options import Backend, Options, Save, check_options, check_save, check_sizes
-from persistrnn.recipe import PLAIN, Recipe, check_recipe, recurrent_weight, set_forget_bias
+from persistrnn.recipe import PLAIN, Recipe, check_recipe, recipe_of, recurrent_weight, set_forget_bias, text_of
 from persistrnn.validate import Given, Stack
 
 
@@ -63,7 +63,7 @@ class RecurrentBase(nn.Module):
     save: Save = "gates"  # here too, for layers pickled before it was
     save_budget: int | None = None
     heads: int = 1
-    recipe: Recipe = PLAIN
+    _recipe: str = text_of(PLAIN)
     last_path: str | None
 
     def __init__(
@@ -109,7 +109,6 @@ class RecurrentBase(nn.Module):
         validate.check_states(self.cell, options.cell_dtype)
         check_sizes(input_size, hidden_size, proj_size, options.heads)
         check_save(options.save, options.save_budget, proj_size)
-        check_recipe(options.recipe, self.cell, options.bias, proj_size)
         num_layers, bias, dropout = options.num_layers, options.bias, float(options.dropout)
         if dropout > 0 and num_layers == 1:
             warnings.warn(
@@ -131,6 +130,15 @@ class RecurrentBase(nn.Module):
             for name, size in zip(self._names_of_states(), validate.state_sizes(stack), strict=True):
                 self.register_parameter(name, nn.Parameter(torch.empty(rows, size, device=device, dtype=dtype)))
         self.reset_parameters()
+
+    @property
+    def recipe(self) -> Recipe:
+        return recipe_of(self._recipe)
+
+    @recipe.setter
+    def recipe(self, recipe: Recipe) -> None:
+        check_recipe(recipe, self.cell, self.bias, self.proj_size)
+        self._recipe = text_of(recipe)
 
     @property
     def mode(self) -> str:
@@ -283,7 +291,7 @@ class RecurrentBase(nn.Module):
             bidirectional=self.bidirectional, device=torch.device("meta"), **options,
         )  # fmt: skip
         new.dropout = self.dropout
-        ours = {"cell", "function", "backend", "cell_dtype", "save", "save_budget", "heads", "recipe", "last_path"}
+        ours = {"cell", "function", "backend", "cell_dtype", "save", "save_budget", "heads", "_recipe", "last_path"}
         take_over(new, self, ignored=ours)
         return new
 
@@ -317,7 +325,6 @@ class RecurrentBase(nn.Module):
         options, sizes = self.options, (self.input_size, self.hidden_size, self.proj_size)
         check_options(options)
         check_sizes(*sizes, self.heads)
-        check_recipe(options.recipe, self.cell, options.bias, self.proj_size)
         weights = [
             weight if k != 1 else recurrent_weight(weight, options.recipe, options.training)
             for weights in self.all_weights
