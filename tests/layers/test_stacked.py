@@ -15,13 +15,13 @@ from persistrnn import GRU, LSTM, Recipe, Stacked
 T, B, INPUT = 6, 3, 5
 
 
-def layers(*, residual=False, ways=1, **options):
+def layers(*, residual=0, ways=1, **options):
     torch.manual_seed(0)
     bidirectional = ways == 2
     if residual:
         return [
-            LSTM(INPUT, 8, bidirectional=bidirectional, **options),
-            GRU(8, 8, bidirectional=bidirectional, **options),
+            LSTM(INPUT, residual, bidirectional=bidirectional, **options),
+            GRU(residual, residual, bidirectional=bidirectional, **options),
         ]
     return [
         LSTM(INPUT, 6, bidirectional=bidirectional, **options),
@@ -34,10 +34,10 @@ def layers(*, residual=False, ways=1, **options):
 STACKS = {
     "sizes": (partial(layers), {}),
     "alternate": (partial(layers), {"alternate": True}),
-    "residual": (partial(layers, residual=True), {"residual": True}),
-    "residual, alternate": (partial(layers, residual=True), {"residual": True, "alternate": True}),
+    "residual": (partial(layers, residual=INPUT), {"residual": True}),
+    "residual, alternate": (partial(layers, residual=8), {"residual": True, "alternate": True}),
     "sum": (partial(layers, ways=2), {"merge": "sum"}),
-    "residual, sum": (partial(layers, residual=True, ways=2), {"residual": True, "merge": "sum"}),
+    "residual, sum": (partial(layers, residual=8, ways=2), {"residual": True, "merge": "sum"}),
 }
 
 
@@ -162,7 +162,7 @@ def test_states_after_a_reset_and_every_c():
 
 
 def test_dropout_acts_between_layers_in_training_alone():
-    stack = Stacked(layers(residual=True), residual=True, dropout=1.0)
+    stack = Stacked(layers(residual=8), residual=True, dropout=1.0)
     x = torch.randn(T, B, INPUT)
     torch.testing.assert_close(stack(x)[0], stack.layers[1](torch.zeros(T, B, 8))[0])
     stack.eval()
@@ -193,7 +193,7 @@ def test_steps_and_a_stream_are_the_sequence():
 
 
 def test_it_compiles_as_one_graph():
-    stack = Stacked(layers(residual=True), residual=True, alternate=True)
+    stack = Stacked(layers(residual=8), residual=True, alternate=True)
     x, lengths = torch.randn(T, B, INPUT), torch.tensor([4, T, 1])
     compiled = torch.compile(stack, backend="aot_eager", fullgraph=True)
     found = []
