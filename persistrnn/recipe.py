@@ -167,7 +167,7 @@ def cell_of(cell: str, recipe: Recipe, training: bool) -> str:
 
 def hides(recipe: Recipe, training: bool) -> bool:
     """Whether that cell's first state is what other units see of h, and h the second."""
-    return training and recipe.recurrent_dropout > 0
+    return bool(training and recipe.recurrent_dropout > 0)  # read, so that dynamo makes a constant of it
 
 
 def new_keys(cell: str, recipe: Recipe, training: bool, rows: int, device: torch.device) -> Tensor | None:
