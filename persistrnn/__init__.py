@@ -3,10 +3,11 @@
 `LSTM`, `GRU` and `RNN` are torch.nn's modules on Triton kernels that keep the recurrent weights on chip for all time
 steps; `PeepholeLSTM`, `CoupledLSTM`, `MGU`, `JANET` and `SLSTM` the same of cells that torch has not, and `Recurrent`
 of a `cell` of one's own, one function of one time step, which `check_cell` explains. `LayerNormLSTM` and
-`LayerNormGRU` run on torch's operations, step by step. `functional` has all of them as functions, `explain` says which
-path a call would take and why, `check` raises if a kernel's bounded wait ran out, `replace` swaps torch.nn's layers in
-a finished model for these, `Streaming` carries a layer's state from call to call, `profile` measures where training's
-time and memory go.
+`LayerNormGRU` run on torch's operations, step by step. A `Recipe` regularises a layer (zoneout, dropout of h, dropped
+weights, learned states), `Stacked` puts layers above each other (residuals, alternating directions, sizes of their
+own). `functional` has all cells as functions, `explain` says which path a call would take and why, `check` raises if a
+kernel's bounded wait ran out, `replace` swaps torch.nn's layers in a finished model for these, `Streaming` carries a
+layer's state from call to call, `profile` measures where training's time and memory go.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,9 @@ from persistrnn.modules import (
 )
 from persistrnn.ops import check
 from persistrnn.own_cell import Recurrent, cell, check_cell
+from persistrnn.recipe import Recipe
 from persistrnn.replacement import replace
+from persistrnn.stacked import Stacked
 from persistrnn.streaming import Streaming
 
 if TYPE_CHECKING:
@@ -36,8 +39,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "GRU", "JANET", "LSTM", "MGU", "RNN", "SLSTM", "CoupledLSTM", "LayerNormGRU", "LayerNormLSTM",
-    "PeepholeLSTM", "Recurrent", "Streaming",
+    "GRU", "JANET", "LSTM", "MGU", "RNN", "SLSTM", "CoupledLSTM", "LayerNormGRU", "LayerNormLSTM", "PeepholeLSTM",
+    "Recipe", "Recurrent", "Stacked", "Streaming",
     "__version__", "cell", "check", "check_cell", "explain", "functional", "profile", "replace",
 ]  # fmt: skip
 

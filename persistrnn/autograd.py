@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from persistrnn import double_backward, ops
+from persistrnn import double_backward, masks, ops
 from persistrnn.decide import expects_backward
 from persistrnn.kernels.cells import CELLS, Cell, derived
 from persistrnn.kernels.tensors import Gradients, Kept, Weights
-from persistrnn.mapping import mapped
+from persistrnn.mapping import each_sample, mapped
 from persistrnn.phases import SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
 from persistrnn.reference import Result
 from persistrnn.segments import BEGINS, SKIPPED, without_skipped
@@ -94,8 +94,8 @@ def recurrent(
         cell_dtype: of the states after h as they are stored for the backward and given out; None: that of x_gates.
         weight_ih: [L - 1, G*H, H], bias_ih: [L - 1, G*H]: of the upper layers of a stack.
         params: [L*D, P, H], the cell's parameters per unit; None: it has none.
-        extras: [L, T, B, D, E, H], what the cell takes per step besides its gates, without gradient, also as uint8;
-            None: nothing.
+        extras: [L, T, B, D, E, H], what the cell takes per step besides its gates, without gradient, also as uint8, or
+            keys of masks [L, D, E, fields] (``masks``); None: nothing.
         heads: blocks of a block-diagonal W_hh, in each direction. Then D, here and below, counts all of them, those of
             one direction side by side, and H is of one: x_gates [T, B, D*heads, X*H/heads], weight_hh
             [D*heads, G*H/heads, H/heads]; y stays [T, B, D*H]. Marks are shared by the heads of a direction.
@@ -241,6 +241,8 @@ class _Scan(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         cell, save, return_c, tensors = arguments[0], arguments[2], arguments[3], arguments[6:]
+        if masks.are_keys(_inputs(cell, tensors).extras):  # each sample has the rows of its own batch
+            return each_sample(_Scan, info, in_dims, arguments[:6], tensors)
         n, m = CELLS[cell].states, CELLS[cell].given_out if return_c else 1
         # where B is in the tensors of Inputs, and of Outputs
         axes = (1, *(None,) * len(Weights._fields), 1, 2, *(1,) * (len(tensors) - 8))
@@ -281,6 +283,8 @@ class _ScanBackward(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         cell, tensors = CELLS[arguments[0]], arguments[4:]
+        if masks.are_keys(_backward_inputs(cell.name, tensors).extras):
+            return each_sample(_ScanBackward, info, in_dims, arguments[:4], tensors)
         n = cell.states
         # where B is in the tensors of BackwardInputs, and of Gradients
         axes = (None, None, None, 1, 2, *(2,) * (n + 1), *(1,) * (len(tensors) - n - 6))
@@ -318,7 +322,8 @@ def param_gradients(
     heads: int = 1,
 ) -> Tensor:
     """Gradients of the parameters per unit, float32 [L*D, P, H], from what is in memory after the scan."""
-    of, (L, _, _, D, _), H = CELLS[cell], d.dx_gates.shape, params.shape[-1]
+    of, (L, T, B, D, _), H = CELLS[cell], d.dx_gates.shape, params.shape[-1]
+    extras = masks.tiles(extras, T, B, H)
     found = []
     for k in range(D):
         dx, dr = (_tiles(gates[:, :, :, k].unflatten(-1, (-1, H))) for gates in (d.dx_gates, d.dr_gates))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persistrnn import autograd, ops, segments
+from persistrnn import autograd, masks, ops, segments
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.tensors import Gradients, Kept, Weights
 from persistrnn.phases import INPUT_GEMM, RECOMPUTE, SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
@@ -146,8 +146,12 @@ def layers_of(cell: str, weights: Sequence[Tensor]) -> list[Layer]:
 
 
 def extras_of(extras: Tensor | None, layer: int, part: Chunk) -> Tensor | None:
-    """A layer's, in a chunk: [1, T', B, D, E, H]."""
-    return None if extras is None else part.of(extras[layer]).contiguous().unsqueeze(0)
+    """A layer's, in a chunk: [1, T', B, D, E, H], or keys [1, D, E, fields] of that."""
+    if extras is None:
+        return None
+    if masks.are_keys(extras):
+        return masks.later(extras[layer : layer + 1], [s.start for s in part.slices(extras.size(1))])
+    return part.of(extras[layer]).contiguous().unsqueeze(0)
 
 
 def gates_of(inputs: Sequence[Tensor], layer: Layer) -> Tensor:

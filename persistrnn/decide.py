@@ -65,7 +65,8 @@ class Call(NamedTuple):
     backward: whether one may come (`expects_backward`).
     backend, save, save_budget, cell_dtype: as a caller gives them. dropout: between the layers, where it acts.
     lengths, marks: whether rows have lengths; a mask or resets. return_c: whether every c is given out. heads: blocks
-    of a block-diagonal W_hh, a divisor of H.
+    of a block-diagonal W_hh, a divisor of H. hides: whether the cell's h is its second state, behind what other units
+    see of it (`recipe`).
     """
 
     cell: str
@@ -90,6 +91,7 @@ class Call(NamedTuple):
     marks: bool = False
     return_c: bool = False
     heads: int = 1
+    hides: bool = False
 
     @property
     def packs(self) -> bool:
@@ -118,7 +120,7 @@ class Call(NamedTuple):
     @property
     def layers(self) -> memory.Layers:
         """The stack as the prediction of memory asks for it."""
-        between = self.num_layers > 1 and (self.directions > 1 or self.dropout > 0)
+        between = self.num_layers > 1 and (self.directions > 1 or self.dropout > 0 or self.hides)
         return memory.Layers(
             CELLS[self.cell], self.input_size, self.hidden_size, self.num_layers, self.directions,
             self.dtype.itemsize, (self.cell_dtype or self.dtype).itemsize, between,
@@ -288,7 +290,7 @@ def may_be_pipeline(call: Call) -> bool:
     have the precision that they have outside."""
     single = call.num_layers > 1 and call.directions == 1 and call.dropout == 0 and call.proj_size == 0
     exact = call.dtype != torch.float32 or call.precision == matmul_precision()
-    return single and call.heads == 1 and call.save == "gates" and exact
+    return single and call.heads == 1 and call.save == "gates" and exact and not call.hides
 
 
 @tracing.constant  # dynamo cannot read the setting

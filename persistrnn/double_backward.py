@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from persistrnn import masks
 from persistrnn.kernels.cells import derived
 from persistrnn.kernels.tensors import Gradients, Kept
 from persistrnn.segments import BEGINS, SKIPPED
@@ -65,7 +66,8 @@ def backward(
     assert kept.saved is not None
     dtype, n = kept.saved.dtype, len(d_final)
     exact = torch.promote_types(dtype, torch.float32)
-    layers, directions = kept.saved.shape[0], kept.saved.shape[3]
+    layers, steps, batch, directions, _, units = kept.saved.shape
+    extras = masks.tiles(extras, steps, batch, units)
     outside = [*d_outputs, *(None,) * n][:n]
     found = []
     for layer in reversed(range(layers)):

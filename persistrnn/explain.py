@@ -4,15 +4,16 @@ from persistrnn import decide, functional, validate
 from persistrnn.decide import Call, Decision, expects_backward
 from persistrnn.options import check_count, check_options, check_save, check_sizes
 from persistrnn.recurrent import RecurrentBase, check_layer
+from persistrnn.stacked import Stacked
 
 STEPWISE = "stepwise, a loop over torch's operations"
 
 
-def explain(layer: RecurrentBase, batch: int, steps: int) -> str:
+def explain(layer: RecurrentBase | Stacked, batch: int, steps: int) -> str:
     """Say what `layer` would do with a padded input of `steps` time steps and `batch` rows.
 
     Args:
-        layer: one of persistrnn's layers, on any device, the meta device included
+        layer: one of persistrnn's layers, or a `Stacked` of them, on any device, the meta device included
         batch: B >= 1
         steps: T >= 1
 
@@ -27,6 +28,8 @@ def explain(layer: RecurrentBase, batch: int, steps: int) -> str:
         ValueError: a batch or steps below 1
         RuntimeError: a save_budget that does not hold what such a call keeps
     """
+    if isinstance(layer, Stacked):
+        return "\n\n".join(explain(each, batch, steps) for each in layer.each())
     check_layer(layer)
     check_count("batch", batch)
     check_count("steps", steps)

@@ -15,6 +15,7 @@ from persistrnn import torch_path, validate
 from persistrnn.decide import Call, Decision, decide, expects_backward
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Backend, Options, Save, check_flag, check_name, check_options, check_save
+from persistrnn.recipe import cell_of, hides, new_keys
 from persistrnn.tracing import outside_of_graphs
 from persistrnn.validate import Batch, Cuts, Given, Stack
 
@@ -278,10 +279,12 @@ def run(
     given: Given = NOTHING,
     return_c: bool = False,
     sizes: tuple[int, int, int] | None = None,
+    learned: Sequence[Tensor] = (),
 ) -> Found:
     """Validate, decide and run.
 
     options: checked before. sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be.
+    learned: the states that stand for zeros, each [L*D, features]; empty: zeros do.
     """
     check_flag("return_cell_states", return_c)
     validate.check_states(cell, options.cell_dtype, return_c)
@@ -292,7 +295,18 @@ def run(
     data, packed = batch.data, batch.packed
     check_save(options.save, options.save_budget, stack.proj_size)
     states = validate.read_states(stack, hx, batch)
-    cuts = validate.read_cuts(stack, batch, hx is None, given)
+    cuts = validate.read_cuts(stack, batch, hx is None and not learned, given)
+    if learned:
+        begin = [s.to(data.dtype).unsqueeze(1).expand(-1, batch.rows, -1).contiguous() for s in learned]
+        states = begin if hx is None else states
+        cuts = cuts if cuts.resets is None or cuts.reset else cuts._replace(reset=begin)
+    keys = new_keys(cell, options.recipe, options.training, stack.num_layers * stack.directions, data.device)
+    cuts = cuts if keys is None else cuts._replace(keys=keys)
+    if return_c and hides(options.recipe, options.training):
+        raise ValueError(
+            "return_cell_states is not for a call with recurrent_dropout, where the kernels give out every h in its "
+            f"place, got {options.recipe}; leave one of them out"
+        )
     if packed is not None and hx is not None:
         states = _rows(states, packed.sorted_indices)
 
@@ -334,6 +348,7 @@ def asked(
     return_c: bool = False,
 ) -> Call:
     """The call, as `decide` takes it."""
+    stack = stack._replace(cell=cell_of(stack.cell, options.recipe, options.training))
     return Call(
         *stack[:-1], batch, steps, dtype, device, precision(), backward,
         options.backend, options.save, options.save_budget, options.cell_dtype, options.active_dropout,
@@ -341,6 +356,7 @@ def asked(
         marks=given.mask is not None or given.resets is not None,
         return_c=bool(return_c),  # read, so that dynamo makes a constant of it
         heads=stack.heads,
+        hides=hides(options.recipe, options.training),
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from persistrnn import functional
 from persistrnn.options import Backend, Options, Save, check_flag
+from persistrnn.recipe import PLAIN, Recipe
 from persistrnn.recurrent import RecurrentBase
 
 
@@ -45,6 +46,7 @@ class LSTM(RecurrentBase):
         heads: n > 1 makes W_hh block-diagonal (the heads of xLSTM, Beck et al. 2024; TorchRL's block GRU): head k alone
             reads and writes the k-th of n equal parts of the H units, and one that fits a multiprocessor waits for no
             other. n divides H; not with projections. torch.nn has none: beside the kernels it runs step by step
+        recipe: noise in training, learned states, the forget gate's first bias; see `Recipe`
 
     Inputs: input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence), T >= 1; and
     optionally (h0, c0), each [L*D, B, H] ([L*D, H] unbatched; h0 has P features with projections). By keyword, what
@@ -105,10 +107,12 @@ class LSTM(RecurrentBase):
         save: Save = "gates",
         save_budget: int | None = None,
         heads: int = 1,
+        recipe: Recipe = PLAIN,
     ) -> None:
         options = Options(
-            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, True, heads
-        )
+            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, True, heads,
+            recipe,
+        )  # fmt: skip
         self._build(input_size, hidden_size, proj_size, options, device, dtype)
 
 
@@ -215,11 +219,12 @@ class RNN(RecurrentBase):
         save: Save = "gates",
         save_budget: int | None = None,
         heads: int = 1,
+        recipe: Recipe = PLAIN,
         proj_size: int | None = None,
     ) -> None:
         self.nonlinearity = nonlinearity
         options = Options(
-            num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, True, heads
+            num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, True, heads, recipe
         )
         self._build(input_size, hidden_size, self._unprojected(proj_size), options, device, dtype)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import segments
+from . import masks, segments
 from .kernels.cells import CELLS
 from .kernels.planner import memory
 from .kernels.tensors import Gradients, Kept, Weights
@@ -52,10 +52,26 @@ def scan_forward(
     from .kernels import launch
 
     segments.check()
+    extras = _tiles(extras, x_gates.shape[0], x_gates.shape[1], initial[0].shape[-1])
     marks, extras, *given = map(_contiguous, (marks, extras, *weights))
     given_to = x_gates.contiguous(), Weights(*given), initial, precision, save, keep, cell_dtype, marks, reset  # type: ignore[arg-type]
     kept = launch.forward(CELLS[cell], *given_to, None, extras, heads)
     return [*kept.states, *([] if kept.saved is None else [kept.saved])]
+
+
+def _tiles(extras: Tensor | None, steps: int, batch: int, units: int) -> Tensor | None:
+    """``masks.tiles``, drawn by a kernel."""
+    if extras is None or not masks.are_keys(extras):
+        return extras
+    from .kernels import masks as kernel
+
+    return kernel.drawn(extras, steps, batch, units)
+
+
+def _tiles_beside(states: Sequence[Tensor], extras: Tensor | None) -> Tensor | None:
+    """Of a scan that left these states."""
+    _, slots, batch, _, units = states[0].shape
+    return _tiles(extras, slots - 2, batch, units)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -100,6 +116,7 @@ def scan_backward(
 
     segments.check()
     finals, outputs = ([d.contiguous() for d in given] for given in (d_final, d_outputs))
+    extras = _tiles_beside(kept, extras)
     weight_ih, params, marks, extras = map(_contiguous, (weight_ih, params, marks, extras))
     d = launch.backward(
         CELLS[cell], outputs, finals, weight_hh.contiguous(), weight_ih, kept_of(cell, kept), precision, marks, resets,
@@ -148,6 +165,7 @@ def scan_chunk(
     float32, in float32."""
     from .kernels import launch
 
+    extras = _tiles(extras, x_gates.shape[0], x_gates.shape[1], initial[0].shape[-1])
     given = initial, precision, save, keep, torch.float32, marks, reset, saved, extras, heads
     return launch.forward(CELLS[cell], x_gates, weights, *given)
 
@@ -168,7 +186,7 @@ def scan_chunk_backward(
     from .kernels import launch
 
     outputs, finals = ([d.contiguous() for d in given] for given in (d_outputs, d_final))
-    how = None, kept, precision, marks, resets, weights.params, extras, heads
+    how = None, kept, precision, marks, resets, weights.params, _tiles_beside(kept.states, extras), heads
     return launch.backward(CELLS[cell], outputs, finals, weights.weight_hh, *how)
 
 
@@ -196,5 +214,5 @@ def gates_again(
     (``kernels.launch.recompute``)."""
     from .kernels import launch
 
-    given = x_gates, r_gates, weights.bias_hh, states, marks, weights.params, extras, heads
+    given = x_gates, r_gates, weights.bias_hh, states, marks, weights.params, _tiles_beside(states, extras), heads
     return launch.recompute(CELLS[cell], *given).unsqueeze(0)

@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from persistrnn.recipe import PLAIN, Recipe
+
 Backend = Literal["auto", "persistent", "torch"]
 BACKENDS = get_args(Backend)
 
@@ -27,6 +29,7 @@ class Options(NamedTuple):
     save_budget: int | None = None
     training: bool = False
     heads: int = 1
+    recipe: Recipe = PLAIN
 
     @property
     def directions(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from persistrnn import decide
 from persistrnn.kernels.cells import CELLS, derived
 from persistrnn.options import Backend, Options, Save
+from persistrnn.recipe import PLAIN, Recipe
 from persistrnn.recurrent import RecurrentBase
 from persistrnn.validate import parameter_names
 
@@ -123,13 +124,15 @@ class Recurrent(RecurrentBase):
         save: Save = "gates",
         save_budget: int | None = None,
         heads: int = 1,
+        recipe: Recipe = PLAIN,
         proj_size: int | None = None,
     ) -> None:
         self.cell = _name_of(cell)
         self.function = cell  # by its name in its module, so that whoever unpickles a layer has its cell
         options = Options(
-            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, True, heads
-        )
+            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, True, heads,
+            recipe,
+        )  # fmt: skip
         self._build(input_size, hidden_size, self._unprojected(proj_size), options, device, dtype)
 
     def extra_repr(self) -> str:

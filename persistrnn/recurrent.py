@@ -12,7 +12,9 @@ from torch.nn.utils import parametrize
 from persistrnn import functional, validate
 from persistrnn.decide import TORCH
 from persistrnn.functional import Input
+from persistrnn.kernels.cells import derived
 from persistrnn.options import Backend, Options, Save, check_options, check_save, check_sizes
+from persistrnn.recipe import PLAIN, Recipe, check_recipe, recipe_of, recurrent_weight, set_forget_bias, text_of
 from persistrnn.validate import Given, Stack
 
 
@@ -61,6 +63,7 @@ class RecurrentBase(nn.Module):
     save: Save = "gates"  # here too, for layers pickled before it was
     save_budget: int | None = None
     heads: int = 1
+    _recipe: str = text_of(PLAIN)
     last_path: str | None
 
     def __init__(
@@ -80,11 +83,13 @@ class RecurrentBase(nn.Module):
         save: Save = "gates",
         save_budget: int | None = None,
         heads: int = 1,
+        recipe: Recipe = PLAIN,
         proj_size: int | None = None,
     ) -> None:
         options = Options(
-            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, True, heads
-        )
+            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, True, heads,
+            recipe,
+        )  # fmt: skip
         self._build(input_size, hidden_size, self._unprojected(proj_size), options, device, dtype)
 
     def _unprojected(self, proj_size: object) -> int:
@@ -121,7 +126,20 @@ class RecurrentBase(nn.Module):
         for layer, names in self._names():
             for name, shape in zip(names, validate.parameter_shapes(stack, layer), strict=True):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        if options.recipe.learned_state:
+            rows = num_layers * self._directions
+            for name, size in zip(self._names_of_states(), validate.state_sizes(stack), strict=True):
+                self.register_parameter(name, nn.Parameter(torch.empty(rows, size, device=device, dtype=dtype)))
         self.reset_parameters()
+
+    @property
+    def recipe(self) -> Recipe:
+        return recipe_of(self._recipe)
+
+    @recipe.setter
+    def recipe(self, recipe: Recipe) -> None:
+        check_recipe(recipe, self.cell, self.bias, self.proj_size)
+        self._recipe = text_of(recipe)
 
     @property
     def mode(self) -> str:
@@ -159,6 +177,26 @@ class RecurrentBase(nn.Module):
                 "again, or set them back"
             ) from error
 
+    def _names_of_states(self) -> list[str]:
+        return [f"{state}0" for state in derived(self.cell).names.states]
+
+    def initial_states(self) -> list[Tensor]:
+        """The learned states that a sequence begins from, each [L*D, H]; none without `Recipe.learned_state`.
+
+        Raises:
+            RuntimeError: one is missing, or would be left out: recipe has changed
+        """
+        names = self._names_of_states()
+        if not self.recipe.learned_state:
+            if names[0] in self._parameters:
+                raise RuntimeError(f"the layer has {names[0]}, and {self.recipe} leaves it out; set learned_state=True")
+            return []
+        if missing := [name for name in names if not hasattr(self, name)]:
+            raise RuntimeError(
+                f"the layer has no {', '.join(missing)}, and {self.recipe} asks for it; make a layer with this recipe"
+            )
+        return [getattr(self, name) for name in names]
+
     def _names_beyond(self) -> list[str]:
         """The first names that the layer would have with a layer, a direction, biases or projections more."""
         names = [f"weight_ih_l{self.num_layers}"]
@@ -180,10 +218,18 @@ class RecurrentBase(nn.Module):
         return [names for _, names in self._names()]
 
     def reset_parameters(self) -> None:
-        """Draw all parameters from U(-1/sqrt(H), 1/sqrt(H)): with torch.nn's seed, torch.nn's weights."""
+        """Draw all parameters from U(-1/sqrt(H), 1/sqrt(H)): with torch.nn's seed, torch.nn's weights. But for what the
+        recipe says of the bias of gate f, and for learned states, which are zeros."""
         bound = 1.0 / math.sqrt(self.hidden_size)
+        learned = self.initial_states()
         for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+            if any(parameter is state for state in learned):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
+        if self.recipe.forget_bias is not None:
+            for _, _, *biases in self.all_weights:
+                set_forget_bias(self.recipe.forget_bias, derived(self.cell).names.gates, *biases[:2])
 
     def flatten_parameters(self) -> None:
         """Do nothing: torch.nn needs it for cuDNN, here no path asks for contiguous weights."""
@@ -236,6 +282,8 @@ class RecurrentBase(nn.Module):
                 f"a parametrized {TORCH[self.cell].layer} has no equal in torch.nn; call torch.nn.utils.parametrize."
                 "remove_parametrizations on its tensors first"
             )
+        if self.recipe._replace(forget_bias=None) != PLAIN:  # which is a matter of the first weights alone
+            raise ValueError(f"torch.nn has no {name} with {self.recipe}; one with persistrnn.Recipe() has an equal")
         options: dict[str, Any] = dict(TORCH[self.cell].arguments)
         if self.proj_size:
             options["proj_size"] = self.proj_size
@@ -244,7 +292,8 @@ class RecurrentBase(nn.Module):
             bidirectional=self.bidirectional, device=torch.device("meta"), **options,
         )  # fmt: skip
         new.dropout = self.dropout
-        ours = {"cell", "function", "reset_after", "backend", "cell_dtype", "save", "save_budget", "heads", "last_path"}
+        ours = {"cell", "function", "reset_after", "backend", "cell_dtype", "save", "save_budget", "heads", "_recipe"}
+        ours.add("last_path")
         take_over(new, self, ignored=ours)
         return new
 
@@ -260,7 +309,7 @@ class RecurrentBase(nn.Module):
         """How a call runs now."""
         return Options(
             self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.backend,
-            self.cell_dtype, self.save, self.save_budget, self.training, self.heads,
+            self.cell_dtype, self.save, self.save_budget, self.training, self.heads, self.recipe,
         )  # fmt: skip
 
     def forward(
@@ -278,9 +327,14 @@ class RecurrentBase(nn.Module):
         options, sizes = self.options, (self.input_size, self.hidden_size, self.proj_size)
         check_options(options)
         check_sizes(*sizes, self.heads)
-        weights = [weight for weights in self.all_weights for weight in weights]
+        weights = [
+            weight if k != 1 else recurrent_weight(weight, options.recipe, options.training)
+            for weights in self.all_weights
+            for k, weight in enumerate(weights)
+        ]
         given = Given(lengths, mask, resets, reset_state, extras)
-        found = functional.run(self.cell, input, weights, hx, options, given, return_cell_states, sizes)
+        learned = self.initial_states()
+        found = functional.run(self.cell, input, weights, hx, options, given, return_cell_states, sizes, learned)
         if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
             self.last_path = found.path
         state = found.states[0] if len(found.states) == 1 else tuple(found.states)

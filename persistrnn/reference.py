@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from persistrnn import masks
 from persistrnn.kernels.cells import Cell, derived
 from persistrnn.segments import BEGINS, SKIPPED
 
@@ -52,7 +53,8 @@ def recurrent(
         initial: the states, h first, as (h0, c0) of an LSTM, each [D, B, H]
         marks: uint8 [T, B, D], where a row begins anew or skips a step (`segments`); None: nowhere
         reset: the states that rows begin anew from, in the form of `initial`; empty: zeros
-        params: [D, P, H], the cell's parameters per unit; extras: [1, T, B, D, E, H], what it takes per step
+        params: [D, P, H], the cell's parameters per unit; extras: [1, T, B, D, E, H], what it takes per step, or keys
+            of masks [1, D, E, fields]
         A state may have a wider dtype than the gates, as under autocast on a CPU: it keeps its own from step to step.
 
     Returns:
@@ -60,7 +62,8 @@ def recurrent(
         its final state is that of step 0. Where a row skips a step, its state repeats.
     """
     of = derived(cell).cell
-    steps, _, directions, _ = x_gates.shape
+    steps, batch, directions, _ = x_gates.shape
+    extras = masks.tiles(extras, steps, batch, initial[0].shape[-1])
     every: list[list[Tensor]] = []  # of each direction: its states, each [T, B, H]
     final_states = []
     for d in range(directions):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persistrnn import autograd, reference, segments, stepwise, time_chunks
+from persistrnn import autograd, masks, reference, segments, stepwise, time_chunks
 from persistrnn.decide import Call, Decision
 from persistrnn.kernels.cells import CELLS, LAYER_NORM_EPS
 from persistrnn.phases import INPUT_GEMM, phase
@@ -90,6 +90,12 @@ def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequen
         weights: all of them, in torch.nn's order
         states: h0 and what other states the cell has, each [L*D, B, features]
     """
+    if decision.call.hides:
+        return _hiding(decision, x, weights, states, cuts)
+    if cuts.keys is not None and cuts.extras:  # the cell's own stand before them, in one tensor
+        steps, batch, units = cuts.extras[0].shape[1:]
+        of_cell = masks.drawn(cuts.keys.unsqueeze(0), steps, batch, units)[0].permute(3, 2, 0, 1, 4).to(x.dtype)
+        cuts = cuts._replace(extras=[*cuts.extras, *of_cell], keys=None)
     call, marks = decision.call, None
     if cuts.active is not None or cuts.resets is not None:
         marks = segments.marks(cuts.active, cuts.resets, call.directions)
@@ -123,6 +129,28 @@ def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequen
     return Result(y, c, finals)
 
 
+def _hiding(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cuts: Cuts) -> Result:
+    """Layers of a cell whose h is its second state, behind what other units see of it: one after the other, as each
+    reads every h of the one below. states, and those of the result: h first, without what is seen."""
+    call = decision.call
+    one = decision._replace(call=call._replace(num_layers=1, dropout=0.0, hides=False, return_c=True))
+    assert cuts.keys is not None
+    dropped = masks.drawn(cuts.keys.unsqueeze(0), 1, *states[0].shape[1:])[0, 0, :, :, 0].transpose(0, 1).bool()
+    each, finals = len(weights) // call.num_layers, []
+    for layer in range(call.num_layers):
+        if layer > 0 and call.dropout > 0:
+            x = F.dropout(x, call.dropout)
+        rows = slice(layer * call.directions, (layer + 1) * call.directions)
+        initial, reset, extras = ([t[rows] for t in of] for of in (states, cuts.reset, cuts.extras))
+        initial, reset = ([h.masked_fill(dropped[rows], 0.0) for h in of[:1]] + of for of in (initial, reset))
+        own = cuts._replace(reset=reset, extras=extras, keys=cuts.keys[rows])
+        found = run(one, x, weights[layer * each : (layer + 1) * each], initial, own)
+        assert found.c is not None
+        x = found.c.to(x.dtype)
+        finals.append(found.finals[1:])
+    return Result(x, None, [torch.cat(s) for s in zip(*finals, strict=True)])
+
+
 def _in_one_launch(
     stack: Call,
     x: Tensor,
@@ -141,7 +169,7 @@ def _in_one_launch(
     return autograd.recurrent(
         stack.cell, x_gates.unsqueeze(2), weight_hh, bias_hh, states, stack.precision,
         marks, cuts.reset, stack.return_c, stack.cell_dtype, weight_ih, bias_ih,
-        **_beside(1, torch.cat(params) if params else None, cuts.extras),
+        **_beside(1, torch.cat(params) if params else None, cuts.extras, cuts.keys),
     )  # fmt: skip
 
 
@@ -168,7 +196,8 @@ def _layers(
         initial, reset, extras = ([_by_head(t[rows], split) for t in of] for of in (states, cuts.reset, cuts.extras))
         with phase(INPUT_GEMM):
             x_gates = _input_half(stack.cell, y, own)
-        beside = _beside(directions * split, own.params, extras)
+        keys = _keys_of(stack, cuts, rows, split)
+        beside = _beside(directions * split, own.params, extras, keys)
         given = _OfLayer(initial, reset, marks, cuts.active, cuts.fresh, beside)
         if own.weight_hr is not None:
             y, c, final = _projected(stack.cell, x_gates, own.weight_hh, own.bias_hh, own.weight_hr, given, recurrence)
@@ -233,7 +262,7 @@ def _in_chunks(
             stack.return_c,
             stack.cell_dtype,
             heads=stack.heads,
-            **_beside(stack.directions * stack.heads, None, extras),
+            **_beside(stack.directions * stack.heads, None, extras, _keys_of(stack, cuts, rows, stack.heads)),
         )
         finals.append([_heads_together(s, stack.heads) for s in final])
     return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
@@ -250,9 +279,16 @@ def _weights_of(stack: Call, weights: Sequence[Tensor], layer: int) -> _Weights:
     return _Weights(weight_ih, weight_hh, bias_ih, bias_hh, torch.cat(own, dim=1) if own else None, weight_hr)
 
 
-def _beside(directions: int, params: Tensor | None, extras: Sequence[Tensor]) -> dict[str, Any]:
-    """What only some cells take, by name. extras: each [L*D, T, B, H]; of a stack of more layers D is 1."""
+def _keys_of(stack: Call, cuts: Cuts, rows: slice, split: int) -> Tensor | None:
+    return None if cuts.keys is None else masks.by_head(cuts.keys[rows], split, stack.hidden_size // split)
+
+
+def _beside(directions: int, params: Tensor | None, extras: Sequence[Tensor], keys: Tensor | None) -> dict[str, Any]:
+    """What only some cells take, by name. extras: each [L*D, T, B, H], or keys [L*D, E, fields]; of a stack of more
+    layers D is 1."""
     given: dict[str, Any] = {} if params is None else {"params": params}
+    if keys is not None:
+        given["extras"] = keys.unflatten(0, (-1, directions))
     if extras:
         sides = torch.stack(list(extras), dim=-2).unflatten(0, (-1, directions))
         given["extras"] = sides.movedim(1, 3).contiguous()

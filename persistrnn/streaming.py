@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from persistrnn import validate
+from persistrnn.kernels.cells import CELLS
 from persistrnn.options import check_flag
 from persistrnn.recurrent import RecurrentBase, check_layer
+from persistrnn.stacked import Stacked
 
 
 class Streaming(nn.Module):
@@ -18,7 +20,7 @@ class Streaming(nn.Module):
     (truncated back-propagation), or with detach=False goes through it to the beginning.
 
     Args:
-        layer: one of persistrnn's layers, of one direction
+        layer: one of persistrnn's layers, or a `Stacked` of them, of one direction
         detach: whether the state is cut from its graph after each call; if not, reset() before a deepcopy
 
     Inputs: a piece of the input, [T, B, I], [B, T, I] with the layer's batch_first, or [T, I], and the layer's keyword
@@ -33,9 +35,10 @@ class Streaming(nn.Module):
         ValueError: a bidirectional layer, which needs the whole sequence
     """
 
-    def __init__(self, layer: RecurrentBase, *, detach: bool = True) -> None:
+    def __init__(self, layer: RecurrentBase | Stacked, *, detach: bool = True) -> None:
         super().__init__()
-        check_layer(layer)
+        if not isinstance(layer, Stacked):
+            check_layer(layer)
         if layer.bidirectional:
             raise ValueError(
                 "a bidirectional layer has no stream: its second direction begins at the sequence's end; "
@@ -60,7 +63,8 @@ class Streaming(nn.Module):
         return output
 
     def reset(self, rows: Tensor | None = None) -> None:
-        """Begin anew with zeros: all rows, or those where ``rows``, bool [B] on the state's device, is True.
+        """Begin anew with zeros, or the layer's learned states: all rows, or those where ``rows``, bool [B] on the
+        state's device, is True.
 
         Raises:
             TypeError: rows that are no tensor
@@ -73,20 +77,39 @@ class Streaming(nn.Module):
         rows = validate.read_rows(rows, states)
         if not states:
             return
-        kept = tuple(torch.where(rows.unsqueeze(-1), 0.0, s) for s in states)
-        self.state = kept if len(kept) > 1 else kept[0]
+        begins: list[Tensor] = []
+        for layer, _ in self._by_layer():
+            zero = states[0].new_zeros(1)
+            begins += layer.initial_states() or [zero] * CELLS[layer.cell].states
+        anew = iter(zip(begins, states, strict=True))
+
+        def reset(_: Tensor) -> Tensor:
+            begin, s = next(anew)
+            begin = begin.to(s.dtype)
+            return torch.where(
+                rows.unsqueeze(-1), begin.unsqueeze(1) if begin.dim() == 2 and s.dim() == 3 else begin, s
+            )
+
+        self.state = tree_map(reset, self.state)
+
+    def _by_layer(self) -> list[tuple[RecurrentBase, Any]]:
+        """Each layer with its state."""
+        if not isinstance(self.layer, Stacked):
+            return [(self.layer, self.state)]
+        return list(zip(self.layer.each(), self.layer.states_by_layer(self.state, "state"), strict=True))
 
     def _states(self) -> list[Tensor]:
         """What ``state`` holds, which anyone may set, as a list."""
         if self.state is None:
             return []
-        states = validate.state_tensors(self.layer.cell, self.state, "state")
+        states = [s for layer, state in self._by_layer() for s in validate.state_tensors(layer.cell, state, "state")]
+        first = states[0]
         if any(s.dtype not in validate.FLOATS for s in states):
             raise RuntimeError(
                 f"state is of torch.float16, torch.bfloat16, torch.float32 or torch.float64, got {states[-1].dtype}; "
                 "convert it to the layer's dtype"
             )
-        if any(s.dim() not in (2, 3) or s.shape[:-1] != states[0].shape[:-1] for s in states):
+        if any(s.dim() not in (2, 3) or (s.dim(), s.shape[1:-1]) != (first.dim(), first.shape[1:-1]) for s in states):
             sizes = ", ".join(str(tuple(s.shape)) for s in states)
             raise RuntimeError(
                 f"state is [L, B, features], or [L, features] unbatched, got {sizes}; set what a call of the layer "
@@ -111,6 +134,4 @@ class Streaming(nn.Module):
 
     def _keep(self, state: Any) -> None:
         check_flag("detach", self.detach)
-        if self.detach:
-            state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
-        self.state = state
+        self.state = tree_map(torch.detach, state) if self.detach else state

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from persistrnn import autograd, chunk_ops, double_backward, segments
+from persistrnn import autograd, chunk_ops, double_backward, masks, segments
 from persistrnn.chunk_ops import (
     backward_inputs_of,
     by_layer,
@@ -173,6 +173,8 @@ class _Chunked(Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         (cell, save, _, _, _, keeps, return_c, _), tensors = arguments[:8], arguments[8:]
         k = inputs_without_weights(cell)
+        if masks.are_keys(inputs_of(cell, tensors).extras):  # each sample has the rows of its own batch
+            return each_sample(_Chunked, info, in_dims, arguments[:8], tensors)
         # where B is in the tensors of Inputs and of Outputs
         axes = (1, 1, 2, *(1,) * (k - 3), *(None,) * (len(tensors) - k))
         n, m = CELLS[cell].states, whole_states(cell, save, keeps, return_c)

@@ -52,13 +52,15 @@ class Batch(NamedTuple):
 class Cuts(NamedTuple):
     """Where the rows of a batch run and begin anew. active, resets: bool [T, B]; reset: the states that a row
     begins anew from, each [L*D, B, features]; empty: zeros. fresh: the initial states are zeros. extras: what the cell
-    takes per step and unit, each [L*D, T, B, H]."""
+    takes per step and unit, each [L*D, T, B, H]. keys: of the masks that it takes behind them [L*D, E, fields]
+    (`masks`); None: it takes none."""
 
     active: Tensor | None = None
     resets: Tensor | None = None
     reset: Sequence[Tensor] = ()
     fresh: bool = False
     extras: Sequence[Tensor] = ()
+    keys: Tensor | None = None
 
 
 def parameter_names(cell: str, layer: int, direction: int, bias: bool, projection: bool) -> list[str]:
@@ -283,11 +285,15 @@ def _tensor_described(value: object) -> str:
     return f"{value.dtype} of size {list(value.shape)} on {value.device}"
 
 
+def state_sizes(stack: Stack) -> list[int]:
+    """The features of each state."""
+    return [stack.proj_size or stack.hidden_size] + [stack.hidden_size] * (CELLS[stack.cell].states - 1)
+
+
 def read_states(stack: Stack, hx: object, batch: Batch, name: str = "hidden") -> list[Tensor]:
     """[h0] or [h0, c0], each [L*D, B, H], from what the caller gave as hx; zeros for None."""
     data, several = batch.data, CELLS[stack.cell].states > 1
-    rows = stack.num_layers * stack.directions
-    sizes = [stack.proj_size or stack.hidden_size] + [stack.hidden_size] * (CELLS[stack.cell].states - 1)
+    rows, sizes = stack.num_layers * stack.directions, state_sizes(stack)
     if hx is None:
         return [data.new_zeros(rows, batch.rows, size) for size in sizes]
     given = "hx" if name == "hidden" else name

@@ -44,7 +44,10 @@ BESIDE = {(over, "bench/train") for over in ("bench/gpu", "bench/verdict", "benc
 DEFERRED = {("persistrnn.kernels.cells", "persistrnn.kernels.cells.library")}
 # Outside the kernels what is decided and the operators import them, and nothing else; facts and records are everyone's.
 IMPORTERS = {"persistrnn.decide", "persistrnn.ops"}
-RECORDS = {f"persistrnn.kernels.{name}" for name in ("cells", "cells.registration", "tensors", "planner.typed_json")}
+RECORDS = {
+    f"persistrnn.kernels.{name}"
+    for name in ("cells", "cells.registration", "cells.variants", "tensors", "planner.typed_json")
+}
 # Of bench/ those that measure the kernels themselves, and not what users call.
 MEASURE_KERNELS = {
     *(f"bench.gpu.{name}" for name in ("calibrate", "command", "compile_first", "journal", "micro", "micro_kernels")),
