@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,3 +79,33 @@ def _fold(tensor: Tensor | None, dim: int | None, axis: int | None, size: int) -
 
 def _sample(tensors: Sequence[Tensor | None], dims: Sequence[int | None], i: int) -> list[Tensor | None]:
     return [t if t is None or d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)]
+
+
+def batched(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """A decorator of a Function's backward: ``torch.autograd.grad(is_grads_batched=True)`` hands it tensors of a vmap
+    older than torch.func's, which has few rules and none for a Function; inside, they are torch.func's."""
+
+    @functools.wraps(backward)
+    def of_either(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        is_old = torch._C._functorch.is_legacy_batchedtensor
+        if torch.compiler.is_compiling() or not any(g is not None and is_old(g) for g in grads):
+            return backward(ctx, *grads)
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        given = {i: g for i, g in enumerate(grads) if g is not None}
+        old = {i: torch._remove_batch_dim(g, level, 0, 0) for i, g in given.items() if is_old(g)}
+        places: list[int] = []
+
+        def on_one(mine: dict[int, Tensor]) -> tuple[Tensor, ...]:
+            found = backward(ctx, *((given | mine).get(i) for i in range(len(grads))))
+            places[:] = [len(found), *(i for i, t in enumerate(found) if t is not None)]
+            return tuple(t for t in found if t is not None)
+
+        outputs = torch.func.vmap(on_one)(old)
+        count, *positions = places
+        results: list[Tensor | None] = [None] * count
+        for i, t in zip(positions, outputs, strict=True):
+            results[i] = torch._add_batch_dim(t, 0, level)
+        return tuple(results)
+
+    return of_either
