@@ -48,7 +48,7 @@ def each_sample(
 
 
 def below_the_map(
-    call: Callable[[Tensor, list[Tensor], list[Tensor]], Sequence[Tensor]],
+    call: Callable[[Any, list[Any], list[Tensor]], Sequence[Tensor]],
     input: Tensor,
     axis: int,
     states: Sequence[Tensor],
@@ -57,16 +57,15 @@ def below_the_map(
     """``call(input, states, weights) -> [output, *states]`` of torch's own kernels, which have no vmap rule, below the
     innermost vmap, which maps no weight. axis: where the batch is in input and output; in the states it is 1."""
     from torch._functorch import pyfunctorch  # at hand wherever a transform is active
-    from torch._functorch.vmap import _add_batch_dim
 
-    interpreter = pyfunctorch.retrieve_current_functorch_interpreter()
+    interpreter: Any = pyfunctorch.retrieve_current_functorch_interpreter()
     level, size = interpreter.level(), interpreter.batch_size()
     axes = axis, *(1,) * len(states)
     unwrapped = [torch._C._functorch._unwrap_batched(t, level) for t in (input, *states)]
     with interpreter.lower():
         x, *initial = (_fold(t, d, a, size) for (t, d), a in zip(unwrapped, axes, strict=True))
         outputs = [o.unflatten(a, (size, -1)) for o, a in zip(call(x, initial, list(weights)), axes, strict=True)]
-    return [_add_batch_dim(o, a, level) for o, a in zip(outputs, axes, strict=True)]
+    return [torch._C._functorch._add_batch_dim(o, a, level) for o, a in zip(outputs, axes, strict=True)]
 
 
 def _fold(tensor: Tensor | None, dim: int | None, axis: int | None, size: int) -> Tensor | None:
