@@ -10,7 +10,7 @@ here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from persistrnn import double_backward, masks, ops
 from persistrnn.decide import expects_backward
 from persistrnn.kernels.cells import CELLS, Cell, derived
 from persistrnn.kernels.tensors import Gradients, Kept, Weights
-from persistrnn.mapping import each_sample, mapped
+from persistrnn.mapping import batched, each_sample, mapped
 from persistrnn.phases import SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
 from persistrnn.reference import Result
 from persistrnn.segments import BEGINS, SKIPPED, without_skipped
@@ -196,6 +196,7 @@ class _Scan(Function):
             ctx.mark_non_differentiable(*kept)
 
     @staticmethod
+    @batched
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         cell = CELLS[ctx.cell]
         weight_hh, weight_ih, params, marks, extras, *kept = ctx.saved_tensors
@@ -269,6 +270,7 @@ class _ScanBackward(Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
+    @batched
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of a backward's arguments, by the derivative of its formula."""
         cell = CELLS[ctx.cell]
@@ -281,6 +283,10 @@ class _ScanBackward(Function):
         return (None, None, None, None, *double_backward.through(formula, ctx.saved_tensors, grads))
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        refuse_tangents()
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         cell, tensors = CELLS[arguments[0]], arguments[4:]
         if masks.are_keys(_backward_inputs(cell.name, tensors).extras):
@@ -290,6 +296,13 @@ class _ScanBackward(Function):
         axes = (None, None, None, 1, 2, *(2,) * (n + 1), *(1,) * (len(tensors) - n - 6))
         out_axes = (*(2,) * (1 + cell.recurrent_gradient), *(1,) * (2 * n if arguments[2] else n))
         return mapped(_ScanBackward, info, in_dims, arguments[:4], tensors, axes, out_axes)
+
+
+def refuse_tangents() -> NoReturn:
+    raise NotImplementedError(
+        "the kernels' backward has no forward mode: differentiate the layer's forward inside torch.func.jvp or the "
+        "dual level, as jvp(grad(f), ...) does, which runs step by step"
+    )
 
 
 def _formula(cell: str, heads: int, tensors: Sequence[Any], d_kept: Sequence[Tensor | None] = ()) -> Gradients:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from persistrnn import tracing
 from persistrnn.kernels.cells import CELLS
@@ -25,6 +26,9 @@ from persistrnn.kernels.planner.plan import Plan, PlanError, plan_layer, without
 from persistrnn.kernels.planner.problem import Problem
 
 MODES = memory.MODES
+
+# Why a call that the kernels could run does not run there, and is no error where they were asked for.
+TANGENTS = "forward-mode differentiation is active, and tangents are computed step by step."
 
 
 class OfTorch(NamedTuple):
@@ -66,7 +70,7 @@ class Call(NamedTuple):
     backend, save, save_budget, cell_dtype: as a caller gives them. dropout: between the layers, where it acts.
     lengths, marks: whether rows have lengths; a mask or resets. return_c: whether every c is given out. heads: blocks
     of a block-diagonal W_hh, a divisor of H. hides: whether the cell's h is its second state, behind what other units
-    see of it (`recipe`).
+    see of it (`recipe`). transforms: what is active, as `active_transforms` says.
     """
 
     cell: str
@@ -92,13 +96,14 @@ class Call(NamedTuple):
     return_c: bool = False
     heads: int = 1
     hides: bool = False
+    transforms: str = ""
 
     @property
     def packs(self) -> bool:
         """Whether torch's own kernels take the rows with lengths as a PackedSequence: where the host knows them."""
         if not self._of_torch or not self.lengths or self.marks or self.return_c or self.device.type != "cpu":
             return False
-        traced = torch.compiler.is_compiling() or inside_torch_func()
+        traced = torch.compiler.is_compiling() or self.transforms != ""
         # which torch's path cannot cut out of packed rows
         chunks = self.save != "gates" and self.directions > 1
         return not traced and not chunks and self.batch > 0
@@ -106,6 +111,8 @@ class Call(NamedTuple):
     @property
     def loops(self) -> bool:
         """Whether torch's own kernels cannot do it, and what is left beside ours is a loop over torch's operations."""
+        if self.transforms in ("mapped", "forward"):
+            return True
         return (self.lengths or self.marks or self.return_c or not self._of_torch) and not self.packs
 
     @property
@@ -135,6 +142,7 @@ class Decision(NamedTuple):
     reason: why not the kernels, in one sentence; None on them
     pipeline: whether the kernels run the whole stack in one launch
     chunk: steps of the time chunks that it runs in; 0: as a whole
+    refused: whether backend="persistent" makes an error of the reason
     """
 
     call: Call
@@ -142,6 +150,10 @@ class Decision(NamedTuple):
     reason: str | None
     pipeline: bool
     chunk: int
+
+    @property
+    def refused(self) -> bool:
+        return self.call.backend == "persistent" and self.reason not in (None, TANGENTS)
 
     @property
     def plan(self) -> Plan | Pipeline | None:
@@ -165,6 +177,40 @@ def inside_torch_func() -> bool:
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
 
 
+def active_transforms(weights: Sequence[Tensor] = (), packed: bool = False, dropout: bool = False) -> str:
+    """What the transforms that are active now ask of a path.
+
+    "": none is. "reverse": nothing, they are those of reverse mode. "folded": torch.func.vmap, innermost, over no
+    weight, so that its dimension may become part of the batch. "mapped": any other vmap, for which torch's own kernels
+    have no rule. "forward": forward mode, for which no kernels have one.
+
+    Args:
+        weights: those of the call
+        packed: whether its input is a PackedSequence, for which torch's own kernels have no rule of torch.func
+        dropout: whether masks are drawn, which vmap may want to be the same in all samples
+    """
+    if not inside_torch_func() and forward_ad._current_level < 0:
+        return ""
+    found = _transforms()
+    if found == "reverse" and packed:
+        return "mapped"
+    if found != "folded":
+        return found
+    return "mapped" if packed or dropout or any(torch._C._functorch.is_batchedtensor(w) for w in weights) else found
+
+
+@tracing.constant  # dynamo cannot read the stack, and guards it
+def _transforms() -> str:
+    kind = torch._C._functorch.TransformType
+    layers = torch._C._functorch.get_interpreter_stack() or ()
+    keys = [layer.key() for layer in layers]
+    if kind.Jvp in keys or forward_ad._current_level >= 0:
+        return "forward"
+    if kind.Vmap not in keys:
+        return "reverse"
+    return "folded" if keys.index(kind.Vmap) == len(keys) - 1 and not torch.compiler.is_compiling() else "mapped"
+
+
 def decide(call: Call) -> Decision:
     """Compiled, the answer is a constant of the graph, but for ``chunk``: a formula that holds for every T and B.
 
@@ -174,6 +220,8 @@ def decide(call: Call) -> Decision:
     if call.save == "auto":
         call = call._replace(save=_save_within_budget(call), save_budget=None)
     reason = obstacle(call)
+    if reason is None and call.transforms == "forward":
+        reason = TANGENTS
     path = "persistent" if reason is None else "stepwise" if call.loops else "torch"
     pipeline = path == "persistent" and call.batch != 0 and runs_as_pipeline(call)
     return Decision(call, path, reason, pipeline, 0 if pipeline else _chunk(call, path == "persistent"))
@@ -354,6 +402,8 @@ def chunk_steps(call: Call, save: str, launches: bool) -> int:
 
 
 def _chunk(call: Call, on_kernels: bool) -> int:
+    if call.transforms in ("mapped", "forward") and not on_kernels:
+        return 0  # neither a map nor a tangent goes through what runs the forward again
     if on_kernels and (call.batch == 0 or call.proj_size):
         return 0
     # An exported program may hold no condition on T: there it is one launch.

@@ -43,12 +43,13 @@ def explain(layer: RecurrentBase | Stacked, batch: int, steps: int) -> str:
 
     dtype = functional.compute_dtype(weights[0], weights[0])
     where = dtype, weights[0].device, expects_backward(weights)
-    found = decide.decide(functional.asked(stack, options, batch, steps, *where))
+    transforms = decide.active_transforms(weights, dropout=options.active_dropout > 0)
+    found = decide.decide(functional.asked(stack, options, batch, steps, *where, transforms=transforms))
     call, reason = found.call, found.reason
     lines = [f"{layer}, batch {batch}, steps {steps}, {str(dtype).removeprefix('torch.')} on {call.device}"]
     if reason is None:
         lines += ["path: persistent", str(found.plan)]
-    elif call.backend == "persistent":
+    elif found.refused:
         lines += ['path: none, the call would raise, because backend="persistent"', f"why: {reason}"]
     else:
         torchs = "torch (cuDNN, oneDNN or ATen, as torch.nn would run it)"
@@ -82,7 +83,7 @@ def _kept(found: Decision, dropout: float) -> str:
         cut = f", in chunks of {min(chunk, call.steps):,} steps" if found.chunk else ""
         return f'save="{call.save}": {kept}{cut}; {most}'
     told = f'save="{call.save}": torch\'s path keeps '
-    if call.save == "gates":
+    if call.save == "gates" or not found.chunk:
         told += "what it needs"
     else:
         told += f"its state every {found.chunk:,} steps, and runs the forward again between them"

@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from persistrnn import stack as stacks
 from persistrnn import torch_path, validate
-from persistrnn.decide import Call, Decision, decide, expects_backward
+from persistrnn.decide import Call, Decision, active_transforms, decide, expects_backward
 from persistrnn.kernels.cells import CELLS
+from persistrnn.mapping import below_the_map
 from persistrnn.options import Backend, Options, Save, check_flag, check_name, check_options, check_save
 from persistrnn.recipe import cell_of, hides, new_keys
 from persistrnn.tracing import outside_of_graphs
@@ -312,8 +313,9 @@ def run(
 
     backward = expects_backward([data, *weights, *states, *cuts.reset])
     sizes_of_call = batch.rows, batch.steps, compute_dtype(data, weights[0]), data.device
-    decision = decide(asked(stack, options, *sizes_of_call, backward, given, return_c))
-    if decision.reason is not None and options.backend == "persistent":
+    transforms = active_transforms(weights, packed is not None, options.active_dropout > 0)
+    decision = decide(asked(stack, options, *sizes_of_call, backward, given, return_c, transforms))
+    if decision.refused:
         raise RuntimeError(f'backend="persistent" cannot run this call: {decision.reason}')
     c: Any = None
     if decision.path == "torch" and given.lengths is not None:
@@ -346,6 +348,7 @@ def asked(
     backward: bool,
     given: Given = NOTHING,
     return_c: bool = False,
+    transforms: str = "",
 ) -> Call:
     """The call, as `decide` takes it."""
     stack = stack._replace(cell=cell_of(stack.cell, options.recipe, options.training))
@@ -357,6 +360,7 @@ def asked(
         return_c=bool(return_c),  # read, so that dynamo makes a constant of it
         heads=stack.heads,
         hides=hides(options.recipe, options.training),
+        transforms=transforms,
     )  # fmt: skip
 
 
@@ -367,8 +371,8 @@ def _on_kernels_or_steps(
     call, data, packed = decision.call, batch.data, batch.packed
     x = batch.time_major(data)
     if packed is not None:
-        x, row_lengths = outside_of_graphs(_pad, data, packed.batch_sizes, batch.steps)
-        cuts = cuts._replace(active=_active_rows(packed, data.device))
+        x, places = outside_of_graphs(_pad, data, packed.batch_sizes)
+        cuts = cuts._replace(active=_active_rows(packed.batch_sizes).to(data.device, non_blocking=True))
     dtypes = [call.dtype] * len(states)
     if decision.path == "stepwise":  # which has torch.nn's; the kernels have autocast's, as torch.nn on a GPU
         dtypes = torch_path.output_dtypes(call.cell, data, states, torch_path.autocast_dtype(data))[1:]
@@ -381,7 +385,7 @@ def _on_kernels_or_steps(
     found = stacks.run(decision, *tensors, cuts._replace(reset=anew, extras=extras))
     outputs = [found.y] if found.c is None else [found.y, found.c]
     if packed is not None:
-        outputs = [outside_of_graphs(_pack, t, row_lengths) for t in outputs]
+        outputs = [t.flatten(0, 1).index_select(0, places) for t in outputs]
     y, c = (*(batch.time_major(t) for t in outputs), None)[:2]
     assert y is not None
     return y, c, found.finals
@@ -397,10 +401,14 @@ def _on_torch(
 ) -> list[Tensor]:
     """[output, *states], on torch's own kernels."""
     how = options.bias, options.num_layers, options.dropout, options.training, options.bidirectional
-    given_to = decision.call.cell, input, batch_sizes, states, weights, *how, options.batch_first
-    if decision.chunk:
-        return torch_path.stack_in_chunks(*given_to, decision.chunk)
-    return torch_path.stack(*given_to)
+
+    def call(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        given = decision.call.cell, input, batch_sizes, states, weights, *how, options.batch_first
+        return torch_path.stack_in_chunks(*given, decision.chunk) if decision.chunk else torch_path.stack(*given)
+
+    if decision.call.transforms == "folded":
+        return below_the_map(call, input, 0 if options.batch_first else 1, states, weights)
+    return call(input, states, weights)
 
 
 def _by_packing(
@@ -432,22 +440,19 @@ def _rows(states: list[Tensor], indices: Tensor | None) -> list[Tensor]:
     return states if indices is None else [s.index_select(1, indices) for s in states]
 
 
-# Compiled, the graph breaks at both, as it does in torch.nn; on fake tensors they would fail.
-def _pad(data: Tensor, batch_sizes: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """[T, B, I] and the lengths, on the CPU, of a PackedSequence."""
-    padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, steps)
-    return padded, lengths
+# Compiled, the graph breaks here, as it does in torch.nn; on fake tensors it would fail. By index: torch's own function
+# has no rule for vmap, for tangents, or for torch.func.
+def _pad(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, B, I] of the data of a PackedSequence, and the places of its rows in [T * B]."""
+    active = _active_rows(batch_sizes)
+    places = active.flatten().nonzero().squeeze(1).to(data.device, non_blocking=True)
+    padded = data.new_zeros(active.numel(), data.size(-1)).index_copy(0, places, data)
+    return padded.unflatten(0, active.shape), places
 
 
-def _pack(padded: Tensor, lengths: Tensor) -> Tensor:
-    packed: Tensor = torch._VF._pack_padded_sequence(padded, lengths, False)[0]
-    return packed
-
-
-def _active_rows(packed: PackedSequence, device: torch.device) -> Tensor:
-    """Bool [T, B]: a PackedSequence has its first rows longest."""
-    rows = torch.arange(int(packed.batch_sizes[0]))
-    return (rows < packed.batch_sizes.unsqueeze(1)).to(device, non_blocking=True)
+def _active_rows(batch_sizes: Tensor) -> Tensor:
+    """Bool [T, B], on the CPU: a PackedSequence has its first rows longest."""
+    return torch.arange(int(batch_sizes[0])) < batch_sizes.unsqueeze(1)
 
 
 def precision() -> str:

@@ -1,8 +1,9 @@
-"""torch.func.vmap over an autograd.Function of a recurrence: the mapped dimension becomes part of the batch."""
+"""torch.func.vmap over a recurrence: the mapped dimension becomes part of the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,27 @@ def each_sample(
     return stacked, (0,) * len(stacked)
 
 
+def below_the_map(
+    call: Callable[[Any, list[Any], list[Tensor]], Sequence[Tensor]],
+    input: Tensor,
+    axis: int,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+) -> list[Tensor]:
+    """``call(input, states, weights) -> [output, *states]`` of torch's own kernels, which have no vmap rule, below the
+    innermost vmap, which maps no weight. axis: where the batch is in input and output; in the states it is 1."""
+    from torch._functorch import pyfunctorch  # at hand wherever a transform is active
+
+    interpreter: Any = pyfunctorch.retrieve_current_functorch_interpreter()
+    level, size = interpreter.level(), interpreter.batch_size()
+    axes = axis, *(1,) * len(states)
+    unwrapped = [torch._C._functorch._unwrap_batched(t, level) for t in (input, *states)]
+    with interpreter.lower():
+        x, *initial = (_fold(t, d, a, size) for (t, d), a in zip(unwrapped, axes, strict=True))
+        outputs = [o.unflatten(a, (size, -1)) for o, a in zip(call(x, initial, list(weights)), axes, strict=True)]
+    return [torch._C._functorch._add_batch_dim(o, a, level) for o, a in zip(outputs, axes, strict=True)]
+
+
 def _fold(tensor: Tensor | None, dim: int | None, axis: int | None, size: int) -> Tensor | None:
     """Make the mapped dimension part of the batch at ``axis``; a tensor that is not mapped repeats."""
     if tensor is None or axis is None:
@@ -56,3 +78,33 @@ def _fold(tensor: Tensor | None, dim: int | None, axis: int | None, size: int) -
 
 def _sample(tensors: Sequence[Tensor | None], dims: Sequence[int | None], i: int) -> list[Tensor | None]:
     return [t if t is None or d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)]
+
+
+def batched(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """A decorator of a Function's backward: ``torch.autograd.grad(is_grads_batched=True)`` hands it tensors of a vmap
+    older than torch.func's, which has few rules and none for a Function; inside, they are torch.func's."""
+
+    @functools.wraps(backward)
+    def of_either(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        is_old = torch._C._functorch.is_legacy_batchedtensor
+        if torch.compiler.is_compiling() or not any(g is not None and is_old(g) for g in grads):
+            return backward(ctx, *grads)
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        given = {i: g for i, g in enumerate(grads) if g is not None}
+        old = {i: torch._remove_batch_dim(g, level, 0, 0) for i, g in given.items() if is_old(g)}
+        places: list[int] = []
+
+        def on_one(mine: dict[int, Tensor]) -> tuple[Tensor, ...]:
+            found = backward(ctx, *((given | mine).get(i) for i in range(len(grads))))
+            places[:] = [len(found), *(i for i, t in enumerate(found) if t is not None)]
+            return tuple(t for t in found if t is not None)
+
+        outputs = torch.func.vmap(on_one)(old)
+        count, *positions = places
+        results: list[Tensor | None] = [None] * count
+        for i, t in zip(positions, outputs, strict=True):
+            results[i] = torch._add_batch_dim(t, 0, level)
+        return tuple(results)
+
+    return of_either

@@ -79,8 +79,8 @@ class LSTM(RecurrentBase):
     autocast the layer computes in autocast's dtype, as torch.nn.LSTM does, and so on every CPU: one without oneDNN's
     LSTM in that dtype (bfloat16 wants avx512) runs ATen's loop, which is slower.
 
-    A second derivative (a gradient penalty, say) is right and slow: it runs step by step. The kernels refuse
-    forward-mode AD.
+    A second derivative (a gradient penalty, say) is right and slow: it runs step by step. So does a call under
+    forward-mode AD, with any backend, and on torch's path under a torch.func.vmap of weights.
 
     Raises: ValueError, RuntimeError and TypeError as torch.nn.LSTM does, and RuntimeError where
     backend="persistent" cannot run a call. Not scriptable by torch.jit, and no instance of torch.nn.LSTM: code that

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from persistrnn import reference
-from persistrnn.decide import expects_backward
+from persistrnn.decide import active_transforms, expects_backward
 from persistrnn.kernels.cells import CELLS
 from persistrnn.reference import Result
 from persistrnn.torch_path import autograd_inside_an_operator, unaliased
+from persistrnn.tracing import outside_of_graphs
 
 
 def recurrent(
@@ -27,9 +28,12 @@ def recurrent(
     params: Tensor | None = None,
     extras: Tensor | None = None,
 ) -> Result:
-    """`reference.recurrent`, as an operator where it is compiled."""
-    if not torch.compiler.is_compiling():
-        return reference.recurrent(cell, x_gates, weight_hh, bias_hh, initial, marks, reset, params, extras)
+    """`reference.recurrent`, as an operator where it is compiled; under a map or with tangents, for which an operator
+    has no rule, the graph breaks."""
+    if not torch.compiler.is_compiling() or active_transforms() in ("mapped", "forward"):
+        return outside_of_graphs(
+            reference.recurrent, cell, x_gates, weight_hh, bias_hh, initial, marks, reset, params, extras
+        )
     own = [] if params is None else [params]
     tensors = [x_gates, weight_hh, bias_hh, *own, *initial, *reset]
     apply = _Stepwise.apply if expects_backward(tensors) else _forward

@@ -27,7 +27,7 @@ from persistrnn.chunk_ops import (
 )
 from persistrnn.decide import expects_backward, inside_torch_func
 from persistrnn.kernels.cells import CELLS
-from persistrnn.mapping import each_sample, mapped
+from persistrnn.mapping import batched, each_sample, mapped
 from persistrnn.reference import Result
 
 
@@ -144,6 +144,7 @@ class _Chunked(Function):
         ctx.mark_non_differentiable(*inside, *found.saved, *found.before)
 
     @staticmethod
+    @batched
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         n = CELLS[ctx.cell].states
         tensors = ctx.saved_tensors
@@ -197,12 +198,17 @@ class _ChunkedBackward(Function):
         ctx.save_for_backward(*given.d_every, *given.d_finals, *given.inputs, *given.weights)
 
     @staticmethod
+    @batched
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """All at once, as one launch per layer over all steps would have it: what was kept is made anew."""
         how = ctx.cell, ctx.precision, ctx.cell_dtype, ctx.needs_x, ctx.resets, ctx.heads
         found = double_backward.through(functools.partial(_first_derivative, *how), ctx.saved_tensors, grads)
         k = 2 * CELLS[ctx.cell].states + inputs_without_weights(ctx.cell)
         return (*(None,) * 8, *found[:k], *(None,) * ctx.kept, *found[k:])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        autograd.refuse_tangents()
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
