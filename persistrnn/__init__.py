@@ -4,18 +4,20 @@
 steps; `PeepholeLSTM`, `CoupledLSTM`, `MGU`, `JANET` and `SLSTM` the same of cells that torch has not, and `Recurrent`
 of a `cell` of one's own, one function of one time step, which `check_cell` explains. `functional` has them as
 functions, `explain` says which path a call would take and why, `check` raises if a kernel's bounded wait ran out,
-`replace` swaps torch.nn's layers in a finished model for these, `Streaming` carries a layer's state from call to call,
+`replace` swaps torch.nn's layers in a finished model for these and `restore` swaps them back, `accelerated` runs
+torch.nn's own layers on the kernels as they are, `Streaming` carries a layer's state from call to call,
 `profile` measures where training's time and memory go.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from persistrnn import functional
+from persistrnn.accelerated import accelerate, accelerated
 from persistrnn.explain import explain
 from persistrnn.modules import GRU, JANET, LSTM, MGU, RNN, SLSTM, CoupledLSTM, PeepholeLSTM
 from persistrnn.ops import check
 from persistrnn.own_cell import Recurrent, cell, check_cell
-from persistrnn.replacement import replace
+from persistrnn.replacement import replace, restore
 from persistrnn.streaming import Streaming
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GRU", "JANET", "LSTM", "MGU", "RNN", "SLSTM", "CoupledLSTM", "PeepholeLSTM", "Recurrent", "Streaming",
-    "__version__", "cell", "check", "check_cell", "explain", "functional", "profile", "replace",
+    "__version__", "accelerate", "accelerated", "cell", "check", "check_cell", "explain", "functional", "profile",
+    "replace", "restore",
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 Letters: T steps, B batch, I input, H hidden, P projection, D directions, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -278,10 +278,12 @@ def run(
     given: Given = NOTHING,
     return_c: bool = False,
     sizes: tuple[int, int, int] | None = None,
+    accept: Callable[[Decision], bool] | None = None,
 ) -> Found:
     """Validate, decide and run.
 
     options: checked before. sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be.
+    accept: asked before it runs; what it declines gives no output.
     """
     check_flag("return_cell_states", return_c)
     validate.check_states(cell, options.cell_dtype, return_c)
@@ -299,6 +301,8 @@ def run(
     backward = expects_backward([data, *weights, *states, *cuts.reset])
     sizes_of_call = batch.rows, batch.steps, compute_dtype(data, weights[0]), data.device
     decision = decide(asked(stack, options, *sizes_of_call, backward, given, return_c))
+    if accept is not None and not accept(decision):
+        return Found(None, [], None, decision.path)
     if decision.reason is not None and options.backend == "persistent":
         raise RuntimeError(f'backend="persistent" cannot run this call: {decision.reason}')
     c: Any = None

@@ -13,6 +13,7 @@ from persistrnn import functional, validate
 from persistrnn.decide import TORCH
 from persistrnn.functional import Input
 from persistrnn.options import Backend, Options, Save, check_options, check_save, check_sizes
+from persistrnn.rnn_base import RNNBaseSurface
 from persistrnn.validate import Given, Stack
 
 
@@ -39,7 +40,7 @@ def check_layer(layer: object) -> None:
         )
 
 
-class RecurrentBase(nn.Module):
+class RecurrentBase(RNNBaseSurface, nn.Module):
     """A stack of layers of one cell, which a subclass names. `persistrnn.LSTM` says what arguments, inputs, outputs and
     attributes are; of these ``cell_dtype`` and ``return_cell_states`` are for cells of two states or more.
 
@@ -90,10 +91,8 @@ class RecurrentBase(nn.Module):
     def _unprojected(self, proj_size: object) -> int:
         if proj_size is None:
             return 0
-        name = type(self).__name__
-        raise ValueError(
-            f"proj_size argument is only supported for LSTM, not for {name}, got {proj_size}; leave it out"
-        )
+        kinds = "RNN or GRU" if self.cell in TORCH else f"for {type(self).__name__}"
+        raise ValueError(f"proj_size argument is only supported for LSTM, not {kinds}, got {proj_size}; leave it out")
 
     def _build(
         self, input_size: int, hidden_size: int, proj_size: int, options: Options, device: Any, dtype: Any
@@ -121,11 +120,6 @@ class RecurrentBase(nn.Module):
             for name, shape in zip(names, validate.parameter_shapes(stack, layer), strict=True):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
-
-    @property
-    def mode(self) -> str:
-        """The cell's name, as torch.nn's layers have it."""
-        return self.cell.upper()
 
     @property
     def _directions(self) -> int:
@@ -174,7 +168,7 @@ class RecurrentBase(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     @property
-    def _all_weights(self) -> list[list[str]]:
+    def _all_weights(self) -> list[list[str]]:  # type: ignore[override]
         """Their names, as torch.nn has them: TorchRL, for one, reads it."""
         return [names for _, names in self._names()]
 
@@ -183,9 +177,6 @@ class RecurrentBase(nn.Module):
         bound = 1.0 / math.sqrt(self.hidden_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: torch.nn needs it for cuDNN, here no path asks for contiguous weights."""
 
     def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
         """One time step, for environments and streams: y_t and the state that the next step takes.
@@ -217,24 +208,14 @@ class RecurrentBase(nn.Module):
 
     def to_torch(self) -> Any:
         """The torch.nn layer of the same sizes with the same Parameter objects, hooks and mode (for ONNX, to compare).
+        `persistrnn.restore` does it for a whole model.
 
         Raises:
             ValueError: a cell, or heads, that torch.nn has not; a parametrized layer, which has no equal in torch.nn:
                 remove the parametrizations first
         """
-        name = type(self).__name__
-        if self.cell not in TORCH:
-            known = ", ".join(sorted({of.layer for of in TORCH.values()}))
-            raise ValueError(f"torch.nn has {known}, and no layer of this {name}'s cell")
-        if self.heads > 1:
-            raise ValueError(
-                f"torch.nn has no heads, this {name} has heads={self.heads}; one with heads=1 has an equal"
-            )
-        if parametrize.is_parametrized(self):
-            raise ValueError(
-                f"a parametrized {TORCH[self.cell].layer} has no equal in torch.nn; call torch.nn.utils.parametrize."
-                "remove_parametrizations on its tensors first"
-            )
+        if (reason := self.without_equal()) is not None:
+            raise ValueError(reason)
         options: dict[str, Any] = dict(TORCH[self.cell].arguments)
         if self.proj_size:
             options["proj_size"] = self.proj_size
@@ -246,6 +227,30 @@ class RecurrentBase(nn.Module):
         ours = {"cell", "function", "backend", "cell_dtype", "save", "save_budget", "heads", "last_path"}
         take_over(new, self, ignored=ours)
         return new
+
+    def without_equal(self) -> str | None:
+        """Why torch.nn has no equal of this layer, in one sentence; None if it has."""
+        name = type(self).__name__
+        if self.cell not in TORCH:
+            known = ", ".join(sorted({of.layer for of in TORCH.values()}))
+            return f"torch.nn has {known}, and no layer of this {name}'s cell"
+        if self.heads > 1:
+            return f"torch.nn has no heads, this {name} has heads={self.heads}; one with heads=1 has an equal"
+        if parametrize.is_parametrized(self):
+            return (
+                f"a parametrized {TORCH[self.cell].layer} has no equal in torch.nn; call torch.nn.utils.parametrize."
+                "remove_parametrizations on its tensors first"
+            )
+        here, own = (
+            {*self._parameters, *self._buffers, *self._modules},
+            {n for names in self._all_weights for n in names},
+        )
+        if here != own:
+            return (
+                f"its parameters are not those of {name} (by {', '.join(sorted(here ^ own))}): weight_norm and the "
+                "like; remove them first"
+            )
+        return None
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
@@ -274,7 +279,8 @@ class RecurrentBase(nn.Module):
         return_cell_states: bool = False,
         **extras: Tensor,
     ) -> Any:
-        options, sizes = self.options, (self.input_size, self.hidden_size, self.proj_size)
+        training = self.training  # by itself: an AttributeError inside a property becomes one of the property's
+        options, sizes = self.options._replace(training=training), (self.input_size, self.hidden_size, self.proj_size)
         check_options(options)
         check_sizes(*sizes, self.heads)
         weights = [weight for weights in self.all_weights for weight in weights]
