@@ -190,7 +190,8 @@ def _implementation(cell: str, operator: torch._ops.OpOverload) -> Callable[...,
         y = found.output if isinstance(found.output, Tensor) else found.output.data
         return y, *found.states
 
-    return run
+    # Else a compiler would look into what a compiled function calls between its graphs.
+    return torch.compiler.disable(run)
 
 
 def _accepts(made: Decision, decision: list[Decision]) -> bool:
