@@ -21,7 +21,7 @@ def take_over(new: nn.Module, old: nn.Module, ignored: Container[str] = ()) -> N
     """Give `new`, of the same sizes, what `old` has: its very Parameter objects, its hooks (the same dictionaries, so
     that handles still remove them), its training mode, and attributes that `new` does not know, but for those ignored.
     """
-    for name, parameter in old.named_parameters(recurse=False):
+    for name, parameter in old.named_parameters(recurse=False, remove_duplicate=False):  # tied ones under each name
         setattr(new, name, parameter)
     apart = {"_parameters", "_buffers", "_modules"}
     for name in nn.Module().__dict__.keys() - apart:

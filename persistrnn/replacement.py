@@ -120,7 +120,7 @@ def _swap(
             result.lost[name] = lost
     for parent_name, parent in list(model.named_modules()):
         for attribute, value in vars(parent).items():
-            for old in _held(value):
+            for old in _held(value) if attribute != "_modules" else ():
                 if id(old) in made and id(parent) not in made:
                     where = f"{parent_name or '(the model)'}.{attribute} still holds the old layer; set it anew"
                     name = names[id(old)]
@@ -150,7 +150,7 @@ def _options_lost(layer: RecurrentBase) -> str:
 def _obstacle_back(layer: RecurrentBase) -> str | None:
     """Why a layer of ours cannot be swapped."""
     kind = type(layer)
-    if kind not in SWAPPED.values() and layer.cell in TORCH:
+    if kind not in SWAPPED.values() and layer.cell in TORCH and not parametrize.is_parametrized(layer):
         known = ", ".join(f"persistrnn.{cls.__name__}" for cls in SWAPPED.values())
         return f"it is a {kind.__module__}.{kind.__qualname__}; only {known} themselves are swapped"
     if "forward" in vars(layer):
