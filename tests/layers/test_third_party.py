@@ -395,15 +395,7 @@ def test_opacus_takes_a_restored_model():
     """Its validator mends torch.nn's layers by type, and its engine trains what comes out."""
     validators, opacus = module("opacus.validators"), module("opacus")
 
-    class Classifier(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.rnn(x)[0][:, -1])
-
-    model = Classifier()
+    model = Tagger(nn.LSTM)
     expected = validators.ModuleValidator.fix(model)
     persistrnn.replace(model)
     found = validators.ModuleValidator.fix(persistrnn.restore(model).model)
@@ -489,7 +481,7 @@ def test_lightning_sums_up_our_layers_as_torchs():
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 def test_layers_of_pytorch_forecasting_are_accelerated(cell):
     """It subclasses torch.nn's, which `replace` leaves alone."""
-    layers = module("pytorch_forecasting.layers")
+    layers = module("pytorch_forecasting.models.nn.rnn")
     layer = getattr(layers, cell)(3, 4, batch_first=True)
     x, lengths = torch.randn(2, 5, 3), torch.tensor([5, 2])
     assert isinstance(layer, getattr(nn, cell))
