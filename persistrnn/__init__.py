@@ -6,13 +6,15 @@ of a `cell` of one's own, one function of one time step, which `check_cell` expl
 `LayerNormGRU` run on torch's operations, step by step. A `Recipe` regularises a layer (zoneout, dropout of h, dropped
 weights, learned states), `Stacked` puts layers above each other (residuals, alternating directions, sizes of their
 own). `functional` has all cells as functions, `explain` says which path a call would take and why, `check` raises if a
-kernel's bounded wait ran out, `replace` swaps torch.nn's layers in a finished model for these, `Streaming` carries a
-layer's state from call to call, `profile` measures where training's time and memory go.
+kernel's bounded wait ran out, `replace` swaps torch.nn's layers in a finished model for these and `restore` swaps them
+back, `accelerated` runs torch.nn's own layers on the kernels as they are, `Streaming` carries a layer's state from call
+to call, `profile` measures where training's time and memory go.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from persistrnn import functional
+from persistrnn.accelerated import accelerate, accelerated
 from persistrnn.explain import explain
 from persistrnn.modules import (
     GRU,
@@ -29,7 +31,7 @@ from persistrnn.modules import (
 from persistrnn.ops import check
 from persistrnn.own_cell import Recurrent, cell, check_cell
 from persistrnn.recipe import Recipe
-from persistrnn.replacement import replace
+from persistrnn.replacement import replace, restore
 from persistrnn.stacked import Stacked
 from persistrnn.streaming import Streaming
 
@@ -41,7 +43,8 @@ __version__ = "0.1.0"
 __all__ = [
     "GRU", "JANET", "LSTM", "MGU", "RNN", "SLSTM", "CoupledLSTM", "LayerNormGRU", "LayerNormLSTM", "PeepholeLSTM",
     "Recipe", "Recurrent", "Stacked", "Streaming",
-    "__version__", "cell", "check", "check_cell", "explain", "functional", "profile", "replace",
+    "__version__", "accelerate", "accelerated", "cell", "check", "check_cell", "explain", "functional", "profile",
+    "replace", "restore",
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 Letters: T steps, B batch, I input, H hidden, P projection, D directions, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -281,11 +281,13 @@ def run(
     return_c: bool = False,
     sizes: tuple[int, int, int] | None = None,
     learned: Sequence[Tensor] = (),
+    accept: Callable[[Decision], bool] | None = None,
 ) -> Found:
     """Validate, decide and run.
 
     options: checked before. sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be.
     learned: the states that stand for zeros, each [L*D, features]; empty: zeros do.
+    accept: asked before it runs; what it declines gives no output.
     """
     check_flag("return_cell_states", return_c)
     validate.check_states(cell, options.cell_dtype, return_c)
@@ -315,6 +317,8 @@ def run(
     sizes_of_call = batch.rows, batch.steps, compute_dtype(data, weights[0]), data.device
     transforms = active_transforms(weights, packed is not None, options.active_dropout > 0)
     decision = decide(asked(stack, options, *sizes_of_call, backward, given, return_c, transforms))
+    if accept is not None and not accept(decision):
+        return Found(None, [], None, decision.path)
     if decision.refused:
         raise RuntimeError(f'backend="persistent" cannot run this call: {decision.reason}')
     c: Any = None

@@ -15,6 +15,7 @@ from persistrnn.functional import Input
 from persistrnn.kernels.cells import derived
 from persistrnn.options import Backend, Options, Save, check_options, check_save, check_sizes
 from persistrnn.recipe import PLAIN, Recipe, check_recipe, recipe_of, recurrent_weight, set_forget_bias, text_of
+from persistrnn.rnn_base import RNNBaseSurface
 from persistrnn.validate import Given, Stack
 
 
@@ -22,7 +23,7 @@ def take_over(new: nn.Module, old: nn.Module, ignored: Container[str] = ()) -> N
     """Give `new`, of the same sizes, what `old` has: its very Parameter objects, its hooks (the same dictionaries, so
     that handles still remove them), its training mode, and attributes that `new` does not know, but for those ignored.
     """
-    for name, parameter in old.named_parameters(recurse=False):
+    for name, parameter in old.named_parameters(recurse=False, remove_duplicate=False):  # tied ones under each name
         setattr(new, name, parameter)
     apart = {"_parameters", "_buffers", "_modules"}
     for name in nn.Module().__dict__.keys() - apart:
@@ -41,7 +42,7 @@ def check_layer(layer: object) -> None:
         )
 
 
-class RecurrentBase(nn.Module):
+class RecurrentBase(RNNBaseSurface, nn.Module):
     """A stack of layers of one cell, which a subclass names. `persistrnn.LSTM` says what arguments, inputs, outputs and
     attributes are; of these ``cell_dtype`` and ``return_cell_states`` are for cells of two states or more.
 
@@ -95,10 +96,8 @@ class RecurrentBase(nn.Module):
     def _unprojected(self, proj_size: object) -> int:
         if proj_size is None:
             return 0
-        name = type(self).__name__
-        raise ValueError(
-            f"proj_size argument is only supported for LSTM, not for {name}, got {proj_size}; leave it out"
-        )
+        kinds = "RNN or GRU" if self.cell in TORCH else f"for {type(self).__name__}"
+        raise ValueError(f"proj_size argument is only supported for LSTM, not {kinds}, got {proj_size}; leave it out")
 
     def _build(
         self, input_size: int, hidden_size: int, proj_size: int, options: Options, device: Any, dtype: Any
@@ -140,11 +139,6 @@ class RecurrentBase(nn.Module):
     def recipe(self, recipe: Recipe) -> None:
         check_recipe(recipe, self.cell, self.bias, self.proj_size)
         self._recipe = text_of(recipe)
-
-    @property
-    def mode(self) -> str:
-        """The cell's name, as torch.nn's layers have it."""
-        return self.cell.upper()
 
     @property
     def _directions(self) -> int:
@@ -213,7 +207,7 @@ class RecurrentBase(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     @property
-    def _all_weights(self) -> list[list[str]]:
+    def _all_weights(self) -> list[list[str]]:  # type: ignore[override]
         """Their names, as torch.nn has them: TorchRL, for one, reads it."""
         return [names for _, names in self._names()]
 
@@ -230,9 +224,6 @@ class RecurrentBase(nn.Module):
         if self.recipe.forget_bias is not None:
             for _, _, *biases in self.all_weights:
                 set_forget_bias(self.recipe.forget_bias, derived(self.cell).names.gates, *biases[:2])
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: torch.nn needs it for cuDNN, here no path asks for contiguous weights."""
 
     def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
         """One time step, for environments and streams: y_t and the state that the next step takes.
@@ -264,26 +255,14 @@ class RecurrentBase(nn.Module):
 
     def to_torch(self) -> Any:
         """The torch.nn layer of the same sizes with the same Parameter objects, hooks and mode (for ONNX, to compare).
+        `persistrnn.restore` does it for a whole model.
 
         Raises:
             ValueError: a cell, or heads, that torch.nn has not; a parametrized layer, which has no equal in torch.nn:
                 remove the parametrizations first
         """
-        name = type(self).__name__
-        if self.cell not in TORCH:
-            known = ", ".join(sorted({of.layer for of in TORCH.values()}))
-            raise ValueError(f"torch.nn has {known}, and no layer of this {name}'s cell")
-        if self.heads > 1:
-            raise ValueError(
-                f"torch.nn has no heads, this {name} has heads={self.heads}; one with heads=1 has an equal"
-            )
-        if parametrize.is_parametrized(self):
-            raise ValueError(
-                f"a parametrized {TORCH[self.cell].layer} has no equal in torch.nn; call torch.nn.utils.parametrize."
-                "remove_parametrizations on its tensors first"
-            )
-        if self.recipe._replace(forget_bias=None) != PLAIN:  # which is a matter of the first weights alone
-            raise ValueError(f"torch.nn has no {name} with {self.recipe}; one with persistrnn.Recipe() has an equal")
+        if (reason := self.without_equal()) is not None:
+            raise ValueError(reason)
         options: dict[str, Any] = dict(TORCH[self.cell].arguments)
         if self.proj_size:
             options["proj_size"] = self.proj_size
@@ -296,6 +275,32 @@ class RecurrentBase(nn.Module):
         ours.add("last_path")
         take_over(new, self, ignored=ours)
         return new
+
+    def without_equal(self) -> str | None:
+        """Why torch.nn has no equal of this layer, in one sentence; None if it has."""
+        name = type(self).__name__
+        if self.cell not in TORCH:
+            known = ", ".join(sorted({of.layer for of in TORCH.values()}))
+            return f"torch.nn has {known}, and no layer of this {name}'s cell"
+        if self.heads > 1:
+            return f"torch.nn has no heads, this {name} has heads={self.heads}; one with heads=1 has an equal"
+        if parametrize.is_parametrized(self):
+            return (
+                f"a parametrized {TORCH[self.cell].layer} has no equal in torch.nn; call torch.nn.utils.parametrize."
+                "remove_parametrizations on its tensors first"
+            )
+        if self.recipe._replace(forget_bias=None) != PLAIN:  # which is a matter of the first weights alone
+            return f"torch.nn has no {name} with {self.recipe}; one with persistrnn.Recipe() has an equal"
+        here, own = (
+            {*self._parameters, *self._buffers, *self._modules},
+            {n for names in self._all_weights for n in names},
+        )
+        if here != own:
+            return (
+                f"its parameters are not those of {name} (by {', '.join(sorted(here ^ own))}): weight_norm and the "
+                "like; remove them first"
+            )
+        return None
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
@@ -324,7 +329,8 @@ class RecurrentBase(nn.Module):
         return_cell_states: bool = False,
         **extras: Tensor,
     ) -> Any:
-        options, sizes = self.options, (self.input_size, self.hidden_size, self.proj_size)
+        training = self.training  # by itself: an AttributeError inside a property becomes one of the property's
+        options, sizes = self.options._replace(training=training), (self.input_size, self.hidden_size, self.proj_size)
         check_options(options)
         check_sizes(*sizes, self.heads)
         weights = [

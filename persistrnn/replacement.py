@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from persistrnn.decide import TORCH
 from persistrnn.modules import GRU, LSTM, RNN
-from persistrnn.options import BACKENDS, Backend, check_name
+from persistrnn.options import BACKENDS, Backend, Options, check_name
 from persistrnn.recurrent import RecurrentBase, take_over
 
 SWAPPED: dict[type[nn.RNNBase], type[RecurrentBase]] = {nn.LSTM: LSTM, nn.GRU: GRU, nn.RNN: RNN}
 
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
 @dataclass
-class Replacement:
-    """What `replace` did.
+class Replacement(Generic[Layer]):
+    """What `replace` or `restore` did.
 
     Attributes:
         model: the model; a new one only where the model itself was a layer that was swapped
         swapped: the new layers by their names in the model ("" is the model itself)
-        left: why a recurrent layer of torch's was left as it is, by name
+        left: why a recurrent layer was left as it is, by name
+        lost: what a new layer has not of the old one, or what still holds the old one, by the new one's name
     """
 
     model: nn.Module
-    swapped: dict[str, RecurrentBase] = field(default_factory=dict)
+    swapped: dict[str, Layer] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} swapped, {len(self.left)} left"]
         lines += [f"  {name or '(the model)'}: {layer}" for name, layer in self.swapped.items()]
         lines += [f"  {name or '(the model)'} left: {reason}" for name, reason in self.left.items()]
+        lines += [f"  {name or '(the model)'} lost: {what}" for name, what in self.lost.items()]
         return "\n".join(lines)
 
 
-def replace(model: nn.Module, *, backend: Backend = "auto") -> Replacement:
+def replace(model: nn.Module, *, backend: Backend = "auto") -> Replacement[RecurrentBase]:
     """Swap every torch.nn.LSTM, GRU and RNN in a model for ours, in place.
 
     A new layer has the old one's very Parameter objects (an optimizer made before stays right), its hooks (their
@@ -45,6 +53,10 @@ def replace(model: nn.Module, *, backend: Backend = "auto") -> Replacement:
     the model is swapped once and stands in all of them. What holds a layer outside of the model's modules (a plain
     list, another object) still holds the old one; `isinstance(layer, torch.nn.LSTM)` is false afterwards. Wrap the
     model (DDP, FSDP, torch.compile) after the swap.
+
+    Tools that go by type, such as torch.ao.quantization.quantize_dynamic, torch.jit.script, Opacus's DPLSTM and its
+    validator, do not know the new layers: `restore` the model before them. Pruning, parametrizations, `torch.export`
+    and per-module counters take them as they are. `accelerated` runs torch.nn's layers without a swap.
 
     Args:
         model: any module; itself a torch.nn.LSTM, GRU or RNN, the new layer is the result's `model`
@@ -58,25 +70,92 @@ def replace(model: nn.Module, *, backend: Backend = "auto") -> Replacement:
         TypeError: model is no module
         ValueError: an unknown backend
     """
+    _check_module(model)
+    check_name("backend", backend, BACKENDS)
+    return _swap(model, nn.RNNBase, _obstacle, lambda old: _new(old, backend))
+
+
+def restore(model: nn.Module) -> Replacement[nn.RNNBase]:
+    """Swap every persistrnn.LSTM, GRU and RNN in a model for torch.nn's, in place: `replace` undone.
+
+    Everything of a layer is kept as `replace` keeps it, the Parameter objects, hooks, tied weights, training mode.
+
+    Args:
+        model: any module; itself one of the layers, the new layer is the result's `model`
+
+    Returns:
+        A `Replacement`, printable. Left alone, with a reason each: cells and options that torch.nn has not, subclasses,
+        parametrized layers, layers with a forward of their own. Its `lost` has the options that torch.nn's layers do
+        not take: save, save_budget, cell_dtype, and the backend "persistent".
+
+    Raises:
+        TypeError: model is no module
+    """
+    _check_module(model)
+    return _swap(model, RecurrentBase, _obstacle_back, lambda old: old.to_torch())
+
+
+def _check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a torch.nn.Module, got {type(model).__name__}")
-    check_name("backend", backend, BACKENDS)
-    result = Replacement(model)
-    made: dict[int, RecurrentBase] = {}
+
+
+def _swap(
+    model: nn.Module, kind: type[Any], obstacle: Callable[[Any], str | None], new: Callable[[Any], Any]
+) -> Replacement[Any]:
+    """Every layer of a kind in the model, but for those with an obstacle."""
+    result: Replacement[Any] = Replacement(model)
+    made: dict[int, nn.Module] = {}
+    names: dict[int, str] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.RNNBase):
+        if not isinstance(module, kind):
             continue
-        reason = _obstacle(module)
+        reason = obstacle(module)
         if reason is not None:
             result.left[name] = reason
             continue
-        made[id(module)] = result.swapped[name] = _new(module, backend)
-    for parent in list(model.modules()):
+        made[id(module)] = result.swapped[name] = new(module)
+        names[id(module)] = name
+        if isinstance(module, RecurrentBase) and (lost := _options_lost(module)):
+            result.lost[name] = lost
+    for parent_name, parent in list(model.named_modules()):
+        for attribute, value in vars(parent).items():
+            for old in _held(value) if attribute != "_modules" else ():
+                if id(old) in made and id(parent) not in made:
+                    where = f"{parent_name or '(the model)'}.{attribute} still holds the old layer; set it anew"
+                    name = names[id(old)]
+                    result.lost[name] = "; ".join(filter(None, (result.lost.get(name), where)))
         for name, child in parent._modules.items():
             if id(child) in made:
                 parent._modules[name] = made[id(child)]
     result.model = made.get(id(model), model)
     return result
+
+
+def _held(value: object) -> Iterator[nn.Module]:
+    """The modules that an attribute of a module holds by itself: it, or what is in a plain list, tuple or dict."""
+    items = value if isinstance(value, (list, tuple)) else value.values() if type(value) is dict else [value]
+    return (item for item in items if isinstance(item, nn.Module))
+
+
+def _options_lost(layer: RecurrentBase) -> str:
+    """Options of ours that torch.nn's layers have not, and that say something."""
+    default = Options()
+    names = ("save", "save_budget", "cell_dtype")
+    lost = [f"{name}={getattr(layer, name)!r}" for name in names if getattr(layer, name) != getattr(default, name)]
+    lost += ['backend="persistent"'] * (layer.backend == "persistent")
+    return ", ".join(lost)
+
+
+def _obstacle_back(layer: RecurrentBase) -> str | None:
+    """Why a layer of ours cannot be swapped."""
+    kind = type(layer)
+    if kind not in SWAPPED.values() and layer.cell in TORCH and not parametrize.is_parametrized(layer):
+        known = ", ".join(f"persistrnn.{cls.__name__}" for cls in SWAPPED.values())
+        return f"it is a {kind.__module__}.{kind.__qualname__}; only {known} themselves are swapped"
+    if "forward" in vars(layer):
+        return "it has a forward of its own, set on the instance"
+    return layer.without_equal()
 
 
 def _obstacle(module: nn.RNNBase) -> str | None:

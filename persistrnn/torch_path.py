@@ -12,6 +12,7 @@ oneDNN can, and else runs a loop of its own. So an LSTM runs on every CPU, and h
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -151,7 +152,7 @@ def _eager(
     options: tuple[bool, int, float, bool, bool],
     batch_first: bool,
 ) -> list[Tensor]:
-    function: Callable[..., tuple[Tensor, ...]] = getattr(torch._VF, cell)
+    function: Callable[..., tuple[Tensor, ...]] = functools.partial(_own_call, getattr(torch._VF, cell))
     hx = tuple(states) if len(states) > 1 else states[0]
     # Only on a GPU can the warning come, and catching it costs time and changes a setting of the whole process.
     with _no_flat_weight_warning() if input.is_cuda else _NOTHING:
@@ -165,6 +166,22 @@ def _eager(
             given[0] = input.to(autocast)
         outputs = function(*given, list(weights), *how)
         return [t.to(dtype) for t, dtype in zip(outputs, dtypes, strict=True)]
+
+
+_own = threading.local()
+
+
+def in_own_call() -> bool:
+    """Whether torch's function is called from here: a call that `accelerated` leaves alone."""
+    return getattr(_own, "calls", False)
+
+
+def _own_call(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
+    _own.calls = True
+    try:
+        return function(*arguments)
+    finally:
+        _own.calls = False
 
 
 def _layer(

@@ -32,7 +32,7 @@ def exception_of(call):
 @pytest.mark.parametrize("name", ["GRU", "RNN"])
 def test_other_cells_refuse_any_proj_size(name):
     for proj_size in (0, 2):
-        with pytest.raises(ValueError, match=f"only supported for LSTM, not for {name}, got {proj_size}"):
+        with pytest.raises(ValueError, match=f"only supported for LSTM, not RNN or GRU, got {proj_size}"):
             getattr(persistrnn, name)(INPUT, HIDDEN, proj_size=proj_size)
 
 

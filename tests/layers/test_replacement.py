@@ -176,3 +176,141 @@ def test_to_torch_refuses_what_torch_has_not():
     layer = nn.utils.parametrizations.weight_norm(persistrnn.GRU(7, 8), "weight_hh_l0")
     with pytest.raises(ValueError, match=r"a parametrized GRU has no equal in torch.nn; .*remove_parametrizations"):
         layer.to_torch()
+
+
+def test_restore_undoes_replace():
+    """And an optimizer, hooks, tied and frozen parameters of before are those of after."""
+    model = Tagger().eval()
+    model.encoder.weight_hh_l1 = model.encoder.weight_hh_l0
+    model.rest["a"][0].weight_ih_l0.requires_grad_(False)
+    seen = []
+    handle = model.encoder.register_forward_hook(lambda module, given, result: seen.append(type(module)))
+    before, expected = dict(model.named_parameters(remove_duplicate=False)), model(X)
+    persistrnn.replace(model)
+    found = persistrnn.restore(model)
+    assert set(found.swapped) == {"encoder", "rest.a.0"}
+    assert not found.left
+    assert not found.lost
+    assert type(model.encoder) is nn.LSTM
+    assert type(model.rest["a"][0]) is nn.GRU
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert torch.equal(model(X), expected)
+    assert not model.encoder.training
+    assert seen == [nn.LSTM, nn.LSTM]
+    handle.remove()
+    model(X)
+    assert len(seen) == 2
+    assert type(persistrnn.replace(model).model.encoder) is persistrnn.LSTM
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_restore_of_the_model_itself_and_of_one_layer_in_two_places(cell):
+    layer = PAIRS[cell][0](7, 7, backend="torch")
+    found = persistrnn.restore(layer).model
+    assert type(found) is getattr(nn, {"lstm": "LSTM", "gru": "GRU"}.get(cell, "RNN"))
+    assert torch.equal(found(X)[0], layer(X)[0])
+    model = nn.ModuleList([layer, nn.Sequential(layer)])
+    assert len(persistrnn.restore(model).swapped) == 1
+    assert model[0] is model[1][0]
+
+
+class MyGRU(persistrnn.GRU):
+    pass
+
+
+def dropped():
+    """Weight drop as it was written before there were parametrizations."""
+    layer = persistrnn.LSTM(7, 8)
+    raw = layer.weight_hh_l0
+    del layer.weight_hh_l0
+    layer.weight_hh_l0_raw, layer.weight_hh_l0 = raw, raw * 0.5
+    return layer
+
+
+def ours_patched():
+    layer = persistrnn.GRU(7, 8)
+    layer.forward = lambda x: (x, None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: MyGRU(7, 8), "only persistrnn.LSTM, persistrnn.GRU, persistrnn.RNN themselves are swapped"),
+        (lambda: persistrnn.MGU(7, 8), "torch.nn has GRU, LSTM, RNN, and no layer of this MGU's cell"),
+        (lambda: persistrnn.GRU(7, 8, heads=2), "torch.nn has no heads"),
+        (lambda: nn.utils.parametrizations.weight_norm(persistrnn.GRU(7, 8), "weight_hh_l0"), "a parametrized GRU"),
+        (dropped, "its parameters are not those of LSTM (by weight_hh_l0, weight_hh_l0_raw)"),
+        (ours_patched, "it has a forward of its own"),
+    ],
+    ids=["subclass", "cell", "heads", "parametrized", "weight drop", "forward"],
+)
+def test_what_restore_leaves_has_a_reason(make, reason):
+    model = nn.ModuleDict({"layer": make(), "other": persistrnn.GRU(7, 8)})
+    layer = model["layer"]
+    found = persistrnn.restore(model)
+    assert model["layer"] is layer
+    assert list(found.swapped) == ["other"]
+    assert reason in found.left["layer"]
+
+
+def test_what_is_lost_is_said():
+    layer = persistrnn.LSTM(7, 8, save="state", cell_dtype=torch.float32, backend="persistent")
+    found = persistrnn.restore(nn.Sequential(layer))
+    assert found.lost == {"0": "save='state', cell_dtype=torch.float32, backend=\"persistent\""}
+    assert "  0 lost: save='state'" in str(found)
+
+
+@pytest.mark.parametrize("hold", [lambda layer: layer, lambda layer: [layer], lambda layer: {"a": layer}])
+def test_who_still_holds_the_old_layer_is_said(hold):
+    """Outside of the model's modules: in a plain list, say, so that its parameters are not counted twice."""
+    model = nn.ModuleDict({"rnn": nn.GRU(7, 8), "head": nn.Linear(8, 2)})
+    object.__setattr__(model["head"], "shortcut", hold(model["rnn"]))
+    found = persistrnn.replace(model)
+    assert found.lost == {"rnn": "head.shortcut still holds the old layer; set it anew"}
+
+
+def test_bad_arguments_of_restore():
+    with pytest.raises(TypeError, match=r"model is a torch.nn.Module, got list"):
+        persistrnn.restore([persistrnn.LSTM(7, 8)])
+
+
+# --- tools that go by type --------------------------------------------------------------------------------------
+
+
+# Of torch, which deprecates torch.ao.quantization and calls its own deprecated storage:
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning")
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_dynamic_quantization_says_that_it_leaves_our_layers_and_takes_restored_ones(cell):
+    from torch.ao.quantization import quantize_dynamic
+
+    model = nn.ModuleDict({"rnn": PAIRS[cell][1](7, 8), "head": nn.Linear(8, 2)}).eval()
+    types = {nn.LSTM, nn.GRU, nn.Linear}
+    expected = quantize_dynamic(model, types)
+    persistrnn.replace(model)
+    with pytest.warns(UserWarning, match=r"leaves a persistrnn.\w+ as it is, .*; call persistrnn.restore\(model\)"):
+        untouched = quantize_dynamic(model, types)
+    assert list(untouched["rnn"].parameters())
+    assert not hasattr(model["rnn"], "qconfig")
+    small = quantize_dynamic(persistrnn.restore(model).model, types)
+    assert type(small["rnn"]) is type(expected["rnn"])
+    assert not list(small.parameters())
+    assert torch.equal(small["rnn"](X)[0], expected["rnn"](X)[0])
+
+
+@pytest.mark.parametrize("cell", PAIRS)
+def test_pruning_takes_our_layers_as_they_are(cell):
+    from torch.nn.utils import prune
+
+    ours, theirs = PAIRS[cell][0](7, 8), PAIRS[cell][1](7, 8)
+    theirs.load_state_dict(ours.state_dict())
+    for layer in (ours, theirs):
+        prune.l1_unstructured(layer, "weight_hh_l0", amount=0.5)
+    assert torch.equal(ours(X)[0], theirs(X)[0])
+    assert "weight_hh_l0_orig" in dict(ours.named_parameters())
+    prune.remove(ours, "weight_hh_l0")
+    assert (ours.weight_hh_l0 == 0).float().mean() == 0.5
+    assert torch.equal(persistrnn.restore(ours).model(X)[0], ours(X)[0])

@@ -384,3 +384,115 @@ def treebank(size: int) -> str:
             lines.append("\t".join(map(str, fields)))
         lines.append("")
     return "\n".join(lines) + "\n"
+
+
+# ---- tools ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Secure RNG turned off:UserWarning")
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_opacus_takes_a_restored_model():
+    """Its validator mends torch.nn's layers by type, and its engine trains what comes out."""
+    validators, opacus = module("opacus.validators"), module("opacus")
+
+    model = Tagger(nn.LSTM)
+    expected = validators.ModuleValidator.fix(model)
+    persistrnn.replace(model)
+    found = validators.ModuleValidator.fix(persistrnn.restore(model).model)
+    assert type(found.rnn) is type(expected.rnn)
+    assert type(found.rnn) is not nn.LSTM
+    data = torch.utils.data.TensorDataset(torch.randn(8, 5, 3), torch.randint(2, (8,)))
+    private, optimizer, loader = opacus.PrivacyEngine().make_private(
+        module=found, optimizer=torch.optim.SGD(found.parameters(), lr=0.1), noise_multiplier=1.0, max_grad_norm=1.0,
+        data_loader=torch.utils.data.DataLoader(data, batch_size=4),
+    )  # fmt: skip
+    before = snapshot(found)
+    for x, labels in loader:
+        nn.functional.cross_entropy(private(x), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(value, before[name]) for name, value in snapshot(found).items())
+
+
+class Tagger(nn.Module):
+    """The class of each sequence, by its last step."""
+
+    def __init__(self, layer: Callable[..., nn.Module] = nn.GRU, hidden: int = 8) -> None:
+        super().__init__()
+        self.rnn, self.head = layer(3, hidden, batch_first=True), nn.Linear(hidden, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(self.rnn(x)[0][:, -1])
+        return y
+
+
+def test_skorch_trains_clones_and_pickles_our_layer():
+    skorch, numpy, pickle = module("skorch"), module("numpy"), module("pickle")
+    x, labels = torch.randn(16, 5, 3).numpy(), numpy.arange(16) % 2
+    losses = []
+    for layer in (nn.GRU, persistrnn.GRU):
+        torch.manual_seed(0)
+        net = skorch.NeuralNetClassifier(
+            Tagger, module__layer=layer, criterion=nn.CrossEntropyLoss, max_epochs=3, lr=0.1, train_split=None,
+            verbose=0, iterator_train__shuffle=False,
+        ).fit(x, labels)  # fmt: skip
+        losses.append(net.history[:, "train_loss"])
+        again = pickle.loads(pickle.dumps(net))
+        assert (again.predict_proba(x) == net.predict_proba(x)).all()
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.filterwarnings("ignore:Setting forward, backward hooks and attributes on non-linear:UserWarning")
+def test_captum_attributes_the_same_to_inputs_and_to_a_layer():
+    attr = module("captum.attr")
+    model, x = Tagger(), torch.randn(2, 5, 3)
+
+    def attributions() -> list[torch.Tensor]:
+        by_input = attr.IntegratedGradients(model).attribute(x, target=1, n_steps=8)
+        by_layer = attr.LayerActivation(model, model.rnn).attribute(x)[0]
+        return [by_input, by_layer]
+
+    expected = attributions()
+    persistrnn.replace(model)
+    torch.testing.assert_close(attributions(), expected)
+
+
+def test_lightning_sums_up_our_layers_as_torchs():
+    lightning, summary = module("lightning.pytorch"), module("lightning.pytorch.utilities.model_summary")
+
+    class Training(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Tagger()
+            self.example_input_array = torch.randn(2, 5, 3)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.model(x)
+
+    training = Training()
+    expected = summary.ModelSummary(training, max_depth=-1)
+    persistrnn.replace(training)
+    found = summary.ModelSummary(training, max_depth=-1)
+    for name in ("total_parameters", "trainable_parameters", "param_nums", "in_sizes", "out_sizes", "layer_names"):
+        assert getattr(found, name) == getattr(expected, name), name
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_layers_of_pytorch_forecasting_are_accelerated(cell):
+    """It subclasses torch.nn's, which `replace` leaves alone."""
+    layers = module("pytorch_forecasting.models.nn.rnn")
+    layer = getattr(layers, cell)(3, 4, batch_first=True)
+    x, lengths = torch.randn(2, 5, 3), torch.tensor([5, 2])
+    assert isinstance(layer, getattr(nn, cell))
+    assert persistrnn.replace(layer).left
+
+    def gradients() -> list[torch.Tensor]:
+        y = layer(x, lengths=lengths, enforce_sorted=False)[0]
+        return [y, *torch.autograd.grad(y.sin().sum(), list(layer.parameters()))]
+
+    expected = gradients()
+    with persistrnn.accelerated(backend="persistent") as calls:
+        found = gradients()
+    torch.testing.assert_close(found, expected)
+    assert sum(calls.taken.values()) == 1
