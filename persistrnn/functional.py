@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
+from persistrnn import rows, torch_path, validate
 from persistrnn import stack as stacks
-from persistrnn import torch_path, validate
-from persistrnn.decide import Call, Decision, decide, expects_backward
+from persistrnn.decide import Call, Decision, decide, expects_backward, inside_torch_func
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Backend, Options, Save, check_flag, check_name, check_options, check_save
 from persistrnn.tracing import outside_of_graphs
@@ -304,7 +304,7 @@ def run(
     c: Any = None
     if decision.path == "torch" and given.lengths is not None:
         assert cuts.active is not None
-        output, *states = _by_packing(decision, options, batch, weights, states, given.lengths, cuts.active)
+        output, *states = _with_lengths(decision, options, batch, weights, states, given.lengths, cuts.active)
     elif decision.path == "torch":
         batch_sizes = None if packed is None else packed.batch_sizes
         how = options._replace(batch_first=batch.batch_first)
@@ -380,14 +380,23 @@ def _on_torch(
     weights: Sequence[Tensor],
 ) -> list[Tensor]:
     """[output, *states], on torch's own kernels."""
+    call = decision.call
     how = options.bias, options.num_layers, options.dropout, options.training, options.bidirectional
-    given_to = decision.call.cell, input, batch_sizes, states, weights, *how, options.batch_first
-    if decision.chunk:
-        return torch_path.stack_in_chunks(*given_to, decision.chunk)
-    return torch_path.stack(*given_to)
+    if batch_sizes is None and decision.chunk:
+        in_chunks = call.cell, input, states, weights, *how, options.batch_first, decision.chunk
+        return torch_path.stack_in_chunks(*in_chunks)
+    # Without a backward ATen's loop over packed rows is linear, and torch.nn's to the bit.
+    in_parts = call.steps > rows.FEW_STEPS and call.device.type == "cpu" and (call.lengths or call.backward)
+    chunk = decision.chunk if call.backward else 0
+    if batch_sizes is None or not (in_parts or chunk) or inside_torch_func():
+        as_a_whole = call.cell, input, batch_sizes, states, weights, *how, options.batch_first
+        return torch_path.stack(*as_a_whole)
+    of_layers = states, weights, options.bias, options.num_layers, call.dropout, options.bidirectional
+    found: list[Tensor] = outside_of_graphs(rows.stack, call.cell, input, batch_sizes, *of_layers, chunk)
+    return found
 
 
-def _by_packing(
+def _with_lengths(
     decision: Decision,
     options: Options,
     batch: Batch,
@@ -401,13 +410,13 @@ def _by_packing(
     initial = states
     if not some.all():  # a packed row has a step at least: of one without, no NaN may reach the weights' gradient
         x, *initial = (torch.where(some.unsqueeze(-1), t, 0.0) for t in (x, *states))
-    packed = pack_padded_sequence(x, lengths.clamp(min=1), enforce_sorted=False)
-    initial = _rows(initial, packed.sorted_indices)
+    data, batch_sizes, order, where = rows.pack(x, lengths.clamp(min=1))
     how = options._replace(batch_first=False)
-    data, *finals = _on_torch(decision, how, packed.data, packed.batch_sizes, initial, weights)
-    y = pad_packed_sequence(PackedSequence(data, *packed[1:]), total_length=batch.steps)[0]
-    y = torch.where(active.unsqueeze(-1), y, 0.0)
-    finals = _rows(finals, packed.unsorted_indices)
+    data, *finals = _on_torch(decision, how, data, batch_sizes, _rows(initial, order), weights)
+    y = rows.unpack(data, where, batch.steps, batch.rows)
+    if not some.all():
+        y = torch.where(active.unsqueeze(-1), y, 0.0)
+    finals = _rows(finals, order.argsort())
     finals = [torch.where(some.unsqueeze(-1), new, old.to(new.dtype)) for new, old in zip(finals, states, strict=True)]
     return [batch.time_major(y), *finals]
 

@@ -167,7 +167,7 @@ def short_chunks(monkeypatch):
 )
 def test_on_torch_s_operations(short_chunks, cell, shape, cut, junk):
     case = Case(cell, cut, **SHAPES[shape])
-    packs = cut == "lengths" and not case.every_c and not (case.save != "gates" and case.bidirectional)
+    packs = cut == "lengths" and not case.every_c
     check(case, "torch", "torch" if packs else "stepwise", junk)
 
 
