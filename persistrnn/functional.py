@@ -297,7 +297,11 @@ def run(
         states = _rows(states, packed.sorted_indices)
 
     backward = expects_backward([data, *weights, *states, *cuts.reset])
-    sizes_of_call = batch.rows, batch.steps, compute_dtype(data, weights[0]), data.device
+    dtype = compute_dtype(data, weights[0])
+    if dtype.itemsize == 2 and torch_path.autocast_dtype(data):
+        data, *states = (_of_one_half(t, dtype) for t in (data, *states))
+        batch, weights = batch._replace(data=data), [_of_one_half(w, dtype) for w in weights]
+    sizes_of_call = batch.rows, batch.steps, dtype, data.device
     decision = decide(asked(stack, options, *sizes_of_call, backward, given, return_c))
     if decision.reason is not None and options.backend == "persistent":
         raise RuntimeError(f'backend="persistent" cannot run this call: {decision.reason}')
@@ -320,6 +324,11 @@ def run(
         formed, states = [t.squeeze(1) for t in formed], [s.squeeze(1) for s in states]
     output, c = (*formed, None)[:2]
     return Found(output, states, c, decision.path)
+
+
+def _of_one_half(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Autocast joins float32 with its own dtype, and neither with the other 16-bit one."""
+    return tensor if tensor.dtype.itemsize > 2 else tensor.to(dtype)
 
 
 def asked(
