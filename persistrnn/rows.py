@@ -28,8 +28,8 @@ from persistrnn.decide import TORCH
 from persistrnn.kernels.cells import CELLS
 
 # Multiply-adds of a layer's forward that take about as long as one call more. Measured on one thread of an EPYC with
-# avx512, LSTM, GRU and RNN of H=16 to 256, T=5 to 1,000, B=16 to 256: from 2**20 to 2**25 most change by less than
-# a fifth, at 0 (a call for every length) and at infinity (one call) some double.
+# avx512, LSTM, GRU and RNN of H=16 to 256, T=5 to 1,000, B=16 to 256: from 2**20 to 2**25 most times change by less
+# than a fifth; at 0 (a call for every length) and at infinity (one call) some double.
 WORTH_A_CALL = 2**22
 # Up to here ATen's own loop over packed rows is as fast, there up to a third faster than this, and torch.nn's to the
 # bit. At T=50 its LSTM takes 1.3 to 2 times as long, at T=1,000 13 to 25 times.
