@@ -67,7 +67,7 @@ def lstm(
         backend: "auto": the persistent kernels on a GPU that can run them and where they are expected to be
             faster (forward and backward together where a backward may come), else torch's own (cuDNN, oneDNN,
             ATen); "persistent": the kernels or an error; "torch": torch's own. What torch's own cannot do (resets,
-            every c, and lengths but for those of CPU tensors, which it runs in dense parts of time) is a loop over torch's
+            every c, and lengths but for those of CPU tensors, which it runs in parts of time) is a loop over torch's
             operations there, step by step.
             `persistrnn.explain` says what "auto" chooses, a module's `last_path` what it chose
         cell_dtype: dtype in which c is given out, and in which the kernels store it for the backward: None (that of
