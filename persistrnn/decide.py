@@ -36,7 +36,8 @@ class OfTorch(NamedTuple):
 
     layer, arguments: in torch.nn, and what makes it this cell's. projects: whether that has projections. onednn:
     whether ATen asks oneDNN for it on a CPU. keeps_dtype: whether ATen's loop there keeps the states' own dtype under
-    autocast, as it does where a step adds the old state to what it computes.
+    autocast, as it does where a step adds the old state to what it computes. padding: which way an input drives each
+    gate where a row has ended, so that a state which is not given out stays and one without a bound does not grow.
     """
 
     layer: str
@@ -44,14 +45,15 @@ class OfTorch(NamedTuple):
     projects: bool = False
     onednn: bool = False
     keeps_dtype: bool = False
+    padding: tuple[int, ...] = ()
 
 
 # The cells that torch has kernels of its own for; of all others its path is a loop over torch's operations.
 TORCH = {
-    "lstm": OfTorch("LSTM", projects=True, onednn=True, keeps_dtype=True),
+    "lstm": OfTorch("LSTM", projects=True, onednn=True, keeps_dtype=True, padding=(-1, 1, 0, 0)),
     "gru": OfTorch("GRU", keeps_dtype=True),
     "rnn_tanh": OfTorch("RNN", (("nonlinearity", "tanh"),)),
-    "rnn_relu": OfTorch("RNN", (("nonlinearity", "relu"),)),
+    "rnn_relu": OfTorch("RNN", (("nonlinearity", "relu"),), padding=(-1,)),
 }
 
 
@@ -100,13 +102,11 @@ class Call(NamedTuple):
 
     @property
     def packs(self) -> bool:
-        """Whether torch's own kernels take the rows with lengths as a PackedSequence: where the host knows them."""
+        """Whether torch's own kernels run rows with lengths, packed (``rows``): where the host knows them."""
         if not self._of_torch or not self.lengths or self.marks or self.return_c or self.device.type != "cpu":
             return False
         traced = torch.compiler.is_compiling() or self.transforms != ""
-        # which torch's path cannot cut out of packed rows
-        chunks = self.save != "gates" and self.directions > 1
-        return not traced and not chunks and self.batch > 0
+        return not traced and self.batch > 0
 
     @property
     def loops(self) -> bool:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
+from persistrnn import rows, torch_path, validate
 from persistrnn import stack as stacks
-from persistrnn import torch_path, validate
 from persistrnn.decide import Call, Decision, active_transforms, decide, expects_backward
 from persistrnn.kernels.cells import CELLS
 from persistrnn.mapping import below_the_map
@@ -69,7 +69,7 @@ def lstm(
         backend: "auto": the persistent kernels on a GPU that can run them and where they are expected to be
             faster (forward and backward together where a backward may come), else torch's own (cuDNN, oneDNN,
             ATen); "persistent": the kernels or an error; "torch": torch's own. What torch's own cannot do (resets,
-            every c, and lengths but for those of CPU tensors, which it runs as a PackedSequence) is a loop over torch's
+            every c, and lengths but for those of CPU tensors, which it runs in parts of time) is a loop over torch's
             operations there, step by step.
             `persistrnn.explain` says what "auto" chooses, a module's `last_path` what it chose
         cell_dtype: dtype in which c is given out, and in which the kernels store it for the backward: None (that of
@@ -314,7 +314,11 @@ def run(
         states = _rows(states, packed.sorted_indices)
 
     backward = expects_backward([data, *weights, *states, *cuts.reset])
-    sizes_of_call = batch.rows, batch.steps, compute_dtype(data, weights[0]), data.device
+    dtype = compute_dtype(data, weights[0])
+    if dtype.itemsize == 2 and torch_path.autocast_dtype(data):
+        data, *states = (_of_one_half(t, dtype) for t in (data, *states))
+        batch, weights = batch._replace(data=data), [_of_one_half(w, dtype) for w in weights]
+    sizes_of_call = batch.rows, batch.steps, dtype, data.device
     transforms = active_transforms(weights, packed is not None, options.active_dropout > 0)
     decision = decide(asked(stack, options, *sizes_of_call, backward, given, return_c, transforms))
     if accept is not None and not accept(decision):
@@ -324,7 +328,7 @@ def run(
     c: Any = None
     if decision.path == "torch" and given.lengths is not None:
         assert cuts.active is not None
-        output, *states = _by_packing(decision, options, batch, weights, states, given.lengths, cuts.active)
+        output, *states = _with_lengths(decision, options, batch, weights, states, given.lengths, cuts.active)
     elif decision.path == "torch":
         batch_sizes = None if packed is None else packed.batch_sizes
         how = options._replace(batch_first=batch.batch_first)
@@ -340,6 +344,11 @@ def run(
         formed, states = [t.squeeze(1) for t in formed], [s.squeeze(1) for s in states]
     output, c = (*formed, None)[:2]
     return Found(output, states, c, decision.path)
+
+
+def _of_one_half(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Autocast joins float32 with its own dtype, and neither with the other 16-bit one."""
+    return tensor if tensor.dtype.itemsize > 2 else tensor.to(dtype)
 
 
 def asked(
@@ -404,18 +413,30 @@ def _on_torch(
     weights: Sequence[Tensor],
 ) -> list[Tensor]:
     """[output, *states], on torch's own kernels."""
+    call = decision.call
     how = options.bias, options.num_layers, options.dropout, options.training, options.bidirectional
 
-    def call(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-        given = decision.call.cell, input, batch_sizes, states, weights, *how, options.batch_first
-        return torch_path.stack_in_chunks(*given, decision.chunk) if decision.chunk else torch_path.stack(*given)
+    def padded(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        if decision.chunk:
+            in_chunks = call.cell, input, states, weights, *how, options.batch_first, decision.chunk
+            return torch_path.stack_in_chunks(*in_chunks)
+        return torch_path.stack(call.cell, input, None, states, weights, *how, options.batch_first)
 
-    if decision.call.transforms == "folded":
-        return below_the_map(call, input, 0 if options.batch_first else 1, states, weights)
-    return call(input, states, weights)
+    if call.transforms == "folded":
+        return below_the_map(padded, input, 0 if options.batch_first else 1, states, weights)
+    if batch_sizes is None:
+        return padded(input, states, weights)
+    # Without a backward ATen's loop over packed rows is linear, and torch.nn's to the bit.
+    in_parts = call.steps > rows.FEW_STEPS and call.device.type == "cpu" and (call.lengths or call.backward)
+    chunk = decision.chunk if call.backward else 0
+    if not (in_parts or chunk) or call.transforms:
+        return torch_path.stack(call.cell, input, batch_sizes, states, weights, *how, options.batch_first)
+    of_layers = states, weights, options.bias, options.num_layers, call.dropout, options.bidirectional
+    found: list[Tensor] = outside_of_graphs(rows.stack, call.cell, input, batch_sizes, *of_layers, chunk)
+    return found
 
 
-def _by_packing(
+def _with_lengths(
     decision: Decision,
     options: Options,
     batch: Batch,
@@ -429,13 +450,13 @@ def _by_packing(
     initial = states
     if not some.all():  # a packed row has a step at least: of one without, no NaN may reach the weights' gradient
         x, *initial = (torch.where(some.unsqueeze(-1), t, 0.0) for t in (x, *states))
-    packed = pack_padded_sequence(x, lengths.clamp(min=1), enforce_sorted=False)
-    initial = _rows(initial, packed.sorted_indices)
+    data, batch_sizes, order, where = rows.pack(x, lengths.clamp(min=1))
     how = options._replace(batch_first=False)
-    data, *finals = _on_torch(decision, how, packed.data, packed.batch_sizes, initial, weights)
-    y = pad_packed_sequence(PackedSequence(data, *packed[1:]), total_length=batch.steps)[0]
-    y = torch.where(active.unsqueeze(-1), y, 0.0)
-    finals = _rows(finals, packed.unsorted_indices)
+    data, *finals = _on_torch(decision, how, data, batch_sizes, _rows(initial, order), weights)
+    y = rows.unpack(data, where, batch.steps, batch.rows)
+    if not some.all():
+        y = torch.where(active.unsqueeze(-1), y, 0.0)
+    finals = _rows(finals, order.argsort())
     finals = [torch.where(some.unsqueeze(-1), new, old.to(new.dtype)) for new, old in zip(finals, states, strict=True)]
     return [batch.time_major(y), *finals]
 

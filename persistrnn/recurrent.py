@@ -311,11 +311,18 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
 
     @property
     def options(self) -> Options:
-        """How a call runs now."""
-        return Options(
-            self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.backend,
-            self.cell_dtype, self.save, self.save_budget, self.training, self.heads, self.recipe,
-        )  # fmt: skip
+        """How a call runs now.
+
+        Raises:
+            RuntimeError: an attribute was deleted
+        """
+        try:
+            return Options(
+                self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.backend,
+                self.cell_dtype, self.save, self.save_budget, self.training, self.heads, self.recipe,
+            )  # fmt: skip
+        except AttributeError as error:  # as in all_weights
+            raise RuntimeError(f"{error}, and a call needs it; set it again") from error
 
     def forward(
         self,

@@ -71,9 +71,17 @@ _out_of_range = _OutOfRange()
 check = _out_of_range.check
 
 
-@torch.library.custom_op("persistrnn::bounded_lengths", mutates_args=())
 def bounded(lengths: Tensor, steps: int) -> Tensor:
     """Lengths within [0, steps], int64. Others are an error: at once on the CPU, else at the next call (``check``)."""
+    # An operator only where something looks on: the first call of one imports the compiler, which takes a second.
+    looks_on = torch.compiler.is_compiling() or torch._C._get_tracing_state() or type(lengths) is not Tensor
+    if looks_on or torch._C._len_torch_dispatch_stack() or torch._C._functorch.get_dynamic_layer_stack_depth():
+        result: Tensor = _bounded(lengths, steps)
+        return result
+    return _within(lengths, steps)
+
+
+def _within(lengths: Tensor, steps: int) -> Tensor:
     check()  # of an earlier call: the loop over torch's operations has no other place for it
     lengths = lengths.long()  # T need not fit the dtype that they came in
     bad = (lengths < 0) | (lengths > steps)
@@ -85,11 +93,14 @@ def bounded(lengths: Tensor, steps: int) -> Tensor:
     return lengths.clamp(0, steps)  # never the argument itself, which an operator may not return
 
 
-@bounded.register_fake
+_bounded = torch.library.custom_op("persistrnn::bounded_lengths", _within, mutates_args=())
+
+
+@_bounded.register_fake
 def _(lengths: Tensor, steps: int) -> Tensor:
     return torch.empty_like(lengths, dtype=torch.int64)
 
 
-@bounded.register_vmap
+@_bounded.register_vmap
 def _(info: object, in_dims: tuple[int | None, None], lengths: Tensor, steps: int) -> tuple[Tensor, int | None]:
-    return bounded(lengths, steps), in_dims[0]
+    return _bounded(lengths, steps), in_dims[0]

@@ -55,7 +55,7 @@ def stack(
     if input.is_cuda and not training and expects_backward([input, *states, *weights]):
         dropout, training = 0.0, True  # the same numbers, from which cuDNN agrees to go back
     if input.is_cuda and training and dropout > 0 and num_layers > 1:
-        run = functools.partial(_layer, cell, bias, bidirectional, batch_sizes)
+        run = functools.partial(layer, cell, bias, bidirectional, batch_sizes)
         return _by_layers(run, input, states, weights, num_layers, dropout, batch_first)
     options = (bias, num_layers, dropout, training, bidirectional)
     return _eager(cell, input, batch_sizes, states, weights, options, batch_first)
@@ -64,7 +64,6 @@ def stack(
 def stack_in_chunks(
     cell: str,
     input: Tensor,
-    batch_sizes: Tensor | None,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
     bias: bool,
@@ -76,33 +75,22 @@ def stack_in_chunks(
     chunk: int,
 ) -> list[Tensor]:
     """``stack``, keeping for its backward no more than its input and the state every ``chunk`` steps: the forward runs
-    again between them. Compiled it keeps each layer's input in any case, and runs again as a whole.
-
-    Raises:
-        RuntimeError: a PackedSequence in two directions, of which the second begins at every row's own end
-    """
-    everything = cell, input, batch_sizes, states, weights, bias, num_layers, dropout, training, bidirectional
+    again between them. Compiled it keeps each layer's input in any case, and runs again as a whole."""
     # Nor inside torch.func, which has no hooks for what is saved.
     whole = torch.compiler.is_compiling() or inside_torch_func()
     if whole or not expects_backward([input, *states, *weights]):
-        return stack(*everything, batch_first)
-    if batch_sizes is not None and bidirectional:
-        raise RuntimeError(
-            "torch's own path cannot cut a bidirectional PackedSequence into chunks of time, as save= asks here; give "
-            "the padded tensor and lengths=, or use save='gates'"
-        )
+        how = bias, num_layers, dropout, training, bidirectional, batch_first
+        return stack(cell, input, None, states, weights, *how)
     y = input.transpose(0, 1) if batch_first else input
     if not bidirectional:
-        y, *finals = _in_chunks(cell, y, batch_sizes, states, weights, (bias, num_layers, dropout, training), chunk)
+        y, *finals = _in_chunks(cell, y, states, weights, (bias, num_layers, dropout, training), chunk)
         return [y.transpose(0, 1) if batch_first else y, *finals]
     each = 4 if bias else 2
 
     def run(y: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
         one = bias, 1, 0.0, training
-        given = [s[:1] for s in states], weights[:each], one, chunk
-        ahead, *finals = _in_chunks(cell, y, None, *given)
-        given = [s[1:] for s in states], weights[each:], one, chunk
-        back, *others = _in_chunks(cell, y.flip(0), None, *given)
+        ahead, *finals = _in_chunks(cell, y, [s[:1] for s in states], weights[:each], one, chunk)
+        back, *others = _in_chunks(cell, y.flip(0), [s[1:] for s in states], weights[each:], one, chunk)
         return [torch.cat([ahead, back.flip(0)], -1), *(torch.cat(s) for s in zip(finals, others, strict=True))]
 
     return _by_layers(run, input, states, weights, num_layers, dropout if training else 0.0, batch_first)
@@ -111,7 +99,6 @@ def stack_in_chunks(
 def _in_chunks(
     cell: str,
     input: Tensor,
-    batch_sizes: Tensor | None,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
     options: tuple[bool, int, float, bool],
@@ -120,25 +107,15 @@ def _in_chunks(
     """A stack of one direction."""
     bias, num_layers, dropout, training = options
 
-    def call(x: Tensor, sizes: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def call(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = tensors[: len(states)], tensors[len(states) :]
-        return tuple(stack(cell, x, sizes, *given, bias, num_layers, dropout, training, False, False))
+        return tuple(stack(cell, x, None, *given, bias, num_layers, dropout, training, False, False))
 
     draws = training and dropout > 0
-    # Of a packed sequence a chunk has the rows that go on, which stand first.
-    if batch_sizes is None:
-        parts = [(x, None, input.size(1)) for x in input.split(chunk)]
-    else:
-        sizes = batch_sizes.split(chunk)
-        data = input.split([int(s.sum()) for s in sizes])
-        parts = [(x, s, int(s[0])) for x, s in zip(data, sizes, strict=True)]
     outputs = []
-    for x, sizes_of_part, rows in parts:
-        going_on = [s[:, :rows].contiguous() for s in states]
-        y, *after = checkpoint(
-            call, x, sizes_of_part, *going_on, *weights, use_reentrant=False, preserve_rng_state=draws
-        )
-        states = [torch.cat([new, s[:, rows:].to(new.dtype)], 1) for new, s in zip(after, states, strict=True)]
+    for x in input.split(chunk):
+        going_on = [s.contiguous() for s in states]
+        y, *states = checkpoint(call, x, *going_on, *weights, use_reentrant=False, preserve_rng_state=draws)
         outputs.append(y)
     return [torch.cat(outputs), *states]
 
@@ -184,7 +161,7 @@ def _own_call(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> t
         _own.calls = False
 
 
-def _layer(
+def layer(
     cell: str,
     bias: bool,
     bidirectional: bool,

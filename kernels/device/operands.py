@@ -133,10 +133,7 @@ def as_weights(tile, dtype: tl.constexpr, splits: tl.constexpr, transposed: tl.c
     if splits == 1:
         return tile
     else:
-        if LAST_AXES_FIRST:
-            parts_first = tl.permute(tile, (1, 0, 2))
-        else:
-            parts_first = tile
+        parts_first = tl.permute(tile, (1, 0, 2)) if LAST_AXES_FIRST else tile
         tile = tl.permute(parts_first, (0, 2, 1)) if transposed else parts_first
         M: tl.constexpr = tile.shape[1]
         part: tl.constexpr = tile.shape[2]

@@ -205,3 +205,12 @@ def test_detach_of_a_stream_is_a_bool(value):
     stream.detach = value
     with pytest.raises(TypeError, match="detach should be of type bool, got: "):
         stream(X)
+
+
+@pytest.mark.parametrize("name", ["num_layers", "bidirectional", "dropout"])
+def test_a_deleted_attribute_is_named(name):
+    """And not the property that reads it."""
+    layer = persistrnn.GRU(4, 6)
+    delattr(layer, name)
+    with pytest.raises(RuntimeError, match=f"no attribute '{name}', and a call needs it; set it again"):
+        layer(torch.zeros(5, 3, 4))

@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 from anywhere import anywhere
-from pairs import CELLS, PATHS, as_hx, assert_same_bits, pair, results, states, tensors
+from pairs import CELLS, PATHS, as_hx, assert_same_bits, make_layer, pair, results, states, tensors
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_map
 
@@ -309,3 +309,17 @@ def test_fp32_precision_reaches_forward_and_backward(cell, compiled, monkeypatch
         y.sum().backward()
         assert seen == [("forward", setting), ("backward", setting)]
         seen.clear()
+
+
+@pytest.mark.parametrize("given", HALVES)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_lengths_where_autocast_is_of_the_other_half(cell, given):
+    """Rows of 17 steps, which torch's path joins from parts; autocast itself joins no float16 with bfloat16."""
+    layer, (other,) = make_layer(cell, INPUT, HIDDEN, dtype=given), [h for h in HALVES if h != given]
+    x, lengths = torch.randn(17, BATCH, INPUT, dtype=given), torch.arange(17, 17 - BATCH, -1)
+    with torch.autocast("cpu", dtype=other):
+        y = layer(x, lengths=lengths)[0]
+        assert y.dtype == layer(x)[0].dtype
+    y.float().sum().backward()
+    expected = layer.float()(x.float(), lengths=lengths)[0]
+    torch.testing.assert_close(y.float(), expected, rtol=5e-2, atol=5e-2)

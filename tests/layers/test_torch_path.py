@@ -211,7 +211,7 @@ def test_layer_by_layer_is_the_stack(cell, batch_first, packed):
     state = states(cell, 6, 2, 6)
     weights = [w for layer in module.all_weights for w in layer]
     torch.manual_seed(1)
-    run = functools.partial(torch_path._layer, cell, True, True, batch_sizes)
+    run = functools.partial(torch_path.layer, cell, True, True, batch_sizes)
     found = torch_path._by_layers(run, x, state, weights, 3, 0.4, batch_first)
     torch.manual_seed(1)
     expected = torch_path.stack(cell, x, batch_sizes, state, weights, True, 3, 0.4, True, True, batch_first)

@@ -10,6 +10,8 @@ from grid import concurrent_grid
 from pairs import as_hx, make_layer, tensors
 from torch import Tensor
 
+import persistrnn
+from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import memory
 
 STEPS, INPUT, HIDDEN = 4, 3, 4
@@ -167,7 +169,7 @@ def short_chunks(monkeypatch):
 )
 def test_on_torch_s_operations(short_chunks, cell, shape, cut, junk):
     case = Case(cell, cut, **SHAPES[shape])
-    packs = cut == "lengths" and not case.every_c and not (case.save != "gates" and case.bidirectional)
+    packs = cut == "lengths" and not case.every_c
     check(case, "torch", "torch" if packs else "stepwise", junk)
 
 
@@ -231,3 +233,59 @@ def test_in_a_pipeline(waves, protocol, case, second):
     waves(protocol, homes="shared")
     with concurrent_grid():
         check(case, "persistent", "persistent", "nan", second=second)
+
+
+# ---- cells with parameters and inputs of their own -------------------------------------------------------------------
+
+
+@persistrnn.cell(gates=("f", "n"), states=("h", "c"), params=("slope",), extras=("keep",))
+def slanted(x, r, state, p, e):
+    f = torch.sigmoid(x.f + r.f + p.slope * state.c)
+    c = f * state.c + (1 - f) * e.keep * torch.tanh(p.slope * x.n + r.n)
+    return p.slope * torch.tanh(c), c
+
+
+def gradients_of_own(kind: str, cut: str, backend: str, junk: float, **options: Any) -> dict[str, Tensor]:
+    """By name, with ``junk`` where nobody reads: padded inputs and extras, and the states of the row without a step."""
+    torch.manual_seed(0)
+    if kind == "own":
+        layer = persistrnn.Recurrent(slanted, INPUT, HIDDEN, 2, backend=backend, **options)
+    else:
+        layer = getattr(persistrnn, kind)(INPUT, HIDDEN, 2, backend=backend, **options)
+    skipped, rows = ~(MASK if cut == "mask" else torch.arange(STEPS).unsqueeze(1) < LENGTHS), 2 * layer._directions
+    x, *states = torch.randn(STEPS, ROWS, INPUT), *torch.randn(CELLS[layer.cell].states, rows, ROWS, HIDDEN)
+    x[skipped] = junk
+    for state in states:
+        state[:, NO_STEP] = junk
+    keep = torch.where(skipped.unsqueeze(-1), junk, torch.rand(rows, STEPS, ROWS, HIDDEN))
+    leaves = [t.requires_grad_() for t in (x, *states)]
+    y, final = layer(x, as_hx(states), **CUTS[cut], **({"keep": keep} if kind == "own" else {}))
+    cotangents = [torch.where(skipped.unsqueeze(-1), junk, 1.0).expand_as(y), *map(torch.ones_like, tensors(final))]
+    named = {"x": x, **{f"state {i}": s for i, s in enumerate(states)}, **dict(layer.named_parameters())}
+    found = torch.autograd.grad([y, *tensors(final)], [*leaves, *layer.parameters()], cotangents)
+    return {"y": y} | dict(zip(named, found, strict=True))
+
+
+OWN = [
+    ("PeepholeLSTM", "mask", {}),
+    ("own", "mask", {"bidirectional": True}),
+    ("own", "lengths", {"save": "checkpoint"}),
+    ("PeepholeLSTM", "lengths", {"heads": 2, "save": "state"}),
+    ("SLSTM", "mask", {"bidirectional": True}),
+]
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize(("kind", "cut", "options"), OWN)
+def test_of_other_cells(short_chunks, kind, cut, options, junk):
+    expected, found = (gradients_of_own(kind, cut, "torch", value, **options) for value in (0.0, JUNK[junk]))
+    for name, t in found.items():
+        assert torch.equal(t, expected[name]), name
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("kind", "cut", "options"), OWN[:3:2])
+def test_of_other_cells_on_the_kernels(short_chunks, kind, cut, options):
+    expected = gradients_of_own(kind, cut, "torch", 0.0, **options)
+    for name, t in gradients_of_own(kind, cut, "persistent", JUNK["nan"], **options).items():
+        torch.testing.assert_close(t, expected[name], rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
