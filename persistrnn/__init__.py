@@ -10,7 +10,7 @@ functions, `explain` says which path a call would take and why, `check` raises i
 
 from typing import TYPE_CHECKING, Any
 
-from persistrnn import functional
+from persistrnn import flops, functional
 from persistrnn.explain import explain
 from persistrnn.modules import GRU, JANET, LSTM, MGU, RNN, SLSTM, CoupledLSTM, PeepholeLSTM
 from persistrnn.ops import check
@@ -21,11 +21,13 @@ from persistrnn.streaming import Streaming
 if TYPE_CHECKING:
     from persistrnn.profiling.run import profile
 
+flops.tell_torch()
+
 __version__ = "0.1.0"
 
 __all__ = [
     "GRU", "JANET", "LSTM", "MGU", "RNN", "SLSTM", "CoupledLSTM", "PeepholeLSTM", "Recurrent", "Streaming",
-    "__version__", "cell", "check", "check_cell", "explain", "functional", "profile", "replace",
+    "__version__", "cell", "check", "check_cell", "explain", "flops", "functional", "profile", "replace",
 ]  # fmt: skip
 
 

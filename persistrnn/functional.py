@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from persistrnn import stack as stacks
-from persistrnn import torch_path, validate
+from persistrnn import jit_calls, torch_path, validate
 from persistrnn.decide import Call, Decision, decide, expects_backward
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Backend, Options, Save, check_flag, check_name, check_options, check_save
-from persistrnn.tracing import outside_of_graphs
+from persistrnn.tracing import by_torch_jit, exporting_to_onnx, leaf_function, outside_of_graphs
 from persistrnn.validate import Batch, Cuts, Given, Stack
 
 NOTHING = Given()
@@ -23,6 +23,7 @@ NOTHING = Given()
 Input = TypeVar("Input", Tensor, PackedSequence)  # the output has the form of the input
 
 
+@leaf_function
 def lstm(
     input: Input,
     weights: Sequence[Tensor],
@@ -116,6 +117,7 @@ def lstm(
     return (found.output, (h_n, c_n), found.c) if return_cell_states else (found.output, (h_n, c_n))
 
 
+@leaf_function
 def gru(
     input: Input,
     weights: Sequence[Tensor],
@@ -163,6 +165,7 @@ def gru(
     return found.output, found.states[0]
 
 
+@leaf_function
 def rnn(
     input: Input,
     weights: Sequence[Tensor],
@@ -203,6 +206,7 @@ def rnn(
     return found.output, found.states[0]
 
 
+@leaf_function
 def recurrent(
     cell: str,
     input: Input,
@@ -279,10 +283,25 @@ def run(
     return_c: bool = False,
     sizes: tuple[int, int, int] | None = None,
 ) -> Found:
-    """Validate, decide and run.
+    """Validate, decide and run; under torch.jit.trace as one operator.
 
     options: checked before. sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be.
     """
+    if by_torch_jit() and not exporting_to_onnx():
+        return Found(*jit_calls.record(_run, cell, input, weights, hx, options, given, return_c, sizes))
+    return _run(cell, input, weights, hx, options, given, return_c, sizes)
+
+
+def _run(
+    cell: str,
+    input: Tensor | PackedSequence,
+    weights: Sequence[Tensor],
+    hx: object,
+    options: Options,
+    given: Given,
+    return_c: bool,
+    sizes: tuple[int, int, int] | None,
+) -> Found:
     check_flag("return_cell_states", return_c)
     validate.check_states(cell, options.cell_dtype, return_c)
     stack = validate.read_weights(cell, weights, options)
@@ -320,6 +339,9 @@ def run(
         formed, states = [t.squeeze(1) for t in formed], [s.squeeze(1) for s in states]
     output, c = (*formed, None)[:2]
     return Found(output, states, c, decision.path)
+
+
+jit_calls.implement(_run)
 
 
 def asked(
