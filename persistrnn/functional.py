@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from persistrnn import stack as stacks
-from persistrnn import jit_calls, torch_path, validate
+from persistrnn import jit_calls, onnx_graph, torch_path, validate
 from persistrnn.decide import Call, Decision, decide, expects_backward
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Backend, Options, Save, check_flag, check_name, check_options, check_save
@@ -317,11 +317,20 @@ def _run(
 
     backward = expects_backward([data, *weights, *states, *cuts.reset])
     sizes_of_call = batch.rows, batch.steps, compute_dtype(data, weights[0]), data.device
-    decision = decide(asked(stack, options, *sizes_of_call, backward, given, return_c))
+    call = asked(stack, options, *sizes_of_call, backward, given, return_c)
+    if exporting_to_onnx():
+        path = "stepwise" if onnx_graph.unrolls(call, packed is not None) else "onnx"
+        decision = Decision(call, path, None, False, 0)
+    else:
+        decision = decide(call)
     if decision.reason is not None and options.backend == "persistent":
         raise RuntimeError(f'backend="persistent" cannot run this call: {decision.reason}')
     c: Any = None
-    if decision.path == "torch" and given.lengths is not None:
+    if decision.path == "onnx":
+        x = batch.time_major(data)
+        output, states = onnx_graph.run(call.cell, x, weights, states, given.lengths, options)
+        output = batch.time_major(output)
+    elif decision.path == "torch" and given.lengths is not None:
         assert cuts.active is not None
         output, *states = _by_packing(decision, options, batch, weights, states, given.lengths, cuts.active)
     elif decision.path == "torch":

@@ -101,7 +101,7 @@ def record(
             return tuple(run(*everything))  # type: ignore[return-value]
     beside = [] if packed is None else [t for t in packed[1:] if t is not None]
     flat = torch.ops.persistrnn.call(
-        cell, _written(options, list(given.extras), return_c, sizes), data, beside, list(weights), states,
+        cell, written(options, list(given.extras), return_c, sizes), data, beside, list(weights), states,
         given.lengths, given.mask, given.resets, anew, list(given.extras.values()), *(learned or ([],)),
     )  # fmt: skip
     formed = [t if packed is None else PackedSequence(t, *packed[1:]) for t in flat[: 1 + return_c]]
@@ -131,7 +131,7 @@ def _state(cell: str, states: list[Tensor]) -> Any:
     return states[0] if CELLS[cell].states == 1 else tuple(states)
 
 
-def _written(options: Options, extras: list[str], return_c: bool, sizes: tuple[int, int, int] | None) -> str:
+def written(options: Options, extras: list[str], return_c: bool, sizes: tuple[int, int, int] | None) -> str:
     """What is no tensor, as JSON; a dtype by its name."""
     fields = {name: _plain(value) for name, value in options._asdict().items()}
     return json.dumps({"options": fields, "extras": extras, "return_c": return_c, "sizes": sizes})

@@ -13,6 +13,7 @@ from persistrnn import reference
 from persistrnn.decide import expects_backward
 from persistrnn.kernels.cells import CELLS
 from persistrnn.reference import Result
+from persistrnn.tracing import exporting_to_onnx
 from persistrnn.torch_path import autograd_inside_an_operator, unaliased
 
 
@@ -28,7 +29,7 @@ def recurrent(
     extras: Tensor | None = None,
 ) -> Result:
     """`reference.recurrent`, as an operator where it is compiled."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() or exporting_to_onnx():  # which has no such operator
         return reference.recurrent(cell, x_gates, weight_hh, bias_hh, initial, marks, reset, params, extras)
     own = [] if params is None else [params]
     tensors = [x_gates, weight_hh, bias_hh, *own, *initial, *reset]

@@ -415,7 +415,7 @@ def _read_lengths(lengths: object, batch: Batch) -> Tensor:
             f"Expected lengths size ({batch.rows},), one for each row of the batch, got {list(lengths.shape)}"
         )
     _same_device("lengths", lengths, batch.data)
-    return torch.arange(batch.steps, device=lengths.device).unsqueeze(1) < segments.bounded(lengths, batch.steps)
+    return torch.arange(batch.steps, device=lengths.device).unsqueeze(1) < segments.within(lengths, batch.steps)
 
 
 def _read_bools(name: str, value: object, batch: Batch) -> Tensor | None:
