@@ -92,10 +92,9 @@ def record(
     packed = input if isinstance(input, PackedSequence) else None
     data = input if packed is None else packed.data
     states, anew = (_tensors(cell, given_states) for given_states in (hx, given.reset_state))
-    if not all(isinstance(t, Tensor) for t in (data, *weights, *states, *anew)):
-        return tuple(run(*everything))  # type: ignore[return-value]  # which refuses it
+    bad = not all(isinstance(t, Tensor) for t in (data, *weights, *states, *anew))  # which a call refuses
     plain = packed is None and given._replace(extras={}) == Given() and not given.extras and not return_c
-    if plain and torch_alone(cell, options, data.device):
+    if bad or (plain and torch_alone(cell, options, len(weights), data.device)):
         with warnings.catch_warnings():  # of checks, whose answers do not depend on B and T
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             return tuple(run(*everything))  # type: ignore[return-value]
@@ -108,13 +107,14 @@ def record(
     return formed[0], list(flat[1 + return_c :]), formed[1] if return_c else None, _path.get()
 
 
-def torch_alone(cell: str, options: Options, device: torch.device) -> bool:
-    """Whether torch's own kernels run the call as a whole, whatever B and T are."""
+def torch_alone(cell: str, options: Options, weights: int, device: torch.device) -> bool:
+    """Whether torch's own kernels run the call as a whole, whatever B and T are, without projections."""
     free = {"num_layers", "bias", "batch_first", "dropout", "bidirectional", "backend", "save_budget", "training"}
     others = {name: value for name, value in options._asdict().items() if name not in free}
     simple = all(value == Options._field_defaults[name] for name, value in others.items())
     asked = options.backend == "torch" or (options.backend == "auto" and device.type == "cpu")
-    return simple and asked and cell in TORCH
+    unprojected = weights == options.num_layers * options.directions * (4 if options.bias else 2)
+    return simple and asked and unprojected and cell in TORCH
 
 
 def _tensors(cell: str, states: Any) -> list[Any]:
