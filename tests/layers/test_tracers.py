@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -251,9 +252,8 @@ def test_a_trace_of_torch_s_own_path_needs_nothing_else(tmp_path: Path) -> None:
         import persistrnn
         print(torch.jit.load("ours.pt")(torch.randn(7, 3, 3))[0].shape)
     """
-    lines = "\n".join(line[8:] for line in code.splitlines())
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    given = [sys.executable, "-c", lines, str(ROOT)]
+    given = [sys.executable, "-c", textwrap.dedent(code), str(ROOT)]
     found = subprocess.run(given, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.stdout.split("\n")[:-1] == ["torch.Size([7, 3, 5])", "True", "torch.Size([7, 3, 5])"], found.stderr
 
