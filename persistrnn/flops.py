@@ -60,8 +60,8 @@ def chunked_forward(*arguments: Any, **_: Any) -> int:
 def chunked_backward(*arguments: Any, **_: Any) -> int:
     """With the gradients of the weights and of x, and what was not kept: the gates, or all of the forward."""
     cell, save, needs_x, tensors = arguments[0], arguments[1], arguments[5], arguments[8]
-    _, _, inputs, _, weights = chunk_ops.backward_inputs_of(cell, save, tensors)
-    matrices, rows = _matrices(cell, weights), inputs[0][0] * inputs[0][1]
+    given = chunk_ops.backward_inputs_of(cell, save, tensors)
+    matrices, rows = _matrices(cell, given.weights), given.inputs[0][0] * given.inputs[0][1]
     again = 0 if save == "gates" else 1
     return (2 + again) * _products(rows, matrices) - (0 if needs_x else _products(rows, matrices[:1]))
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from persistrnn import stack as stacks
 from persistrnn import jit_calls, onnx_graph, torch_path, validate
+from persistrnn import stack as stacks
 from persistrnn.decide import Call, Decision, decide, expects_backward
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Backend, Options, Save, check_flag, check_name, check_options, check_save
@@ -326,13 +326,14 @@ def _run(
     if decision.reason is not None and options.backend == "persistent":
         raise RuntimeError(f'backend="persistent" cannot run this call: {decision.reason}')
     c: Any = None
+    lengths: Any = given.lengths
     if decision.path == "onnx":
         x = batch.time_major(data)
-        output, states = onnx_graph.run(call.cell, x, weights, states, given.lengths, options)
+        output, states = onnx_graph.run(call.cell, x, weights, states, lengths, options)
         output = batch.time_major(output)
     elif decision.path == "torch" and given.lengths is not None:
         assert cuts.active is not None
-        output, *states = _by_packing(decision, options, batch, weights, states, given.lengths, cuts.active)
+        output, *states = _by_packing(decision, options, batch, weights, states, lengths, cuts.active)
     elif decision.path == "torch":
         batch_sizes = None if packed is None else packed.batch_sizes
         how = options._replace(batch_first=batch.batch_first)

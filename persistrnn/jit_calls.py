@@ -96,8 +96,9 @@ def record(
     plain = packed is None and given._replace(extras={}) == Given() and not given.extras and not return_c
     if bad or (plain and torch_alone(cell, options, len(weights), data.device)):
         with warnings.catch_warnings():  # of checks, whose answers do not depend on B and T
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            return tuple(run(*everything))  # type: ignore[return-value]
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+            output, finals, c, path = run(*everything)
+            return output, finals, c, path
     beside = [] if packed is None else [t for t in packed[1:] if t is not None]
     flat = torch.ops.persistrnn.call(
         cell, written(options, list(given.extras), return_c, sizes), data, beside, list(weights), states,

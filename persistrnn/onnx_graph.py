@@ -167,12 +167,12 @@ def _layer(
 
 # ---- for the exporter on torch.jit.trace ----------------------------------------------------------------------------
 
-# x, the states h and c, and steps (lengths) are the operator's in ONNX, too, as are w, r, b, p; the rest is for ``_call``.
+# x, w, r, b, steps (the lengths), the states h and c, and p are the operator's in ONNX, too; the rest is for ``_call``.
 for _name, _outputs in (("LSTM", 3), ("GRU", 2), ("RNN", 2)):
     torch.library.define(
         f"persistrnn::onnx_{_name.lower()}",
-        "(str cell, str how, str attributes, Tensor[] weights, Tensor? lengths, Tensor x, Tensor w, Tensor r, Tensor? b, "
-        f"Tensor? steps, Tensor h, Tensor? c, Tensor? p) -> ({', '.join(['Tensor'] * _outputs)})",
+        "(str cell, str how, str attributes, Tensor[] weights, Tensor? lengths, Tensor x, Tensor w, Tensor r, "
+        f"Tensor? b, Tensor? steps, Tensor h, Tensor? c, Tensor? p) -> ({', '.join(['Tensor'] * _outputs)})",
     )
 
 
@@ -216,8 +216,10 @@ def _symbolic(name: str) -> Any:
 @functools.cache
 def _register() -> None:
     """Tell the exporter of them; torch.onnx is imported when it exports, and not before."""
+    from torch.onnx import register_custom_op_symbolic  # type: ignore[attr-defined]
+
     for name in ("LSTM", "GRU", "RNN"):
-        torch.onnx.register_custom_op_symbolic(f"persistrnn::onnx_{name.lower()}", _symbolic(name), 9)
+        register_custom_op_symbolic(f"persistrnn::onnx_{name.lower()}", _symbolic(name), 9)
 
 
 for _name in ("lstm", "gru", "rnn"):

@@ -13,8 +13,8 @@ from persistrnn import reference
 from persistrnn.decide import expects_backward
 from persistrnn.kernels.cells import CELLS
 from persistrnn.reference import Result
-from persistrnn.tracing import exporting_to_onnx
 from persistrnn.torch_path import autograd_inside_an_operator, unaliased
+from persistrnn.tracing import exporting_to_onnx
 
 
 def recurrent(

@@ -1,8 +1,8 @@
 """What torch's compiler and tracers are told about functions and modules of ours. None of them is imported here: their
 imports take longer than torch's; but for torch.fx, which comes with torch.
 
-torch.fx records a layer as one node, as it does torch.nn's: it calls `forward` with `Proxy` arguments, since our modules
-are not in torch.nn, and gets the node's `Proxy` back (`leaf`).
+torch.fx records a layer as one node, as it does torch.nn's: it calls `forward` with `Proxy` arguments, since our
+modules are not in torch.nn, and gets the node's `Proxy` back (`leaf`).
 """
 
 import functools
@@ -84,4 +84,4 @@ def _in_onnx_export() -> bool:
 
 def by_torch_jit() -> bool:
     """Whether torch.jit.trace is tracing, for itself, TensorBoard, or ONNX."""
-    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()  # type: ignore[attr-defined]

@@ -76,7 +76,9 @@ def test_with_cuts(make: Any, name: str) -> None:
 
 
 def test_loads_where_persistrnn_is_imported_and_else_names_it(tmp_path: Path) -> None:
-    torch.export.save(torch.export.export(persistrnn.GRU(INPUT, HIDDEN), (torch.ones(4, 2, INPUT),)), tmp_path / "p.pt2")
+    torch.export.save(
+        torch.export.export(persistrnn.GRU(INPUT, HIDDEN), (torch.ones(4, 2, INPUT),)), tmp_path / "p.pt2"
+    )
     code = """
         import sys, torch
         try:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import persistrnn
 
 ROOT = Path(__file__).resolve().parents[2]
-T, B, I, H = 3, 2, 3, 4
+T, B, INPUT, HIDDEN = 3, 2, 3, 4
 
 
 def counted(layer: Any, x: torch.Tensor) -> tuple[int, int]:
@@ -32,7 +32,7 @@ def products(layer: Any) -> int:
 
 @pytest.mark.parametrize("make", [persistrnn.LSTM, persistrnn.GRU, persistrnn.RNN, persistrnn.MGU])
 def test_on_torch_s_path(make: Any) -> None:
-    layer, x = make(I, H, 2, bidirectional=True), torch.randn(T, B, I, requires_grad=True)
+    layer, x = make(INPUT, HIDDEN, 2, bidirectional=True), torch.randn(T, B, INPUT, requires_grad=True)
     forward, backward = counted(layer, x)
     assert forward == products(layer)
     # ATen's loop, and ours, make no gradient of an initial state that wants none; oneDNN's LSTM does.
@@ -44,24 +44,24 @@ def test_on_torch_s_path(make: Any) -> None:
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"heads": 2}], ids=str)
 def test_on_the_kernels(options: dict[str, Any]) -> None:
     make = persistrnn.LSTM if options.get("heads") else persistrnn.GRU
-    layer = make(I, H, backend="persistent", **options)
-    x = torch.randn(T, B, I, requires_grad=True)
+    layer = make(INPUT, HIDDEN, backend="persistent", **options)
+    x = torch.randn(T, B, INPUT, requires_grad=True)
     assert counted(layer, x) == (products(layer), 2 * products(layer))
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("save", ["state", "checkpoint"])
 def test_in_chunks_what_runs_again_counts_again(save: Any) -> None:
-    layer = persistrnn.PeepholeLSTM(I, H, backend="persistent", save=save)
+    layer = persistrnn.PeepholeLSTM(INPUT, HIDDEN, backend="persistent", save=save)
     forward = products(layer)
-    assert counted(layer, torch.randn(T, B, I, requires_grad=True)) == (forward, 3 * forward)
+    assert counted(layer, torch.randn(T, B, INPUT, requires_grad=True)) == (forward, 3 * forward)
     of_x = 2 * T * B * layer.weight_ih_l0.numel()
-    assert counted(layer, torch.randn(T, B, I)) == (forward, 3 * forward - of_x)
+    assert counted(layer, torch.randn(T, B, INPUT)) == (forward, 3 * forward - of_x)
 
 
 @pytest.mark.parametrize("make", [persistrnn.LSTM, persistrnn.MGU])
 def test_of_an_exported_program(make: Any) -> None:
-    layer, x = make(I, H), torch.randn(T, B, I)
+    layer, x = make(INPUT, HIDDEN), torch.randn(T, B, INPUT)
     program = torch.export.export(layer, (x,)).module()
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         program(x)
@@ -91,16 +91,16 @@ def test_the_counter_may_be_imported_afterwards() -> None:
 class Model(torch.nn.Module):
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.layer, self.head = layer, torch.nn.Linear(H, 2)
+        self.layer, self.head = layer, torch.nn.Linear(HIDDEN, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.layer(x)[0])
 
 
 COUNTED = {
-    "torch's path": lambda: persistrnn.GRU(I, H, 2),
-    "chunks": lambda: persistrnn.LSTM(I, H, save="checkpoint"),
-    "own operations": lambda: persistrnn.CoupledLSTM(I, H),
+    "torch's path": lambda: persistrnn.GRU(INPUT, HIDDEN, 2),
+    "chunks": lambda: persistrnn.LSTM(INPUT, HIDDEN, save="checkpoint"),
+    "own operations": lambda: persistrnn.CoupledLSTM(INPUT, HIDDEN),
 }
 
 
@@ -109,7 +109,7 @@ COUNTED = {
 def test_multiply_adds_of_fvcore(name: str) -> None:
     nn = pytest.importorskip("fvcore.nn")
     model = Model(COUNTED[name]())
-    analysis = nn.FlopCountAnalysis(model, torch.randn(T, B, I)).set_op_handle(**persistrnn.flops.fvcore_handles())
+    analysis = nn.FlopCountAnalysis(model, torch.randn(T, B, INPUT)).set_op_handle(**persistrnn.flops.fvcore_handles())
     assert analysis.total() == (products(model.layer) + products(model.head)) // 2
     assert not set(analysis.unsupported_ops()) & persistrnn.flops.fvcore_handles().keys()
 
@@ -119,7 +119,7 @@ def test_multiply_adds_of_fvcore(name: str) -> None:
 def test_multiply_adds_of_thop(name: str) -> None:
     thop = pytest.importorskip("thop")
     model = Model(COUNTED[name]())
-    given = (torch.randn(T, B, I),)
+    given = (torch.randn(T, B, INPUT),)
     found, _ = thop.profile(model, given, custom_ops=persistrnn.flops.thop_ops(), verbose=False)
     assert found == (products(model.layer) + products(model.head)) // 2
 
@@ -131,8 +131,8 @@ def test_multiply_adds_of_ptflops(name: str) -> None:
 
     def counted_by_it(model: torch.nn.Module) -> int:
         return ptflops.get_model_complexity_info(
-            model, (B, I), backend="pytorch", as_strings=False, print_per_layer_stat=False, verbose=False,
-            input_constructor=lambda _: {"x": torch.randn(T, B, I)},
+            model, (B, INPUT), backend="pytorch", as_strings=False, print_per_layer_stat=False, verbose=False,
+            input_constructor=lambda _: {"x": torch.randn(T, B, INPUT)},
             custom_modules_hooks=persistrnn.flops.ptflops_hooks(),
         )[0]  # fmt: skip
 
@@ -147,7 +147,7 @@ def test_multiply_adds_of_ptflops(name: str) -> None:
 def test_torchinfo_counts_as_it_does_torch_s(make: str) -> None:
     torchinfo = pytest.importorskip("torchinfo")
     found = [
-        torchinfo.summary(Model(getattr(of, make)(I, H)), input_data=torch.randn(T, B, I), verbose=0)
+        torchinfo.summary(Model(getattr(of, make)(INPUT, HIDDEN)), input_data=torch.randn(T, B, INPUT), verbose=0)
         for of in (persistrnn, torch.nn)
     ]
     assert found[0].total_mult_adds == found[1].total_mult_adds > 0
