@@ -159,6 +159,7 @@ def test_public_names():
         "__version__",
         "check",
         "explain",
+        "flops",
         "functional",
         "profile",
         "replace",
