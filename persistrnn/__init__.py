@@ -13,7 +13,7 @@ to call, `profile` measures where training's time and memory go.
 
 from typing import TYPE_CHECKING, Any
 
-from persistrnn import functional
+from persistrnn import flops, functional
 from persistrnn.accelerated import accelerate, accelerated
 from persistrnn.explain import explain
 from persistrnn.modules import (
@@ -38,12 +38,14 @@ from persistrnn.streaming import Streaming
 if TYPE_CHECKING:
     from persistrnn.profiling.run import profile
 
+flops.tell_torch()
+
 __version__ = "0.1.0"
 
 __all__ = [
     "GRU", "JANET", "LSTM", "MGU", "RNN", "SLSTM", "CoupledLSTM", "LayerNormGRU", "LayerNormLSTM", "PeepholeLSTM",
     "Recipe", "Recurrent", "Stacked", "Streaming",
-    "__version__", "accelerate", "accelerated", "cell", "check", "check_cell", "explain", "functional", "profile",
+    "__version__", "accelerate", "accelerated", "cell", "check", "check_cell", "explain", "flops", "functional", "profile",
     "replace", "restore",
 ]  # fmt: skip
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from persistrnn import rows, torch_path, validate
+from persistrnn import jit_calls, onnx_graph, rows, torch_path, validate
 from persistrnn import stack as stacks
 from persistrnn.decide import Call, Decision, active_transforms, decide, expects_backward
 from persistrnn.kernels.cells import CELLS
 from persistrnn.mapping import below_the_map
 from persistrnn.options import Backend, Options, Save, check_flag, check_name, check_options, check_save
 from persistrnn.recipe import cell_of, hides, new_keys
-from persistrnn.tracing import outside_of_graphs
+from persistrnn.tracing import by_torch_jit, exporting_to_onnx, leaf_function, outside_of_graphs
 from persistrnn.validate import Batch, Cuts, Given, Stack
 
 NOTHING = Given()
@@ -25,6 +25,7 @@ NOTHING = Given()
 Input = TypeVar("Input", Tensor, PackedSequence)  # the output has the form of the input
 
 
+@leaf_function
 def lstm(
     input: Input,
     weights: Sequence[Tensor],
@@ -118,6 +119,7 @@ def lstm(
     return (found.output, (h_n, c_n), found.c) if return_cell_states else (found.output, (h_n, c_n))
 
 
+@leaf_function
 def gru(
     input: Input,
     weights: Sequence[Tensor],
@@ -165,6 +167,7 @@ def gru(
     return found.output, found.states[0]
 
 
+@leaf_function
 def rnn(
     input: Input,
     weights: Sequence[Tensor],
@@ -205,6 +208,7 @@ def rnn(
     return found.output, found.states[0]
 
 
+@leaf_function
 def recurrent(
     cell: str,
     input: Input,
@@ -283,12 +287,30 @@ def run(
     learned: Sequence[Tensor] = (),
     accept: Callable[[Decision], bool] | None = None,
 ) -> Found:
-    """Validate, decide and run.
+    """Validate, decide and run; under torch.jit.trace as one operator.
 
     options: checked before. sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be.
     learned: the states that stand for zeros, each [L*D, features]; empty: zeros do.
     accept: asked before it runs; what it declines gives no output.
     """
+    if by_torch_jit() and not exporting_to_onnx() and accept is None:
+        more = [learned] if learned else []
+        return Found(*jit_calls.record(_run, cell, input, weights, hx, options, given, return_c, sizes, *more))
+    return _run(cell, input, weights, hx, options, given, return_c, sizes, learned, accept)
+
+
+def _run(
+    cell: str,
+    input: Tensor | PackedSequence,
+    weights: Sequence[Tensor],
+    hx: object,
+    options: Options,
+    given: Given,
+    return_c: bool,
+    sizes: tuple[int, int, int] | None,
+    learned: Sequence[Tensor] = (),
+    accept: Callable[[Decision], bool] | None = None,
+) -> Found:
     check_flag("return_cell_states", return_c)
     validate.check_states(cell, options.cell_dtype, return_c)
     stack = validate.read_weights(cell, weights, options)
@@ -320,15 +342,25 @@ def run(
         batch, weights = batch._replace(data=data), [_of_one_half(w, dtype) for w in weights]
     sizes_of_call = batch.rows, batch.steps, dtype, data.device
     transforms = active_transforms(weights, packed is not None, options.active_dropout > 0)
-    decision = decide(asked(stack, options, *sizes_of_call, backward, given, return_c, transforms))
+    call = asked(stack, options, *sizes_of_call, backward, given, return_c, transforms)
+    if exporting_to_onnx():
+        path = "stepwise" if onnx_graph.unrolls(call, packed is not None) else "onnx"
+        decision = Decision(call, path, None, False, 0)
+    else:
+        decision = decide(call)
     if accept is not None and not accept(decision):
         return Found(None, [], None, decision.path)
     if decision.refused:
         raise RuntimeError(f'backend="persistent" cannot run this call: {decision.reason}')
     c: Any = None
-    if decision.path == "torch" and given.lengths is not None:
+    lengths: Any = given.lengths
+    if decision.path == "onnx":
+        x = batch.time_major(data)
+        output, states = onnx_graph.run(call.cell, x, weights, states, lengths, options)
+        output = batch.time_major(output)
+    elif decision.path == "torch" and given.lengths is not None:
         assert cuts.active is not None
-        output, *states = _with_lengths(decision, options, batch, weights, states, given.lengths, cuts.active)
+        output, *states = _with_lengths(decision, options, batch, weights, states, lengths, cuts.active)
     elif decision.path == "torch":
         batch_sizes = None if packed is None else packed.batch_sizes
         how = options._replace(batch_first=batch.batch_first)
@@ -349,6 +381,9 @@ def run(
 def _of_one_half(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Autocast joins float32 with its own dtype, and neither with the other 16-bit one."""
     return tensor if tensor.dtype.itemsize > 2 else tensor.to(dtype)
+
+
+jit_calls.implement(_run)
 
 
 def asked(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from persistrnn import functional, validate
+from persistrnn import functional, tracing, validate
 from persistrnn.decide import TORCH
 from persistrnn.functional import Input
 from persistrnn.kernels.cells import derived
@@ -245,11 +245,14 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
                 "a bidirectional layer has no steps: its second direction begins at the sequence's end; "
                 "call it with the sequence, or use bidirectional=False"
             )
-        if not isinstance(input, Tensor):
-            raise TypeError(f"the input of a step is a tensor [B, I] or [I], got {type(input).__name__}")
-        if input.dim() not in (1, 2):
-            raise ValueError(f"the input of a step is [B, I] or [I], got {input.dim()}-D; a sequence goes to the layer")
-        time = 1 if self.batch_first and input.dim() == 2 else 0
+        if tracing.proxy_in(input) is None:  # what torch.fx traces with has no dimensions
+            if not isinstance(input, Tensor):
+                raise TypeError(f"the input of a step is a tensor [B, I] or [I], got {type(input).__name__}")
+            if input.dim() not in (1, 2):
+                raise ValueError(
+                    f"the input of a step is [B, I] or [I], got {input.dim()}-D; a sequence goes to the layer"
+                )
+        time = -2 if self.batch_first else 0
         y, state = self(input.unsqueeze(time), hx)
         return y.squeeze(time), state
 
@@ -336,6 +339,9 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         return_cell_states: bool = False,
         **extras: Tensor,
     ) -> Any:
+        if (proxy := tracing.proxy_in(input, hx, lengths, mask, resets, reset_state, extras)) is not None:
+            cuts = {"lengths": lengths, "mask": mask, "resets": resets, "reset_state": reset_state, **extras}
+            return tracing.leaf(proxy, self, input, hx=hx, return_cell_states=return_cell_states, **cuts)
         training = self.training  # by itself: an AttributeError inside a property becomes one of the property's
         options, sizes = self.options._replace(training=training), (self.input_size, self.hidden_size, self.proj_size)
         check_options(options)

@@ -8,6 +8,8 @@ reset state instead, SKIPPED where the row has no step (padding, a masked step) 
 import torch
 from torch import Tensor
 
+from persistrnn.tracing import exporting_to_onnx
+
 BEGINS, SKIPPED = 1, 2
 
 
@@ -69,6 +71,11 @@ class _OutOfRange:
 
 _out_of_range = _OutOfRange()
 check = _out_of_range.check
+
+
+def within(lengths: Tensor, steps: int) -> Tensor:
+    """Lengths within [0, steps], int64; others are an error (``bounded``), but in ONNX, which has none."""
+    return lengths.long().clamp(0, steps) if exporting_to_onnx() else bounded(lengths, steps)
 
 
 def bounded(lengths: Tensor, steps: int) -> Tensor:

@@ -14,7 +14,7 @@ from persistrnn.decide import active_transforms, expects_backward
 from persistrnn.kernels.cells import CELLS
 from persistrnn.reference import Result
 from persistrnn.torch_path import autograd_inside_an_operator, unaliased
-from persistrnn.tracing import outside_of_graphs
+from persistrnn.tracing import exporting_to_onnx, outside_of_graphs
 
 
 def recurrent(
@@ -30,6 +30,8 @@ def recurrent(
 ) -> Result:
     """`reference.recurrent`, as an operator where it is compiled; under a map or with tangents, for which an operator
     has no rule, the graph breaks."""
+    if exporting_to_onnx():  # which has no such operator
+        return reference.recurrent(cell, x_gates, weight_hh, bias_hh, initial, marks, reset, params, extras)
     if not torch.compiler.is_compiling() or active_transforms() in ("mapped", "forward"):
         return outside_of_graphs(
             reference.recurrent, cell, x_gates, weight_hh, bias_hh, initial, marks, reset, params, extras

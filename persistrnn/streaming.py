@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from persistrnn import validate
+from persistrnn import tracing, validate
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import check_flag
 from persistrnn.recurrent import RecurrentBase, check_layer
@@ -52,12 +52,18 @@ class Streaming(nn.Module):
     def forward(self, input: Tensor, **options: Any) -> Any:
         if "hx" in options:
             raise TypeError("a stream has a state of its own, got hx; set .state, or call the layer")
+        if (proxy := tracing.proxy_in(input, options)) is not None:
+            return tracing.leaf(proxy, self, input, **options)
         output, state, *c = self.layer(input, self._initial(), **options)
         self._keep(state)
         return (output, *c) if c else output
 
     def step(self, input: Tensor) -> Tensor:
         """One time step: y_t [B, H] of x_t [B, I] ([H] of [I] unbatched)."""
+        if tracing.proxy_in(input) is not None:  # torch.fx has nodes of forward alone
+            time = -2 if self.layer.batch_first else 0
+            y: Tensor = self(input.unsqueeze(time)).squeeze(time)
+            return y
         output, state = self.layer.step(input, self._initial())
         self._keep(state)
         return output

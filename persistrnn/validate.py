@@ -17,6 +17,7 @@ from persistrnn import segments, torch_path
 from persistrnn.decide import TORCH, called
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Options, check_heads, check_sizes, described
+from persistrnn.tracing import by_torch_jit
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -140,7 +141,7 @@ def read_weights(cell: str, weights: Sequence[Tensor], options: Options) -> Stac
                 f"weights must share one dtype, got {dtype} and of {name_of(k)} {weight.dtype}; "
                 f"convert it: .to({dtype})"
             )
-    if projection:
+    if projection and not by_torch_jit():  # where sizes are tensors
         check_sizes(stack.input_size or 1, stack.hidden_size, stack.proj_size or -1)
     return stack
 
@@ -430,7 +431,7 @@ def _read_lengths(lengths: object, batch: Batch) -> Tensor:
             f"Expected lengths size ({batch.rows},), one for each row of the batch, got {list(lengths.shape)}"
         )
     _same_device("lengths", lengths, batch.data)
-    return torch.arange(batch.steps, device=lengths.device).unsqueeze(1) < segments.bounded(lengths, batch.steps)
+    return torch.arange(batch.steps, device=lengths.device).unsqueeze(1) < segments.within(lengths, batch.steps)
 
 
 def _read_bools(name: str, value: object, batch: Batch) -> Tensor | None:

@@ -161,6 +161,7 @@ def test_public_names():
         "__version__",
         "check",
         "explain",
+        "flops",
         "functional",
         "profile",
         "replace",
