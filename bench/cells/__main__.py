@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     text = "such as lstm slstm:4, which has 4 heads (default: every built-in one, and slstm:4)"
     add("--cells", type=which, nargs="+", default=EVERY, metavar="CELL[:HEADS]", help=text)
     add("--parameters", type=count, default=200_000, metavar="N", help="of each model (default %(default)s)")
-    add("--steps", type=count, default=500, metavar="N", help="optimizer steps (default %(default)s)")
+    add("--steps", type=count, default=300, metavar="N", help="optimizer steps (default %(default)s)")
     add("--batch", type=count, default=32, metavar="N", help="streams side by side (default %(default)s)")
     add("--sequence", type=count, default=128, metavar="N", help="bytes of a step (default %(default)s)")
     add("--layers", type=count, default=1, metavar="N", help="recurrent layers (default %(default)s)")
