@@ -188,8 +188,8 @@ def shown(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a stack of layers; dtype: that of the computation, of DTYPES; path: which kernels ran it; save, heads:
-    of the layer."""
+    """One call of a stack of layers; dtype: that of the computation, of DTYPES; path: which kernels ran it; save and
+    heads: of the layer."""
 
     cell: str
     input: int

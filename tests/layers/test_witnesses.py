@@ -34,8 +34,8 @@ ONNX: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 }
 PEEPHOLES = ("weight_ci", "weight_co", "weight_cf")
 DIRECTIONS = {"forward": [0], "reverse": [1], "bidirectional": [0, 1]}
-# ONNX's reference evaluator (of 1.23) ignores sequence_lens and input_forget and knows no Relu: there ONNX Runtime is the
-# witness alone.
+# ONNX's reference evaluator (of 1.23) ignores sequence_lens and input_forget and knows no Relu: there ONNX Runtime is
+# the only witness.
 ONLY_RUNTIME = {"coupled", "rnn_relu"}
 
 
