@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import PATHS, as_hx, tensors
+from pairs import as_hx, tensors
 from torch import Tensor, nn
 
 import persistrnn
@@ -121,20 +121,21 @@ def by_runtime(model: Any, fed: dict[str, Any]) -> list[Tensor]:
     return [torch.tensor(array) for array in session.run(None, fed)]
 
 
-@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("cell", [cell for cell in ONNX if cell not in ONLY_RUNTIME])
-def test_onnx_s_reference_evaluator(cell: str, direction: str, backend: str) -> None:
-    layer, x, hx = made(cell, backend)
+def test_onnx_s_reference_evaluator(cell: str, direction: str) -> None:
+    layer, x, hx = made(cell)
     theirs = by_reference(*in_onnx(cell, layer, x, hx, direction, None))
     torch.testing.assert_close(ours(layer, x, hx, DIRECTIONS[direction], None), theirs, **BOUND)
 
 
-@pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "lengths"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
+RUNS = [("torch", direction, lengths) for direction in DIRECTIONS for lengths in (None, LENGTHS)]
+RUNS += [pytest.param("persistent", "bidirectional", LENGTHS, marks=pytest.mark.interpreter)]
+
+
+@pytest.mark.parametrize(("backend", "direction", "lengths"), RUNS, ids=str)
 @pytest.mark.parametrize("cell", ONNX)
-def test_onnx_runtime(cell: str, direction: str, lengths: list[int] | None, backend: str) -> None:
+def test_onnx_runtime(cell: str, backend: str, direction: str, lengths: list[int] | None) -> None:
     layer, x, hx = made(cell, backend)
     given = None if lengths is None else torch.tensor(lengths)
     theirs = by_runtime(*in_onnx(cell, layer, x, hx, direction, given))
@@ -183,12 +184,11 @@ def in_keras(keras: Any, cell: str, layer: nn.Module, way: int) -> tuple[Any, di
     return made, weights
 
 
-@pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "lengths"])
 @pytest.mark.parametrize("cell", KERAS)
-def test_keras_on_torch(keras: Any, cell: str, lengths: list[int] | None, backend: str) -> None:
+def test_keras_on_torch(keras: Any, cell: str, lengths: list[int] | None) -> None:
     """Outputs, final states and all gradients, one direction after the other."""
-    layer, x, hx = made(cell, backend)
+    layer, x, hx = made(cell)
     given = None if lengths is None else torch.tensor(lengths)
     mask = None if given is None else torch.arange(T) < given[:, None]
     for way in (0, 1):
