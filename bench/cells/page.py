@@ -10,6 +10,7 @@ TABLE, DRAWING, PAGE = "table.md", "cells.svg", "cells.html"
 # Cells of one colour have another line.
 COLOURS = [colour for colour, _ in drawing.COLOURS.values()]
 LINES = ("-", "--", ":")
+GUESSING = 8  # bits per byte without knowing anything: what is above is not drawn
 NO_SPEED = (
     "Nothing here is a speed: on a CPU the kernels do not run. LSTM, GRU and RNN are torch's own kernels there, all "
     "other cells a loop over torch's operations."
@@ -28,7 +29,8 @@ def protocol(found: Comparison) -> str:
         f"of {done.sequence} bytes ({shown:,} of {done.trained:,} bytes of Python source, {seen}; sha256 "
         f"{done.text[:12]}); "
         f"learning rate {done.learning_rate:g}, falling to 0, the same for all cells and tuned for none, torch's "
-        f"initial weights, one seed ({done.seed}). Held out are {done.held_out:,} bytes of other files. "
+        f"initial weights, one seed ({done.seed}): it shows which cell learns fast at this size, not which is best "
+        f"after a long training. Held out are {done.held_out:,} bytes of other files. "
         f"{of.device}, Python {of.python}, torch {of.torch}, {of.date[:10]}, commit {of.commit[:10]}"
         f"{' with uncommitted changes' * of.dirty}, `{of.command}`."
     )
@@ -67,8 +69,10 @@ def draw(found: Comparison) -> Plot:
         curves.plot(*row.curve, linewidth=1.2, label=row.name, **how)
         bars.barh([n], [row.quality], height=0.6, color=how["color"], alpha=0.8)
         bars.text(row.quality, n, f" {row.quality:.3f}", va="center", fontsize=7)
-    curves.set(xlabel="step", ylabel="bits per byte in training (log scale)", title="While it learns")
-    drawing.log(curves, "y")
+    lowest = min(min(row.losses) for row in ordered)
+    curves.set(
+        xlabel="step", ylabel="bits per byte in training", title="While it learns", ylim=(0.9 * lowest, GUESSING)
+    )
     bars.set_yticks(range(len(ordered)), [f"{row.name}, H={row.hidden}" for row in ordered])
     bars.set(xlabel="bits per byte, held out", title="In the end", xlim=(0, 1.2 * ordered[-1].quality))
     drawing.rows(bars)
