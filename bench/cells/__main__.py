@@ -100,8 +100,8 @@ def run(given: argparse.Namespace, typed: Sequence[str]) -> Comparison:
     chosen |= {"text": given.text} if given.text else {}
     found = begun(given, chosen, typed)
     found.save(given.output / RESULTS)
-    done = {Which(row.cell, row.heads): row for row in found.rows}
-    rest = [each for each in given.cells if each not in done]
+    done = [Which(row.cell, row.heads) for row in found.rows]
+    rest = [each for each in dict.fromkeys(given.cells) if each not in done]
     for row in training.rows(rest, chosen, given.parameters, given.output, given.overwrite, given.save_seconds):
         found = replace(found, rows=[*found.rows, row])
         found.save(given.output / RESULTS)

@@ -101,8 +101,9 @@ def test_stopped_it_goes_on(small: list[str], tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_comparison_is_of_one_kind(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    few = [*small, "--cells", "lstm"]
+    few = [*small, "--cells", "lstm", "lstm"]
     assert command.main(few) == 0
+    assert len(results.read(tmp_path / "cells" / "results.json").rows) == 1
     assert "was made with steps 5, now it is 6: give the same, or begin anew" in refused(
         command.main, [*few, "--steps", "6"], capsys
     )
