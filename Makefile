@@ -17,7 +17,7 @@ PYTEST := -m pytest -n $(JOBS) --dist worksteal --durations=15
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help check test lint types test-newest test-oldest emulate train audit gpu rehearse bench format clean
+.PHONY: help check test lint types test-newest test-oldest emulate train cells audit gpu rehearse bench format clean
 
 # Tests say themselves whether they want the interpreter.
 unexport TRITON_INTERPRET
@@ -73,6 +73,10 @@ types: $(NEWEST)/.dev ## mypy over persistrnn and persistrnn.kernels
 
 train: $(NEWEST)/.train ## the main job: train the language model
 	$(NEWEST)/bin/python -m bench.train.language_model $(ARGS)
+
+# Resumable: what is trained is kept in runs/cells. The results are committed in bench/results/cells.
+cells: $(NEWEST)/.dev ## the language model with every cell at equal parameters, on a CPU: a table, a drawing, a page
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m bench.cells $(ARGS)
 
 # Resumable: finished kernels are kept in runs/. The tables are committed, the README's is made from them.
 AUDIT := -m persistrnn audit --workloads bench/workloads/*.csv --arch sm_80 sm_90 sm_100 gfx942 --failures

@@ -386,7 +386,7 @@ def needed_bytes(call: Call, save: str, on_kernels: bool | None = None) -> float
     if on_kernels:
         return memory.needed(save, of, batch, steps, chunk)
     mkldnn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    onednn = call.cell in TORCH and TORCH[call.cell].onednn and mkldnn and call.dtype in (torch.float32, torch.bfloat16)
+    onednn = call._of_torch and TORCH[call.cell].onednn and mkldnn and call.dtype in (torch.float32, torch.bfloat16)
     return memory.torch_peak(save, of, batch, steps, chunk, onednn, False) - steps * batch * of.y
 
 
@@ -433,10 +433,11 @@ def _save_within_budget(call: Call) -> str:
 
 
 def predict_stack(
-    cell: str, hidden: int, layers: int, batch: int, directions: int, steps: int, dtype: str, device: str | None
-) -> Prediction:
+    cell: str, hidden: int, layers: int, batch: int, directions: int, steps: int, dtype: str, device: str | None,
+    heads: int = 1,
+) -> Prediction:  # fmt: skip
     """The plan in numbers, for a device that need not be there (``kernels.inspect.prediction``)."""
-    return prediction.predict_stack(cell, hidden, layers, batch, directions, steps, dtype, device)
+    return prediction.predict_stack(cell, hidden, layers, batch, directions, steps, dtype, device, heads)
 
 
 def check_device(name: str) -> None:

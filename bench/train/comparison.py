@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from bench import UsageError
+from bench.train.layers import recurrent
 from bench.train.loop import Run
 from bench.train.options import Settings
 
@@ -20,6 +23,8 @@ def check(settings: Settings) -> None:
             f"--dropout {settings.dropout} given with --compare: each path drops other units, so their curves "
             "differ anyway; allowed is --dropout 0"
         )
+    with torch.device("meta"):
+        recurrent(settings, NAMES[1], 1)  # which raises before anything is trained
 
 
 def curves(losses: Sequence[Sequence[float]], unit: str, rows: int = 16) -> str:

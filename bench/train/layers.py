@@ -15,16 +15,19 @@ def recurrent(settings: Settings, backend: str, input_size: int, bidirectional: 
     """Layers of the settings' cell and sizes. `backend` is persistrnn's, or "torch.nn" for torch's own layer.
 
     Raises:
-        UsageError: torch.nn has no such cell
+        UsageError: torch.nn has no such cell, or no heads
     """
     sizes = input_size, settings.hidden, settings.layers
-    how = {"dropout": settings.dropout, "bidirectional": bidirectional}
+    how = {"dropout": settings.dropout, "bidirectional": bidirectional, "heads": settings.heads}
     if backend != "torch.nn":
         return persistrnn.Recurrent(settings.cell, *sizes, **how, backend=backend, save=settings.save)
     try:
         return persistrnn.Recurrent(settings.cell, *sizes, **how).to_torch()
     except ValueError as error:
-        raise UsageError(f"--backend torch.nn with --cell {settings.cell}: {error}; use --backend auto") from error
+        raise UsageError(
+            f"--cell {settings.cell} --heads {settings.heads} given with torch.nn's layers: {error}; use --backend "
+            "auto, without --compare"
+        ) from error
 
 
 def run_padded(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any = None) -> tuple[Tensor, Any]:

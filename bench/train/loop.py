@@ -169,6 +169,10 @@ class Run:
         """The finishing touches, and the metrics into the checkpoint."""
         with self.using() as model:
             ranks.by_first(lambda: self.workload.finish(model, job, folder))
+        self.measure(folder)
+
+    def measure(self, folder: Path) -> None:
+        """The metrics, into the checkpoint."""
         self.quality = ranks.by_first(self.evaluate)
         self.save(folder)
 

@@ -64,6 +64,7 @@ class Settings:
     )
     cell: str = option("lstm", "recurrent cell", choices=list(BUILT_IN))
     hidden: int = option(256, "hidden units a layer", type=number(int, 1))
+    heads: int = option(1, "blocks of a block-diagonal W_hh, a divisor of --hidden", type=number(int, 1))
     layers: int = option(1, "recurrent layers", type=number(int, 1))
     dropout: float = option(0.0, "share of units dropped between layers", type=number(float, 0, 1))
     backend: str = option(
@@ -102,6 +103,12 @@ class Settings:
             raise UsageError(
                 f"--device {self.device} given to {processes} process(es) where torch sees {there} GPU(s): allowed "
                 f"here: {', '.join(allowed)}; torchrun gives each process a GPU of its own"
+            )
+        if self.hidden % self.heads:
+            divisors = ", ".join(str(n) for n in range(1, self.hidden + 1) if self.hidden % n == 0)
+            raise UsageError(
+                f"--heads {self.heads} given, which does not divide --hidden {self.hidden}: allowed with it are "
+                f"{divisors}; or give another --hidden"
             )
         if self.truncate and self.whole:
             raise UsageError(

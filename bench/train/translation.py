@@ -125,13 +125,24 @@ class Translator(nn.Module):
         """(S, B) tokens and (B,) lengths -> the decoder's first state, and what `decode` attends to."""
         memory, states = run_padded(self.encoder, self.source(source), lengths)
         states = states if isinstance(states, tuple) else (states,)
-        first = []
-        for bridge, state in zip(self.bridges, states, strict=False):
-            both = state.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)  # (layers, B, 2H)
-            first.append(torch.tanh(bridge(both)).to(state.dtype))
-        first += [torch.zeros_like(first[0]) for _ in states[len(first) :]]  # a normaliser, a stabiliser
+        first = self.bridged(states)
         present = torch.arange(len(source), device=source.device)[:, None] < lengths
-        return (tuple(first) if len(first) > 1 else first[0]), (memory, self.score(memory), present)
+        return (first if len(first) > 1 else first[0]), (memory, self.score(memory), present)
+
+    def bridged(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The encoder's final states, each (layers*2, B, H), as the decoder's first ones, (layers, B, H).
+
+        h, and the c of a cell of two states, are drawn anew from both directions. Further states give the second one
+        its scale (a normaliser, a stabiliser): each unit then takes the same share of either direction in all of them,
+        and what holds between them (|c| <= n, n > 0) still does.
+        """
+        both = (state.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2) for state in states)  # (layers, B, 2H)
+        bridges = [bridge(state) for bridge, state in zip(self.bridges, both, strict=False)]
+        if len(states) <= len(bridges):
+            return tuple(torch.tanh(b).to(s.dtype) for b, s in zip(bridges, states, strict=True))
+        share = torch.sigmoid(bridges[1]).to(states[1].dtype)
+        mixed = (share * s[0::2] + (1 - share) * s[1::2] for s in states[1:])
+        return torch.tanh(bridges[0]).to(states[0].dtype), *mixed
 
     def decode(self, tokens: Tensor, state: Any, attended: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Any]:
         """(T, B) tokens after the state -> (T, B, targets) logits of those that follow, and the state after them."""

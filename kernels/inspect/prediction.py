@@ -74,8 +74,9 @@ def device_of(name: str | None) -> tuple[Hardware, str]:
 
 
 def predict_stack(
-    cell: str, hidden: int, layers: int, batch: int, directions: int, steps: int, dtype: str, device: str | None
-) -> Prediction:
+    cell: str, hidden: int, layers: int, batch: int, directions: int, steps: int, dtype: str, device: str | None,
+    heads: int = 1,
+) -> Prediction:  # fmt: skip
     """What the plan says.
 
     Args:
@@ -83,6 +84,7 @@ def predict_stack(
         hidden, layers, batch, directions, steps: H, L, B, D, T
         dtype: of ``plan.DTYPES``
         device: as in ``device_of``
+        heads: blocks of a block-diagonal W_hh, a divisor of H
 
     Raises:
         PlanError: the layer does not fit the device.
@@ -92,11 +94,11 @@ def predict_stack(
 
     def planned(batch: int, dtype: str) -> tuple[dict[str, PassPrediction], bool, float, str]:
         """(passes, together, resident, text) as in ``Prediction``."""
-        problem = Problem(CELLS[cell], hidden, batch, directions, dtype, hardware)
+        problem = Problem(CELLS[cell], hidden // heads, batch, directions, dtype, hardware, heads)
         found = plan_layer(problem)
         parts, text = {"forward": found.forward, "backward": found.backward}, str(found)
         times, later = layers, 0
-        stacked = plan_pipeline(problem, layers) if layers > 1 and directions == 1 else None
+        stacked = plan_pipeline(problem, layers) if layers > 1 and problem.recurrences == 1 else None
         if stacked is not None and stacked.faster(steps, True):
             parts, text = {"forward": stacked.forward, "backward": stacked.backward}, f"{text}\n{stacked}"
             times, later = 1, layers - 1

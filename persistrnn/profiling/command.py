@@ -21,7 +21,7 @@ from .subject import DTYPES, Sizes, SubjectError, load
 
 NAMES = {"half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float": "fp32", "float32": "fp32"}  # torch's
 # Of a layer; a model of the user's has its own.
-OF_SIZES = ("hidden", "input", "layers", "bidirectional", "dtype", "batch", "save", "save_budget", "backend")
+OF_SIZES = ("hidden", "input", "layers", "bidirectional", "dtype", "batch", "save", "save_budget", "backend", "heads")
 
 
 def _steps(given: str) -> list[int]:
@@ -55,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     sizes.add_argument("--hidden", type=int, metavar="H", help="hidden_size")
     sizes.add_argument("--input", type=int, metavar="I", help="input_size (default: H)")
     sizes.add_argument("--layers", type=int, metavar="L", help="num_layers (default: 1)")
+    text = "blocks of a block-diagonal W_hh, a divisor of H (default: 1, it is whole)"
+    sizes.add_argument("--heads", type=int, metavar="N", help=text)
     sizes.add_argument("--bidirectional", action="store_const", const=True, help="both directions")
     sizes.add_argument("--batch", type=int, metavar="B", help="sequences side by side (default: 16)")
     sizes.add_argument("--dtype", type=_dtype, choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")

@@ -56,6 +56,7 @@ class Sizes:
     backend: Backend = "auto"
     save: Save = "gates"
     save_budget: int | None = None
+    heads: int = 1
 
     def __post_init__(self) -> None:
         for name, value in (("hidden_size", self.hidden), ("batch", self.batch)):
@@ -64,12 +65,13 @@ class Sizes:
 
     def __str__(self) -> str:
         both, save = " D=2" * self.bidirectional, f" save={self.save}" * (self.save != "gates")
-        return f"{self.cell} I={self.input} H={self.hidden} L={self.layers}{both} B={self.batch} {self.dtype}{save}"
+        hidden = f"H={self.hidden}" + f" in {self.heads} heads" * (self.heads > 1)
+        return f"{self.cell} I={self.input} {hidden} L={self.layers}{both} B={self.batch} {self.dtype}{save}"
 
     def _layer(self, device: str) -> RecurrentBase:
         return Recurrent(
             self.cell, self.input, self.hidden, self.layers, bidirectional=self.bidirectional, backend=self.backend,
-            save=self.save, save_budget=self.save_budget, device=device, dtype=DTYPES[self.dtype],
+            save=self.save, save_budget=self.save_budget, heads=self.heads, device=device, dtype=DTYPES[self.dtype],
         )  # fmt: skip
 
     def __call__(self, steps: int) -> tuple[nn.Module, Tensor]:
@@ -186,8 +188,8 @@ def shown(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a stack of layers; dtype: that of the computation, of DTYPES; path: which kernels ran it; save: of
-    the layer."""
+    """One call of a stack of layers; dtype: that of the computation, of DTYPES; path: which kernels ran it; save and
+    heads: of the layer."""
 
     cell: str
     input: int
@@ -199,13 +201,14 @@ class Call:
     dtype: str
     path: str
     save: str = "gates"
+    heads: int = 1
 
     @property
     def flops(self) -> float:
         """Floating-point operations of a forward's products, those of the inputs included; a backward has about twice
         as many."""
         cell, below = CELLS[self.cell], self.input + (self.layers - 1) * self.directions * self.hidden
-        widths = cell.inputs * below + cell.gates * self.layers * self.hidden
+        widths = cell.inputs * below + cell.gates * self.layers * self.hidden // self.heads
         return 2.0 * self.steps * self.batch * self.directions * self.hidden * widths
 
     def scan_bytes(self, backward: bool) -> float:
@@ -216,14 +219,14 @@ class Call:
             kept += cell.saved + 1 + cell.stored_gradients + cell.recurrent_gradient * cell.gates  # dy, dx, dr
         else:
             kept += cell.inputs + cell.saved * (self.save not in ("state", "checkpoint"))
-        rows = self.steps * self.batch * kept + cell.gates * self.hidden
+        rows = self.steps * self.batch * kept + cell.gates * self.hidden // self.heads
         return float(self.layers * self.directions * self.hidden * rows * DTYPES[self.dtype].itemsize)
 
     def needed(self, save: str) -> float:
         """Predicted bytes of its training with another ``save``, on its path and without dropout."""
         dtype = DTYPES.get(self.dtype, torch.float64)
         sizes = self.layers, self.directions, True, self.input, self.hidden, 0, self.batch, self.steps
-        asked = decide.Call(self.cell, *sizes, dtype, torch.device("cpu"), "ieee", True)
+        asked = decide.Call(self.cell, *sizes, dtype, torch.device("cpu"), "ieee", True, heads=self.heads)
         return decide.needed_bytes(asked, save, self.path == "persistent")
 
 
@@ -247,11 +250,10 @@ def calls(module: nn.Module) -> Iterator[list[Call]]:
         label = names.get(dtype, str(dtype).removeprefix("torch."))
         sizes = layer.input_size, layer.hidden_size, layer.num_layers, 2 if layer.bidirectional else 1
         cell = layer.cell if isinstance(layer, RecurrentBase) else layer.mode.lower()
-        found.append(Call(cell, *sizes, steps, batch, label, path, getattr(layer, "save", "gates")))
+        of_ours = getattr(layer, "save", "gates"), getattr(layer, "heads", 1)
+        found.append(Call(cell, *sizes, steps, batch, label, path, *of_ours))
 
-    kinds = RecurrentBase, nn.RNNBase
-    # W_hh of heads is smaller than what is counted here.
-    layers = [layer for layer in module.modules() if isinstance(layer, kinds) and getattr(layer, "heads", 1) == 1]
+    layers = [layer for layer in module.modules() if isinstance(layer, (RecurrentBase, nn.RNNBase))]
     hooks = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
     try:
         yield found

@@ -93,6 +93,7 @@ OF_MODELS = {
     "mymodel:number": "and that is of type int",
     "mymodel:ours --hidden 3": "--hidden: given with --model, allowed with --cell",
     "mymodel:ours --save state": "--save: given with --model, allowed with --cell",
+    "mymodel:ours --heads 3": "--heads: given with --model, allowed with --cell",
     "mymodel:ours --cell lstm": "not allowed with argument",
 }
 OF_LAYERS = {
@@ -101,6 +102,8 @@ OF_LAYERS = {
     "--hidden 3 --input 0": "input_size must be greater than zero, got 0",
     "--hidden 3 --batch 0": "batch must be greater than zero, got 0",
     "--hidden x": "--hidden: invalid int value: 'x'",
+    "--hidden 3 --heads 2": "heads divides hidden_size=3: it is one of 1, 3, got 2",
+    "--hidden 3 --heads 0": "heads must be greater than zero, got 0",
     "--hidden 3 --dtype float64": "--dtype: invalid choice: 'float64'",
     "--hidden 3 --dtype tf32": "a CPU has no tf32 products",
     "--hidden 3 --device tpu": "device is 'tpu', allowed: cpu, cuda or cuda:N",
@@ -143,6 +146,7 @@ def test_bad_arguments(model, arguments, message, capsys):
         ("--model mymodel:wrong_size", "as given failed at T = 4: "),
         ("--model mymodel:theirs --compare torch", "the model has no layer of persistrnn to replace"),
         ("--model mymodel:ours --compare persistrnn", "the model has no torch.nn.LSTM, GRU or RNN to replace"),
+        ("--cell lstm --hidden 4 --heads 2 --compare torch", "and the layer cannot: torch.nn has no heads"),
         ("--cell lstm --hidden 3 --save auto --save-budget 9", "need at least"),
         ("--cell lstm --hidden 3 --backend persistent", "persistrnn failed at T = 4: "),
     ],
@@ -178,4 +182,7 @@ def test_sizes_are_refused_where_they_are_made():
         Sizes("lstm", 4, 6, bidirectional=1)
     layer, x = SIZES(3)
     assert (layer.hidden_size, x.shape, x.dtype) == (6, (3, 2, 4), torch.float32)
+    with pytest.raises(ValueError, match="heads divides hidden_size=6"):
+        Sizes("lstm", 4, 6, heads=4)
+    assert str(Sizes("lstm", 4, 6, heads=2)) == "lstm I=4 H=6 in 2 heads L=1 B=16 fp32"
     assert issubclass(SubjectError, ValueError)

@@ -184,13 +184,14 @@ def test_precision_is_put_back():
     assert call.flops == 2 * 2 * 5 * 4 * 4 * (3 + 4)
 
 
+@pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("cell", BUILT_IN)
-def test_every_cell_is_seen(cell):
-    module, args, kwargs = of_callable(Sizes(cell, 6, 8, 2, batch=3), "cpu")(4)
+def test_every_cell_is_seen(cell, heads):
+    module, args, kwargs = of_callable(Sizes(cell, 6, 8, 2, batch=3, heads=heads), "cpu")(4)
     with calls(module) as found:
         module(*args, **kwargs)
     (call,) = found
-    path = "torch" if cell in ("lstm", "gru", "rnn_tanh", "rnn_relu") else "stepwise"
-    assert (call.cell, call.layers, call.steps, call.batch, call.path) == (cell, 2, 4, 3, path)
+    path = "torch" if cell in ("lstm", "gru", "rnn_tanh", "rnn_relu") and heads == 1 else "stepwise"
+    assert (call.cell, call.layers, call.steps, call.batch, call.path, call.heads) == (cell, 2, 4, 3, path, heads)
     weights = sum(p.numel() for name, p in module.named_parameters() if name.startswith(("weight_ih", "weight_hh")))
     assert call.flops == 2 * 4 * 3 * weights

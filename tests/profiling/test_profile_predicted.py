@@ -73,6 +73,25 @@ def test_a_stack_is_a_pipeline_where_that_is_faster():
     assert both.total == pytest.approx(3 * one.total)
 
 
+def test_heads_are_planned_as_heads():
+    """Each a recurrence of its own, never a pipeline; and torch's loop over steps is not oneDNN's kernel."""
+    heads = dataclasses.replace(CALL, cell="lstm", heads=8, layers=2, directions=1, path="stepwise")
+    profile = synthetic(heads)
+    predicted.add(profile, "h200")
+    expected = plan_layer(Problem(CELLS["lstm"], 1024 // 8, 32, 1, "bf16", hardware.named("h200"), 8))
+    assert "H=1024 in 8 heads" in profile.outlook.text
+    assert "no exchange" in profile.outlook.text
+    for name, part in (("forward", expected.forward), ("backward", expected.backward)):
+        assert profile.outlook.passes[name].total == pytest.approx(2 * part.predicted)
+        assert profile.outlook.passes[name].floor == 2 * expected.floor
+    whole = dataclasses.replace(heads, heads=1)
+    weights = 4 * 1024 * 1024
+    assert whole.flops - heads.flops == 2 * 2048 * 32 * 2 * weights * 7 // 8
+    for backward in (False, True):
+        assert whole.scan_bytes(backward) - heads.scan_bytes(backward) == 2 * weights * 2 * 7 // 8
+    assert heads.needed("gates") == dataclasses.replace(heads, cell="peephole").needed("gates") != whole.needed("gates")
+
+
 def test_float32_has_bf16_beside_it():
     found = prediction.predict_stack("lstm", 256, 1, 8, 1, 100, "fp32", "h200")
     assert list(found.dtypes) == ["bf16", "fp32"]

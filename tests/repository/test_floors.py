@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {
     "tests/helpers": "helpers.*",
     "bench/gpu": "bench.gpu*",
+    "bench/cells": "bench.cells*",
     "bench/race": "bench.race*",
     "bench/train": "bench.train*",
     "bench/verdict": "bench.report.notes bench.report.targets",
@@ -34,7 +35,16 @@ ROOMS = {
     "layers": "persistrnn.*",
 }
 FROM_THE_TOP = (
-    *("tests/helpers", "bench/gpu", "bench/verdict", "bench/race", "bench/train", "bench/report", "bench"),
+    *(
+        "tests/helpers",
+        "bench/gpu",
+        "bench/cells",
+        "bench/verdict",
+        "bench/race",
+        "bench/train",
+        "bench/report",
+        "bench",
+    ),
     *("surface", "profiling", "layers", "inspect", "launch", "device", "steps", "planner", "cells"),
 )
 BESIDE = {(over, "bench/train") for over in ("bench/gpu", "bench/verdict", "bench/race")} | {

@@ -17,6 +17,7 @@ from bench.train import checkpoint, language_model
 from bench.train.language_model import LanguageModeling, TextSettings
 from bench.train.loop import Run
 from bench.train.text import Lines, window
+from persistrnn.kernels.cells import BUILT_IN, CELLS
 
 SMALL = ["--hidden=16", "--embedding=8", "--batch=2", "--sequence=16", "--steps=8", "--device=cpu"]
 
@@ -51,9 +52,10 @@ def interrupted(arguments: list[str], monkeypatch: pytest.MonkeyPatch, step: int
     [
         (signal.SIGINT, 130, "--cell lstm --dropout 0.2"),
         (signal.SIGTERM, 143, "--cell gru --tokens words --vocabulary 20 --lines"),
+        (signal.SIGTERM, 143, "--cell slstm --heads 4"),
         pytest.param(signal.SIGINT, 130, "--device cuda --dropout 0.2", marks=pytest.mark.gpu),
     ],
-    ids=["SIGINT", "SIGTERM", "gpu"],
+    ids=["SIGINT", "SIGTERM", "heads", "gpu"],
 )
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
     small: list[str],
@@ -163,6 +165,16 @@ class TestRun:
         run.model.linear.bias.data[0] = math.nan
         with pytest.raises(UsageError, match=r"loss is nan at step 1 with --learning-rate 0.004 .* lower the rate"):
             run.train_step()
+
+    @pytest.mark.parametrize("cell", BUILT_IN)
+    def test_every_cell_trains_in_heads(self, source: Path, cell: str) -> None:
+        run = new_run(source, cell=cell, heads=4)
+        assert run.model.rnn.weight_hh_l0.shape[0] == run.model.rnn.heads == 4
+        run.train_step()
+        run.train_step()
+        assert all(weight.grad.abs().max() > 0 for weight in run.model.rnn.parameters())
+        states = run.state if isinstance(run.state, tuple) else (run.state,)
+        assert len(states) == CELLS[cell].states
 
     def test_tied_weights_are_one(self, source: Path) -> None:
         run = new_run(source, tied=True, embedding=16)
@@ -281,6 +293,13 @@ class TestCommand:
             # and each combination that settings, the command or the program refuse
             ("--device tpu", r"--device tpu given .*allowed here: cpu"),
             ("--save state --backend torch.nn", r"--save state given with --backend torch.nn.*leave --save out"),
+            ("--heads 3", r"--heads 3 given, which does not divide --hidden 16: allowed with it are 1, 2, 4, 8, 16;"),
+            ("--heads 0", r"--heads: '0' given, allowed is a whole number from 1"),
+            ("--heads 2 --compare torch", r"--heads 2 given with torch.nn's layers: torch.nn has no heads.*--compare"),
+            (
+                "--cell mgu --compare torch",
+                r"--cell mgu --heads 1 given with torch.nn's layers: torch.nn has GRU, LSTM",
+            ),
             ("--tied", r"--tied given with --embedding 8 and --hidden 16.*leave --embedding out"),
             ("--lines --truncate 4", r"--truncate 4 given: the gradient flows through all.*allowed is --truncate 0"),
             ("--beam 2 --top-k 3", r"--top-k given with --beam 2.*leave one of them out"),
@@ -356,6 +375,8 @@ class TestCommand:
         assert interrupted(small, monkeypatch, step=2) == 130
         error = refused(language_model.main, [*small, "--resume", "--hidden", "17"], capsys)
         assert "--hidden 17 given, but the checkpoint was made with --hidden 16: leave --hidden out" in error
+        error = refused(language_model.main, [*small, "--resume", "--heads", "2"], capsys)
+        assert "--heads 2 given, but the checkpoint was made with --heads 1: leave --heads out" in error
         error = refused(language_model.main, small, capsys)
         assert re.search(r"unfinished run \(3 of 8 steps\): continue it with --resume, or begin anew", error)
         assert language_model.main([*small, "--overwrite"]) == 0

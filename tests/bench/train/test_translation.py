@@ -15,6 +15,7 @@ from bench.train import translation
 from bench.train.batches import NO_TARGET
 from bench.train.loop import Run
 from bench.train.translation import END, Pair, Translation, TranslationSettings, draw, load_pairs
+from persistrnn.kernels.cells import CELLS
 
 SMALL = ["--hidden=12", "--embedding=6", "--batch=4", "--pairs=120", "--digits=2", "--languages=en,de", "--steps=6"]
 SMALL += ["--device=cpu"]
@@ -82,9 +83,10 @@ class TestPairs:
 
 
 class TestModel:
-    @pytest.fixture(params=["lstm", "gru"])
+    @pytest.fixture(params=[("lstm", 1), ("gru", 1), ("slstm", 3)], ids=str)
     def run(self, request: pytest.FixtureRequest) -> Run:
-        return Run(Translation(settings(cell=request.param, layers=2)))
+        cell, heads = request.param
+        return Run(Translation(settings(cell=cell, heads=heads, layers=2)))
 
     def test_batches(self, run: Run) -> None:
         (piece,) = run.workload.pieces(3, slice(0, 8))
@@ -114,6 +116,34 @@ class TestModel:
             for step, tokens in enumerate(inputs):
                 logits, state = run.model.decode(tokens[None], state, attended)
                 torch.testing.assert_close(logits[0], whole[step])
+
+    def test_every_state_goes_from_the_encoder_to_the_decoder(self, run: Run) -> None:
+        source, lengths, inputs, _ = run.workload.pieces(0, slice(0, 8))[0].tensors
+        first, attended = run.model.encode(source, lengths)
+        first = first if isinstance(first, tuple) else (first,)
+        assert len(first) == CELLS[run.settings.cell].states
+        for state in first:
+            assert state.shape == (2, 8, 12)
+            weights = list(run.model.encoder.parameters())
+            assert all(d.abs().max() > 0 for d in torch.autograd.grad(state.sin().sum(), weights, retain_graph=True))
+        leaves = [state.detach().requires_grad_() for state in first]
+        decoded = run.model.decode(inputs, tuple(leaves) if len(leaves) > 1 else leaves[0], attended)[0]
+        assert all(d.abs().max() > 0 for d in torch.autograd.grad(decoded.sin().sum(), leaves))
+
+    def test_further_states_keep_the_scale_of_the_second(self) -> None:
+        """A normaliser stays positive, and no c is above it; where both directions agree, it is theirs."""
+        run = Run(Translation(settings(cell="slstm", heads=2)))
+        torch.manual_seed(0)
+        c, n, m = torch.rand(3, 2, 8, 12) * 9
+        given = torch.randn(2, 8, 12), c.minimum(n), n, m
+        _, c, n, m = run.model.bridged(given)
+        for found, (one, other) in zip((c, n, m), given[1:], strict=True):
+            share = (found - other) / (one - other)
+            torch.testing.assert_close(share, (n - given[2][1]) / (given[2][0] - given[2][1]), rtol=1e-3, atol=1e-3)
+        assert (c <= n).all()
+        assert (n > 0).all()
+        same = tuple(state[:1].expand(2, -1, -1) for state in given)
+        torch.testing.assert_close(run.model.bridged(same)[1:], tuple(state[:1] for state in same[1:]))
 
     def test_a_row_does_not_see_the_others(self, run: Run) -> None:
         """Nor what it is padded with: neither the encoder nor the attention does."""
