@@ -45,8 +45,8 @@ __version__ = "0.1.0"
 __all__ = [
     "GRU", "JANET", "LSTM", "MGU", "RNN", "SLSTM", "CoupledLSTM", "LayerNormGRU", "LayerNormLSTM", "PeepholeLSTM",
     "Recipe", "Recurrent", "Stacked", "Streaming",
-    "__version__", "accelerate", "accelerated", "cell", "check", "check_cell", "explain", "flops", "functional", "profile",
-    "replace", "restore",
+    "__version__", "accelerate", "accelerated", "cell", "check", "check_cell", "explain", "flops", "functional",
+    "profile", "replace", "restore",
 ]  # fmt: skip
 
 

@@ -364,7 +364,8 @@ def test_what_the_slices_hand_over_passes_no_shared_memory(case, barriers):
     assert part.tiling.splits > 1
     compiled = audit.compile_pass(case, part)
     loop = compiled.asm["ttgir"].split("scf.while")[2]
-    assert "tt.dot" in loop and "local_alloc" not in loop
+    assert "tt.dot" in loop
+    assert "local_alloc" not in loop
     code = compiled.asm["ptx"]
     step = code[code.index("ld.acquire.gpu") : code.rindex("red.release.gpu")]
     assert step.count("bar.sync") <= barriers
