@@ -172,12 +172,14 @@ class GRU(RecurrentBase):
         heads: int = 1,
         cell_dtype: torch.dtype | None = None,
         proj_size: int | None = None,
+        recipe: Recipe = PLAIN,
     ) -> None:
         check_flag("reset_after", reset_after)
         self.reset_after = reset_after
         options = Options(
-            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, True, heads
-        )
+            num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, True, heads,
+            recipe,
+        )  # fmt: skip
         self._build(input_size, hidden_size, self._unprojected(proj_size), options, device, dtype)
 
     @property

@@ -97,8 +97,14 @@ def check_recipe(recipe: object, cell: str, bias: bool, proj_size: int) -> None:
             raise ValueError(
                 f"forget_bias is the bias of a gate f, got {recipe.forget_bias!r} for a layer of {why}; leave it out"
             )
-    if proj_size and (any(rates(recipe, cell)) or recipe.recurrent_dropout):
-        what = "recurrent_dropout" if recipe.recurrent_dropout else "zoneout"
+    what = "recurrent_dropout" if recipe.recurrent_dropout else "zoneout"
+    noisy = any(rates(recipe, cell)) or recipe.recurrent_dropout
+    if noisy and (CELLS[cell].products or CELLS[cell].means):
+        raise ValueError(
+            f"{what} is for cells of one stage, got {what}={getattr(recipe, what)!r} for {cell}, whose step has products "
+            "or means between its parts; leave it out, or use weight_drop"
+        )
+    if proj_size and noisy:
         raise ValueError(
             f"{what} is not for a layer with projections, whose h is not its units', got {what}="
             f"{getattr(recipe, what)!r} and proj_size={proj_size}; leave one of them out, or use weight_drop"

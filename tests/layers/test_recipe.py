@@ -357,6 +357,8 @@ BAD = [
     (partial(persistrnn.LSTM, bias=False), Recipe(forget_bias=1), ValueError, "got 1 for a layer of bias=False"),
     (partial(persistrnn.LSTM, proj_size=2), ZONED, ValueError, r"zoneout is not for .*zoneout=0\.4 and proj_size=2"),
     (partial(persistrnn.LSTM, proj_size=2), DROPPED, ValueError, r"recurrent_dropout=0\.4 and proj_size=2; leave one"),
+    (partial(persistrnn.GRU, reset_after=False), DROPPED, ValueError, "recurrent_dropout is for cells of one stage"),
+    (persistrnn.LayerNormLSTM, ZONED, ValueError, r"zoneout=0\.4 for layer_norm_lstm.*use weight_drop"),
 ]  # fmt: skip
 
 
