@@ -328,6 +328,7 @@ class _Normalised(RecurrentBase):
                 nn.init.ones_(parameter)
             elif name.startswith("bias"):
                 nn.init.zeros_(parameter)
+        self._set_forget_bias()
 
 
 class LayerNormLSTM(_Normalised):

@@ -10,6 +10,7 @@ import torch
 
 from persistrnn import decide
 from persistrnn.kernels.cells import CELLS, derived
+from persistrnn.kernels.planner.plan import without_kernels
 from persistrnn.options import Backend, Options, Save
 from persistrnn.recipe import PLAIN, Recipe
 from persistrnn.recurrent import RecurrentBase
@@ -99,8 +100,8 @@ class Recurrent(RecurrentBase):
 
     Attributes:
         weight_ih_l[k] [G*H, I or D*H], weight_hh_l[k] [G*H, H], bias_ih_l[k], bias_hh_l[k] [G*H], and of each of the
-            cell's parameters name_l[k] [H]; with heads weight_hh_l[k] is [n, G*H/n, H/n], as of `LSTM`. The second
-            direction's names end in _reverse. All are drawn from U(-1/sqrt(H), 1/sqrt(H))
+            cell's parameters name_l[k] [H] (a norm's [G*H]); with heads weight_hh_l[k] is [n, G*H/n, H/n], as of
+            `LSTM`. The second direction's names end in _reverse. All are drawn from U(-1/sqrt(H), 1/sqrt(H))
         function: the cell, as it was given
         last_path: as for `LSTM`; where `LSTM` takes torch's own kernels, a cell that torch has not is a loop over
             torch's operations, "stepwise"
@@ -163,6 +164,8 @@ def check_cell(
     for what in ("gates", "more_inputs", "states", "params", "extras"):
         if given := getattr(names, what):
             lines.append(f"{what}: {', '.join(given)}")
+    if (reason := without_kernels(numbers)) is not None:
+        return "\n".join([*lines, reason])
     after = "".join(f", and {names.states[i]} after the step" for i in numbers.after)
     stored = numbers.inputs + numbers.more_gradients + numbers.gates * numbers.recurrent_gradient
     lines.append(f"saved per unit and step: {numbers.saved} tiles{after}; gradients of gates: {stored} tiles")

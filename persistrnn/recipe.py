@@ -26,7 +26,8 @@ class Recipe(NamedTuple):
     All noise is drawn anew at each call in training, from torch's generator of the input's device, and with the same
     seed it is the same on every path and in every memory mode. The masks of zoneout and of recurrent_dropout are a
     function of that seed (`persistrnn.masks`): none is kept for the backward, a chunk of time has its own, one byte per
-    unit and step. In evaluation nothing is random.
+    unit and step. (Of a cell with extras of its own they are drawn for all steps, in its dtype.) In evaluation nothing
+    is random.
 
     Args:
         zoneout: probability that a unit's state stays as it was before the step (Krueger et al. 2017), drawn for each
@@ -101,8 +102,8 @@ def check_recipe(recipe: object, cell: str, bias: bool, proj_size: int) -> None:
     noisy = any(rates(recipe, cell)) or recipe.recurrent_dropout
     if noisy and (CELLS[cell].products or CELLS[cell].means):
         raise ValueError(
-            f"{what} is for cells of one stage, got {what}={getattr(recipe, what)!r} for {cell}, whose step has products "
-            "or means between its parts; leave it out, or use weight_drop"
+            f"{what} is for cells of one stage, got {what}={getattr(recipe, what)!r} for {cell}, whose step has products"
+            " or means between its parts; leave it out, or use weight_drop"
         )
     if proj_size and noisy:
         raise ValueError(

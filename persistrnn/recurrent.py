@@ -65,6 +65,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
     save_budget: int | None = None
     heads: int = 1
     _recipe: str = text_of(PLAIN)
+    _made_states: bool = False  # by the constructor: an h0 of the user's own is another matter
     last_path: str | None
 
     def __init__(
@@ -126,6 +127,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
             for name, shape in zip(names, validate.parameter_shapes(stack, layer), strict=True):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         if options.recipe.learned_state:
+            self._made_states = True
             rows = num_layers * self._directions
             for name, size in zip(self._names_of_states(), validate.state_sizes(stack), strict=True):
                 self.register_parameter(name, nn.Parameter(torch.empty(rows, size, device=device, dtype=dtype)))
@@ -182,7 +184,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         """
         names = self._names_of_states()
         if not self.recipe.learned_state:
-            if names[0] in self._parameters:
+            if self._made_states and names[0] in self._parameters:
                 raise RuntimeError(f"the layer has {names[0]}, and {self.recipe} leaves it out; set learned_state=True")
             return []
         if missing := [name for name in names if not hasattr(self, name)]:
@@ -221,6 +223,9 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.uniform_(parameter, -bound, bound)
+        self._set_forget_bias()
+
+    def _set_forget_bias(self) -> None:
         if self.recipe.forget_bias is not None:
             for _, _, *biases in self.all_weights:
                 set_forget_bias(self.recipe.forget_bias, derived(self.cell).names.gates, *biases[:2])
@@ -275,7 +280,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         )  # fmt: skip
         new.dropout = self.dropout
         ours = {"cell", "function", "reset_after", "backend", "cell_dtype", "save", "save_budget", "heads", "_recipe"}
-        ours.add("last_path")
+        ours |= {"_made_states", "last_path"}
         take_over(new, self, ignored=ours)
         return new
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from persistrnn import tracing
 from persistrnn.functional import Input
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Options, check_flag, check_name, check_options
@@ -140,6 +141,9 @@ class Stacked(nn.Module):
         reset_state: Any = None,
         return_cell_states: bool = False,
     ) -> Any:
+        if (proxy := tracing.proxy_in(input, hx, lengths, mask, resets, reset_state)) is not None:
+            cuts = {"lengths": lengths, "mask": mask, "resets": resets, "reset_state": reset_state}
+            return tracing.leaf(proxy, self, input, hx=hx, return_cell_states=return_cell_states, **cuts)
         self._check()
         check_flag("return_cell_states", return_cell_states)
         states, anew = self.states_by_layer(hx), self.states_by_layer(reset_state, "reset_state")
@@ -203,11 +207,12 @@ class Stacked(nn.Module):
                 return of.flip(time)
         else:
             inside = self._within(x, lengths)
-            last = lengths.clamp(0, x.size(time)).unsqueeze(time) - 1
+            last = lengths.long().clamp(0, x.size(time)).unsqueeze(time) - 1
             place = torch.where(inside, last - self._times(x), self._times(x))
 
             def turn(of: Tensor) -> Tensor:
-                return of.take_along_dim(place if of.dim() == 2 else place.unsqueeze(-1), time)
+                # not take_along_dim, which makes constants of T and B where it is traced
+                return of.gather(time, place if of.dim() == 2 else place.unsqueeze(-1).expand_as(of))
 
         if resets is not None:
             # An episode begins, seen from the end, at the step before the next one.

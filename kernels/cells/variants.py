@@ -8,6 +8,7 @@ import torch
 
 from . import add, derived
 from .derive import Derived, Names, Tiles, derive
+from .graph import CellError
 
 HALF = 0.5  # of a mask, which is 0 or 1
 
@@ -33,6 +34,11 @@ variant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _derived(name: str, zoneout: tuple[float, ...], masks: bool, drops: bool) -> Derived:
     of = derived(name)
+    if of.cell.products or of.cell.means:
+        raise CellError(
+            f"zoneout and recurrent_dropout are for cells of one stage, and {name}'s step has products or means between"
+            " its parts; give the layer a recipe without them"
+        )
     states, own = of.names.states, len(of.names.extras)
 
     def step(x: Tiles, r: Tiles, state: Tiles, p: Tiles = (), e: Tiles = ()) -> tuple[torch.Tensor, ...]:

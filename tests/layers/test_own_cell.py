@@ -164,3 +164,9 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"gates='ab'; allowed"):
         persistrnn.cell(gates="ab")(plain)
     assert set(CELLS) == known
+
+
+def test_check_cell_says_of_a_step_of_stages_that_it_has_no_kernels():
+    told = persistrnn.check_cell("gru_reset_before")
+    assert "gates: r, z, n" in told
+    assert "runs it step by step" in told

@@ -390,3 +390,22 @@ def test_an_slstm_keeps_h_alone():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not layer(torch.randn(T, B, INPUT))[0].any()
+
+
+def test_the_forget_bias_of_a_normalised_layer_is_what_was_asked_for():
+    layer = persistrnn.LayerNormLSTM(3, 4, recipe=Recipe(forget_bias=1.5))
+    assert torch.equal(layer.bias_ih_l0 + layer.bias_hh_l0, torch.tensor([0.0, 1.5, 0.0, 0.0]).repeat_interleave(4))
+
+
+def test_a_parameter_h0_of_the_user_s_own_is_no_learned_state():
+    layer = persistrnn.LSTM(3, 4)
+    layer.h0, layer.c0 = nn.Parameter(torch.ones(1, 2, 4)), nn.Parameter(torch.ones(1, 2, 4))
+    layer(torch.randn(5, 2, 3), (layer.h0, layer.c0))[0].sum().backward()
+    assert layer.h0.grad is not None
+
+
+def test_a_changed_reset_after_is_refused_with_noise():
+    layer = persistrnn.GRU(3, 4, recipe=Recipe(zoneout=0.3))
+    layer.reset_after = False
+    with pytest.raises(ValueError, match="are for cells of one stage, and gru_reset_before"):
+        layer(torch.randn(5, 2, 3))

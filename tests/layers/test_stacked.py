@@ -252,3 +252,29 @@ def test_bad_states_and_steps_are_refused():
         stack.step(x[0])
     with pytest.raises(RuntimeError, match=r"lengths"):
         stack(x, lengths=torch.tensor([1, 2]))
+
+
+def test_alternate_rows_of_different_lengths_are_one_graph_for_every_length():
+    stack = persistrnn.Stacked([persistrnn.LSTM(4, 4), persistrnn.GRU(4, 4)], alternate=True)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(stack, dynamic=True, fullgraph=True, backend=backend)
+    for steps in (5, 7, 9):
+        x, lengths = torch.randn(steps, 3, 4), torch.tensor([steps, steps - 2, 1])
+        given = {"lengths": lengths, "resets": torch.rand(steps, 3) < 0.3}
+        torch.testing.assert_close(compiled(x, **given)[0], stack(x, **given)[0])
+        narrow = stack(x, lengths=lengths.to(torch.int8))[0]
+        assert torch.equal(narrow, stack(x, lengths=lengths)[0])
+    assert len(graphs) == 1
+
+
+def test_fx_takes_a_stack_as_one_node():
+    model = nn.Sequential(persistrnn.Stacked([persistrnn.LSTM(4, 4), persistrnn.LSTM(4, 4)], residual=True))
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+    x = torch.randn(5, 2, 4)
+    assert torch.equal(traced(x)[0], model(x)[0])
