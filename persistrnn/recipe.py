@@ -102,8 +102,8 @@ def check_recipe(recipe: object, cell: str, bias: bool, proj_size: int) -> None:
     noisy = any(rates(recipe, cell)) or recipe.recurrent_dropout
     if noisy and (CELLS[cell].products or CELLS[cell].means):
         raise ValueError(
-            f"{what} is for cells of one stage, got {what}={getattr(recipe, what)!r} for {cell}, whose step has products"
-            " or means between its parts; leave it out, or use weight_drop"
+            f"{what} is for cells of one stage, got {what}={getattr(recipe, what)!r} for {cell}, whose step has"
+            " products or means between its parts; leave it out, or use weight_drop"
         )
     if proj_size and noisy:
         raise ValueError(

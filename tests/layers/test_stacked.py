@@ -273,7 +273,7 @@ def test_alternate_rows_of_different_lengths_are_one_graph_for_every_length():
 
 
 def test_fx_takes_a_stack_as_one_node():
-    model = nn.Sequential(persistrnn.Stacked([persistrnn.LSTM(4, 4), persistrnn.LSTM(4, 4)], residual=True))
+    model = torch.nn.Sequential(persistrnn.Stacked([persistrnn.LSTM(4, 4), persistrnn.LSTM(4, 4)], residual=True))
     traced = torch.fx.symbolic_trace(model)
     assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
     x = torch.randn(5, 2, 4)
