@@ -85,9 +85,10 @@ def accelerated(*, backend: Backend = "auto") -> Acceleration:
         print(calls)  # which calls ran on the kernels, and why the others did not
 
     Nothing of the model changes: neither types nor parameters nor state_dict. What ran inside the block has the
-    kernels' backward, wherever backward is called. A call of what the kernels do not take (on a CPU every one, but in
-    Triton's interpreter) is torch's own, to the bit; so is every call of wrapped tensors (torch.func, forward mode,
-    fake tensors of a compiler or exporter). torch.compile breaks its graph at torch.nn's layers as ever and runs them
+    kernels' backward, wherever backward is called. A call of what the kernels do not take (on a CPU every one) is
+    torch's own, to the bit; so is every call of wrapped tensors (torch.func, forward mode, fake tensors of a compiler or
+    exporter). From the first block on, and after it, `ExportedProgram.run_decompositions` keeps torch.nn's layers whole,
+    as aten.lstm.input and the like: decompose in a process that was never accelerated. torch.compile breaks its graph at torch.nn's layers as ever and runs them
     as they run outside of it. torch draws other dropout masks than the kernels. Weights that are swapped by `replace`,
     or a layer of ours, run in compiled graphs, take lengths and save less: prefer them where the model is yours.
 
@@ -97,7 +98,8 @@ def accelerated(*, backend: Backend = "auto") -> Acceleration:
 
     Args:
         backend: "auto": where the kernels can run the call and are expected to be faster; "persistent": the kernels or
-            RuntimeError; "torch": none, as within a block around
+            RuntimeError, but for wrapped tensors and what is no call of persistrnn's, which stay torch's and are in
+            `left`; "torch": none, as within a block around
 
     Returns:
         An `Acceleration`, which is the context manager and its record.
@@ -170,6 +172,8 @@ def _implementation(cell: str, operator: torch._ops.OpOverload) -> Callable[...,
         input, hx, weights, options = read(*arguments)
         data = input if isinstance(input, Tensor) else input.data
         states = [hx] if isinstance(hx, Tensor) else list(hx)
+        if not states:  # torch's own function says what is wrong
+            return torchs(*arguments)
         call = _described(cell, data, states, options)
         reason = _obstacle(data, states, weights)
         if reason is None:

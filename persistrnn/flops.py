@@ -126,8 +126,8 @@ class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (finder for finder in list(sys.meta_path) if finder is not self)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is None or spec.loader is None:
             return None
         self.loader, spec.loader = spec.loader, self
@@ -140,6 +140,7 @@ class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         _register(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
 
 
 def tell_torch() -> None:

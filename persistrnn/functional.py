@@ -512,7 +512,7 @@ def _pad(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
 
 def _active_rows(batch_sizes: Tensor) -> Tensor:
     """Bool [T, B], on the CPU: a PackedSequence has its first rows longest."""
-    return torch.arange(int(batch_sizes[0])) < batch_sizes.unsqueeze(1)
+    return torch.arange(int(batch_sizes[0]), device=batch_sizes.device) < batch_sizes.unsqueeze(1)
 
 
 def precision() -> str:

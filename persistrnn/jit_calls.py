@@ -111,6 +111,7 @@ def record(
 def torch_alone(cell: str, options: Options, weights: int, device: torch.device) -> bool:
     """Whether torch's own kernels run the call as a whole, whatever B and T are, without projections."""
     free = {"num_layers", "bias", "batch_first", "dropout", "bidirectional", "backend", "save_budget", "training"}
+    options = options._replace(recipe=options.recipe._replace(forget_bias=None))  # of the first weights alone
     others = {name: value for name, value in options._asdict().items() if name not in free}
     simple = all(value == Options._field_defaults[name] for name, value in others.items())
     asked = options.backend == "torch" or (options.backend == "auto" and device.type == "cpu")

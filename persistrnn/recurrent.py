@@ -217,9 +217,9 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         """Draw all parameters from U(-1/sqrt(H), 1/sqrt(H)): with torch.nn's seed, torch.nn's weights. But for what the
         recipe says of the bias of gate f, and for learned states, which are zeros."""
         bound = 1.0 / math.sqrt(self.hidden_size)
-        learned = self.initial_states()
-        for parameter in self.parameters():
-            if any(parameter is state for state in learned):
+        learned = self._names_of_states() if self.recipe.learned_state else []
+        for name, parameter in self.named_parameters():
+            if name.removeprefix("parametrizations.").partition(".")[0] in learned:
                 nn.init.zeros_(parameter)
             else:
                 nn.init.uniform_(parameter, -bound, bound)

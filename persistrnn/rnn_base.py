@@ -56,7 +56,7 @@ class RNNBaseSurface:
     def qconfig(self, value: Any) -> None:
         warnings.warn(
             f"torch.ao.quantization goes by type and leaves a persistrnn.{type(self).__name__} as it is, in its own "
-            "dtype; call persistrnn.restore(model) before it",
+            "dtype; if it is to be quantized, call persistrnn.restore(model) before",
             stacklevel=2,
         )
         self.__dict__["qconfig"] = value

@@ -49,8 +49,8 @@ def pack(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows [T, B, I] of these lengths, each in [1, T], as (data [N, I], batch_sizes, order, where): the order of the
     rows, and where the data are in x.flatten(0, 1)."""
     ordered, order = lengths.sort(descending=True, stable=True)
-    active = torch.arange(int(ordered[0])).unsqueeze(1) < ordered
-    where = (torch.arange(len(active)).unsqueeze(1) * x.size(1) + order)[active]
+    active = torch.arange(int(ordered[0]), device=lengths.device).unsqueeze(1) < ordered
+    where = (torch.arange(len(active), device=lengths.device).unsqueeze(1) * x.size(1) + order)[active]
     return x.flatten(0, 1).index_select(0, where), active.sum(1), order, where
 
 
@@ -147,8 +147,8 @@ def _lengths(batch_sizes: Tensor) -> Tensor:
 def _turned(batch_sizes: Tensor) -> Tensor:
     """Where each packed step finds the one that it changes places with as its row turns around."""
     begins = batch_sizes.cumsum(0) - batch_sizes
-    time = torch.arange(batch_sizes.numel()).repeat_interleave(batch_sizes)
-    row = torch.arange(time.numel()) - begins[time]
+    time = torch.arange(batch_sizes.numel(), device=batch_sizes.device).repeat_interleave(batch_sizes)
+    row = torch.arange(time.numel(), device=batch_sizes.device) - begins[time]
     return begins[_lengths(batch_sizes)[row] - 1 - time] + row
 
 
@@ -178,8 +178,14 @@ def _layer(
         y, *final = torch_path.layer(cell, bias, False, None, input.unflatten(0, (part.steps, -1)), states, weights)
         return y.flatten(0, 1), *final
     # Where the packed rows, and each row's last step, are in padded ones.
-    running = (torch.arange(part.steps).unsqueeze(1) < part.of_rows).flatten().nonzero().squeeze(1).to(input.device)
-    last = ((part.of_rows - 1) * part.rows + torch.arange(part.rows)).to(input.device)
+    running = (
+        (torch.arange(part.steps, device=part.of_rows.device).unsqueeze(1) < part.of_rows)
+        .flatten()
+        .nonzero()
+        .squeeze(1)
+        .to(input.device)
+    )
+    last = ((part.of_rows - 1) * part.rows + torch.arange(part.rows, device=part.of_rows.device)).to(input.device)
     signs = TORCH[cell].padding
     if signs:  # one more input, 1 in padding, on which the gates hang
         weight_ih, *others = weights

@@ -258,8 +258,8 @@ def _changed(sequence: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _end_first(batch_sizes: Tensor) -> Tensor:
     """Where each step of a PackedSequence's rows comes from when every row begins with its last one."""
-    steps = torch.arange(len(batch_sizes)).repeat_interleave(batch_sizes)
+    steps = torch.arange(len(batch_sizes), device=batch_sizes.device).repeat_interleave(batch_sizes)
     offsets = batch_sizes.cumsum(0) - batch_sizes
-    rows = torch.arange(len(steps)) - offsets[steps]
-    lengths = (batch_sizes.unsqueeze(1) > torch.arange(int(batch_sizes[0]))).sum(0)
+    rows = torch.arange(len(steps), device=batch_sizes.device) - offsets[steps]
+    lengths = (batch_sizes.unsqueeze(1) > torch.arange(int(batch_sizes[0]), device=batch_sizes.device)).sum(0)
     return offsets[lengths[rows] - 1 - steps] + rows

@@ -150,8 +150,8 @@ def swept(depth: int, interpreted: bool) -> Tiling:
 
 
 def bytes_swept(t: Tiling) -> int:
-    """Bytes read from shared memory per step: weights, and the operand, of which each warp reads its own part of K."""
-    return (t.m + t.batch_tile) * t.hidden * 2
+    """Bytes of weights read from shared memory per step; the operand is in registers."""
+    return t.m * t.hidden * 2
 
 
 @triton.jit(do_not_specialize=["steps"])
@@ -177,11 +177,10 @@ def sweep_shared(weight, operand, sums, cycles, steps, tiling: tl.constexpr,
         weights = load_rest(resident(matrix, 0, 0, tiling, exchange), matrix, opaque_one, tiling, exchange)
         operands = ()
         for i in tl.static_range(n):
-            dtype: tl.constexpr = operand.dtype.element_ty
-            k = operand_index(tiling.chunks[i].size, dtype, tiling.splits)
+            k = operand_index(tiling.chunks[i].size, operand.dtype.element_ty, tiling.splits)
             offsets = k + operand_rows(rows, BB, tiling.splits) * tiling.row_stride
             tile = tl.load(operand + tiling.chunks[i].start + offsets)
-            operands = operands + (as_operand(tile, dtype, tiling.splits),)
+            operands = operands + (as_operand(tile, operand.dtype.element_ty, tiling.splits),)
         start = clock(tl.zeros((), tl.int64), PTX)
         step = program * 0
         while step < steps:

@@ -141,29 +141,9 @@ def test_persistent_checks_devices_before_it_launches(kernels, cell):
 
 
 def test_public_names():
-    assert set(persistrnn.__all__) == {
-        *(
-            "GRU",
-            "JANET",
-            "LSTM",
-            "MGU",
-            "RNN",
-            "SLSTM",
-            "CoupledLSTM",
-            "PeepholeLSTM",
-            "Recipe",
-            "Recurrent",
-            "Stacked",
-            "cell",
-            "check_cell",
-        ),
-        "Streaming",
-        "__version__",
-        "check",
-        "explain",
-        "flops",
-        "functional",
-        "profile",
-        "replace",
-    }
+    layers = "GRU JANET LSTM MGU RNN SLSTM CoupledLSTM LayerNormGRU LayerNormLSTM PeepholeLSTM Recurrent Stacked"
+    others = (
+        "Recipe Streaming __version__ accelerate accelerated cell check check_cell explain flops functional profile"
+    )
+    assert set(persistrnn.__all__) == {*layers.split(), *others.split(), "replace", "restore"}
     assert all(hasattr(persistrnn, name) for name in persistrnn.__all__)
