@@ -105,7 +105,7 @@ TRIED = [
     ("state", "plain"),
     ("checkpoint", "plain"),
 ]
-ON_KERNELS = [0, 3, 4, 6]  # of these, as each launch is interpreted
+ON_KERNELS = [0, 6]  # of these, as each launch is interpreted
 EVERYWHERE = [(*tried, "auto") for tried in TRIED]
 EVERYWHERE += [pytest.param(*TRIED[k], "persistent", marks=pytest.mark.interpreter) for k in ON_KERNELS]
 
