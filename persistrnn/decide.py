@@ -22,7 +22,8 @@ from persistrnn.kernels.inspect.prediction import Prediction
 from persistrnn.kernels.planner import memory
 from persistrnn.kernels.planner.forecast import Forecast, forecast
 from persistrnn.kernels.planner.pipeline import Pipeline
-from persistrnn.kernels.planner.plan import Plan, PlanError, plan_layer, without_kernels
+from persistrnn.kernels.planner.plan import Plan, PlanError, plan_layer
+from persistrnn.kernels.planner.plan import without_kernels as without_kernels  # for own_cell, too
 from persistrnn.kernels.planner.problem import Problem
 
 MODES = memory.MODES

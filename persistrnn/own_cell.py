@@ -10,7 +10,6 @@ import torch
 
 from persistrnn import decide
 from persistrnn.kernels.cells import CELLS, derived
-from persistrnn.kernels.planner.plan import without_kernels
 from persistrnn.options import Backend, Options, Save
 from persistrnn.recipe import PLAIN, Recipe
 from persistrnn.recurrent import RecurrentBase
@@ -164,7 +163,7 @@ def check_cell(
     for what in ("gates", "more_inputs", "states", "params", "extras"):
         if given := getattr(names, what):
             lines.append(f"{what}: {', '.join(given)}")
-    if (reason := without_kernels(numbers)) is not None:
+    if (reason := decide.without_kernels(numbers)) is not None:
         return "\n".join([*lines, reason])
     after = "".join(f", and {names.states[i]} after the step" for i in numbers.after)
     stored = numbers.inputs + numbers.more_gradients + numbers.gates * numbers.recurrent_gradient
