@@ -73,6 +73,8 @@ class Races:
 
     def __init__(self, grid: Grid):
         self.grid, self.programs, self.warps = grid, grid.programs, grid.warps
+        lines: dict[str, int] = {}
+        self.line = np.array([lines.setdefault(i.source, len(lines)) for i in grid.kernel.code])
         self.epoch = np.ones(self.programs, S64)
         self.known = np.zeros((self.programs * self.warps, self.programs), S64)
         self.published: dict[int, Array] = {}
@@ -148,7 +150,8 @@ class Races:
         if access.strong:
             fine |= where.width[cells] == access.size
         if access.there is not None and not fine.all():
-            fine |= own & access.copies(cells) & (where.at[2][cells] == access.number)
+            # An inline instruction is one per register, and registers of two warps may hold the same element.
+            fine |= own & access.copies(cells) & (self.line[where.at[2][cells]] == self.line[access.number])
         if not fine.all():
             i = int((~fine).argmax())
             who = f"program {program[i]}, warp {warp[i]}"
