@@ -185,6 +185,7 @@ def sweep_shared(weight, operand, sums, cycles, steps, tiling: tl.constexpr,
         step = program * 0
         while step < steps:
             accs = add(weights, operands, 0, n, accs, tiling)
+            tl.debug_barrier()  # or the compiler reads the weights once for several steps (seen: 4, sm_90)
             step += 1
         tl.debug_barrier()
         tl.store(cycles + program, clock(start, PTX) - start)
