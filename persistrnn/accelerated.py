@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from persistrnn import functional, torch_path
+from persistrnn import calls, torch_path
 from persistrnn.decide import TORCH, Decision, inside_torch_func
 from persistrnn.options import BACKENDS, Backend, Options, check_flag, check_name
+from persistrnn.request import Request
 
 MOST = 64  # different calls that are told apart in a record
 MORE = "others"
@@ -181,7 +182,7 @@ def _implementation(cell: str, operator: torch._ops.OpOverload) -> Callable[...,
             decision: list[Decision] = []
             options = options._replace(backend=how.backend)
             try:
-                found = functional.run(cell, input, weights, hx, options, accept=lambda made: _accepts(made, decision))
+                found = calls.run(Request(cell, input, weights, hx, options), lambda made: _accepts(made, decision))
             except (RuntimeError, TypeError, ValueError) as error:
                 if decision:
                     raise
@@ -213,7 +214,7 @@ def _read_padded(
     dropout: float,
     training: bool,
     bidirectional: bool,
-    batch_first: bool,
+    batch_first: bool = False,
 ) -> tuple[Tensor, Any, Sequence[Tensor], Options]:
     """(input, hx, weights, options) of an operator that takes a padded tensor."""
     options = Options(num_layers, bias, batch_first, dropout, bidirectional, training=training)
@@ -221,19 +222,11 @@ def _read_padded(
 
 
 def _read_packed(
-    data: Tensor,
-    batch_sizes: Tensor,
-    hx: Any,
-    weights: Sequence[Tensor],
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
+    data: Tensor, batch_sizes: Tensor, hx: Any, *others: Any
 ) -> tuple[PackedSequence, Any, Sequence[Tensor], Options]:
     """The same of one that takes a PackedSequence's parts; its states stand in the order of the rows."""
-    options = Options(num_layers, bias, False, dropout, bidirectional, training=training)
-    return PackedSequence(data, batch_sizes), _as_hx(hx), weights, options
+    _, *read = _read_padded(data, hx, *others)
+    return PackedSequence(data, batch_sizes), *read
 
 
 def _as_hx(hx: Any) -> Any:

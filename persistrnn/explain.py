@@ -1,6 +1,6 @@
 """Which path a call would take, with which plan, and why; in words and without running it."""
 
-from persistrnn import decide, functional, validate
+from persistrnn import calls, decide, validate
 from persistrnn.decide import Call, Decision, expects_backward
 from persistrnn.options import check_count, check_options, check_save, check_sizes
 from persistrnn.recurrent import RecurrentBase, check_layer
@@ -41,10 +41,10 @@ def explain(layer: RecurrentBase | Stacked, batch: int, steps: int) -> str:
     validate.check_attributes(stack, *own)
     check_save(options.save, options.save_budget, layer.proj_size)
 
-    dtype = functional.compute_dtype(weights[0], weights[0])
+    dtype = calls.compute_dtype(weights[0], weights[0])
     where = dtype, weights[0].device, expects_backward(weights)
     transforms = decide.active_transforms(weights, dropout=options.active_dropout > 0)
-    found = decide.decide(functional.asked(stack, options, batch, steps, *where, transforms=transforms))
+    found = decide.decide(calls.asked(stack, options, batch, steps, *where, transforms=transforms))
     call, reason = found.call, found.reason
     lines = [f"{layer}, batch {batch}, steps {steps}, {str(dtype).removeprefix('torch.')} on {call.device}"]
     if reason is None:

@@ -1,26 +1,21 @@
-"""Recurrent layers as functions: what goes in and out of the path that is decided on.
+"""Recurrent layers as functions.
 
 Letters: T steps, B batch, I input, H hidden, P projection, D directions, L layers.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from persistrnn import jit_calls, onnx_graph, rows, torch_path, validate
-from persistrnn import stack as stacks
-from persistrnn.decide import Call, Decision, active_transforms, decide, expects_backward
+from persistrnn.calls import run
 from persistrnn.kernels.cells import CELLS
-from persistrnn.mapping import below_the_map
-from persistrnn.options import Backend, Options, Save, check_flag, check_name, check_options, check_save
-from persistrnn.recipe import cell_of, hides, new_keys
-from persistrnn.tracing import by_torch_jit, exporting_to_onnx, leaf_function, outside_of_graphs
-from persistrnn.validate import Batch, Cuts, Given, Stack
-
-NOTHING = Given()
+from persistrnn.options import Backend, Options, Save, check_name, check_options
+from persistrnn.request import Request
+from persistrnn.tracing import leaf_function
+from persistrnn.validate import Given
 
 Input = TypeVar("Input", Tensor, PackedSequence)  # the output has the form of the input
 
@@ -114,7 +109,8 @@ def lstm(
         num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training, heads
     )
     check_options(options)
-    found = run("lstm", input, weights, hx, options, Given(lengths, mask, resets, reset_state), return_cell_states)
+    given = Given(lengths, mask, resets, reset_state)
+    found = run(Request("lstm", input, weights, hx, options, given, return_cell_states))
     h_n, c_n = found.states
     return (found.output, (h_n, c_n), found.c) if return_cell_states else (found.output, (h_n, c_n))
 
@@ -163,7 +159,7 @@ def gru(
         num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training, heads
     )
     check_options(options)
-    found = run("gru", input, weights, hx, options, Given(lengths, mask, resets, reset_state))
+    found = run(Request("gru", input, weights, hx, options, Given(lengths, mask, resets, reset_state)))
     return found.output, found.states[0]
 
 
@@ -204,7 +200,8 @@ def rnn(
         num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training, heads
     )
     check_options(options)
-    found = run(rnn_cell(nonlinearity), input, weights, hx, options, Given(lengths, mask, resets, reset_state))
+    given = Given(lengths, mask, resets, reset_state)
+    found = run(Request(rnn_cell(nonlinearity), input, weights, hx, options, given))
     return found.output, found.states[0]
 
 
@@ -248,9 +245,8 @@ def recurrent(
     )
     check_options(options)
     check_name("cell", cell, list(CELLS))
-    found = run(
-        cell, input, weights, hx, options, Given(lengths, mask, resets, reset_state, extras), return_cell_states
-    )
+    given = Given(lengths, mask, resets, reset_state, extras)
+    found = run(Request(cell, input, weights, hx, options, given, return_cell_states))
     state = found.states[0] if len(found.states) == 1 else tuple(found.states)
     return (found.output, state, found.c) if return_cell_states else (found.output, state)
 
@@ -264,270 +260,3 @@ def rnn_cell(nonlinearity: object) -> str:
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity {nonlinearity!r}. Select from 'tanh' or 'relu'.")
     return f"rnn_{nonlinearity}"
-
-
-class Found(NamedTuple):
-    """What a call gives: output, the final states, every c or None, and the path that ran it."""
-
-    output: Any
-    states: list[Tensor]
-    c: Any
-    path: str
-
-
-def run(
-    cell: str,
-    input: Tensor | PackedSequence,
-    weights: Sequence[Tensor],
-    hx: object,
-    options: Options,
-    given: Given = NOTHING,
-    return_c: bool = False,
-    sizes: tuple[int, int, int] | None = None,
-    learned: Sequence[Tensor] = (),
-    accept: Callable[[Decision], bool] | None = None,
-) -> Found:
-    """Validate, decide and run; under torch.jit.trace as one operator.
-
-    options: checked before. sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be.
-    learned: the states that stand for zeros, each [L*D, features]; empty: zeros do.
-    accept: asked before it runs; what it declines gives no output.
-    """
-    if by_torch_jit() and not exporting_to_onnx() and accept is None:
-        more = [learned] if learned else []
-        return Found(*jit_calls.record(_run, cell, input, weights, hx, options, given, return_c, sizes, *more))
-    return _run(cell, input, weights, hx, options, given, return_c, sizes, learned, accept)
-
-
-def _run(
-    cell: str,
-    input: Tensor | PackedSequence,
-    weights: Sequence[Tensor],
-    hx: object,
-    options: Options,
-    given: Given,
-    return_c: bool,
-    sizes: tuple[int, int, int] | None,
-    learned: Sequence[Tensor] = (),
-    accept: Callable[[Decision], bool] | None = None,
-) -> Found:
-    check_flag("return_cell_states", return_c)
-    validate.check_states(cell, options.cell_dtype, return_c)
-    stack = validate.read_weights(cell, weights, options)
-    if sizes is not None:
-        validate.check_attributes(stack, *sizes)
-    batch = validate.read_input(input, stack, weights, options.batch_first)
-    data, packed = batch.data, batch.packed
-    check_save(options.save, options.save_budget, stack.proj_size)
-    states = validate.read_states(stack, hx, batch)
-    cuts = validate.read_cuts(stack, batch, hx is None and not learned, given)
-    if learned:
-        begin = [s.to(data.dtype).unsqueeze(1).expand(-1, batch.rows, -1).contiguous() for s in learned]
-        states = begin if hx is None else states
-        cuts = cuts if cuts.resets is None or cuts.reset else cuts._replace(reset=begin)
-    keys = new_keys(cell, options.recipe, options.training, stack.num_layers * stack.directions, data.device)
-    cuts = cuts if keys is None else cuts._replace(keys=keys)
-    if return_c and hides(options.recipe, options.training):
-        raise ValueError(
-            "return_cell_states is not for a call with recurrent_dropout, where the kernels give out every h in its "
-            f"place, got {options.recipe}; leave one of them out"
-        )
-    if packed is not None and hx is not None:
-        states = _rows(states, packed.sorted_indices)
-
-    backward = expects_backward([data, *weights, *states, *cuts.reset])
-    dtype = compute_dtype(data, weights[0])
-    if dtype.itemsize == 2 and torch_path.autocast_dtype(data):
-        data, *states = (_of_one_half(t, dtype) for t in (data, *states))
-        batch, weights = batch._replace(data=data), [_of_one_half(w, dtype) for w in weights]
-    sizes_of_call = batch.rows, batch.steps, dtype, data.device
-    transforms = active_transforms(weights, packed is not None, options.active_dropout > 0)
-    call = asked(stack, options, *sizes_of_call, backward, given, return_c, transforms)
-    if exporting_to_onnx():
-        path = "stepwise" if onnx_graph.unrolls(call, packed is not None) else "onnx"
-        decision = Decision(call, path, None, False, 0)
-    else:
-        decision = decide(call)
-    if accept is not None and not accept(decision):
-        return Found(None, [], None, decision.path)
-    if decision.refused:
-        raise RuntimeError(f'backend="persistent" cannot run this call: {decision.reason}')
-    c: Any = None
-    lengths: Any = given.lengths
-    if decision.path == "onnx":
-        x = batch.time_major(data)
-        output, states = onnx_graph.run(call.cell, x, weights, states, lengths, options)
-        output = batch.time_major(output)
-    elif decision.path == "torch" and given.lengths is not None:
-        assert cuts.active is not None
-        output, *states = _with_lengths(decision, options, batch, weights, states, lengths, cuts.active)
-    elif decision.path == "torch":
-        batch_sizes = None if packed is None else packed.batch_sizes
-        how = options._replace(batch_first=batch.batch_first)
-        output, *states = _on_torch(decision, how, data, batch_sizes, states, weights)
-    else:
-        output, c, states = _on_kernels_or_steps(decision, batch, weights, states, cuts)
-
-    formed: list[Any] = [output] if c is None else [output, c]
-    if packed is not None:
-        states = _rows(states, packed.unsorted_indices)
-        formed = [PackedSequence(t, packed.batch_sizes, *packed[2:]) for t in formed]
-    elif batch.unbatched:
-        formed, states = [t.squeeze(1) for t in formed], [s.squeeze(1) for s in states]
-    output, c = (*formed, None)[:2]
-    return Found(output, states, c, decision.path)
-
-
-def _of_one_half(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Autocast joins float32 with its own dtype, and neither with the other 16-bit one."""
-    return tensor if tensor.dtype.itemsize > 2 else tensor.to(dtype)
-
-
-jit_calls.implement(_run)
-
-
-def asked(
-    stack: Stack,
-    options: Options,
-    batch: int,
-    steps: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    backward: bool,
-    given: Given = NOTHING,
-    return_c: bool = False,
-    transforms: str = "",
-) -> Call:
-    """The call, as `decide` takes it."""
-    stack = stack._replace(cell=cell_of(stack.cell, options.recipe, options.training))
-    return Call(
-        *stack[:-1], batch, steps, dtype, device, precision(), backward,
-        options.backend, options.save, options.save_budget, options.cell_dtype, options.active_dropout,
-        lengths=given.lengths is not None,
-        marks=given.mask is not None or given.resets is not None,
-        return_c=bool(return_c),  # read, so that dynamo makes a constant of it
-        heads=stack.heads,
-        hides=hides(options.recipe, options.training),
-        transforms=transforms,
-    )  # fmt: skip
-
-
-def _on_kernels_or_steps(
-    decision: Decision, batch: Batch, weights: Sequence[Tensor], states: list[Tensor], cuts: Cuts
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """(output, every c or None, final states)."""
-    call, data, packed = decision.call, batch.data, batch.packed
-    x = batch.time_major(data)
-    if packed is not None:
-        x, places = outside_of_graphs(_pad, data, packed.batch_sizes)
-        cuts = cuts._replace(active=_active_rows(packed.batch_sizes).to(data.device, non_blocking=True))
-    dtypes = [call.dtype] * len(states)
-    if decision.path == "stepwise":  # which has torch.nn's; the kernels have autocast's, as torch.nn on a GPU
-        dtypes = torch_path.output_dtypes(call.cell, data, states, torch_path.autocast_dtype(data))[1:]
-    initial, anew = (
-        [s.to(d).contiguous() for s, d in zip(given_states, dtypes, strict=False)]
-        for given_states in (states, cuts.reset)
-    )
-    tensors = x.to(call.dtype).contiguous(), [w.to(call.dtype) for w in weights], initial
-    extras = [e.to(call.dtype) for e in cuts.extras]
-    found = stacks.run(decision, *tensors, cuts._replace(reset=anew, extras=extras))
-    outputs = [found.y] if found.c is None else [found.y, found.c]
-    if packed is not None:
-        outputs = [t.flatten(0, 1).index_select(0, places) for t in outputs]
-    y, c = (*(batch.time_major(t) for t in outputs), None)[:2]
-    assert y is not None
-    return y, c, found.finals
-
-
-def _on_torch(
-    decision: Decision,
-    options: Options,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor],
-) -> list[Tensor]:
-    """[output, *states], on torch's own kernels."""
-    call = decision.call
-    how = options.bias, options.num_layers, options.dropout, options.training, options.bidirectional
-
-    def padded(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-        if decision.chunk:
-            in_chunks = call.cell, input, states, weights, *how, options.batch_first, decision.chunk
-            return torch_path.stack_in_chunks(*in_chunks)
-        return torch_path.stack(call.cell, input, None, states, weights, *how, options.batch_first)
-
-    if call.transforms == "folded":
-        return below_the_map(padded, input, 0 if options.batch_first else 1, states, weights)
-    if batch_sizes is None:
-        return padded(input, states, weights)
-    # Without a backward ATen's loop over packed rows is linear, and torch.nn's to the bit.
-    in_parts = call.steps > rows.FEW_STEPS and call.device.type == "cpu" and (call.lengths or call.backward)
-    chunk = decision.chunk if call.backward else 0
-    if not (in_parts or chunk) or call.transforms:
-        return torch_path.stack(call.cell, input, batch_sizes, states, weights, *how, options.batch_first)
-    of_layers = states, weights, options.bias, options.num_layers, call.dropout, options.bidirectional
-    found: list[Tensor] = outside_of_graphs(rows.stack, call.cell, input, batch_sizes, *of_layers, chunk)
-    return found
-
-
-def _with_lengths(
-    decision: Decision,
-    options: Options,
-    batch: Batch,
-    weights: Sequence[Tensor],
-    states: list[Tensor],
-    lengths: Any,
-    active: Tensor,
-) -> list[Tensor]:
-    """The same for rows with lengths."""
-    x, some = batch.time_major(batch.data), lengths > 0
-    initial = states
-    if not some.all():  # a packed row has a step at least: of one without, no NaN may reach the weights' gradient
-        x, *initial = (torch.where(some.unsqueeze(-1), t, 0.0) for t in (x, *states))
-    data, batch_sizes, order, where = rows.pack(x, lengths.clamp(min=1))
-    how = options._replace(batch_first=False)
-    data, *finals = _on_torch(decision, how, data, batch_sizes, _rows(initial, order), weights)
-    y = rows.unpack(data, where, batch.steps, batch.rows)
-    if not some.all():
-        y = torch.where(active.unsqueeze(-1), y, 0.0)
-    finals = _rows(finals, order.argsort())
-    finals = [torch.where(some.unsqueeze(-1), new, old.to(new.dtype)) for new, old in zip(finals, states, strict=True)]
-    return [batch.time_major(y), *finals]
-
-
-def _rows(states: list[Tensor], indices: Tensor | None) -> list[Tensor]:
-    return states if indices is None else [s.index_select(1, indices) for s in states]
-
-
-# Compiled, the graph breaks here, as it does in torch.nn; on fake tensors it would fail. By index: torch's own function
-# has no rule for vmap, for tangents, or for torch.func.
-def _pad(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, B, I] of the data of a PackedSequence, and the places of its rows in [T * B]."""
-    active = _active_rows(batch_sizes)
-    places = active.flatten().nonzero().squeeze(1).to(data.device, non_blocking=True)
-    padded = data.new_zeros(active.numel(), data.size(-1)).index_copy(0, places, data)
-    return padded.unflatten(0, active.shape), places
-
-
-def _active_rows(batch_sizes: Tensor) -> Tensor:
-    """Bool [T, B], on the CPU: a PackedSequence has its first rows longest."""
-    return torch.arange(int(batch_sizes[0]), device=batch_sizes.device) < batch_sizes.unsqueeze(1)
-
-
-def precision() -> str:
-    """How float32 is multiplied in the recurrence, "tf32" or "ieee": torch's own setting for RNNs.
-
-    `torch.backends.cudnn.rnn.fp32_precision` inherits from `torch.backends.cudnn` and `torch.backends`; its
-    default is "tf32". As in cuDNN, anything else, "none" included, means "ieee".
-    """
-    setting: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if setting == "tf32" else "ieee"
-
-
-def compute_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of the recurrence: the input's, or autocast's, which leaves float64 and integers alone."""
-    autocast = torch_path.autocast_dtype(input)
-    if autocast is None or torch.float64 in (input.dtype, weight.dtype) or not input.is_floating_point():
-        return input.dtype
-    return autocast

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import PackedSequence
 from persistrnn.decide import TORCH
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Options
+from persistrnn.request import Found, Request
 from persistrnn.validate import Given
 
 CALL = "persistrnn::call"
@@ -34,8 +35,7 @@ torch.library.define(
     "Tensor? resets, Tensor[] reset_state, Tensor[] extras, Tensor[] learned) -> Tensor[]",
 )
 
-# ``functional``'s, which is above: (cell, input, weights, hx, options, given, return_c, sizes[, learned]) -> Found
-Run = Callable[..., Any]
+Run = Callable[[Request], Found]
 
 _path: ContextVar[str] = ContextVar("path")  # that ran the last call in this thread
 
@@ -65,9 +65,8 @@ def implement(run: Run) -> None:
         options, names, return_c, sizes = _read(how)
         sequence: Any = PackedSequence(input, *packed) if packed else input
         cuts = lengths, mask, resets, _state(cell, reset_state), dict(zip(names, extras, strict=True))
-        more = [learned] if learned else []
-        given = sequence, weights, _state(cell, hx), options, Given(*cuts), return_c, sizes, *more
-        found = run(cell, *given)
+        given = Given(*cuts)
+        found = run(Request(cell, sequence, weights, _state(cell, hx), options, given, return_c, sizes, learned))
         _path.set(found.path)
         outputs = [found.output] if found.c is None else [found.output, found.c]
         return [*(t.data if packed else t for t in outputs), *found.states]
@@ -75,37 +74,25 @@ def implement(run: Run) -> None:
     torch.library.impl(CALL, "CompositeImplicitAutograd")(call)
 
 
-def record(
-    run: Run,
-    cell: str,
-    input: Any,
-    weights: Sequence[Tensor],
-    hx: Any,
-    options: Options,
-    given: Given,
-    return_c: bool,
-    sizes: tuple[int, int, int] | None,
-    *learned: Sequence[Tensor],
-) -> tuple[Any, list[Tensor], Any, str]:
-    """The fields of ``Found`` of a call while torch.jit.trace records it."""
-    everything = cell, input, weights, hx, options, given, return_c, sizes, *learned
+def record(run: Run, request: Request) -> Found:
+    """A call while torch.jit.trace records it."""
+    cell, input, weights, hx, options, given, return_c, sizes, learned = request
     packed = input if isinstance(input, PackedSequence) else None
-    data = input if packed is None else packed.data
+    data: Any = input if packed is None else packed.data
     states, anew = (_tensors(cell, given_states) for given_states in (hx, given.reset_state))
     bad = not all(isinstance(t, Tensor) for t in (data, *weights, *states, *anew))  # which a call refuses
     plain = packed is None and given._replace(extras={}) == Given() and not given.extras and not return_c
     if bad or (plain and torch_alone(cell, options, len(weights), data.device)):
         with warnings.catch_warnings():  # of checks, whose answers do not depend on B and T
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
-            output, finals, c, path = run(*everything)
-            return output, finals, c, path
+            return run(request)
     beside = [] if packed is None else [t for t in packed[1:] if t is not None]
     flat = torch.ops.persistrnn.call(
         cell, written(options, list(given.extras), return_c, sizes), data, beside, list(weights), states,
-        given.lengths, given.mask, given.resets, anew, list(given.extras.values()), *(learned or ([],)),
+        given.lengths, given.mask, given.resets, anew, list(given.extras.values()), list(learned),
     )  # fmt: skip
     formed = [t if packed is None else PackedSequence(t, *packed[1:]) for t in flat[: 1 + return_c]]
-    return formed[0], list(flat[1 + return_c :]), formed[1] if return_c else None, _path.get()
+    return Found(formed[0], list(flat[1 + return_c :]), formed[1] if return_c else None, _path.get())
 
 
 def torch_alone(cell: str, options: Options, weights: int, device: torch.device) -> bool:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from persistrnn import functional, tracing, validate
+from persistrnn import tracing, validate
+from persistrnn.calls import run
 from persistrnn.decide import TORCH
 from persistrnn.functional import Input
 from persistrnn.kernels.cells import derived
 from persistrnn.options import Backend, Options, Save, check_options, check_save, check_sizes
 from persistrnn.recipe import PLAIN, Recipe, check_recipe, recipe_of, recurrent_weight, set_forget_bias, text_of
+from persistrnn.request import Request
 from persistrnn.rnn_base import RNNBaseSurface
 from persistrnn.validate import Given, Stack
 
@@ -347,8 +349,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         if (proxy := tracing.proxy_in(input, hx, lengths, mask, resets, reset_state, extras)) is not None:
             cuts = {"lengths": lengths, "mask": mask, "resets": resets, "reset_state": reset_state, **extras}
             return tracing.leaf(proxy, self, input, hx=hx, return_cell_states=return_cell_states, **cuts)
-        training = self.training  # by itself: an AttributeError inside a property becomes one of the property's
-        options, sizes = self.options._replace(training=training), (self.input_size, self.hidden_size, self.proj_size)
+        options, sizes = self.options, (self.input_size, self.hidden_size, self.proj_size)
         check_options(options)
         check_sizes(*sizes, self.heads)
         weights = [
@@ -358,7 +359,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         ]
         given = Given(lengths, mask, resets, reset_state, extras)
         learned = self.initial_states()
-        found = functional.run(self.cell, input, weights, hx, options, given, return_cell_states, sizes, learned)
+        found = run(Request(self.cell, input, weights, hx, options, given, return_cell_states, sizes, learned))
         if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
             self.last_path = found.path
         state = found.states[0] if len(found.states) == 1 else tuple(found.states)

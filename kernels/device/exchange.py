@@ -82,7 +82,7 @@ def put(pointers, tile, mask, exchange: tl.constexpr):
         other: tl.constexpr = 0x7FFF if tile.dtype.primitive_bitwidth == 16 else 0x7FFFFFFF
         bits = tl.where(bits == -1, other, bits).to(bits.dtype)
         if exchange.poll == "ptx":
-            _store_relaxed(pointers, bits, mask)
+            _store_each(pointers, bits, mask, True)
         else:
             tl.store(pointers, bits.to(tile.dtype, bitcast=True), mask=mask)
     else:
@@ -94,21 +94,12 @@ def store_held(pointers, tile, mask, exchange: tl.constexpr):
     """Each thread stores the elements that it holds.
 
     ``tl.store`` first moves every tile through shared memory, between two barriers, so that a thread has more of a row:
-    of h, c and four saved tiles that was 11 barriers of 16 in a step, and 700 cycles of 3,674 (clock, LSTM 256, B=16,
-    bf16, sm_90, forward). Of a tile with many elements per thread it is the better way (registers 155 against 187, LSTM
-    128 backward in one slice).
+    of h, c and four saved tiles that was 11 barriers of 16 in a step, and 19% of its 3,674 cycles (clock, LSTM 256,
+    B=16, bf16, sm_90, forward). Of a tile with many elements per thread it is the better way (registers 155 against
+    187, LSTM 128 backward in one slice).
     """
     if exchange.poll == "ptx" and tile.numel < MANY:
-        bits = tile.to(_integer(tile.dtype), bitcast=True)
-        narrow: tl.constexpr = bits.dtype.primitive_bitwidth == 16
-        tl.inline_asm_elementwise(
-            _HELD_16 if narrow else _HELD_32,
-            "=r,l,h,r" if narrow else "=r,l,r,r",
-            [pointers, bits, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        _store_each(pointers, tile.to(_integer(tile.dtype), bitcast=True), mask, False)
     else:
         tl.store(pointers, tile, mask=mask)
 
@@ -240,11 +231,12 @@ def _report(error, gave_up, exchange: tl.constexpr):
 
 
 @triton.jit
-def _store_relaxed(pointers, bits, mask):
+def _store_each(pointers, bits, mask, relaxed: tl.constexpr):
     """Store integers, each by an access of its own width."""
     narrow: tl.constexpr = bits.dtype.primitive_bitwidth == 16
+    assembly: tl.constexpr = _store_of(bits.dtype.primitive_bitwidth, relaxed)
     tl.inline_asm_elementwise(
-        _STORE_16 if narrow else _STORE_32,
+        assembly,
         "=r,l,h,r" if narrow else "=r,l,r,r",
         [pointers, bits, mask.to(tl.int32)],
         dtype=tl.int32,
@@ -272,20 +264,22 @@ def _load_flagged(pointers, mask, exchange: tl.constexpr):
         return _load(pointers, mask, "", True)
 
 
-_STORE = """{{
+@triton.constexpr_function
+def _store_of(width, relaxed):
+    return f"""{{
     .reg .pred there;
     setp.ne.s32 there, $3, 0;
-    @there st{1}.global.b{0} [$1], $2;
+    @there st{".relaxed.gpu" if relaxed else ""}.global.b{width} [$1], $2;
     mov.b32 $0, 0;
     }}"""
+
+
 _LOAD = """{{
     .reg .pred there;
     setp.ne.s32 there, $2, 0;
     mov.b{0} $0, 0;
     @there ld.relaxed.gpu.global.b{0} $0, [$1];
     }}"""
-_STORE_16, _STORE_32 = (tl.constexpr(_STORE.format(bits, ".relaxed.gpu")) for bits in (16, 32))
-_HELD_16, _HELD_32 = (tl.constexpr(_STORE.format(bits, "")) for bits in (16, 32))
 _LOAD_16, _LOAD_32 = tl.constexpr(_LOAD.format(16)), tl.constexpr(_LOAD.format(32))
 
 

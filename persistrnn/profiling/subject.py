@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 
-from .. import decide, functional, replacement
+from .. import decide, replacement
+from ..calls import compute_dtype, precision
 from ..kernels.cells import CELLS
 from ..options import Backend, Save, check_count
 from ..own_cell import Recurrent
@@ -243,8 +244,8 @@ def calls(module: nn.Module) -> Iterator[list[Call]]:
             time, data = int(layer.batch_first), x
             steps, batch = (x.size(0), 1) if x.dim() == 2 else (x.size(time), x.size(1 - time))
         weight = next(layer.parameters())
-        dtype = functional.compute_dtype(data, weight)
-        single = "tf32" if functional.precision() == "tf32" else "fp32"
+        dtype = compute_dtype(data, weight)
+        single = "tf32" if precision() == "tf32" else "fp32"
         names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: single}
         path = getattr(layer, "last_path", None) or TORCH
         label = names.get(dtype, str(dtype).removeprefix("torch."))

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from persistrnn import decide, functional
+from persistrnn import calls, decide
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import SPIN_LIMIT, Exchange
@@ -103,5 +103,5 @@ def force_waves(
 
     monkeypatch.setattr(launch, "choose_stack", choose)
     monkeypatch.setattr(decide, "runs_as_pipeline", may)
-    monkeypatch.setattr(decide, "matmul_precision", functional.precision)
+    monkeypatch.setattr(decide, "matmul_precision", calls.precision)
     monkeypatch.setattr(launch, "exchange_for", lambda device: Exchange(protocol=protocol, poll=poll()))

@@ -38,23 +38,21 @@ def no_waits():
 def planned(cell, hidden, batch, directions, dtype):
     """The plan of one layer on this device."""
     device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
-    return launch.choose(CELLS[cell], hidden, batch, directions, dtype, persistrnn.functional.precision(), device)
+    return launch.choose(CELLS[cell], hidden, batch, directions, dtype, persistrnn.calls.precision(), device)
 
 
 def planned_wave(cell, hidden, layers, batch, dtype):
     """The plan of a layer pipeline on this device; None where there is none."""
     if layers == 1:
         return None
-    precision = persistrnn.functional.precision()
+    precision = persistrnn.calls.precision()
     return launch.choose_stack(CELLS[cell], hidden, layers, batch, dtype, precision, torch.device(DEVICE, 0))
 
 
 def needs_plan(cell, hidden, dtype):
     """Skip where the device is too small for the size."""
     device = torch.device(DEVICE, 0)
-    reason = decide.unsupported(
-        asked(cell, hidden, dtype=dtype, device=device, precision=persistrnn.functional.precision())
-    )
+    reason = decide.unsupported(asked(cell, hidden, dtype=dtype, device=device, precision=persistrnn.calls.precision()))
     if reason is not None:
         pytest.skip(reason)
 
@@ -129,7 +127,7 @@ def recurrent(cell, x_gates, weight, bias, *states, precision="ieee"):
 
 def outputs_and_gradients(cell, made, cotangents):
     """Everything that the kernels make of the operands: outputs, then gradients."""
-    outputs = recurrent(cell, *made.values(), precision=persistrnn.functional.precision())
+    outputs = recurrent(cell, *made.values(), precision=persistrnn.calls.precision())
     return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, list(made.values()), cotangents))
 
 

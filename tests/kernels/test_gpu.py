@@ -397,7 +397,7 @@ def test_precision_of_float32_products_is_torchs_setting(precision):
     errors = {}
     for asked in ("ieee", "tf32"):
         precision(asked)
-        y, *_ = recurrent("lstm", *arguments, precision=persistrnn.functional.precision())
+        y, *_ = recurrent("lstm", *arguments, precision=persistrnn.calls.precision())
         errors[asked] = ((y - truth).norm() / truth.norm()).item()
     assert errors["ieee"] < 1e-6
     assert 1e-5 < errors["tf32"] < 1e-2

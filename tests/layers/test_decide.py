@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, vjp, vmap
 
 import persistrnn
-from persistrnn import decide, functional
+from persistrnn import calls, decide
 from persistrnn.decide import expects_backward
 
 X = torch.zeros(4, 3, 5)
@@ -35,7 +35,7 @@ def decisions(monkeypatch):
         made.append(decide.decide(call))
         return made[-1]
 
-    monkeypatch.setattr(functional, "decide", noted)
+    monkeypatch.setattr(calls, "decide", noted)
     return made
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import persistrnn
-from persistrnn import autograd, decide, functional, reference
+from persistrnn import autograd, calls, decide, functional, reference
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Options
+from persistrnn.request import Request
 
 pytestmark = pytest.mark.torch_path
 
@@ -103,18 +104,18 @@ def rnn_precision():
 
 
 def test_precision_is_torch_rnn_setting(rnn_precision):
-    assert functional.precision() == "tf32"
+    assert calls.precision() == "tf32"
     for setting, expected in (("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")):
         rnn_precision.fp32_precision = setting
-        assert functional.precision() == expected
+        assert calls.precision() == expected
     torch.backends.cudnn.allow_tf32 = False
-    assert functional.precision() == "ieee"
+    assert calls.precision() == "ieee"
 
 
 def path_of(layer, x, backend, **options):
     arguments = {**options_of(layer), **options}
     cell = type(layer).__name__.lower()
-    return functional.run(cell, x, list(layer.parameters()), None, Options(**arguments, backend=backend)).path
+    return calls.run(Request(cell, x, list(layer.parameters()), None, Options(**arguments, backend=backend))).path
 
 
 @pytest.mark.parametrize("what", ["plain", "projected", "packed"])

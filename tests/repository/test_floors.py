@@ -64,7 +64,7 @@ MEASURE_KERNELS = {
     *(f"bench.gpu.{name}" for name in ("smoke", "steps", "stress", "tune", "worker")),
     *("bench.race.arms", "bench.race.engine", "bench.race.test_host"),
 }
-PUBLIC = {"persistrnn", "persistrnn.functional", "persistrnn.explain"} | RECORDS
+PUBLIC = {"persistrnn", "persistrnn.functional", "persistrnn.calls", "persistrnn.explain"} | RECORDS
 PUBLIC |= {"persistrnn.profiling.page", "persistrnn.profiling.drawing"}
 NOT_JITTED = {"exchange_on"}  # in kernels/device: how an exchange is done there
 

@@ -1,0 +1,43 @@
+"""What is asked of a call, and what it gives: the records between the layers' surfaces and what runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from persistrnn.options import Options
+from persistrnn.validate import Given
+
+
+class Request(NamedTuple):
+    """A call as it came.
+
+    Attributes:
+        weights: in torch.nn's order, the cell's own parameters behind each layer's and direction's
+        hx: the states, in the form of the layer's
+        options: checked before
+        sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be
+        learned: the states that stand for zeros, each [L*D, features]; empty: zeros do
+    """
+
+    cell: str
+    input: Tensor | PackedSequence
+    weights: Sequence[Tensor]
+    hx: Any
+    options: Options
+    given: Given = Given()
+    return_c: bool = False
+    sizes: tuple[int, int, int] | None = None
+    learned: Sequence[Tensor] = ()
+
+
+class Found(NamedTuple):
+    """What a call gives: output, the final states, every c or None, and the path that ran it."""
+
+    output: Any
+    states: list[Tensor]
+    c: Any
+    path: str
