@@ -86,7 +86,7 @@ def stack(
     parts = _parts(batch_sizes, chunk, multiplied)
     # Dropout draws for all steps of a layer at once, but where a chunk is all that is there.
     together = num_layers if directions == 1 and (chunk or dropout == 0) else 1
-    turned = _turned(batch_sizes) if bidirectional else None
+    order = turned(batch_sizes) if bidirectional else None
     y, finals = input, []
     for first in range(0, num_layers, together):
         if first > 0 and dropout > 0:
@@ -98,7 +98,7 @@ def stack(
             run = functools.partial(_layers, cell, bias, dropout, together)
             if chunk:
                 run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=dropout > 0)
-            x = y if turned is None or direction == 0 else y.index_select(0, turned)
+            x = y if order is None or direction == 0 else y.index_select(0, order)
             carried = [s[row : row + together] for s in states]
             pieces = []
             for data, part in zip(x.split([_count(p) for p in parts]), parts, strict=True):
@@ -109,7 +109,7 @@ def stack(
                 ]
                 pieces.append(piece)
             out = torch.cat(pieces)
-            outputs.append(out if direction == 0 or turned is None else out.index_select(0, turned))
+            outputs.append(out if direction == 0 or order is None else out.index_select(0, order))
             finals.append(carried)
         y = torch.cat(outputs, -1)
     return [y, *(torch.cat(s) for s in zip(*finals, strict=True))]
@@ -144,7 +144,7 @@ def _lengths(batch_sizes: Tensor) -> Tensor:
     return torch.bincount(batch_sizes - 1).flip(0).cumsum(0).flip(0)
 
 
-def _turned(batch_sizes: Tensor) -> Tensor:
+def turned(batch_sizes: Tensor) -> Tensor:
     """Where each packed step finds the one that it changes places with as its row turns around."""
     begins = batch_sizes.cumsum(0) - batch_sizes
     time = torch.arange(batch_sizes.numel(), device=batch_sizes.device).repeat_interleave(batch_sizes)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from persistrnn import tracing
+from persistrnn import rows, tracing
 from persistrnn.functional import Input
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Options, check_flag, check_name, check_options
@@ -198,7 +198,7 @@ class Stacked(nn.Module):
     def _turned(self, x: Any, lengths: Any, mask: Any, resets: Any) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         """What turns a sequence round, from each row's own end, and back; and what cuts the turned one."""
         if isinstance(x, PackedSequence):
-            order = _end_first(x.batch_sizes).to(x.data.device)
+            order = rows.turned(x.batch_sizes).to(x.data.device)
             return lambda of: of._replace(data=of.data[order]), {}
         time = self._time(x)
         if lengths is None:
@@ -254,12 +254,3 @@ class Stacked(nn.Module):
 def _changed(sequence: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A tensor, or the data of a PackedSequence, changed."""
     return sequence._replace(data=change(sequence.data)) if isinstance(sequence, PackedSequence) else change(sequence)
-
-
-def _end_first(batch_sizes: Tensor) -> Tensor:
-    """Where each step of a PackedSequence's rows comes from when every row begins with its last one."""
-    steps = torch.arange(len(batch_sizes), device=batch_sizes.device).repeat_interleave(batch_sizes)
-    offsets = batch_sizes.cumsum(0) - batch_sizes
-    rows = torch.arange(len(steps), device=batch_sizes.device) - offsets[steps]
-    lengths = (batch_sizes.unsqueeze(1) > torch.arange(int(batch_sizes[0]), device=batch_sizes.device)).sum(0)
-    return offsets[lengths[rows] - 1 - steps] + rows
