@@ -349,7 +349,8 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         if (proxy := tracing.proxy_in(input, hx, lengths, mask, resets, reset_state, extras)) is not None:
             cuts = {"lengths": lengths, "mask": mask, "resets": resets, "reset_state": reset_state, **extras}
             return tracing.leaf(proxy, self, input, hx=hx, return_cell_states=return_cell_states, **cuts)
-        options, sizes = self.options, (self.input_size, self.hidden_size, self.proj_size)
+        training = self.training  # outside the property, which would make another error of a deleted one than torch.nn
+        options, sizes = self.options._replace(training=training), (self.input_size, self.hidden_size, self.proj_size)
         check_options(options)
         check_sizes(*sizes, self.heads)
         weights = [
