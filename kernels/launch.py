@@ -184,10 +184,12 @@ def launch_scan(
         weight_hh = torch.nn.functional.pad(weight_hh, (0, t.stride - t.hidden))
     tiles = jobs * t.layers * t.subtiles
     # Counters, owned by this call: a set per batch tile, so that launches in turn do not meet.
-    counters = torch.zeros(tiles * t.lanes * exchange.stride if t.slices > 1 else 1, dtype=torch.int32, device=device)
+    counters = torch.zeros(
+        tiles * t.counters_per_tile * exchange.stride if t.slices > 1 else 1, dtype=torch.int32, device=device
+    )
     # Of the groups of one launch: the next launch follows on the same stream.
     tiles_at_once = min(jobs, part.groups) * t.layers * t.subtiles
-    size = tiles_at_once * 2 * t.slices * t.outputs * t.wide * t.batch_tile if t.rows > 1 else 1
+    size = tiles_at_once * 2 * t.slices * t.outputs * t.units_formed * t.batch_tile if t.k_parts > 1 else 1
     parts = torch.empty(size, dtype=torch.float32, device=device)
     sync = counters, _error_word(device), parts
     arch = hardware(device).arch

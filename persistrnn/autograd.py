@@ -23,7 +23,7 @@ from persistrnn.kernels.tensors import Gradients, Kept, Weights
 from persistrnn.mapping import batched, each_sample, mapped
 from persistrnn.phases import SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
 from persistrnn.reference import Result
-from persistrnn.segments import BEGINS, SKIPPED, without_skipped
+from persistrnn.step_marks import BEGINS, SKIPPED, without_skipped
 
 
 class Inputs(NamedTuple):
@@ -88,7 +88,7 @@ def recurrent(
         weight_hh: [L*D, G*H, H]; bias_hh: [L*D, G*H].
         initial: the states, h first, as (h0, c0) of an LSTM, each [L*D, B, H].
         precision: of products in float32, "tf32" or "ieee".
-        marks: uint8 [T, B, D], where a row begins anew or skips a step (``segments``); None: nowhere.
+        marks: uint8 [T, B, D], where a row begins anew or skips a step (``step_marks``); None: nowhere.
         reset: the states that rows begin anew from, in the form of ``initial``; empty: zeros.
         return_c: give out every second state (c_t of an LSTM) of the highest layer; of further ones the final alone.
         cell_dtype: of the states after h as they are stored for the backward and given out; None: that of x_gates.

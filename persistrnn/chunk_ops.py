@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persistrnn import autograd, masks, ops, segments
+from persistrnn import autograd, masks, ops, step_marks
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.tensors import Gradients, Kept, Weights
 from persistrnn.phases import INPUT_GEMM, RECOMPUTE, SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
@@ -184,7 +184,7 @@ def _scan(
 
 def _to_next(kept: Kept, marks: Tensor | None) -> Tensor:
     """What the next layer of a stack, which has one direction, reads: [T', B, H]."""
-    return segments.without_skipped(kept.states[0][0, 1:-1].flatten(2), marks)
+    return step_marks.without_skipped(kept.states[0][0, 1:-1].flatten(2), marks)
 
 
 def by_layer(states: Sequence[Tensor], layers: int) -> list[list[Tensor]]:
@@ -206,7 +206,7 @@ def forward(
     weights: list[Tensor],
 ) -> list[Tensor]:
     """The tensors of ``Outputs`` from those of ``Inputs``, without autograd. keeps: a backward follows."""
-    segments.check()
+    step_marks.check()
     flat = _new(cell, save, chunk, cell_dtype, keeps, return_c, heads, inputs, weights)
     found = outputs_of(cell, save, keeps, return_c, flat)
     x, marks, extras, initial, resets, _ = inputs_of(cell, inputs)
@@ -336,7 +336,7 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of [x, *initial, *reset, *weights] from the tensors of ``BackwardInputs``, without those of x and of
     the reset states if nobody asked."""
-    segments.check()
+    step_marks.check()
     d_every, d_finals, inputs, kept_before, weights = backward_inputs_of(cell, save, tensors)
     x, marks, extras, initial, reset_states, _ = inputs_of(cell, inputs)
     n, x, layers, D = len(initial), x.contiguous(), layers_of(cell, weights), weights[0].size(0)

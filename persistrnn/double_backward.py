@@ -19,7 +19,7 @@ from torch import Tensor
 from persistrnn import masks
 from persistrnn.kernels.cells import derived
 from persistrnn.kernels.tensors import Gradients, Kept
-from persistrnn.segments import BEGINS, SKIPPED
+from persistrnn.step_marks import BEGINS, SKIPPED
 
 Tiles = tuple[Tensor, ...]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import masks, segments
+from . import masks, step_marks
 from .kernels.cells import CELLS
 from .kernels.planner import memory
 from .kernels.tensors import Gradients, Kept, Weights
@@ -27,7 +27,7 @@ def check() -> None:
     Called by every forward and backward; call it yourself after ``torch.cuda.synchronize()`` to be sure of the last
     launch, or set PERSISTRNN_DEBUG=1 to check after every launch.
     """
-    segments.check()
+    step_marks.check()
     if launch := sys.modules.get(f"{__package__}.kernels.launch"):  # else nothing was launched
         launch.check()
 
@@ -51,7 +51,7 @@ def scan_forward(
     weights those of ``Weights``, of which the last may be left out. Without autograd."""
     from .kernels import launch
 
-    segments.check()
+    step_marks.check()
     extras = _tiles(extras, x_gates.shape[0], x_gates.shape[1], initial[0].shape[-1])
     marks, extras, *given = map(_contiguous, (marks, extras, *weights))
     given_to = x_gates.contiguous(), Weights(*given), initial, precision, save, keep, cell_dtype, marks, reset  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def scan_backward(
     those of ``kernels.launch.backward``."""
     from .kernels import launch
 
-    segments.check()
+    step_marks.check()
     finals, outputs = ([d.contiguous() for d in given] for given in (d_final, d_outputs))
     extras = _tiles_beside(kept, extras)
     weight_ih, params, marks, extras = map(_contiguous, (weight_ih, params, marks, extras))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from persistrnn import masks
 from persistrnn.kernels.cells import Cell, derived
-from persistrnn.segments import BEGINS, SKIPPED
+from persistrnn.step_marks import BEGINS, SKIPPED
 
 State = tuple[Tensor, ...]  # (h, c) of an LSTM, (h,) of a GRU; each [B, H]
 
@@ -51,7 +51,7 @@ def recurrent(
             stages multiplies the rows of its last gates by operands of its own (``kernels.cells.stages``)
         bias_hh: [D, G*H]
         initial: the states, h first, as (h0, c0) of an LSTM, each [D, B, H]
-        marks: uint8 [T, B, D], where a row begins anew or skips a step (`segments`); None: nowhere
+        marks: uint8 [T, B, D], where a row begins anew or skips a step (`step_marks`); None: nowhere
         reset: the states that rows begin anew from, in the form of `initial`; empty: zeros
         params: [D, P, H], the cell's parameters per unit; extras: [1, T, B, D, E, H], what it takes per step, or keys
             of masks [1, D, E, fields]

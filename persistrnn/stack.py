@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persistrnn import autograd, masks, reference, segments, stepwise, time_chunks
+from persistrnn import autograd, masks, reference, step_marks, stepwise, time_chunks
 from persistrnn.decide import Call, Decision
 from persistrnn.kernels.cells import CELLS, LAYER_NORM_EPS
 from persistrnn.phases import INPUT_GEMM, phase
@@ -98,7 +98,7 @@ def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequen
         cuts = cuts._replace(extras=[*cuts.extras, *of_cell], keys=None)
     call, marks = decision.call, None
     if cuts.active is not None or cuts.resets is not None:
-        marks = segments.marks(cuts.active, cuts.resets, call.directions)
+        marks = step_marks.marks(cuts.active, cuts.resets, call.directions)
     active = None
     if cuts.active is not None:
         active = cuts.active.unsqueeze(-1)
@@ -188,7 +188,7 @@ def _layers(
     y, c, finals = x, None, []
     for layer in range(stack.num_layers):
         if layer > 0 and cuts.active is not None:
-            y = segments.without_skipped(y, marks)
+            y = step_marks.without_skipped(y, marks)
         if layer > 0 and stack.dropout > 0:
             y = F.dropout(y, stack.dropout)
         rows = slice(layer * directions, (layer + 1) * directions)
@@ -236,7 +236,7 @@ def _in_chunks(
     y, c, finals = x, None, []
     for layer in range(0, stack.num_layers, together):
         if layer > 0 and cuts.active is not None:
-            y = segments.without_skipped(y, marks)
+            y = step_marks.without_skipped(y, marks)
         if layer > 0 and stack.dropout > 0:
             y = F.dropout(y, stack.dropout)
         rows = slice(layer * stack.directions, (layer + together) * stack.directions)
@@ -312,10 +312,10 @@ def _projected(
     """One layer with projections. weight_hh: [D, 4*H, P]; weight_hr: [D, P, H]."""
     (h0, c0), H = given.states, weight_hr.size(-1)
     active = x_gates.new_ones(x_gates.shape[:2], dtype=torch.bool) if given.active is None else given.active
-    first = segments.first_steps(active, x_gates.size(2))
+    first = step_marks.first_steps(active, x_gates.size(2))
     sources = [] if given.fresh else [(h0, first if given.marks is None else first & (given.marks == 0))]
     if given.marks is not None:
-        sources += [(h, given.marks == segments.BEGINS) for h in given.reset[:1]]
+        sources += [(h, given.marks == step_marks.BEGINS) for h in given.reset[:1]]
     for h, where in sources:
         used = torch.where(where.any(0).mT.unsqueeze(-1), h, 0.0)  # what no step reads may be NaN
         x_gates = x_gates + torch.where(where.unsqueeze(-1), (used @ weight_hh.mT).transpose(0, 1), 0.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from persistrnn import autograd, chunk_ops, double_backward, masks, segments
+from persistrnn import autograd, chunk_ops, double_backward, masks, step_marks
 from persistrnn.chunk_ops import (
     backward_inputs_of,
     by_layer,
@@ -56,7 +56,7 @@ def recurrent(
         save: "gates", "state" or "checkpoint" (``kernels.planner.memory``); of a stack "checkpoint".
         precision: of products in float32, "tf32" or "ieee".
         chunk: steps of a chunk.
-        marks: uint8 [T, B, D], where a row begins anew or skips a step (``segments``); None: nowhere.
+        marks: uint8 [T, B, D], where a row begins anew or skips a step (``step_marks``); None: nowhere.
         reset: the states that rows begin anew from, in the form of ``initial``; empty: zeros.
         return_c, cell_dtype, extras, heads: as of ``autograd.recurrent``; then each D counts all heads.
         All in one dtype (float16, bfloat16 or float32), on one device.
@@ -234,7 +234,7 @@ def _first_derivative(
         states, anew = (by_layer(s, len(layers)) for s in (given[:n], given[n : n + len(reset)]))
         every, finals = [y], []
         for i, layer in enumerate(layers):
-            below = segments.without_skipped(every[0], marks)
+            below = step_marks.without_skipped(every[0], marks)
             x_gates = gates_of([below] * (layer.weight_ih.size(0) // heads), layer)
             found = autograd.recurrent(
                 cell, x_gates, layer.weight_hh, layer.bias_hh, states[i], precision, marks, anew[i],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from persistrnn import segments, torch_path
+from persistrnn import step_marks, torch_path
 from persistrnn.decide import TORCH, called
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Options, check_heads, check_sizes, described
@@ -413,7 +413,7 @@ def _read_extras(stack: Stack, batch: Batch, given: Mapping[str, object]) -> lis
 
 
 def _read_lengths(lengths: object, batch: Batch) -> Tensor:
-    """Lengths as bool [T, B]. On a GPU those out of [0, T] are clamped there, and raised later (`segments.check`)."""
+    """Lengths as bool [T, B]. On a GPU those out of [0, T] are clamped there, and raised later (`step_marks.check`)."""
     if batch.packed is not None:
         raise ValueError("a PackedSequence has lengths of its own; leave lengths out, or give the padded tensor")
     if not isinstance(lengths, Tensor):
@@ -431,7 +431,7 @@ def _read_lengths(lengths: object, batch: Batch) -> Tensor:
             f"Expected lengths size ({batch.rows},), one for each row of the batch, got {list(lengths.shape)}"
         )
     _same_device("lengths", lengths, batch.data)
-    return torch.arange(batch.steps, device=lengths.device).unsqueeze(1) < segments.within(lengths, batch.steps)
+    return torch.arange(batch.steps, device=lengths.device).unsqueeze(1) < step_marks.within(lengths, batch.steps)
 
 
 def _read_bools(name: str, value: object, batch: Batch) -> Tensor | None:

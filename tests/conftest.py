@@ -74,13 +74,13 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def waves(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """waves(protocol, groups=..., homes=..., ...): every stack runs as this layer pipeline, and fresh memory is NaN."""
+def pipelines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """pipelines(protocol, groups=..., homes=..., ...): stacks run as this pipeline; fresh memory is NaN."""
     import torch
-    from forced import force_waves
+    from forced import force_pipelines
 
     torch.use_deterministic_algorithms(True)
-    yield functools.partial(force_waves, monkeypatch)
+    yield functools.partial(force_pipelines, monkeypatch)
     torch.use_deterministic_algorithms(False)
 
 

@@ -142,8 +142,8 @@ def read_again(buffer, sums, cycles, turns, blocks, LINES: tl.constexpr, PTX: tl
 def swept(depth: int, interpreted: bool) -> Tiling:
     """float16 weights of 64 rows and K = ``depth``, all in shared memory, as warps have them for 8 rows of a batch."""
     choice = Choice(
-        units=16, rows=1, batch_tile=8, subtiles=1, warps=WARPS, blocks=1, splits=WARPS, largest_chunk=256, burst=depth,
-        in_registers=0, in_shared=depth, stream_chunk=256,
+        units=16, k_parts=1, batch_tile=8, subtiles=1, warps=WARPS, blocks=1, splits=WARPS, largest_k_block=256,
+        burst=depth, in_registers=0, in_shared=depth, streamed_k_block=256,
     )  # fmt: skip
     problem = Problem(CELLS["lstm"], depth, 1, 1, "fp16", INTERPRETER if interpreted else DEVICES["h200"])
     return make_tiling(problem, choice, backward=False)
@@ -165,7 +165,7 @@ def sweep_shared(weight, operand, sums, cycles, steps, tiling: tl.constexpr,
     U: tl.constexpr = tiling.units
     BB: tl.constexpr = tiling.batch_tile
     G: tl.constexpr = tiling.gates
-    n: tl.constexpr = len(tiling.chunks)
+    n: tl.constexpr = len(tiling.k_blocks)
     program = tl.program_id(0)
     rows = tl.arange(0, BB)
     matrix = matrix_of(weight, program * 0, program * 0, tiling)
@@ -177,9 +177,9 @@ def sweep_shared(weight, operand, sums, cycles, steps, tiling: tl.constexpr,
         weights = load_rest(resident(matrix, 0, 0, tiling, exchange), matrix, opaque_one, tiling, exchange)
         operands = ()
         for i in tl.static_range(n):
-            k = operand_index(tiling.chunks[i].size, operand.dtype.element_ty, tiling.splits)
+            k = operand_index(tiling.k_blocks[i].size, operand.dtype.element_ty, tiling.splits)
             offsets = k + operand_rows(rows, BB, tiling.splits) * tiling.row_stride
-            tile = tl.load(operand + tiling.chunks[i].start + offsets)
+            tile = tl.load(operand + tiling.k_blocks[i].start + offsets)
             operands = operands + (as_operand(tile, operand.dtype.element_ty, tiling.splits),)
         start = clock(tl.zeros((), tl.int64), PTX)
         step = program * 0

@@ -197,8 +197,8 @@ def _missing(which: str, found: Tensor, part: Pass) -> list[str]:
     if not absent.any():
         return []
     step, t = int(absent.any(1).nonzero()[0]), part.tiling
-    columns = sorted({int(unit) // t.units for unit in absent[step].nonzero().flatten()})
-    programs = f"columns {columns} of {-(-found.shape[-1] // t.units)} ({t.slices} programs, R={t.rows})"
+    slices = sorted({int(unit) // t.units for unit in absent[step].nonzero().flatten()})
+    programs = f"slices {slices} of {-(-found.shape[-1] // t.units)} ({t.slices} programs, R={t.k_parts})"
     lack = f"{int(absent.any(1).sum())} steps of {len(found)} lack some"
     return [f"{which}: step {step} was not put by {programs}; {lack}"]
 

@@ -55,12 +55,12 @@ def ranked(case: Case, backward: bool, hardware: Hardware) -> list[planning.Pass
 
 
 def _kind(choice: Choice) -> tuple[int, ...]:
-    return choice.units, choice.rows, choice.batch_tile, choice.subtiles, choice.splits
+    return choice.units, choice.k_parts, choice.batch_tile, choice.subtiles, choice.splits
 
 
 def words(choice: Choice) -> str:
     return (
-        f"U={choice.units} R={choice.rows} BB={choice.batch_tile}x{choice.subtiles} P={choice.splits} "
+        f"U={choice.units} R={choice.k_parts} BB={choice.batch_tile}x{choice.subtiles} P={choice.splits} "
         f"warps={choice.warps} burst={choice.burst} registers={choice.in_registers} shared={choice.in_shared}"
     )
 

@@ -66,7 +66,7 @@ def words(part: Pass) -> str:
     """A pass in a line: slices x units, R blocks of K, batch tile x tiles per program, parts of K, groups, rounds."""
     t = part.tiling
     return (
-        f"{t.slices}x{t.units} R={t.rows} BB={t.batch_tile}x{t.subtiles} P={t.splits} groups={part.groups} "
+        f"{t.slices}x{t.units} R={t.k_parts} BB={t.batch_tile}x{t.subtiles} P={t.splits} groups={part.groups} "
         f"rounds={part.rounds} resident={part.shares.resident:.0%}"
     )
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from .tile_tuples import load_states
 from .tiles import previous_slot, row_offset, tile_offset, unit_offsets
 
-# The values stand in persistrnn/segments.py too, which makes the marks.
+# The values stand in persistrnn/step_marks.py too, which makes the marks.
 BEGINS = tl.constexpr(1)
 SKIPPED = tl.constexpr(2)
 

@@ -44,7 +44,7 @@ def rows_of(batch):
 
 @triton.jit
 def operand_index(size: tl.constexpr, dtype: tl.constexpr, splits: tl.constexpr):
-    """Indices into a chunk of K, from its start: [K, 1], or [1, blocks, P, 1, lanes, run] for a run of elements of each
+    """Indices into a k block, from its start: [K, 1], or [1, blocks, P, 1, lanes, run] for a run of elements of each
     lane in each block of each part. On 3.6.0 [lanes, 1, P, blocks, 1, run]."""
     if splits == 1:
         return tl.arange(0, size)[:, None]
@@ -93,7 +93,7 @@ def as_operand(tile, dtype: tl.constexpr, splits: tl.constexpr):
 
 @triton.jit
 def weight_index(size: tl.constexpr, splits: tl.constexpr, transposed: tl.constexpr):
-    """Indices into a chunk of K, from its start, for the weights: [1, K] or [1, P, K // P]; transposed [K // P, P, 1].
+    """Indices into a k block, from its start, for the weights: [1, K] or [1, P, K // P]; transposed [K // P, P, 1].
     On 3.6.0 [P, 1, K // P] and [P, K // P, 1].
 
     P so that the axes of K and M get the two smallest strides in shared memory, and ldmatrix, for which Triton swizzles

@@ -68,13 +68,13 @@ def matrix_of(corner, unit_group, k_start, tiling: tl.constexpr):
     outputs = ()
     masks = ()
     for p in tl.static_range(len(tiling.packs)):
-        m = tl.arange(0, tiling.packs[p] * tiling.wide)
+        m = tl.arange(0, tiling.packs[p] * tiling.units_formed)
         if tiling.backward:
-            unit = unit_group * tiling.wide + m
+            unit = unit_group * tiling.units_formed + m
             output = unit
         else:
-            unit = unit_group * tiling.wide + m % tiling.wide
-            output = (tiling.first_gates[p] + m // tiling.wide) * tiling.hidden + unit
+            unit = unit_group * tiling.units_formed + m % tiling.units_formed
+            output = (tiling.first_gates[p] + m // tiling.units_formed) * tiling.hidden + unit
         outputs = outputs + (output,)
         masks = masks + (unit < tiling.hidden,)
     return Matrix(corner, outputs, masks, k_start)
@@ -137,8 +137,8 @@ def resident_pack(matrix, p: tl.constexpr, first: tl.constexpr, last: tl.constex
     tiles = ()
     for i in tl.static_range(first, last):
         tile = load_tile(
-            matrix, p, tiling.chunks[i].segment, tiling.chunks[i].start, tiling.chunks[i].size,
-            tiling.chunks[i].length, False, tiling,
+            matrix, p, tiling.k_blocks[i].segment, tiling.k_blocks[i].start, tiling.k_blocks[i].size,
+            tiling.k_blocks[i].length, False, tiling,
         )  # fmt: skip
         tiles = tiles + (weight_operand(tile, i, tiling, exchange),)
         # Else all tiles are loaded into registers at once on their way to shared memory, and spill there.
@@ -149,7 +149,7 @@ def resident_pack(matrix, p: tl.constexpr, first: tl.constexpr, last: tl.constex
 @triton.jit
 def load_rest(in_registers, matrix, opaque_one, tiling: tl.constexpr, exchange: tl.constexpr):
     """The weights of which those that stay in registers are there already."""
-    in_shared = resident(matrix, tiling.in_registers, len(tiling.chunks), tiling, exchange)
+    in_shared = resident(matrix, tiling.in_registers, len(tiling.k_blocks), tiling, exchange)
     return Weights(join(in_registers, in_shared), matrix, opaque_one)
 
 
@@ -160,7 +160,7 @@ def streamed(matrix, i, tiling: tl.constexpr):
     whole: tl.constexpr = stream_is_whole(tiling) and not units_are_ragged(tiling)
     tiles = ()
     for p in tl.static_range(len(tiling.packs)):
-        tile = load_tile(matrix, p, segment, start, tiling.stream_chunk, tiling.depth - start, whole, tiling)
+        tile = load_tile(matrix, p, segment, start, tiling.streamed_k_block, tiling.depth - start, whole, tiling)
         tiles = tiles + (tile,)
     return tiles
 
@@ -178,12 +178,12 @@ def first_streamed(matrix, tiling: tl.constexpr):
 def streamed_start(i, tiling: tl.constexpr):
     """Segment and first index of streamed tile ``i``."""
     turns: tl.constexpr = tiling.streamed // tiling.segments
-    return i // turns, tiling.stream_start + (i % turns) * tiling.stream_chunk
+    return i // turns, tiling.stream_start + (i % turns) * tiling.streamed_k_block
 
 
 @triton.constexpr_function
 def stream_is_whole(tiling):
-    return (tiling.depth - tiling.stream_start) % tiling.stream_chunk == 0 and not tiling.ragged
+    return (tiling.depth - tiling.stream_start) % tiling.streamed_k_block == 0 and not tiling.ragged
 
 
 @triton.constexpr_function
@@ -192,20 +192,20 @@ def units_are_ragged(tiling):
 
 
 @triton.constexpr_function
-def is_whole(chunk, tiling):
-    return chunk.length == chunk.size and not tiling.ragged
+def is_whole(k_block, tiling):
+    return k_block.length == k_block.size and not tiling.ragged
 
 
 @triton.constexpr_function
 def burst_start(tiling, i):
-    return (tiling.bursts + (len(tiling.chunks),))[i]
+    return (tiling.bursts + (len(tiling.k_blocks),))[i]
 
 
 @triton.jit
 def accumulators(tiling: tl.constexpr):
     accs = ()
     for p in tl.static_range(len(tiling.packs)):
-        accs = accs + (accumulator(tiling.packs[p] * tiling.wide, tiling.batch_tile, tiling.splits),)
+        accs = accs + (accumulator(tiling.packs[p] * tiling.units_formed, tiling.batch_tile, tiling.splits),)
     return accs
 
 
@@ -241,7 +241,7 @@ def gather(accs, tiling: tl.constexpr):
     """The product as a tuple of tiles [BB, R*U], one per gate."""
     tiles = ()
     for p in tl.static_range(len(tiling.packs)):
-        tiles = tiles + split_gates(accs[p], tiling.packs[p], tiling.wide, tiling.batch_tile, tiling.splits)
+        tiles = tiles + split_gates(accs[p], tiling.packs[p], tiling.units_formed, tiling.batch_tile, tiling.splits)
     return tiles
 
 
@@ -262,7 +262,7 @@ def add(weights, moving, first: tl.constexpr, last: tl.constexpr, accs, tiling: 
 def product_local(weights, tiles, dtype: tl.constexpr, tiling: tl.constexpr, exchange: tl.constexpr):
     """One slice: the operand never leaves the chip."""
     narrowed = ()
-    for i in tl.static_range(len(tiling.chunks)):
+    for i in tl.static_range(len(tiling.k_blocks)):
         narrowed = narrowed + (operand(tl.trans(narrow(tiles[i], dtype, tiling.interpreted)), tiling, exchange),)
     accs = accumulators(tiling)
     for b in tl.static_range(len(tiling.bursts)):
@@ -298,8 +298,9 @@ def operand_tiles(pointer, rows, k_start, first: tl.constexpr, last: tl.constexp
     tiles = ()
     for i in tl.static_range(first, last):
         tile, spin_limit = operand_tile(
-            pointer, rows, tiling.chunks[i].segment, tiling.chunks[i].start, tiling.chunks[i].size,
-            tiling.chunks[i].length, is_whole(tiling.chunks[i], tiling), k_start, spin_limit, error, tiling, exchange,
+            pointer, rows, tiling.k_blocks[i].segment, tiling.k_blocks[i].start, tiling.k_blocks[i].size,
+            tiling.k_blocks[i].length, is_whole(tiling.k_blocks[i], tiling), k_start, spin_limit, error, tiling,
+            exchange,
         )  # fmt: skip
         tiles = tiles + (tile,)
     return tiles, spin_limit
@@ -333,7 +334,7 @@ def product_shared(weights, ahead, pointer, rows, spin_limit, error, tiling: tl.
             ahead = streamed(weights.matrix, (i + 1) % n, tiling)
             segment, start = streamed_start(i, tiling)
             moving, spin_limit = operand_tile(
-                pointer, rows, segment, start, tiling.stream_chunk, tiling.depth - start, stream_is_whole(tiling),
+                pointer, rows, segment, start, tiling.streamed_k_block, tiling.depth - start, stream_is_whole(tiling),
                 weights.matrix.k_start, spin_limit, error, tiling, exchange,
             )  # fmt: skip
             accs = advance(operands(current, tiling, exchange), operand(moving, tiling, exchange), accs, tiling)
@@ -351,14 +352,14 @@ def add_parts(tiles, sums_of_group, k_part, counter, target, spin_limit, error, 
     n: tl.constexpr = len(tiles)
     BB: tl.constexpr = tiling.batch_tile
     U: tl.constexpr = tiling.units
-    R: tl.constexpr = tiling.rows
-    size: tl.constexpr = tiling.wide * BB
-    all_units = tl.arange(0, BB)[:, None] * tiling.wide + tl.arange(0, tiling.wide)[None, :]
+    R: tl.constexpr = tiling.k_parts
+    size: tl.constexpr = tiling.units_formed * BB
+    all_units = tl.arange(0, BB)[:, None] * tiling.units_formed + tl.arange(0, tiling.units_formed)[None, :]
     for g in tl.static_range(n):
         tl.store(sums_of_group + (k_part * n + g) * size + all_units, tiles[g])
     announce(counter, exchange)
     spin_limit = await_count(counter, target, spin_limit, error, exchange)
-    own_units = tl.arange(0, BB)[:, None] * tiling.wide + (k_part * U + tl.arange(0, U))[None, :]
+    own_units = tl.arange(0, BB)[:, None] * tiling.units_formed + (k_part * U + tl.arange(0, U))[None, :]
     sums = ()
     for g in tl.static_range(n):
         total = read(sums_of_group + g * size + own_units)

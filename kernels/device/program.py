@@ -40,8 +40,8 @@ class Sync(NamedTuple):
     """Where the programs of a group meet.
 
     Attributes:
-        counters: int32, per batch tile ``tiling.lanes`` of them: one per part of K, of the steps that its owners have
-            put, and with R > 1 one per unit group, of the partial sums.
+        counters: int32, per batch tile ``tiling.counters_per_tile`` of them: one per part of K, of the steps that its
+            owners have put, and with R > 1 one per unit group, of the partial sums.
         partial_sums: fp32, per batch tile [2, S, outputs * BB * R*U]: of even and odd steps.
         error: int32 in host memory, 1 once a wait has run out.
     """
@@ -84,14 +84,14 @@ def locate(sync, first_job, B, tiling: tl.constexpr, exchange: tl.constexpr):
     if tiling.heads > 1:
         reverse = direction // tiling.heads
     first_row = job % jobs_of_direction * rows_of_job
-    counters += (job * tiling.layers + layer) * (tiling.subtiles * tiling.lanes * exchange.stride)
-    sums_of_tile: tl.constexpr = 2 * tiling.slices * tiling.outputs * tiling.wide * tiling.batch_tile
+    counters += (job * tiling.layers + layer) * (tiling.subtiles * tiling.counters_per_tile * exchange.stride)
+    sums_of_tile: tl.constexpr = 2 * tiling.slices * tiling.outputs * tiling.units_formed * tiling.batch_tile
     partial_sums += group.to(tl.int64) * (tiling.subtiles * sums_of_tile)
     slice_id = tl.program_id(0)
-    unit_group = slice_id // tiling.rows
-    k_part = slice_id % tiling.rows
-    owner_part = slice_id // tiling.columns
-    k_start = k_part * tiling.block
+    unit_group = slice_id // tiling.k_parts
+    k_part = slice_id % tiling.k_parts
+    owner_part = slice_id // tiling.unit_groups
+    k_start = k_part * tiling.units_per_part
     units = slice_id * tiling.units + tl.arange(0, tiling.units)
     mask = (units < tiling.hidden)[None, :]
     program = Program(layer, direction, reverse, first_row, k_part, k_start, unit_group, owner_part, units, mask)
@@ -101,11 +101,11 @@ def locate(sync, first_job, B, tiling: tl.constexpr, exchange: tl.constexpr):
 @triton.jit
 def sync_of_layer(own, distance, tiling: tl.constexpr, exchange: tl.constexpr):
     """The Sync of the layer ``distance`` above."""
-    per_layer: tl.constexpr = tiling.subtiles * tiling.lanes * exchange.stride
+    per_layer: tl.constexpr = tiling.subtiles * tiling.counters_per_tile * exchange.stride
     return Sync(own.counters + distance * per_layer, own.partial_sums, own.error)
 
 
 @triton.jit
 def own_counter(program, j: tl.constexpr, sync, tiling: tl.constexpr, exchange: tl.constexpr):
     """Where this program counts the steps of batch tile j that it has put."""
-    return sync.counters + j * (tiling.lanes * exchange.stride) + program.owner_part * exchange.stride
+    return sync.counters + j * (tiling.counters_per_tile * exchange.stride) + program.owner_part * exchange.stride

@@ -80,16 +80,16 @@ def multiply(weights, ahead, pointer, rows, j: tl.constexpr, program, step, step
     steps_needed: how many steps of the group that puts it must be there. ahead: the streamed tile on its way.
     Returns the product, what is on its way now, and the spin limit left.
     """
-    R: tl.constexpr = tiling.rows
+    R: tl.constexpr = tiling.k_parts
     stride: tl.constexpr = exchange.stride
-    counters = sync.counters + j * (tiling.lanes * stride)
+    counters = sync.counters + j * (tiling.counters_per_tile * stride)
     arrivals = steps_needed * (tiling.slices // R)
     spin_limit = wait(counters + program.k_part * stride, arrivals, spin_limit, sync.error, exchange)
     product, ahead, spin_limit = product_shared(
         weights, ahead, pointer, rows, spin_limit, sync.error, tiling, exchange
     )  # fmt: skip
     if R > 1:
-        size: tl.constexpr = tiling.outputs * tiling.wide * tiling.batch_tile
+        size: tl.constexpr = tiling.outputs * tiling.units_formed * tiling.batch_tile
         sums = sync.partial_sums + ((j * 2 + step % 2) * tiling.slices + program.unit_group * R) * size
         product, spin_limit = add_parts(
             product, sums, program.k_part, counters + (R + program.unit_group) * stride, (step + 1) * R, spin_limit,

@@ -65,7 +65,7 @@ def describe(part: Pass, hardware: Hardware) -> str:
     t = part.tiling
     at_once = running(part, hardware) // t.slices
     groups = f"{count(part.groups, 'group')}{f', {at_once:,}' if at_once < part.groups else ''} at a time"
-    split = f" ({t.columns} columns x {t.rows} blocks of K)" if t.rows > 1 else ""
+    split = f" ({t.unit_groups} unit groups x {t.k_parts} parts of K)" if t.k_parts > 1 else ""
     tiles = f"{t.batch_tile} rows" + (f" x {t.subtiles}" if t.subtiles > 1 else "")
     return (
         f"{count(t.slices, 'slice')} x {count(t.units, 'unit')}{split}, batch tile {tiles}, "

@@ -194,7 +194,9 @@ def _pass(problem: Problem, name: str, facts: dict[str, Any]) -> list[str]:
     hardware, count = problem.hardware, picture.count
     part: Pass = getattr(plan_layer(problem), name)
     t, shares = part.tiling, part.shares
-    exchange = "two exchanges each step" if t.rows > 1 else "an exchange each step" if t.slices > 1 else "no exchange"
+    exchange = (
+        "two exchanges each step" if t.k_parts > 1 else "an exchange each step" if t.slices > 1 else "no exchange"
+    )
     rows = "1 row" if problem.batch == 1 else f"rows 0 to {problem.batch - 1}"
     shared_out = ", 2 directions" * (problem.directions - 1) + f", {problem.heads} heads" * (problem.heads > 1)
     one = "direction" if problem.heads == 1 else "head"

@@ -13,7 +13,7 @@ from itertools import product
 from .hardware import INTERPRETER
 from .occupancy import SIGNALS, cell_registers, masked, pipeline_registers, register_limit, registers_needed
 from .problem import Problem
-from .tiling import Choice, gate_packs, next_power_of_2, smallest_chunk
+from .tiling import Choice, gate_packs, next_power_of_2, smallest_k_block
 
 WARPS = 8
 WORDS = 4 * 32 * WARPS  # bytes of one register of every thread
@@ -82,19 +82,19 @@ def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
         needed = -(-problem.hidden // units)
         if needed < 2 or needed > count * 2:
             continue
-        for rows in (1, 2, 4, 8):
-            slices = -(-needed // rows) * rows
+        for k_parts in (1, 2, 4, 8):
+            slices = -(-needed // k_parts) * k_parts
             # Two programs share a multiprocessor only where there are more slices than multiprocessors.
             blocks = 1 if slices <= count else 2
-            if (slices < 2 * rows and rows > 1) or slices > count * blocks:
+            if (slices < 2 * k_parts and k_parts > 1) or slices > count * blocks:
                 continue
-            m = (1 if backward else problem.cell.gates) * units * rows
+            m = (1 if backward else problem.cell.gates) * units * k_parts
             for batch_tile, subtiles in tiles:
                 # Fewer parts of K where M is large: the accumulators of all parts are in registers.
                 for splits in all_splits if m >= 128 else (8,):
                     if splits * m * batch_tile > 128 * 256:
                         continue
-                    start = Choice(units, rows, batch_tile, subtiles, WARPS, blocks, splits, 0, 0, 0, 0, 0)
+                    start = Choice(units, k_parts, batch_tile, subtiles, WARPS, blocks, splits, 0, 0, 0, 0, 0)
                     found = _filled(problem, backward, start, slices, strict)
                     if found is not None:
                         yield found
@@ -135,17 +135,17 @@ class _Product:
 
 def _product(problem: Problem, backward: bool, c: Choice, slices: int) -> _Product:
     gates, size = problem.cell.gates, problem.size
-    m = (1 if backward else gates) * c.rows * c.units
+    m = (1 if backward else gates) * c.k_parts * c.units
     packs = (1,) if backward else gate_packs(gates)
-    segments = gates if backward and c.rows > 1 else 1
-    depth = (gates if backward else 1) * problem.hidden if c.rows == 1 else slices // c.rows * c.units
-    smallest = smallest_chunk(c.splits)
+    segments = gates if backward and c.k_parts > 1 else 1
+    depth = (gates if backward else 1) * problem.hidden if c.k_parts == 1 else slices // c.k_parts * c.units
+    smallest = smallest_k_block(c.splits)
     # At most 32 registers per thread are on their way, of weights and of the operand.
     largest = min(512, max(smallest, power_of_2_at_most(32 * WORDS // (size * max(m, c.batch_tile)))))
     if problem.dtype == "fp32":
         outputs = c.splits * m * c.batch_tile // (32 * WARPS)
         largest = min(largest, c.splits * _multiply_add_depth(outputs) // len(packs))
-    padded = c.rows > 1 and slices * c.units > problem.hidden
+    padded = c.k_parts > 1 and slices * c.units > problem.hidden
     return _Product(
         m=m,
         packs=len(packs),
@@ -154,21 +154,21 @@ def _product(problem: Problem, backward: bool, c: Choice, slices: int) -> _Produ
         k=-(-depth // smallest) * smallest * segments,
         quantum=smallest * segments,
         largest=largest,
-        reduction=c.splits * max(packs) * c.rows * c.units * c.batch_tile * 4,
+        reduction=c.splits * max(packs) * c.k_parts * c.units * c.batch_tile * 4,
         masked=masked(problem.hidden, depth, padded, c.splits, size),
     )
 
 
 def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict: bool) -> Choice | None:
     """The choice with its homes filled, or None if it does not fit; not strict: the registers' estimate may fail."""
-    p, size, smallest = _product(problem, backward, start, slices), problem.size, smallest_chunk(start.splits)
+    p, size, smallest = _product(problem, backward, start, slices), problem.size, smallest_k_block(start.splits)
     if p.largest < smallest and strict:
         return None
-    chunk = max(p.largest, smallest)
-    stream = min(chunk if problem.dtype == "fp32" else 512, power_of_2_at_most(24 * WORDS // (size * p.m)))
+    k_block = max(p.largest, smallest)
+    stream = min(k_block if problem.dtype == "fp32" else 512, power_of_2_at_most(24 * WORDS // (size * p.m)))
     choice = replace(
-        start, largest_chunk=chunk, burst=max(chunk, 32 * WORDS // (size * start.batch_tile)),
-        stream_chunk=max(smallest, stream),
+        start, largest_k_block=k_block, burst=max(k_block, 32 * WORDS // (size * start.batch_tile)),
+        streamed_k_block=max(smallest, stream),
     )  # fmt: skip
     limit, total = register_limit(choice), room(problem, choice.blocks)
 
@@ -182,7 +182,7 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
         # its weights from shared memory.
         unfit = problem.dtype == "fp32" or choice.splits < WARPS
         kept = 0 if unfit else max(spare, 0) * WORDS // (p.m * size) // p.quantum * p.quantum
-        stream = (p.m + choice.batch_tile) * choice.stream_chunk * size if streamed else 0
+        stream = (p.m + choice.batch_tile) * choice.streamed_k_block * size if streamed else 0
         working = max(choice.burst * choice.batch_tile * size, stream, p.reduction) + SIGNALS
         shared = (total - working) // (p.m * size) // p.quantum * p.quantum
         most = (total - choice.units * choice.batch_tile * 4) // (p.m * size) // p.quantum * p.quantum
@@ -194,9 +194,9 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
     if choice.subtiles > 1:
         return None  # each batch tile would stream the weights again
     # A step that streams is long: more trips through L2 do not count as much as the registers do.
-    burst = max(chunk, choice.burst // 2)
+    burst = max(k_block, choice.burst // 2)
     if p.packs > 1 and choice.splits == 1 and size == 4 and not p.masked:
-        burst = max(chunk, burst // 4)  # or Triton 3.6.0 spills (124 instructions, GRU forward, tf32, H=2048, sm_90)
+        burst = max(k_block, burst // 4)  # or Triton 3.6.0 spills (124 instructions, GRU forward, tf32, H=2048, sm_90)
     choice = replace(choice, burst=burst)
     registers, shared = homes(choice, True)
     if shared < 0:
@@ -213,7 +213,7 @@ def pipeline_choices(problem: Problem, layers: int, backward: bool) -> Iterator[
         m = (1 if backward else problem.cell.gates) * units
         for batch_tile, subtiles in _batch_tiles(problem, problem.batch <= 8):
             for splits in (8, 4, 2) if m >= 128 else (8,):
-                start = Choice(units, 1, batch_tile, subtiles, WARPS, 1, splits, 0, 0, 0, 0, smallest_chunk(splits))
+                start = Choice(units, 1, batch_tile, subtiles, WARPS, 1, splits, 0, 0, 0, 0, smallest_k_block(splits))
                 found = _filled_twice(problem, backward, start, slices)
                 if found is not None:
                     yield found
@@ -221,12 +221,12 @@ def pipeline_choices(problem: Problem, layers: int, backward: bool) -> Iterator[
 
 def _filled_twice(problem: Problem, backward: bool, start: Choice, slices: int) -> Choice | None:
     """The choice with its homes filled, or None if both matrices do not fit."""
-    p, size, smallest = _product(problem, backward, start, slices), problem.size, smallest_chunk(start.splits)
+    p, size, smallest = _product(problem, backward, start, slices), problem.size, smallest_k_block(start.splits)
     if p.largest < smallest:
         return None
     # Twice as many bursts as in a layer alone: with two products the operand on its way is what spills.
     burst = max(p.largest, (16 if backward else 32) * WORDS // (size * start.batch_tile))
-    choice = replace(start, largest_chunk=p.largest, burst=burst)
+    choice = replace(start, largest_k_block=p.largest, burst=burst)
     if backward and elements(choice) > 1 and p.depth * size > DEEPEST_OF_SEVERAL:
         return None
     need = registers_needed(p.m, p.packs, choice, size, 0, False, True, p.masked)

@@ -90,15 +90,15 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool) -> Cost:
         readers = choice.warps // choice.splits
         state = tiles * (operand / l2 + (1 + readers) * operand / on_chip)
         outputs = 1 if backward else cell.gates
-        if choice.rows > 1:
-            state += tiles * 2 * choice.rows * choice.units * outputs * columns * 4 / l2
+        if choice.k_parts > 1:
+            state += tiles * 2 * choice.k_parts * choice.units * outputs * columns * 4 / l2
         bursts = -(-work.k // choice.burst)
-        exchanges = (2 if choice.rows > 1 else 1) * hardware.exchange
+        exchanges = (2 if choice.k_parts > 1 else 1) * hardware.exchange
         # With several batch tiles, the others' work hides a tile's exchange.
         busy = (compute + weights + state) / tiles * (tiles - 1)
         later_bursts = (bursts - 1) * LATENCY_SHARE * hardware.exchange
         synchronisation = max(exchanges - busy, UNHIDDEN * exchanges) + tiles * later_bursts
-        barriers = 5 + 2 * bursts + (4 if choice.rows > 1 else 0)
+        barriers = 5 + 2 * bursts + (4 if choice.k_parts > 1 else 0)
     synchronisation += tiles * barriers * hardware.barrier
 
     threads = 32 * choice.warps
@@ -113,9 +113,9 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool) -> Cost:
 
 def work_of(t: Tiling, groups: int) -> Work:
     """The same numbers, of a finished tiling."""
-    resident = sum(c.size for c in t.chunks)
-    in_shared = sum(c.size for c in t.chunks[t.in_registers :])
-    streamed = t.streamed * t.stream_chunk
+    resident = sum(c.size for c in t.k_blocks)
+    in_shared = sum(c.size for c in t.k_blocks[t.in_registers :])
+    streamed = t.streamed * t.streamed_k_block
     return Work(t.m, resident + streamed, in_shared, streamed, t.slices, t.slices * groups)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..cells import Cell
-from .tiling import Choice, Tiling, smallest_chunk
+from .tiling import Choice, Tiling, smallest_k_block
 
 # Registers per thread that a kernel needs besides weights, accumulators, the operand in flight and the streamed tile.
 # Fitted to audits on Triton 3.9.0 and 3.6.0, on the safe side: up to 30 more than kernels turn out to need.
@@ -35,7 +35,7 @@ def register_limit(choice: Choice) -> int:
 
 def register_estimate(cell: Cell, t: Tiling, choice: Choice, size: int) -> int:
     """Registers per thread that the compiled kernel is expected to need. See ``BASE_REGISTERS``."""
-    resident = sum(c.size for c in t.chunks[: t.in_registers])
+    resident = sum(c.size for c in t.k_blocks[: t.in_registers])
     exchanged = t.slices > 1
     needs_mask = exchanged and masked(t.hidden, t.depth, t.ragged, t.splits, size)
     need = registers_needed(t.m, len(t.packs), choice, size, resident, t.streamed > 0, exchanged, needs_mask)
@@ -57,7 +57,7 @@ def cell_registers(cell: Cell, backward: bool, choice: Choice) -> int:
 
 def masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> bool:
     """Whether some load of the operand needs a mask or narrow pieces."""
-    return ragged or depth % smallest_chunk(splits) != 0 or hidden * size % 16 != 0
+    return ragged or depth % smallest_k_block(splits) != 0 or hidden * size % 16 != 0
 
 
 def registers_needed(
@@ -74,7 +74,7 @@ def registers_needed(
     if exchanged:
         need += choice.burst * choice.batch_tile * size // words
     if streamed:
-        need += STREAM_REGISTERS + 2 * m * choice.stream_chunk * size // words
+        need += STREAM_REGISTERS + 2 * m * choice.streamed_k_block * size // words
         if choice.splits > 1:
             need += SHARED_PART_REGISTERS[size] if choice.splits < choice.warps else 0
             # Operands of 4 bytes are read from shared memory one by one, each from an address of its own.
@@ -94,16 +94,16 @@ def pipeline_registers(backward: bool, depth: int, size: int, elements: int) -> 
 
 def shared_bound(t: Tiling, size: int) -> tuple[int, int, int]:
     """(in registers, in shared memory, total of shared memory) per program, in bytes, the last an upper bound."""
-    registers = t.m * sum(c.size for c in t.chunks[: t.in_registers]) * size
-    shared = t.m * sum(c.size for c in t.chunks[t.in_registers :]) * size
-    ends = (*t.bursts, len(t.chunks))[1:]
-    burst = max((sum(c.size for c in t.chunks[a:b]) for a, b in zip(t.bursts, ends, strict=True)), default=0)
+    registers = t.m * sum(c.size for c in t.k_blocks[: t.in_registers]) * size
+    shared = t.m * sum(c.size for c in t.k_blocks[t.in_registers :]) * size
+    ends = (*t.bursts, len(t.k_blocks))[1:]
+    burst = max((sum(c.size for c in t.k_blocks[a:b]) for a, b in zip(t.bursts, ends, strict=True)), default=0)
     if t.slices == 1:
         # Every operand tile and the result of one.
-        burst = sum(c.size for c in t.chunks) + t.units
+        burst = sum(c.size for c in t.k_blocks) + t.units
     operand = burst * t.batch_tile * size
-    stream = (t.m + t.batch_tile) * t.stream_chunk * size if t.streamed else 0
-    reduction = t.splits * max(t.packs) * t.wide * t.batch_tile * 4
+    stream = (t.m + t.batch_tile) * t.streamed_k_block * size if t.streamed else 0
+    reduction = t.splits * max(t.packs) * t.units_formed * t.batch_tile * 4
     # On their way to registers the weights pass through shared memory, before those that stay there arrive.
     # Beside them, the first state changes its layout.
     state = t.units * t.batch_tile * 4

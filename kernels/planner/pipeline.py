@@ -90,7 +90,7 @@ def finish(problem: Problem, layers: int, backward: bool, choice: Choice) -> Pas
     work = replace(model.work_of(t, groups), programs=t.slices * layers * groups)
     cost = _with_neighbour(model.step(problem, choice, work, backward), t, choice, hardware)
     weights = (2 * layers - 1) * problem.weight_bytes
-    share = sum(c.size for c in t.chunks[: t.in_registers]) / max(1, sum(c.size for c in t.chunks))
+    share = sum(c.size for c in t.k_blocks[: t.in_registers]) / max(1, sum(c.size for c in t.k_blocks))
     shares = Shares(round(weights * share), weights - round(weights * share), 0)
     return Pass(t, choice, groups, -(-jobs // groups), 2 * registers, 2 * shared, 0, total, estimate, shares, cost)
 

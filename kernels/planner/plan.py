@@ -19,7 +19,7 @@ from .cost import Cost
 from .hardware import INTERPRETER, Hardware
 from .occupancy import register_estimate, register_limit, shared_bound
 from .problem import BYTES, Problem
-from .tiling import Choice, Tiling, make_tiling, smallest_chunk
+from .tiling import Choice, Tiling, make_tiling, smallest_k_block
 
 DTYPES = BYTES
 
@@ -115,7 +115,7 @@ class Plan:
         for name, part in (("forward", self.forward), ("backward", self.backward)):
             t, shares = part.tiling, part.shares
             where = "no exchange" if t.slices == 1 else "exchange each step"
-            split = f" in {t.columns} columns x {t.rows} blocks of K" if t.rows > 1 else ""
+            split = f" in {t.unit_groups} unit groups x {t.k_parts} parts of K" if t.k_parts > 1 else ""
             lines.append(
                 f"  {name:8} {_count(t.slices, 'slice')} x {t.units} units{split} ({where}), batch tile "
                 f"{t.batch_tile}{f' x {t.subtiles}' if t.subtiles > 1 else ''}, {part.choice.warps} warps; "
@@ -145,11 +145,11 @@ def _shares(t: Tiling, size: int) -> Shares:
     across = t.hidden if t.backward else t.gates * t.hidden  # what each index of K holds
 
     def valid(start: int, length: int) -> int:
-        if t.rows == 1:
+        if t.k_parts == 1:
             return length
-        return sum(max(0, min(length, t.hidden - r * t.block - start)) for r in range(t.rows))
+        return sum(max(0, min(length, t.hidden - r * t.units_per_part - start)) for r in range(t.k_parts))
 
-    counted = [valid(c.start, c.length) * across * size for c in t.chunks]
+    counted = [valid(c.start, c.length) * across * size for c in t.k_blocks]
     streamed = t.segments * valid(t.stream_start, t.depth - t.stream_start) * across * size if t.streamed else 0
     return Shares(sum(counted[: t.in_registers]), sum(counted[t.in_registers :]), streamed)
 
@@ -171,7 +171,7 @@ def finish(problem: Problem, backward: bool, choice: Choice, strict: bool = True
     if t.slices == 1 and groups > places:
         factor = -(-groups // places)
         cost = Cost(*(getattr(cost, f) * factor for f in cost.__dataclass_fields__))
-    streamed = t.m * t.streamed * t.stream_chunk * size
+    streamed = t.m * t.streamed * t.streamed_k_block * size
     shares = _shares(t, size)
     return Pass(t, choice, groups, -(-jobs // groups), registers, shared, streamed, total, estimate, shares, cost)
 
@@ -179,7 +179,7 @@ def finish(problem: Problem, backward: bool, choice: Choice, strict: bool = True
 def _quick(problem: Problem, backward: bool, choice: Choice) -> float:
     """A lower bound of the predicted time per step of a choice, without its tiling and so without all its padding."""
     needed = -(-problem.hidden // choice.units)
-    slices = -(-needed // choice.rows) * choice.rows
+    slices = -(-needed // choice.k_parts) * choice.k_parts
     jobs = -(-problem.batch // (choice.batch_tile * choice.subtiles)) * problem.recurrences
     places = max(1, problem.hardware.multiprocessors * choice.blocks // slices)
     segments, outputs = (problem.cell.gates, 1) if backward else (1, problem.cell.gates)
@@ -187,12 +187,12 @@ def _quick(problem: Problem, backward: bool, choice: Choice) -> float:
         k = choice.units * segments
     else:
         depth = segments * problem.hidden
-        if choice.rows > 1:
-            depth = min(problem.hidden, slices // choice.rows * choice.units)
-        smallest = smallest_chunk(choice.splits)
-        k = -(-depth // smallest) * smallest * (segments if choice.rows > 1 else 1)
+        if choice.k_parts > 1:
+            depth = min(problem.hidden, slices // choice.k_parts * choice.units)
+        smallest = smallest_k_block(choice.splits)
+        k = -(-depth // smallest) * smallest * (segments if choice.k_parts > 1 else 1)
     streamed = max(0, k - choice.in_registers - choice.in_shared)
-    m = outputs * choice.rows * choice.units
+    m = outputs * choice.k_parts * choice.units
     work = model.Work(m, k, choice.in_shared, streamed, slices, slices * min(jobs, places))
     return model.step(problem, choice, work, backward).total * -(-jobs // places)
 

@@ -1,11 +1,11 @@
-"""What a scan kernel must know at compile time besides its cell: who owns which rows and columns of W_hh, and where
+"""What a scan kernel must know at compile time besides its cell: who owns which part of W_hh, and where
 they live. Pure Python. ``plan`` chooses the numbers, ``tiling`` turns a choice into the record, ``scan`` obeys it.
 
 A pass multiplies a share of W_hh (forward) or of its transpose (backward) by a moving operand, h or the gate
 gradients. M are the outputs, gates x units or units; K is what is summed over, H units or G*H gates.
 
 * One-dimensional split (R = 1): a program owns the M of its U units and all of K.
-* Two-dimensional split (R > 1): R slices share the M of their R*U units, and each takes one of R blocks of K. The R
+* Two-dimensional split (R > 1): R slices share the M of their R*U units, and each takes one of R parts of K. The R
   partial products are added in a fixed order after a second exchange.
 """
 
@@ -19,7 +19,7 @@ from .problem import Problem
 
 
 @dataclass(frozen=True)
-class Chunk:
+class KBlock:
     """``length`` indices of K from ``start`` on in ``segment``, held in a tile of ``size`` (a power of two)."""
 
     segment: int
@@ -34,48 +34,48 @@ class Choice:
 
     Attributes:
         units: U per slice, a power of two, at least 8.
-        rows: R, the parts of K that different slices take; 1 for the one-dimensional split.
+        k_parts: R, the parts of K that different slices take; 1 for the one-dimensional split.
         batch_tile: BB, rows of the batch in one product.
         subtiles: batch tiles that a program works on in turn within each step: one's exchange hides another's work.
         warps: warps per program.
         blocks: programs that share a multiprocessor, its registers and its shared memory.
         splits: parts that K is cut into within a program, one per warp (1: the warps share M and N instead).
-        largest_chunk: the largest tile of K.
+        largest_k_block: the largest tile of K.
         burst: K of the operand that is on its way at once; it costs shared memory, a burst each costs its latency.
         in_registers, in_shared: elements of K whose weights a program keeps there; what is left is streamed.
-        stream_chunk: K of one streamed tile.
+        streamed_k_block: K of one streamed tile.
     """
 
     units: int
-    rows: int
+    k_parts: int
     batch_tile: int
     subtiles: int
     warps: int
     blocks: int
     splits: int
-    largest_chunk: int
+    largest_k_block: int
     burst: int
     in_registers: int
     in_shared: int
-    stream_chunk: int
+    streamed_k_block: int
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The compile-time record. M of the product is ``sum(packs) * rows * units``.
+    """The compile-time record. M of the product is ``sum(packs) * k_parts * units``.
 
     Attributes:
         stride: elements from one row of W_hh to the next; rows are padded to 16 bytes where there are many slices.
-        slices: S = rows * columns, with S * units >= hidden.
-        block: units in one of the R blocks of K (0 if R = 1).
-        segments, depth: K is cut into ``segments`` runs of ``depth`` indices: one run, or one per gate.
-        chunks: the resident tiles of K, of which the first ``in_registers`` stay in registers.
-        bursts: index of each first chunk of those whose operand is loaded at once.
-        stream_start, stream_chunk, streamed: each segment's K from ``stream_start`` on is streamed in tiles of
-            ``stream_chunk``, ``streamed`` tiles in all segments together.
+        slices: S = k_parts * unit_groups, with S * units >= hidden.
+        units_per_part: units in one of the R parts of K (0 if R = 1).
+        segments, depth: K is cut into ``step_marks`` runs of ``depth`` indices: one run, or one per gate.
+        k_blocks: the resident tiles of K, of which the first ``in_registers`` stay in registers.
+        bursts: index of each first k block of those whose operand is loaded at once.
+        stream_start, streamed_k_block, streamed: each segment's K from ``stream_start`` on is streamed in tiles of
+            ``streamed_k_block``, ``streamed`` tiles in all segments together.
         packs, first_gates: gates per dot, and the index of each pack's first gate.
         precision: of a float32 dot, "tf32" or "ieee".
-        layers: L of a stack that runs as a wave, each with a second matrix as large as W_hh and in the same homes.
+        layers: L of a stack that runs as a pipeline, each with a second matrix as large as W_hh and in the same homes.
         more_inputs, params, extras, after, more_gradients: of the cell, the first and the last in tiles.
         heads: in each direction; ``directions`` counts all of them.
         guarded: whether units past H are masked before the product of one slice.
@@ -93,18 +93,18 @@ class Tiling:
     recurrent_gradient: bool
     units: int
     slices: int
-    rows: int
-    block: int
+    k_parts: int
+    units_per_part: int
     batch_tile: int
     subtiles: int
     splits: int
     segments: int
     depth: int
-    chunks: tuple[Chunk, ...]
+    k_blocks: tuple[KBlock, ...]
     in_registers: int
     bursts: tuple[int, ...]
     stream_start: int
-    stream_chunk: int
+    streamed_k_block: int
     streamed: int
     packs: tuple[int, ...]
     first_gates: tuple[int, ...]
@@ -125,8 +125,8 @@ class Tiling:
         return self.gates + self.more_inputs
 
     @property
-    def columns(self) -> int:
-        return self.slices // self.rows
+    def unit_groups(self) -> int:
+        return self.slices // self.k_parts
 
     @property
     def m_stride(self) -> int:
@@ -143,19 +143,19 @@ class Tiling:
         return self.directions * self.hidden * (self.gates if self.backward else 1)
 
     @property
-    def wide(self) -> int:
+    def units_formed(self) -> int:
         """Units whose outputs a program forms, or a part of."""
-        return self.rows * self.units
+        return self.k_parts * self.units
 
     @property
     def ragged(self) -> bool:
-        """Whether the last block of K ends before the others do."""
-        return self.rows * self.block > self.hidden if self.rows > 1 else False
+        """Whether the last part of K ends before the others do."""
+        return self.k_parts * self.units_per_part > self.hidden if self.k_parts > 1 else False
 
     @property
-    def lanes(self) -> int:
-        """Counters of one batch tile: one, or one per block of K and one per column of slices."""
-        return self.rows + self.columns if self.rows > 1 else 1
+    def counters_per_tile(self) -> int:
+        """Counters of one batch tile: one, or one per part of K and one per unit group."""
+        return self.k_parts + self.unit_groups if self.k_parts > 1 else 1
 
     @property
     def outputs(self) -> int:
@@ -164,7 +164,7 @@ class Tiling:
 
     @property
     def m(self) -> int:
-        return self.outputs * self.wide
+        return self.outputs * self.units_formed
 
     def jobs(self, batch: int) -> int:
         """Pieces of the work that different groups take: so many batch tiles in one direction each."""
@@ -175,7 +175,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def chunks(segment: int, first: int, last: int, smallest: int, largest: int) -> tuple[Chunk, ...]:
+def cut_k(segment: int, first: int, last: int, smallest: int, largest: int) -> tuple[KBlock, ...]:
     """Cut ``range(first, last)`` into power-of-two tiles between the two sizes: 320 = 256 + 64, 768 = 512 + 256."""
     result = []
     start = first
@@ -186,12 +186,12 @@ def chunks(segment: int, first: int, last: int, smallest: int, largest: int) -> 
         padded = max(smallest, next_power_of_2(left))
         if padded <= largest and padded - left <= padded // 4:
             size = padded
-        result.append(Chunk(segment, start, size, min(size, left)))
+        result.append(KBlock(segment, start, size, min(size, left)))
         start += size
     return tuple(result)
 
 
-def bursts(parts: tuple[Chunk, ...], kept: int, largest: int) -> tuple[int, ...]:
+def cut_bursts(parts: tuple[KBlock, ...], kept: int, largest: int) -> tuple[int, ...]:
     """Where a new burst begins: when the one before is full, or when another home does."""
     result: list[int] = []
     filled = 0
@@ -209,7 +209,7 @@ def gate_packs(gates: int) -> tuple[int, ...]:
     return (4,) * (gates // 4) + rest
 
 
-def smallest_chunk(splits: int) -> int:
+def smallest_k_block(splits: int) -> int:
     """A part of K is at least one instruction deep."""
     return 16 * splits
 
@@ -217,32 +217,32 @@ def smallest_chunk(splits: int) -> int:
 def make_tiling(problem: Problem, choice: Choice, *, backward: bool) -> Tiling:
     """The compile-time record for one choice; one slice if the units cover H."""
     cell, hidden, size = problem.cell, problem.hidden, problem.size
-    units, rows, gates = choice.units, choice.rows, cell.gates
+    units, k_parts, gates = choice.units, choice.k_parts, cell.gates
     slices = -(-hidden // units)
     if slices == 1:
         # The operand comes from registers as one tile of units per gate, and each gate keeps its own dot so that
         # all gates have the same layout as the cell's state.
-        segments, depth, block = (gates, hidden, 0) if backward else (1, hidden, 0)
+        segments, depth, units_per_part = (gates, hidden, 0) if backward else (1, hidden, 0)
         packs = (1,) if backward else (1,) * gates
-        parts = tuple(Chunk(s, 0, units, hidden) for s in range(segments))
+        parts = tuple(KBlock(s, 0, units, hidden) for s in range(segments))
         kept = min(choice.in_registers // units, segments)
         start, streamed = hidden, 0
     else:
-        slices = -(-slices // rows) * rows
-        block = slices // rows * units if rows > 1 else 0
-        if rows == 1:
+        slices = -(-slices // k_parts) * k_parts
+        units_per_part = slices // k_parts * units if k_parts > 1 else 0
+        if k_parts == 1:
             segments, depth = 1, gates * hidden if backward else hidden
         else:
-            segments, depth = gates if backward else 1, min(block, hidden)
+            segments, depth = gates if backward else 1, min(units_per_part, hidden)
         packs = (1,) if backward else gate_packs(gates)
-        smallest = smallest_chunk(choice.splits)
-        largest = max(choice.largest_chunk, smallest)
+        smallest = smallest_k_block(choice.splits)
+        largest = max(choice.largest_k_block, smallest)
         first = min(choice.in_registers // segments, depth)
         start = min(first + choice.in_shared // segments, depth)
-        registers = tuple(c for s in range(segments) for c in chunks(s, 0, first, smallest, largest))
-        shared = tuple(c for s in range(segments) for c in chunks(s, first, start, smallest, largest))
+        registers = tuple(c for s in range(segments) for c in cut_k(s, 0, first, smallest, largest))
+        shared = tuple(c for s in range(segments) for c in cut_k(s, first, start, smallest, largest))
         parts, kept = registers + shared, len(registers)
-        streamed = segments * -(-(depth - start) // choice.stream_chunk)
+        streamed = segments * -(-(depth - start) // choice.streamed_k_block)
     aligned = 16 // size
     return Tiling(
         hidden=hidden,
@@ -255,18 +255,18 @@ def make_tiling(problem: Problem, choice: Choice, *, backward: bool) -> Tiling:
         recurrent_gradient=cell.recurrent_gradient,
         units=units,
         slices=slices,
-        rows=rows if slices > 1 else 1,
-        block=block,
+        k_parts=k_parts if slices > 1 else 1,
+        units_per_part=units_per_part,
         batch_tile=choice.batch_tile,
         subtiles=choice.subtiles,
         splits=choice.splits if slices > 1 else 1,
         segments=segments,
         depth=depth,
-        chunks=parts,
+        k_blocks=parts,
         in_registers=kept,
-        bursts=bursts(parts, kept, choice.burst),
+        bursts=cut_bursts(parts, kept, choice.burst),
         stream_start=start,
-        stream_chunk=choice.stream_chunk,
+        streamed_k_block=choice.streamed_k_block,
         streamed=streamed,
         packs=packs,
         first_gates=tuple(sum(packs[:i]) for i in range(len(packs))),

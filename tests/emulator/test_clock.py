@@ -237,10 +237,10 @@ def test_an_unknown_instruction_is_an_error_that_names_it():
 
 @pytest.mark.emulator
 @pytest.mark.parametrize("arch", latencies.ARCHITECTURES)
-@pytest.mark.parametrize("rows", [1, 2])
-def test_a_step_of_a_small_kernel(emulated, forced, arch, rows):
+@pytest.mark.parametrize("k_parts", [1, 2])
+def test_a_step_of_a_small_kernel(emulated, forced, arch, k_parts):
     session = emulated(arch, units="rows", trace=Trace(1))
-    forced("counter", rows=rows, units=8, splits=2)
+    forced("counter", k_parts=k_parts, units=8, splits=2)
     layer = persistrnn.LSTM(5, 29, dtype=torch.bfloat16, backend="persistent")
     with torch.no_grad():
         layer(torch.randn(4, 3, 5, dtype=torch.bfloat16))
@@ -252,9 +252,9 @@ def test_a_step_of_a_small_kernel(emulated, forced, arch, rows):
     # An exchange of 10,000 cycles hides all that a program does meanwhile; the two-dimensional split has two per step.
     slow, slower = step(exchange=10.0), step(exchange=11.0)
     assert sum(cycles for _, cycles in slow.shares) == pytest.approx(slow.cycles)
-    assert slower.cycles - slow.cycles == pytest.approx(1000 * rows)
+    assert slower.cycles - slow.cycles == pytest.approx(1000 * k_parts)
     assert slow.shares[0][0] == clock.EXCHANGE
-    assert slow.cycles < 12_000 * rows
+    assert slow.cycles < 12_000 * k_parts
     # Without one, what a program does itself; barriers hide behind loads here and there, but never cost more.
     fast, faster = step(exchange=0.0), step(exchange=0.0, barrier=0.0)
     assert clock.EXCHANGE not in dict(fast.shares)

@@ -12,7 +12,7 @@ from persistrnn.kernels.device.exchange import SPIN_LIMIT, Exchange
 from persistrnn.kernels.planner import pipeline, plan
 from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
 from persistrnn.kernels.planner.problem import Problem
-from persistrnn.kernels.planner.tiling import Choice, Tiling, make_tiling, smallest_chunk
+from persistrnn.kernels.planner.tiling import Choice, Tiling, make_tiling, smallest_k_block
 
 ALL = 1 << 20
 
@@ -31,13 +31,13 @@ HOMES = {
 def choice(gates: int, backward: bool, homes: str = "registers", **changed: int) -> Choice:
     """A choice of small tiles. ``changed``: other attributes of ``Choice``."""
     numbers = {
-        "units": 8, "rows": 1, "batch_tile": 16, "subtiles": 1, "warps": 4, "blocks": 1, "splits": 1,
-        "largest_chunk": 32, "burst": 64,
+        "units": 8, "k_parts": 1, "batch_tile": 16, "subtiles": 1, "warps": 4, "blocks": 1, "splits": 1,
+        "largest_k_block": 32, "burst": 64,
     } | changed  # fmt: skip
-    tile = smallest_chunk(numbers["splits"])
+    tile = smallest_k_block(numbers["splits"])
     # Each gate is a segment of K of its own in the backward of the two-dimensional split.
-    registers, shared = (n * tile * (gates if backward and numbers["rows"] > 1 else 1) for n in HOMES[homes])
-    return Choice(**({"in_registers": registers, "in_shared": shared, "stream_chunk": tile} | numbers))
+    registers, shared = (n * tile * (gates if backward and numbers["k_parts"] > 1 else 1) for n in HOMES[homes])
+    return Choice(**({"in_registers": registers, "in_shared": shared, "streamed_k_block": tile} | numbers))
 
 
 def tilings(
@@ -84,7 +84,7 @@ def force(
     monkeypatch.setattr(launch, "exchange_for", lambda device: exchange)
 
 
-def force_waves(
+def force_pipelines(
     monkeypatch: pytest.MonkeyPatch, protocol: str = "counter", groups: int | None = None, **chosen: str | int
 ) -> None:
     """Stacks run as layer pipelines of this choice (see ``choice``), ``groups`` jobs at a time (None: all)."""

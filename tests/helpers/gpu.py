@@ -41,7 +41,7 @@ def planned(cell, hidden, batch, directions, dtype):
     return launch.choose(CELLS[cell], hidden, batch, directions, dtype, persistrnn.calls.precision(), device)
 
 
-def planned_wave(cell, hidden, layers, batch, dtype):
+def planned_pipeline(cell, hidden, layers, batch, dtype):
     """The plan of a layer pipeline on this device; None where there is none."""
     if layers == 1:
         return None
@@ -73,7 +73,7 @@ def check_bound(cell, dtype, precision, shapes, expected=None, pooled=True, seed
         before = launch.LAUNCHES.copy()
         bound.add((case, seed), *accuracy.run(case, seed, device=DEVICE))
         counts = {"scan_forward": layers * plan.forward.rounds, "scan_backward": layers * plan.backward.rounds}
-        together = planned_wave(cell, hidden, layers, batch, accuracy.DTYPES[dtype]) if not bidirectional else None
+        together = planned_pipeline(cell, hidden, layers, batch, accuracy.DTYPES[dtype]) if not bidirectional else None
         if together is not None and together.faster(steps, True):
             counts = {"scan_forward": together.forward.rounds, "scan_backward": together.backward.rounds}
         assert launch.LAUNCHES - before == counts, case
@@ -91,7 +91,7 @@ def many_slices(plan):
 
 
 def two_dimensions(plan):
-    return plan.forward.tiling.rows > 1 or plan.backward.tiling.rows > 1
+    return plan.forward.tiling.k_parts > 1 or plan.backward.tiling.k_parts > 1
 
 
 def streams(plan):

@@ -66,12 +66,12 @@ def flag_reset_forgotten(monkeypatch):
 
 
 def counted_for_the_wrong_part(monkeypatch):
-    """Two dimensions: a program counts for the block of K that it reads, and not for the one that its units are in."""
+    """Two dimensions: a program counts for the part of K that it reads, and not for the one that its units are in."""
     publish = scan.publish
 
     def published(pointer, offsets, mask, stride, tiles, counter, tiling, how):
         program = scan.tl.program_id(0)
-        shift = program % tiling.rows - program // tiling.columns
+        shift = program % tiling.k_parts - program // tiling.unit_groups
         publish(pointer, offsets, mask, stride, tiles, counter + shift * how.stride, tiling, how)
 
     monkeypatch.setattr(scan, "publish", published)
@@ -96,8 +96,8 @@ def _sum_without_parity(monkeypatch, backward):
 
     def add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how):
         if (len(tiles) == 1) == backward:
-            parity = (target // tiling.rows - 1) % 2
-            sums = sums - parity * (tiling.slices * len(tiles) * tiling.wide * tiling.batch_tile)
+            parity = (target // tiling.k_parts - 1) % 2
+            sums = sums - parity * (tiling.slices * len(tiles) * tiling.units_formed * tiling.batch_tile)
         return product.add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how)
 
     monkeypatch.setattr(scan, "add_parts", add_parts)
@@ -115,7 +115,7 @@ def sum_without_one_block(monkeypatch):
     reads = threading.local()
 
     def add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how):
-        reads.count, reads.last = 0, tiling.rows
+        reads.count, reads.last = 0, tiling.k_parts
         return product.add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how)
 
     def read(pointers):
@@ -175,7 +175,7 @@ def batch_tiles_share_partial_products(monkeypatch):
     def add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how):
         turn = program.__dict__.get("turn", 0)
         program.turn = turn + 1
-        size = 2 * tiling.slices * len(tiles) * tiling.wide * tiling.batch_tile
+        size = 2 * tiling.slices * len(tiles) * tiling.units_formed * tiling.batch_tile
         sums = sums - turn % tiling.subtiles * size
         return product.add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how)
 

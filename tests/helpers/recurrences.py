@@ -7,7 +7,7 @@ import torch
 from accuracy import Bound, exact_gemms
 from torch import Tensor
 
-from persistrnn import autograd, reference, segments
+from persistrnn import autograd, reference, step_marks
 from persistrnn.kernels.cells import Cell
 
 T, B, H = 3, 3, 12
@@ -49,7 +49,7 @@ def given(
     if marked:
         active = torch.rand(steps, batch, generator=generator) < 0.8
         begins = torch.rand(steps, batch, generator=generator) < 0.3
-        found["marks"] = segments.marks(active, begins, D)
+        found["marks"] = step_marks.marks(active, begins, D)
         found["reset"] = states()
     return found
 

@@ -40,16 +40,16 @@ def is_power_of_two(n: int) -> bool:
 
 
 def read_indices(t: Tiling) -> list[tuple[int, int]]:
-    """The ranges of K, as (start, stop) over all of W_hh, that the programs of one column multiply: those of all R
+    """The ranges of K, as (start, stop) over all of W_hh, that the programs of one unit group multiply: those of all R
     blocks, in the tiles of ``chunks`` and in the streamed ones, as the kernels place and mask them."""
     turns = t.streamed // t.segments
-    tiles = [(c.segment, c.start, c.size, c.length) for c in t.chunks]
+    tiles = [(c.segment, c.start, c.size, c.length) for c in t.k_blocks]
     for i in range(t.streamed):
-        start = t.stream_start + i % turns * t.stream_chunk
-        tiles.append((i // turns, start, t.stream_chunk, t.depth - start))
+        start = t.stream_start + i % turns * t.streamed_k_block
+        tiles.append((i // turns, start, t.streamed_k_block, t.depth - start))
     ranges = []
-    for row in range(t.rows):
-        base = row * t.block
+    for row in range(t.k_parts):
+        base = row * t.units_per_part
         for segment, start, size, length in tiles:
             left = min(length, t.hidden - base - start) if t.ragged else length
             first = segment * t.hidden + base + start
@@ -61,16 +61,16 @@ def check_tiling(t: Tiling, shape: Cell, backward: bool, size: int) -> None:
     """``size``: bytes per element of W_hh."""
     hidden = t.hidden
     assert (t.gates, t.saved, t.recurrent_gradient) == (shape.gates, shape.saved, shape.recurrent_gradient)
-    assert all(is_power_of_two(n) for n in (t.units, t.rows, t.batch_tile, t.splits, t.stream_chunk, *t.packs))
+    assert all(is_power_of_two(n) for n in (t.units, t.k_parts, t.batch_tile, t.splits, t.streamed_k_block, *t.packs))
     assert t.batch_tile >= 8, "a dot needs 8 columns"
 
     # Units, and the rows of the product.
     assert t.slices * t.units >= hidden, "every unit has an owner"
-    assert (t.slices - t.rows) * t.units < hidden, "no column of slices is idle"
-    assert t.columns * t.rows == t.slices
-    assert t.wide == t.rows * t.units
+    assert (t.slices - t.k_parts) * t.units < hidden, "no unit group is idle"
+    assert t.unit_groups * t.k_parts == t.slices
+    assert t.units_formed == t.k_parts * t.units
     assert t.outputs == (1 if backward else shape.gates)
-    assert t.m == t.outputs * t.wide
+    assert t.m == t.outputs * t.units_formed
     assert t.first_gates == tuple(sum(t.packs[:i]) for i in range(len(t.packs)))
 
     # K: every index exactly once.
@@ -79,39 +79,39 @@ def check_tiling(t: Tiling, shape: Cell, backward: bool, size: int) -> None:
         assert first == expected, f"index {min(first, expected)} of K is {'read twice' if first < expected else 'left'}"
         expected = last
     assert expected == (shape.gates * hidden if backward else hidden)
-    for chunk in t.chunks:
-        assert is_power_of_two(chunk.size)
-        assert chunk.size >= chunk.length >= 1
-        assert chunk.size >= 16 * t.splits, "each part of a chunk is at least one instruction deep"
-        assert 0 <= chunk.segment < t.segments
+    for k_block in t.k_blocks:
+        assert is_power_of_two(k_block.size)
+        assert k_block.size >= k_block.length >= 1
+        assert k_block.size >= 16 * t.splits, "each part of a k block is at least one instruction deep"
+        assert 0 <= k_block.segment < t.segments
     if t.streamed:
-        assert t.stream_chunk >= 16 * t.splits
+        assert t.streamed_k_block >= 16 * t.splits
         assert t.streamed % t.segments == 0, "every segment streams as many tiles"
-    assert 0 <= t.in_registers <= len(t.chunks)
+    assert 0 <= t.in_registers <= len(t.k_blocks)
 
     # Bursts.
     assert all(a < b for a, b in pairwise(t.bursts))
-    assert t.bursts[:1] == ((0,) if t.chunks else ())
-    assert all(i < len(t.chunks) for i in t.bursts)
-    if 0 < t.in_registers < len(t.chunks):
+    assert t.bursts[:1] == ((0,) if t.k_blocks else ())
+    assert all(i < len(t.k_blocks) for i in t.bursts)
+    if 0 < t.in_registers < len(t.k_blocks):
         assert t.in_registers in t.bursts, "a burst has one home"
 
     if t.slices == 1:
-        assert (t.rows, t.splits, t.block, t.streamed, t.lanes) == (1, 1, 0, 0, 1)
+        assert (t.k_parts, t.splits, t.units_per_part, t.streamed, t.counters_per_tile) == (1, 1, 0, 0, 1)
         assert t.stride == hidden
         assert t.packs == (1,) * t.outputs, "every gate has the layout of the state"
         assert t.units >= 16, "K is the tile of units, and one instruction is 16 deep"
-        assert all(chunk.size == t.units for chunk in t.chunks), "the operand is the tile of the state itself"
+        assert all(k_block.size == t.units for k_block in t.k_blocks), "the operand is the tile of the state itself"
         return
     assert t.stride * size % 16 == 0, "rows of 16-byte multiples"
     assert 0 <= t.stride - hidden < 16 // size, "and no more padding than that"
-    if t.rows == 1:
-        assert (t.block, t.lanes, t.ragged) == (0, 1, False)
+    if t.k_parts == 1:
+        assert (t.units_per_part, t.counters_per_tile, t.ragged) == (0, 1, False)
     else:
-        # Whoever reads a block of K waits for the slices whose units are in it, and knows how many they are.
-        assert t.block == t.columns * t.units
-        assert all(s * t.units // t.block == s // t.columns for s in range(t.slices))
-        assert t.lanes == t.rows + t.columns
+        # Whoever reads a part of K waits for the slices whose units are in it, and knows how many they are.
+        assert t.units_per_part == t.unit_groups * t.units
+        assert all(s * t.units // t.units_per_part == s // t.unit_groups for s in range(t.slices))
+        assert t.counters_per_tile == t.k_parts + t.unit_groups
         assert t.ragged == (t.slices * t.units > hidden)
 
 
@@ -134,10 +134,10 @@ def check_pass(part: Pass, found: Plan, shape: Cell, backward: bool) -> None:
     assert (shares.streamed == 0) == (shares.resident == 1) == (part.streamed == 0) == (t.streamed == 0)
 
     # And every home has room.
-    kept, placed = t.chunks[: t.in_registers], t.chunks[t.in_registers :]
+    kept, placed = t.k_blocks[: t.in_registers], t.k_blocks[t.in_registers :]
     assert part.in_registers == t.m * sum(c.size for c in kept) * size
     assert part.in_shared == t.m * sum(c.size for c in placed) * size
-    assert part.streamed == t.m * t.streamed * t.stream_chunk * size
+    assert part.streamed == t.m * t.streamed * t.streamed_k_block * size
     assert t.slices * part.in_registers >= shares.registers
     assert t.slices * part.in_shared >= shares.shared
     if hardware is not INTERPRETER:
@@ -158,7 +158,11 @@ def check_room(part: Pass, hardware: Hardware, size: int) -> None:
     t, choice = part.tiling, part.choice
     assert part.shared <= hardware.shared
     assert choice.blocks * (part.shared + RESERVED) <= hardware.shared + RESERVED, "all programs of a multiprocessor"
-    widest = max(sum(c.size for c in t.chunks[a:b]) for a, b in pairwise((*t.bursts, len(t.chunks)))) if t.chunks else 0
+    widest = (
+        max(sum(c.size for c in t.k_blocks[a:b]) for a, b in pairwise((*t.bursts, len(t.k_blocks))))
+        if t.k_blocks
+        else 0
+    )
     assert part.shared >= part.in_shared + widest * t.batch_tile * size, "weights and the operand in flight"
     assert part.shared >= part.in_registers, "weights on their way to registers"
 

@@ -140,7 +140,7 @@ def test_streamed_weights_cost_their_bytes(device, dtype):
                     assert part.cost.weights * hardware.memory_rate * 1e3 * SLACK >= everybody
                 placed = hardware.shared_rate * hardware.clock * 1e3
                 assert (
-                    part.cost.weights * placed * SLACK >= t.m * sum(c.size for c in t.chunks[t.in_registers :]) * size
+                    part.cost.weights * placed * SLACK >= t.m * sum(c.size for c in t.k_blocks[t.in_registers :]) * size
                 )
                 streamed += part.streamed > 0
     assert streamed > 0
@@ -149,7 +149,7 @@ def test_streamed_weights_cost_their_bytes(device, dtype):
 def test_more_of_anything_costs_more():
     """One number of the work or of the choice at a time."""
     part = plan_layer(Problem(SHAPES["lstm"], 1024, 64, 1, "bf16", H200)).forward
-    choice = dataclasses.replace(part.choice, rows=1, batch_tile=16, subtiles=1, blocks=1)
+    choice = dataclasses.replace(part.choice, k_parts=1, batch_tile=16, subtiles=1, blocks=1)
     work = Work(m=64, k=1024, in_shared=512, streamed=128, slices=64, programs=64)
 
     def total(choice=choice, **changed):
@@ -158,7 +158,7 @@ def test_more_of_anything_costs_more():
 
     for field, value in (("m", 128), ("k", 2048), ("in_shared", 1024), ("streamed", 512)):
         assert total(**{field: value}) > total(), field
-    for field, value in (("batch_tile", 32), ("subtiles", 2), ("rows", 2), ("burst", choice.burst // 8)):
+    for field, value in (("batch_tile", 32), ("subtiles", 2), ("k_parts", 2), ("burst", choice.burst // 8)):
         assert total(dataclasses.replace(choice, **{field: value})) > total(), field
     crowd = 2 * H200.multiprocessors
     assert total(dataclasses.replace(choice, blocks=2), programs=crowd) > total(programs=crowd // 2)

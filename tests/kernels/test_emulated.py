@@ -13,7 +13,7 @@ from accuracy import failures
 from emulated import ARCHITECTURES, COUNTER, FLAGS, GROUPS, precise
 from emulator import Schedule
 from emulator.opcodes import ACQUIRE, LOAD, RELEASE, STORE
-from forced import force_waves
+from forced import force_pipelines
 from gpu import operands, outputs_and_gradients
 
 import persistrnn
@@ -32,10 +32,10 @@ CASES = [
     ("gru", "fp16", "counter", 29, 1, 1, True, {"homes": "shared and stream", "splits": 2}),
     ("lstm", "fp16", "flags", 21, 3, 1, False, {"homes": "registers and shared"}),
     ("gru", "fp32", "flags", 13, 3, 1, False, {"homes": "stream", "splits": 2}),
-    ("lstm", "fp32", "counter", 29, 3, 1, False, {"rows": 2}),
-    ("gru", "bf16", "flags", 99, 3, 1, False, {"rows": 2, "units": 32, "homes": "all three"}),
+    ("lstm", "fp32", "counter", 29, 3, 1, False, {"k_parts": 2}),
+    ("gru", "bf16", "flags", 99, 3, 1, False, {"k_parts": 2, "units": 32, "homes": "all three"}),
     ("lstm", "bf16", "counter", 27, 19, 1, False, {"subtiles": 2, "batch_tile": 8, "homes": "shared"}),
-    ("gru", "fp16", "counter", 61, 11, 1, False, {"rows": 2, "units": 16, "subtiles": 2, "batch_tile": 8}),
+    ("gru", "fp16", "counter", 61, 11, 1, False, {"k_parts": 2, "units": 16, "subtiles": 2, "batch_tile": 8}),
 ]
 # In warps one program has other interleavings within; in rows all of a group move together.
 UNITS = ("programs", "warps", "rows")
@@ -63,7 +63,7 @@ FURTHER = [
     ("peephole", "fp32", "counter", 13, {"units": 16}),  # one slice
     ("slstm", "bf16", "counter", 13, {"units": 16}),
     ("peephole", "bf16", "flags", 13, {"homes": "registers and shared"}),
-    ("slstm", "fp32", "counter", 29, {"rows": 2}),
+    ("slstm", "fp32", "counter", 29, {"k_parts": 2}),
     ("rnn_tanh", "fp16", "counter", 13, {"units": 16}),
     ("rnn_tanh", "bf16", "flags", 21, {"homes": "shared and stream", "splits": 2}),
     ("rnn_relu", "fp32", "flags", 13, {"homes": "shared"}),
@@ -100,7 +100,7 @@ def test_every_built_in_cell_is_emulated():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_stack_in_one_launch(emulated, monkeypatch, arch, cell, protocol, chosen):
     session = emulated(arch, schedule=Schedule(seed=1, slow=((0, None, None),), rarely=20))
-    force_waves(monkeypatch, protocol, **chosen)
+    force_pipelines(monkeypatch, protocol, **chosen)
     precise(monkeypatch, "ieee")
     assert failures(accuracy.Case(cell, "bf16", 13, 3, 4, 3, False, True, True)) == []
     assert [report.kernel.name for report in session.reports] == ["scan_forward", "scan_backward"]
@@ -183,7 +183,7 @@ def tf32_errors(monkeypatch, cell, hidden, steps=8, batch=16):
     [
         ("lstm", 128, None),
         ("gru", 61, {"homes": "all three"}),
-        ("lstm", 61, {"rows": 2, "units": 16, "homes": "stream"}),
+        ("lstm", 61, {"k_parts": 2, "units": 16, "homes": "stream"}),
     ],
     ids=["planned", "all homes", "two dimensions"],
 )
@@ -207,7 +207,7 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize(("protocol", "chosen"), [("counter", {"rows": 2}), ("flags", {"homes": "shared"})])
+@pytest.mark.parametrize(("protocol", "chosen"), [("counter", {"k_parts": 2}), ("flags", {"homes": "shared"})])
 def test_equal_bits_under_every_schedule(emulated, forced, protocol, chosen):
     found = []
     for number, schedule in enumerate(SCHEDULES):
@@ -270,7 +270,7 @@ def test_each_announcement_has_one_barrier(emulated, forced):
 
 
 @pytest.mark.parametrize(
-    ("protocol", "chosen"), [("counter", {}), ("flags", {}), ("counter", {"rows": 2}), ("flags", {"rows": 2})]
+    ("protocol", "chosen"), [("counter", {}), ("flags", {}), ("counter", {"k_parts": 2}), ("flags", {"k_parts": 2})]
 )
 def test_a_program_that_never_arrives_ends_in_an_exception(emulated, forced, protocol, chosen):
     emulated("sm_90", absent=(1,), tolerate=True, units="warps")
@@ -281,18 +281,18 @@ def test_a_program_that_never_arrives_ends_in_an_exception(emulated, forced, pro
     persistrnn.check()  # raised once, then clean
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_a_wait_that_runs_out_is_told_by_the_thread_that_gave_up(emulated, forced, rows):
+@pytest.mark.parametrize("k_parts", [1, 2])
+def test_a_wait_that_runs_out_is_told_by_the_thread_that_gave_up(emulated, forced, k_parts):
     """The warps of program 0 reach their spin limit, all but the first one; then the late program comes."""
-    layer = persistrnn.LSTM(4, 16 * rows, backend="persistent")
+    layer = persistrnn.LSTM(4, 16 * k_parts, backend="persistent")
     x, told = torch.randn(3, 2, 4), []
     for seed in range(6):
         emulated("sm_90")
-        forced(rows=rows)
+        forced(k_parts=k_parts)
         expected = layer(x)[0]
         late = Schedule(seed, slow=((1, None, None), (0, 0, None)), rarely=80, burst=1)
         emulated("sm_90", tolerate=True, units="warps", schedule=late)
-        forced(spin_limit=30, rows=rows)
+        forced(spin_limit=30, k_parts=k_parts)
         try:
             assert torch.equal(layer(x)[0], expected), f"seed {seed}: wrong, and nothing said"
         except RuntimeError as error:
@@ -308,7 +308,7 @@ def test_all_threads_agree_on_the_spin_limit_left(emulated, forced):
     for seed in range(3):
         late = Schedule(seed, slow=((1, None, None),), burst=1)
         emulated("sm_90", mutate=impatient, tolerate=True, units="warps", schedule=late)
-        forced("flags", spin_limit=100, rows=2)
+        forced("flags", spin_limit=100, k_parts=2)
         try:
             persistrnn.LSTM(4, 32, backend="persistent")(torch.randn(3, 2, 4))
         except RuntimeError as error:
@@ -320,7 +320,7 @@ def test_all_threads_agree_on_the_spin_limit_left(emulated, forced):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nan_in_the_data_is_not_the_reserved_one(emulated, forced, dtype):
     emulated("sm_90")
-    forced("flags", spin_limit=200, rows=2)
+    forced("flags", spin_limit=200, k_parts=2)
     layer = persistrnn.GRU(4, 32, backend="persistent", dtype=dtype)
     x = torch.randn(3, 2, 4, dtype=dtype)
     x[1, 0] = torch.full((4,), -1, dtype=torch.int32 if dtype == torch.float32 else torch.int16).view(dtype)

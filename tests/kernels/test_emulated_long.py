@@ -14,7 +14,7 @@ from accuracy import failures
 from emulated import ARCHITECTURES, precise
 from emulator import EmulatorError, Schedule
 from emulator.opcodes import ACQUIRE, LOAD, RELEASE, STORE
-from forced import force, force_waves
+from forced import force, force_pipelines
 from pairs import CELLS
 
 import persistrnn
@@ -52,11 +52,11 @@ CASES = [
         for cell, dtype, protocol, hidden, batch, layers, bidirectional, chosen in test_exchange.CASES
     ),
     *(
-        (force_waves, protocol, chosen, accuracy.Case(cell, dtype, hidden, batch, 4, layers, False, bias, state))
+        (force_pipelines, protocol, chosen, accuracy.Case(cell, dtype, hidden, batch, 4, layers, False, bias, state))
         for cell, dtype, protocol, hidden, batch, layers, bias, state, chosen in test_pipeline.CASES
     ),
     *((force, *marked) for marked in test_lengths_and_resets.SLICED),
-    *((force_waves, *marked) for marked in test_lengths_and_resets.PIPELINES),
+    *((force_pipelines, *marked) for marked in test_lengths_and_resets.PIPELINES),
 ]
 
 
@@ -117,7 +117,7 @@ def test_planned_sizes(emulated, monkeypatch, arch, cell, dtype, hidden, batch):
 
 @pytest.mark.parametrize("index", range(24))
 def test_equal_bits_under_more_schedules(emulated, forced, index):
-    protocol, chosen = [("counter", {"rows": 2}), ("flags", {"rows": 2}), ("counter", {"homes": "all three"})][
+    protocol, chosen = [("counter", {"k_parts": 2}), ("flags", {"k_parts": 2}), ("counter", {"homes": "all three"})][
         index % 3
     ]
     found = []

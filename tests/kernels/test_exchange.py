@@ -27,7 +27,7 @@ def fresh_memory_holds_nan():
 
 
 # One batch tile of 16 rows in each job, one dimension, unless said otherwise. H: the last slice, the last tile of K and
-# the last block of K are seldom full, and rows of W_hh are seldom multiples of 16 bytes.
+# the last part of K are seldom full, and rows of W_hh are seldom multiples of 16 bytes.
 CASES = [
     # cell, dtype, protocol, hidden, batch, layers, bidirectional, chosen
     ("lstm", "fp32", "counter", 13, 3, 2, True, {"homes": "registers and shared"}),
@@ -39,21 +39,21 @@ CASES = [
     ("gru", "fp32", "counter", 61, 3, 1, False, {"homes": "all three", "units": 16, "burst": 16}),
     ("gru", "fp16", "flags", 61, 1, 1, False, {"homes": "registers", "splits": 2}),
     # Two dimensions.
-    ("lstm", "fp32", "counter", 29, 3, 1, False, {"rows": 2}),
-    ("gru", "bf16", "flags", 99, 3, 1, False, {"rows": 2, "units": 32, "homes": "all three"}),
-    ("lstm", "fp16", "counter", 61, 2, 1, False, {"rows": 2, "units": 16, "homes": "registers and stream"}),
-    ("gru", "fp32", "counter", 61, 17, 1, False, {"rows": 4, "units": 16, "homes": "stream"}),
-    ("lstm", "bf16", "flags", 99, 3, 1, False, {"rows": 4, "units": 32, "homes": "shared and stream"}),
-    ("lstm", "bf16", "flags", 17, 3, 1, True, {"rows": 4, "homes": "shared"}),  # a block of K without units
-    ("gru", "fp16", "counter", 41, 3, 1, False, {"rows": 2, "homes": "registers and shared"}),
-    ("lstm", "fp32", "flags", 64, 2, 1, False, {"rows": 2, "units": 16, "homes": "stream"}),  # no mask anywhere
-    ("gru", "fp32", "counter", 57, 1, 1, False, {"rows": 8, "splits": 2}),
+    ("lstm", "fp32", "counter", 29, 3, 1, False, {"k_parts": 2}),
+    ("gru", "bf16", "flags", 99, 3, 1, False, {"k_parts": 2, "units": 32, "homes": "all three"}),
+    ("lstm", "fp16", "counter", 61, 2, 1, False, {"k_parts": 2, "units": 16, "homes": "registers and stream"}),
+    ("gru", "fp32", "counter", 61, 17, 1, False, {"k_parts": 4, "units": 16, "homes": "stream"}),
+    ("lstm", "bf16", "flags", 99, 3, 1, False, {"k_parts": 4, "units": 32, "homes": "shared and stream"}),
+    ("lstm", "bf16", "flags", 17, 3, 1, True, {"k_parts": 4, "homes": "shared"}),  # a part of K without units
+    ("gru", "fp16", "counter", 41, 3, 1, False, {"k_parts": 2, "homes": "registers and shared"}),
+    ("lstm", "fp32", "flags", 64, 2, 1, False, {"k_parts": 2, "units": 16, "homes": "stream"}),  # no mask anywhere
+    ("gru", "fp32", "counter", 57, 1, 1, False, {"k_parts": 8, "splits": 2}),
     # Several batch tiles in each program: the last not full, empty, the only one and not full.
     ("gru", "fp32", "flags", 27, 25, 1, False, {"subtiles": 4, "batch_tile": 8}),
     ("lstm", "fp16", "flags", 13, 3, 1, True, {"subtiles": 4, "batch_tile": 8, "homes": "shared"}),
     # All together.
     ("lstm", "bf16", "counter", 61, 9, 1, False,
-     {"rows": 4, "units": 16, "subtiles": 2, "batch_tile": 8, "homes": "stream"}),
+     {"k_parts": 4, "units": 16, "subtiles": 2, "batch_tile": 8, "homes": "stream"}),
 ]  # fmt: skip
 
 
@@ -80,18 +80,18 @@ def features(backward):
     found = set()
     for cell, dtype, protocol, hidden, batch, _, bidirectional, chosen in CASES:
         t = tilings(cell, hidden, 2 if bidirectional else 1, dtype, **choice_of(chosen))[backward][1]
-        split = min(t.rows, 2)
-        found |= {(split, cell), (split, dtype), (split, protocol), (t.subtiles, protocol), f"{t.rows} rows"}
+        split = min(t.k_parts, 2)
+        found |= {(split, cell), (split, dtype), (split, protocol), (t.subtiles, protocol), f"{t.k_parts} parts"}
         found |= {(split, cell, "registers")} if t.in_registers else set()
-        found |= {(split, cell, "shared")} if t.in_registers < len(t.chunks) else set()
+        found |= {(split, cell, "shared")} if t.in_registers < len(t.k_blocks) else set()
         found |= {(split, cell, "stream")} if t.streamed else set()
-        rest = (t.depth - t.stream_start) % t.stream_chunk
+        rest = (t.depth - t.stream_start) % t.streamed_k_block
         special = {
             "padded rows": t.stride > t.hidden,
             "whole rows": t.stride == t.hidden,
             "last slice not full": hidden % t.units != 0,
-            "block of K not full": t.ragged,
-            "block of K empty": t.rows > 1 and (t.rows - 1) * t.block >= hidden,
+            "part of K not full": t.ragged,
+            "part of K empty": t.k_parts > 1 and (t.k_parts - 1) * t.units_per_part >= hidden,
             "stream not full": t.streamed and rest,
             "stream full, no mask": t.streamed and not rest and not t.ragged and hidden % t.units == 0,
             "a stream of several tiles": t.streamed > t.segments,
@@ -99,7 +99,7 @@ def features(backward):
             "several bursts": len(t.bursts) > 1,
             "splits": t.splits > 1,
             "batch tile empty": t.subtiles > 1 and 0 < batch % (t.batch_tile * t.subtiles) <= t.batch_tile,
-            "subtiles of two dimensions": t.subtiles > 1 and t.rows > 1,
+            "subtiles of two dimensions": t.subtiles > 1 and t.k_parts > 1,
             "streamed subtiles": t.subtiles > 1 and t.streamed,
             "one row": batch == 1,
         }
@@ -115,7 +115,7 @@ def test_cases_cover_what_the_kernels_can_do(backward):
             assert {(split, cell), *((split, cell, home) for home in ("registers", "shared", "stream"))} <= found
         assert {(split, what) for what in ("fp32", "fp16", "bf16", "counter", "flags")} <= found
     assert {(n, protocol) for n in (1, 2, 4) for protocol in ("counter", "flags")} <= found | {(4, "counter")}
-    assert {f"{n} rows" for n in (1, 2, 4, 8)} <= found
+    assert {f"{n} parts" for n in (1, 2, 4, 8)} <= found
     expected = set(special) - (set() if backward else {"a stream in several segments"})
     assert expected <= found, expected - found
     assert {chosen.get("homes", "registers") for *_, chosen in CASES} == set(HOMES)
@@ -126,7 +126,7 @@ def test_cases_cover_what_the_kernels_can_do(backward):
     [
         ("lstm", 2, 3, {"homes": "all three"}),
         ("gru", 2, 3, {"homes": "registers and shared"}),
-        ("gru", 1, 2, {"rows": 2, "subtiles": 2, "batch_tile": 32}),
+        ("gru", 1, 2, {"k_parts": 2, "subtiles": 2, "batch_tile": 32}),
     ],
 )
 def test_jobs_that_do_not_fit_follow_in_turn(forced, cell, groups, rounds, chosen):
@@ -142,7 +142,7 @@ def test_jobs_that_do_not_fit_follow_in_turn(forced, cell, groups, rounds, chose
 @pytest.mark.parametrize("batch", [3, 40])
 def test_partial_products_take_the_memory_of_one_launch(forced, monkeypatch, batch):
     """Jobs that follow in turn use the same memory again: a large batch would else take hundreds of megabytes."""
-    forced(groups=1, rows=2)
+    forced(groups=1, k_parts=2)
     parts = []
 
     class Spy:
@@ -154,15 +154,15 @@ def test_partial_products_take_the_memory_of_one_launch(forced, monkeypatch, bat
     monkeypatch.setattr(launch, "scan_forward", Spy())
     persistrnn.LSTM(3, 29, backend="persistent")(torch.ones(2, batch, 3))
     assert len(parts) == -(-batch // 16)
-    assert {numel for t, numel in parts} == {2 * t.slices * 4 * t.rows * t.units * t.batch_tile for t, _ in parts}
+    assert {numel for t, numel in parts} == {2 * t.slices * 4 * t.k_parts * t.units * t.batch_tile for t, _ in parts}
 
 
 # ---- mutants ------------------------------------------------------------------------------------------------------
 
 # (operation to delay, the slow program)
 FIRST = (("put", 1), ("arrive", 1), ("wait", 1), ("get", 1))
-# Two columns by two blocks of K. Late partial products of program 0; program 0 late at adding those of program 1, which
-# alone can be a step ahead of it; and h of program 1 late for program 2, which needs it and shares no column with it.
+# Two unit groups by two parts of K. Late partial products of program 0; program 0 late at adding those of program 1,
+# which alone can be a step ahead of it; and h of program 1 late for program 2, which needs it and is of another group.
 SECOND = (("get", 0), ("announce", 0), ("await_count", 0), ("read", 0), ("put", 1))
 
 # Name -> (protocol, cell, H, B, choice, schedules, (seconds, every) of ``Delays``).
@@ -170,9 +170,9 @@ SCENARIOS = {
     "counter": ("counter", "lstm", 3 * UNITS, 2, {}, FIRST, (0.004, 1)),
     "flags": ("flags", "lstm", 3 * UNITS, 2, {}, FIRST, (0.004, 1)),
     "stream": ("counter", "gru", 3 * UNITS, 2, {"homes": "registers and stream"}, FIRST[:1], (0.004, 1)),
-    "two dimensions": ("counter", "gru", 4 * UNITS, 2, {"rows": 2}, SECOND, (0.3, 4)),
+    "two dimensions": ("counter", "gru", 4 * UNITS, 2, {"k_parts": 2}, SECOND, (0.3, 4)),
     "batch tiles": ("counter", "gru", 2 * UNITS, 12, {"subtiles": 2, "batch_tile": 8}, FIRST, (0.004, 1)),
-    "both": ("counter", "gru", 4 * UNITS, 12, {"rows": 2, "subtiles": 2, "batch_tile": 8}, SECOND[3:4], (0.3, 8)),
+    "both": ("counter", "gru", 4 * UNITS, 12, {"k_parts": 2, "subtiles": 2, "batch_tile": 8}, SECOND[3:4], (0.3, 8)),
 }
 
 
@@ -230,11 +230,11 @@ def test_mutant_is_caught(forced, monkeypatch, mutant, scenario, first):
 
 
 @pytest.mark.parametrize(
-    ("protocol", "rows", "mute"), [("counter", 1, "put"), ("flags", 1, "put"), ("counter", 2, "sum")]
+    ("protocol", "k_parts", "mute"), [("counter", 1, "put"), ("flags", 1, "put"), ("counter", 2, "sum")]
 )
-def test_wait_that_runs_out_ends_in_an_exception(forced, monkeypatch, protocol, rows, mute):
+def test_wait_that_runs_out_ends_in_an_exception(forced, monkeypatch, protocol, k_parts, mute):
     """A program that says nothing: its group ends, and the call raises."""
-    forced(protocol, spin_limit=50, rows=rows)
+    forced(protocol, spin_limit=50, k_parts=k_parts)
     module, name = (scan, "publish") if mute == "put" else (product, "announce")
     original = getattr(module, name)
 
@@ -243,7 +243,7 @@ def test_wait_that_runs_out_ends_in_an_exception(forced, monkeypatch, protocol, 
             original(*arguments)
 
     monkeypatch.setattr(module, name, silent)
-    layer = persistrnn.LSTM(4, 2 * rows * UNITS, backend="persistent")
+    layer = persistrnn.LSTM(4, 2 * k_parts * UNITS, backend="persistent")
     with concurrent_grid(), pytest.raises(RuntimeError, match="gave up waiting for another program"):
         layer(torch.randn(5, 2, 4))
     persistrnn.check()  # raised once, then clean
@@ -267,10 +267,10 @@ def test_program_that_fails_ends_its_launch(forced, monkeypatch, protocol):
         layer(torch.randn(5, 2, 4))
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_nan_in_the_data_is_not_the_reserved_one(forced, rows):
+@pytest.mark.parametrize("k_parts", [1, 2])
+def test_nan_in_the_data_is_not_the_reserved_one(forced, k_parts):
     """A NaN input reaches the output, and no reader waits for it."""
-    forced("flags", spin_limit=2000, rows=rows)
+    forced("flags", spin_limit=2000, k_parts=k_parts)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         layer = persistrnn.GRU(4, 2 * UNITS, backend="persistent", dtype=dtype)
         x = torch.randn(3, 2, 4, dtype=dtype)
@@ -285,7 +285,7 @@ def test_nan_in_the_data_is_not_the_reserved_one(forced, rows):
         assert not y[:, 1].isnan().any()
 
 
-@pytest.mark.parametrize("chosen", [{}, {"rows": 2, "subtiles": 2, "batch_tile": 8, "homes": "registers and shared"}])
+@pytest.mark.parametrize("chosen", [{}, {"k_parts": 2, "subtiles": 2, "batch_tile": 8, "homes": "all three"}])
 def test_equal_inputs_give_equal_bits_under_any_schedule(forced, chosen):
     forced(**chosen)
     case = accuracy.Case("gru", "bf16", 2 * UNITS, 9, 3, 1, False, True, True)

@@ -3,7 +3,7 @@
 import accuracy
 import pytest
 import torch
-from gpu import check_bound, check_same_bits, planned_wave
+from gpu import check_bound, check_same_bits, planned_pipeline
 from pairs import CELLS
 from test_gpu import PRECISION, PROTOCOLS, a_gpu, exchange, precision
 
@@ -36,7 +36,7 @@ def always(monkeypatch):
 def test_stacks_keep_the_bound(cell, dtype, asked, protocol, precision, exchange, always):
     precision(asked)
     exchange(protocol=protocol)
-    fits = [s for s in STACKS if planned_wave(cell, s[0], s[3], s[1], accuracy.DTYPES[dtype]) is not None]
+    fits = [s for s in STACKS if planned_pipeline(cell, s[0], s[3], s[1], accuracy.DTYPES[dtype]) is not None]
     assert len(fits) >= 2, "this device holds hardly a stack; the test means little"
     check_bound(cell, dtype, asked, fits)
 

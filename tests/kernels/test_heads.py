@@ -7,7 +7,7 @@ import pytest
 import torch
 from grid import concurrent_grid
 
-from persistrnn import autograd, reference, segments
+from persistrnn import autograd, reference, step_marks
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.inspect import plan_command
@@ -35,7 +35,7 @@ def given(cell, marked):
         found["extras"] = (torch.rand(1, T, B, N, len(cell.extras), H, generator=generator) < 0.3).to(torch.uint8)
     if marked:
         active, begins = torch.rand(2, T, B, generator=generator) < 0.7
-        found |= {"marks": segments.marks(active, begins, D), "reset": [leaf(N, B, H) for _ in range(cell.states)]}
+        found |= {"marks": step_marks.marks(active, begins, D), "reset": [leaf(N, B, H) for _ in range(cell.states)]}
     return found
 
 

@@ -9,7 +9,7 @@ from pairs import BACKENDS, CELLS, as_hx, make_layer, pair, states, tensors
 from torch import nn
 
 import persistrnn
-from persistrnn import segments
+from persistrnn import step_marks
 from persistrnn.kernels import launch
 from persistrnn.kernels.device import marks
 
@@ -35,7 +35,7 @@ def test_step_by_step_is_torch_nn_on_each_episode(cell, proj, layers, bidirectio
 
 
 def test_marks_are_those_of_the_kernels():
-    assert (marks.BEGINS.value, marks.SKIPPED.value) == (segments.BEGINS, segments.SKIPPED)
+    assert (marks.BEGINS.value, marks.SKIPPED.value) == (step_marks.BEGINS, step_marks.SKIPPED)
 
 
 # ---- on the kernels ------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ SLICED = [
     ("flags", {}, Case("gru", "fp32", 13, 5, 5, 1, True, **CUT)),
     ("flags", {"homes": "shared"}, Case("lstm", "bf16", 13, 3, 5, 1, False, resets=True, state=True, reset_state=True)),
     ("counter", {"homes": "all three"}, Case("gru", "bf16", 40, 3, 4, 1, False, lengths=True, resets=True, state=True)),
-    ("counter", {"rows": 2}, Case("lstm", "fp16", 29, 3, 4, 1, True, lengths=True, resets=True, reset_state=True)),
+    ("counter", {"k_parts": 2}, Case("lstm", "fp16", 29, 3, 4, 1, True, lengths=True, resets=True, reset_state=True)),
     ("flags", {"subtiles": 2, "batch_tile": 8}, Case("gru", "fp16", 13, 11, 4, 1, True, **CUT)),
     ("counter", {"subtiles": 2, "batch_tile": 8}, Case("lstm", "fp32", 13, 11, 4, 1, False, proj=5, **CUT)),
 ]
@@ -92,9 +92,9 @@ PIPELINES = [
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("index", range(len(PIPELINES)))
-def test_pipelines_keep_the_bound(waves, index):
+def test_pipelines_keep_the_bound(pipelines, index):
     protocol, chosen, case = PIPELINES[index]
-    waves(protocol, **chosen)
+    pipelines(protocol, **chosen)
     before = launch.LAUNCHES.copy()
     with concurrent_grid(Delays(("put", "arrive", "get")[index], slow=index % 2)):
         assert accuracy.failures(case) == []
@@ -234,15 +234,20 @@ def test_marks():
     lengths = torch.tensor([4, 0, 3, 2])
     resets = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
     active = torch.arange(4).unsqueeze(1) < lengths
-    forward, reverse = segments.marks(active, resets, 2).unbind(2)
-    B, E = segments.BEGINS, segments.SKIPPED
+    forward, reverse = step_marks.marks(active, resets, 2).unbind(2)
+    B, E = step_marks.BEGINS, step_marks.SKIPPED
     assert forward.tolist() == [[B, E, 0, 0], [0, E, 0, 0], [B, E, 0, E], [0, E, E, E]]
     assert reverse.tolist() == [[0, E, 0, 0], [B, E, 0, 0], [0, E, 0, E], [0, E, E, E]]
     assert forward.dtype == torch.uint8
-    assert segments.marks(active, None, 1).squeeze(2).eq(E).equal(~active)
-    assert segments.marks(None, resets, 1).squeeze(2).eq(B).equal(resets)
-    assert segments.first_steps(active, 2)[:, 2].tolist() == [[True, False], [False, False], [False, True], [False] * 2]
-    assert not segments.first_steps(active, 2)[:, 1].any()
+    assert step_marks.marks(active, None, 1).squeeze(2).eq(E).equal(~active)
+    assert step_marks.marks(None, resets, 1).squeeze(2).eq(B).equal(resets)
+    assert step_marks.first_steps(active, 2)[:, 2].tolist() == [
+        [True, False],
+        [False, False],
+        [False, True],
+        [False] * 2,
+    ]
+    assert not step_marks.first_steps(active, 2)[:, 1].any()
 
 
 @pytest.mark.parametrize("batch", [0, 2])

@@ -7,7 +7,7 @@ import torch
 from grid import concurrent_grid
 from recurrences import B, H, T, broken, given, in_dtype, leaves_of, results
 
-from persistrnn import autograd, reference, segments, time_chunks
+from persistrnn import autograd, reference, step_marks, time_chunks
 from persistrnn.kernels import launch
 from persistrnn.kernels.inspect import audit
 from persistrnn.kernels.planner import pipeline
@@ -47,7 +47,7 @@ def test_outputs_and_derivatives_are_those_of_the_step(name, directions, marked)
 def test_a_nan_in_a_skipped_step_reaches_no_gradient():
     cell = own_cells.cell_of("everything")
     arguments = given(cell, 2, marked=True)
-    skipped = (arguments["marks"] == segments.SKIPPED).unsqueeze(-1)
+    skipped = (arguments["marks"] == step_marks.SKIPPED).unsqueeze(-1)
     assert skipped.any()
     found = []
     for value in (0.0, float("nan")):
@@ -63,9 +63,9 @@ def test_a_nan_in_a_skipped_step_reaches_no_gradient():
 @pytest.mark.parametrize(("name", "dtype", "chosen"), [
     ("everything", torch.bfloat16, {"units": 16}),  # one slice, with units past H
     ("rnn", torch.bfloat16, {"homes": "registers and shared"}),
-    ("slstm", torch.float16, {"homes": "registers and shared", "rows": 2}),
+    ("slstm", torch.float16, {"homes": "registers and shared", "k_parts": 2}),
     ("peephole", torch.float32, {"homes": "shared and stream"}),
-    ("highway", torch.bfloat16, {"homes": "stream", "rows": 2}),
+    ("highway", torch.bfloat16, {"homes": "stream", "k_parts": 2}),
     ("zoneout", torch.float16, {"homes": "registers", "subtiles": 2, "batch_tile": 8}),
     ("everything", torch.float32, {"homes": "registers", "subtiles": 2, "batch_tile": 8, "protocol": "flags"}),
 ])  # fmt: skip
@@ -103,7 +103,7 @@ def whole(cell, x, weights, initial, marks, reset, extras):
     layers, y, finals = time_chunks.layers_of(cell, weights), x, []
     states, anew = (time_chunks.by_layer(s, len(layers)) for s in (initial, reset))
     for i, layer in enumerate(layers):
-        y = segments.without_skipped(y, marks)
+        y = step_marks.without_skipped(y, marks)
         x_gates = time_chunks.gates_of([y] * layer.weight_ih.size(0), layer)
         beside = {"params": layer.params, "extras": None if extras is None else extras[i : i + 1]}
         found = reference.recurrent(cell, x_gates, *layer[2:4], states[i], marks, anew[i], **beside)
@@ -153,9 +153,9 @@ def test_in_chunks_of_time(name, save):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["peephole", "zoneout", "slstm"])
-def test_a_stack_in_one_launch(waves, name):
+def test_a_stack_in_one_launch(pipelines, name):
     """Parameters and extras of each layer."""
-    waves()
+    pipelines()
     cell = own_cells.cell_of(name)
     x, weights, states, marks, reset, extras = chunked_arguments(cell, 2, 1, True)
     found = []

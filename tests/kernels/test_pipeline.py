@@ -37,9 +37,9 @@ CASES = [
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: "-".join(str(x) for x in CASES[i][:6]))
-def test_pipelines_keep_the_bound(waves, index):
+def test_pipelines_keep_the_bound(pipelines, index):
     cell, dtype, protocol, hidden, batch, layers, bias, state, chosen = CASES[index]
-    waves(protocol, **chosen)
+    pipelines(protocol, **chosen)
     case = accuracy.Case(cell, dtype, hidden, batch, 4, layers, False, bias, state)
     before = launch.LAUNCHES.copy()
     with concurrent_grid(Delays(("put", "arrive", "wait", "get")[index % 4], slow=index % 2)):
@@ -49,9 +49,9 @@ def test_pipelines_keep_the_bound(waves, index):
 
 
 @pytest.mark.interpreter
-def test_without_gradients_only_the_ends_are_kept(waves):
+def test_without_gradients_only_the_ends_are_kept(pipelines):
     """The same bits, from a c of two slots per layer."""
-    waves(homes="shared")
+    pipelines(homes="shared")
     torch.manual_seed(0)
     layer = persistrnn.LSTM(5, 13, 3, backend="persistent")
     x = torch.randn(4, 3, 5)
@@ -64,8 +64,8 @@ def test_without_gradients_only_the_ends_are_kept(waves):
 
 
 @pytest.mark.interpreter
-def test_one_step(waves):
-    waves()
+def test_one_step(pipelines):
+    pipelines()
     with concurrent_grid():
         assert accuracy.failures(accuracy.Case("gru", "fp32", 13, 2, 1, 3, False, True, True)) == []
 
@@ -74,8 +74,8 @@ def test_one_step(waves):
 @pytest.mark.parametrize(
     ("protocol", "operation"), [("counter", "put"), ("flags", "arrive"), ("counter", "wait"), ("flags", "get")]
 )
-def test_every_schedule_passes_without_a_mutant(waves, protocol, operation):
-    waves(protocol)
+def test_every_schedule_passes_without_a_mutant(pipelines, protocol, operation):
+    pipelines(protocol)
     assert wrong("gru", operation) == []
 
 
@@ -88,8 +88,8 @@ def wrong(cell, operation="arrive", seconds=0.01):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_layer_that_does_not_wait_for_its_neighbour_is_caught(waves, monkeypatch, cell, backward):
-    waves()
+def test_a_layer_that_does_not_wait_for_its_neighbour_is_caught(pipelines, monkeypatch, cell, backward):
+    pipelines()
     multiply, program = scan.multiply, threading.local()
 
     def hasty(weights, ahead, pointer, rows, j, who, step, steps_needed, sync, spin_limit, tiling, how):
@@ -106,9 +106,9 @@ def test_a_layer_that_does_not_wait_for_its_neighbour_is_caught(waves, monkeypat
 
 
 @pytest.mark.interpreter
-def test_a_gradient_told_before_it_is_stored_is_caught(waves, monkeypatch):
+def test_a_gradient_told_before_it_is_stored_is_caught(pipelines, monkeypatch):
     """The GRU's dx is told together with dr: stored after the announcement it is too late for the layer below."""
-    waves()
+    pipelines()
     put_tiles, arrive, multiply, program = scan.put_tiles, scan.arrive, scan.multiply, threading.local()
     read = threading.Event()
 
@@ -161,7 +161,7 @@ def test_plans_are_sound(cell, device, dtype):
                     t = part.tiling
                     assert t.layers == layers
                     assert t.slices > 1
-                    assert t.rows == 1
+                    assert t.k_parts == 1
                     assert t.streamed == 0
                     assert t.slices * t.units >= hidden
                     assert t.slices * layers * part.groups <= hardware.multiprocessors
@@ -222,9 +222,9 @@ def test_both_matrices_stay_where_the_plan_says(cell, dtype, hidden, layers, bat
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("cell", CELLS)
-def test_operators_are_sound(waves, cell):
+def test_operators_are_sound(pipelines, cell):
     """Fakes have the shapes, dtypes and strides of the real ones, and nothing aliases."""
-    waves()
+    pipelines()
     x_gates, *weights = arguments(cell)
     weights, initial = weights[:4], weights[4:]
     given = cell, "ieee", True, False, None, 1, x_gates, weights, None, None, initial, []
@@ -262,9 +262,9 @@ def arguments(cell, rows=()):
 @pytest.mark.parametrize(
     ("cell", "mapped"), [("lstm", (0, None, None, None, None, 0, 0)), ("gru", (None, 0, 0, None, None, None))]
 )
-def test_gradients_per_sample(waves, cell, mapped):
+def test_gradients_per_sample(pipelines, cell, mapped):
     """vmap of grad equals grad one by one, with the weights shared (one launch) and with weights of each sample."""
-    waves()
+    pipelines()
     many, one = arguments(cell, rows=(2,)), arguments(cell)
     given = [a if m == 0 else b for a, b, m in zip(many, one, mapped, strict=True)]
     numbers = tuple(range(len(one)))
@@ -284,9 +284,9 @@ def test_gradients_per_sample(waves, cell, mapped):
 
 
 @pytest.mark.interpreter
-def test_compiles_as_one_graph(waves):
+def test_compiles_as_one_graph(pipelines):
     """For every T and B."""
-    waves()
+    pipelines()
     layer = persistrnn.LSTM(5, 13, 2, backend="persistent")
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with concurrent_grid():
@@ -327,8 +327,8 @@ def test_precision_of_products_outside(setting):
 
 
 @pytest.mark.interpreter
-def test_dropout_between_layers_runs_layer_after_layer(waves):
-    waves()
+def test_dropout_between_layers_runs_layer_after_layer(pipelines):
+    pipelines()
     layer = persistrnn.LSTM(5, 13, 2, dropout=0.5, backend="persistent")
     x = torch.randn(2, 3, 5)
     before = launch.LAUNCHES.copy()

@@ -117,7 +117,7 @@ def test_one_slice_keeps_the_bound_with_any_choice(forced, cell, dtype, hidden, 
     for _, t in tilings(cell, hidden, **chosen):
         assert t.slices == 1
         homes = {"registers"} if t.in_registers else set()
-        homes |= {"shared"} if t.in_registers < len(t.chunks) else set()
+        homes |= {"shared"} if t.in_registers < len(t.k_blocks) else set()
         # The forward has one tile of K, and so one home.
         assert " and ".join(sorted(homes)) in (chosen["homes"], "registers")
     case = accuracy.Case(cell, dtype, hidden, batch, 3, 1, bidirectional, True, True)

@@ -10,7 +10,7 @@ from soundness import SHAPES, check_tiling, is_power_of_two, read_indices
 from persistrnn.kernels.cells import Cell
 from persistrnn.kernels.planner.hardware import DEVICES
 from persistrnn.kernels.planner.problem import Problem
-from persistrnn.kernels.planner.tiling import Choice, Chunk, Tiling, bursts, chunks, make_tiling
+from persistrnn.kernels.planner.tiling import Choice, KBlock, Tiling, cut_bursts, cut_k, make_tiling
 
 SIZES = (1, 2, 7, 8, 9, 16, 17, 100, 127, 128, 129, 320, 640, 1000, 1024, 1150, 1840, 2048, 2049, 3000, 4096)
 
@@ -30,17 +30,17 @@ def random_choice(random: random.Random, cell: Cell, hidden: int, backward: bool
         units = max(16, 1 << (hidden - 1).bit_length())
     return Choice(
         units=units,
-        rows=random.choice((1, 2, 4, 8)) if units < hidden else 1,
+        k_parts=random.choice((1, 2, 4, 8)) if units < hidden else 1,
         batch_tile=random.choice((8, 16, 32)),
         subtiles=random.choice((1, 2, 4)),
         warps=8,
         blocks=1,
         splits=splits,
-        largest_chunk=random.choice((16, 64, 256, 512)),
+        largest_k_block=random.choice((16, 64, 256, 512)),
         burst=random.choice((64, 512, 1024, 2048)),
         in_registers=homes[0],
         in_shared=homes[1],
-        stream_chunk=16 * splits * random.choice((1, 2, 4)),
+        streamed_k_block=16 * splits * random.choice((1, 2, 4)),
     )
 
 
@@ -55,10 +55,10 @@ def test_any_choice_makes_a_sound_tiling(cell, backward, hidden):
         t = made(SHAPES[cell], hidden, choice, backward, size)
         try:
             check_tiling(t, SHAPES[cell], backward, size)
-            if choice.rows > 1:
-                assert t.rows == choice.rows
+            if choice.k_parts > 1:
+                assert t.k_parts == choice.k_parts
             if choice.in_registers == choice.in_shared == 0 and t.slices > 1:
-                assert t.chunks == (), "all of it is streamed"
+                assert t.k_blocks == (), "all of it is streamed"
             if t.slices > 1 and max(choice.in_registers, choice.in_shared) >= t.segments * t.depth:
                 assert t.streamed == 0
         except AssertionError as error:
@@ -76,15 +76,15 @@ def test_every_product_is_formed_once(cell, backward, hidden):
     for _ in range(4):
         t = made(SHAPES[cell], hidden, random_choice(source, SHAPES[cell], hidden, backward), backward)
         rows: Counter[int] = Counter()
-        for column in range(t.columns):
+        for group in range(t.unit_groups):
             for pack, first in zip(t.packs, t.first_gates, strict=True):
-                for m in range(pack * t.wide):
-                    unit = column * t.wide + m % t.wide
+                for m in range(pack * t.units_formed):
+                    unit = group * t.units_formed + m % t.units_formed
                     if unit < hidden:
-                        rows[(first + m // t.wide) * hidden + unit] += 1
-            for row in range(t.rows):
-                kept = range(column * t.wide + row * t.units, column * t.wide + (row + 1) * t.units)
-                owned = range((column * t.rows + row) * t.units, (column * t.rows + row + 1) * t.units)
+                        rows[(first + m // t.units_formed) * hidden + unit] += 1
+            for row in range(t.k_parts):
+                kept = range(group * t.units_formed + row * t.units, group * t.units_formed + (row + 1) * t.units)
+                owned = range((group * t.k_parts + row) * t.units, (group * t.k_parts + row + 1) * t.units)
                 assert kept == owned
         assert rows == Counter(range(hidden if backward else gates * hidden))
         k = Counter(i for first, last in read_indices(t) for i in range(first, last))
@@ -96,7 +96,7 @@ def test_every_product_is_formed_once(cell, backward, hidden):
 )
 @pytest.mark.parametrize(("smallest", "largest"), [(16, 16), (16, 512), (128, 512), (128, 128), (32, 256)])
 def test_chunks_cover_a_range_once(first, last, smallest, largest):
-    found = chunks(3, first, last, smallest, largest)
+    found = cut_k(3, first, last, smallest, largest)
     assert [k for c in found for k in range(c.start, c.start + c.length)] == list(range(first, last))
     assert all(c.segment == 3 and is_power_of_two(c.size) and smallest <= c.size <= largest for c in found)
     assert all(1 <= c.length <= c.size for c in found)
@@ -104,17 +104,17 @@ def test_chunks_cover_a_range_once(first, last, smallest, largest):
 
 
 def test_chunks_as_documented():
-    assert [c.size for c in chunks(0, 0, 320, 16, 512)] == [256, 64]
-    assert [c.size for c in chunks(0, 0, 768, 16, 512)] == [512, 256]
-    assert chunks(1, 8, 8, 16, 512) == ()
-    assert chunks(0, 0, 100, 16, 512) == (Chunk(0, 0, 128, 100),), "a quarter of padding for one tile less"
+    assert [c.size for c in cut_k(0, 0, 320, 16, 512)] == [256, 64]
+    assert [c.size for c in cut_k(0, 0, 768, 16, 512)] == [512, 256]
+    assert cut_k(1, 8, 8, 16, 512) == ()
+    assert cut_k(0, 0, 100, 16, 512) == (KBlock(0, 0, 128, 100),), "a quarter of padding for one tile less"
 
 
 @pytest.mark.parametrize("kept", range(6))
 @pytest.mark.parametrize("largest", [64, 128, 192, 1024])
 def test_bursts_are_full_and_of_one_home(kept, largest):
-    parts = chunks(0, 0, 300, 16, 64)
-    found = bursts(parts, kept, largest)
+    parts = cut_k(0, 0, 300, 16, 64)
+    found = cut_bursts(parts, kept, largest)
     assert found[0] == 0
     assert list(found) == sorted(set(found))
     assert kept == 0 or kept >= len(parts) or kept in found
@@ -126,15 +126,15 @@ def test_bursts_are_full_and_of_one_home(kept, largest):
 
 
 def test_a_tile_larger_than_a_burst_is_one_of_its_own():
-    parts = chunks(0, 0, 1024, 16, 512)
-    assert bursts(parts, 0, 64) == (0, 1)
-    assert bursts((), 0, 64) == ()
+    parts = cut_k(0, 0, 1024, 16, 512)
+    assert cut_bursts(parts, 0, 64) == (0, 1)
+    assert cut_bursts((), 0, 64) == ()
 
 
 def sliced(**changed: int) -> Choice:
     base = Choice(
-        units=16, rows=1, batch_tile=16, subtiles=1, warps=8, blocks=1, splits=8, largest_chunk=512, burst=1024,
-        in_registers=0, in_shared=1 << 20, stream_chunk=128,
+        units=16, k_parts=1, batch_tile=16, subtiles=1, warps=8, blocks=1, splits=8, largest_k_block=512, burst=1024,
+        in_registers=0, in_shared=1 << 20, streamed_k_block=128,
     )  # fmt: skip
     return dataclasses.replace(base, **changed)
 
@@ -151,24 +151,26 @@ def test_rows_are_padded_to_16_bytes_where_there_are_many_slices(hidden, size, s
 
 
 def test_a_split_in_two_dimensions():
-    """H=72 in 9 slices of 8 units, rounded up to 12 for 4 blocks of K."""
-    t = made(SHAPES["gru"], 72, sliced(units=8, rows=4), backward=True)
-    assert (t.slices, t.rows, t.columns, t.block, t.segments, t.depth) == (12, 4, 3, 24, 3, 24)
-    assert (t.wide, t.m, t.outputs) == (32, 32, 1)
+    """H=72 in 9 slices of 8 units, rounded up to 12 for 4 parts of K."""
+    t = made(SHAPES["gru"], 72, sliced(units=8, k_parts=4), backward=True)
+    assert (t.slices, t.k_parts, t.unit_groups, t.units_per_part, t.segments, t.depth) == (12, 4, 3, 24, 3, 24)
+    assert (t.units_formed, t.m, t.outputs) == (32, 32, 1)
     assert t.ragged, "the last block is empty"
-    assert t.lanes == 4 + 3
-    assert not made(SHAPES["gru"], 96, sliced(units=8, rows=4), backward=True).ragged
-    forward = made(SHAPES["gru"], 72, sliced(units=8, rows=4), backward=False)
+    assert t.counters_per_tile == 4 + 3
+    assert not made(SHAPES["gru"], 96, sliced(units=8, k_parts=4), backward=True).ragged
+    forward = made(SHAPES["gru"], 72, sliced(units=8, k_parts=4), backward=False)
     assert (forward.segments, forward.outputs, forward.m, forward.packs) == (1, 3, 96, (2, 1))
-    assert made(SHAPES["lstm"], 72, sliced(units=8, rows=4), backward=False).packs == (4,)
+    assert made(SHAPES["lstm"], 72, sliced(units=8, k_parts=4), backward=False).packs == (4,)
 
 
 def test_homes_are_filled_in_turn():
     t = made(SHAPES["lstm"], 1024, sliced(in_registers=256, in_shared=512), backward=False)
-    assert sum(c.size for c in t.chunks[: t.in_registers]) == 256
-    assert sum(c.size for c in t.chunks[t.in_registers :]) == 512
+    assert sum(c.size for c in t.k_blocks[: t.in_registers]) == 256
+    assert sum(c.size for c in t.k_blocks[t.in_registers :]) == 512
     assert (t.stream_start, t.streamed) == (768, 2)
-    t = made(SHAPES["lstm"], 1024, sliced(rows=4, in_registers=512, in_shared=256, stream_chunk=128), backward=True)
+    t = made(
+        SHAPES["lstm"], 1024, sliced(k_parts=4, in_registers=512, in_shared=256, streamed_k_block=128), backward=True
+    )
     assert (t.segments, t.depth, t.stream_start, t.streamed) == (4, 256, 192, 4), "from each gate the same"
 
 

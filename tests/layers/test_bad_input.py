@@ -9,7 +9,7 @@ from pairs import PAIRS
 from torch.nn.utils.rnn import pack_sequence
 
 import persistrnn
-from persistrnn import functional, segments
+from persistrnn import functional, step_marks
 
 STEPS, BATCH, INPUT, HIDDEN = 5, 3, 4, 6
 FUNCTIONS = {"lstm": functional.lstm, "gru": functional.gru, "rnn_tanh": functional.rnn}
@@ -249,7 +249,7 @@ def test_a_gru_has_no_cell_states():
 
 def test_lengths_out_of_range_on_a_device_are_clamped_and_raised_once(monkeypatch):
     """What a GPU does, on the CPU: noted when it is seen, raised by the next look."""
-    noted = segments._OutOfRange()
+    noted = step_marks._OutOfRange()
     noted.note(torch.tensor(False))
     noted.check()
     noted.note(torch.tensor(True))
@@ -257,7 +257,7 @@ def test_lengths_out_of_range_on_a_device_are_clamped_and_raised_once(monkeypatc
     with pytest.raises(RuntimeError, match=r"not within \[0, T\].*lengths.clamp\(0, T\)"):
         noted.check()
     noted.check()
-    monkeypatch.setattr(segments, "check", lambda: (_ for _ in ()).throw(RuntimeError("as told")))
+    monkeypatch.setattr(step_marks, "check", lambda: (_ for _ in ()).throw(RuntimeError("as told")))
     for look in (persistrnn.check, lambda: persistrnn.GRU(INPUT, HIDDEN)(X, lengths=LENGTHS)):
         with pytest.raises(RuntimeError, match="as told"):
             look()

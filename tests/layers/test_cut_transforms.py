@@ -7,7 +7,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import persistrnn
-from persistrnn import segments
+from persistrnn import step_marks
 from persistrnn.kernels import cells
 
 SHAPES = [("lstm", 0), ("lstm", 3), ("gru", 0)]
@@ -120,7 +120,7 @@ def test_operators_keep_the_contract_of_torch_library(cell):
     shapes = (3, 2, 1, rows * 5), (1, rows * 5, 5), (1, rows * 5), *[(1, own, 5)] * (own > 0)
     given = [torch.randn(shape) for shape in shapes]
     given += states(cell, 1, 2, 5) + states(cell, 1, 2, 5)
-    marks = segments.marks(None, torch.rand(3, 2) < 0.5, 1)
+    marks = step_marks.marks(None, torch.rand(3, 2) < 0.5, 1)
     operators = torch.ops.persistrnn
     torch.library.opcheck(operators.stepwise.default, (cell, marks, None, given))
     grads = [torch.randn_like(t) for t in operators.stepwise(cell, marks, None, given)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from persistrnn import autograd, reference, segments
+from persistrnn import autograd, reference, step_marks
 from persistrnn.kernels import cells
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.cells.registration import register
@@ -30,7 +30,7 @@ def drawn(directions, dtype):
 
 def marks_of(directions):
     active, resets = torch.rand(T, B) < 0.8, torch.rand(T, B) < 0.3
-    return segments.marks(active, resets, directions)
+    return step_marks.marks(active, resets, directions)
 
 
 @pytest.mark.interpreter

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from forced import force_waves
+from forced import force_pipelines
 from grid import concurrent_grid
 from pairs import PATHS, as_hx, tensors
 from torch import nn, sigmoid, tanh
@@ -203,7 +203,7 @@ def test_the_layers_of_a_pipeline_have_masks_of_their_own(monkeypatch):
     layer, x = persistrnn.LSTM(INPUT, 13, 2, recipe=ZONED), torch.randn(3, B, INPUT, requires_grad=True)
     expected, before = results(layer, x, {}), launch.LAUNCHES.copy()
     layer.backend = "persistent"
-    force_waves(monkeypatch)
+    force_pipelines(monkeypatch)
     with concurrent_grid():
         torch.testing.assert_close(results(layer, x, {}), expected, rtol=1e-5, atol=1e-5)
     assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}

@@ -6,7 +6,7 @@ from grid import concurrent_grid
 from pairs import CELLS, make_layer, pair, tensors
 
 import persistrnn
-from persistrnn import double_backward, reference, segments
+from persistrnn import double_backward, reference, step_marks
 from persistrnn.kernels.cells import derived
 from persistrnn.kernels.tensors import Kept
 
@@ -25,7 +25,7 @@ def arguments(cell, directions, marked):
     marks = None
     if marked:
         resets = torch.rand(T, B, generator=torch.Generator().manual_seed(3)) < 0.4
-        marks = segments.marks(torch.arange(T).unsqueeze(1) < torch.tensor([4, 0, 3]), resets, directions)
+        marks = step_marks.marks(torch.arange(T).unsqueeze(1) < torch.tensor([4, 0, 3]), resets, directions)
     return leaf(T, B, directions, G * H), leaf(directions, G * H, H), leaf(directions, G * H), states, marks, reset
 
 
@@ -45,7 +45,7 @@ def kept_by(cell, x_gates, weight, bias, states, marks, reset):
         s = torch.stack([buffer[2:, :, 1] if d else buffer[:-2, :, 0] for d in range(directions)], 2)
         if marks is not None:
             other = torch.stack([buffer[0, :, 1] if d else buffer[-1, :, 0] for d in range(directions)], 1)
-            s = torch.where(marks.unsqueeze(-1) == segments.BEGINS, other, s)
+            s = torch.where(marks.unsqueeze(-1) == step_marks.BEGINS, other, s)
         before.append(s)
     r_gates = torch.einsum("tbdh,dgh->tbdg", before[0], weight) + bias
     x, r = (g.unflatten(-1, (-1, H)).unbind(3) for g in (x_gates, r_gates))
@@ -65,7 +65,7 @@ def test_formula_is_the_derivative_of_the_reference(cell, directions, marked):
     outputs = [y, *([] if c is None else [c]), *finals, *kept.states, kept.saved]
     cotangents = [torch.randn_like(t) for t in outputs]
     if marks is not None:  # gates of a row that has ended are of no step
-        cotangents[-1] = torch.where((marks == segments.SKIPPED)[..., None, None], 0.0, cotangents[-1])
+        cotangents[-1] = torch.where((marks == step_marks.SKIPPED)[..., None, None], 0.0, cotangents[-1])
     leaves = [x_gates, *states, *reset]
     expected = torch.autograd.grad(outputs, leaves, cotangents)
     given = iter(cotangents)
@@ -144,7 +144,7 @@ def test_torch_func_twice(cell):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("cell", "cut"), [("lstm", True), ("gru", False)])
-def test_of_a_pipeline(waves, cell, cut):
+def test_of_a_pipeline(pipelines, cell, cut):
     """The same as of layers that run one after the other."""
     torch.manual_seed(0)
     module = make_layer(cell, INPUT, 13, 3, backend="persistent")
@@ -152,7 +152,7 @@ def test_of_a_pipeline(waves, cell, cut):
     plain.load_state_dict(module.state_dict())
     options = {"lengths": torch.tensor([4, 0, 3]), "resets": torch.rand(T, B) < 0.3} if cut else {}
     x = torch.randn(T, B, INPUT)
-    waves()
+    pipelines()
     results = []
     for of in (module, plain):
         leaf = x.to(of.weight_hh_l0.dtype).requires_grad_()

@@ -229,8 +229,8 @@ def test_in_a_second_derivative_of_the_kernels(short_chunks, cell, save):
         ("flags", Case("lstm", "mask", hidden=13), True),
     ],
 )
-def test_in_a_pipeline(waves, protocol, case, second):
-    waves(protocol, homes="shared")
+def test_in_a_pipeline(pipelines, protocol, case, second):
+    pipelines(protocol, homes="shared")
     with concurrent_grid():
         check(case, "persistent", "persistent", "nan", second=second)
 

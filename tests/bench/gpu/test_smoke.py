@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 KINDS: dict[str, Callable[[Any], bool]] = {
     "one slice": lambda p: p.forward.tiling.slices == p.backward.tiling.slices == 1,
     "several slices": lambda p: p.forward.tiling.slices > 1 and p.backward.tiling.slices > 1,
-    "two dimensions": lambda p: p.backward.tiling.rows > 1,
+    "two dimensions": lambda p: p.backward.tiling.k_parts > 1,
     "several tiles": lambda p: p.forward.tiling.subtiles > 1,
     "streamed": lambda p: p.forward.shares.streamed > 0 and p.backward.shares.streamed > 0,
 }
@@ -126,11 +126,11 @@ def give_up(options: dict[str, Any]) -> None:
         (
             "forward",
             lose,
-            r"forward: step 1 was not put by columns \[1\] of 2 \(2 programs, R=1\); 3 steps of 4 lack some",
+            r"forward: step 1 was not put by slices \[1\] of 2 \(2 programs, R=1\); 3 steps of 4 lack some",
         ),
         ("forward", lie, r"y: 1 of 144 wrong, the first at t=2, row 1, unit 5: 7 instead of "),
         ("forward", give_up, r"forward: error word 1 \(a wait ran out\)"),
-        ("backward", lose_gradients, r"backward, steps from the end,: step 1 was not put by columns \[0\] of 1"),
+        ("backward", lose_gradients, r"backward, steps from the end,: step 1 was not put by slices \[0\] of 1"),
         ("backward", scale_gradients, r"d x has error"),
     ],
 )

@@ -34,14 +34,14 @@ def test_ranked(case: Case, backward: bool) -> None:
     assert 1 < len(found) <= tune.MOST
     others = [part.predicted for part in found[1:]]
     assert others == sorted(others)
-    kinds = {(c.units, c.rows, c.batch_tile, c.subtiles, c.splits) for c in (part.choice for part in found)}
+    kinds = {(c.units, c.k_parts, c.batch_tile, c.subtiles, c.splits) for c in (part.choice for part in found)}
     assert len(kinds) == len({tune.words(part.choice) for part in found}) == len(found)
 
 
 def test_words_tell_choices_apart() -> None:
     """They are the key by which a choice is not run twice."""
     first = tune.ranked(next(tune.cases()), False, H200)[0].choice
-    for name in ("units", "rows", "batch_tile", "subtiles", "splits", "warps", "burst", "in_registers", "in_shared"):
+    for name in ("units", "k_parts", "batch_tile", "subtiles", "splits", "warps", "burst", "in_registers", "in_shared"):
         assert tune.words(replace(first, **{name: getattr(first, name) + 1})) != tune.words(first), name
 
 
