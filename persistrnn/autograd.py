@@ -153,17 +153,24 @@ def _forward(
         kept = ops.scan_forward(
             cell, precision, save, return_c, cell_dtype, heads, x_gates, list(weights), marks, extras, *states
         )
-    n, stacked = CELLS[cell].states, weights.weight_ih is not None
-    every = [s[-1, 1:-1].flatten(2) for s in kept[: CELLS[cell].given_out if return_c else 1]]
-    if stacked:
+    every, finals = given_out(cell, kept, return_c, save or return_c, x_gates, heads)
+    if weights.weight_ih is not None:
         every = [s.clone() for s in every]  # else they would keep those of all layers alive
+    return (*every, *finals, *(kept if save else ()))
+
+
+def given_out(
+    cell: str, kept: Sequence[Tensor], return_c: bool, all_steps: bool, x_gates: Tensor, heads: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(every h, and with return_c every c; the final states) of what a scan left. all_steps: of the other states too."""
+    every = [s[-1, 1:-1].flatten(2) for s in kept[: CELLS[cell].given_out if return_c else 1]]
     finals = []
-    for i, states in enumerate(kept[:n]):
+    for i, states in enumerate(kept[: CELLS[cell].states]):
         # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
-        last = -2 if i == 0 or save or return_c else 1
+        last = -2 if i == 0 or all_steps else 1
         rows = [states[:, 1 if d // heads else last, :, d] for d in range(x_gates.shape[2])]
         finals.append(torch.cat(rows).to(x_gates.dtype))
-    return (*every, *finals, *(kept if save else ()))
+    return every, finals
 
 
 class _Scan(Function):

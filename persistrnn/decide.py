@@ -65,7 +65,7 @@ class Call(NamedTuple):
     backward: whether one may come (`expects_backward`).
     backend, save, save_budget, cell_dtype: as a caller gives them. dropout: between the layers, where it acts.
     lengths, marks: whether rows have lengths; a mask or resets. return_c: whether every c is given out. heads: blocks
-    of a block-diagonal W_hh, a divisor of H.
+    of a block-diagonal W_hh, a divisor of H. weights: "int8" or "fp8", where W_hh is of 8 bits.
     """
 
     cell: str
@@ -90,6 +90,7 @@ class Call(NamedTuple):
     marks: bool = False
     return_c: bool = False
     heads: int = 1
+    weights: str = ""
 
     @property
     def packs(self) -> bool:
@@ -211,6 +212,13 @@ def unsupported(call: Call) -> str | None:
         return f"{reason}, or use backend='torch'."
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels run float16, bfloat16 and float32, got {call.dtype}; use one of them, or backend='torch'."
+    if call.weights and call.dtype == torch.float32:
+        return (
+            f"the kernels multiply {call.weights} weights with float16 and bfloat16, got {call.dtype}; convert the layer: "
+            ".to(torch.bfloat16), or use backend='torch'."
+        )
+    if call.weights and call.proj_size:
+        return f"the kernels have no {call.weights} weights with projections; use backend='torch'."
     device = call.device
     if device.type == "cpu":
         from persistrnn.kernels import launch
@@ -275,7 +283,7 @@ def problem_of(call: Call) -> Problem:
     from persistrnn.kernels import launch
 
     sizes = call.hidden_size // call.heads, call.batch, call.directions
-    return launch.problem_of(CELLS[call.cell], *sizes, call.dtype, call.precision, call.device, call.heads)
+    return launch.problem_of(CELLS[call.cell], *sizes, call.dtype, call.precision, call.device, call.heads, call.weights)
 
 
 # ---- all layers in one launch ---------------------------------------------------------------------------------------
@@ -286,7 +294,7 @@ def may_be_pipeline(call: Call) -> bool:
     have the precision that they have outside."""
     single = call.num_layers > 1 and call.directions == 1 and call.dropout == 0 and call.proj_size == 0
     exact = call.dtype != torch.float32 or call.precision == matmul_precision()
-    return single and call.heads == 1 and call.save == "gates" and exact
+    return single and call.heads == 1 and not call.weights and call.save == "gates" and exact
 
 
 @tracing.constant  # dynamo cannot read the setting
@@ -350,7 +358,7 @@ def chunk_steps(call: Call, save: str, launches: bool) -> int:
 
 
 def _chunk(call: Call, on_kernels: bool) -> int:
-    if on_kernels and (call.batch == 0 or call.proj_size):
+    if on_kernels and (call.batch == 0 or call.proj_size or call.weights):
         return 0
     # An exported program may hold no condition on T: there it is one launch.
     if call.save == "gates" and (not on_kernels or torch.compiler.is_exporting()):

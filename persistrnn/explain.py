@@ -2,6 +2,7 @@
 
 from persistrnn import decide, functional, validate
 from persistrnn.decide import Call, Decision, expects_backward
+from persistrnn.eight_bits import NAMES
 from persistrnn.options import check_count, check_options, check_save, check_sizes
 from persistrnn.recurrent import RecurrentBase, check_layer
 
@@ -33,14 +34,14 @@ def explain(layer: RecurrentBase, batch: int, steps: int) -> str:
     options, own = layer.options, (layer.input_size, layer.hidden_size, layer.proj_size)
     check_options(options)
     check_sizes(*own, layer.heads)
-    weights = [weight for weights in layer.all_weights for weight in weights]
+    weights, eight_bits = layer._weights
     stack = validate.read_weights(layer.cell, weights, options)
     validate.check_attributes(stack, *own)
     check_save(options.save, options.save_budget, layer.proj_size)
 
     dtype = functional.compute_dtype(weights[0], weights[0])
     where = dtype, weights[0].device, expects_backward(weights)
-    found = decide.decide(functional.asked(stack, options, batch, steps, *where))
+    found = decide.decide(functional.asked(stack, options, batch, steps, *where, eight_bits=NAMES[eight_bits.dtype] if eight_bits else ""))
     call, reason = found.call, found.reason
     lines = [f"{layer}, batch {batch}, steps {steps}, {str(dtype).removeprefix('torch.')} on {call.device}"]
     if reason is None:

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from persistrnn import stack as stacks
 from persistrnn import torch_path, validate
 from persistrnn.decide import Call, Decision, decide, expects_backward
+from persistrnn.eight_bits import NAMES, EightBits
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Backend, Options, Save, check_flag, check_name, check_options, check_save
 from persistrnn.tracing import outside_of_graphs
@@ -278,10 +279,11 @@ def run(
     given: Given = NOTHING,
     return_c: bool = False,
     sizes: tuple[int, int, int] | None = None,
+    eight_bits: EightBits | None = None,
 ) -> Found:
     """Validate, decide and run.
 
-    options: checked before. sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be.
+    eight_bits: of a quantised layer, whose W_hh in ``weights`` are placeholders. options: checked before. sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be.
     """
     check_flag("return_cell_states", return_c)
     validate.check_states(cell, options.cell_dtype, return_c)
@@ -297,10 +299,18 @@ def run(
         states = _rows(states, packed.sorted_indices)
 
     backward = expects_backward([data, *weights, *states, *cuts.reset])
+    if eight_bits is not None and backward:
+        raise RuntimeError(
+            f"a layer quantised to {eight_bits.dtype} is for inference, got a call that a gradient may be asked of; call "
+            "it under torch.no_grad() or with tensors that require none, or persistrnn.dequantize it"
+        )
     sizes_of_call = batch.rows, batch.steps, compute_dtype(data, weights[0]), data.device
-    decision = decide(asked(stack, options, *sizes_of_call, backward, given, return_c))
+    kind = "" if eight_bits is None else NAMES[eight_bits.dtype]
+    decision = decide(asked(stack, options, *sizes_of_call, backward, given, return_c, kind))
     if decision.reason is not None and options.backend == "persistent":
         raise RuntimeError(f'backend="persistent" cannot run this call: {decision.reason}')
+    if eight_bits is not None and decision.path != "persistent":
+        weights = _with_matrices(weights, stack, eight_bits.dequantized(weights[0].dtype))
     c: Any = None
     if decision.path == "torch" and given.lengths is not None:
         assert cuts.active is not None
@@ -310,7 +320,7 @@ def run(
         how = options._replace(batch_first=batch.batch_first)
         output, *states = _on_torch(decision, how, data, batch_sizes, states, weights)
     else:
-        output, c, states = _on_kernels_or_steps(decision, batch, weights, states, cuts)
+        output, c, states = _on_kernels_or_steps(decision, batch, weights, states, cuts, eight_bits)
 
     formed: list[Any] = [output] if c is None else [output, c]
     if packed is not None:
@@ -332,6 +342,7 @@ def asked(
     backward: bool,
     given: Given = NOTHING,
     return_c: bool = False,
+    eight_bits: str = "",
 ) -> Call:
     """The call, as `decide` takes it."""
     return Call(
@@ -341,11 +352,24 @@ def asked(
         marks=given.mask is not None or given.resets is not None,
         return_c=bool(return_c),  # read, so that dynamo makes a constant of it
         heads=stack.heads,
+        weights=eight_bits,
     )  # fmt: skip
 
 
+def _with_matrices(weights: Sequence[Tensor], stack: Stack, matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The weights with others in the places of W_hh."""
+    found, each = list(weights), len(weights) // (stack.num_layers * stack.directions)
+    found[1::each] = matrices
+    return found
+
+
 def _on_kernels_or_steps(
-    decision: Decision, batch: Batch, weights: Sequence[Tensor], states: list[Tensor], cuts: Cuts
+    decision: Decision,
+    batch: Batch,
+    weights: Sequence[Tensor],
+    states: list[Tensor],
+    cuts: Cuts,
+    eight_bits: EightBits | None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """(output, every c or None, final states)."""
     call, data, packed = decision.call, batch.data, batch.packed
@@ -362,7 +386,13 @@ def _on_kernels_or_steps(
     )
     tensors = x.to(call.dtype).contiguous(), [w.to(call.dtype) for w in weights], initial
     extras = [e.to(call.dtype) for e in cuts.extras]
-    found = stacks.run(decision, *tensors, cuts._replace(reset=anew, extras=extras))
+    scales: Sequence[Tensor] = ()
+    if eight_bits is not None and decision.path == "persistent":
+        x, own, initial = tensors
+        each = len(own) // len(eight_bits.bits)
+        own[1::each] = eight_bits.bits
+        tensors, scales = (x, own, initial), eight_bits.scales
+    found = stacks.run(decision, *tensors, cuts._replace(reset=anew, extras=extras), scales)
     outputs = [found.y] if found.c is None else [found.y, found.c]
     if packed is not None:
         outputs = [outside_of_graphs(_pack, t, row_lengths) for t in outputs]

@@ -63,7 +63,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 @scan_forward.register_fake
-def _(*arguments: Any) -> list[Tensor]:
+def _scan_forward_fake(*arguments: Any) -> list[Tensor]:
     cell, _, save, keep, cell_dtype, _, x_gates, _, marks, _, initial, _ = arguments
     T, B, D, _ = x_gates.shape
     rows, _, H = initial[0].shape
@@ -71,6 +71,41 @@ def _(*arguments: Any) -> list[Tensor]:
     found = [x_gates.new_empty(L, T + 2, B, D, H)]
     found += [x_gates.new_empty(L, slots, B, D, H, dtype=cell_dtype or x_gates.dtype) for _ in initial[1:]]
     return [*found, x_gates.new_empty(L, T, B, D, CELLS[cell].saved, H)] if save else found
+
+
+@torch.library.custom_op("persistrnn::scan_quantized", mutates_args=())
+def scan_quantized(
+    cell: str,
+    keep: bool,
+    cell_dtype: torch.dtype | None,
+    heads: int,
+    x_gates: Tensor,
+    weight_hh: Tensor,
+    scale: Tensor,
+    bias_hh: Tensor,
+    params: Tensor | None,
+    marks: Tensor | None,
+    extras: Tensor | None,
+    initial: list[Tensor],
+    reset: list[Tensor],
+) -> list[Tensor]:
+    """The states of ``Kept``, of one layer whose weight_hh is of 8 bits, int8 or the bits of float8_e4m3fn (uint8)
+    [D, G*H, H], with the scales of its rows, float32 [D, G*H]; others are as of ``scan_forward``."""
+    from .kernels import launch
+
+    segments.check()
+    x, bits, scale, bias = (t.contiguous() for t in (x_gates, weight_hh, scale, bias_hh))
+    params, marks, extras = map(_contiguous, (params, marks, extras))
+    given = x, Weights(bits, bias, params=params), initial, "ieee", False, keep, cell_dtype, marks, reset, None, extras
+    return list(launch.forward(CELLS[cell], *given, heads, scale).states)
+
+
+@scan_quantized.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    cell, keep, cell_dtype, heads, x_gates, _, _, _, _, marks, _, initial, _ = arguments
+    return _scan_forward_fake(
+        cell, "ieee", False, keep, cell_dtype, heads, x_gates, [], marks, None, initial, []
+    )  # fmt: skip
 
 
 def kept_of(cell: str, flat: Sequence[Tensor]) -> Kept:

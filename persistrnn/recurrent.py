@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from persistrnn import functional, validate
 from persistrnn.decide import TORCH
+from persistrnn.eight_bits import EightBits
 from persistrnn.functional import Input
 from persistrnn.options import Backend, Options, Save, check_options, check_save, check_sizes
 from persistrnn.validate import Given, Stack
@@ -61,6 +62,7 @@ class RecurrentBase(nn.Module):
     save: Save = "gates"  # here too, for layers pickled before it was
     save_budget: int | None = None
     heads: int = 1
+    weight_dtype: torch.dtype | None = None  # of W_hh, where `persistrnn.quantize` has made it of 8 bits
     last_path: str | None
 
     def __init__(
@@ -178,6 +180,27 @@ class RecurrentBase(nn.Module):
         """Their names, as torch.nn has them: TorchRL, for one, reads it."""
         return [names for _, names in self._names()]
 
+    @property
+    def _weights(self) -> tuple[list[Tensor], EightBits | None]:
+        """All of them as one list, and W_hh of a quantised layer, which has placeholders for it there."""
+        weights = [weight for weights in self.all_weights for weight in weights]
+        if self.weight_dtype is None:
+            return weights, None
+        each = len(self.all_weights[0])
+        bits, scales = weights[1::each], [getattr(self, f"{names[1]}_scale") for _, names in self._names()]
+        weights[1::each] = [weights[0].new_zeros(()).expand(b.shape) for b in bits]
+        return weights, EightBits(self.weight_dtype, bits, scales)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Scales of 8-bit weights go where the parameters go, and stay float32."""
+        names = [] if self.weight_dtype is None else [f"{names[1]}_scale" for _, names in self._names()]
+        exact = {name: getattr(self, name) for name in names}
+        super()._apply(fn, recurse)
+        for name, scale in exact.items():
+            if (moved := getattr(self, name)).dtype != scale.dtype:
+                setattr(self, name, scale.to(moved.device))
+        return self
+
     def reset_parameters(self) -> None:
         """Draw all parameters from U(-1/sqrt(H), 1/sqrt(H)): with torch.nn's seed, torch.nn's weights."""
         bound = 1.0 / math.sqrt(self.hidden_size)
@@ -223,6 +246,8 @@ class RecurrentBase(nn.Module):
                 remove the parametrizations first
         """
         name = type(self).__name__
+        if self.weight_dtype is not None:
+            raise ValueError(f"torch.nn has no {name} with W_hh in {self.weight_dtype}; persistrnn.dequantize it first")
         if self.cell not in TORCH:
             known = ", ".join(sorted({of.layer for of in TORCH.values()}))
             raise ValueError(f"torch.nn has {known}, and no layer of this {name}'s cell")
@@ -252,7 +277,7 @@ class RecurrentBase(nn.Module):
         for name, default in {"proj_size": 0, **Options._field_defaults}.items():
             if name != "training" and (value := getattr(self, name)) != default:
                 text += f", {name}={value}"
-        return text
+        return text if self.weight_dtype is None else f"{text}, weight_dtype={self.weight_dtype}"
 
     @property
     def options(self) -> Options:
@@ -277,9 +302,9 @@ class RecurrentBase(nn.Module):
         options, sizes = self.options, (self.input_size, self.hidden_size, self.proj_size)
         check_options(options)
         check_sizes(*sizes, self.heads)
-        weights = [weight for weights in self.all_weights for weight in weights]
+        weights, eight_bits = self._weights
         given = Given(lengths, mask, resets, reset_state, extras)
-        found = functional.run(self.cell, input, weights, hx, options, given, return_cell_states, sizes)
+        found = functional.run(self.cell, input, weights, hx, options, given, return_cell_states, sizes, eight_bits)
         if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
             self.last_path = found.path
         state = found.states[0] if len(found.states) == 1 else tuple(found.states)

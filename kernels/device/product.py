@@ -10,6 +10,9 @@ only use if that sits in another ``scf.for`` than its definition. So, with a ``w
 * streamed: a tile that is loaded in each step, one ahead of its use, so that the first one of a step is on its way
   while the program waits for the other slices.
 
+Weights of 8 bits are so in shared memory and on their way, and are widened at the product (``widen``). In registers,
+where they would be in 16, the planner has none of them.
+
 The audit proves from the compiled code that each tile is where ``tiling`` says it is.
 """
 
@@ -31,6 +34,7 @@ from .tiles import (
     weight_mask,
     weight_offsets,
 )
+from .widen import widened, widened_all, widened_in_turn
 
 
 class Matrix(NamedTuple):
@@ -147,6 +151,8 @@ def resident_pack(matrix, p: tl.constexpr, first: tl.constexpr, last: tl.constex
             matrix, p, tiling.chunks[i].segment, tiling.chunks[i].start, tiling.chunks[i].size,
             tiling.chunks[i].length, False, tiling,
         )  # fmt: skip
+        if last <= tiling.in_registers:
+            tile = widened(tile, tiling)
         tiles = tiles + (operand(tile, tiling, exchange),)
         # Else all tiles are loaded into registers at once on their way to shared memory, and spill there.
         tl.debug_barrier()
@@ -259,9 +265,10 @@ def add(weights, moving, first: tl.constexpr, last: tl.constexpr, accs, tiling: 
         for i in tl.static_range(first, last):
             accs = advance(nth_tile(weights.tiles, i, tiling), moving[i - first], accs, tiling)
     else:
-        for _ in range(weights.opaque_one):
+        for turn in range(weights.opaque_one):
             for i in tl.static_range(first, last):
-                accs = advance(nth_tile(weights.tiles, i, tiling), moving[i - first], accs, tiling)
+                tiles = widened_in_turn(nth_tile(weights.tiles, i, tiling), turn, tiling)
+                accs = advance(tiles, moving[i - first], accs, tiling)
     return accs
 
 
@@ -343,7 +350,8 @@ def product_shared(weights, ahead, pointer, rows, spin_limit, error, tiling: tl.
                 pointer, rows, segment, start, tiling.stream_chunk, tiling.depth - start, stream_is_whole(tiling),
                 weights.matrix.k_start, spin_limit, error, tiling, exchange,
             )  # fmt: skip
-            accs = advance(operands(current, tiling, exchange), operand(moving, tiling, exchange), accs, tiling)
+            current = widened_all(operands(current, tiling, exchange), tiling)
+            accs = advance(current, operand(moving, tiling, exchange), accs, tiling)
     return gather(accs, tiling), ahead, spin_limit
 
 
