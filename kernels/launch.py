@@ -114,7 +114,14 @@ def choose_stack(
 
 
 def plan_of(
-    cell: Cell, hidden: int, layers: int, batch: int, directions: int, like: Tensor, precision: str, heads: int = 1,
+    cell: Cell,
+    hidden: int,
+    layers: int,
+    batch: int,
+    directions: int,
+    like: Tensor,
+    precision: str,
+    heads: int = 1,
     weights: str = "",
 ) -> planning.Plan | pipeline.Pipeline:
     """The plan of a call.

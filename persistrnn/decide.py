@@ -283,7 +283,9 @@ def problem_of(call: Call) -> Problem:
     from persistrnn.kernels import launch
 
     sizes = call.hidden_size // call.heads, call.batch, call.directions
-    return launch.problem_of(CELLS[call.cell], *sizes, call.dtype, call.precision, call.device, call.heads, call.weights)
+    return launch.problem_of(
+        CELLS[call.cell], *sizes, call.dtype, call.precision, call.device, call.heads, call.weights
+    )
 
 
 # ---- all layers in one launch ---------------------------------------------------------------------------------------

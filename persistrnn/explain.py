@@ -41,7 +41,9 @@ def explain(layer: RecurrentBase, batch: int, steps: int) -> str:
 
     dtype = functional.compute_dtype(weights[0], weights[0])
     where = dtype, weights[0].device, expects_backward(weights)
-    found = decide.decide(functional.asked(stack, options, batch, steps, *where, eight_bits=NAMES[eight_bits.dtype] if eight_bits else ""))
+    found = decide.decide(
+        functional.asked(stack, options, batch, steps, *where, eight_bits=NAMES[eight_bits.dtype] if eight_bits else "")
+    )
     call, reason = found.call, found.reason
     lines = [f"{layer}, batch {batch}, steps {steps}, {str(dtype).removeprefix('torch.')} on {call.device}"]
     if reason is None:

@@ -53,7 +53,9 @@ def quantize(module: Module, dtype: torch.dtype = torch.int8) -> Module:
             )
         for weight in _matrices(layer):
             if not bool(getattr(layer, weight).isfinite().all()):
-                raise ValueError(f"{weight} of {name} has a NaN or an infinity, which 8 bits do not hold; mend it first")
+                raise ValueError(
+                    f"{weight} of {name} has a NaN or an infinity, which 8 bits do not hold; mend it first"
+                )
     for _, layer in layers:
         for weight in _matrices(layer):
             bits, scale = quantized(getattr(layer, weight).detach(), dtype)
@@ -99,5 +101,3 @@ def _layers(module: nn.Module) -> list[tuple[str, RecurrentBase]]:
 
 def _matrices(layer: RecurrentBase) -> list[str]:
     return [names[1] for _, names in layer._names()]
-
-

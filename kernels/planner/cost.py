@@ -170,7 +170,9 @@ def torch_step(problem: Problem, backward: bool) -> float:
     )  # fmt: skip
     if persistent:
         return 3.11 if backward else 1.96
-    weights = problem.weight_bytes // problem.stored * problem.size * problem.heads  # dequantised, where they are of 8 bits
+    weights = (
+        problem.weight_bytes // problem.stored * problem.size * problem.heads
+    )  # dequantised, where they are of 8 bits
     rate = (
         hardware.memory_rate * 1e3
         if directions * weights > hardware.l2 / 2

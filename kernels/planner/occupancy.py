@@ -110,7 +110,7 @@ def shared_bound(t: Tiling, size: int, stored: int) -> tuple[int, int, int]:
         # Every operand tile and the result of one.
         burst = sum(c.size for c in t.chunks) + t.units
     operand = burst * t.batch_tile * size
-    stream = (t.m * stored + t.batch_tile * size) * t.stream_chunk if t.streamed else 0
+    stream = (t.m + t.batch_tile) * t.stream_chunk * size if t.streamed else 0  # also of 8 bits: widened before
     reduction = t.splits * max(t.packs) * t.wide * t.batch_tile * 4
     # On their way to registers the weights pass through shared memory, before those that stay there arrive.
     # Beside them, the first state changes its layout.

@@ -121,7 +121,12 @@ def plan_pipeline(problem: Problem, layers: int) -> Pipeline | None:
             f"a pipeline has at least 2 layers, one direction and one head, got {layers}, {problem.directions} and "
             f"{problem.heads}"
         )
-    if problem.weights or obstacle(problem.cell) or layers > MOST_LAYERS or problem.cell.gates * problem.hidden * problem.size > DEEPEST:
+    if (
+        problem.weights
+        or obstacle(problem.cell)
+        or layers > MOST_LAYERS
+        or problem.cell.gates * problem.hidden * problem.size > DEEPEST
+    ):
         return None
     alone, planned_for = planning.plan_layer(problem), planning.of_class(problem)
     passes = []

@@ -218,7 +218,14 @@ def best(problem: Problem, backward: bool) -> Choice | None:
     """The fastest choice for a class of batch sizes; where the registers' estimate, which is on the safe side, lets
     nothing pass, the choice that exceeds its limit least."""
     bounded = ((_quick(problem, backward, c), i, c) for i, c in enumerate(choices(problem, backward)))
-    kernel = problem.cell.name, problem.weights or problem.dtype, problem.hidden, problem.batch, problem.directions, problem.hardware.arch
+    kernel = (
+        problem.cell.name,
+        problem.weights or problem.dtype,
+        problem.hidden,
+        problem.batch,
+        problem.directions,
+        problem.hardware.arch,
+    )
     passed_over = not backward and kernel in PASSED_OVER
     found: list[Pass] = []  # the fastest first, as many as are asked for
     for bound, _, choice in sorted(bounded):

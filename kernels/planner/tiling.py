@@ -83,7 +83,16 @@ class Tiling:
     """
 
     # Not in a plan's JSON where the cell has nothing of the kind.
-    OF_SOME_CELLS: ClassVar = ("more_inputs", "params", "extras", "after", "more_gradients", "guarded", "heads", "widened")
+    OF_SOME_CELLS: ClassVar = (
+        "more_inputs",
+        "params",
+        "extras",
+        "after",
+        "more_gradients",
+        "guarded",
+        "heads",
+        "widened",
+    )
 
     hidden: int
     stride: int

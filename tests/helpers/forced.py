@@ -41,7 +41,13 @@ def choice(gates: int, backward: bool, homes: str = "registers", **changed: int)
 
 
 def tilings(
-    cell: str, hidden: int, directions: int = 1, dtype: str = "fp32", heads: int = 1, weights: str = "", **chosen: str | int
+    cell: str,
+    hidden: int,
+    directions: int = 1,
+    dtype: str = "fp32",
+    heads: int = 1,
+    weights: str = "",
+    **chosen: str | int,
 ) -> tuple[tuple[Choice, Tiling], tuple[Choice, Tiling]]:
     """The choice and the tiling of the forward and of the backward."""
     hardware = INTERPRETER if launch.INTERPRETED else DEVICES["h200"]
