@@ -79,27 +79,26 @@ def test_a_quantised_layer_is_a_module_as_any(dtype):
 
 def test_what_is_refused():
     layer = made("gru", torch.int8)
-    with pytest.raises(RuntimeError, match="for inference.*torch.no_grad"):
+    with pytest.raises(RuntimeError, match=r"for inference.*torch.no_grad"):
         layer(torch.randn(4, 3, 5).bfloat16().requires_grad_())
-    with pytest.raises(ValueError, match="quantised already.*dequantize it first"):
+    with pytest.raises(ValueError, match=r"quantised already.*dequantize it first"):
         persistrnn.quantize(layer)
-    with pytest.raises(ValueError, match="dtype is torch.int8 or torch.float8_e4m3fn, got torch.int4"):
+    with pytest.raises(ValueError, match=r"dtype is torch.int8 or torch.float8_e4m3fn, got torch.int4"):
         persistrnn.quantize(persistrnn.GRU(3, 4), torch.int4)
-    with pytest.raises(ValueError, match="persistrnn.replace"):
+    with pytest.raises(ValueError, match=r"persistrnn.replace"):
         persistrnn.quantize(torch.nn.GRU(3, 4))
-    with pytest.raises(ValueError, match="dequantize it first"):
+    with pytest.raises(ValueError, match=r"dequantize it first"):
         layer.to_torch()
     broken = persistrnn.GRU(3, 4)
     broken.weight_hh_l0.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaN or an infinity"):
+    with pytest.raises(ValueError, match=r"NaN or an infinity"):
         persistrnn.quantize(broken)
 
 
 def test_twice_the_weights_are_resident():
-    sizes = CELLS["lstm"], 2048, 16, 1, "bf16", DEVICES["h200"]
+    sizes = CELLS["lstm"], 2176, 16, 1, "bf16", DEVICES["h200"]
     eight, sixteen = plan_layer(Problem(*sizes, weights="int8")), plan_layer(Problem(*sizes))
-    assert eight.forward.shares.resident == 1 > sixteen.forward.shares.resident
-    assert eight.forward.shares.shared == 4 * 2048 * 2048
+    assert eight.forward.shares.resident == 2 * sixteen.forward.shares.resident
     assert "W_hh in int8" in str(eight)
 
 
