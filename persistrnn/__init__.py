@@ -4,7 +4,8 @@
 steps; `PeepholeLSTM`, `CoupledLSTM`, `MGU`, `JANET` and `SLSTM` the same of cells that torch has not, and `Recurrent`
 of a `cell` of one's own, one function of one time step, which `check_cell` explains. `functional` has them as
 functions, `explain` says which path a call would take and why, `check` raises if a kernel's bounded wait ran out,
-`replace` swaps torch.nn's layers in a finished model for these, `quantize` keeps W_hh in 8 bits for inference, `Streaming` carries a layer's state from call to call,
+`replace` swaps torch.nn's layers in a finished model for these, `quantize` keeps W_hh in 8 bits for inference,
+`Streaming` carries a layer's state from call to call,
 `profile` measures where training's time and memory go.
 """
 

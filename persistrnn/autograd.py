@@ -162,7 +162,8 @@ def _forward(
 def given_out(
     cell: str, kept: Sequence[Tensor], return_c: bool, all_steps: bool, x_gates: Tensor, heads: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(every h, and with return_c every c; the final states) of what a scan left. all_steps: of the other states too."""
+    """(every h, and with return_c every c; the final states) of what a scan left. all_steps: of the other states
+    too."""
     every = [s[-1, 1:-1].flatten(2) for s in kept[: CELLS[cell].given_out if return_c else 1]]
     finals = []
     for i, states in enumerate(kept[: CELLS[cell].states]):

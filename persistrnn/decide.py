@@ -214,8 +214,8 @@ def unsupported(call: Call) -> str | None:
         return f"the kernels run float16, bfloat16 and float32, got {call.dtype}; use one of them, or backend='torch'."
     if call.weights and call.dtype == torch.float32:
         return (
-            f"the kernels multiply {call.weights} weights with float16 and bfloat16, got {call.dtype}; convert the layer: "
-            ".to(torch.bfloat16), or use backend='torch'."
+            f"the kernels multiply {call.weights} weights with float16 and bfloat16, got {call.dtype}; convert the "
+            "layer: .to(torch.bfloat16), or use backend='torch'."
         )
     if call.weights and call.proj_size:
         return f"the kernels have no {call.weights} weights with projections; use backend='torch'."

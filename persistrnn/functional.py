@@ -283,7 +283,8 @@ def run(
 ) -> Found:
     """Validate, decide and run.
 
-    eight_bits: of a quantised layer, whose W_hh in ``weights`` are placeholders. options: checked before. sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be.
+    eight_bits: of a quantised layer, whose W_hh in ``weights`` are placeholders. options: checked before. sizes: a
+    module's own input_size, hidden_size and proj_size, of which its weights must be.
     """
     check_flag("return_cell_states", return_c)
     validate.check_states(cell, options.cell_dtype, return_c)
@@ -301,8 +302,8 @@ def run(
     backward = expects_backward([data, *weights, *states, *cuts.reset])
     if eight_bits is not None and backward:
         raise RuntimeError(
-            f"a layer quantised to {eight_bits.dtype} is for inference, got a call that a gradient may be asked of; call "
-            "it under torch.no_grad() or with tensors that require none, or persistrnn.dequantize it"
+            f"a layer quantised to {eight_bits.dtype} is for inference, got a call that a gradient may be asked of; "
+            "call it under torch.no_grad() or with tensors that require none, or persistrnn.dequantize it"
         )
     sizes_of_call = batch.rows, batch.steps, compute_dtype(data, weights[0]), data.device
     kind = "" if eight_bits is None else NAMES[eight_bits.dtype]

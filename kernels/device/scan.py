@@ -119,7 +119,8 @@ def scan_forward(
 ):
     """states: tuple of [T + 2, B, D, H], of which those after h have few slots unless KEEP (the initial state in slot
     0, or 1 in reverse; the final one in 1; with marks the reset state in 2). x_gates: [T, B, D, X*H]. saved:
-    [T, B, D, n, H] or None. scale: float32 [D, G*H], of the rows of a weight of 8 bits, else None. step_data: (marks uint8 [T, B, D], params [D, P, H], extras [T, B, D, E, H]), None each
+    [T, B, D, n, H] or None. scale: float32 [D, G*H], of the rows of a weight of 8 bits, else None. step_data:
+    (marks uint8 [T, B, D], params [D, P, H], extras [T, B, D, E, H]), None each
     where there are none. sync: (counters int32 [jobs * L * subtiles * lanes * exchange.stride], error word int32 [1],
     partial sums fp32 [groups * subtiles, 2, S, outputs * R*U * BB]).
     For a stack as a pipeline: states [L, T + 2, ...], saved and extras [L, T, ...], params [L, P, H], weight

@@ -247,7 +247,8 @@ def _pass(problem: Problem, backward: bool) -> Pass:
     if not found:
         hardware = problem.hardware
         raise PlanError(
-            f"hidden_size={problem.hidden} in {problem.weights or problem.dtype} does not fit on {hardware.name}: W_hh of one direction "
+            f"hidden_size={problem.hidden} in {problem.weights or problem.dtype} does not fit on "
+            f"{hardware.name}: W_hh of one direction "
             f"has {problem.weight_bytes:,} bytes; with {hardware.multiprocessors} multiprocessors of "
             f"{hardware.shared:,} bytes of shared memory each no slice holds its operands. "
             f"Use a smaller hidden_size{', float16 or bfloat16' if problem.size == 4 else ''}, or backend='torch'."

@@ -48,8 +48,8 @@ class Problem:
             raise ValueError(f"dtype must be one of {', '.join(BYTES)}, got {self.dtype!r}")
         if self.weights and (self.weights not in WEIGHTS or self.size != 2):
             raise ValueError(
-                f"weights of 8 bits are {' or '.join(WEIGHTS)}, with dtype fp16 or bf16, got {self.weights!r} with dtype "
-                f"{self.dtype}; give one of these, or leave weights out"
+                f"weights of 8 bits are {' or '.join(WEIGHTS)}, with dtype fp16 or bf16, got {self.weights!r} with "
+                f"dtype {self.dtype}; give one of these, or leave weights out"
             )
 
     @property
