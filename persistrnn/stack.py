@@ -115,7 +115,7 @@ def run(
         result = _in_chunks(*given, decision.chunk)
     else:
         recurrence: Recurrence = stepwise.recurrent
-        how = {"return_c": call.return_c, "cell_dtype": call.cell_dtype, "heads": call.heads}
+        how: dict[str, Any] = {"return_c": call.return_c, "cell_dtype": call.cell_dtype, "heads": call.heads}
         if decision.path == "persistent" and scales:
             recurrence = functools.partial(eight_bits.recurrent, **how)
         elif decision.path == "persistent":
