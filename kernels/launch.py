@@ -38,6 +38,9 @@ from .tensors import Gradients, Kept, Weights
 # Number of launches per kernel name in this process: tests use it to prove which path made their numbers.
 LAUNCHES: Counter[str] = Counter()
 
+# Weights of 8 bits by the dtype that holds them: the kernels take fp8 as its bits.
+OF_8_BITS = {torch.int8: "int8", torch.uint8: "fp8"}
+
 # TRITON_INTERPRET=1 at import time turns the kernels into plain Python over NumPy.
 INTERPRETED = not isinstance(scan_forward, triton.JITFunction)
 
@@ -90,9 +93,10 @@ def problem_of(
     precision: str,
     device: torch.device,
     heads: int = 1,
+    weight_dtype: str = "",
 ) -> Problem:
-    """What the planner is asked about one layer. hidden: H of one head."""
-    return Problem(cell, hidden, batch, directions, label(dtype, precision), hardware(device), heads)
+    """What the planner is asked about one layer. hidden: H of one head. weight_dtype: as in ``Problem``."""
+    return Problem(cell, hidden, batch, directions, label(dtype, precision), hardware(device), heads, weight_dtype)
 
 
 def choose(*sizes: Any) -> planning.Plan:
@@ -110,7 +114,15 @@ def choose_stack(
 
 
 def plan_of(
-    cell: Cell, hidden: int, layers: int, batch: int, directions: int, like: Tensor, precision: str, heads: int = 1
+    cell: Cell,
+    hidden: int,
+    layers: int,
+    batch: int,
+    directions: int,
+    like: Tensor,
+    precision: str,
+    heads: int = 1,
+    weight_dtype: str = "",
 ) -> planning.Plan | pipeline.Pipeline:
     """The plan of a call.
 
@@ -118,7 +130,8 @@ def plan_of(
         ValueError: a layer does not fit the device, or several do not together.
     """
     if layers == 1:
-        return choose(cell, hidden, batch, directions // heads, like.dtype, precision, like.device, heads)
+        of = like.dtype, precision, like.device, heads, weight_dtype
+        return choose(cell, hidden, batch, directions // heads, *of)
     if heads > 1:
         raise ValueError(f"{layers} layers of {heads} heads cannot run in one launch; run them one after the other")
     found = choose_stack(cell, hidden, layers, batch, like.dtype, precision, like.device)
@@ -289,7 +302,7 @@ def forward(
     Args:
         cell: the cell.
         x_gates: [T, B, D, X*H], input half of the lowest layer's gates. T, B >= 1.
-        weights: of all layers.
+        weights: of all layers; of 8 bits in one layer, without save.
         initial: the states before the first step, each [L*D, B, H].
         precision: of products in float32, "tf32" or "ieee".
         save: keep what the backward needs, all states of every step among it; keep: keep those all the same.
@@ -300,7 +313,7 @@ def forward(
         extras: [L, T, B, D, E, H], what the cell takes per step besides its gates, uint8 or the dtype of x_gates.
         heads: in each direction. Then D, here and in the results, counts all of them, those of one direction side by
             side, and H is of one; but for marks, which they share.
-        All tensors contiguous, on one device, float16, bfloat16 or float32.
+        All tensors contiguous, on one device, float16, bfloat16 or float32, but for what is said of them.
 
     Raises:
         ValueError: the size does not fit the device; params or extras that the cell has not, or the other way round.
@@ -309,7 +322,7 @@ def forward(
     T, B, D, _ = x_gates.shape
     rows, _, H = initial[0].shape
     L = rows // D
-    part = plan_of(cell, H, L, B, D, x_gates, precision, heads).forward
+    part = plan_of(cell, H, L, B, D, x_gates, precision, heads, OF_8_BITS.get(weights.weight_hh.dtype, "")).forward
     exchange = exchange_for(x_gates.device)
     every = save or keep
     slots = c_slots(T, every, marks is not None)
@@ -338,6 +351,7 @@ def forward(
         B=B,
         cell=derived(cell.name).forward,
         KEEP=every,
+        scale=weights.scale,
     )
     return Kept(tuple(states), saved)
 

@@ -7,8 +7,9 @@ of a `cell` of one's own, one function of one time step, which `check_cell` expl
 weights, learned states), `Stacked` puts layers above each other (residuals, alternating directions, sizes of their
 own). `functional` has all cells as functions, `explain` says which path a call would take and why, `check` raises if a
 kernel's bounded wait ran out, `replace` swaps torch.nn's layers in a finished model for these and `restore` swaps them
-back, `accelerated` runs torch.nn's own layers on the kernels as they are, `Streaming` carries a layer's state from call
-to call, `profile` measures where training's time and memory go.
+back, `accelerated` runs torch.nn's own layers on the kernels as they are, `quantize` keeps W_hh in 8 bits for inference
+and `dequantize` is the way back, `Streaming` carries a layer's state from call to call, `profile` measures where
+training's time and memory go.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from persistrnn.modules import (
 )
 from persistrnn.ops import check
 from persistrnn.own_cell import Recurrent, cell, check_cell
+from persistrnn.quantization import dequantize, quantize
 from persistrnn.recipe import Recipe
 from persistrnn.replacement import replace, restore
 from persistrnn.stacked import Stacked
@@ -45,8 +47,8 @@ __version__ = "0.1.0"
 __all__ = [
     "GRU", "JANET", "LSTM", "MGU", "RNN", "SLSTM", "CoupledLSTM", "LayerNormGRU", "LayerNormLSTM", "PeepholeLSTM",
     "Recipe", "Recurrent", "Stacked", "Streaming",
-    "__version__", "accelerate", "accelerated", "cell", "check", "check_cell", "explain", "flops", "functional",
-    "profile", "replace", "restore",
+    "__version__", "accelerate", "accelerated", "cell", "check", "check_cell", "dequantize", "explain", "flops",
+    "functional", "profile", "quantize", "replace", "restore",
 ]  # fmt: skip
 
 

@@ -78,6 +78,7 @@ def recurrent(
     params: Tensor | None = None,
     extras: Tensor | None = None,
     heads: int = 1,
+    scale: Tensor | None = None,
 ) -> Result:
     """The recurrence of a layer, all directions in one launch, or of a stack of one direction in one launch, on the
     persistent kernels.
@@ -99,7 +100,9 @@ def recurrent(
         heads: blocks of a block-diagonal W_hh, in each direction. Then D, here and below, counts all of them, those of
             one direction side by side, and H is of one: x_gates [T, B, D*heads, X*H/heads], weight_hh
             [D*heads, G*H/heads, H/heads]; y stays [T, B, D*H]. Marks are shared by the heads of a direction.
-        All in one dtype (float16, bfloat16 or float32), on one device.
+        scale: float32 [D, G*H], of the rows of a weight_hh of 8 bits: int8, or uint8, the bits of float8_e4m3fn. Of one
+            layer, and nothing is differentiable then.
+        All others in one dtype (float16, bfloat16 or float32), on one device.
 
     Returns:
         y [T, B, D*H] of the highest layer, with ``return_c`` c [T, B, D*H], and the final states, each [L*D, B, H].
@@ -111,10 +114,11 @@ def recurrent(
         RuntimeError: an earlier launch gave up waiting (see ``ops.check``).
     """
     tensors = x_gates, weight_hh, bias_hh, weight_ih, bias_ih, params, marks, extras, *initial, *reset
-    save = expects_backward(tensors)
+    save = scale is None and expects_backward(tensors)
     # Without gradients dynamo calls no Function with a variable number of arguments.
     direct = torch.compiler.is_compiling() and not save
-    flat = (_forward if direct else _Scan.apply)(cell, precision, save, return_c, cell_dtype, heads, *tensors)
+    how = cell, precision, save, return_c, cell_dtype, heads
+    flat = _forward(*how, *tensors, scale=scale) if direct or scale is not None else _Scan.apply(*how, *tensors)
     (y, *c), finals, _ = _outputs(cell, return_c, flat)
     return Result(y, c[0] if c else None, list(finals))
 
@@ -146,9 +150,10 @@ def _forward(
     cell_dtype: torch.dtype | None,
     heads: int,
     *tensors: Tensor | None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     x_gates, weights, marks, extras, initial, reset = _inputs(cell, tensors)
-    states = list(initial), list(reset)
+    weights, states = weights._replace(scale=scale), (list(initial), list(reset))
     with phase(SCAN_FORWARD):
         kept = ops.scan_forward(
             cell, precision, save, return_c, cell_dtype, heads, x_gates, list(weights), marks, extras, *states

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from persistrnn import jit_calls, onnx_graph, rows, torch_path, validate
 from persistrnn import stack as stacks
 from persistrnn.decide import Call, Decision, active_transforms, decide, expects_backward
+from persistrnn.eight_bits import NAMES
 from persistrnn.mapping import below_the_map
 from persistrnn.options import Options, check_flag, check_save
 from persistrnn.recipe import cell_of, hides, new_keys
@@ -28,12 +29,12 @@ def run(request: Request, accept: Callable[[Decision], bool] | None = None) -> F
     accept: asked before it runs; what it declines gives no output.
     """
     if by_torch_jit() and not exporting_to_onnx() and accept is None:
-        return jit_calls.record(_run, request)
+        return jit_calls.record(_run, request.dequantized)
     return _run(request, accept)
 
 
 def _run(request: Request, accept: Callable[[Decision], bool] | None = None) -> Found:
-    cell, input, weights, hx, options, given, return_c, sizes, learned = request
+    cell, input, weights, hx, options, given, return_c, sizes, learned, eight_bits = request
     check_flag("return_cell_states", return_c)
     validate.check_states(cell, options.cell_dtype, return_c)
     stack = validate.read_weights(cell, weights, options)
@@ -59,13 +60,19 @@ def _run(request: Request, accept: Callable[[Decision], bool] | None = None) -> 
         states = _rows(states, packed.sorted_indices)
 
     backward = expects_backward([data, *weights, *states, *cuts.reset])
+    if eight_bits is not None and backward:
+        raise RuntimeError(
+            f"a layer quantised to {eight_bits.dtype} is for inference, got a call that a gradient may be asked of; "
+            "call it under torch.no_grad() or with tensors that require none, or persistrnn.dequantize it"
+        )
     dtype = compute_dtype(data, weights[0])
     if dtype.itemsize == 2 and torch_path.autocast_dtype(data):
         data, *states = (_of_one_half(t, dtype) for t in (data, *states))
         batch, weights = batch._replace(data=data), [_of_one_half(w, dtype) for w in weights]
     sizes_of_call = batch.rows, batch.steps, dtype, data.device
     transforms = active_transforms(weights, packed is not None, options.active_dropout > 0)
-    call = asked(stack, options, *sizes_of_call, backward, given, return_c, transforms)
+    weight_dtype = "" if eight_bits is None else NAMES[eight_bits.dtype]
+    call = asked(stack, options, *sizes_of_call, backward, given, return_c, transforms, weight_dtype)
     if exporting_to_onnx():
         path = "stepwise" if onnx_graph.unrolls(call, packed is not None) else "onnx"
         decision = Decision(call, path, None, False, 0)
@@ -75,6 +82,11 @@ def _run(request: Request, accept: Callable[[Decision], bool] | None = None) -> 
         return Found(None, [], None, decision.path)
     if decision.refused:
         raise RuntimeError(f'backend="persistent" cannot run this call: {decision.reason}')
+    scales: Sequence[Tensor] = ()
+    if eight_bits is not None and decision.path == "persistent":
+        weights, scales = eight_bits.among(weights), eight_bits.scales
+    elif eight_bits is not None:
+        weights = eight_bits.dequantized(weights)
     c: Any = None
     lengths: Any = given.lengths
     if decision.path == "onnx":
@@ -89,7 +101,7 @@ def _run(request: Request, accept: Callable[[Decision], bool] | None = None) -> 
         how = options._replace(batch_first=batch.batch_first)
         output, *states = _on_torch(decision, how, data, batch_sizes, states, weights)
     else:
-        output, c, states = _on_kernels_or_steps(decision, batch, weights, states, cuts)
+        output, c, states = _on_kernels_or_steps(decision, batch, weights, states, cuts, scales)
 
     formed: list[Any] = [output] if c is None else [output, c]
     if packed is not None:
@@ -120,6 +132,7 @@ def asked(
     given: Given = NOTHING,
     return_c: bool = False,
     transforms: str = "",
+    weight_dtype: str = "",
 ) -> Call:
     """The call, as `decide` takes it."""
     stack = stack._replace(cell=cell_of(stack.cell, options.recipe, options.training))
@@ -132,11 +145,17 @@ def asked(
         heads=stack.heads,
         hides=hides(options.recipe, options.training),
         transforms=transforms,
+        weight_dtype=weight_dtype,
     )  # fmt: skip
 
 
 def _on_kernels_or_steps(
-    decision: Decision, batch: Batch, weights: Sequence[Tensor], states: list[Tensor], cuts: Cuts
+    decision: Decision,
+    batch: Batch,
+    weights: Sequence[Tensor],
+    states: list[Tensor],
+    cuts: Cuts,
+    scales: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """(output, every c or None, final states)."""
     call, data, packed = decision.call, batch.data, batch.packed
@@ -151,9 +170,13 @@ def _on_kernels_or_steps(
         [s.to(d).contiguous() for s, d in zip(given_states, dtypes, strict=False)]
         for given_states in (states, cuts.reset)
     )
-    tensors = x.to(call.dtype).contiguous(), [w.to(call.dtype) for w in weights], initial
+    tensors = (
+        x.to(call.dtype).contiguous(),
+        [w.to(call.dtype) if w.is_floating_point() else w for w in weights],
+        initial,
+    )
     extras = [e.to(call.dtype) for e in cuts.extras]
-    found = stacks.run(decision, *tensors, cuts._replace(reset=anew, extras=extras))
+    found = stacks.run(decision, *tensors, cuts._replace(reset=anew, extras=extras), scales)
     outputs = [found.y] if found.c is None else [found.y, found.c]
     if packed is not None:
         outputs = [t.flatten(0, 1).index_select(0, places) for t in outputs]

@@ -73,7 +73,8 @@ class Call(NamedTuple):
     backend, save, save_budget, cell_dtype: as a caller gives them. dropout: between the layers, where it acts.
     lengths, marks: whether rows have lengths; a mask or resets. return_c: whether every c is given out. heads: blocks
     of a block-diagonal W_hh, a divisor of H. hides: whether the cell's h is its second state, behind what other units
-    see of it (`recipe`). transforms: what is active, as `active_transforms` says.
+    see of it (`recipe`). transforms: what is active, as `active_transforms` says. weight_dtype:
+    "int8" or "fp8" where W_hh is of 8 bits, else "".
     """
 
     cell: str
@@ -100,6 +101,7 @@ class Call(NamedTuple):
     heads: int = 1
     hides: bool = False
     transforms: str = ""
+    weight_dtype: str = ""
 
     @property
     def packs(self) -> bool:
@@ -264,6 +266,15 @@ def unsupported(call: Call) -> str | None:
         return f"{reason}, or use backend='torch'."
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels run float16, bfloat16 and float32, got {call.dtype}; use one of them, or backend='torch'."
+    if call.weight_dtype and call.dtype == torch.float32:
+        return (
+            f"the kernels multiply {call.weight_dtype} weights with float16 and bfloat16, got {call.dtype}; convert "
+            "layer and input to one of these, or use backend='torch'."
+        )
+    if call.weight_dtype and call.proj_size:
+        return f"the kernels have no {call.weight_dtype} weights with projections; use backend='torch'."
+    if call.weight_dtype and call.transforms:
+        return f"the kernels have no {call.weight_dtype} weights inside torch.func; use backend='torch' there."
     device = call.device
     if device.type == "cpu":
         from persistrnn.kernels import launch
@@ -328,7 +339,9 @@ def problem_of(call: Call) -> Problem:
     from persistrnn.kernels import launch
 
     sizes = call.hidden_size // call.heads, call.batch, call.directions
-    return launch.problem_of(CELLS[call.cell], *sizes, call.dtype, call.precision, call.device, call.heads)
+    return launch.problem_of(
+        CELLS[call.cell], *sizes, call.dtype, call.precision, call.device, call.heads, call.weight_dtype
+    )
 
 
 # ---- all layers in one launch ---------------------------------------------------------------------------------------
@@ -339,7 +352,7 @@ def may_be_pipeline(call: Call) -> bool:
     have the precision that they have outside."""
     single = call.num_layers > 1 and call.directions == 1 and call.dropout == 0 and call.proj_size == 0
     exact = call.dtype != torch.float32 or call.precision == matmul_precision()
-    return single and call.heads == 1 and call.save == "gates" and exact and not call.hides
+    return single and call.heads == 1 and not call.weight_dtype and call.save == "gates" and exact and not call.hides
 
 
 @tracing.constant  # dynamo cannot read the setting
@@ -405,7 +418,7 @@ def chunk_steps(call: Call, save: str, launches: bool) -> int:
 def _chunk(call: Call, on_kernels: bool) -> int:
     if call.transforms in ("mapped", "forward") and not on_kernels:
         return 0  # neither a map nor a tangent goes through what runs the forward again
-    if on_kernels and (call.batch == 0 or call.proj_size):
+    if on_kernels and (call.batch == 0 or call.proj_size or call.weight_dtype):
         return 0
     # An exported program may hold no condition on T: there it is one launch.
     if call.save == "gates" and (not on_kernels or torch.compiler.is_exporting()):

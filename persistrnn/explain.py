@@ -2,6 +2,7 @@
 
 from persistrnn import calls, decide, validate
 from persistrnn.decide import Call, Decision, expects_backward
+from persistrnn.eight_bits import NAMES
 from persistrnn.options import check_count, check_options, check_save, check_sizes
 from persistrnn.recurrent import RecurrentBase, check_layer
 from persistrnn.stacked import Stacked
@@ -36,7 +37,7 @@ def explain(layer: RecurrentBase | Stacked, batch: int, steps: int) -> str:
     options, own = layer.options, (layer.input_size, layer.hidden_size, layer.proj_size)
     check_options(options)
     check_sizes(*own, layer.heads)
-    weights = [weight for weights in layer.all_weights for weight in weights]
+    weights, eight_bits = layer._weights_of_call(options._replace(training=False))  # draws no masks
     stack = validate.read_weights(layer.cell, weights, options)
     validate.check_attributes(stack, *own)
     check_save(options.save, options.save_budget, layer.proj_size)
@@ -44,7 +45,8 @@ def explain(layer: RecurrentBase | Stacked, batch: int, steps: int) -> str:
     dtype = calls.compute_dtype(weights[0], weights[0])
     where = dtype, weights[0].device, expects_backward(weights)
     transforms = decide.active_transforms(weights, dropout=options.active_dropout > 0)
-    found = decide.decide(calls.asked(stack, options, batch, steps, *where, transforms=transforms))
+    kind = transforms, NAMES[eight_bits.dtype] if eight_bits else ""
+    found = decide.decide(calls.asked(stack, options, batch, steps, *where, calls.NOTHING, False, *kind))
     call, reason = found.call, found.reason
     lines = [f"{layer}, batch {batch}, steps {steps}, {str(dtype).removeprefix('torch.')} on {call.device}"]
     if reason is None:
@@ -60,7 +62,7 @@ def explain(layer: RecurrentBase | Stacked, batch: int, steps: int) -> str:
         packs = call._replace(lengths=True).packs
         lines.append(f"with {'' if packs else 'lengths, '}mask, resets or cell states: {path}")
     if call.device.type == "cuda" and not call.loops and decide.unsupported(call) is None:
-        lines += [_expected(call, backward) for backward in (False, True)]
+        lines += [_expected(call, backward) for backward in (False, True) if not (backward and call.weight_dtype)]
     return "\n".join(lines)
 
 

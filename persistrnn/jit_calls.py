@@ -76,7 +76,7 @@ def implement(run: Run) -> None:
 
 def record(run: Run, request: Request) -> Found:
     """A call while torch.jit.trace records it."""
-    cell, input, weights, hx, options, given, return_c, sizes, learned = request
+    cell, input, weights, hx, options, given, return_c, sizes, learned, _ = request
     packed = input if isinstance(input, PackedSequence) else None
     data: Any = input if packed is None else packed.data
     states, anew = (_tensors(cell, given_states) for given_states in (hx, given.reset_state))

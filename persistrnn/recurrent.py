@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from persistrnn import tracing, validate
 from persistrnn.calls import run
 from persistrnn.decide import TORCH
+from persistrnn.eight_bits import EightBits
 from persistrnn.functional import Input
 from persistrnn.kernels.cells import derived
 from persistrnn.options import Backend, Options, Save, check_options, check_save, check_sizes
@@ -68,6 +69,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
     heads: int = 1
     _recipe: str = text_of(PLAIN)
     _made_states: bool = False  # by the constructor: an h0 of the user's own is another matter
+    weight_dtype: torch.dtype | None = None  # of W_hh, where `persistrnn.quantize` has made it of 8 bits
     last_path: str | None
 
     def __init__(
@@ -215,6 +217,32 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         """Their names, as torch.nn has them: TorchRL, for one, reads it."""
         return [names for _, names in self._names()]
 
+    def _weights_of_call(self, options: Options) -> tuple[list[Tensor], EightBits | None]:
+        """All of them as one list, and W_hh of a quantised layer, which has placeholders for it there."""
+        rows, recipe = self.all_weights, options.recipe
+        if self.weight_dtype is None:
+            matrices, eight_bits = [recurrent_weight(row[1], recipe, options.training) for row in rows], None
+        else:
+            if options.training and (recipe.weight_drop or recipe.recurrent_dropout):
+                raise RuntimeError(
+                    f"a layer quantised to {self.weight_dtype} is for inference, and {recipe} drops some of it in "
+                    "training; call eval() on it, or persistrnn.dequantize it"
+                )
+            scales = [getattr(self, f"{names[1]}_scale") for _, names in self._names()]
+            eight_bits = EightBits(self.weight_dtype, [row[1] for row in rows], scales)
+            matrices = [row[0].new_zeros(()).expand(row[1].shape) for row in rows]
+        return [w for row, matrix in zip(rows, matrices, strict=True) for w in (row[0], matrix, *row[2:])], eight_bits
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Scales of 8-bit weights go where the parameters go, and stay float32."""
+        names = [] if self.weight_dtype is None else [f"{names[1]}_scale" for _, names in self._names()]
+        exact = {name: getattr(self, name) for name in names}
+        super()._apply(fn, recurse)
+        for name, scale in exact.items():
+            if (moved := getattr(self, name)).dtype != scale.dtype:
+                setattr(self, name, scale.to(moved.device))
+        return self
+
     def reset_parameters(self) -> None:
         """Draw all parameters from U(-1/sqrt(H), 1/sqrt(H)): with torch.nn's seed, torch.nn's weights. But for what the
         recipe says of the bias of gate f, and for learned states, which are zeros."""
@@ -292,6 +320,8 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         if self.cell not in TORCH:
             known = ", ".join(sorted({of.layer for of in TORCH.values()}))
             return f"torch.nn has {known}, and no layer of this {name}'s cell"
+        if self.weight_dtype is not None:
+            return f"torch.nn has no {name} with W_hh in {self.weight_dtype}; persistrnn.dequantize it first"
         if self.heads > 1:
             return f"torch.nn has no heads, this {name} has heads={self.heads}; one with heads=1 has an equal"
         if parametrize.is_parametrized(self):
@@ -317,7 +347,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         for name, default in {"proj_size": 0, **Options._field_defaults}.items():
             if name != "training" and (value := getattr(self, name)) != default:
                 text += f", {name}={value}"
-        return text
+        return text if self.weight_dtype is None else f"{text}, weight_dtype={self.weight_dtype}"
 
     @property
     def options(self) -> Options:
@@ -353,14 +383,12 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         options, sizes = self.options._replace(training=training), (self.input_size, self.hidden_size, self.proj_size)
         check_options(options)
         check_sizes(*sizes, self.heads)
-        weights = [
-            weight if k != 1 else recurrent_weight(weight, options.recipe, options.training)
-            for weights in self.all_weights
-            for k, weight in enumerate(weights)
-        ]
+        weights, eight_bits = self._weights_of_call(options)
         given = Given(lengths, mask, resets, reset_state, extras)
         learned = self.initial_states()
-        found = run(Request(self.cell, input, weights, hx, options, given, return_cell_states, sizes, learned))
+        found = run(
+            Request(self.cell, input, weights, hx, options, given, return_cell_states, sizes, learned, eight_bits)
+        )
         if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
             self.last_path = found.path
         state = found.states[0] if len(found.states) == 1 else tuple(found.states)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from persistrnn.eight_bits import EightBits
 from persistrnn.options import Options
 from persistrnn.validate import Given
 
@@ -21,6 +22,7 @@ class Request(NamedTuple):
         options: checked before
         sizes: a module's own input_size, hidden_size and proj_size, of which its weights must be
         learned: the states that stand for zeros, each [L*D, features]; empty: zeros do
+        eight_bits: W_hh of a quantised layer, for which `weights` has placeholders
     """
 
     cell: str
@@ -32,6 +34,14 @@ class Request(NamedTuple):
     return_c: bool = False
     sizes: tuple[int, int, int] | None = None
     learned: Sequence[Tensor] = ()
+    eight_bits: EightBits | None = None
+
+    @property
+    def dequantized(self) -> Request:
+        """With the weights that the 8 bits stand for in their places."""
+        if self.eight_bits is None:
+            return self
+        return self._replace(weights=self.eight_bits.dequantized(self.weights), eight_bits=None)
 
 
 class Found(NamedTuple):

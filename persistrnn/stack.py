@@ -40,7 +40,7 @@ class _OfLayer(NamedTuple):
 class _Weights(NamedTuple):
     """Of one layer, each [D, ...]: weight_ih [D, X*H, I], weight_hh [D, G*H, H] or in heads [D, n, G*H/n, H/n], biases
     alike (bias_ih: None without, bias_hh: zeros), params [D, P, H] of a cell that has such, weight_hr [D, P, H] of an
-    LSTM with projections."""
+    LSTM with projections, scale float32 [D, G*H] ([D, n, G*H/n]) of a weight_hh of 8 bits."""
 
     weight_ih: Tensor
     weight_hh: Tensor
@@ -48,6 +48,7 @@ class _Weights(NamedTuple):
     bias_hh: Tensor
     params: Tensor | None
     weight_hr: Tensor | None
+    scale: Tensor | None = None
 
     def by_head(self, heads: int) -> "_Weights":
         """With each head as one more direction, as the kernels take them: [D * heads, ...] of H / heads units."""
@@ -64,6 +65,7 @@ class _Weights(NamedTuple):
             bias_ih=None if self.bias_ih is None else rows(self.bias_ih),
             bias_hh=rows(self.bias_hh),
             params=None if self.params is None else _by_head(self.params, heads),
+            scale=None if self.scale is None else self.scale.flatten(0, 1),
         )
 
 
@@ -81,7 +83,14 @@ def _heads_together(states: Tensor, heads: int) -> Tensor:
 Recurrence = Callable[..., Result]
 
 
-def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cuts: Cuts) -> Result:
+def run(
+    decision: Decision,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    cuts: Cuts,
+    scales: Sequence[Tensor] = (),
+) -> Result:
     """Run a stack: on the persistent kernels, or on torch's operations, step by step.
 
     Args:
@@ -89,6 +98,7 @@ def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequen
         x: [T, B, I], contiguous
         weights: all of them, in torch.nn's order
         states: h0 and what other states the cell has, each [L*D, B, features]
+        scales: of W_hh of 8 bits, of each layer and direction (``eight_bits``); on the kernels alone
     """
     if decision.call.hides:
         return _hiding(decision, x, weights, states, cuts)
@@ -119,7 +129,7 @@ def run(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequen
         elif decision.chunk:
             recurrence = time_chunks.again_in_chunks(recurrence, decision.chunk)
         split = call.heads if decision.path == "persistent" and x.size(1) > 0 else 1
-        result = _layers(*given, recurrence, split)
+        result = _layers(*given, recurrence, split, scales)
     y, c, finals = result
     if active is not None:
         y = torch.where(active, y, 0.0)
@@ -182,6 +192,7 @@ def _layers(
     marks: Tensor | None,
     recurrence: Recurrence,
     split: int,
+    scales: Sequence[Tensor],
 ) -> Result:
     """split: the heads, where each is a direction of its own to the recurrence; else 1."""
     directions = stack.directions
@@ -192,12 +203,17 @@ def _layers(
         if layer > 0 and stack.dropout > 0:
             y = F.dropout(y, stack.dropout)
         rows = slice(layer * directions, (layer + 1) * directions)
-        own = _weights_of(stack, weights, layer).by_head(split)
+        own = _weights_of(stack, weights, layer)
+        if scales:
+            own = own._replace(scale=torch.stack(list(scales[rows])))
+        own = own.by_head(split)
         initial, reset, extras = ([_by_head(t[rows], split) for t in of] for of in (states, cuts.reset, cuts.extras))
         with phase(INPUT_GEMM):
             x_gates = _input_half(stack.cell, y, own)
         keys = _keys_of(stack, cuts, rows, split)
         beside = _beside(directions * split, own.params, extras, keys)
+        if own.scale is not None:
+            beside["scale"] = own.scale
         given = _OfLayer(initial, reset, marks, cuts.active, cuts.fresh, beside)
         if own.weight_hr is not None:
             y, c, final = _projected(stack.cell, x_gates, own.weight_hh, own.bias_hh, own.weight_hr, given, recurrence)
@@ -273,7 +289,7 @@ def _weights_of(stack: Call, weights: Sequence[Tensor], layer: int) -> _Weights:
     first, last = layer * stack.directions * each, (layer + 1) * stack.directions * each
     weight_ih, weight_hh, *others = (_side_by_side(weights[first + k : last : each]) for k in range(each))
     rows = CELLS[stack.cell].gates * stack.hidden_size
-    bias_ih, bias_hh = others[:2] if stack.bias else (None, weight_hh.new_zeros(len(weight_hh), rows))
+    bias_ih, bias_hh = others[:2] if stack.bias else (None, weight_ih.new_zeros(len(weight_hh), rows))
     weight_hr = others.pop() if stack.proj_size else None
     own = [w.unflatten(1, (-1, stack.hidden_size)) for w in others[2 * stack.bias :]]
     return _Weights(weight_ih, weight_hh, bias_ih, bias_hh, torch.cat(own, dim=1) if own else None, weight_hr)

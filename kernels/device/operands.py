@@ -25,9 +25,10 @@ LAST_AXES_FIRST: tl.constexpr = tl.constexpr(tuple(map(int, triton.__version__.s
 
 
 @triton.constexpr_function
-def halves_of(dtype):
-    """Elements in a register of 32 bits."""
-    return 32 // dtype.primitive_bitwidth
+def halves_of(dtype, eight_bits):
+    """Neighbours in K that a thread of the product holds: the elements of a register, with weights of 8 bits as many
+    as those have there."""
+    return 4 if eight_bits else 32 // dtype.primitive_bitwidth
 
 
 @triton.constexpr_function
@@ -77,13 +78,13 @@ def operand_rows(rows, batch: tl.constexpr, splits: tl.constexpr):
 
 
 @triton.jit
-def as_operand(tile, dtype: tl.constexpr, splits: tl.constexpr):
+def as_operand(tile, dtype: tl.constexpr, splits: tl.constexpr, eight_bits: tl.constexpr = False):
     """What was loaded from there, as [K, BB] or [P, K // P, BB]."""
     if splits == 1:
         return tile
     else:
         s: tl.constexpr = tile.shape
-        n: tl.constexpr = min(halves_of(dtype), s[5])
+        n: tl.constexpr = min(halves_of(dtype, eight_bits), s[5])
         bits = tl.reshape(tile, (s[0], s[1], s[2], s[3], s[4], s[5] // n, n))
         if LAST_AXES_FIRST:
             return tl.reshape(tl.permute(bits, (2, 1, 5, 4, 6, 0, 3)), (s[2], s[1] * s[4] * s[5], s[0] * s[3]))
@@ -92,13 +93,17 @@ def as_operand(tile, dtype: tl.constexpr, splits: tl.constexpr):
 
 
 @triton.jit
-def weight_index(size: tl.constexpr, splits: tl.constexpr, transposed: tl.constexpr):
+def weight_index(size: tl.constexpr, splits: tl.constexpr, transposed: tl.constexpr, eight_bits: tl.constexpr):
     """Indices into a k block, from its start, for the weights: [1, K] or [1, P, K // P]; transposed [K // P, P, 1].
     On 3.6.0 [P, 1, K // P] and [P, K // P, 1].
 
     P so that the axes of K and M get the two smallest strides in shared memory, and ldmatrix, for which Triton swizzles
     over the second, no bank conflict (clock, LSTM 1024, B=64, bf16, sm_90, Triton 3.9.0: 11,758 cycles forward and
     14,247 backward became 5,728 and 8,159).
+
+    Of 8 bits [P, 1, K // P], in the order of the product: what is loaded there is an operand as it is. Triton takes a
+    change of layout past all that is between an operand and its load but for a reordering, and behind one it would put
+    into shared memory what 8 bits are widened to.
     """
     if splits == 1:
         return tl.arange(0, size)[None, :]
@@ -106,7 +111,14 @@ def weight_index(size: tl.constexpr, splits: tl.constexpr, transposed: tl.conste
         part: tl.constexpr = size // splits
         first = tl.arange(0, splits) * part
         k = tl.arange(0, part)
-        if transposed:
+        if eight_bits:
+            # In bits, as above, but with a quarter of a register for each weight: memory lane (2), register (1),
+            # quarter (2); k register (1), lane (2), quarter (2).
+            run: tl.constexpr = run_of(part, tl.float16)
+            n: tl.constexpr = min(halves_of(tl.float16, True), run)
+            inside = k // n % LANES * run + k // (LANES * n) % (run // n) * n + k % n
+            return (first[:, None] + (k // (LANES * run) * (LANES * run) + inside)[None, :])[:, None, :]
+        elif transposed:
             return (k[:, None] + first[None, :] if LAST_AXES_FIRST else first[:, None] + k[None, :])[:, :, None]
         elif LAST_AXES_FIRST:
             return (first[:, None] + k[None, :])[None, :, :]
@@ -115,22 +127,22 @@ def weight_index(size: tl.constexpr, splits: tl.constexpr, transposed: tl.conste
 
 
 @triton.jit
-def weight_outputs(m, splits: tl.constexpr, transposed: tl.constexpr):
+def weight_outputs(m, splits: tl.constexpr, transposed: tl.constexpr, eight_bits: tl.constexpr):
     """Indices (or a mask) of the outputs, against ``weight_index``."""
     if splits == 1:
         return m[:, None]
     elif transposed:
         return m[None, None, :]
-    elif LAST_AXES_FIRST:
+    elif LAST_AXES_FIRST and not eight_bits:
         return m[:, None, None]
     else:
         return m[None, :, None]
 
 
 @triton.jit
-def as_weights(tile, dtype: tl.constexpr, splits: tl.constexpr, transposed: tl.constexpr):
+def as_weights(tile, dtype: tl.constexpr, splits: tl.constexpr, transposed: tl.constexpr, eight_bits: tl.constexpr):
     """What was loaded from there, as [M, K] or [P, M, K // P]. dtype: of the moving operand."""
-    if splits == 1:
+    if splits == 1 or eight_bits:
         return tile
     else:
         parts_first = tl.permute(tile, (1, 0, 2)) if LAST_AXES_FIRST else tile
@@ -138,6 +150,6 @@ def as_weights(tile, dtype: tl.constexpr, splits: tl.constexpr, transposed: tl.c
         M: tl.constexpr = tile.shape[1]
         part: tl.constexpr = tile.shape[2]
         run: tl.constexpr = run_of(part, dtype)
-        n: tl.constexpr = min(halves_of(dtype), run)
+        n: tl.constexpr = min(halves_of(dtype, False), run)
         bits = tl.reshape(tile, (splits, M, part // (LANES * run), LANES, run // n, n))
         return tl.reshape(tl.permute(bits, (0, 1, 2, 4, 3, 5)), (splits, M, part))

@@ -10,6 +10,9 @@ only use if that sits in another ``scf.for`` than its definition. So, with a ``w
 * streamed: a tile that is loaded in each step, one ahead of its use, so that the first one of a step is on its way
   while the program waits for the other slices.
 
+Weights of 8 bits are widened at the product (``widen``): in registers, where they would have 16 for all steps, the
+planner has none.
+
 The audit proves from the compiled code that each tile is where ``tiling`` says it is.
 """
 
@@ -21,6 +24,7 @@ import triton.language as tl
 from .exchange import announce, await_count, get, read
 from .operands import as_operand, as_weights, operand_index, operand_rows, weight_index, weight_outputs
 from .tiles import accumulator, narrow, operand, operands, split_gates
+from .widen import eight_bits, in_turn, widened
 
 
 class Matrix(NamedTuple):
@@ -82,6 +86,7 @@ def matrix_of(corner, unit_group, k_start, tiling: tl.constexpr):
 
 @triton.jit
 def dot(weight, moving, acc, tiling: tl.constexpr):
+    weight = widened(weight, tiling)
     if tiling.interpreted:
         # The interpreter's dot returns garbage on bfloat16 (seen on 3.6.0 and 3.9.0).
         return acc + tl.dot(weight.to(tl.float32), moving.to(tl.float32), input_precision="ieee")
@@ -108,8 +113,9 @@ def left_of(length, start, k_start, tiling: tl.constexpr):
 def load_tile(matrix, p: tl.constexpr, segment, start, size: tl.constexpr, length, whole: tl.constexpr,
               tiling: tl.constexpr):  # fmt: skip
     """The weights of pack p for ``size`` indices of K, of which ``length`` are valid."""
-    k = weight_index(size, tiling.splits, tiling.backward)
-    outputs = weight_outputs(matrix.outputs[p], tiling.splits, tiling.backward)
+    eight: tl.constexpr = eight_bits(tiling)
+    k = weight_index(size, tiling.splits, tiling.backward, eight)
+    outputs = weight_outputs(matrix.outputs[p], tiling.splits, tiling.backward, eight)
     # Offsets from zero, masks only where needed: what the tiles of a program share costs registers once.
     corner = matrix.corner + position(segment, start, matrix.k_start, tiling) * tiling.k_stride
     inside = left_of(length, start, matrix.k_start, tiling)
@@ -117,9 +123,9 @@ def load_tile(matrix, p: tl.constexpr, segment, start, size: tl.constexpr, lengt
     if whole:
         tile = tl.load(corner + offsets)
     else:
-        mask = weight_outputs(matrix.masks[p], tiling.splits, tiling.backward) & (k < inside)
+        mask = weight_outputs(matrix.masks[p], tiling.splits, tiling.backward, eight) & (k < inside)
         tile = tl.load(corner + offsets, mask=mask, other=0.0)
-    return as_weights(tile, tile.dtype, tiling.splits, tiling.backward)
+    return as_weights(tile, tile.dtype, tiling.splits, tiling.backward, eight)
 
 
 @triton.jit
@@ -252,9 +258,10 @@ def add(weights, moving, first: tl.constexpr, last: tl.constexpr, accs, tiling: 
         for i in tl.static_range(first, last):
             accs = advance(nth_tile(weights.tiles, i, tiling), moving[i - first], accs, tiling)
     else:
-        for _ in range(weights.opaque_one):
+        for turn in range(weights.opaque_one):
             for i in tl.static_range(first, last):
-                accs = advance(nth_tile(weights.tiles, i, tiling), moving[i - first], accs, tiling)
+                tiles = in_turn(nth_tile(weights.tiles, i, tiling), turn, tiling)
+                accs = advance(tiles, moving[i - first], accs, tiling)
     return accs
 
 
@@ -288,7 +295,7 @@ def operand_tile(pointer, rows, segment, start, size: tl.constexpr, length, whol
     offsets = k + operand_rows(rows, tiling.batch_tile, tiling.splits) * tiling.row_stride
     mask = None if whole else k < inside
     tile, spin_limit = get(corner + offsets, mask, spin_limit, error, exchange)
-    return as_operand(tile, dtype, tiling.splits), spin_limit
+    return as_operand(tile, dtype, tiling.splits, eight_bits(tiling)), spin_limit
 
 
 @triton.jit

@@ -52,6 +52,7 @@ from .product import add_parts, corner_of, first_streamed, load_rest, matrix_of,
 from .program import Neighbour, locate, own_counter, sync_of_layer
 from .tile_tuples import add_tiles, choose, load_tiles, moved, only_where, store, store_tiles, zero_where
 from .tiles import batch_tile, narrow, previous_slot, tile_offset, time_of, unit_offsets
+from .widen import scaled
 
 
 @triton.jit
@@ -114,10 +115,12 @@ def scan_forward(
     tiling: tl.constexpr,
     exchange: tl.constexpr,
     KEEP: tl.constexpr,
+    scale=None,
 ):
     """states: tuple of [T + 2, B, D, H], of which those after h have few slots unless KEEP (the initial state in slot
     0, or 1 in reverse; the final one in 1; with marks the reset state in 2). x_gates: [T, B, D, X*H]. saved:
-    [T, B, D, n, H] or None. step_data: (marks uint8 [T, B, D], params [D, P, H], extras [T, B, D, E, H]), None each
+    [T, B, D, n, H] or None. scale: float32 [D, G*H], of the rows of a weight of 8 bits, else None. step_data:
+    (marks uint8 [T, B, D], params [D, P, H], extras [T, B, D, E, H]), None each
     where there are none. sync: (counters int32 [jobs * L * subtiles * lanes * exchange.stride], error word int32 [1],
     partial sums fp32 [groups * subtiles, 2, S, outputs * BB * R*U]).
     For a stack as a pipeline: states [L, T + 2, ...], saved and extras [L, T, ...], params [L, P, H], weight
@@ -172,6 +175,9 @@ def scan_forward(
             below_bias = load_bias(bias + G * H, program, tiling)
         ahead = first_streamed(own_matrix, tiling)
         own_bias = load_bias(bias + program.direction * (G * H), program, tiling)
+        scales = ()
+        if scale is not None:
+            scales = load_bias(scale + program.direction * (G * H), program, tiling)
         p = load_params(params, program, tiling)
 
         step = 0
@@ -202,14 +208,14 @@ def scan_forward(
                     x = add_tiles(add_tiles(x, from_below), below_bias)
                 if tiling.slices == 1:
                     inner = existing(before, program, tiling)
-                    product = product_local(own_weights, inner, weight.dtype.element_ty, tiling, exchange)
+                    product = product_local(own_weights, inner, states[0].dtype.element_ty, tiling, exchange)
                 else:
                     h = states[0] + tile_offset(previous_slot(t, program.reverse), tile, program, B, H, tiling)
                     product, ahead, spin_limit = multiply(
                         own_weights, ahead, h, rows_of_h, j, program, step, step, own_sync, spin_limit, tiling,
                         exchange,
                     )  # fmt: skip
-                new, to_save = cell(x, add_tiles(product, own_bias), before, p, e)
+                new, to_save = cell(x, add_tiles(scaled(product, scales), own_bias), before, p, e)
                 if marks is not None:
                     new = choose(is_marked(mark, SKIPPED), before, new)
 

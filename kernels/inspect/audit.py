@@ -38,9 +38,10 @@ from ..launch import options
 from ..planner import hardware as devices
 from ..planner import plan as planning
 from ..planner.pipeline import plan_pipeline
-from ..planner.problem import Problem
+from ..planner.problem import WEIGHTS, Problem
 
 DTYPES = {"fp16": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
+OF_8_BITS = dict(zip(WEIGHTS, ("*i8", "*u8"), strict=True))
 DEVICE_OF_ARCH = {
     "sm_80": "a100",
     "sm_89": "rtx4090",
@@ -56,7 +57,8 @@ ALIGNED = [["tt.divisibility", 16]]
 class Case:
     """What to compile: one kernel for one shape on one architecture; layers > 1: of a stack as a pipeline; marks: with
     rows that begin anew or skip a step, gradients to the reset states and from every c; chunked: for a chunk of time,
-    with c and the gradients of the states in float32."""
+    with c and the gradients of the states in float32; weight_dtype: as in ``Problem``, of a forward that keeps
+    nothing."""
 
     cell: str
     backward: bool
@@ -68,6 +70,7 @@ class Case:
     layers: int = 1
     marks: bool = False
     chunked: bool = False
+    weight_dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,8 @@ class Row:
 def planned(case: Case) -> planning.Pass:
     """The pass that the plan has for a case."""
     hardware = devices.named(DEVICE_OF_ARCH[case.arch])
-    problem = Problem(CELLS[case.cell], case.hidden, case.batch, case.directions, case.dtype, hardware)
+    sizes = case.hidden, case.batch, case.directions
+    problem = Problem(CELLS[case.cell], *sizes, case.dtype, hardware, weight_dtype=case.weight_dtype)
     if case.layers > 1:
         found = plan_pipeline(problem, case.layers)
         if found is None:
@@ -127,7 +131,8 @@ def key(case: Case, part: planning.Pass) -> str:
     sources = [path.read_bytes() for path in (kernels / "launch.py", *sorted((kernels / "device").glob("*.py")))]
     choice = part.choice.warps, part.choice.blocks
     sources.append(derived(case.cell).source.encode())
-    what = case.cell, case.backward, case.dtype, case.arch, case.marks, case.chunked, part.tiling, *choice
+    kind = case.cell, case.backward, case.dtype, case.arch, case.marks, case.chunked
+    what = *kind, case.weight_dtype, part.tiling, *choice
     return hashlib.sha256(b"".join(sources) + f"{triton.__version__} {what}".encode()).hexdigest()[:16]
 
 
@@ -164,7 +169,11 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
         signature |= {"x_gates": pointer, "bias": pointer}
         if case.chunked:
             signature["states"] = pointer, *("*fp32",) * (cell.states - 1)
-        constants |= {"cell": derived(cell.name).forward, "KEEP": True}
+        constants |= {"cell": derived(cell.name).forward, "KEEP": not case.weight_dtype, "scale": None}
+        if case.weight_dtype:
+            signature |= {"weight": OF_8_BITS[case.weight_dtype], "saved": "constexpr", "scale": "*fp32"}
+            constants |= {"saved": None}
+            del constants["scale"]
     source = source_of(kernel, signature, constants)
     return triton.compile(source, target=target_of(case.arch), options=options(part, case.arch))
 
@@ -205,7 +214,7 @@ _VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
 _POINTERS = re.compile(r"tensor<([\dx]+)x!tt\.ptr<(\w+)>")
 _DOTS = re.compile(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b")
 _LOADS = re.compile(r"\b(tt\.(load|gather|descriptor_load)|ttg\.async_copy_global_to_local|amdg\.buffer_load)\b")
-_BITS = {"f16": 16, "bf16": 16, "f32": 32}
+_BITS = {"i8": 8, "f16": 16, "bf16": 16, "f32": 32}
 
 
 def homes(ttgir: str) -> Homes:
@@ -268,7 +277,8 @@ def homes(ttgir: str) -> Homes:
                 pointers.add(result)
             source = next((value for value in used if value in tiles), None)
             if source is not None:
-                tiles[result] = tiles[source][0], depth
+                # What is computed of a tile, as where 8 bits are widened, is where the tile was.
+                tiles[result] = tiles[source][0], tiles[source][1] if operation.startswith("arith.") else depth
     total = {home: sum(bytes_of[load] for load in found if found[load] == home) for home in ("registers", "shared")}
     return Homes(total["registers"], total["shared"], streamed)
 
@@ -291,7 +301,8 @@ def disassemble(cubin: bytes) -> tuple[int, Counter[str]]:
 def row_of(case: Case, **found: Any) -> Row:
     """A row that says what was compiled, and what of it was found."""
     kernel = f"{case.cell} {'backward' if case.backward else 'forward'}"
-    shape = case.dtype, case.hidden, case.batch, case.directions, case.arch
+    dtype = f"{case.dtype} x {case.weight_dtype}" if case.weight_dtype else case.dtype
+    shape = dtype, case.hidden, case.batch, case.directions, case.arch
     return Row(kernel, *shape, str(triton.__version__), **found)
 
 
@@ -306,12 +317,16 @@ def audit(case: Case) -> Row:
     limit = devices.named(DEVICE_OF_ARCH[case.arch]).shared
     failures = []
     nvidia = case.arch.startswith("sm_")
-    expected = Homes(part.in_registers, part.in_shared, part.streamed)
+    # Homes are counted as loaded: weights of 8 bits are widened on their way to registers.
+    widening = 2 if case.weight_dtype else 1
+    expected = Homes(part.in_registers // widening, part.in_shared, part.streamed)
     # Triton's AMD backend leaves what is read before the loop there: more of it is in registers than was asked for.
     resident = where.registers + where.shared == expected.registers + expected.shared
     if where != expected and (nvidia or not resident or where.streamed != expected.streamed):
         failures.append(f"weights are in {where}, the plan says {expected}")
     shared = compiled.metadata.shared
+    if shared < where.shared:
+        failures.append(f"{shared} bytes of shared memory do not hold the {where.shared} of weights said to be there")
     if shared > limit:
         failures.append(f"{shared} bytes of shared memory, limit {limit}")
     if shared > part.shared and nvidia:

@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from .hardware import INTERPRETER
-from .occupancy import SIGNALS, cell_registers, masked, pipeline_registers, register_limit, registers_needed
+from .occupancy import (
+    SIGNALS,
+    cell_registers,
+    masked,
+    pipeline_registers,
+    register_limit,
+    registers_needed,
+    widening_registers,
+)
 from .problem import Problem
 from .tiling import Choice, gate_packs, next_power_of_2, smallest_k_block
 
@@ -55,9 +63,12 @@ def choices(problem: Problem, backward: bool, strict: bool = True) -> Iterator[C
 def _local(problem: Problem, backward: bool) -> Iterator[Choice]:
     """One slice: K is the tile of units."""
     units = max(16, next_power_of_2(problem.hidden))
+    groups = units >= 64 and problem.hardware.arch in ("sm_90", "sm_100")
+    if problem.weight_dtype and groups:
+        return  # warp groups would have weights that they widen in registers, for all steps
     k = units * (problem.cell.gates if backward else 1)
     # Warp-group products, which Triton takes from 64 rows on, read the weights from shared memory.
-    in_memory = problem.dtype == "fp32" or (units >= 64 and problem.hardware.arch in ("sm_90", "sm_100"))
+    in_memory = problem.dtype == "fp32" or problem.weight_dtype != "" or groups
     homes = (0, k) if in_memory else (k, 0)
     for warps, blocks, batch_tile in product((4, 8), (1, 2, 4), (16, 32)):
         yield Choice(units, 1, batch_tile, 1, warps, blocks, 1, units, k, *homes, units)
@@ -77,7 +88,7 @@ def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
     # Where most of W_hh is streamed, a narrow tile may be all that the registers hold.
     streams = problem.weight_bytes > 2 * count * problem.hardware.shared
     tiles = _batch_tiles(problem, problem.batch <= 8 or streams or not strict)
-    all_splits = (8, 4, 2, 1) if streams or problem.size == 4 else (8, 4, 2)
+    all_splits = (8, 4, 2, 1) if (streams and not problem.weight_dtype) or problem.size == 4 else (8, 4, 2)
     for units in (8, 16, 32, 64, 128):
         needed = -(-problem.hidden // units)
         if needed < 2 or needed > count * 2:
@@ -175,17 +186,20 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
     def homes(choice: Choice, streamed: bool) -> tuple[int, int]:
         spare = limit - registers_needed(p.m, p.packs, choice, size, 0, streamed, True, p.masked)
         spare -= cell_registers(problem.cell, backward, choice)
+        spare -= widening_registers(problem, p.m, choice.largest_k_block, choice.warps)
         if spare < 0 and strict:
             return 0, -1
         # Where several warps share a part of K, Triton 3.6.0 gives each of them all of its weights: 8 / splits times
         # the registers (seen: hundreds of spills). And one part of K is a product of warp groups on sm_90, which reads
         # its weights from shared memory.
-        unfit = problem.dtype == "fp32" or choice.splits < WARPS
+        # Nor weights of 8 bits, which would be there in 16.
+        unfit = problem.dtype == "fp32" or problem.weight_dtype != "" or choice.splits < WARPS
         kept = 0 if unfit else max(spare, 0) * WORDS // (p.m * size) // p.quantum * p.quantum
+        stored = problem.stored
         stream = (p.m + choice.batch_tile) * choice.streamed_k_block * size if streamed else 0
         working = max(choice.burst * choice.batch_tile * size, stream, p.reduction) + SIGNALS
-        shared = (total - working) // (p.m * size) // p.quantum * p.quantum
-        most = (total - choice.units * choice.batch_tile * 4) // (p.m * size) // p.quantum * p.quantum
+        shared = (total - working) // (p.m * stored) // p.quantum * p.quantum
+        most = (total - choice.units * choice.batch_tile * 4) // (p.m * stored) // p.quantum * p.quantum
         return min(kept, most), shared
 
     registers, shared = homes(choice, False)

@@ -3,7 +3,7 @@
 A step is one exchange, then a product, then the cell, and the sum of five parts:
 
 * compute: multiply-adds of one program, padding included, at its share of the device's matrix rate times what such
-  small products reach of it;
+  small products reach of it; weights of 8 bits are widened before;
 * weights: reading W_hh, per step and product, from shared memory (weights in registers cost nothing) and from L2 or
   memory (streamed weights; what exceeds L2 comes at the memory's rate);
 * state: reading the moving operand from L2 and staging it in shared memory, and with a two-dimensional split writing
@@ -28,6 +28,12 @@ LATENCY_SHARE = 0.5  # of an exchange: one trip through L2, for the first byte o
 UNHIDDEN = 0.1  # of an exchange, however much work other batch tiles have
 CELL_CYCLES = 250.0  # the chain of exp and divide from the product to the new state
 ELEMENT_CYCLES = 40.0  # per element of the state and thread: loads, stores, conversions
+
+
+# Instructions per weight of 8 bits that is widened in each step (counted in ``widen``, address arithmetic aside), and
+# lanes of a multiprocessor that such integer instructions have.
+WIDENING = 2.5
+WIDENING_LANES = 64.0
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,12 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool) -> Cost:
 
     l2 = hardware.l2_rate / cycle / share  # bytes per microsecond and program
     on_chip = hardware.shared_rate / cycle / share
-    weights = tiles * work.m * work.in_shared * size / on_chip
+    weights = tiles * work.m * work.in_shared * problem.stored / on_chip
+    if problem.weight_dtype:
+        lanes = WIDENING_LANES / cycle / share
+        compute += tiles * work.m * (work.in_shared + work.streamed) * WIDENING / lanes
     if work.streamed:
-        per_program = work.m * work.streamed * size
+        per_program = work.m * work.streamed * problem.stored
         all_programs = per_program * work.programs
         # What L2 cannot keep from step to step is read from memory, and L2 evicts in a cycle: all or nothing.
         memory = all_programs / (hardware.memory_rate * 1e3) if all_programs > hardware.l2 / 2 else 0.0
@@ -136,7 +145,7 @@ def _floor(problem: Problem) -> float:
     cycle = 1e-3 / hardware.clock
     weights = problem.weight_bytes
     total = directions * weights
-    compute = 2 * total // problem.size * batch / (hardware.rate(problem.dtype) * 1e6)
+    compute = 2 * total // problem.stored * batch / (hardware.rate(problem.dtype) * 1e6)
     capacity = hardware.shared + hardware.registers * 2  # half of the registers work
     pointwise = CELL_CYCLES * cycle
     if weights <= capacity:
@@ -161,7 +170,8 @@ def torch_step(problem: Problem, backward: bool) -> float:
     )  # fmt: skip
     if persistent:
         return 3.11 if backward else 1.96
-    weights = problem.weight_bytes * problem.heads
+    # Dequantised, where they are of 8 bits.
+    weights = problem.weight_bytes // problem.stored * problem.size * problem.heads
     rate = (
         hardware.memory_rate * 1e3
         if directions * weights > hardware.l2 / 2

@@ -37,7 +37,8 @@ def launch_metadata(grid: tuple[int, ...], metadata: Any, arguments: Mapping[str
     moved = matrices * t.gates * t.hidden * t.hidden * size * directions_of(jobs, B, t)
     values = arguments_moved(arguments, t)
     moved += sum(rows * T * count * of.element_size() for of, count in values)
-    return {"name": name, f"flops{8 * size}": float(flops), "bytes": int(moved)}
+    # Weights of 8 bits are multiplied in the dtype of h.
+    return {"name": name, f"flops{8 * arguments['states'][0].element_size()}": float(flops), "bytes": int(moved)}
 
 
 def arguments_moved(arguments: Mapping[str, Any], t: Tiling) -> Iterable[tuple[Any, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..cells import Cell
+from .problem import Problem
 from .tiling import Choice, Tiling, smallest_k_block
 
 # Registers per thread that a kernel needs besides weights, accumulators, the operand in flight and the streamed tile.
@@ -16,6 +17,8 @@ PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
 ADDRESS_REGISTERS = 10  # more for each kind of tensor that neither the LSTM nor the GRU has
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
+
+WIDENING_REGISTERS = 16  # more where weights are of 8 bits, besides a tile of them and that tile in 16
 
 # Registers per thread that a layer of a pipeline needs more than a layer alone: the product of what comes from its
 # neighbour, and the addresses of that. By bytes per element.
@@ -40,6 +43,11 @@ def register_estimate(cell: Cell, t: Tiling, choice: Choice, size: int) -> int:
     needs_mask = exchanged and masked(t.hidden, t.depth, t.ragged, t.splits, size)
     need = registers_needed(t.m, len(t.packs), choice, size, resident, t.streamed > 0, exchanged, needs_mask)
     return need + cell_registers(cell, t.backward, choice)
+
+
+def widening_registers(problem: Problem, m: int, k_block: int, warps: int) -> int:
+    """More where weights are of 8 bits: a tile of K as it is stored and as it is multiplied."""
+    return WIDENING_REGISTERS + m * k_block * (1 + problem.size) // (128 * warps) if problem.weight_dtype else 0
 
 
 def cell_registers(cell: Cell, backward: bool, choice: Choice) -> int:
@@ -92,20 +100,20 @@ def pipeline_registers(backward: bool, depth: int, size: int, elements: int) -> 
     return BACKWARD_REGISTERS[size] + depth * size // DEPTH + STATE_REGISTERS * (elements - 1)
 
 
-def shared_bound(t: Tiling, size: int) -> tuple[int, int, int]:
+def shared_bound(t: Tiling, size: int, stored: int) -> tuple[int, int, int]:
     """(in registers, in shared memory, total of shared memory) per program, in bytes, the last an upper bound."""
     registers = t.m * sum(c.size for c in t.k_blocks[: t.in_registers]) * size
-    shared = t.m * sum(c.size for c in t.k_blocks[t.in_registers :]) * size
+    shared = t.m * sum(c.size for c in t.k_blocks[t.in_registers :]) * stored
     ends = (*t.bursts, len(t.k_blocks))[1:]
     burst = max((sum(c.size for c in t.k_blocks[a:b]) for a, b in zip(t.bursts, ends, strict=True)), default=0)
     if t.slices == 1:
         # Every operand tile and the result of one.
         burst = sum(c.size for c in t.k_blocks) + t.units
     operand = burst * t.batch_tile * size
-    stream = (t.m + t.batch_tile) * t.streamed_k_block * size if t.streamed else 0
+    stream = (t.m + t.batch_tile) * t.streamed_k_block * size if t.streamed else 0  # also of 8 bits: widened before
     reduction = t.splits * max(t.packs) * t.units_formed * t.batch_tile * 4
     # On their way to registers the weights pass through shared memory, before those that stay there arrive.
     # Beside them, the first state changes its layout.
     state = t.units * t.batch_tile * 4
     working = max(operand, stream, reduction) + (state if t.slices == 1 else 0) + SIGNALS
-    return registers, shared, max(registers + state, shared + working)
+    return registers, shared, max(registers // size * stored + state, shared + working)

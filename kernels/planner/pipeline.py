@@ -78,7 +78,7 @@ def finish(problem: Problem, layers: int, backward: bool, choice: Choice) -> Pas
     """The pass that a choice makes, or None if it does not fit after all."""
     hardware, size = problem.hardware, problem.size
     t = replace(make_tiling(problem, choice, backward=backward), layers=layers)
-    registers, shared, total = occupancy.shared_bound(t, size)
+    registers, shared, total = occupancy.shared_bound(t, size, size)
     # The second matrix: once more what the first has, in both homes.
     total = max(total + shared, total + registers)
     more = registers // WORDS + occupancy.pipeline_registers(backward, t.depth, size, elements(choice))
@@ -123,7 +123,12 @@ def plan_pipeline(problem: Problem, layers: int) -> Pipeline | None:
             f"a pipeline has at least 2 layers, one direction and one head, got {layers}, {problem.directions} and "
             f"{problem.heads}"
         )
-    if obstacle(problem.cell) or layers > MOST_LAYERS or problem.cell.gates * problem.hidden * problem.size > DEEPEST:
+    if (
+        obstacle(problem.cell)
+        or problem.weight_dtype
+        or layers > MOST_LAYERS
+        or problem.cell.gates * problem.hidden * problem.size > DEEPEST
+    ):
         return None
     alone, planned_for = planning.plan_layer(problem), planning.of_class(problem)
     passes = []

@@ -17,7 +17,7 @@ from . import cost as model
 from .choices import choices, room
 from .cost import Cost
 from .hardware import INTERPRETER, Hardware
-from .occupancy import register_estimate, register_limit, shared_bound
+from .occupancy import register_estimate, register_limit, shared_bound, widening_registers
 from .problem import BYTES, Problem
 from .tiling import Choice, Tiling, make_tiling, smallest_k_block
 
@@ -102,6 +102,16 @@ class Plan:
     backward: Pass
     floor: float
     heads: int = 1
+    weight_dtype: str = ""
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Those that the layer has: weights of 8 bits have no backward, and ``backward`` is the forward again."""
+        return ("forward",) if self.weight_dtype else ("forward", "backward")
+
+    @property
+    def dtype_in_words(self) -> str:
+        return self.dtype + (f" with W_hh in {self.weight_dtype}" if self.weight_dtype else "")
 
     @property
     def size_in_words(self) -> str:
@@ -109,10 +119,11 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.cell} {self.size_in_words} B={self.batch} D={self.directions} {self.dtype} on {self.hardware.name} "
-            f"({self.hardware.arch}, {self.hardware.multiprocessors} multiprocessors)"
+            f"{self.cell} {self.size_in_words} B={self.batch} D={self.directions} {self.dtype_in_words} on "
+            f"{self.hardware.name} ({self.hardware.arch}, {self.hardware.multiprocessors} multiprocessors)"
         ]
-        for name, part in (("forward", self.forward), ("backward", self.backward)):
+        for name in self.passes:
+            part: Pass = getattr(self, name)
             t, shares = part.tiling, part.shares
             where = "no exchange" if t.slices == 1 else "exchange each step"
             split = f" in {t.unit_groups} unit groups x {t.k_parts} parts of K" if t.k_parts > 1 else ""
@@ -158,8 +169,11 @@ def finish(problem: Problem, backward: bool, choice: Choice, strict: bool = True
     """The pass that a choice makes, or None if it does not fit after all. Strict: nor by the registers' estimate."""
     hardware, size = problem.hardware, problem.size
     t = make_tiling(problem, choice, backward=backward)
-    registers, shared, total = shared_bound(t, size)
+    registers, shared, total = shared_bound(t, size, problem.stored)
     estimate = register_estimate(problem.cell, t, choice, size)
+    estimate += widening_registers(
+        problem, t.m, max((b.size for b in t.k_blocks), default=t.streamed_k_block), choice.warps
+    )
     too_large = total > room(problem, choice.blocks) or (strict and estimate > register_limit(choice))
     places = hardware.multiprocessors * choice.blocks // t.slices
     if places == 0 or (too_large and hardware is not INTERPRETER):
@@ -171,8 +185,8 @@ def finish(problem: Problem, backward: bool, choice: Choice, strict: bool = True
     if t.slices == 1 and groups > places:
         factor = -(-groups // places)
         cost = Cost(*(getattr(cost, f) * factor for f in cost.__dataclass_fields__))
-    streamed = t.m * t.streamed * t.streamed_k_block * size
-    shares = _shares(t, size)
+    streamed = t.m * t.streamed * t.streamed_k_block * problem.stored
+    shares = _shares(t, problem.stored)
     return Pass(t, choice, groups, -(-jobs // groups), registers, shared, streamed, total, estimate, shares, cost)
 
 
@@ -207,7 +221,8 @@ def best(problem: Problem, backward: bool) -> Choice | None:
     """The fastest choice for a class of batch sizes; where the registers' estimate, which is on the safe side, lets
     nothing pass, the choice that exceeds its limit least."""
     bounded = ((_quick(problem, backward, c), i, c) for i, c in enumerate(choices(problem, backward)))
-    kernel = problem.cell.name, problem.dtype, problem.hidden, problem.batch, problem.directions, problem.hardware.arch
+    dtype = problem.weight_dtype or problem.dtype
+    kernel = problem.cell.name, dtype, problem.hidden, problem.batch, problem.directions, problem.hardware.arch
     passed_over = not backward and kernel in PASSED_OVER
     found: list[Pass] = []  # the fastest first, as many as are asked for
     for bound, _, choice in sorted(bounded):
@@ -229,9 +244,9 @@ def _pass(problem: Problem, backward: bool) -> Pass:
     if not found:
         hardware = problem.hardware
         raise PlanError(
-            f"hidden_size={problem.hidden} in {problem.dtype} does not fit on {hardware.name}: W_hh of one direction "
-            f"has {problem.weight_bytes:,} bytes; with {hardware.multiprocessors} multiprocessors of "
-            f"{hardware.shared:,} bytes of shared memory each no slice holds its operands. "
+            f"hidden_size={problem.hidden} in {problem.weight_dtype or problem.dtype} does not fit on {hardware.name}: "
+            f"W_hh of one direction has {problem.weight_bytes:,} bytes; with {hardware.multiprocessors} multiprocessors "
+            f"of {hardware.shared:,} bytes of shared memory each no slice holds its operands. "
             f"Use a smaller hidden_size{', float16 or bfloat16' if problem.size == 4 else ''}, or backend='torch'."
         )
     return found
@@ -263,8 +278,9 @@ def plan_layer(problem: Problem) -> Plan:
             f"hidden_size={hidden}: offsets into W_hh have 31 bits, and {gates} gates allow hidden_size up to "
             f"{math.isqrt((LARGEST - 1) // gates + 16) - 4}; use a smaller one, or backend='torch'."
         )
-    forward, backward = (_pass(problem, backward) for backward in (False, True))
+    forward = _pass(problem, False)
+    backward = forward if problem.weight_dtype else _pass(problem, True)
     return Plan(
         problem.cell.name, hidden, problem.batch, problem.directions, problem.dtype, problem.hardware, forward,
-        backward, model.floor(problem), problem.heads,
+        backward, model.floor(problem), problem.heads, problem.weight_dtype,
     )  # fmt: skip

@@ -78,11 +78,21 @@ class Tiling:
         layers: L of a stack that runs as a pipeline, each with a second matrix as large as W_hh and in the same homes.
         more_inputs, params, extras, after, more_gradients: of the cell, the first and the last in tiles.
         heads: in each direction; ``directions`` counts all of them.
+        widened: the dtype, "fp16" or "bf16", in which weights of 8 bits are multiplied; "": they are not of 8 bits.
         guarded: whether units past H are masked before the product of one slice.
     """
 
     # Not in a plan's JSON where the cell has nothing of the kind.
-    OF_SOME_CELLS: ClassVar = ("more_inputs", "params", "extras", "after", "more_gradients", "guarded", "heads")
+    OF_SOME_CELLS: ClassVar = (
+        "more_inputs",
+        "params",
+        "extras",
+        "after",
+        "more_gradients",
+        "guarded",
+        "heads",
+        "widened",
+    )
 
     hidden: int
     stride: int
@@ -118,6 +128,7 @@ class Tiling:
     more_gradients: int = 0
     guarded: bool = False
     heads: int = 1
+    widened: str = ""
 
     @property
     def inputs(self) -> int:
@@ -216,7 +227,7 @@ def smallest_k_block(splits: int) -> int:
 
 def make_tiling(problem: Problem, choice: Choice, *, backward: bool) -> Tiling:
     """The compile-time record for one choice; one slice if the units cover H."""
-    cell, hidden, size = problem.cell, problem.hidden, problem.size
+    cell, hidden = problem.cell, problem.hidden
     units, k_parts, gates = choice.units, choice.k_parts, cell.gates
     slices = -(-hidden // units)
     if slices == 1:
@@ -243,13 +254,14 @@ def make_tiling(problem: Problem, choice: Choice, *, backward: bool) -> Tiling:
         shared = tuple(c for s in range(segments) for c in cut_k(s, first, start, smallest, largest))
         parts, kept = registers + shared, len(registers)
         streamed = segments * -(-(depth - start) // choice.streamed_k_block)
-    aligned = 16 // size
+    aligned = 16 // problem.stored
     return Tiling(
         hidden=hidden,
         backward=backward,
         stride=-(-hidden // aligned) * aligned if slices > 1 else hidden,
         directions=problem.recurrences,
         heads=problem.heads,
+        widened=problem.dtype if problem.weight_dtype else "",
         gates=gates,
         saved=cell.saved,
         recurrent_gradient=cell.recurrent_gradient,

@@ -41,11 +41,17 @@ def choice(gates: int, backward: bool, homes: str = "registers", **changed: int)
 
 
 def tilings(
-    cell: str, hidden: int, directions: int = 1, dtype: str = "fp32", heads: int = 1, **chosen: str | int
+    cell: str,
+    hidden: int,
+    directions: int = 1,
+    dtype: str = "fp32",
+    heads: int = 1,
+    weight_dtype: str = "",
+    **chosen: str | int,
 ) -> tuple[tuple[Choice, Tiling], tuple[Choice, Tiling]]:
     """The choice and the tiling of the forward and of the backward."""
     hardware = INTERPRETER if launch.INTERPRETED else DEVICES["h200"]
-    problem = Problem(CELLS[cell], hidden, 1, directions, dtype, hardware, heads)
+    problem = Problem(CELLS[cell], hidden, 1, directions, dtype, hardware, heads, weight_dtype)
     found = []
     for backward in (False, True):
         made = choice(problem.cell.gates, backward, **chosen)
@@ -71,9 +77,10 @@ def force(
 ) -> None:
     """Every layer runs as ``chosen`` (see ``choice``), ``groups`` jobs at a time (None: all)."""
 
-    def choose(cell, hidden, batch, directions, dtype, precision, device, heads=1):
+    def choose(cell, hidden, batch, directions, dtype, precision, device, heads=1, weight_dtype=""):
         passes = []
-        for made, t in tilings(cell.name, hidden, directions, multiplied(dtype, precision), heads, **chosen):
+        of = multiplied(dtype, precision), heads, weight_dtype
+        for made, t in tilings(cell.name, hidden, directions, *of, **chosen):
             jobs = t.jobs(batch)
             together = min(groups or jobs, jobs)
             passes.append(plan.Pass(t, made, together, -(-jobs // together), 0, 0, 0, 0, 0, None, None))

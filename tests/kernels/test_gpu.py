@@ -106,7 +106,7 @@ def choices(monkeypatch):
     """choices(plan): launches from now on take the plan's choices, whatever their batch and directions."""
 
     def keep(plan):
-        def choose(cell, hidden, batch, directions, dtype, precision, device, heads=1):
+        def choose(cell, hidden, batch, directions, dtype, precision, device, heads=1, weight_dtype=""):
             parts = []
             for part in (plan.forward, plan.backward):
                 t = replace(part.tiling, directions=directions)
