@@ -1,7 +1,8 @@
 """8-bit weights as a product takes them: the very same numbers in the operand's 16-bit dtype.
 
 int8 holds integers, uint8 the bits of float8_e4m3fn without its NaN; the scale of each row stands outside the product.
-fp8 is widened by shifts and a product, so that it needs no instruction of sm_89 and runs on sm_80 as well.
+Four weights are a register, and become two in 5 to 10 instructions that sm_80 has: conversions, of which a
+multiprocessor does a quarter as many in a cycle, are not among them.
 """
 
 import triton
@@ -13,20 +14,45 @@ def eight_bits(tiling):
     return tiling.widened != ""
 
 
+@triton.constexpr_function
+def assembly(bits, to):
+    """From $2 to $0 and $1, of PTX. A byte becomes a half of each half of a register: the lower one, with an exponent
+    that makes an integer of it, or the upper one, as a number of another bias. One operation, exact, mends it."""
+    if bits == "int8" and to == "bf16":  # 128 + the lower 7 bits, less 128 + 128 of the sign
+        constants, selectors = (0xBF80BF80, 0), (0x4140, 0x4342)
+        each = "prmt.b32 x, x, 0x43434343, {}; and.b32 y, x, 0x43804380; and.b32 x, x, 0x437F437F;"
+        each += "fma.rn.bf16x2 ${}, y, c, x;"
+    elif bits == "int8":  # 1024 + 128 + the integer
+        constants, selectors = (0x64806480, 0), (0x4140, 0x4342)
+        each = "xor.b32 x, x, 0x80808080; prmt.b32 x, x, 0x64646464, {}; sub.f16x2 ${}, x, c;"
+    else:
+        shift, mask, power = (4, 0x07F007F0, 0x7B807B80) if to == "bf16" else (1, 0x3F803F80, 0x5C005C00)
+        constants, selectors = (power, 0x80008000), (0x1404, 0x3424)
+        each = f"prmt.b32 x, x, 0, {{}}; shr.b32 y, x, {shift}; and.b32 y, y, {mask}; and.b32 x, x, z; or.b32 x, x, y;"
+        each += "fma.rn.bf16x2 ${}, x, c, z;" if to == "bf16" else "mul.f16x2 ${}, x, c;"
+    both = "".join(f"mov.b32 x, $2; {each.format(selector, i)} " for i, selector in enumerate(selectors))
+    return "{ .reg .b32 x, y, c, z; mov.b32 c, %d; mov.b32 z, %d; %s}" % (*constants, both)
+
+
 @triton.jit
 def widened(tile, tiling: tl.constexpr):
     """A tile of weights in the dtype of the product; what is not of 8 bits, as it is."""
-    dtype: tl.constexpr = tl.bfloat16 if tiling.widened == "bf16" else tl.float16
     if not eight_bits(tiling):
         return tile
+    elif not tiling.interpreted:
+        bits: tl.constexpr = "fp8" if tile.dtype == tl.uint8 else "int8"
+        text: tl.constexpr = assembly(bits, tiling.widened)
+        if tiling.widened == "bf16":
+            return tl.inline_asm_elementwise(text, "=&r,=&r,r", [tile], dtype=tl.bfloat16, is_pure=True, pack=4)
+        else:
+            return tl.inline_asm_elementwise(text, "=&r,=&r,r", [tile], dtype=tl.float16, is_pure=True, pack=4)
     elif tile.dtype == tl.uint8:
-        # Sign, exponent and mantissa at their places in float16; the product makes up for the other bias.
+        # As float16, whose exponent has another bias.
         bits = tile.to(tl.int16)
         half = (((bits << 8) & -0x8000) | ((bits << 7) & 0x3F80)).to(tl.float16, bitcast=True)
-        return (half.to(tl.float32) * 256.0).to(dtype)
+        return half.to(tl.float32) * 256.0
     else:
-        # The interpreter makes garbage of an integer in bfloat16 (seen on 3.9.0).
-        return tile.to(tl.float32 if tiling.interpreted else dtype)
+        return tile.to(tl.float32)
 
 
 @triton.jit

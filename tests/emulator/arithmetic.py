@@ -104,6 +104,12 @@ def elements(registers: Array, kind: str) -> Array:
     return halves.view(F16).astype(F32) if kind == "f16" else of_bf16(halves)
 
 
+def halves(x: Array, kind: str) -> Array:
+    """[lanes, 2] of float32 as 32-bit registers of two 16-bit numbers."""
+    rounded = to_f16(x) if kind == "f16" else to_bf16(np.ascontiguousarray(x))
+    return np.ascontiguousarray(rounded).view(U32).reshape(-1)
+
+
 def fragment(registers: Array, rows: int, kind: str) -> Array:
     """A fragment [groups, rows, columns] of a matrix: rows of 4 lanes with one register each."""
     return elements(registers.reshape(-1, rows, 4), kind).reshape(len(registers) // (rows * 4), rows, -1)

@@ -21,17 +21,17 @@ KNOWN = {
     "abs": "f32", "add": f"{INTEGERS} f32 f32x2 rn f16 bf16", "and": f"{BITS} pred", "atom": ATOMICS,
     "bar": "sync red and pred", "bfe": "s32 u32 s64 u64", "bra": "uni",
     "cvt": f"{INTEGERS} u8 f32 f16 bf16 tf32 f16x2 bf16x2 rn rna rzi", "div": f"{INTEGERS} approx full rn f32",
-    "ex2": "approx f32", "fence": "proxy async shared cta", "fma": "rn ftz f32 f32x2 f16 bf16",
+    "ex2": "approx f32", "fence": "proxy async shared cta", "fma": "rn ftz f32 f32x2 f16 bf16 bf16x2",
     "ld": f"param acquire cg {SCOPES} {MEMORY}", "ldmatrix": MATRIX,
     "lg2": "approx ftz f32", "mad": f"lo wide {INTEGERS}",
     "max": f"{INTEGERS} f32 NaN", "min": f"{INTEGERS} f32 NaN",
     "mma": "sync aligned m16n8k16 m16n8k8 row col f32 f16 bf16 tf32", "mov": f"{INTEGERS} {BITS} f32 pred",
-    "mul": f"lo hi wide rn f32 f32x2 {INTEGERS}", "neg": "s32 f32 s64 s16", "not": f"{BITS} pred", "or": f"{BITS} pred",
+    "mul": f"lo hi wide rn f32 f32x2 f16x2 {INTEGERS}", "neg": "s32 f32 s64 s16", "not": f"{BITS} pred", "or": f"{BITS} pred",
     "prmt": "b32", "rcp": "approx f32", "red": ATOMICS, "redux": "sync max add s32", "ret": "",
     "selp": f"{INTEGERS} {BITS} f32", "setp": f"{COMPARISONS} and or xor {INTEGERS} {BITS} f32",
     "shfl": "sync idx bfly b32", "shl": BITS, "shr": f"{INTEGERS} {BITS}", "sqrt": "approx rn ftz f32",
     "st": f"release cg {SCOPES} {MEMORY}",
-    "stmatrix": MATRIX, "sub": f"{INTEGERS} f32 f32x2 rn f16 bf16", "tanh": "approx f32",
+    "stmatrix": MATRIX, "sub": f"{INTEGERS} f32 f32x2 rn f16 bf16 f16x2", "tanh": "approx f32",
     "wgmma": "fence commit_group wait_group mma_async sync aligned f32 f16 bf16 tf32", "xor": f"{BITS} pred",
 }  # fmt: skip
 
@@ -124,6 +124,9 @@ class Opcodes:
         if kind == "f32x2":
             x, y = (f"pairs({self.read(s, 'b64', True)})" for s in (a, b))
             return self.write(d, f"packed({x} {sign} {y})", "b64")
+        if kind == "f16x2":
+            x, y = (f"elements({self.read(s, 'b32', True)}, 'f16')" for s in (a, b))
+            return self.write(d, f"halves({x} {sign} {y}, 'f16')", "b32")
         if kind in ("f16", "bf16"):  # float32 and 16 bits
             x, y = self.widened(self.read(a, "f16" if kind == "f16" else "b16", True), kind), self.read(b, "f32")
             return self.write(d, f"{x} {sign} {y}", "f32")
@@ -163,6 +166,9 @@ class Opcodes:
         if kind == "f32x2":
             x, y, z = (self.flushed(i, f"pairs({self.read(s, 'b64', True)})") for s in (a, b, c))
             return self.write(d, f"packed({self.flushed(i, f'fma({x}, {y}, {z})')})", "b64")
+        if kind == "bf16x2":
+            x, y, z = (f"elements({self.read(s, 'b32', True)}, 'bf16')" for s in (a, b, c))
+            return self.write(d, f"halves(fma({x}, {y}, {z}), 'bf16')", "b32")
         if kind in ("f16", "bf16"):
             of = "f16" if kind == "f16" else "b16"
             x, y = (self.widened(self.read(s, of, True), kind) for s in (a, b))
