@@ -31,7 +31,8 @@ def assembly(bits, to):
         each = f"prmt.b32 x, x, 0, {{}}; shr.b32 y, x, {shift}; and.b32 y, y, {mask}; and.b32 x, x, z; or.b32 x, x, y;"
         each += "fma.rn.bf16x2 ${}, x, c, z;" if to == "bf16" else "mul.f16x2 ${}, x, c;"
     both = "".join(f"mov.b32 x, $2; {each.format(selector, i)} " for i, selector in enumerate(selectors))
-    return "{ .reg .b32 x, y, c, z; mov.b32 c, %d; mov.b32 z, %d; %s}" % (*constants, both)
+    set_up = "".join(f"mov.b32 {name}, {value}; " for name, value in zip("cz", constants, strict=True))
+    return f"{{ .reg .b32 x, y, c, z; {set_up}{both}}}"
 
 
 @triton.jit

@@ -169,12 +169,12 @@ def _panel(plan: Plan, name: str, left: float) -> tuple[list[str], float]:
 def svg(plan: Plan) -> str:
     """The chip in the forward and in the backward pass, every multiprocessor of it."""
     width, hardware = 2 * MARGIN + 2 * PANEL + GUTTER, plan.hardware
-    times = " and ".join(f"{getattr(plan, name).predicted:.2f} us {name}" for name in PASSES)
+    times = " and ".join(f"{getattr(plan, name).predicted:.2f} us {name}" for name in plan.passes)
     title = (
-        f"{plan.cell.upper()} H={plan.hidden} B={plan.batch} D={plan.directions} {plan.dtype} on "
+        f"{plan.cell.upper()} H={plan.hidden} B={plan.batch} D={plan.directions} {plan.dtype_in_words} on "
         f"{hardware.name}: predicted {times} per time step"
     )
-    panels = [_panel(plan, name, MARGIN + n * (PANEL + GUTTER)) for n, name in enumerate(PASSES)]
+    panels = [_panel(plan, name, MARGIN + n * (PANEL + GUTTER)) for n, name in enumerate(plan.passes)]
     drawn = [_text(MARGIN, 26, title, min(14, (width - 2 * MARGIN) / (0.7 * len(title))), "bold")]
     drawn += [line for panel, _ in panels for line in panel]
     x, top = float(MARGIN), max(end for _, end in panels) + 18

@@ -19,7 +19,7 @@ from ..cells import CELLS
 from ..planner import cost, forecast, memory, occupancy
 from ..planner.hardware import DEVICES, Hardware
 from ..planner.plan import DTYPES, Pass, PlanError, plan_layer
-from ..planner.problem import Problem
+from ..planner.problem import WEIGHTS, Problem
 from ..planner.tiling import Tiling
 from . import picture
 from .prediction import FALLBACK, device_of
@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=positive, default=1024, metavar="T", help=text)
     add("--directions", type=int, choices=(1, 2), default=1, help="2 is a bidirectional layer (default: 1)")
     add("--dtype", type=_dtype, choices=list(DTYPES), default="bf16", help="default: bf16")
+    add("--weights", choices=WEIGHTS, default="", help="W_hh in 8 bits, for inference (default: in dtype)")
     text = f"default: the GPU at hand; without one, {FALLBACK}"
     add("--device", type=str.lower, choices=list(DEVICES), help=text)
     add("--draw", type=_drawing, metavar="FILE.svg", help="also draw the chip")
@@ -80,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 def clocked(problem: Problem, name: str) -> dict[str, Any] | None:
     """What the clock predicts for a pass, where its table has this very plan: us per time step, and the largest shares
     of it by source line."""
-    if problem.directions * problem.heads != 1 or not CLOCK.exists():
+    if problem.directions * problem.heads != 1 or problem.weight_dtype or not CLOCK.exists():
         return None
     model = f"{getattr(plan_layer(problem), name).predicted:.2f}"
     of = {"device": problem.hardware.name, "dtype": problem.dtype, "cell": problem.cell.name, "model_us": model,
@@ -100,11 +101,15 @@ def sourced(hardware: Hardware, kind: str) -> list[str]:
 
 def expected(problem: Problem) -> dict[str, forecast.Forecast]:
     """What ``backend="auto"`` compares, without gradients and with them."""
-    return {name: forecast.forecast(problem, name == "training") for name in ("inference", "training")}
+    names = ("inference",) if problem.weight_dtype else ("inference", "training")
+    return {name: forecast.forecast(problem, name == "training") for name in names}
 
 
 def bytes_of(problem: Problem, steps: int) -> dict[str, dict[str, float]]:
-    """Predicted bytes of a training step by ``save`` mode, without the input and the gradients of input and output."""
+    """Predicted bytes of a training step by ``save`` mode, without the input and the gradients of input and output;
+    empty where there is none."""
+    if problem.weight_dtype:
+        return {}
     cell, hidden, batch, recurrences, size = (
         problem.cell, problem.hidden, problem.batch, problem.recurrences, problem.size,
     )  # fmt: skip
@@ -126,7 +131,9 @@ def as_json(problem: Problem, steps: int, origin: str) -> dict[str, Any]:
     result: dict[str, Any] = dataclasses.asdict(found)
     if found.heads == 1:
         del result["heads"]
-    for name in picture.PASSES:
+    if problem.weight_dtype:
+        del result["backward"]
+    for name in found.passes:
         part: Pass = getattr(found, name)
         tiling = result[name]["tiling"]
         result[name]["tiling"] = {
@@ -139,10 +146,10 @@ def as_json(problem: Problem, steps: int, origin: str) -> dict[str, Any]:
         result[name]["multiprocessor"] = {"programs": picture.crowd(part, hardware), **memories}
     return result | {
         "device_from": origin,
-        "predicted_us": {name: getattr(found, name).predicted for name in picture.PASSES},
+        "predicted_us": {name: getattr(found, name).predicted for name in found.passes},
         "floor_us": found.floor,
-        "torch_us": {name: cost.torch_step(problem, name == "backward") for name in picture.PASSES},
-        "clock": {name: clocked(problem, name) for name in picture.PASSES},
+        "torch_us": {name: cost.torch_step(problem, name == "backward") for name in found.passes},
+        "clock": {name: clocked(problem, name) for name in found.passes},
         "auto": {name: dataclasses.asdict(one) | {"path": one.path} for name, one in expected(problem).items()},
         "memory_bytes": {"steps": steps} | bytes_of(problem, steps),
         "assumed": sourced(hardware, "assumed"),
@@ -155,10 +162,10 @@ def as_text(problem: Problem, steps: int, origin: str) -> str:
     """The same in words."""
     found, hardware, facts = plan_layer(problem), problem.hardware, as_json(problem, steps, origin)
     lines = [
-        f"{found.cell} {found.size_in_words} B={found.batch} D={found.directions} {found.dtype} on {hardware.name} "
-        f"({hardware.arch}, {hardware.multiprocessors} multiprocessors; {origin})"
+        f"{found.cell} {found.size_in_words} B={found.batch} D={found.directions} {found.dtype_in_words} on "
+        f"{hardware.name} ({hardware.arch}, {hardware.multiprocessors} multiprocessors; {origin})"
     ]
-    for name in picture.PASSES:
+    for name in found.passes:
         lines += ["", name, *(f"  {line}" for line in _pass(problem, name, facts))]
     lines.append("")
     for name, one in facts["auto"].items():
@@ -167,8 +174,9 @@ def as_text(problem: Problem, steps: int, origin: str) -> str:
             f'backend="auto" takes {one["path"]} in {name}: {one["persistent"]:.2f} us per step on the kernels, '
             f"{one['torch']:.2f} on torch's own path ({how})"
         )
-    lines += ["", f"memory of one layer in training at T = {steps:,}, by what is kept for its backward"]
-    for mode in memory.MODES:
+    if not problem.weight_dtype:
+        lines += ["", f"memory of one layer in training at T = {steps:,}, by what is kept for its backward"]
+    for mode in memory.MODES if not problem.weight_dtype else ():
         need = facts["memory_bytes"][mode]
         lines.append(
             f"  {mode}: {need['kept_per_step_and_row']:,.0f} bytes per step and row, and {need['needed']:,.0f} at most "
@@ -207,8 +215,8 @@ def _pass(problem: Problem, name: str, facts: dict[str, Any]) -> list[str]:
         f"multiprocessor, {count(picture.idle(part, hardware), 'multiprocessor')} idle; {exchange}",
         f"W_hh of one {one}: {shares.registers:,} bytes in registers + {shares.shared:,} in shared memory + "
         f"{shares.streamed:,} streamed each step",
-        f"  = {problem.weight_bytes:,}, all {t.gates} x {problem.hidden} x {problem.hidden} x {problem.size} bytes of "
-        f"it; {picture.resident(part)} resident",
+        f"  = {problem.weight_bytes:,}, all {t.gates} x {problem.hidden} x {problem.hidden} x {problem.stored} bytes "
+        f"of it; {picture.resident(part)} resident",
     ]
     if part.registers > (limit := occupancy.register_limit(part.choice)):
         lines.append(f"spills: about {part.registers} registers per thread are needed, and there are {limit}")
@@ -254,7 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "allowed: its divisors"
         )
     sizes = given.hidden // given.heads, given.batch, given.directions
-    problem = Problem(CELLS[given.cell], *sizes, given.dtype, hardware, given.heads)
+    try:
+        problem = Problem(CELLS[given.cell], *sizes, given.dtype, hardware, given.heads, given.weights)
+    except ValueError as error:
+        options.error(f"argument --weights: {error}")
     try:
         found = plan_layer(problem)
     except PlanError as error:

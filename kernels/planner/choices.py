@@ -186,7 +186,7 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
     def homes(choice: Choice, streamed: bool) -> tuple[int, int]:
         spare = limit - registers_needed(p.m, p.packs, choice, size, 0, streamed, True, p.masked)
         spare -= cell_registers(problem.cell, backward, choice)
-        spare -= widening_registers(problem, p.m, choice.largest_k_block, choice.warps)
+        spare -= widening_registers(problem)
         if spare < 0 and strict:
             return 0, -1
         # Where several warps share a part of K, Triton 3.6.0 gives each of them all of its weights: 8 / splits times

@@ -30,9 +30,9 @@ CELL_CYCLES = 250.0  # the chain of exp and divide from the product to the new s
 ELEMENT_CYCLES = 40.0  # per element of the state and thread: loads, stores, conversions
 
 
-# Instructions per weight of 8 bits that is widened in each step (counted in ``widen``, address arithmetic aside), and
-# lanes of a multiprocessor that such integer instructions have.
-WIDENING = 2.5
+# Instructions for each weight of 8 bits in each step (``device/widen``, with bf16), and the lanes of a multiprocessor
+# that do such.
+WIDENING = {"int8": 2.0, "fp8": 2.5}
 WIDENING_LANES = 64.0
 
 
@@ -83,7 +83,7 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool) -> Cost:
     weights = tiles * work.m * work.in_shared * problem.stored / on_chip
     if problem.weight_dtype:
         lanes = WIDENING_LANES / cycle / share
-        compute += tiles * work.m * (work.in_shared + work.streamed) * WIDENING / lanes
+        compute += tiles * work.m * (work.in_shared + work.streamed) * WIDENING[problem.weight_dtype] / lanes
     if work.streamed:
         per_program = work.m * work.streamed * problem.stored
         all_programs = per_program * work.programs

@@ -82,7 +82,8 @@ def forecast(problem: Problem, backward: bool) -> Forecast:
             alike = [
                 e
                 for e in errors(problem.cell, problem.hardware)
-                if (e.step.dtype, e.step.backward, e.step.path, e.step.directions)
+                if not (problem.weight_dtype and path == "persistent")  # nothing measured is of 8 bits
+                and (e.step.dtype, e.step.backward, e.step.path, e.step.directions)
                 == (problem.dtype, of_backward, path, problem.directions)
                 and _distance(e.step, problem) <= 1
             ]

@@ -18,7 +18,7 @@ ELEMENT_REGISTERS = 17  # more for each further element of the state that a thre
 ADDRESS_REGISTERS = 10  # more for each kind of tensor that neither the LSTM nor the GRU has
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
-WIDENING_REGISTERS = 16  # more where weights are of 8 bits, besides a tile of them and that tile in 16
+WIDENING_REGISTERS = 16  # more where weights of 8 bits are widened
 
 # Registers per thread that a layer of a pipeline needs more than a layer alone: the product of what comes from its
 # neighbour, and the addresses of that. By bytes per element.
@@ -45,9 +45,9 @@ def register_estimate(cell: Cell, t: Tiling, choice: Choice, size: int) -> int:
     return need + cell_registers(cell, t.backward, choice)
 
 
-def widening_registers(problem: Problem, m: int, k_block: int, warps: int) -> int:
-    """More where weights are of 8 bits: a tile of K as it is stored and as it is multiplied."""
-    return WIDENING_REGISTERS + m * k_block * (1 + problem.size) // (128 * warps) if problem.weight_dtype else 0
+def widening_registers(problem: Problem) -> int:
+    """More where weights are of 8 bits."""
+    return WIDENING_REGISTERS if problem.weight_dtype else 0
 
 
 def cell_registers(cell: Cell, backward: bool, choice: Choice) -> int:

@@ -171,9 +171,7 @@ def finish(problem: Problem, backward: bool, choice: Choice, strict: bool = True
     t = make_tiling(problem, choice, backward=backward)
     registers, shared, total = shared_bound(t, size, problem.stored)
     estimate = register_estimate(problem.cell, t, choice, size)
-    estimate += widening_registers(
-        problem, t.m, max((b.size for b in t.k_blocks), default=t.streamed_k_block), choice.warps
-    )
+    estimate += widening_registers(problem)
     too_large = total > room(problem, choice.blocks) or (strict and estimate > register_limit(choice))
     places = hardware.multiprocessors * choice.blocks // t.slices
     if places == 0 or (too_large and hardware is not INTERPRETER):
@@ -245,8 +243,8 @@ def _pass(problem: Problem, backward: bool) -> Pass:
         hardware = problem.hardware
         raise PlanError(
             f"hidden_size={problem.hidden} in {problem.weight_dtype or problem.dtype} does not fit on {hardware.name}: "
-            f"W_hh of one direction has {problem.weight_bytes:,} bytes; with {hardware.multiprocessors} multiprocessors "
-            f"of {hardware.shared:,} bytes of shared memory each no slice holds its operands. "
+            f"W_hh of one direction has {problem.weight_bytes:,} bytes; with {hardware.multiprocessors} "
+            f"multiprocessors of {hardware.shared:,} bytes of shared memory each no slice holds its operands. "
             f"Use a smaller hidden_size{', float16 or bfloat16' if problem.size == 4 else ''}, or backend='torch'."
         )
     return found

@@ -48,8 +48,8 @@ class Problem:
             raise ValueError(f"dtype must be one of {', '.join(BYTES)}, got {self.dtype!r}")
         if self.weight_dtype and (self.weight_dtype not in WEIGHTS or self.size != 2):
             raise ValueError(
-                f"weight_dtype is {' or '.join(WEIGHTS)}, with dtype fp16 or bf16, got {self.weight_dtype!r} with dtype "
-                f"{self.dtype}; give one of these, or leave weight_dtype out"
+                f"weight_dtype is {' or '.join(WEIGHTS)}, with dtype fp16 or bf16, got {self.weight_dtype!r} with "
+                f"dtype {self.dtype}; give one of these, or leave weight_dtype out"
             )
 
     @property

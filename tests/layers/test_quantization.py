@@ -8,10 +8,6 @@ import torch
 
 import persistrnn
 from persistrnn.eight_bits import dequantized, quantized
-from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.planner.hardware import DEVICES
-from persistrnn.kernels.planner.plan import plan_layer
-from persistrnn.kernels.planner.problem import Problem
 
 DTYPES = (torch.int8, torch.float8_e4m3fn)
 
@@ -19,28 +15,6 @@ DTYPES = (torch.int8, torch.float8_e4m3fn)
 def made(cell, dtype, **options):
     torch.manual_seed(0)
     return persistrnn.quantize(persistrnn.Recurrent(cell, 5, 24, dtype=torch.bfloat16, **options), dtype)
-
-
-def error(layer, x):
-    """(ours, torch's in bfloat16) against float64, each with the same dequantised weights."""
-    plain = persistrnn.dequantize(copy.deepcopy(layer))
-    plain.backend = "torch"
-    with torch.no_grad():
-        ours, theirs = layer(x)[0], plain(x)[0]
-        truth = plain.double()(x.double())[0]
-    return tuple(((y.double() - truth).norm() / truth.norm()).item() for y in (ours, theirs))
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("cell", "options"), [
-    ("lstm", {"bidirectional": True, "num_layers": 2}), ("gru", {"bias": False}), ("slstm", {"heads": 2}),
-])  # fmt: skip
-def test_the_kernels_add_no_error_of_their_own(cell, options, dtype):
-    layer = made(cell, dtype, backend="persistent", **options)
-    ours, theirs = error(layer, torch.randn(5, 3, 5).bfloat16())
-    assert layer.last_path == "persistent"
-    assert ours <= 1.5 * theirs + 4 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,21 +67,3 @@ def test_what_is_refused():
     broken.weight_hh_l0.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"NaN or an infinity"):
         persistrnn.quantize(broken)
-
-
-def test_twice_the_weights_are_resident():
-    sizes = CELLS["lstm"], 2176, 16, 1, "bf16", DEVICES["h200"]
-    eight, sixteen = plan_layer(Problem(*sizes, weight_dtype="int8")), plan_layer(Problem(*sizes))
-    assert eight.forward.shares.resident == 2 * sixteen.forward.shares.resident
-    assert "W_hh in int8" in str(eight)
-
-
-@pytest.mark.parametrize(("cell", "hidden", "arch", "weights"), [
-    ("lstm", 512, "sm_80", "int8"), ("gru", 512, "sm_90", "fp8"),
-])  # fmt: skip
-def test_eight_bits_are_in_shared_memory(cell, hidden, arch, weights):
-    from persistrnn.kernels.inspect.audit import Case, audit
-
-    row = audit(Case(cell, False, "bf16", hidden, arch, weight_dtype=weights))
-    assert row.failures == ""
-    assert row.in_shared > 0 == row.in_registers == row.streamed == row.spills
