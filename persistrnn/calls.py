@@ -83,7 +83,7 @@ def _run(request: Request, accept: Callable[[Decision], bool] | None = None) -> 
     if decision.refused:
         raise RuntimeError(f'backend="persistent" cannot run this call: {decision.reason}')
     scales: Sequence[Tensor] = ()
-    if eight_bits is not None and decision.path == "persistent":
+    if eight_bits is not None and decision.path == "persistent" and batch.rows > 0:
         weights, scales = eight_bits.among(weights), eight_bits.scales
     elif eight_bits is not None:
         weights = eight_bits.dequantized(weights)

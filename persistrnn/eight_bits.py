@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from persistrnn.tracing import by_torch_jit
+
 # The planner's name of each dtype, and its largest number.
 NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -46,5 +48,15 @@ def quantized(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def dequantized(bits: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    numbers = bits if bits.dtype == torch.int8 else bits.view(torch.float8_e4m3fn)
-    return (numbers.float() * scale.unsqueeze(-1)).to(dtype)
+    return (_numbers(bits).float() * scale.unsqueeze(-1)).to(dtype)
+
+
+def _numbers(bits: Tensor) -> Tensor:
+    """That the bits stand for."""
+    if bits.dtype == torch.int8:
+        return bits
+    if not by_torch_jit():  # which knows no view of another dtype
+        return bits.view(torch.float8_e4m3fn)
+    exponent, fraction = (bits >> 3 & 15).int(), (bits & 7).int()
+    magnitude = torch.ldexp((fraction + 8 * (exponent > 0)).float(), exponent.clamp(min=1) - 10)
+    return torch.where(bits < 128, magnitude, -magnitude)

@@ -56,7 +56,8 @@ def explain(layer: RecurrentBase | Stacked, batch: int, steps: int) -> str:
     else:
         torchs = "torch (cuDNN, oneDNN or ATen, as torch.nn would run it)"
         lines += [f"path: {torchs if found.path == 'torch' else STEPWISE}", f"why: {reason}"]
-    lines.append(_kept(found, layer.dropout))
+    if not call.weight_dtype:  # which is not for training
+        lines.append(_kept(found, layer.dropout))
     if found.path == "torch" and call.backend != "persistent":
         path = STEPWISE if decide.decide(call._replace(marks=True)).path == "stepwise" else "persistent"
         packs = call._replace(lengths=True).packs

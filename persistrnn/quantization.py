@@ -17,12 +17,12 @@ Module = TypeVar("Module", bound=nn.Module)
 def quantize(module: Module, dtype: torch.dtype = torch.int8) -> Module:
     """Keep W_hh of every layer of ours in 8 bits, with one float32 scale per row, for inference; in place.
 
-    A row's largest magnitude becomes the largest number of the dtype, 127 or 448, and each weight the nearest multiple
-    or number. The kernels keep the 8 bits on chip, half the bytes of 16, widen them to the dtype of the activations,
-    float16 or bfloat16, at the product, sum in float32 and multiply a gate's sum by its row's scale: products are those
-    of the dequantised weights. Torch's own path multiplies the dequantised weights. The input half of the gates, biases
-    and all else stay as they are. What is exact and what is not: a weight is off by at most half a step of its row,
-    which is 1/254 of the row's largest magnitude in int8, and by 1/16 of itself in float8_e4m3fn, but for the smallest.
+    A row's largest magnitude becomes the largest number of the dtype, 127 or 448, and each weight the nearest one: off
+    by at most 1/254 of the row's largest in int8, by 1/16 of itself in float8_e4m3fn, but for the smallest. The kernels
+    keep the 8 bits on chip, half the bytes of 16, widen them to the dtype of the activations, float16 or bfloat16, at
+    the product, sum in float32 and multiply each sum by its row's scale. Torch's own path multiplies the dequantised
+    weights, which it forms in each call; so do projections, torch.func and torch.jit.trace. The input half of the
+    gates, biases and all else stay as they are.
 
     Args:
         module: a layer of persistrnn, or any module that holds some
@@ -52,7 +52,7 @@ def quantize(module: Module, dtype: torch.dtype = torch.int8) -> Module:
                 f"{name} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations on its tensors first"
             )
         for weight in _matrices(layer):
-            if not bool(getattr(layer, weight).isfinite().all()):
+            if not (given := getattr(layer, weight)).is_meta and not bool(given.isfinite().all()):
                 raise ValueError(
                     f"{weight} of {name} has a NaN or an infinity, which 8 bits do not hold; mend it first"
                 )

@@ -243,6 +243,18 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
                 setattr(self, name, scale.to(moved.device))
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        for name in (prefix + names[1] for _, names in self._names()):
+            given, own = state_dict.get(name), getattr(self, name.removeprefix(prefix), None)
+            tensors = [t for t in (given, own) if isinstance(t, Tensor)]
+            kinds = {None if t.is_floating_point() else t.dtype for t in tensors}  # between those torch converts
+            if len(kinds) > 1:
+                others[-1].append(
+                    f"{name} is {tensors[0].dtype}, and {tensors[1].dtype} in the layer: before it loads, "
+                    "persistrnn.quantize the layer to the dtype of what was saved, or dequantize it."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def reset_parameters(self) -> None:
         """Draw all parameters from U(-1/sqrt(H), 1/sqrt(H)): with torch.nn's seed, torch.nn's weights. But for what the
         recipe says of the bias of gate f, and for learned states, which are zeros."""

@@ -88,7 +88,9 @@ def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
     # Where most of W_hh is streamed, a narrow tile may be all that the registers hold.
     streams = problem.weight_bytes > 2 * count * problem.hardware.shared
     tiles = _batch_tiles(problem, problem.batch <= 8 or streams or not strict)
-    all_splits = (8, 4, 2, 1) if (streams and not problem.weight_dtype) or problem.size == 4 else (8, 4, 2)
+    # Of 8 bits: one part is a product of warp groups, and with 2 Triton 3.6.0 spills (16 to 481).
+    least = 4 if problem.weight_dtype else 1 if streams or problem.size == 4 else 2
+    all_splits = [splits for splits in (8, 4, 2, 1) if splits >= least]
     for units in (8, 16, 32, 64, 128):
         needed = -(-problem.hidden // units)
         if needed < 2 or needed > count * 2:
@@ -102,7 +104,7 @@ def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
             m = (1 if backward else problem.cell.gates) * units * k_parts
             for batch_tile, subtiles in tiles:
                 # Fewer parts of K where M is large: the accumulators of all parts are in registers.
-                for splits in all_splits if m >= 128 else (8,):
+                for splits in all_splits if m >= 128 else [8]:
                     if splits * m * batch_tile > 128 * 256:
                         continue
                     start = Choice(units, k_parts, batch_tile, subtiles, WARPS, blocks, splits, 0, 0, 0, 0, 0)
@@ -186,7 +188,7 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
     def homes(choice: Choice, streamed: bool) -> tuple[int, int]:
         spare = limit - registers_needed(p.m, p.packs, choice, size, 0, streamed, True, p.masked)
         spare -= cell_registers(problem.cell, backward, choice)
-        spare -= widening_registers(problem)
+        spare -= widening_registers(problem, choice)
         if spare < 0 and strict:
             return 0, -1
         # Where several warps share a part of K, Triton 3.6.0 gives each of them all of its weights: 8 / splits times

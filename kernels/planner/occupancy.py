@@ -45,9 +45,9 @@ def register_estimate(cell: Cell, t: Tiling, choice: Choice, size: int) -> int:
     return need + cell_registers(cell, t.backward, choice)
 
 
-def widening_registers(problem: Problem) -> int:
-    """More where weights are of 8 bits."""
-    return WIDENING_REGISTERS if problem.weight_dtype else 0
+def widening_registers(problem: Problem, choice: Choice) -> int:
+    """More where weights are of 8 bits; and where warps share a part of K, or Triton 3.6.0 spills (24)."""
+    return WIDENING_REGISTERS * (1 if choice.splits >= 8 else 3) if problem.weight_dtype else 0
 
 
 def cell_registers(cell: Cell, backward: bool, choice: Choice) -> int:

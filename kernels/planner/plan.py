@@ -171,7 +171,7 @@ def finish(problem: Problem, backward: bool, choice: Choice, strict: bool = True
     t = make_tiling(problem, choice, backward=backward)
     registers, shared, total = shared_bound(t, size, problem.stored)
     estimate = register_estimate(problem.cell, t, choice, size)
-    estimate += widening_registers(problem)
+    estimate += widening_registers(problem, choice)
     too_large = total > room(problem, choice.blocks) or (strict and estimate > register_limit(choice))
     places = hardware.multiprocessors * choice.blocks // t.slices
     if places == 0 or (too_large and hardware is not INTERPRETER):

@@ -15,7 +15,6 @@ from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.widen import widened
 from persistrnn.kernels.inspect.audit import Case, audit
-from persistrnn.kernels.planner import forecast
 from persistrnn.kernels.planner.hardware import DEVICES
 from persistrnn.kernels.planner.plan import plan_layer
 from persistrnn.kernels.planner.problem import WEIGHTS, Problem
