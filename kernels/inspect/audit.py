@@ -277,8 +277,8 @@ def homes(ttgir: str) -> Homes:
                 pointers.add(result)
             source = next((value for value in used if value in tiles), None)
             if source is not None:
-                # What is computed of a tile, as where 8 bits are widened, is where the tile was.
-                tiles[result] = tiles[source][0], tiles[source][1] if operation.startswith("arith.") else depth
+                # What is selected of a tile (``device/widen``) is where the tile was.
+                tiles[result] = tiles[source][0], tiles[source][1] if operation == "arith.select" else depth
     total = {home: sum(bytes_of[load] for load in found if found[load] == home) for home in ("registers", "shared")}
     return Homes(total["registers"], total["shared"], streamed)
 
@@ -317,9 +317,7 @@ def audit(case: Case) -> Row:
     limit = devices.named(DEVICE_OF_ARCH[case.arch]).shared
     failures = []
     nvidia = case.arch.startswith("sm_")
-    # Homes are counted as loaded: weights of 8 bits are widened on their way to registers.
-    widening = 2 if case.weight_dtype else 1
-    expected = Homes(part.in_registers // widening, part.in_shared, part.streamed)
+    expected = Homes(part.in_registers, part.in_shared, part.streamed)
     # Triton's AMD backend leaves what is read before the loop there: more of it is in registers than was asked for.
     resident = where.registers + where.shared == expected.registers + expected.shared
     if where != expected and (nvidia or not resident or where.streamed != expected.streamed):

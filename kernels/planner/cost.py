@@ -29,7 +29,6 @@ UNHIDDEN = 0.1  # of an exchange, however much work other batch tiles have
 CELL_CYCLES = 250.0  # the chain of exp and divide from the product to the new state
 ELEMENT_CYCLES = 40.0  # per element of the state and thread: loads, stores, conversions
 
-
 # Instructions for each weight of 8 bits in each step (``device/widen``, with bf16), and the lanes of a multiprocessor
 # that do such.
 WIDENING = {"int8": 2.0, "fp8": 2.5}

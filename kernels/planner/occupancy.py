@@ -116,4 +116,4 @@ def shared_bound(t: Tiling, size: int, stored: int) -> tuple[int, int, int]:
     # Beside them, the first state changes its layout.
     state = t.units * t.batch_tile * 4
     working = max(operand, stream, reduction) + (state if t.slices == 1 else 0) + SIGNALS
-    return registers, shared, max(registers // size * stored + state, shared + working)
+    return registers, shared, max(registers + state, shared + working)

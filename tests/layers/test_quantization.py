@@ -76,6 +76,13 @@ def test_on_the_kernels():
         persistrnn.quantize(persistrnn.LSTM(5, 24, backend="persistent"))(x.float())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*deprecated")
+def test_every_number_is_the_same_in_a_trace():
+    bits = torch.arange(256).to(torch.uint8).view(2, 128)[:, :127]  # without NaN
+    traced = torch.jit.trace(lambda b: dequantized(b, torch.ones(2), torch.float32), (bits,))
+    assert torch.equal(traced(bits), bits.contiguous().view(torch.float8_e4m3fn).float())
+
+
 def test_a_model_and_back():
     torch.manual_seed(0)
     model = nn.Sequential(persistrnn.Stacked([persistrnn.LSTM(5, 8), persistrnn.GRU(8, 8)]))
