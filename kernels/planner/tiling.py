@@ -119,6 +119,14 @@ class Tiling:
     guarded: bool = False
     heads: int = 1
 
+    def __post_init__(self) -> None:
+        if self.layers > 1 and self.slices == 1:
+            raise ValueError(
+                f"a pipeline of {self.layers} layers has one slice of {self.units} units for H={self.hidden}, and one "
+                "slice announces nothing that the next layer could wait for; at least 2 slices are allowed: take "
+                "fewer units, or run layer after layer"
+            )
+
     @property
     def inputs(self) -> int:
         """Tiles of the input half of the gates."""

@@ -179,3 +179,11 @@ def test_homes_are_filled_in_turn():
 )
 def test_jobs_are_batch_tiles_in_one_direction_each(batch, directions, jobs):
     assert made(SHAPES["lstm"], 256, sliced(subtiles=2), False, directions=directions).jobs(batch) == jobs
+
+
+def test_a_pipeline_of_single_slices_is_refused():
+    """It would wait forever: a layer of one slice announces nothing."""
+    one = made(SHAPES["lstm"], 6, sliced(units=8), backward=False)
+    assert one.slices == 1
+    with pytest.raises(ValueError, match=r"2 layers has one slice of 8 units for H=6.* at least 2 slices are allowed"):
+        dataclasses.replace(one, layers=2)
