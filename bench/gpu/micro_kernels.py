@@ -14,7 +14,7 @@ from torch import Tensor
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import arrive, get, put, read, wait
 from persistrnn.kernels.device.operands import as_operand, operand_index, operand_rows
-from persistrnn.kernels.device.product import accumulators, add, gather, load_first, load_rest, matrix_of
+from persistrnn.kernels.device.product import accumulators, add, gather, load_rest, matrix_of, resident
 from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
 from persistrnn.kernels.planner.problem import Problem
 from persistrnn.kernels.planner.tiling import Choice, Tiling, make_tiling
@@ -174,7 +174,7 @@ def sweep_shared(weight, operand, sums, cycles, steps, tiling: tl.constexpr,
     opaque_one = tl.minimum(steps, 1)
     turn = program * 0
     while turn < opaque_one:
-        weights = load_rest(load_first((matrix,), tiling, exchange), (matrix,), opaque_one, tiling, exchange)[0]
+        weights = load_rest(resident(matrix, 0, 0, tiling, exchange), matrix, opaque_one, tiling, exchange)
         operands = ()
         for i in tl.static_range(n):
             k = operand_index(tiling.k_blocks[i].size, operand.dtype.element_ty, tiling.splits)

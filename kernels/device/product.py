@@ -81,17 +81,6 @@ def matrix_of(corner, unit_group, k_start, tiling: tl.constexpr):
 
 
 @triton.jit
-def matrices_of(weight, program, tiling: tl.constexpr):
-    """The calling program's share of W_hh, and in a pipeline that of its neighbour's matrix behind it."""
-    corner = corner_of(weight, program, tiling)
-    matrices = (matrix_of(corner, program.unit_group, program.k_start, tiling),)
-    if tiling.layers > 1:
-        corner += tiling.gates * tiling.hidden * tiling.stride
-        matrices = matrices + (matrix_of(corner, program.unit_group, program.k_start, tiling),)
-    return matrices
-
-
-@triton.jit
 def dot(weight, moving, acc, tiling: tl.constexpr):
     if tiling.interpreted:
         # The interpreter's dot returns garbage on bfloat16 (seen on 3.6.0 and 3.9.0).
@@ -158,22 +147,10 @@ def resident_pack(matrix, p: tl.constexpr, first: tl.constexpr, last: tl.constex
 
 
 @triton.jit
-def load_first(matrices, tiling: tl.constexpr, exchange: tl.constexpr):
-    """Of each matrix the weights that stay in registers."""
-    in_registers = ()
-    for i in tl.static_range(len(matrices)):
-        in_registers = in_registers + (resident(matrices[i], 0, tiling.in_registers, tiling, exchange),)
-    return in_registers
-
-
-@triton.jit
-def load_rest(in_registers, matrices, opaque_one, tiling: tl.constexpr, exchange: tl.constexpr):
-    """The weights of each matrix, its own first; those that stay in registers are there already."""
-    weights = ()
-    for i in tl.static_range(len(matrices)):
-        in_shared = resident(matrices[i], tiling.in_registers, len(tiling.k_blocks), tiling, exchange)
-        weights = weights + (Weights(join(in_registers[i], in_shared), matrices[i], opaque_one),)
-    return weights
+def load_rest(in_registers, matrix, opaque_one, tiling: tl.constexpr, exchange: tl.constexpr):
+    """The weights of which those that stay in registers are there already."""
+    in_shared = resident(matrix, tiling.in_registers, len(tiling.k_blocks), tiling, exchange)
+    return Weights(join(in_registers, in_shared), matrix, opaque_one)
 
 
 @triton.jit

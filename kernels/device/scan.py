@@ -48,7 +48,7 @@ from .loads import (
     zeros_like_states,
 )
 from .marks import BEGINS, SKIPPED, is_marked, load_marks, load_reset, rows_before
-from .product import add_parts, first_streamed, load_first, load_rest, matrices_of, product_local, product_shared
+from .product import add_parts, corner_of, first_streamed, load_rest, matrix_of, product_local, product_shared, resident
 from .program import Neighbour, locate, own_counter, sync_of_layer
 from .tile_tuples import add_tiles, choose, load_tiles, moved, only_where, store, store_tiles, zero_where
 from .tiles import batch_tile, narrow, previous_slot, tile_offset, time_of, unit_offsets
@@ -134,6 +134,7 @@ def scan_forward(
     spin_limit = tl.full((), exchange.spin_limit, tl.int32)
     units, unit_mask = program.units, program.unit_mask
     x_mask = unit_mask
+    corner = corner_of(weight, program, tiling)
     if L > 1:
         layer = program.layer
         bias += layer * (2 * G * H)
@@ -153,8 +154,11 @@ def scan_forward(
         slot_size = layer.to(tl.int64) * B * H
         states = moved(states[:1], slot_size * (T + 2)) + moved(states[1:], slot_size * slots)
 
-    matrices = matrices_of(weight, program, tiling)
-    in_registers = load_first(matrices, tiling, exchange)
+    own_matrix = matrix_of(corner, program.unit_group, program.k_start, tiling)
+    own_in_registers = resident(own_matrix, 0, tiling.in_registers, tiling, exchange)
+    if L > 1:
+        below_matrix = matrix_of(corner + G * H * tiling.stride, program.unit_group, program.k_start, tiling)
+        below_in_registers = resident(below_matrix, 0, tiling.in_registers, tiling, exchange)
     state = load_initial(states, program, T, B, KEEP, tiling)
 
     # A loop of one turn, which the compiler cannot know: it keeps apart the weights that live in registers, which pass
@@ -162,10 +166,11 @@ def scan_forward(
     opaque_one = tl.minimum(T, 1)
     turn = 0
     while turn < opaque_one:
-        weights = load_rest(in_registers, matrices, opaque_one, tiling, exchange)
+        own_weights = load_rest(own_in_registers, own_matrix, opaque_one, tiling, exchange)
         if L > 1:
+            below_weights = load_rest(below_in_registers, below_matrix, opaque_one, tiling, exchange)
             below_bias = load_bias(bias + G * H, program, tiling)
-        ahead = first_streamed(matrices[0], tiling)
+        ahead = first_streamed(own_matrix, tiling)
         own_bias = load_bias(bias + program.direction * (G * H), program, tiling)
         p = load_params(params, program, tiling)
 
@@ -189,7 +194,7 @@ def scan_forward(
                 if L > 1:
                     h = below.pointer + tile_offset((t + 1) * below.exists, tile, program, B, H, tiling)
                     from_below, ahead, spin_limit = multiply(
-                        weights[1], ahead, h, tile.rows, j, program, step, (step + 1) * below.exists, below.sync,
+                        below_weights, ahead, h, tile.rows, j, program, step, (step + 1) * below.exists, below.sync,
                         spin_limit, tiling, exchange,
                     )  # fmt: skip
                     # Into the lowest layer nothing comes: zero times its own h0, which may be a NaN that nobody reads.
@@ -197,11 +202,11 @@ def scan_forward(
                     x = add_tiles(add_tiles(x, from_below), below_bias)
                 if tiling.slices == 1:
                     inner = existing(before, program, tiling)
-                    product = product_local(weights[0], inner, weight.dtype.element_ty, tiling, exchange)
+                    product = product_local(own_weights, inner, weight.dtype.element_ty, tiling, exchange)
                 else:
                     h = states[0] + tile_offset(previous_slot(t, program.reverse), tile, program, B, H, tiling)
                     product, ahead, spin_limit = multiply(
-                        weights[0], ahead, h, rows_of_h, j, program, step, step, own_sync, spin_limit, tiling,
+                        own_weights, ahead, h, rows_of_h, j, program, step, step, own_sync, spin_limit, tiling,
                         exchange,
                     )  # fmt: skip
                 new, to_save = cell(x, add_tiles(product, own_bias), before, p, e)
@@ -271,6 +276,7 @@ def scan_backward(
     spin_limit = tl.full((), exchange.spin_limit, tl.int32)
     units, unit_mask = program.units, program.unit_mask
     dy_mask = unit_mask
+    corner = corner_of(weight, program, tiling)
     if L > 1:
         layer = program.layer
         if saved is not None:
@@ -288,8 +294,11 @@ def scan_backward(
         states = moved(states, slot_size * (T + 2))
         d_states = moved(d_states, slot_size)
 
-    matrices = matrices_of(weight, program, tiling)
-    in_registers = load_first(matrices, tiling, exchange)
+    own_matrix = matrix_of(corner, program.unit_group, program.k_start, tiling)
+    own_in_registers = resident(own_matrix, 0, tiling.in_registers, tiling, exchange)
+    if L > 1:
+        above_matrix = matrix_of(corner + G * H * tiling.stride, program.unit_group, program.k_start, tiling)
+        above_in_registers = resident(above_matrix, 0, tiling.in_registers, tiling, exchange)
     d_state = load_final(d_states[:n], program, B, tiling)
     d_reset = ()  # if asked for
     if resets:
@@ -300,8 +309,10 @@ def scan_backward(
     opaque_one = tl.minimum(T, 1)
     turn = 0
     while turn < opaque_one:
-        weights = load_rest(in_registers, matrices, opaque_one, tiling, exchange)
-        ahead = first_streamed(matrices[0], tiling)
+        own_weights = load_rest(own_in_registers, own_matrix, opaque_one, tiling, exchange)
+        if L > 1:
+            above_weights = load_rest(above_in_registers, above_matrix, opaque_one, tiling, exchange)
+        ahead = first_streamed(own_matrix, tiling)
         p = load_params(params, program, tiling)
 
         loaded = ()  # per batch tile what the next step needs of the forward
@@ -318,7 +329,7 @@ def scan_backward(
                 tile = batch_tile(program, j, B, tiling)
                 dx = above.pointer + tile_offset(t * above.exists, tile, program, B, G * H, tiling)
                 from_above, ahead, spin_limit = multiply(
-                    weights[1], ahead, dx, tile.rows, j, program, 0, above.exists, above.sync, spin_limit, tiling,
+                    above_weights, ahead, dx, tile.rows, j, program, 0, above.exists, above.sync, spin_limit, tiling,
                     exchange,
                 )  # fmt: skip
                 after = after + (add_tiles(d_state[j], from_above),)
@@ -358,7 +369,7 @@ def scan_backward(
                 )
                 if tiling.slices == 1:
                     inner = existing(dr, program, tiling)
-                    product = product_local(weights[0], inner, weight.dtype.element_ty, tiling, exchange)
+                    product = product_local(own_weights, inner, weight.dtype.element_ty, tiling, exchange)
                     d_before = add_tiles(d_before, product)
                 before = before + (d_before,)
             # Then the products.
@@ -373,7 +384,7 @@ def scan_backward(
                         # The neighbour's part of the next step, while this group's own exchange is on its way.
                         dx = above.pointer + tile_offset(t_next * above.exists, tile, program, B, G * H, tiling)
                         from_above, ahead, spin_limit = multiply(
-                            weights[1], ahead, dx, tile.rows, j, program, step,
+                            above_weights, ahead, dx, tile.rows, j, program, step,
                             tl.minimum(step + 2, T) * above.exists, above.sync, spin_limit, tiling, exchange,
                         )  # fmt: skip
                         from_above = (tl.where(step + 1 < T, from_above[0], 0.0),)
@@ -383,7 +394,7 @@ def scan_backward(
                             neighbours = neighbours + (from_above,)
                     dr = dr_gates + tile_offset(t, tile, program, B, G * H, tiling)
                     product, ahead, spin_limit = multiply(
-                        weights[0], ahead, dr, tile.rows, j, program, step, step + 1, own_sync, spin_limit, tiling,
+                        own_weights, ahead, dr, tile.rows, j, program, step, step + 1, own_sync, spin_limit, tiling,
                         exchange,
                     )  # fmt: skip
                     before = before + (add_tiles(d, product),)
