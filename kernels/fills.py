@@ -1,12 +1,12 @@
 """What must be in memory before a launch, or be taken out of it after one: gathered, and done in as few launches as
 torch has: one that fills with zeros, or one that copies.
 
-Why zeros at every launch, and no counter that goes on from the launch before (an epoch) or that a kernel sets back: what
-a kernel waits for is counted from 0. An epoch would be a number of the host's, which a captured CUDA graph repeats while
-its counters go on; and a launch that was ended half-way (a wait that ran out, an error) would leave counters behind that
-no later launch could trust. Memory that belongs to one launch, on one stream, and is zeroed on that stream right before
-it, has no earlier user to be told apart from: not on other streams, for it is not theirs before the allocator knows that
-this one is done; not in a graph, where the zeroing is captured with the launch and replayed before each of its replays.
+Why zeros at every launch, and no counter that goes on from the launch before (an epoch) or that a kernel sets back: a
+kernel counts what it waits for from 0. An epoch would be a number of the host's, which a captured CUDA graph repeats
+while its counters go on; and a launch that ended half-way (a wait that ran out, an error) would leave counters that no
+later launch could trust. Memory that belongs to one launch and is zeroed right before it, on its stream, has no user to
+be told apart from: none on other streams, for the allocator gives it to them only when this one is done with it, and
+none in a graph, where the zeroing is captured with the launch and replayed before each of its replays.
 """
 
 from __future__ import annotations

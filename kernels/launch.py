@@ -13,7 +13,6 @@ end or run beside each other, and cannot each hold a part of the device that the
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 from collections import Counter
@@ -26,6 +25,7 @@ import triton
 from torch import Tensor
 
 from .cells import Cell, derived
+from .compilation import on_device, start
 from .device.exchange import Exchange, exchange_on
 from .device.recompute import BLOCK, activate
 from .device.scan import scan_backward, scan_forward
@@ -162,10 +162,6 @@ def check() -> None:
             )
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def launch_scan(
     kernel: Any,
     part: planning.Pass,
@@ -201,7 +197,10 @@ def launch_scan(
     with on_device(device):
         for first in range(0, jobs, part.groups):
             grid = (t.slices, min(part.groups, jobs - first) * t.layers)
-            kernel[grid](
+            launched = start(
+                device,
+                kernel,
+                grid,
                 **arguments,
                 weight=weight_hh,
                 sync=sync,
@@ -210,7 +209,7 @@ def launch_scan(
                 exchange=exchange,
                 **options(part, arch),
             )
-            LAUNCHES[kernel.__name__] += 1
+            LAUNCHES[kernel.__name__] += launched
     debug = os.environ.get("PERSISTRNN_DEBUG") == "1"
     if debug and device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -223,8 +222,8 @@ def _with_stride(weight: Tensor, stride: int) -> Tensor:
     read.
 
     Made anew at every launch: nothing on the host tells whether a weight has changed. Its version stays as it is in
-    ``weight.data.mul_(2)``, when a captured graph that holds an optimizer's step is replayed, when memory that it shares
-    is written elsewhere (DLPack, NumPy, another library's kernel), and its address comes back with other numbers.
+    ``weight.data.mul_(2)``, when a captured graph that holds an optimizer's step is replayed, and when memory that it
+    shares is written elsewhere (DLPack, NumPy, another library's kernel); and its address may come back with others.
     """
     rows = weight.new_empty(*weight.shape[:-1], stride)
     rows[..., : weight.shape[-1]].copy_(weight)
@@ -265,7 +264,7 @@ def edges(
     if before is None or after is None:
         for end in ends:
             end.zero_()
-    if every and not marked:
+    if every and not marked and before is not None:
         ends[0].copy_(before)
     elif every:
         for where, of in ((0, before), (1, after)):
@@ -350,12 +349,14 @@ def forward(
     fills = Fills()
     y = x_gates.new_empty(L, T + 2, B, D, H)
     flag(y, part, exchange)
-    of_y = (unreserved(given[0], exchange) if given else None for given in (initial, reset))
-    edges(fills, y, *of_y, marked, heads=heads)
+    nothing: list[Tensor | None] = [None] * cell.states
+    before, anew = (list(given) or nothing for given in (initial, reset))
+    of_y = [None if h is None else unreserved(h, exchange) for h in (before[0], anew[0])]
+    edges(fills, y, of_y[0], of_y[1], marked, heads=heads)
     states = [y]
     for i in range(1, cell.states):
         states.append(x_gates.new_empty(L, slots, B, D, H, dtype=cell_dtype or x_gates.dtype))
-        edges(fills, states[i], *(given[i] if given else None for given in (initial, reset)), marked, every, heads)
+        edges(fills, states[i], before[i], anew[i], marked, every, heads)
     if save and saved is None:
         saved = x_gates.new_empty(L, T, B, D, cell.saved, H)
     last_h = None if every else x_gates.new_empty(L * D, B, H)
@@ -514,6 +515,6 @@ def recompute(
     grid = (triton.cdiv(T * B * H, BLOCK), D)
     given = x_gates, r_gates, bias_hh, tuple(states), _step_data(cell, marks, params, extras), saved, T, B
     with on_device(x_gates.device):
-        activate[grid](*given, derived(cell.name).forward, cell, D, H, heads, INTERPRETED, BLOCK, enable_fp_fusion=True)
-    LAUNCHES["activate"] += 1
+        fixed = derived(cell.name).forward, cell, D, H, heads, INTERPRETED, BLOCK
+        LAUNCHES["activate"] += start(x_gates.device, activate, grid, *given, *fixed, enable_fp_fusion=True)
     return saved

@@ -306,9 +306,9 @@ def _formula(cell: str, heads: int, tensors: Sequence[Any], d_kept: Sequence[Ten
     """What the backward computes, differentiable, from the tensors of ``BackwardInputs``."""
     weight_hh, weight_ih, params, marks, extras, kept, d_final, d_outputs = _backward_inputs(cell, tensors)
     of, (_, batch, _, units) = ops.kept_of(cell, kept), d_outputs[0].shape
-    d_final = [d_outputs[0].new_zeros(len(weight_hh), batch, units) if d is None else d for d in d_final]
+    finals = [d_outputs[0].new_zeros(len(weight_hh), batch, units) if d is None else d for d in d_final]
     beside = d_kept, params, extras, heads
-    return double_backward.backward(cell, weight_hh, weight_ih, marks, of, d_outputs, d_final, *beside)
+    return double_backward.backward(cell, weight_hh, weight_ih, marks, of, d_outputs, finals, *beside)
 
 
 def _is_second(grads: Sequence[Tensor | None]) -> bool:

@@ -8,7 +8,7 @@ Triton with them, when it first runs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,17 @@ def check() -> None:
     step_marks.check()
     if launch := sys.modules.get(f"{__package__}.kernels.launch"):  # else nothing was launched
         launch.check()
+
+
+def compiled_by(run: Callable[[], object], threads: int | None) -> int:
+    """How many kernels ``run`` would launch: they are compiled, so many at a time, and not launched."""
+    from .kernels.compilation import instead_of_launches
+
+    found: list[Any] = []
+    # Else a backward on a GPU runs on a thread of its own, where nothing would tell it.
+    with instead_of_launches(threads, found), torch.autograd.set_multithreading_enabled(False):
+        run()
+    return len(found)
 
 
 @torch.library.custom_op("persistrnn::scan_forward", mutates_args=())
@@ -196,10 +207,11 @@ def scan_chunk_backward(
 def with_edges(inner: Tensor, initial: Tensor, reset: Tensor | None, heads: int = 1) -> Tensor:
     """[1, T + 2, B, D, H] as a scan leaves it, from the states of all steps [T, B, D, H] and those at the edges."""
     from .kernels import launch
+    from .kernels.fills import Fills
 
     states = inner.new_empty(1, inner.shape[0] + 2, *inner.shape[1:])
     states[0, 1:-1].copy_(inner)
-    launch.edges(fills := launch.Fills(), states, initial, reset, marked=True, heads=heads)
+    launch.edges(fills := Fills(), states, initial, reset, marked=True, heads=heads)
     fills.run()
     return states
 

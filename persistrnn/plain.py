@@ -30,9 +30,9 @@ _TENSORS = (Tensor, nn.Parameter)
 
 
 class _Known(NamedTuple):
-    """Of one layer. attributes: the values of ``ATTRIBUTES``, the very objects; size: how many it has of any name. names,
-    shapes, dtype: of the weights, which are all of its parameters, in torch.nn's order. rows, features: of its states. how:
-    further arguments of torch's function for the cell."""
+    """Of one layer. attributes: the values of ``ATTRIBUTES``, the very objects; size: how many it has of any name.
+    names, shapes, dtype: of the weights, which are all of its parameters, in torch.nn's order. rows, features: of its
+    states. how: further arguments of torch's function for the cell."""
 
     layer: weakref.ref[Any]
     kind: type
@@ -41,6 +41,7 @@ class _Known(NamedTuple):
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
+    input_size: int
     rows: int
     features: tuple[int, ...]
     cell: str
@@ -66,9 +67,9 @@ def run(layer: Any, input: Any, hx: Any) -> list[Tensor] | None:
     if not _is_plain(input, dtype) or input.dim() != 3:
         return None
     first, second, features = input.shape
-    if first == 0 or second == 0 or features != layer.input_size:
+    if first == 0 or second == 0 or features != known.input_size:
         return None
-    batch = first if layer.batch_first else second
+    batch = first if known.how[-1] else second  # batch_first
     if hx is None:
         states = [input.new_zeros(known.rows, batch, size) for size in known.features]
     else:
@@ -117,5 +118,6 @@ def remember(layer: Any, weights: Sequence[Tensor], path: str) -> None:
     how = layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional, layer.batch_first
     _known[number] = _Known(
         weakref.ref(layer, lambda _: _known.pop(number, None)), type(layer), attributes, len(layer.__dict__), names,
-        tuple(weight.shape for weight in weights), weights[0].dtype, rows, states, cell, how,
+        tuple(weight.shape for weight in weights), weights[0].dtype, layer.input_size, rows, states,
+        cell, how,
     )  # fmt: skip

@@ -120,8 +120,8 @@ def scan_forward(
     0, or 1 in reverse; the final one in 1; with marks the reset state in 2). x_gates: [T, B, D, X*H]. saved:
     [T, B, D, n, H] or None. step_data: (marks uint8 [T, B, D], params [D, P, H], extras [T, B, D, E, H]), None each
     where there are none. sync: (counters int32 [jobs * L * subtiles * lanes * exchange.stride], error word int32 [1],
-    partial sums fp32 [groups * subtiles, 2, S, outputs * BB * R*U]). last_h: unless KEEP, [L*D, B, H] for the h after the
-    last step, which would else be a view of y; None with it.
+    partial sums fp32 [groups * subtiles, 2, S, outputs * BB * R*U]). last_h: unless KEEP, [L*D, B, H] for the
+    last h, which would else be a view of y; None with it.
     For a stack as a pipeline: states [L, T + 2, ...], saved and extras [L, T, ...], params [L, P, H], weight
     [L, 2, G*H, stride] and bias [L, 2, G*H], of h first and of what comes from below second; x_gates of the lowest
     layer."""

@@ -4,7 +4,6 @@ but count, and every operation of torch that would start a kernel there counts o
 from collections import Counter
 
 import pytest
-import torch
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 

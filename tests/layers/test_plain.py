@@ -1,4 +1,4 @@
-"""The call that goes the short way: the same numbers as torch.nn's, and nothing that the whole way would see is missed."""
+"""The call that goes the short way: torch.nn's numbers, and nothing is missed that the whole way would see."""
 
 import copy
 import gc
@@ -15,7 +15,7 @@ import persistrnn
 from persistrnn import plain, recurrent
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN, "rnn_relu": nn.RNN}
-I, H, T, B = 5, 7, 3, 2
+INPUT, H, T, B = 5, 7, 3, 2
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def whole(monkeypatch):
 
 def known(cell="lstm", **options):
     """A layer that has been called."""
-    layer = make_layer(cell, I, H, **options)
-    layer(torch.randn(T, B, I, dtype=layer.weight_ih_l0.dtype))
+    layer = make_layer(cell, INPUT, H, **options)
+    layer(torch.randn(T, B, INPUT, dtype=layer.weight_ih_l0.dtype))
     return layer
 
 
@@ -46,7 +46,7 @@ def test_numbers_are_torchs(whole, cell, options, given):
     theirs = layer.to_torch()
     assert len(whole) == 1
     for rows in (1, 4):  # another batch and length, too
-        x = torch.randn(rows, rows, I, dtype=torch.float64)
+        x = torch.randn(rows, rows, INPUT, dtype=torch.float64)
         hx = [torch.randn_like(s) for s in flat(theirs(x)[1])] if given else None
         hx = hx and (tuple(hx) if len(hx) > 1 else hx[0])
         ours, expected = ([y, *flat(s)] for y, s in (layer(x, hx), theirs(x, hx)))
@@ -84,7 +84,7 @@ WHOLE_WAY = {
 
 @pytest.mark.parametrize("change", WHOLE_WAY)
 def test_a_changed_layer_goes_the_whole_way(change):
-    layer, x = known(), torch.randn(T, B, I)
+    layer, x = known(), torch.randn(T, B, INPUT)
     assert plain.run(layer, x, None) is not None
     WHOLE_WAY[change](layer)
     assert plain.run(layer, x, None) is None
@@ -92,7 +92,7 @@ def test_a_changed_layer_goes_the_whole_way(change):
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_weight_norm_of_the_old_kind():
-    layer, x = known(), torch.randn(T, B, I)
+    layer, x = known(), torch.randn(T, B, INPUT)
     weight_norm(layer, "weight_hh_l0")
     expected = layer(x)[0]
     with torch.no_grad():
@@ -101,21 +101,21 @@ def test_weight_norm_of_the_old_kind():
 
 
 GIVEN = {
-    "unbatched": (torch.randn(T, I), None),
-    "no step": (torch.randn(0, B, I), None),
-    "no row": (torch.randn(T, 0, I), None),
-    "other features": (torch.randn(T, B, I + 1), None),
-    "another dtype": (torch.randn(T, B, I).double(), None),
-    "sparse": (torch.randn(T, B, I).to_sparse(), None),
-    "a subclass": (nn.Parameter(torch.randn(T, B, I)).as_subclass(type("Mine", (torch.Tensor,), {})), None),
-    "elsewhere": (torch.randn(T, B, I, device="meta"), None),
+    "unbatched": (torch.randn(T, INPUT), None),
+    "no step": (torch.randn(0, B, INPUT), None),
+    "no row": (torch.randn(T, 0, INPUT), None),
+    "other features": (torch.randn(T, B, INPUT + 1), None),
+    "another dtype": (torch.randn(T, B, INPUT).double(), None),
+    "sparse": (torch.randn(T, B, INPUT).to_sparse(), None),
+    "a subclass": (nn.Parameter(torch.randn(T, B, INPUT)).as_subclass(type("Mine", (torch.Tensor,), {})), None),
+    "elsewhere": (torch.randn(T, B, INPUT, device="meta"), None),
     "no tensor": ([1.0], None),
-    "packed": (nn.utils.rnn.pack_sequence([torch.randn(T, I)]), None),
-    "one state of two": (torch.randn(T, B, I), torch.zeros(1, B, H)),
-    "a list": (torch.randn(T, B, I), [torch.zeros(1, B, H)] * 2),
-    "another batch": (torch.randn(T, B, I), (torch.zeros(1, B + 1, H),) * 2),
-    "states of another dtype": (torch.randn(T, B, I), (torch.zeros(1, B, H), torch.zeros(1, B, H).double())),
-    "three states": (torch.randn(T, B, I), (torch.zeros(1, B, H),) * 3),
+    "packed": (nn.utils.rnn.pack_sequence([torch.randn(T, INPUT)]), None),
+    "one state of two": (torch.randn(T, B, INPUT), torch.zeros(1, B, H)),
+    "a list": (torch.randn(T, B, INPUT), [torch.zeros(1, B, H)] * 2),
+    "another batch": (torch.randn(T, B, INPUT), (torch.zeros(1, B + 1, H),) * 2),
+    "states of another dtype": (torch.randn(T, B, INPUT), (torch.zeros(1, B, H), torch.zeros(1, B, H).double())),
+    "three states": (torch.randn(T, B, INPUT), (torch.zeros(1, B, H),) * 3),
 }
 
 
@@ -123,14 +123,14 @@ GIVEN = {
 def test_other_arguments_go_the_whole_way(name):
     x, hx = GIVEN[name]
     layer = known()
-    assert plain.run(layer, torch.randn(T, B, I), None) is not None
+    assert plain.run(layer, torch.randn(T, B, INPUT), None) is not None
     assert plain.run(layer, x, hx) is None
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 def test_a_nested_input_is_refused():
     layer = known()
-    nested = torch.nested.nested_tensor([torch.randn(T, I)])
+    nested = torch.nested.nested_tensor([torch.randn(T, INPUT)])
     assert plain.run(layer, nested, None) is None
 
 
@@ -139,13 +139,13 @@ def test_a_nested_input_is_refused():
     [({"return_cell_states": 1}, TypeError), ({"unknown": None}, TypeError), ({"reset_state": 0}, ValueError)],
 )
 def test_bad_keywords_are_refused_at_the_second_call_too(given, error):
-    layer, x = known(), torch.randn(T, B, I)
+    layer, x = known(), torch.randn(T, B, INPUT)
     with pytest.raises(error):
         layer(x, **given)
 
 
 def test_observers_send_it_the_whole_way(whole, monkeypatch):
-    layer, x = known(dtype=torch.float32), torch.randn(T, B, I)
+    layer, x = known(dtype=torch.float32), torch.randn(T, B, INPUT)
     weights = {name: w.detach() for name, w in layer.named_parameters()}
 
     def loss(weights, x):
@@ -163,7 +163,7 @@ def test_observers_send_it_the_whole_way(whole, monkeypatch):
 
 def test_weights_of_the_moment_are_used(whole):
     """In place, through ``data``, by functional_call, by load_state_dict: none is remembered."""
-    layer, x = known("gru", dtype=torch.float32), torch.randn(T, B, I)
+    layer, x = known("gru", dtype=torch.float32), torch.randn(T, B, INPUT)
     theirs, before = layer.to_torch(), layer(x)[0]
     changes = [
         lambda: layer.weight_hh_l0.data.mul_(2),
@@ -183,7 +183,7 @@ def test_weights_of_the_moment_are_used(whole):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copy_is_looked_at_anew(copied):
-    layer, x = known(), torch.randn(T, B, I)
+    layer, x = known(), torch.randn(T, B, INPUT)
     other = copied(layer)
     assert vars(other).keys() == vars(layer).keys()
     assert plain.run(other, x, None) is None
@@ -207,7 +207,7 @@ def test_weights_of_a_subclass_are_asked_for():
         def all_weights(self):
             return [[weight * self.scale for weight in weights] for weights in super().all_weights]
 
-    layer, x = Scaled(I, H), torch.randn(T, B, I)
+    layer, x = Scaled(INPUT, H), torch.randn(T, B, INPUT)
     before = layer(x)[0]
     layer.scale = 0.0
     assert before.any()
@@ -216,11 +216,11 @@ def test_weights_of_a_subclass_are_asked_for():
 
 def test_the_whole_way_is_for_all_else(whole):
     """What has no kernels of torch's own, and what runs in chunks or step by step."""
-    x = torch.randn(T, B, I)
+    x = torch.randn(T, B, INPUT)
     others = [
-        persistrnn.MGU(I, H), persistrnn.GRU(I, H, reset_after=False), persistrnn.LSTM(I, 8, heads=2),
-        persistrnn.LSTM(I, H, save="checkpoint"), persistrnn.LSTM(I, H, recipe=persistrnn.Recipe(zoneout=0.1)),
-        persistrnn.LSTM(I, H, recipe=persistrnn.Recipe(learned_state=True)),
+        persistrnn.MGU(INPUT, H), persistrnn.GRU(INPUT, H, reset_after=False), persistrnn.LSTM(INPUT, 8, heads=2),
+        persistrnn.LSTM(INPUT, H, save="checkpoint"), persistrnn.LSTM(INPUT, H, recipe=persistrnn.Recipe(zoneout=0.1)),
+        persistrnn.LSTM(INPUT, H, recipe=persistrnn.Recipe(learned_state=True)),
     ]  # fmt: skip
     for layer in others:
         layer(x)
