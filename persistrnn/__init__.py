@@ -8,7 +8,7 @@ weights, learned states), `Stacked` puts layers above each other (residuals, alt
 own). `functional` has all cells as functions, `explain` says which path a call would take and why, `check` raises if a
 kernel's bounded wait ran out, `replace` swaps torch.nn's layers in a finished model for these and `restore` swaps them
 back, `accelerated` runs torch.nn's own layers on the kernels as they are, `Streaming` carries a layer's state from call
-to call, `profile` measures where training's time and memory go.
+to call, `warmup` compiles a model's kernels at the same time, `profile` measures where training's time and memory go.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from persistrnn.recipe import Recipe
 from persistrnn.replacement import replace, restore
 from persistrnn.stacked import Stacked
 from persistrnn.streaming import Streaming
+from persistrnn.warmup import warmup
 
 if TYPE_CHECKING:
     from persistrnn.profiling.run import profile
@@ -46,7 +47,7 @@ __all__ = [
     "GRU", "JANET", "LSTM", "MGU", "RNN", "SLSTM", "CoupledLSTM", "LayerNormGRU", "LayerNormLSTM", "PeepholeLSTM",
     "Recipe", "Recurrent", "Stacked", "Streaming",
     "__version__", "accelerate", "accelerated", "cell", "check", "check_cell", "explain", "flops", "functional",
-    "profile", "replace", "restore",
+    "profile", "replace", "restore", "warmup",
 ]  # fmt: skip
 
 

@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
     weights: Weights
     marks: Tensor | None
     extras: Tensor | None
-    initial: Sequence[Tensor]
+    initial: Sequence[Tensor | None]
     reset: Sequence[Tensor]
 
 
@@ -50,7 +50,8 @@ class Outputs(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """What a backward takes. d_outputs: [T, B, D, H], of h, and of the second state where it was given out."""
+    """What a backward takes. d_final: None where there is none. d_outputs: [T, B, D, H], of h, and of the second state
+    where it was given out."""
 
     weight_hh: Tensor
     weight_ih: Tensor | None
@@ -58,7 +59,7 @@ class BackwardInputs(NamedTuple):
     marks: Tensor | None
     extras: Tensor | None
     kept: Sequence[Tensor]
-    d_final: Sequence[Tensor]
+    d_final: Sequence[Tensor | None]
     d_outputs: Sequence[Tensor]
 
 
@@ -86,7 +87,7 @@ def recurrent(
         cell: its name in ``kernels.cells.CELLS``.
         x_gates: [T, B, D, X*H], ``x @ W_ih^T + b_ih`` of the lowest layer in torch's gate order. T, B >= 1.
         weight_hh: [L*D, G*H, H]; bias_hh: [L*D, G*H].
-        initial: the states, h first, as (h0, c0) of an LSTM, each [L*D, B, H].
+        initial: the states, h first, as (h0, c0) of an LSTM, each [L*D, B, H]; empty: zeros.
         precision: of products in float32, "tf32" or "ieee".
         marks: uint8 [T, B, D], where a row begins anew or skips a step (``step_marks``); None: nowhere.
         reset: the states that rows begin anew from, in the form of ``initial``; empty: zeros.
@@ -110,7 +111,8 @@ def recurrent(
         ValueError: the size does not fit the device.
         RuntimeError: an earlier launch gave up waiting (see ``ops.check``).
     """
-    tensors = x_gates, weight_hh, bias_hh, weight_ih, bias_ih, params, marks, extras, *initial, *reset
+    begin = initial or (None,) * CELLS[cell].states
+    tensors = x_gates, weight_hh, bias_hh, weight_ih, bias_ih, params, marks, extras, *begin, *reset
     save = expects_backward(tensors)
     # Without gradients dynamo calls no Function with a variable number of arguments.
     direct = torch.compiler.is_compiling() and not save
@@ -148,21 +150,16 @@ def _forward(
     *tensors: Tensor | None,
 ) -> tuple[Tensor, ...]:
     x_gates, weights, marks, extras, initial, reset = _inputs(cell, tensors)
-    states = list(initial), list(reset)
+    states = [s for s in initial if s is not None], list(reset)
     with phase(SCAN_FORWARD):
-        kept = ops.scan_forward(
+        found = ops.scan_forward(
             cell, precision, save, return_c, cell_dtype, heads, x_gates, list(weights), marks, extras, *states
         )
-    n, stacked = CELLS[cell].states, weights.weight_ih is not None
+    n = CELLS[cell].states
+    kept, finals = found[:-n], [s.to(x_gates.dtype) for s in found[-n:]]
     every = [s[-1, 1:-1].flatten(2) for s in kept[: CELLS[cell].given_out if return_c else 1]]
-    if stacked:
-        every = [s.clone() for s in every]  # else they would keep those of all layers alive
-    finals = []
-    for i, states in enumerate(kept[:n]):
-        # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
-        last = -2 if i == 0 or save or return_c else 1
-        rows = [states[:, 1 if d // heads else last, :, d] for d in range(x_gates.shape[2])]
-        finals.append(torch.cat(rows).to(x_gates.dtype))
+    if weights.weight_ih is not None:  # a stack: else they would keep those of all layers alive
+        every = [s.clone() for s in every]
     return (*every, *finals, *(kept if save else ()))
 
 
@@ -207,10 +204,9 @@ class _Scan(Function):
         while d_outputs[-1] is None and len(d_outputs) > 1:
             d_outputs.pop()
         d_outputs = [y.new_zeros(T, B, D, H) if g is None else g for g in d_outputs]
-        d_final = [y.new_zeros(weight_hh.shape[0], B, H) if g is None else g for g in d.finals]
         needs = _inputs(ctx.cell, ctx.needs_input_grad[6:])
         resets = any(needs.reset)
-        given = weight_hh, weight_ih, params, marks, extras, *kept, *d_final, *d_outputs
+        given = weight_hh, weight_ih, params, marks, extras, *kept, *d.finals, *d_outputs
         if _is_second(d.kept):
             found = _formula(ctx.cell, ctx.heads, given, d.kept)
         else:
@@ -236,8 +232,9 @@ class _Scan(Function):
                     of = _param_gradients if torch.compiler.is_compiling() else _flat_param_gradients
                     d_params = of(ctx.cell, ctx.heads, gates, kept, params, marks, extras)
                 d_weights[4] = d_params.to(params.dtype)
+        d_initial = found.d_initial if any(needs.initial) else [None] * len(needs.initial)
         d_reset = found.d_reset if resets else [None] * len(needs.reset)
-        return (*(None,) * 6, dx_gates[0], *d_weights, None, None, *found.d_initial, *d_reset)
+        return (*(None,) * 6, dx_gates[0], *d_weights, None, None, *d_initial, *d_reset)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -308,9 +305,10 @@ def refuse_tangents() -> NoReturn:
 def _formula(cell: str, heads: int, tensors: Sequence[Any], d_kept: Sequence[Tensor | None] = ()) -> Gradients:
     """What the backward computes, differentiable, from the tensors of ``BackwardInputs``."""
     weight_hh, weight_ih, params, marks, extras, kept, d_final, d_outputs = _backward_inputs(cell, tensors)
-    of = ops.kept_of(cell, kept)
+    of, (_, batch, _, units) = ops.kept_of(cell, kept), d_outputs[0].shape
+    finals = [d_outputs[0].new_zeros(len(weight_hh), batch, units) if d is None else d for d in d_final]
     beside = d_kept, params, extras, heads
-    return double_backward.backward(cell, weight_hh, weight_ih, marks, of, d_outputs, d_final, *beside)
+    return double_backward.backward(cell, weight_hh, weight_ih, marks, of, d_outputs, finals, *beside)
 
 
 def _is_second(grads: Sequence[Tensor | None]) -> bool:
@@ -411,7 +409,9 @@ def _products(d_gates: Tensor, operands: Sequence[Tensor]) -> Tensor:
         # Of one layer a plain product, not a batch of one.
         gates, h = (t.flatten(0, 2) if len(t) == 1 else t.flatten(1, 2) for t in pair)
         found.append(_gemm(gates, h))
-    return torch.stack(found) if len(d_gates) == 1 else found[0]
+    if len(d_gates) > 1:
+        return found[0]
+    return torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
 
 
 def _gemm(d_gates: Tensor, operand: Tensor) -> Tensor:
@@ -420,4 +420,4 @@ def _gemm(d_gates: Tensor, operand: Tensor) -> Tensor:
 
 
 def _bias(d_gates: Tensor) -> Tensor:
-    return d_gates.sum((1, 2), dtype=torch.float32).to(d_gates.dtype).flatten(0, 1)
+    return d_gates.sum((1, 2)).flatten(0, 1)  # of 16-bit numbers in float32, rounded once

@@ -42,7 +42,7 @@ def _run(request: Request, accept: Callable[[Decision], bool] | None = None) -> 
     batch = validate.read_input(input, stack, weights, options.batch_first)
     data, packed = batch.data, batch.packed
     check_save(options.save, options.save_budget, stack.proj_size)
-    states = validate.read_states(stack, hx, batch)
+    states = [] if hx is None else validate.read_states(stack, hx, batch)
     cuts = validate.read_cuts(stack, batch, hx is None and not learned, given)
     if learned:
         begin = [s.to(data.dtype).unsqueeze(1).expand(-1, batch.rows, -1).contiguous() for s in learned]
@@ -75,6 +75,8 @@ def _run(request: Request, accept: Callable[[Decision], bool] | None = None) -> 
         return Found(None, [], None, decision.path)
     if decision.refused:
         raise RuntimeError(f'backend="persistent" cannot run this call: {decision.reason}')
+    if not states and not stacks.reads_no_zeros(decision):
+        states = validate.read_states(stack, None, batch)
     c: Any = None
     lengths: Any = given.lengths
     if decision.path == "onnx":

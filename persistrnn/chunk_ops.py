@@ -227,12 +227,7 @@ def forward(
             every, saves = highest and len(found.every) > 1, len(found.saved) > 0
             beside = marked, extras_of(extras, i, part), reset[i]
             kept = _scan(cell, precision, gates_of(xs, layer), layer, states[i], *beside, every, saves, heads, into)
-            # After the last step in each direction: of the states of all steps, or of a few slots.
-            slots = [-2, *(-2 if every or saves else 1 for _ in kept.states[1:])]
-            states[i] = [
-                torch.stack([s[0, 1 if d // heads else slot, :, d] for d in range(D)])
-                for s, slot in zip(kept.states, slots, strict=True)
-            ]
+            states[i] = list(kept.finals)
             if not highest:
                 xs = [_to_next(kept, marked)]
         for whole, s in zip(found.every, kept.states, strict=False):

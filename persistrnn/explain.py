@@ -33,20 +33,9 @@ def explain(layer: RecurrentBase | Stacked, batch: int, steps: int) -> str:
     check_layer(layer)
     check_count("batch", batch)
     check_count("steps", steps)
-    options, own = layer.options, (layer.input_size, layer.hidden_size, layer.proj_size)
-    check_options(options)
-    check_sizes(*own, layer.heads)
-    weights = [weight for weights in layer.all_weights for weight in weights]
-    stack = validate.read_weights(layer.cell, weights, options)
-    validate.check_attributes(stack, *own)
-    check_save(options.save, options.save_budget, layer.proj_size)
-
-    dtype = calls.compute_dtype(weights[0], weights[0])
-    where = dtype, weights[0].device, expects_backward(weights)
-    transforms = decide.active_transforms(weights, dropout=options.active_dropout > 0)
-    found = decide.decide(calls.asked(stack, options, batch, steps, *where, transforms=transforms))
+    found = decision_of(layer, batch, steps)
     call, reason = found.call, found.reason
-    lines = [f"{layer}, batch {batch}, steps {steps}, {str(dtype).removeprefix('torch.')} on {call.device}"]
+    lines = [f"{layer}, batch {batch}, steps {steps}, {str(call.dtype).removeprefix('torch.')} on {call.device}"]
     if reason is None:
         lines += ["path: persistent", str(found.plan)]
     elif found.refused:
@@ -62,6 +51,22 @@ def explain(layer: RecurrentBase | Stacked, batch: int, steps: int) -> str:
     if call.device.type == "cuda" and not call.loops and decide.unsupported(call) is None:
         lines += [_expected(call, backward) for backward in (False, True)]
     return "\n".join(lines)
+
+
+def decision_of(layer: RecurrentBase, batch: int, steps: int) -> Decision:
+    """What is decided of such a call."""
+    options, own = layer.options, (layer.input_size, layer.hidden_size, layer.proj_size)
+    check_options(options)
+    check_sizes(*own, layer.heads)
+    weights = [weight for weights in layer.all_weights for weight in weights]
+    stack = validate.read_weights(layer.cell, weights, options)
+    validate.check_attributes(stack, *own)
+    check_save(options.save, options.save_budget, layer.proj_size)
+
+    dtype = calls.compute_dtype(weights[0], weights[0])
+    where = dtype, weights[0].device, expects_backward(weights)
+    transforms = decide.active_transforms(weights, dropout=options.active_dropout > 0)
+    return decide.decide(calls.asked(stack, options, batch, steps, *where, transforms=transforms))
 
 
 def _expected(call: Call, backward: bool) -> str:

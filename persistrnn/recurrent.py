@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from persistrnn import tracing, validate
+from persistrnn import plain, tracing, validate
 from persistrnn.calls import run
 from persistrnn.decide import TORCH
 from persistrnn.functional import Input
@@ -346,6 +346,12 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         return_cell_states: bool = False,
         **extras: Tensor,
     ) -> Any:
+        cuts_nothing = lengths is mask is resets is reset_state is None and not extras
+        plain_call = cuts_nothing and return_cell_states is False
+        if plain_call and (outputs := plain.run(self, input, hx)) is not None:
+            self._ran_on("torch")
+            output, *states = outputs
+            return output, states[0] if len(states) == 1 else tuple(states)
         if (proxy := tracing.proxy_in(input, hx, lengths, mask, resets, reset_state, extras)) is not None:
             cuts = {"lengths": lengths, "mask": mask, "resets": resets, "reset_state": reset_state, **extras}
             return tracing.leaf(proxy, self, input, hx=hx, return_cell_states=return_cell_states, **cuts)
@@ -362,6 +368,12 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         learned = self.initial_states()
         found = run(Request(self.cell, input, weights, hx, options, given, return_cell_states, sizes, learned))
         if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
-            self.last_path = found.path
+            self._ran_on(found.path)
+            if plain_call and type(self).all_weights is RecurrentBase.all_weights:
+                plain.remember(self, weights, found.path)
         state = found.states[0] if len(found.states) == 1 else tuple(found.states)
         return (found.output, state, found.c) if return_cell_states else (found.output, state)
+
+    def _ran_on(self, path: str) -> None:
+        if self.__dict__.get("last_path") != path:  # to set an attribute of a module takes a microsecond
+            self.last_path = path

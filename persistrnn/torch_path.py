@@ -129,20 +129,26 @@ def _eager(
     options: tuple[bool, int, float, bool, bool],
     batch_first: bool,
 ) -> list[Tensor]:
-    function: Callable[..., tuple[Tensor, ...]] = functools.partial(_own_call, getattr(torch._VF, cell))
-    hx = tuple(states) if len(states) > 1 else states[0]
     # Only on a GPU can the warning come, and catching it costs time and changes a setting of the whole process.
     with _no_flat_weight_warning() if input.is_cuda else _NOTHING:
-        given = [input, hx] if batch_sizes is None else [input, batch_sizes, hx]
+        given = [input] if batch_sizes is None else [input, batch_sizes]
         how = (*options, batch_first) if batch_sizes is None else options
         autocast = autocast_dtype(input)
         if autocast is None or input.device.type != "cpu":
-            return list(function(*given, list(weights), *how))
+            return call(cell, given, states, weights, how)
         dtypes = output_dtypes(cell, input, states, autocast)
         if TORCH[cell].onednn and input.dtype != torch.float64:
             given[0] = input.to(autocast)
-        outputs = function(*given, list(weights), *how)
+        outputs = call(cell, given, states, weights, how)
         return [t.to(dtype) for t, dtype in zip(outputs, dtypes, strict=True)]
+
+
+def call(
+    cell: str, given: list[Any], states: Sequence[Tensor], weights: Sequence[Tensor], how: tuple[Any, ...]
+) -> list[Tensor]:
+    """[output, *states] of torch's function. given: the input, and batch_sizes of a PackedSequence."""
+    hx = tuple(states) if len(states) > 1 else states[0]
+    return list(_own_call(getattr(torch._VF, cell), *given, hx, list(weights), *how))
 
 
 _own = threading.local()

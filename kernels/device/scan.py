@@ -50,8 +50,8 @@ from .loads import (
 from .marks import BEGINS, SKIPPED, is_marked, load_marks, load_reset, rows_before
 from .product import add_parts, corner_of, first_streamed, load_rest, matrix_of, product_local, product_shared, resident
 from .program import Neighbour, locate, own_counter, sync_of_layer
-from .tile_tuples import add_tiles, choose, load_tiles, moved, only_where, store, store_tiles, zero_where
-from .tiles import batch_tile, narrow, previous_slot, tile_offset, time_of, unit_offsets
+from .tile_tuples import add_tiles, choose, load, load_tiles, moved, only_where, store, store_tiles, zero_where
+from .tiles import batch_tile, narrow, previous_slot, row_offset, tile_offset, time_of, unit_offsets
 
 
 @triton.jit
@@ -114,12 +114,14 @@ def scan_forward(
     tiling: tl.constexpr,
     exchange: tl.constexpr,
     KEEP: tl.constexpr,
+    last_h,
 ):
     """states: tuple of [T + 2, B, D, H], of which those after h have few slots unless KEEP (the initial state in slot
     0, or 1 in reverse; the final one in 1; with marks the reset state in 2). x_gates: [T, B, D, X*H]. saved:
     [T, B, D, n, H] or None. step_data: (marks uint8 [T, B, D], params [D, P, H], extras [T, B, D, E, H]), None each
     where there are none. sync: (counters int32 [jobs * L * subtiles * lanes * exchange.stride], error word int32 [1],
-    partial sums fp32 [groups * subtiles, 2, S, outputs * BB * R*U]).
+    partial sums fp32 [groups * subtiles, 2, S, outputs * BB * R*U]). last_h: unless KEEP, [L*D, B, H] for the
+    last h, which would else be a view of y; None with it.
     For a stack as a pipeline: states [L, T + 2, ...], saved and extras [L, T, ...], params [L, P, H], weight
     [L, 2, G*H, stride] and bias [L, 2, G*H], of h first and of what comes from below second; x_gates of the lowest
     layer."""
@@ -238,6 +240,14 @@ def scan_forward(
             for i in tl.static_range(1, n):
                 pointers = states[i] + position + unit_offsets(program, tile.rows, H, tiling)
                 store(pointers, state[j][i], unit_mask & tile.own, tiling, exchange)
+            if last_h is not None:
+                # Read again what this program has put: kept in registers it would cost them in every step.
+                own = states[0] + tile_offset(time_of(T - 1, program.reverse, T) + 1, tile, program, B, H, tiling)
+                if j == 0:
+                    tl.debug_barrier()  # a thread need not have put what it reads
+                h = load(own + unit_offsets(program, tile.rows, H, tiling), unit_mask)
+                to = last_h + row_offset(program.layer + program.direction, tile.first, 0, B, 1, H)
+                store(to + units[None, :] + tile.rows[:, None] * H, h, unit_mask & tile.own, tiling, exchange)
 
 
 @triton.jit(do_not_specialize=["first_job", "T", "B"], launch_metadata=launch_metadata)

@@ -164,7 +164,7 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
         signature |= {"x_gates": pointer, "bias": pointer}
         if case.chunked:
             signature["states"] = pointer, *("*fp32",) * (cell.states - 1)
-        constants |= {"cell": derived(cell.name).forward, "KEEP": True}
+        constants |= {"cell": derived(cell.name).forward, "KEEP": True, "last_h": None}
     source = source_of(kernel, signature, constants)
     return triton.compile(source, target=target_of(case.arch), options=options(part, case.arch))
 

@@ -115,7 +115,7 @@ def test_inference_keeps_nothing_and_equals_training(cell, directions, saved_siz
         inference = run(cell, arguments)
     detached = run(cell, [t.detach() for t in arguments])
     state, others = directions * B * H, CELLS[cell].states - 1
-    full, bare = [6 * state, *[6 * state] * others, 4 * 4 * state], [6 * state, *[2 * state] * others]
+    full, bare = [6 * state, *[6 * state] * others, 4 * 4 * state], [6 * state]
     assert saved_sizes == [full, bare, bare]
     assert not any(t.requires_grad for t in (*inference, *detached))
     torch.testing.assert_close(inference, [t.detach() for t in training], rtol=0, atol=0)
