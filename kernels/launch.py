@@ -28,6 +28,7 @@ from .cells import Cell, derived
 from .device.exchange import Exchange, exchange_on
 from .device.recompute import BLOCK, activate
 from .device.scan import scan_backward, scan_forward
+from .device.staged_scan import staged_backward, staged_forward
 from .planner import hardware as devices
 from .planner import occupancy, pipeline
 from .planner import plan as planning
@@ -174,10 +175,11 @@ def launch_scan(
 ) -> None:
     """Launch all jobs, as many at a time as are resident together."""
     t = part.tiling
-    if arguments["T"] * t.slices >= 2**31:
+    counted = t.slices * max(1, t.means)
+    if arguments["T"] * counted >= 2**31:
         raise ValueError(
             f"a sequence of {arguments['T']} steps is too long for the group's counter: with {t.slices} "
-            f"slices at most {(2**31 - 1) // t.slices} steps are possible; cut it, carrying the state"
+            f"slices at most {(2**31 - 1) // counted} steps are possible; cut it, carrying the state"
         )
     if t.stride != t.hidden:
         # Rows of 16-byte multiples: else every load of a weight is in narrow pieces.
@@ -189,7 +191,8 @@ def launch_scan(
     )
     # Of the groups of one launch: the next launch follows on the same stream.
     tiles_at_once = min(jobs, part.groups) * t.layers * t.subtiles
-    size = tiles_at_once * 2 * t.slices * t.outputs * t.units_formed * t.batch_tile if t.k_parts > 1 else 1
+    sums = t.slices > 1 and (t.k_parts > 1 or t.means > 0)
+    size = tiles_at_once * 2 * t.slices * t.outputs * t.units_formed * t.batch_tile if sums else 1
     parts = torch.empty(size, dtype=torch.float32, device=device)
     sync = counters, _error_word(device), parts
     arch = hardware(device).arch
@@ -262,10 +265,11 @@ def _both(first: Tensor, second: Tensor | None, above: bool) -> Tensor:
 
 def _step_data(cell: Cell, marks: Tensor | None, params: Tensor | None, extras: Tensor | None) -> tuple[Any, ...]:
     """What a step takes besides gates and states, as the kernels have it."""
-    for names, tensor, what in ((cell.params, params, "params"), (cell.extras, extras, "extras")):
+    given = (cell.params, cell.step_params, params, "params"), (cell.extras, len(cell.extras), extras, "extras")
+    for names, rows, tensor, what in given:
         found = 0 if tensor is None else tensor.shape[-2]
-        if found != len(names):
-            raise ValueError(f"{cell.name} takes {what} {names or 'none'}, one row of H each: got {found} of them")
+        if found != rows:
+            raise ValueError(f"{cell.name} takes {what} {names or 'none'}, {rows} rows of H: got {found} of them")
     return marks, params, extras
 
 
@@ -323,7 +327,7 @@ def forward(
     if save and saved is None:
         saved = x_gates.new_empty(L, T, B, D, cell.saved, H)
     launch_scan(
-        scan_forward,
+        staged_forward if cell.means else scan_forward,
         part,
         part.tiling.jobs(B),
         exchange,
@@ -391,7 +395,7 @@ def backward(
     finals = [d if D == 1 else d.transpose(0, 1).contiguous() for d in d_final]
     d_edges = [torch.empty_like(d) for _ in range(2 if resets else 1) for d in finals]
     launch_scan(
-        scan_backward,
+        staged_backward if cell.means else scan_backward,
         part,
         part.tiling.jobs(B),
         exchange,

@@ -110,6 +110,11 @@ def recurrent(
         ValueError: the size does not fit the device.
         RuntimeError: an earlier launch gave up waiting (see ``ops.check``).
     """
+    of = CELLS[cell]
+    if of.normalised:  # the bias comes behind the norm, which is in the step: of the parameters it is the last
+        biases = bias_hh.unflatten(1, (of.gates, -1))
+        params = biases if params is None else torch.cat([params, biases], dim=1)
+        bias_hh = torch.zeros_like(bias_hh)
     tensors = x_gates, weight_hh, bias_hh, weight_ih, bias_ih, params, marks, extras, *initial, *reset
     save = expects_backward(tensors)
     # Without gradients dynamo calls no Function with a variable number of arguments.

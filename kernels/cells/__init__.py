@@ -42,6 +42,7 @@ class Cell:
         given_out: states of which a caller can have every step: h and, where there is one, the second (c).
         gates_of_h: gates whose product is with h.
         param_tiles: of each of ``params``, per unit.
+        step_params: tiles of all parameters that the step is given.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Cell:
     given_out: int = field(init=False)
     gates_of_h: int = field(init=False)
     param_tiles: tuple[int, ...] = field(init=False)
+    step_params: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", self.gates + self.more_inputs)
@@ -74,6 +76,7 @@ class Cell:
         object.__setattr__(self, "gates_of_h", self.gates - self.products)
         tiles = tuple(self.gates if name in self.wide else 1 for name in self.params)
         object.__setattr__(self, "param_tiles", tiles)
+        object.__setattr__(self, "step_params", sum(tiles) + self.gates * self.normalised)
 
 
 # The names of ``library.CELLS``, known without deriving one.

@@ -17,7 +17,7 @@ from . import Cell, stages
 from .graph import CellError, Graph
 from .saving import Saving, Traced, choose
 from .tracing import trace
-from .triton_source import HEADER, backward_text, forward_text, load
+from .triton_source import HEADER, backward_text, forward_text, load, staged_backward_text, staged_forward_text
 
 Tiles = Sequence[Tensor]
 
@@ -69,7 +69,7 @@ class Derived:
         names: of its tiles
         step: ``step(x, r, state, p=(), e=()) -> new_state``, tuples of tensors, in torch; of several stages a
             generator (``stages``)
-        source: the text of its Triton pair; empty if it has several stages
+        source: the text of its Triton pair
     """
 
     cell: Cell
@@ -85,13 +85,15 @@ class Derived:
 
     @property
     def forward(self) -> Any:
-        """Jitted: ``(x_gates, r_gates, state, p, e) -> new_state, saved``."""
+        """Jitted: ``(x_gates, r_gates, state, p, e) -> new_state, saved``; of several stages with the number of a part
+        before, and the results of the stages behind (``triton_source``)."""
         return self._pair[0]
 
     @property
     def backward(self) -> Any:
         """Jitted: ``(d_state, saved + states after, previous_state, p, e) -> dx_gates + more, dr_gates,
-        d_previous_state`` (elementwise part)."""
+        d_previous_state`` (elementwise part); of several stages with the number of a part before, and the gradients
+        of the stages' operands behind."""
         return self._pair[1]
 
     def run_step(
@@ -102,21 +104,23 @@ class Derived:
         return found
 
     def run_forward(
-        self, x: Tiles, r: Tiles, state: Tiles, p: Tiles = (), e: Tiles = ()
+        self, x: Tiles, r: Tiles, state: Tiles, p: Tiles = (), e: Tiles = (), q: Tiles = ()
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """``forward`` in torch."""
+        """``forward`` in torch. q: what its later stages give."""
         graph = self.traced.graph
-        given = _given(graph, x=x, r=r, s=state, p=p, e=e)
+        given = _given(graph, x=x, r=r, s=state, p=p, e=e, q=q)
         found = graph.evaluate(self.traced.new + self.saving.saved, given, x[0])
         return found[: self.cell.states], found[self.cell.states :]
 
     def run_backward(
         self, d_state: Tiles, saved: Tiles, after: Tiles, previous: Tiles, p: Tiles = (), e: Tiles = ()
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """``backward`` in torch. after: the states ``cell.after`` after the step."""
+        """``backward`` in torch, means over the last dimension among it. after: the states ``cell.after`` after the
+        step."""
         graph, traced = self.traced.graph, self.traced
         parts = traced.dx + self.saving.more, traced.dr, traced.ds
         given = _given(graph, d=d_state, s=previous, p=p, e=e) | self._kept(saved, after)
+        _through_stages(graph, given, traced.dq, len(d_state), d_state[0])
         return _split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
 
     def param_gradients(
@@ -140,8 +144,9 @@ class Derived:
             CellError: they need a tile that the forward does not keep.
         """
         graph, nodes, bits, grads = self._second
-        parts = grads[:4]
-        given = _given(graph, d=(*d_state, *d_saved), s=previous, p=p, e=e) | self._kept(saved, after, nodes, bits)
+        parts, d = grads[:4], (*d_state, *d_saved)
+        given = _given(graph, d=d, s=previous, p=p, e=e) | self._kept(saved, after, nodes, bits)
+        _through_stages(graph, given, grads[-1] if self.names.stages else (), len(d), d[0])
         return _split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
 
     @property
@@ -151,19 +156,21 @@ class Derived:
         states = self.cell.states
         given = {*nodes[states:], *bits, *(nodes[i] for i in self.cell.after)}
         missing = (graph.name(i) for i in graph.needs(chain(*grads), given))
-        return not any(name[:1] in ("x", "r") for name in missing)
+        return not any(name[:1] in ("x", "r", "q") for name in missing)
 
     @cached_property
     def _second(self) -> tuple[Graph, list[int], list[int], list[list[int]]]:
         """Traced from the step once more, the saved tiles among its results: a graph, in which are those results, the
         bits and the gradients."""
-        graph, count = Graph(), self.cell.states + self.cell.saved
+        graph, results = Graph(), [*self.traced.new, *self.saving.saved, *self.traced.operands]
 
         def step(*arguments: Tiles) -> tuple[Tensor, ...]:
-            new, saved = self.run_forward(*arguments)
-            return (*new, *saved)
+            given = _given(self.traced.graph, **dict(zip("xrspeq", arguments, strict=False)))
+            return self.traced.graph.evaluate(results, given, arguments[0][0])
 
-        nodes, grads = in_a_thread(lambda: trace(graph, step, self.cell.name, _groups(self.names), count))
+        groups = _groups(self.names) + ([("q", self.names.stages)] if self.names.stages else [])
+        nodes, grads = in_a_thread(lambda: trace(graph, step, self.cell.name, groups, len(results)))
+        nodes = nodes[: self.cell.states + self.cell.saved]
         return graph, nodes, self.traced.graph.copied(self.saving.bits, graph), grads
 
     def _kept(
@@ -178,6 +185,14 @@ class Derived:
             code = saved[-1].detach().to(torch.int32)
             given |= {i: (code & 1 << k) != 0 for k, i in enumerate(bits or self.saving.bits)}
         return given
+
+
+def _through_stages(graph: Graph, given: dict[int, Tensor], dq: Sequence[int], first: int, like: Tensor) -> None:
+    """Add to ``given`` the gradients of the stages' operands, which are results behind the ``first``: each from that of
+    what the stage gives, which those of later stages go into."""
+    for k in reversed(range(len(dq))):
+        (of_result,) = graph.evaluate([dq[k]], given, like)
+        given[graph.input(f"d{first + k}")] = of_result.mean(-1, keepdim=True).expand_as(of_result)
 
 
 def _split(tiles: Sequence[Tensor], parts: Sequence[Sequence[Any]]) -> tuple[tuple[Tensor, ...], ...]:
@@ -234,15 +249,17 @@ def derive(step: Callable[..., Any], name: str, names: Names, built_in: bool = F
 def _derived(
     step: Callable[..., Any], name: str, names: Names, built_in: bool, traced: Traced, saving: Saving
 ) -> Derived:
-    graph, source = traced.graph, ""
-    if not names.stages:
-        after = [traced.new[i] for i in saving.after]
-        dx = [*traced.dx, *saving.more]
+    graph, new = traced.graph, traced.new
+    after = [new[i] for i in saving.after]
+    kept = saving.saved, after, saving.bits, [*traced.dx, *saving.more], traced.dr, traced.ds
+    if names.stages:
         texts = (
-            forward_text(graph, name, traced.new, saving.saved),
-            backward_text(graph, name, saving.saved, after, saving.bits, dx, traced.dr, traced.ds),
+            staged_forward_text(graph, name, traced.operands, new, saving.saved),
+            staged_backward_text(graph, name, *kept, traced.dq),
         )
-        source = HEADER.format(name=name) + "\n\n\n".join(texts) + "\n"
+    else:
+        texts = forward_text(graph, name, new, saving.saved), backward_text(graph, name, *kept)
+    source = HEADER.format(name=name) + "\n\n\n".join(texts) + "\n"
     # Two steps of one text may differ in the parameters' gradients, and in what their tiles are called.
     rest = f"{names} {traced.dp} {[graph.nodes[i] for i in graph.needs(traced.dp)]}"
     digest = hashlib.sha256((source + rest).encode()).hexdigest()

@@ -83,7 +83,7 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool) -> Cost:
         weights += tiles * (max(per_program / l2, memory) + 2 * per_program / on_chip)
 
     state = synchronisation = 0.0
-    barriers = 3
+    barriers = 3 + 2 * cell.means
     if exchanged:
         operand = columns * work.k * size
         # Warps that share a part of K read the same operand.
@@ -93,12 +93,12 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool) -> Cost:
         if choice.k_parts > 1:
             state += tiles * 2 * choice.k_parts * choice.units * outputs * columns * 4 / l2
         bursts = -(-work.k // choice.burst)
-        exchanges = (2 if choice.k_parts > 1 else 1) * hardware.exchange
+        exchanges = ((2 if choice.k_parts > 1 else 1) + cell.means) * hardware.exchange
         # With several batch tiles, the others' work hides a tile's exchange.
         busy = (compute + weights + state) / tiles * (tiles - 1)
         later_bursts = (bursts - 1) * LATENCY_SHARE * hardware.exchange
         synchronisation = max(exchanges - busy, UNHIDDEN * exchanges) + tiles * later_bursts
-        barriers = 5 + 2 * bursts + (4 if choice.k_parts > 1 else 0)
+        barriers = 5 + 2 * bursts + (4 if choice.k_parts > 1 else 0) + 4 * cell.means
     synchronisation += tiles * barriers * hardware.barrier
 
     threads = 32 * choice.warps

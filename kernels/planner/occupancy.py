@@ -52,7 +52,7 @@ def cell_registers(cell: Cell, backward: bool, choice: Choice) -> int:
     more = max(0, tiles + cell.states + len(cell.extras) - 6)
     elements = max(1, choice.units * choice.batch_tile // (32 * choice.warps))
     addresses = bool(cell.extras) + (width != cell.gates) + max(0, cell.states - 2)
-    return elements * (len(cell.params) + more * choice.subtiles) + ADDRESS_REGISTERS * addresses
+    return elements * (cell.step_params + more * choice.subtiles) + ADDRESS_REGISTERS * addresses
 
 
 def masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> bool:

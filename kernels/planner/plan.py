@@ -239,12 +239,11 @@ def _pass(problem: Problem, backward: bool) -> Pass:
 
 def without_kernels(cell: Cell) -> str | None:
     """Why the kernels cannot run a cell; None if they can."""
-    if not cell.products + cell.means:
+    if not cell.products:
         return None
-    what = "a second product" if cell.products else "means over all units"
     return (
-        f"the kernels run steps of one stage, and within each step {cell.name} has {what}; use backend='torch', which "
-        "runs it step by step."
+        f"the kernels have one product in each step, and {cell.name} has a second one within it; use backend='torch', "
+        "which runs it step by step."
     )
 
 

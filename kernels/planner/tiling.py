@@ -79,10 +79,13 @@ class Tiling:
         more_inputs, params, extras, after, more_gradients: of the cell, the first and the last in tiles.
         heads: in each direction; ``directions`` counts all of them.
         guarded: whether units past H are masked before the product of one slice.
+        means, normalised: of the cell. The former are means over all units within a step.
     """
 
     # Not in a plan's JSON where the cell has nothing of the kind.
-    OF_SOME_CELLS: ClassVar = ("more_inputs", "params", "extras", "after", "more_gradients", "guarded", "heads")
+    OF_SOME_CELLS: ClassVar = (
+        "more_inputs", "params", "extras", "after", "more_gradients", "guarded", "heads", "means", "normalised",
+    )  # fmt: skip
 
     hidden: int
     stride: int
@@ -118,6 +121,8 @@ class Tiling:
     more_gradients: int = 0
     guarded: bool = False
     heads: int = 1
+    means: int = 0
+    normalised: bool = False
 
     @property
     def inputs(self) -> int:
@@ -154,8 +159,8 @@ class Tiling:
 
     @property
     def counters_per_tile(self) -> int:
-        """Counters of one batch tile: one, or one per part of K and one per unit group."""
-        return self.k_parts + self.unit_groups if self.k_parts > 1 else 1
+        """Counters of one batch tile: one, or one per part of K and one per unit group; and one for means."""
+        return self.k_parts + self.unit_groups if self.k_parts > 1 else 1 + (self.means > 0)
 
     @property
     def outputs(self) -> int:
@@ -273,9 +278,11 @@ def make_tiling(problem: Problem, choice: Choice, *, backward: bool) -> Tiling:
         precision=problem.precision,
         interpreted=problem.hardware is INTERPRETER,
         more_inputs=cell.more_inputs,
-        params=len(cell.params),
+        params=cell.step_params,
         extras=len(cell.extras),
         after=cell.after,
         more_gradients=cell.more_gradients,
         guarded=slices == 1 and units > hidden and not cell.finite_at_zero,
+        means=cell.means,
+        normalised=cell.normalised,
     )
