@@ -324,10 +324,12 @@ def forward(
     for i in range(1, cell.states):
         states.append(x_gates.new_empty(L, slots, B, D, H, dtype=cell_dtype or x_gates.dtype))
         edges(states[i], initial[i], reset[i] if reset else None, every, heads)
-    if save and saved is None:
+    if (save or cell.products) and saved is None:
         saved = x_gates.new_empty(L, T, B, D, cell.saved, H)
+        if cell.products:
+            flag(saved, part, exchange)
     launch_scan(
-        staged_forward if cell.means else scan_forward,
+        staged_forward if cell.staged else scan_forward,
         part,
         part.tiling.jobs(B),
         exchange,
@@ -343,7 +345,7 @@ def forward(
         cell=derived(cell.name).forward,
         KEEP=every,
     )
-    return Kept(tuple(states), saved)
+    return Kept(tuple(states), saved if save else None)
 
 
 def backward(
@@ -395,7 +397,7 @@ def backward(
     finals = [d if D == 1 else d.transpose(0, 1).contiguous() for d in d_final]
     d_edges = [torch.empty_like(d) for _ in range(2 if resets else 1) for d in finals]
     launch_scan(
-        staged_backward if cell.means else scan_backward,
+        staged_backward if cell.staged else scan_backward,
         part,
         part.tiling.jobs(B),
         exchange,

@@ -43,6 +43,7 @@ class Cell:
         gates_of_h: gates whose product is with h.
         param_tiles: of each of ``params``, per unit.
         step_params: tiles of all parameters that the step is given.
+        staged: whether its step has several stages.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Cell:
     gates_of_h: int = field(init=False)
     param_tiles: tuple[int, ...] = field(init=False)
     step_params: int = field(init=False)
+    staged: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", self.gates + self.more_inputs)
@@ -77,6 +79,7 @@ class Cell:
         tiles = tuple(self.gates if name in self.wide else 1 for name in self.params)
         object.__setattr__(self, "param_tiles", tiles)
         object.__setattr__(self, "step_params", sum(tiles) + self.gates * self.normalised)
+        object.__setattr__(self, "staged", self.products + self.means > 0)
 
 
 # The names of ``library.CELLS``, known without deriving one.

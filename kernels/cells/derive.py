@@ -16,6 +16,7 @@ from torch import Tensor
 from . import Cell, stages
 from .graph import CellError, Graph
 from .saving import Saving, Traced, choose
+from .stages import Answer
 from .tracing import trace
 from .triton_source import HEADER, backward_text, forward_text, load, staged_backward_text, staged_forward_text
 
@@ -113,14 +114,16 @@ class Derived:
         return found[: self.cell.states], found[self.cell.states :]
 
     def run_backward(
-        self, d_state: Tiles, saved: Tiles, after: Tiles, previous: Tiles, p: Tiles = (), e: Tiles = ()
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """``backward`` in torch, means over the last dimension among it. after: the states ``cell.after`` after the
-        step."""
+        self, d_state: Tiles, saved: Tiles, after: Tiles, previous: Tiles, p: Tiles = (), e: Tiles = (),
+        transposed: Answer | None = None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
+        """``backward`` in torch, of a step of several stages with those: means are over the last dimension. after: the
+        states ``cell.after`` after the step. transposed: the later product by the transposed matrix; the gradients of
+        its results are behind those of r."""
         graph, traced = self.traced.graph, self.traced
-        parts = traced.dx + self.saving.more, traced.dr, traced.ds
+        parts = traced.dx + self.saving.more, self._dr(traced.dr, traced.dq), traced.ds
         given = _given(graph, d=d_state, s=previous, p=p, e=e) | self._kept(saved, after)
-        _through_stages(graph, given, traced.dq, len(d_state), d_state[0])
+        self._through_stages(graph, given, traced.dq, transposed)
         return _split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
 
     def param_gradients(
@@ -130,13 +133,34 @@ class Derived:
         batch. dx: with the tiles of ``more_gradients`` behind it; p: broadcast against the others."""
         graph = self.traced.graph
         given = _given(graph, s=previous, p=p, e=e) | self._kept(saved, after)
-        for nodes, tiles in ((self.traced.dx + self.saving.more, dx), (self.traced.dr, dr)):
+        of_r = self._dr(self.traced.dr, self.traced.dq)
+        for nodes, tiles in ((self.traced.dx + self.saving.more, dx), (of_r, dr)):
             given |= {i: t for i, t in zip(nodes, tiles, strict=True) if graph.value(i) is None}
         return graph.evaluate(self.traced.dp, given, dr[0])
 
+    def _dr(self, dr: Sequence[int], dq: Sequence[int]) -> list[int]:
+        """Of all gates, those of later products too."""
+        return [*dr, *dq[: self.cell.products]]
+
+    def _through_stages(
+        self, graph: Graph, given: dict[int, Tensor], dq: Sequence[int], transposed: Answer | None
+    ) -> None:
+        """Add to ``given`` the gradients of the stages' operands, which are the last results: each from that of what
+        the stage gives, into which those of later stages go."""
+        d = {int(graph.name(i)[1:]): t for i, t in given.items() if graph.name(i)[:1] == "d"}
+        for k in reversed(range(len(dq))):
+            (of_result,) = graph.evaluate([dq[k]], given, d[0])
+            if k < self.cell.products:
+                assert transposed is not None
+                of_operand = transposed(of_result)
+            else:
+                of_operand = of_result.mean(-1, keepdim=True).expand_as(of_result)
+            given[graph.input(f"d{len(d) + k}")] = of_operand
+
     def run_second(
-        self, d_state: Tiles, saved: Tiles, d_saved: Tiles, after: Tiles, previous: Tiles, p: Tiles = (), e: Tiles = ()
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        self, d_state: Tiles, saved: Tiles, d_saved: Tiles, after: Tiles, previous: Tiles, p: Tiles = (), e: Tiles = (),
+        transposed: Answer | None = None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
         """(dx, dr, d_previous, d_params) given gradients of the saved tiles as well, which only a second derivative
         has. Differentiable.
 
@@ -144,9 +168,11 @@ class Derived:
             CellError: they need a tile that the forward does not keep.
         """
         graph, nodes, bits, grads = self._second
-        parts, d = grads[:4], (*d_state, *d_saved)
+        dq = grads[-1] if self.names.stages else []
+        parts = grads[0], self._dr(grads[1], dq), *grads[2:4]
+        d = *d_state, *d_saved
         given = _given(graph, d=d, s=previous, p=p, e=e) | self._kept(saved, after, nodes, bits)
-        _through_stages(graph, given, grads[-1] if self.names.stages else (), len(d), d[0])
+        self._through_stages(graph, given, dq, transposed)
         return _split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
 
     @property
@@ -185,14 +211,6 @@ class Derived:
             code = saved[-1].detach().to(torch.int32)
             given |= {i: (code & 1 << k) != 0 for k, i in enumerate(bits or self.saving.bits)}
         return given
-
-
-def _through_stages(graph: Graph, given: dict[int, Tensor], dq: Sequence[int], first: int, like: Tensor) -> None:
-    """Add to ``given`` the gradients of the stages' operands, which are results behind the ``first``: each from that of
-    what the stage gives, which those of later stages go into."""
-    for k in reversed(range(len(dq))):
-        (of_result,) = graph.evaluate([dq[k]], given, like)
-        given[graph.input(f"d{first + k}")] = of_result.mean(-1, keepdim=True).expand_as(of_result)
 
 
 def _split(tiles: Sequence[Tensor], parts: Sequence[Sequence[Any]]) -> tuple[tuple[Tensor, ...], ...]:
@@ -234,7 +252,7 @@ def derive(step: Callable[..., Any], name: str, names: Names, built_in: bool = F
         found_nodes, grads = in_a_thread(lambda: trace(graph, stages.as_one(step), name, groups, states + names.stages))
         dx, dr, ds, dp, _, dq = grads
         traced = Traced(graph, found_nodes[:states], dx, dr, ds, dp, dq, found_nodes[states:])
-        return _derived(step, name, names, built_in, traced, choose(traced, forward_only=True))
+        return _derived(step, name, names, built_in, traced, _with_operands(names, traced))
     new, (dx, dr, ds, dp, _) = in_a_thread(lambda: trace(graph, step, name, _groups(names), states))
     traced = Traced(graph, new, dx, dr, ds, dp)
     try:
@@ -244,6 +262,14 @@ def derive(step: Callable[..., Any], name: str, names: Names, built_in: bool = F
     except CellError as error:
         raise CellError(f"{name}: {error}") from None
     return replace(found, cell=replace(found.cell, finite_at_zero=in_a_thread(lambda: _finite_at_zero(found))))
+
+
+def _with_operands(names: Names, traced: Traced) -> Saving:
+    """What is saved, first the operands of products: through there they come to the other slices, and from there the
+    weights' gradients."""
+    found = choose(traced, forward_only=True)
+    operands = list(traced.operands[: names.products])
+    return replace(found, saved=[*operands, *(i for i in found.saved if i not in operands)])
 
 
 def _derived(

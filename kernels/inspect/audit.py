@@ -155,13 +155,13 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
     if not cell.saved:
         constants["saved"] = None
     if case.backward:
-        kernel = staged_backward if cell.means else scan_backward
+        kernel = staged_backward if cell.staged else scan_backward
         outputs = states if case.marks else (pointer,)
         d_states = (("*fp32",) * cell.states if case.chunked else states) * (3 if case.marks else 2)
         signature |= {"d_outputs": outputs, "d_gates": (pointer, pointer), "d_states": d_states}
         constants |= {"cell": derived(cell.name).backward}
     else:
-        kernel = staged_forward if cell.means else scan_forward
+        kernel = staged_forward if cell.staged else scan_forward
         signature |= {"x_gates": pointer, "bias": pointer}
         if case.chunked:
             signature["states"] = pointer, *("*fp32",) * (cell.states - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..cells import Cell
 from .tiling import Choice, Tiling, smallest_k_block
 
@@ -39,6 +41,9 @@ def register_estimate(cell: Cell, t: Tiling, choice: Choice, size: int) -> int:
     exchanged = t.slices > 1
     needs_mask = exchanged and masked(t.hidden, t.depth, t.ragged, t.splits, size)
     need = registers_needed(t.m, len(t.packs), choice, size, resident, t.streamed > 0, exchanged, needs_mask)
+    if t.later is not None:
+        kept = sum(c.size for c in t.later.k_blocks[: t.later.in_registers])
+        need += t.later.m * kept * size // (4 * 32 * choice.warps)
     return need + cell_registers(cell, t.backward, choice)
 
 
@@ -94,6 +99,11 @@ def pipeline_registers(backward: bool, depth: int, size: int, elements: int) -> 
 
 def shared_bound(t: Tiling, size: int) -> tuple[int, int, int]:
     """(in registers, in shared memory, total of shared memory) per program, in bytes, the last an upper bound."""
+    if t.later is not None:
+        each = [shared_bound(replace(p, later=None), size) for p in t.each]
+        registers, shared = (sum(bound[i] for bound in each) for i in range(2))
+        working = max(total - shared for _, shared, total in each)
+        return registers, shared, max(registers + t.units * t.batch_tile * 4, shared + working)
     registers = t.m * sum(c.size for c in t.k_blocks[: t.in_registers]) * size
     shared = t.m * sum(c.size for c in t.k_blocks[t.in_registers :]) * size
     ends = (*t.bursts, len(t.k_blocks))[1:]
