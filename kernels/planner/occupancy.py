@@ -17,6 +17,7 @@ WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
 PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
 ADDRESS_REGISTERS = 10  # more for each kind of tensor that neither the LSTM nor the GRU has
+PRODUCT_REGISTERS, MEAN_REGISTERS = 32, 72  # more for a step with a second product, and with means
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
 # Registers per thread that a layer of a pipeline needs more than a layer alone: the product of what comes from its
@@ -57,7 +58,8 @@ def cell_registers(cell: Cell, backward: bool, choice: Choice) -> int:
     more = max(0, tiles + cell.states + len(cell.extras) - 6)
     elements = max(1, choice.units * choice.batch_tile // (32 * choice.warps))
     addresses = bool(cell.extras) + (width != cell.gates) + max(0, cell.states - 2)
-    return elements * (cell.step_params + more * choice.subtiles) + ADDRESS_REGISTERS * addresses
+    need = elements * (cell.step_params + more * choice.subtiles) + ADDRESS_REGISTERS * addresses
+    return need + PRODUCT_REGISTERS * (cell.products > 0) + MEAN_REGISTERS * (cell.means > 0)
 
 
 def masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> bool:
