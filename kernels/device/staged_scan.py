@@ -45,8 +45,9 @@ def stages_sync(own, exchange: tl.constexpr):
 def later_matrix_of(weight, program, tiling: tl.constexpr):
     """The last gate's rows of W_hh."""
     above: tl.constexpr = (tiling.gates - 1) * tiling.hidden * tiling.stride
+    later: tl.constexpr = tiling.later
     corner = corner_of(weight, program, tiling) + above
-    return matrix_of(corner, program.unit_group, program.k_start, tiling.later)
+    return matrix_of(corner, program.unit_group, program.k_start, later)
 
 
 @triton.jit
@@ -56,15 +57,16 @@ def later_product(weights, ahead, operand, pointer, tile, program, step, sync, s
 
     Returns the product, a tuple of one, what is on its way now, and the spin limit left.
     """
+    later: tl.constexpr = tiling.later
     mask = program.unit_mask & tile.own
-    offsets = program.units[None, :] + tile.rows[:, None] * tiling.later.row_stride
+    offsets = program.units[None, :] + tile.rows[:, None] * later.row_stride
     publish(pointer, offsets, mask, 0, (operand,), own_counter(program, 0, sync, tiling, exchange), tiling, exchange)
     if tiling.slices == 1:
         inner = existing((operand,), program, tiling)
-        return product_local(weights, inner, pointer.dtype.element_ty, tiling.later, exchange), ahead, spin_limit
+        return product_local(weights, inner, pointer.dtype.element_ty, later, exchange), ahead, spin_limit
     else:
         return multiply(
-            weights, ahead, pointer, tile.rows, 0, program, step, step + 1, sync, spin_limit, tiling.later, exchange
+            weights, ahead, pointer, tile.rows, 0, program, step, step + 1, sync, spin_limit, later, exchange
         )
 
 
@@ -100,8 +102,9 @@ def staged_forward(
     matrix = matrix_of(corner_of(weight, program, tiling), program.unit_group, program.k_start, tiling)
     in_registers = resident(matrix, 0, tiling.in_registers, tiling, exchange)
     if tiling.products > 0:
+        later: tl.constexpr = tiling.later
         later_matrix = later_matrix_of(weight, program, tiling)
-        later_in_registers = resident(later_matrix, 0, tiling.later.in_registers, tiling.later, exchange)
+        later_in_registers = resident(later_matrix, 0, later.in_registers, later, exchange)
         later_sync = stages_sync(own_sync, exchange)
     state = load_initial(states, program, T, B, KEEP, tiling)[0]
 
@@ -113,8 +116,8 @@ def staged_forward(
         weights = load_rest(in_registers, matrix, opaque_one, tiling, exchange)
         ahead = first_streamed(matrix, tiling)
         if tiling.products > 0:
-            later_weights = load_rest(later_in_registers, later_matrix, opaque_one, tiling.later, exchange)
-            later_ahead = first_streamed(later_matrix, tiling.later)
+            later_weights = load_rest(later_in_registers, later_matrix, opaque_one, later, exchange)
+            later_ahead = first_streamed(later_matrix, later)
         own_bias = ()
         if not tiling.normalised:
             own_bias = load_bias(bias + program.direction * (G * H), program, tiling)
@@ -222,8 +225,9 @@ def staged_backward(
     matrix = matrix_of(corner_of(weight, program, tiling), program.unit_group, program.k_start, tiling)
     in_registers = resident(matrix, 0, tiling.in_registers, tiling, exchange)
     if tiling.products > 0:
+        later: tl.constexpr = tiling.later
         later_matrix = later_matrix_of(weight, program, tiling)
-        later_in_registers = resident(later_matrix, 0, tiling.later.in_registers, tiling.later, exchange)
+        later_in_registers = resident(later_matrix, 0, later.in_registers, later, exchange)
         later_sync = stages_sync(own_sync, exchange)
     final = load_final(d_states[:n], program, B, tiling)
     d_state = final[0]
@@ -238,8 +242,8 @@ def staged_backward(
         weights = load_rest(in_registers, matrix, opaque_one, tiling, exchange)
         ahead = first_streamed(matrix, tiling)
         if tiling.products > 0:
-            later_weights = load_rest(later_in_registers, later_matrix, opaque_one, tiling.later, exchange)
-            later_ahead = first_streamed(later_matrix, tiling.later)
+            later_weights = load_rest(later_in_registers, later_matrix, opaque_one, later, exchange)
+            later_ahead = first_streamed(later_matrix, later)
         p = load_params(params, program, tiling)
         tile = batch_tile(program, 0, B, tiling)
         t = time_of(T - 1, program.reverse, T)

@@ -176,7 +176,7 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
 
     def homes(choice: Choice, streamed: bool) -> tuple[int, int]:
         spare = limit - registers_needed(p.m, p.packs, choice, size, 0, streamed, True, p.masked)
-        spare -= cell_registers(problem.cell, backward, choice)
+        spare -= cell_registers(problem.cell, backward, choice, size)
         if spare < 0 and strict:
             return 0, -1
         # Where several warps share a part of K, Triton 3.6.0 gives each of them all of its weights: 8 / splits times
@@ -233,7 +233,7 @@ def _filled_twice(problem: Problem, backward: bool, start: Choice, slices: int) 
         return None
     need = registers_needed(p.m, p.packs, choice, size, 0, False, True, p.masked)
     need += pipeline_registers(backward, p.depth, size, elements(choice))
-    need += cell_registers(problem.cell, backward, choice)
+    need += cell_registers(problem.cell, backward, choice, size)
     spare = register_limit(choice) - need
     if spare < 0:
         return None

@@ -17,7 +17,8 @@ WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
 PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
 ADDRESS_REGISTERS = 10  # more for each kind of tensor that neither the LSTM nor the GRU has
-PRODUCT_REGISTERS, MEAN_REGISTERS = 32, 72  # more for a step with a second product, and with means
+# More for a step with a second product, and with means, by bytes per element.
+PRODUCT_REGISTERS, MEAN_REGISTERS = {2: 32, 4: 64}, {2: 72, 4: 144}
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
 # Registers per thread that a layer of a pipeline needs more than a layer alone: the product of what comes from its
@@ -45,10 +46,10 @@ def register_estimate(cell: Cell, t: Tiling, choice: Choice, size: int) -> int:
     if t.later is not None:
         kept = sum(c.size for c in t.later.k_blocks[: t.later.in_registers])
         need += t.later.m * kept * size // (4 * 32 * choice.warps)
-    return need + cell_registers(cell, t.backward, choice)
+    return need + cell_registers(cell, t.backward, choice, size)
 
 
-def cell_registers(cell: Cell, backward: bool, choice: Choice) -> int:
+def cell_registers(cell: Cell, backward: bool, choice: Choice, size: int) -> int:
     """More than the LSTM and the GRU need, to which the constants here are fitted: a register per element of the state
     for each tile that the cell has more of, and for each parameter; and addresses."""
     if backward:
@@ -59,7 +60,7 @@ def cell_registers(cell: Cell, backward: bool, choice: Choice) -> int:
     elements = max(1, choice.units * choice.batch_tile // (32 * choice.warps))
     addresses = bool(cell.extras) + (width != cell.gates) + max(0, cell.states - 2)
     need = elements * (cell.step_params + more * choice.subtiles) + ADDRESS_REGISTERS * addresses
-    return need + PRODUCT_REGISTERS * (cell.products > 0) + MEAN_REGISTERS * (cell.means > 0)
+    return need + PRODUCT_REGISTERS[size] * (cell.products > 0) + MEAN_REGISTERS[size] * (cell.means > 0)
 
 
 def masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> bool:

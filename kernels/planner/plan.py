@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ..cells import Cell
 from . import cost as model
 from .choices import choices, room
 from .cost import Cost
