@@ -84,7 +84,7 @@ class Cell:
 
 # The names of ``library.CELLS``, known without deriving one.
 BUILT_IN = ("lstm", "gru", "rnn_tanh", "rnn_relu", "peephole", "coupled", "mgu", "janet", "slstm")
-# Those of ``library.STAGED``, whose steps have several stages. The kernels run steps of one.
+# Those of ``library.STAGED``, whose steps have several stages, and kernels of their own.
 STAGED = ("gru_reset_before", "layer_norm_lstm", "layer_norm_gru")
 LAYER_NORM_EPS = 1e-5  # what a layer norm adds to the variance: torch.nn.LayerNorm's
 _registered: dict[str, Derived] = {}

@@ -59,7 +59,8 @@ def cell_registers(cell: Cell, backward: bool, choice: Choice, size: int) -> int
     more = max(0, tiles + cell.states + len(cell.extras) - 6)
     elements = max(1, choice.units * choice.batch_tile // (32 * choice.warps))
     addresses = bool(cell.extras) + (width != cell.gates) + max(0, cell.states - 2)
-    need = elements * (cell.step_params + more * choice.subtiles) + ADDRESS_REGISTERS * addresses
+    params = cell.step_params - cell.gates * cell.normalised  # weight_ln_ih is of no use within the step
+    need = elements * (params + more * choice.subtiles) + ADDRESS_REGISTERS * addresses
     return need + PRODUCT_REGISTERS[size] * (cell.products > 0) + MEAN_REGISTERS[size] * (cell.means > 0)
 
 
