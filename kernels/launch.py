@@ -29,6 +29,7 @@ from .compilation import on_device, start
 from .device.exchange import Exchange, exchange_on
 from .device.recompute import BLOCK, activate
 from .device.scan import scan_backward, scan_forward
+from .device.staged_scan import staged_backward, staged_forward
 from .fills import Fills
 from .planner import hardware as devices
 from .planner import occupancy, pipeline
@@ -174,10 +175,11 @@ def launch_scan(
 ) -> None:
     """Launch all jobs, as many at a time as are resident together. fills: what must be in memory before."""
     t = part.tiling
-    if arguments["T"] * t.slices >= 2**31:
+    counted = t.slices * max(1, t.means)
+    if arguments["T"] * counted >= 2**31:
         raise ValueError(
             f"a sequence of {arguments['T']} steps is too long for the group's counter: with {t.slices} "
-            f"slices at most {(2**31 - 1) // t.slices} steps are possible; cut it, carrying the state"
+            f"slices at most {(2**31 - 1) // counted} steps are possible; cut it, carrying the state"
         )
     if t.stride != t.hidden:
         weight_hh = _with_stride(weight_hh, t.stride)
@@ -190,7 +192,8 @@ def launch_scan(
     fills.run()
     # Of the groups of one launch: the next launch follows on the same stream.
     tiles_at_once = min(jobs, part.groups) * t.layers * t.subtiles
-    size = tiles_at_once * 2 * t.slices * t.outputs * t.units_formed * t.batch_tile if t.k_parts > 1 else 1
+    sums = t.slices > 1 and (t.k_parts > 1 or t.means > 0)
+    size = tiles_at_once * 2 * t.slices * t.outputs * t.units_formed * t.batch_tile if sums else 1
     parts = torch.empty(size, dtype=torch.float32, device=device)
     sync = counters, _error_word(device), parts
     arch = hardware(device).arch
@@ -295,10 +298,11 @@ def _both(first: Tensor, second: Tensor | None, above: bool) -> Tensor:
 
 def _step_data(cell: Cell, marks: Tensor | None, params: Tensor | None, extras: Tensor | None) -> tuple[Any, ...]:
     """What a step takes besides gates and states, as the kernels have it."""
-    for names, tensor, what in ((cell.params, params, "params"), (cell.extras, extras, "extras")):
+    given = (cell.params, cell.step_params, params, "params"), (cell.extras, len(cell.extras), extras, "extras")
+    for names, rows, tensor, what in given:
         found = 0 if tensor is None else tensor.shape[-2]
-        if found != len(names):
-            raise ValueError(f"{cell.name} takes {what} {names or 'none'}, one row of H each: got {found} of them")
+        if found != rows:
+            raise ValueError(f"{cell.name} takes {what} {names or 'none'}, {rows} rows of H: got {found} of them")
     return marks, params, extras
 
 
@@ -357,11 +361,13 @@ def forward(
     for i in range(1, cell.states):
         states.append(x_gates.new_empty(L, slots, B, D, H, dtype=cell_dtype or x_gates.dtype))
         edges(fills, states[i], before[i], anew[i], marked, every, heads)
-    if save and saved is None:
+    if (save or cell.products) and saved is None:
         saved = x_gates.new_empty(L, T, B, D, cell.saved, H)
+        if cell.products:
+            flag(saved, part, exchange)
     last_h = None if every else x_gates.new_empty(L * D, B, H)
     launch_scan(
-        scan_forward,
+        staged_forward if cell.staged else scan_forward,
         part,
         part.tiling.jobs(B),
         exchange,
@@ -379,9 +385,10 @@ def forward(
         KEEP=every,
         last_h=last_h,
     )
+    left = saved if save else None
     if last_h is not None:
-        return Kept([y], saved, [last_h, *(_by_direction(s[:, 1]).contiguous() for s in states[1:])])
-    return Kept(states, saved, _finals(states, heads))
+        return Kept([y], left, [last_h, *(_by_direction(s[:, 1]).contiguous() for s in states[1:])])
+    return Kept(states, left, _finals(states, heads))
 
 
 def _by_direction(states: Tensor) -> Tensor:
@@ -458,7 +465,7 @@ def backward(
             finals.append(d if D == 1 else d.transpose(0, 1).contiguous())
     d_edges = [torch.empty_like(d) for _ in range(2 if resets else 1) for d in finals]
     launch_scan(
-        scan_backward,
+        staged_backward if cell.staged else scan_backward,
         part,
         part.tiling.jobs(B),
         exchange,

@@ -1,14 +1,14 @@
 """Persistent recurrent layers for PyTorch.
 
 `LSTM`, `GRU` and `RNN` are torch.nn's modules on Triton kernels that keep the recurrent weights on chip for all time
-steps; `PeepholeLSTM`, `CoupledLSTM`, `MGU`, `JANET` and `SLSTM` the same of cells that torch has not, and `Recurrent`
-of a `cell` of one's own, one function of one time step, which `check_cell` explains. `LayerNormLSTM` and
-`LayerNormGRU` run on torch's operations, step by step. A `Recipe` regularises a layer (zoneout, dropout of h, dropped
-weights, learned states), `Stacked` puts layers above each other (residuals, alternating directions, sizes of their
-own). `functional` has all cells as functions, `explain` says which path a call would take and why, `check` raises if a
-kernel's bounded wait ran out, `replace` swaps torch.nn's layers in a finished model for these and `restore` swaps them
-back, `accelerated` runs torch.nn's own layers on the kernels as they are, `Streaming` carries a layer's state from call
-to call, `warmup` compiles a model's kernels at the same time, `profile` measures where training's time and memory go.
+steps; `PeepholeLSTM`, `CoupledLSTM`, `MGU`, `JANET`, `SLSTM`, `LayerNormLSTM` and `LayerNormGRU` the same of cells that
+torch has not, and `Recurrent` of a `cell` of one's own, one function of one time step, which `check_cell` explains. A
+`Recipe` regularises a layer (zoneout, dropout of h, dropped weights, learned states), `Stacked` puts layers above each
+other (residuals, alternating directions, sizes of their own). `functional` has all cells as functions, `explain` says
+which path a call would take and why, `check` raises if a kernel's bounded wait ran out, `replace` swaps torch.nn's
+layers in a finished model for these and `restore` swaps them back, `accelerated` runs torch.nn's own layers on the
+kernels as they are, `Streaming` carries a layer's state from call to call, `warmup` compiles a model's kernels at the
+same time, `profile` measures where training's time and memory go.
 """
 
 from typing import TYPE_CHECKING, Any

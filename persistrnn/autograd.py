@@ -111,7 +111,12 @@ def recurrent(
         ValueError: the size does not fit the device.
         RuntimeError: an earlier launch gave up waiting (see ``ops.check``).
     """
-    begin = initial or (None,) * CELLS[cell].states
+    of = CELLS[cell]
+    if of.normalised:  # the bias comes behind the norm, which is in the step: of the parameters it is the last
+        biases = bias_hh.unflatten(1, (of.gates, -1))
+        params = biases if params is None else torch.cat([params, biases], dim=1)
+        bias_hh = torch.zeros_like(bias_hh)
+    begin = initial or (None,) * of.states
     tensors = x_gates, weight_hh, bias_hh, weight_ih, bias_ih, params, marks, extras, *begin, *reset
     save = expects_backward(tensors)
     # Without gradients dynamo calls no Function with a variable number of arguments.
@@ -218,7 +223,7 @@ class _Scan(Function):
         dx_gates = of_inputs(cell, found.dx_gates)
         with phase(WEIGHT_GEMMS):
             if needs.weights.weight_hh:
-                d_weights[0] = _products(dr_gates, [h_before(y, marks, d, ctx.heads) for d in range(D)])
+                d_weights[0] = _recurrent_weights(cell, dr_gates, kept, marks, ctx.heads)
             if needs.weights.bias_hh:
                 d_weights[1] = _bias(dr_gates)
             if needs.weights.weight_ih:
@@ -398,6 +403,22 @@ def h_before(y: Tensor, marks: Tensor | None, direction: int, heads: int = 1) ->
         return h
     mark, reset = marks[:, :, reverse, None], y[:, :1] if reverse else y[:, -1:]
     return torch.where(mark == SKIPPED, 0.0, torch.where(mark == BEGINS, reset, h))
+
+
+def _recurrent_weights(
+    cell: Cell, dr_gates: Tensor, kept: Sequence[Tensor], marks: Tensor | None, heads: int
+) -> Tensor:
+    """Gradient of W_hh, whose last rows, of a later product, are multiplied by what the forward has saved first."""
+    y, saved, D = kept[0], kept[-1], dr_gates.size(3)
+    h = [h_before(y, marks, d, heads) for d in range(D)]
+    if not cell.products:
+        return _products(dr_gates, h)
+    of_h, later = dr_gates.split([dr_gates.size(-1) // cell.gates * n for n in (cell.gates_of_h, cell.products)], -1)
+    operands = [saved[:, :, :, d, 0] for d in range(D)]
+    if marks is not None:  # a NaN of a skipped step would be 0 * NaN
+        skipped = [(marks[:, :, d // heads] == SKIPPED).unsqueeze(-1) for d in range(D)]
+        operands = [torch.where(s, 0.0, o) for s, o in zip(skipped, operands, strict=True)]
+    return torch.cat([_products(of_h, h), _products(later, operands)], dim=1)
 
 
 def _products(d_gates: Tensor, operands: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,6 @@ from persistrnn.kernels.planner import memory
 from persistrnn.kernels.planner.forecast import Forecast, forecast
 from persistrnn.kernels.planner.pipeline import Pipeline
 from persistrnn.kernels.planner.plan import Plan, PlanError, plan_layer
-from persistrnn.kernels.planner.plan import without_kernels as without_kernels  # for own_cell, too
 from persistrnn.kernels.planner.problem import Problem
 
 MODES = memory.MODES
@@ -236,8 +235,11 @@ def obstacle(call: Call) -> str | None:
     """
     if call.backend == "torch":
         return f'backend="torch" asks for torch\'s own {call.torchs}.'
-    if (reason := without_kernels(CELLS[call.cell])) is not None:
-        return reason
+    if CELLS[call.cell].staged and call.save != "gates":
+        return (
+            f"of {call.cell}, whose step has several stages, the kernels keep what the backward needs of every step, "
+            f'got save="{call.save}"; use save="gates", or backend="torch", which runs it step by step.'
+        )
     if call.backend == "auto" and call.device.type == "cpu":
         return f'backend="auto" runs CPU tensors on torch\'s own {call.torchs}; move the tensors to a GPU.'
     # A compiled graph holds for every B and T: it is decided for some that most have. What fits with 16 rows fits with
@@ -398,6 +400,8 @@ def kept_bytes(call: Call, chunk: int) -> float:
 
 def chunk_steps(call: Call, save: str, launches: bool) -> int:
     """Steps of a time chunk, a rule that holds for every T and B of a graph. launches: whether it costs launches."""
+    if launches and save == "gates" and CELLS[call.cell].staged:
+        return call.steps  # in one launch
     sizes = call.hidden_size, call.batch or 1, call.directions, call.dtype.itemsize, call.steps
     return memory.chunk_steps(save, CELLS[call.cell].inputs, *sizes, launches, torch.sym_max, torch.sym_min)
 

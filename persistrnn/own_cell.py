@@ -163,8 +163,6 @@ def check_cell(
     for what in ("gates", "more_inputs", "states", "params", "extras"):
         if given := getattr(names, what):
             lines.append(f"{what}: {', '.join(given)}")
-    if (reason := decide.without_kernels(numbers)) is not None:
-        return "\n".join([*lines, reason])
     after = "".join(f", and {names.states[i]} after the step" for i in numbers.after)
     stored = numbers.inputs + numbers.more_gradients + numbers.gates * numbers.recurrent_gradient
     lines.append(f"saved per unit and step: {numbers.saved} tiles{after}; gradients of gates: {stored} tiles")
@@ -177,4 +175,4 @@ def check_cell(
 def _operations(source: str, way: str) -> int:
     """The lines of a function that compute something."""
     body = source.partition(f"_{way}(")[2].partition("\n\n\n")[0]
-    return sum(" = " in line for line in body.splitlines())
+    return len({line.strip() for line in body.splitlines() if " = " in line})

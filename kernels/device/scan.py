@@ -98,6 +98,25 @@ def multiply(weights, ahead, pointer, rows, j: tl.constexpr, program, step, step
     return product, ahead, spin_limit
 
 
+@triton.jit
+def store_final(states, state, last_h, tile, program, T, B, first: tl.constexpr, tiling: tl.constexpr,
+                exchange: tl.constexpr):  # fmt: skip
+    """The states after the last step of a batch tile, of which ``first`` is the program's first one."""
+    H: tl.constexpr = tiling.hidden
+    mask = program.unit_mask & tile.own
+    position = tile_offset(program.direction * 0 + 1, tile, program, B, H, tiling)
+    for i in tl.static_range(1, len(states)):
+        pointers = states[i] + position + unit_offsets(program, tile.rows, H, tiling)
+        store(pointers, state[i], mask, tiling, exchange)
+    # Read again what this program has put: kept in registers it would cost them in every step.
+    own = states[0] + tile_offset(time_of(T - 1, program.reverse, T) + 1, tile, program, B, H, tiling)
+    if first:
+        tl.debug_barrier()  # a thread need not have put what it reads
+    h = load(own + unit_offsets(program, tile.rows, H, tiling), program.unit_mask)
+    to = last_h + row_offset(program.layer + program.direction, tile.first, 0, B, 1, H)
+    store(to + program.units[None, :] + tile.rows[:, None] * H, h, mask, tiling, exchange)
+
+
 @triton.jit(do_not_specialize=["first_job", "T", "B"], launch_metadata=launch_metadata)
 def scan_forward(
     x_gates,
@@ -236,18 +255,7 @@ def scan_forward(
     if not KEEP:
         for j in tl.static_range(N):
             tile = batch_tile(program, j, B, tiling)
-            position = tile_offset(program.direction * 0 + 1, tile, program, B, H, tiling)
-            for i in tl.static_range(1, n):
-                pointers = states[i] + position + unit_offsets(program, tile.rows, H, tiling)
-                store(pointers, state[j][i], unit_mask & tile.own, tiling, exchange)
-            if last_h is not None:
-                # Read again what this program has put: kept in registers it would cost them in every step.
-                own = states[0] + tile_offset(time_of(T - 1, program.reverse, T) + 1, tile, program, B, H, tiling)
-                if j == 0:
-                    tl.debug_barrier()  # a thread need not have put what it reads
-                h = load(own + unit_offsets(program, tile.rows, H, tiling), unit_mask)
-                to = last_h + row_offset(program.layer + program.direction, tile.first, 0, B, 1, H)
-                store(to + units[None, :] + tile.rows[:, None] * H, h, unit_mask & tile.own, tiling, exchange)
+            store_final(states, state[j], last_h, tile, program, T, B, j == 0, tiling, exchange)
 
 
 @triton.jit(do_not_specialize=["first_job", "T", "B"], launch_metadata=launch_metadata)

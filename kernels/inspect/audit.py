@@ -34,6 +34,7 @@ from ..cells import CELLS, Cell, derived
 from ..device.exchange import exchange_on
 from ..device.recompute import BLOCK, activate
 from ..device.scan import scan_backward, scan_forward
+from ..device.staged_scan import staged_backward, staged_forward
 from ..launch import options
 from ..planner import hardware as devices
 from ..planner import plan as planning
@@ -154,13 +155,13 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
     if not cell.saved:
         constants["saved"] = None
     if case.backward:
-        kernel = scan_backward
+        kernel = staged_backward if cell.staged else scan_backward
         outputs = states if case.marks else (pointer,)
         d_states = (("*fp32",) * cell.states if case.chunked else states) * (3 if case.marks else 2)
         signature |= {"d_outputs": outputs, "d_gates": (pointer, pointer), "d_states": d_states}
         constants |= {"cell": derived(cell.name).backward}
     else:
-        kernel = scan_forward
+        kernel = staged_forward if cell.staged else scan_forward
         signature |= {"x_gates": pointer, "bias": pointer}
         if case.chunked:
             signature["states"] = pointer, *("*fp32",) * (cell.states - 1)

@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ..cells import Cell
 from . import cost as model
 from .choices import choices, room
 from .cost import Cost
@@ -142,7 +141,10 @@ class PlanError(ValueError):
 
 def _shares(t: Tiling, size: int) -> Shares:
     """Count the elements of W_hh in each home, over all slices of one direction."""
-    across = t.hidden if t.backward else t.gates * t.hidden  # what each index of K holds
+    if t.later is not None:
+        one, other = _shares(replace(t, later=None), size), _shares(t.later, size)
+        return Shares(*(getattr(one, f) + getattr(other, f) for f in Shares.__dataclass_fields__))
+    across = t.outputs * t.hidden  # what each index of K holds
 
     def valid(start: int, length: int) -> int:
         if t.k_parts == 1:
@@ -171,7 +173,7 @@ def finish(problem: Problem, backward: bool, choice: Choice, strict: bool = True
     if t.slices == 1 and groups > places:
         factor = -(-groups // places)
         cost = Cost(*(getattr(cost, f) * factor for f in cost.__dataclass_fields__))
-    streamed = t.m * t.streamed * t.streamed_k_block * size
+    streamed = sum(p.m * p.streamed * p.streamed_k_block * size for p in t.each)
     shares = _shares(t, size)
     return Pass(t, choice, groups, -(-jobs // groups), registers, shared, streamed, total, estimate, shares, cost)
 
@@ -237,26 +239,13 @@ def _pass(problem: Problem, backward: bool) -> Pass:
     return found
 
 
-def without_kernels(cell: Cell) -> str | None:
-    """Why the kernels cannot run a cell; None if they can."""
-    if not cell.products + cell.means:
-        return None
-    what = "a second product" if cell.products else "means over all units"
-    return (
-        f"the kernels run steps of one stage, and within each step {cell.name} has {what}; use backend='torch', which "
-        "runs it step by step."
-    )
-
-
 @lru_cache(maxsize=4096)
 def plan_layer(problem: Problem) -> Plan:
     """The plan for one layer.
 
     Raises:
-        PlanError: no slice of the layer fits the device, or there are no kernels for the cell.
+        PlanError: no slice of the layer fits the device.
     """
-    if (reason := without_kernels(problem.cell)) is not None:
-        raise PlanError(reason)
     gates, hidden = problem.cell.gates, problem.hidden
     if gates * hidden * (hidden + 8) >= LARGEST:
         raise PlanError(

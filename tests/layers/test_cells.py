@@ -168,6 +168,10 @@ RUNS += [("torch", {"bias": False}, "whole")]
 ON_KERNELS = [(ONE, "lengths"), (FOUR, "resets"), ({"num_layers": 2, "bias": False}, "whole")]
 RUNS = [(cell, *run) for cell in CELLS for run in RUNS]
 RUNS += [pytest.param(c, "persistent", *run, marks=MARK) for c in CELLS if c not in WHOLE for run in ON_KERNELS]
+RUNS += [
+    pytest.param("layer_norm_lstm", "persistent", {"bidirectional": True, "bias": False}, "resets", marks=MARK),
+    pytest.param("layer_norm_gru", "persistent", {"num_layers": 2}, "lengths", marks=MARK),
+]
 
 
 @pytest.mark.parametrize(("cell", "backend", "options", "cut"), RUNS, ids=str)
@@ -186,6 +190,10 @@ def test_layers_are_the_paper(cell, backend, options, cut):
     for found, leaves in ((ours, [x, *hx, *weights.values()]), (paper, exact)):
         loss = sum((k + 1) * t.sin().sum() for k, t in enumerate(found))
         found += torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    if not on_torch and cell in WHOLE:  # a norm of few units that are nearly alike makes much of their last bits
+        for a, b in zip(ours, paper, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
+        return
     rtol, atol = (1e-9, 1e-11) if on_torch else (1e-5, 5e-6)
     torch.testing.assert_close(ours, paper, rtol=rtol, atol=atol, check_dtype=False)
 
@@ -328,10 +336,14 @@ def test_what_such_layers_refuse():
     assert "path: stepwise, a loop over torch's operations" in persistrnn.explain(layer, B, T)
 
 
-@pytest.mark.parametrize("cell", WHOLE)
-def test_steps_of_several_stages_have_no_kernels_and_say_so(cell):
-    layer, x, _ = made(cell, torch.float32)
-    words = "within each step .* has (a second product|means over all units); use backend='torch'"
+@pytest.mark.parametrize(("cell", "save", "words"), [
+    ("gru_reset_before", "gates", "GRU_RESET_BEFORE has a second one within it; use backend='torch'"),
+    ("layer_norm_lstm", "state", 'keep what the backward needs of every step, got save="state"; use save="gates"'),
+    ("layer_norm_gru", "checkpoint", 'keep what the backward .*, got save="checkpoint"; use save="gates"'),
+])  # fmt: skip
+def test_steps_of_several_stages_say_what_the_kernels_do_not_run(cell, save, words):
+    layer, x, _ = made(cell, torch.float32, save=save)
+    words = words.replace("GRU_RESET_BEFORE", "gru_reset_before")
     assert re.search(rf"path: stepwise, .*\nwhy: .*{words}", persistrnn.explain(layer, B, T))
     layer.backend = "persistent"
     with pytest.raises(RuntimeError, match=words):

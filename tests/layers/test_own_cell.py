@@ -166,7 +166,9 @@ def test_what_is_refused():
     assert set(CELLS) == known
 
 
-def test_check_cell_says_of_a_step_of_stages_that_it_has_no_kernels():
-    told = persistrnn.check_cell("gru_reset_before")
+def test_check_cell_shows_a_step_of_stages_part_by_part():
+    told = persistrnn.check_cell("gru_reset_before", 512, 16)
     assert "gates: r, z, n" in told
-    assert "runs it step by step" in told
+    assert "saved per unit and step: 4 tiles" in told
+    assert "gru_reset_before H=512 B=16" in told
+    assert "if part == 0:\n        v9 = x_gates[0] + r_gates[0]" in told
