@@ -222,7 +222,7 @@ def test_a_kernel_that_streams_what_the_plan_keeps_is_caught(monkeypatch):
     """The kernel of another choice, really compiled, beside the plan's numbers."""
     part = audit.planned(SHARED)
     t = dataclasses.replace(
-        part.tiling, chunks=(), in_registers=0, bursts=(), stream_start=0, streamed_k_block=128, streamed=2
+        part.tiling, k_blocks=(), in_registers=0, bursts=(), stream_start=0, streamed_k_block=128, streamed=2
     )
     streaming = audit.compile_pass(SHARED, dataclasses.replace(part, tiling=t))
     assert audit.homes(streaming.asm["ttgir"]) == Homes(0, 0, part.tiling.m * 256 * 2)
