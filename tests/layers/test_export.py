@@ -52,15 +52,6 @@ def test_on_torch_s_path(save: Any, strict: bool) -> None:
         torch.testing.assert_close(program(x), layer(x))
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize(("save", "strict"), [("state", True), ("checkpoint", True), ("gates", False)])
-def test_on_the_kernels(save: Any, strict: bool) -> None:
-    layer = persistrnn.GRU(INPUT, HIDDEN, save=save, backend="persistent")
-    program = again(exported(layer, torch.randn(3, 2, INPUT), strict=strict))
-    x = torch.randn(5, 3, INPUT)
-    torch.testing.assert_close(program(x), layer(x))
-
-
 @pytest.mark.parametrize("name", ["lengths", "mask", "resets"])
 @pytest.mark.parametrize("make", [persistrnn.GRU, persistrnn.SLSTM])
 def test_with_cuts(make: Any, name: str) -> None:

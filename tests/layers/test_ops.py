@@ -233,17 +233,6 @@ def test_a_new_batch_or_length_is_not_compiled_again():
     assert counter.frame_count == frames
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_export(cell, launches):
-    module = layer(cell, bidirectional=True)
-    x = torch.randn(T, B, INPUT)
-    program = torch.export.export(module, (x,))
-    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert targets.count("persistrnn.scan_forward.default") == 1
-    assert launches() == {}, "tracing launches nothing"
-    torch.testing.assert_close(program.module()(x), module(x), rtol=0, atol=0)
-
-
 # ---- torch.func ----------------------------------------------------------------------------------------------------
 
 
