@@ -1,6 +1,6 @@
-"""Triton's interpreter, three times as quick. Left alone, each call of a jitted function replaces triton.language's
-functions anew, to no effect after the first call in a launch, and each sum of integers is formed again in 64 bits, to be
-compared with nothing."""
+"""Triton's interpreter, three times as quick. By itself each call of a jitted function replaces triton.language's
+functions anew, to no effect after the first call in a launch, and each sum of integers is formed again in 64 bits,
+which nobody reads."""
 
 import dataclasses
 import functools
