@@ -95,9 +95,9 @@ def test_every_built_in_cell_is_emulated():
 
 
 @pytest.mark.parametrize(
-    ("cell", "protocol", "chosen"), [("lstm", "counter", {}), ("gru", "flags", {"homes": "shared"})]
+    ("arch", "cell", "protocol", "chosen"),
+    [("sm_80", "lstm", "counter", {}), ("sm_90", "gru", "flags", {"homes": "shared"})],
 )
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_stack_in_one_launch(emulated, monkeypatch, arch, cell, protocol, chosen):
     session = emulated(arch, schedule=Schedule(seed=1, slow=((0, None, None),), rarely=20))
     force_pipelines(monkeypatch, protocol, **chosen)
@@ -107,14 +107,13 @@ def test_a_stack_in_one_launch(emulated, monkeypatch, arch, cell, protocol, chos
 
 
 @pytest.mark.parametrize(
-    ("protocol", "case"),
+    ("arch", "protocol", "case"),
     [
-        ("counter", accuracy.Case("lstm", "bf16", 13, 3, 5, 1, False, **accuracy.CUT)),
-        ("flags", accuracy.Case("gru", "fp32", 13, 3, 4, 1, True, **accuracy.CUT)),
+        ("sm_90", "counter", accuracy.Case("lstm", "bf16", 13, 3, 5, 1, False, **accuracy.CUT)),
+        ("sm_80", "flags", accuracy.Case("gru", "fp32", 13, 3, 4, 1, True, **accuracy.CUT)),
     ],
     ids=["lstm", "gru"],
 )
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_rows_that_begin_anew_or_end(emulated, forced, monkeypatch, arch, protocol, case):
     precise(monkeypatch, "ieee")
     emulated(arch)
@@ -122,8 +121,9 @@ def test_rows_that_begin_anew_or_end(emulated, forced, monkeypatch, arch, protoc
     assert failures(case) == []
 
 
-@pytest.mark.parametrize(("cell", "dtype"), [("lstm", torch.bfloat16), ("gru", torch.float32)])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("arch", "cell", "dtype"), [("sm_80", "lstm", torch.bfloat16), ("sm_90", "gru", torch.float32)]
+)
 def test_chunks_of_time(emulated, forced, monkeypatch, arch, cell, dtype):
     """c and the gradients of the states in float32, and the gates formed again."""
     precise(monkeypatch, "ieee")
@@ -179,15 +179,15 @@ def tf32_errors(monkeypatch, cell, hidden, steps=8, batch=16):
 
 
 @pytest.mark.parametrize(
-    ("cell", "hidden", "chosen"),
+    ("arch", "cell", "hidden", "chosen"),
     [
-        ("lstm", 128, None),
-        ("gru", 61, {"homes": "all three"}),
-        ("lstm", 61, {"k_parts": 2, "units": 16, "homes": "stream"}),
+        ("sm_80", "lstm", 128, None),
+        ("sm_90", "lstm", 128, None),
+        ("sm_80", "gru", 61, {"homes": "all three"}),
+        ("sm_90", "lstm", 61, {"k_parts": 2, "units": 16, "homes": "stream"}),
     ],
-    ids=["planned", "all homes", "two dimensions"],
+    ids=["planned sm_80", "planned sm_90", "all homes", "two dimensions"],
 )
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_tf32_rounds_its_operands(emulated, forced, monkeypatch, arch, cell, hidden, chosen):
     """The emulator cuts operands, as tensor cores do: unrounded they would have 2.5 times the error."""
     session = emulated(arch, units="rows")

@@ -162,10 +162,14 @@ def short_chunks(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
-@pytest.mark.parametrize(("cut", "junk"), [*((cut, "nan") for cut in CUTS), ("lengths and resets", "inf")])
+# Each shape with all cuts, by the two cells in turn where both have it.
 @pytest.mark.parametrize(
-    ("cell", "shape"),
-    [(cell, shape) for cell in ("lstm", "gru") for shape in SHAPES if cell == "lstm" or shape not in OF_LSTM],
+    ("cell", "shape", "cut", "junk"),
+    [
+        ("lstm" if (n + k) % 2 or shape in OF_LSTM else "gru", shape, cut, junk)
+        for n, shape in enumerate(SHAPES)
+        for k, (cut, junk) in enumerate([*((cut, "nan") for cut in CUTS), ("lengths and resets", "inf")])
+    ],
 )
 def test_on_torch_s_operations(short_chunks, cell, shape, cut, junk):
     case = Case(cell, cut, **SHAPES[shape])

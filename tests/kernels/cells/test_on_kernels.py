@@ -58,7 +58,7 @@ def test_the_pooled_bound_is_kept(name, dtype):
     ("name", "dtype", "protocol", "chosen"),
     [
         ("peephole", "bf16", "flags", {"homes": "registers and shared"}),
-        ("slstm", "fp32", "counter", {"rows": 2}),
+        ("slstm", "fp32", "counter", {"k_parts": 2}),
         ("slstm", "fp16", "flags", {"homes": "shared", "splits": 2}),
     ],
 )
