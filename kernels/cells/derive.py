@@ -106,7 +106,7 @@ class Derived:
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """``forward`` in torch."""
         graph = self.traced.graph
-        given = _given(graph, x=x, r=r, s=state, p=p, e=e)
+        given = given_tiles(graph, x=x, r=r, s=state, p=p, e=e)
         found = graph.evaluate(self.traced.new + self.saving.saved, given, x[0])
         return found[: self.cell.states], found[self.cell.states :]
 
@@ -116,8 +116,12 @@ class Derived:
         """``backward`` in torch. after: the states ``cell.after`` after the step."""
         graph, traced = self.traced.graph, self.traced
         parts = traced.dx + self.saving.more, traced.dr, traced.ds
-        given = _given(graph, d=d_state, s=previous, p=p, e=e) | self._kept(saved, after)
-        return _split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
+        given = given_tiles(graph, d=d_state) | self.at_hand(saved, after, previous, p, e)
+        return split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
+
+    def at_hand(self, saved: Tiles, after: Tiles, previous: Tiles, p: Tiles = (), e: Tiles = ()) -> dict[int, Tensor]:
+        """What the backward has beside gradients, by node."""
+        return given_tiles(self.traced.graph, s=previous, p=p, e=e) | self._kept(saved, after)
 
     def param_gradients(
         self, dx: Tiles, dr: Tiles, saved: Tiles, after: Tiles, previous: Tiles, p: Tiles, e: Tiles = ()
@@ -125,7 +129,7 @@ class Derived:
         """The parameters' gradients from what is in memory after the scan, tile by tile: to be summed over time and
         batch. dx: with the tiles of ``more_gradients`` behind it; p: broadcast against the others."""
         graph = self.traced.graph
-        given = _given(graph, s=previous, p=p, e=e) | self._kept(saved, after)
+        given = self.at_hand(saved, after, previous, p, e)
         for nodes, tiles in ((self.traced.dx + self.saving.more, dx), (self.traced.dr, dr)):
             given |= {i: t for i, t in zip(nodes, tiles, strict=True) if graph.value(i) is None}
         return graph.evaluate(self.traced.dp, given, dr[0])
@@ -141,8 +145,8 @@ class Derived:
         """
         graph, nodes, bits, grads = self._second
         parts = grads[:4]
-        given = _given(graph, d=(*d_state, *d_saved), s=previous, p=p, e=e) | self._kept(saved, after, nodes, bits)
-        return _split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
+        given = given_tiles(graph, d=(*d_state, *d_saved), s=previous, p=p, e=e) | self._kept(saved, after, nodes, bits)
+        return split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
 
     @property
     def differentiates_twice(self) -> bool:
@@ -180,13 +184,13 @@ class Derived:
         return given
 
 
-def _split(tiles: Sequence[Tensor], parts: Sequence[Sequence[Any]]) -> tuple[tuple[Tensor, ...], ...]:
+def split(tiles: Sequence[Tensor], parts: Sequence[Sequence[Any]]) -> tuple[tuple[Tensor, ...], ...]:
     """As many in each part as ``parts`` have."""
     left = iter(tiles)
     return tuple(tuple(next(left) for _ in part) for part in parts)
 
 
-def _given(graph: Graph, **tiles: Tiles) -> dict[int, Tensor]:
+def given_tiles(graph: Graph, **tiles: Tiles) -> dict[int, Tensor]:
     return {graph.input(f"{letter}{i}"): t for letter, some in tiles.items() for i, t in enumerate(some)}
 
 
