@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -14,6 +14,9 @@ from persistrnn.options import Backend, Options, Save
 from persistrnn.recipe import PLAIN, Recipe
 from persistrnn.recurrent import RecurrentBase
 from persistrnn.validate import parameter_names
+
+if TYPE_CHECKING:
+    from persistrnn.kernels.cells.derive import Derived
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -37,6 +40,11 @@ def cell(
     params and e where there are extras. x is the input's half of the gates, W_ih x_t + b_ih, r the recurrent one, W_hh
     h_{t-1} + b_hh. It is pointwise: torch's operations on each unit by itself, `torch.where` for a branch. What the
     kernels run, forward and backward, follows from it (`check_cell` prints that), and is checked against autograd.
+
+    What needs other units stands between parts of a step that is a generator, which runs step by step, without kernels:
+    ``n = yield Product(reset * state.h)`` gives the recurrent half of the next gate of those whose product is not with
+    h, the last ones (r has no tile of them), ``mean = yield Mean(c)`` a mean over all units; both are in
+    `persistrnn.kernels.cells.stages`.
 
     Args:
         gates: names of the tiles of x and r, in the order of the rows of weight_ih and weight_hh
@@ -163,15 +171,25 @@ def check_cell(
     for what in ("gates", "more_inputs", "states", "params", "extras"):
         if given := getattr(names, what):
             lines.append(f"{what}: {', '.join(given)}")
+    if unread := _unread(of):
+        lines.append(f"never read by the step: {', '.join(unread)}")
     if (reason := decide.without_kernels(numbers)) is not None:
         return "\n".join([*lines, reason])
     after = "".join(f", and {names.states[i]} after the step" for i in numbers.after)
     stored = numbers.inputs + numbers.more_gradients + numbers.gates * numbers.recurrent_gradient
-    lines.append(f"saved per unit and step: {numbers.saved} tiles{after}; gradients of gates: {stored} tiles")
+    lines.append(f"tiles saved per unit and step: {numbers.saved}{after}; tiles of gates' gradients: {stored}")
     for way in ("forward", "backward"):
         lines.append(f"{way}: {_operations(of.source, way)} operations per unit and step beside the product")
     lines.append(decide.predict_stack(numbers.name, hidden_size, 1, batch, 1, 1024, dtype, device).text)
     return "\n".join([*lines, "", of.source.rstrip()])
+
+
+def _unread(of: Derived) -> list[str]:
+    """The tiles of its arguments that a step has no use for."""
+    names, graph = of.names, of.traced.graph
+    groups = {"x": names.inputs, "r": names.gates_of_h, "state": names.states, "p": names.params, "e": names.extras}
+    read = {graph.name(i) for i in graph.needs([*of.traced.new, *of.traced.operands])}
+    return [f"{g}.{name}" for g, tiles in groups.items() for i, name in enumerate(tiles) if f"{g[0]}{i}" not in read]
 
 
 def _operations(source: str, way: str) -> int:

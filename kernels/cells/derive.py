@@ -16,7 +16,7 @@ from torch import Tensor
 from . import Cell, stages
 from .graph import CellError, Graph
 from .saving import Saving, Traced, choose
-from .tracing import trace
+from .tracing import SHAPE, called, checked, trace
 from .triton_source import HEADER, backward_text, forward_text, load
 
 Tiles = Sequence[Tensor]
@@ -209,6 +209,23 @@ def in_a_thread(function: Callable[[], Any]) -> Any:
     """In a thread of its own: modes, transforms, autocast and grad mode of the caller are those of its thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
+
+
+def counted(step: Callable[..., Any], name: str, names: Names) -> tuple[int, int]:
+    """The products and the means of a step.
+
+    Raises:
+        CellError: the step fails, yields something else, or gives no states then; says where.
+    """
+
+    def run() -> Any:
+        given = [[torch.full(SHAPE, 0.5) for _ in range(n)] for _, n in _groups(names)]
+        return called(lambda *tiles: stages.counted(step, tiles), given, name)
+
+    new, products, means = in_a_thread(run)
+    if products + means:
+        checked(new, len(names.states), name)
+    return products, means
 
 
 def derive(step: Callable[..., Any], name: str, names: Names, built_in: bool = False) -> Derived:

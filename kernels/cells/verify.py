@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .derive import Derived, given_tiles, split
 from .graph import CellError
+from .tracing import Casts, called
 
 Tiles = tuple[Tensor, ...]
 UNITS, BATCH, STEPS = 16, 16, 48
@@ -25,8 +27,10 @@ def verify(cell: Derived) -> None:
             more of an error in a gradient than they must.
     """
     for seed in range(3):
-        _check_one_step(cell, seed)
+        (_check_stages if cell.names.stages else _check_one_step)(cell, seed)
     _check_zeros(cell)
+    if cell.names.stages:
+        return
     for what, (error, least) in errors_of_rounding(cell).items():
         if not error <= MOST_ERROR * least + AND:
             raise CellError(
@@ -40,7 +44,8 @@ def _drawn(cell: Derived, generator: torch.Generator, differentiable: bool = Tru
     """x, r, state, p, e. Extras are 0 or 1."""
     found = []
     names = cell.names
-    for group in (names.inputs, names.gates, names.states, names.params, names.extras):
+    of_params = [name for name, tiles in names.of_step.items() for _ in range(tiles)]
+    for group in (names.inputs, names.gates_of_h, names.states, of_params, names.extras):
         drawn = (torch.rand(BATCH, UNITS, generator=generator, dtype=torch.float64) * 2 - 0.5 for _ in group)
         found.append(tuple((t > 0.5).double() if group is names.extras else t for t in drawn))
     for t in chain(*found[:4]) if differentiable else ():
@@ -48,22 +53,81 @@ def _drawn(cell: Derived, generator: torch.Generator, differentiable: bool = Tru
     return found
 
 
+def _run(cell: Derived, step: Callable[..., Any], given: Sequence[Tiles]) -> Tiles:
+    name = cell.cell.name.partition(":")[0]
+    with Casts(name):
+        found: Tiles = called(step, given, name)
+    return found
+
+
 def _check_one_step(cell: Derived, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x, r, state, p, e = _drawn(cell, generator)
-    new = cell.step(x, r, state, p, e)
+    new = _run(cell, cell.step, (x, r, state, p, e))
     d = tuple(torch.rand(BATCH, UNITS, generator=generator, dtype=torch.float64) for _ in new)
-    pairs = [(t, g) for t, g in zip(new, d, strict=True) if t.requires_grad]
-    leaves = [*x, *r, *state, *p]
-    expected: Sequence[Tensor | None] = [None] * len(leaves)
-    if pairs:
-        expected = torch.autograd.grad([t for t, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+    expected = _gradients(new, [*x, *r, *state, *p], d)
     with torch.no_grad():
         found, saved = cell.run_forward(x, r, state, p, e)
         after = tuple(found[i] for i in cell.cell.after)
         dx, dr, d_previous = cell.run_backward(d, saved, after, state, p, e)
         dp = cell.param_gradients(dx, dr, saved, after, state, p, e)
-    for ours, true in zip([*found, *dx[: cell.cell.inputs], *dr, *d_previous, *dp], [*new, *expected], strict=True):
+    _check_equal(cell, [*found, *dx[: cell.cell.inputs], *dr, *d_previous, *dp], [*new, *expected])
+
+
+def _check_stages(cell: Derived, seed: int) -> None:
+    """Stage by stage from what is saved, in the order of kernels: the gradient of what a stage gives, then by its
+    transpose that of its operand. Against autograd of the step with its stages in it."""
+    generator = torch.Generator().manual_seed(seed)
+    x, r, state, p, e = _drawn(cell, generator)
+    weight = torch.randn(UNITS, UNITS, generator=generator, dtype=torch.float64) / UNITS**0.5
+    operands: list[Tensor] = []
+    results: list[Tensor] = []
+    transposed: list[Callable[[Tensor], Tensor]] = []
+
+    def stage(function: Callable[[Tensor], Tensor], transpose: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        def answer(operand: Tensor) -> Tensor:
+            operands.append(operand)
+            results.append(function(operand))
+            transposed.append(transpose)
+            return results[-1]
+
+        return answer
+
+    def mean(tile: Tensor) -> Tensor:
+        return tile.mean(-1, keepdim=True).expand_as(tile)
+
+    answers = stage(lambda o: o @ weight.mT, lambda d: d @ weight), stage(mean, mean)
+    new = _run(cell, lambda *given: cell.run_step(given, *answers), (x, r, state, p, e))
+    d = tuple(torch.rand(BATCH, UNITS, generator=generator, dtype=torch.float64) for _ in new)
+    graph, traced = cell.traced.graph, cell.traced
+    with torch.no_grad():
+        given = given_tiles(graph, x=x, r=r, s=state, p=p, e=e, q=results)
+        found = graph.evaluate([*traced.new, *traced.operands, *cell.saving.saved], given, d[0])
+        saved, after = found[len(new) + len(operands) :], [new[i] for i in cell.cell.after]
+        kept = cell.at_hand(saved, after, state, p, e) | given_tiles(graph, d=d)
+        for k in reversed(range(len(operands))):
+            (of_result,) = graph.evaluate([traced.dq[k]], kept, d[0])
+            kept |= {graph.input(f"d{len(new) + k}"): transposed[k](of_result)}
+        ours = graph.evaluate([*traced.dx, *traced.dr, *traced.ds, *traced.dp], kept, d[0])
+    leaves = [*x, *r, *state, *p]
+    _check_equal(cell, [*found[: len(new) + len(operands)], *ours], [*new, *operands, *_gradients(new, leaves, d)])
+
+
+def _gradients(new: Sequence[Tensor], leaves: Sequence[Tensor], d: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    pairs = [(t, g) for t, g in zip(new, d, strict=True) if t.requires_grad]
+    if not pairs:
+        return [None] * len(leaves)
+    return torch.autograd.grad([t for t, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+
+
+def _check_equal(cell: Derived, found: Sequence[Tensor], expected: Sequence[Tensor | None]) -> None:
+    if not all(true.isfinite().all() for true in expected if true is not None):
+        raise CellError(
+            f"{cell.cell.name}: on arguments between -0.5 and 0.5 a result or a gradient, by autograd of the step, is "
+            "not finite; torch.where does not keep out a gradient that is no number, so choose the argument, as in "
+            "sqrt(where(x > 0, x, 1.0))"
+        )
+    for ours, true in zip(found, expected, strict=True):
         true = torch.zeros_like(ours) if true is None else true
         if not torch.allclose(ours, true, rtol=1e-7, atol=1e-9):  # torch's hardsigmoid has a float32 constant
             raise CellError(
@@ -75,7 +139,7 @@ def _check_one_step(cell: Derived, seed: int) -> None:
 def _check_zeros(cell: Derived) -> None:
     x, r, state, p, e = (tuple(torch.zeros_like(t) for t in tiles) for tiles in _drawn(cell, torch.Generator()))
     try:
-        new = cell.step(x, r, state, p, e)
+        new = cell.run_step((x, r, state, p, e), lambda operand: operand, lambda tile: tile)
     except Exception as error:
         raise CellError(f"{cell.cell.name}: the step fails on zeros: {error}") from error
     bad = [name for name, t in zip(cell.names.states, new, strict=True) if not t.isfinite().all()]

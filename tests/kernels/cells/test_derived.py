@@ -318,50 +318,19 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("name", STAGED)
-def test_stages_are_one_graph_whose_cut_is_enough_for_the_backward(name):
-    """Stage by stage from what is saved, in the order of kernels: the gradient of what a stage gives, then by its
-    transpose that of its operand. Against autograd of the step with its stages in it."""
+def test_stages_are_one_graph_whose_cut_is_enough_for_the_backward(name, monkeypatch):
+    """`verify` says how."""
     cell = derived(name)
-    of, graph, traced = cell.cell, cell.traced.graph, cell.traced
-    generator = torch.Generator().manual_seed(0)
-    counts = of.inputs, of.gates_of_h, of.states, sum(cell.names.of_step.values())
-    given = [
-        [torch.randn(B, H, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(n)] for n in counts
-    ]
-    weight = torch.randn(H, H, generator=generator, dtype=torch.float64) / H**0.5
-    stages, operands, results = [], [], []
+    verify.verify(cell)
+    monkeypatch.setitem(rules.RULES, "tanh_backward", lambda g, y: g * (1 - y))
+    with pytest.raises(ValueError, match=f"^{name}: what was derived differs from the step by up to"):
+        verify.verify(library.built_in(name))
 
-    def stage(kind, function):
-        def answer(operand):
-            stages.append(kind)
-            operands.append(operand)
-            results.append(function(operand))
-            return results[-1]
 
-        return answer
-
-    def mean(tile):
-        return tile.mean(-1, keepdim=True).expand_as(tile)
-
-    transposed = {"product": lambda d: d @ weight, "mean": mean}
-    new = cell.run_step([*given, ()], stage("product", lambda o: o @ weight.mT), stage("mean", mean))
-    assert stages == ["product"] * of.products + ["mean"] * of.means
-    d = [torch.randn(B, H, generator=generator, dtype=torch.float64) for _ in new]
-    expected = gradients(new, [t for tiles in given for t in tiles], d)
-
-    named = {f"{letter}{i}": t for letter, tiles in zip("xrsp", given, strict=True) for i, t in enumerate(tiles)}
-    named |= {f"q{k}": t for k, t in enumerate(results)}
-    with torch.no_grad():
-        forward = {graph.input(key): t for key, t in named.items()}
-        found = graph.evaluate([*traced.new, *traced.operands, *cell.saving.saved], forward, results[0])
-        torch.testing.assert_close(list(found[: of.states]), list(new))
-        torch.testing.assert_close(list(found[of.states : of.states + len(operands)]), operands)
-        kept = {graph.input(key): t for key, t in named.items() if key[0] in "sp"}
-        kept |= {graph.input(f"d{i}"): t for i, t in enumerate(d)}
-        kept |= zip(cell.saving.saved, found[len(found) - of.saved :], strict=True)
-        kept |= {traced.new[i]: new[i] for i in of.after}
-        for k in reversed(range(len(stages))):
-            (of_result,) = graph.evaluate([traced.dq[k]], kept, d[0])
-            kept[graph.input(f"d{of.states + k}")] = transposed[stages[k]](of_result)
-        ours = graph.evaluate([*traced.dx, *traced.dr, *traced.ds, *traced.dp], kept, d[0])
-    torch.testing.assert_close(list(ours), list(expected), rtol=1e-9, atol=1e-11)
+def test_what_a_comparison_gives_is_a_number():
+    for step in (
+        lambda x, r, state: (x.h + r.h > 0) * tanh(x.h),
+        lambda x, r, state: (x.h + r.h > 0).to(x.h.dtype) * tanh(x.h),
+        lambda x, r, state: (x.h + r.h > 0).float() * tanh(x.h),
+    ):
+        assert register(step, gates=("h",)).cell.saved == 2, "an outcome, and tanh"
