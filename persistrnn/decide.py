@@ -131,7 +131,7 @@ class Call(NamedTuple):
         between = self.num_layers > 1 and (self.directions > 1 or self.dropout > 0 or self.hides)
         return memory.Layers(
             CELLS[self.cell], self.input_size, self.hidden_size, self.num_layers, self.directions,
-            self.dtype.itemsize, (self.cell_dtype or self.dtype).itemsize, between,
+            self.dtype.itemsize, (self.cell_dtype or self.dtype).itemsize, between, self.hides,
         )  # fmt: skip
 
 
