@@ -10,7 +10,7 @@ import torch
 
 from persistrnn import decide
 from persistrnn.kernels.cells import CELLS, derived
-from persistrnn.options import Backend, Options, Save
+from persistrnn.options import Backend, Options, Save, check_name
 from persistrnn.recipe import PLAIN, Recipe
 from persistrnn.recurrent import RecurrentBase
 from persistrnn.validate import parameter_names
@@ -153,6 +153,7 @@ def check_cell(
     batch: int = 64,
     dtype: str = "bf16",
     device: str | None = None,
+    arch: str | None = None,
 ) -> str:
     """What was derived of a cell, in words: its tiles, what is saved, the Triton source, and the plan for a size.
 
@@ -160,12 +161,17 @@ def check_cell(
         cell: a function decorated with `cell`, or the name of a built-in cell
         hidden_size, batch: H, B
         dtype: "bf16", "fp16", "tf32" or "fp32"
-        device: a name that `persistrnn plan` knows; None: the GPU at hand, else an H200
+        device: a name that `persistrnn plan` knows; None: that of arch, else the GPU at hand, else an H200
+        arch: "sm_80", "sm_90" or another that `persistrnn audit` knows: compile both kernels for it, which needs no GPU
+            and takes seconds, and add the audit's rows; None: no audit
 
     Raises:
-        TypeError, ValueError: another cell, dtype or device
+        TypeError, ValueError: another cell, dtype, device or arch
     """
-    of = derived(_name_of(cell))
+    of, audited = derived(_name_of(cell)), ""
+    if arch is not None and decide.without_kernels(of.cell) is None:
+        audited, device_of_arch = _audited(of.cell.name, hidden_size, batch, dtype, arch)
+        device = device or device_of_arch
     names, numbers = of.names, of.cell
     lines = [f"cell {numbers.name}"]
     for what in ("gates", "more_inputs", "states", "params", "extras"):
@@ -181,7 +187,16 @@ def check_cell(
     for way in ("forward", "backward"):
         lines.append(f"{way}: {_operations(of.source, way)} operations per unit and step beside the product")
     lines.append(decide.predict_stack(numbers.name, hidden_size, 1, batch, 1, 1024, dtype, device).text)
-    return "\n".join([*lines, "", of.source.rstrip()])
+    return "\n".join([*lines, *([audited] if audited else []), "", of.source.rstrip()])
+
+
+def _audited(cell: str, hidden: int, batch: int, dtype: str, arch: str) -> tuple[str, str]:
+    """The audit's table, and the device that it is of."""
+    from persistrnn.kernels.inspect import audit, audit_command  # which import Triton
+
+    check_name("arch", arch, list(audit.DEVICE_OF_ARCH))
+    cases = [audit.Case(cell, backward, dtype, hidden, arch, batch) for backward in (False, True)]
+    return audit_command.table([audit_command.attempt(case) for case in cases]), audit.DEVICE_OF_ARCH[arch]
 
 
 def _unread(of: Derived) -> list[str]:

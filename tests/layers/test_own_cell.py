@@ -163,6 +163,16 @@ def test_it_is_explained():
     assert "states: h, c, n, m" in persistrnn.check_cell("slstm")
 
 
+@pytest.mark.audit
+def test_and_audited():
+    text = persistrnn.check_cell(damped, hidden_size=64, batch=16, arch="sm_80")
+    rows = [line.split() for line in text.splitlines() if line.startswith(f"{damped.cell} ")]
+    assert [(row[1], row[-1]) for row in rows[1:]] == [("forward", "ok"), ("backward", "ok")]
+    assert "on a100 (sm_80" in " ".join(rows[0])
+    with pytest.raises(ValueError, match=r"arch is one of 'sm_80', .* got 'sm_81'"):
+        persistrnn.check_cell(damped, arch="sm_81")
+
+
 @pytest.mark.parametrize("cell", PAIRS)
 def test_built_in_cells_by_their_names(cell):
     torch.manual_seed(0)
