@@ -9,7 +9,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from own_cells import VARIANTS, cell_of
+from own_cells import cell_of
 
 from persistrnn.kernels.cells import BUILT_IN, CELLS
 from persistrnn.kernels.inspect import audit
@@ -74,15 +74,13 @@ SAMPLE = [
     Case("rnn_relu", True, "fp16", 512, "sm_100", 16, marks=True),
     Case("coupled", True, "bf16", 256, "sm_90", 16),
     Case("slstm", True, "bf16", 512, "sm_100", 16),
-    # What recipes make of a cell.
+    # What a recipe makes of a cell.
     Case(cell_of("lstm_noise").name, True, "bf16", 256, "sm_80", 16),
-    Case(cell_of("gru_expected").name, False, "fp16", 256, "sm_90", 16),
 ]
 
 
 def test_no_cell_is_left_out():
-    sampled = {case.cell for case in SAMPLE}
-    assert sampled >= {*BUILT_IN, *(cell_of(name).name for name in VARIANTS)}
+    assert {case.cell for case in SAMPLE} >= set(BUILT_IN)
 
 
 SMALL = Case("gru", False, "bf16", 32, "sm_90")  # one slice, and quick to compile
