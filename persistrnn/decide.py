@@ -430,7 +430,7 @@ def _save_within_budget(call: Call) -> str:
     )
 
 
-# ---- for `persistrnn profile` ---------------------------------------------------------------------------------------
+# ---- for `persistrnn profile` and `check_cell` ----------------------------------------------------------------------
 
 
 def predict_stack(
@@ -439,6 +439,20 @@ def predict_stack(
 ) -> Prediction:  # fmt: skip
     """The plan in numbers, for a device that need not be there (``kernels.inspect.prediction``)."""
     return prediction.predict_stack(cell, hidden, layers, batch, directions, steps, dtype, device, heads)
+
+
+def audited(cell: str, hidden: int, batch: int, dtype: str, arch: str) -> tuple[str, str]:
+    """Both kernels compiled for an architecture: the audit's table of them, and the device that it plans for.
+
+    Raises:
+        ValueError: another architecture
+    """
+    from persistrnn.kernels.inspect import audit, audit_command
+
+    if arch not in audit.DEVICE_OF_ARCH:
+        raise ValueError(f"arch is one of {', '.join(map(repr, audit.DEVICE_OF_ARCH))}, got {arch!r}")
+    cases = [audit.Case(cell, backward, dtype, hidden, arch, batch) for backward in (False, True)]
+    return audit_command.table([audit_command.attempt(case) for case in cases]), audit.DEVICE_OF_ARCH[arch]
 
 
 def check_device(name: str) -> None:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from persistrnn import decide
 from persistrnn.kernels.cells import CELLS, derived
-from persistrnn.options import Backend, Options, Save, check_name
+from persistrnn.options import Backend, Options, Save
 from persistrnn.recipe import PLAIN, Recipe
 from persistrnn.recurrent import RecurrentBase
 from persistrnn.validate import parameter_names
-
-if TYPE_CHECKING:
-    from persistrnn.kernels.cells.derive import Derived
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -170,14 +167,14 @@ def check_cell(
     """
     of, audited = derived(_name_of(cell)), ""
     if arch is not None and decide.without_kernels(of.cell) is None:
-        audited, device_of_arch = _audited(of.cell.name, hidden_size, batch, dtype, arch)
-        device = device or device_of_arch
+        audited, of_arch = decide.audited(of.cell.name, hidden_size, batch, dtype, arch)
+        device = device or of_arch
     names, numbers = of.names, of.cell
     lines = [f"cell {numbers.name}"]
     for what in ("gates", "more_inputs", "states", "params", "extras"):
         if given := getattr(names, what):
             lines.append(f"{what}: {', '.join(given)}")
-    if unread := _unread(of):
+    if unread := _unread(numbers.name):
         lines.append(f"never read by the step: {', '.join(unread)}")
     if (reason := decide.without_kernels(numbers)) is not None:
         return "\n".join([*lines, reason])
@@ -190,20 +187,13 @@ def check_cell(
     return "\n".join([*lines, *([audited] if audited else []), "", of.source.rstrip()])
 
 
-def _audited(cell: str, hidden: int, batch: int, dtype: str, arch: str) -> tuple[str, str]:
-    """The audit's table, and the device that it is of."""
-    from persistrnn.kernels.inspect import audit, audit_command  # which import Triton
-
-    check_name("arch", arch, list(audit.DEVICE_OF_ARCH))
-    cases = [audit.Case(cell, backward, dtype, hidden, arch, batch) for backward in (False, True)]
-    return audit_command.table([audit_command.attempt(case) for case in cases]), audit.DEVICE_OF_ARCH[arch]
-
-
-def _unread(of: Derived) -> list[str]:
-    """The tiles of its arguments that a step has no use for."""
+def _unread(cell: str) -> list[str]:
+    """The tiles of its arguments that a step has no use for. (h is read by the product.)"""
+    of = derived(cell)
     names, graph = of.names, of.traced.graph
-    groups = {"x": names.inputs, "r": names.gates_of_h, "state": names.states, "p": names.params, "e": names.extras}
-    read = {graph.name(i) for i in graph.needs([*of.traced.new, *of.traced.operands])}
+    params = [] if names.wide else names.params
+    groups = {"x": names.inputs, "r": names.gates_of_h, "state": names.states, "p": params, "e": names.extras}
+    read = {"s0"} | {graph.name(i) for i in graph.needs([*of.traced.new, *of.traced.operands])}
     return [f"{g}.{name}" for g, tiles in groups.items() for i, name in enumerate(tiles) if f"{g[0]}{i}" not in read]
 
 
