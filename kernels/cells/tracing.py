@@ -101,11 +101,8 @@ class Recorder(TorchDispatchMode):
             return [self.tile(args[1]).node]
         if op in SAME or op in TURNED or op in PARTS:
             kept = self.tile(args[0], op)
-            if (
-                op == "_to_copy"
-                and self.graph.is_truth(kept.node)
-                and kwargs.get("dtype", torch.bool).is_floating_point
-            ):
+            to = kwargs.get("dtype")
+            if self.graph.is_truth(kept.node) and to is not None and to.is_floating_point:
                 kept = kept.where(1.0, 0.0)
             return [kept.do("detach").node if self.detaching else kept.node]
         rule = rule_of(op)

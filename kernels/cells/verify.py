@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -160,7 +161,7 @@ def errors_of_rounding(cell: Derived, seed: int = 0) -> dict[str, tuple[float, f
     return {
         what: (((ours[what] - true).norm() / size).item(), ((witness[what] - true).norm() / size).item())
         for what, true in exact.items()
-        if (size := true.norm()) > 0
+        if 0 < (size := true.norm()) < math.inf
     }
 
 
