@@ -23,6 +23,7 @@ from persistrnn.kernels.planner import memory
 from persistrnn.kernels.planner.forecast import Forecast, forecast
 from persistrnn.kernels.planner.pipeline import Pipeline
 from persistrnn.kernels.planner.plan import Plan, PlanError, plan_layer
+from persistrnn.kernels.planner.plan import without_kernels as without_kernels  # for own_cell, too
 from persistrnn.kernels.planner.problem import Problem
 
 MODES = memory.MODES
@@ -130,7 +131,7 @@ class Call(NamedTuple):
         between = self.num_layers > 1 and (self.directions > 1 or self.dropout > 0 or self.hides)
         return memory.Layers(
             CELLS[self.cell], self.input_size, self.hidden_size, self.num_layers, self.directions,
-            self.dtype.itemsize, (self.cell_dtype or self.dtype).itemsize, between,
+            self.dtype.itemsize, (self.cell_dtype or self.dtype).itemsize, between, self.hides,
         )  # fmt: skip
 
 
@@ -235,6 +236,8 @@ def obstacle(call: Call) -> str | None:
     """
     if call.backend == "torch":
         return f'backend="torch" asks for torch\'s own {call.torchs}.'
+    if (reason := without_kernels(CELLS[call.cell])) is not None:
+        return reason
     if CELLS[call.cell].staged and call.save != "gates":
         return (
             f"of {call.cell}, whose step has several stages, the kernels keep what the backward needs of every step, "
@@ -434,7 +437,7 @@ def _save_within_budget(call: Call) -> str:
     )
 
 
-# ---- for `persistrnn profile` ---------------------------------------------------------------------------------------
+# ---- for `persistrnn profile` and `check_cell` ----------------------------------------------------------------------
 
 
 def predict_stack(
@@ -443,6 +446,20 @@ def predict_stack(
 ) -> Prediction:  # fmt: skip
     """The plan in numbers, for a device that need not be there (``kernels.inspect.prediction``)."""
     return prediction.predict_stack(cell, hidden, layers, batch, directions, steps, dtype, device, heads)
+
+
+def audited(cell: str, hidden: int, batch: int, dtype: str, arch: str) -> tuple[str, str]:
+    """Both kernels compiled for an architecture: the audit's table of them, and the device that it plans for.
+
+    Raises:
+        ValueError: another architecture
+    """
+    from persistrnn.kernels.inspect import audit, audit_command
+
+    if arch not in audit.DEVICE_OF_ARCH:
+        raise ValueError(f"arch is one of {', '.join(map(repr, audit.DEVICE_OF_ARCH))}, got {arch!r}")
+    cases = [audit.Case(cell, backward, dtype, hidden, arch, batch) for backward in (False, True)]
+    return audit_command.table([audit_command.attempt(case) for case in cases]), audit.DEVICE_OF_ARCH[arch]
 
 
 def check_device(name: str) -> None:

@@ -28,6 +28,7 @@ class Cell:
         after: which of the states after the step the backward reads as well, from where the forward has put them.
         params: names of its parameters per unit, each [H] of a layer and direction, beside weights and biases.
         extras: names of what it takes per step and unit beside its gates, without gradient: masks.
+        masks: how many of ``extras``, the last ones, are drawn from a seed (``variants``).
         more_inputs: tiles of the input half beyond the gates.
         more_gradients: tiles that the backward stores behind dx, for the gradients of ``params`` alone.
         finite_at_zero: whether both passes make finite numbers of zeros, step after step: then units past H, which
@@ -61,6 +62,7 @@ class Cell:
     means: int = 0
     wide: tuple[str, ...] = ()
     normalised: bool = False
+    masks: int = 0
 
     # Fields and no properties: torch.compile reads the fields of a frozen dataclass alone.
     inputs: int = field(init=False)

@@ -17,7 +17,7 @@ from . import Cell, stages
 from .graph import CellError, Graph
 from .saving import Saving, Traced, choose
 from .stages import Answer
-from .tracing import trace
+from .tracing import SHAPE, called, checked, trace
 from .triton_source import HEADER, backward_text, forward_text, load, staged_backward_text, staged_forward_text
 
 Tiles = Sequence[Tensor]
@@ -109,7 +109,7 @@ class Derived:
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """``forward`` in torch. q: what its later stages give."""
         graph = self.traced.graph
-        given = _given(graph, x=x, r=r, s=state, p=p, e=e, q=q)
+        given = given_tiles(graph, x=x, r=r, s=state, p=p, e=e, q=q)
         found = graph.evaluate(self.traced.new + self.saving.saved, given, x[0])
         return found[: self.cell.states], found[self.cell.states :]
 
@@ -122,9 +122,13 @@ class Derived:
         its results are behind those of r."""
         graph, traced = self.traced.graph, self.traced
         parts = traced.dx + self.saving.more, self._dr(traced.dr, traced.dq), traced.ds
-        given = _given(graph, d=d_state, s=previous, p=p, e=e) | self._kept(saved, after)
+        given = given_tiles(graph, d=d_state) | self.at_hand(saved, after, previous, p, e)
         self._through_stages(graph, given, traced.dq, transposed)
-        return _split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
+        return split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
+
+    def at_hand(self, saved: Tiles, after: Tiles, previous: Tiles, p: Tiles = (), e: Tiles = ()) -> dict[int, Tensor]:
+        """What the backward has beside gradients, by node."""
+        return given_tiles(self.traced.graph, s=previous, p=p, e=e) | self._kept(saved, after)
 
     def param_gradients(
         self, dx: Tiles, dr: Tiles, saved: Tiles, after: Tiles, previous: Tiles, p: Tiles, e: Tiles = ()
@@ -132,7 +136,7 @@ class Derived:
         """The parameters' gradients from what is in memory after the scan, tile by tile: to be summed over time and
         batch. dx: with the tiles of ``more_gradients`` behind it; p: broadcast against the others."""
         graph = self.traced.graph
-        given = _given(graph, s=previous, p=p, e=e) | self._kept(saved, after)
+        given = self.at_hand(saved, after, previous, p, e)
         of_r = self._dr(self.traced.dr, self.traced.dq)
         for nodes, tiles in ((self.traced.dx + self.saving.more, dx), (of_r, dr)):
             given |= {i: t for i, t in zip(nodes, tiles, strict=True) if graph.value(i) is None}
@@ -170,10 +174,9 @@ class Derived:
         graph, nodes, bits, grads = self._second
         dq = grads[-1] if self.names.stages else []
         parts = grads[0], self._dr(grads[1], dq), *grads[2:4]
-        d = *d_state, *d_saved
-        given = _given(graph, d=d, s=previous, p=p, e=e) | self._kept(saved, after, nodes, bits)
+        given = given_tiles(graph, d=(*d_state, *d_saved), s=previous, p=p, e=e) | self._kept(saved, after, nodes, bits)
         self._through_stages(graph, given, dq, transposed)
-        return _split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
+        return split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
 
     @property
     def differentiates_twice(self) -> bool:
@@ -191,7 +194,7 @@ class Derived:
         graph, results = Graph(), [*self.traced.new, *self.saving.saved, *self.traced.operands]
 
         def step(*arguments: Tiles) -> tuple[Tensor, ...]:
-            given = _given(self.traced.graph, **dict(zip("xrspeq", arguments, strict=False)))
+            given = given_tiles(self.traced.graph, **dict(zip("xrspeq", arguments, strict=False)))
             return self.traced.graph.evaluate(results, given, arguments[0][0])
 
         groups = _groups(self.names) + ([("q", self.names.stages)] if self.names.stages else [])
@@ -213,13 +216,13 @@ class Derived:
         return given
 
 
-def _split(tiles: Sequence[Tensor], parts: Sequence[Sequence[Any]]) -> tuple[tuple[Tensor, ...], ...]:
+def split(tiles: Sequence[Tensor], parts: Sequence[Sequence[Any]]) -> tuple[tuple[Tensor, ...], ...]:
     """As many in each part as ``parts`` have."""
     left = iter(tiles)
     return tuple(tuple(next(left) for _ in part) for part in parts)
 
 
-def _given(graph: Graph, **tiles: Tiles) -> dict[int, Tensor]:
+def given_tiles(graph: Graph, **tiles: Tiles) -> dict[int, Tensor]:
     return {graph.input(f"{letter}{i}"): t for letter, some in tiles.items() for i, t in enumerate(some)}
 
 
@@ -238,6 +241,23 @@ def in_a_thread(function: Callable[[], Any]) -> Any:
     """In a thread of its own: modes, transforms, autocast and grad mode of the caller are those of its thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
+
+
+def counted(step: Callable[..., Any], name: str, names: Names) -> tuple[int, int]:
+    """The products and the means of a step.
+
+    Raises:
+        CellError: the step fails, yields something else, or gives no states then; says where.
+    """
+
+    def run() -> Any:
+        given = [[torch.full(SHAPE, 0.5) for _ in range(n)] for _, n in _groups(names)]
+        return called(lambda *tiles: stages.counted(step, tiles), given, name)
+
+    new, products, means = in_a_thread(run)
+    if products + means:
+        checked(new, len(names.states), name)
+    return products, means
 
 
 def derive(step: Callable[..., Any], name: str, names: Names, built_in: bool = False) -> Derived:

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ..cells import Cell
 from . import cost as model
 from .choices import choices, room
 from .cost import Cost
@@ -239,13 +240,26 @@ def _pass(problem: Problem, backward: bool) -> Pass:
     return found
 
 
+def without_kernels(cell: Cell) -> str | None:
+    """Why the kernels cannot run a cell; None if they can."""
+    if cell.products > 1 or (cell.products and cell.means):
+        return (
+            "the kernels run steps with one second product or with means over all units, and each step of "
+            f"{cell.name} has {cell.products} further products and {cell.means} means; use backend='torch', which runs "
+            "it step by step."
+        )
+    return None
+
+
 @lru_cache(maxsize=4096)
 def plan_layer(problem: Problem) -> Plan:
     """The plan for one layer.
 
     Raises:
-        PlanError: no slice of the layer fits the device.
+        PlanError: no slice of the layer fits the device, or there are no kernels for the cell.
     """
+    if (reason := without_kernels(problem.cell)) is not None:
+        raise PlanError(reason)
     gates, hidden = problem.cell.gates, problem.hidden
     if gates * hidden * (hidden + 8) >= LARGEST:
         raise PlanError(

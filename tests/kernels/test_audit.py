@@ -10,6 +10,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from own_cells import cell_of
 
 from persistrnn.kernels.cells import BUILT_IN, CELLS
 from persistrnn.kernels.inspect import audit
@@ -61,7 +62,17 @@ SAMPLE = [
     Case("rnn_tanh", True, "bf16", 1024, "sm_90", 16),
     Case("mgu", True, "bf16", 512, "sm_80", 16),
     Case("janet", False, "bf16", 512, "sm_80", 16),
+    Case("rnn_relu", True, "fp16", 512, "sm_100", 16, marks=True),
+    Case("coupled", True, "bf16", 256, "sm_90", 16),
+    Case("slstm", True, "bf16", 512, "sm_100", 16),
+    # What a recipe makes of a cell.
+    Case(cell_of("lstm_noise").name, True, "bf16", 256, "sm_80", 16),
 ]
+
+
+def test_no_cell_is_left_out():
+    assert {case.cell for case in SAMPLE} >= set(BUILT_IN)
+
 
 SMALL = Case("gru", False, "bf16", 32, "sm_90")  # one slice, and quick to compile
 SHARED = Case("gru", False, "bf16", 256, "sm_90")  # many slices
