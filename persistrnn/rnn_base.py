@@ -1,13 +1,24 @@
 """What old code reads of torch.nn.RNNBase beside its documented surface: flat weights, and its checks by name."""
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from persistrnn.kernels.cells import CELLS
+
+Value = TypeVar("Value")
+
+
+def with_its_own_error(get: Callable[[], Value]) -> Value:
+    """What a property gives. Of an AttributeError in it, such as that of a deleted weight, `nn.Module.__getattr__` would
+    say that there is no such property."""
+    try:
+        return get()
+    except AttributeError as error:
+        raise RuntimeError(str(error)) from error
 
 
 class RNNBaseSurface:
