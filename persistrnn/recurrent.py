@@ -36,7 +36,7 @@ def take_over(new: nn.Module, old: nn.Module, ignored: Container[str] = ()) -> N
 
 
 class MissingWeight(RuntimeError, AttributeError):
-    """A layer has not a weight that its sizes ask for: torch.nn's error of a changed size, Python's of a deleted one."""
+    """A layer lacks a weight that its sizes ask for: torch.nn's error of a changed size, Python's of a deleted one."""
 
 
 def check_layer(layer: object) -> None:

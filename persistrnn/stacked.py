@@ -50,6 +50,8 @@ class Stacked(nn.Module):
     Raises: TypeError and ValueError for layers that do not fit each other, and all that the layers raise.
     """
 
+    holds_ours = True  # to tools that swap layers: its own are of this library
+
     def __init__(
         self,
         layers: Iterable[RecurrentBase],

@@ -143,7 +143,8 @@ class Settings:
         if not isinstance(saved, dict) or saved.keys() != own.keys():
             others = ", ".join(sorted(map(str, set(saved) ^ own.keys()))) if isinstance(saved, dict) else "none"
             raise UsageError(
-                f"the checkpoint was made by another version of this program, which had other options ({others}): {ANEW}"
+                f"the checkpoint was made by another version of this program, which had other options ({others}): "
+                f"{ANEW}"
             )
         for name, value in saved.items():
             if value != own[name].default and not _may_be(value, own[name].type, **how(own[name])):
