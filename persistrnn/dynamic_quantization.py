@@ -77,9 +77,9 @@ def _running(frame: FrameType | None) -> _Call | None:
         if frame.f_globals.get("__name__") == TOOL:
             variables = frame.f_locals
             held = held or getattr(variables.get("module"), "holds_ours", False)
-            tables = variables.get("qconfig_spec"), variables.get("mapping")
             if frame.f_code.co_name == "quantize_dynamic":
-                return _Call(*tables, held) if all(isinstance(table, dict) for table in tables) else None
+                asked, becomes = variables.get("qconfig_spec"), variables.get("mapping")
+                return _Call(asked, becomes, held) if isinstance(asked, dict) and isinstance(becomes, dict) else None
         frame = frame.f_back
     return None
 

@@ -345,7 +345,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         self,
         input: Input,
         hx: Any = None,
-        *,
+        *by_position: Any,
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         resets: Tensor | None = None,
@@ -353,6 +353,8 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         return_cell_states: bool = False,
         **extras: Tensor,
     ) -> Any:
+        if by_position:
+            return self(input, hx, **tracing.by_name(by_position))
         if (proxy := tracing.proxy_in(input, hx, lengths, mask, resets, reset_state, extras)) is not None:
             cuts = {"lengths": lengths, "mask": mask, "resets": resets, "reset_state": reset_state, **extras}
             return tracing.leaf(proxy, self, input, hx=hx, return_cell_states=return_cell_states, **cuts)

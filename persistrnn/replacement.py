@@ -86,8 +86,8 @@ def restore(model: nn.Module) -> Replacement[nn.RNNBase]:
 
     Returns:
         A `Replacement`, printable. Left alone, with a reason each: cells and options that torch.nn has not, subclasses,
-        parametrized layers, layers with a forward of their own or in a `Stacked` or `Streaming`. Its `lost` has the options that torch.nn's layers do
-        not take: save, save_budget, cell_dtype, and the backend "persistent".
+        parametrized layers, layers with a forward of their own, or in a `Stacked` or `Streaming`. Its `lost` has the
+        options that torch.nn's layers do not take: save, save_budget, cell_dtype, and the backend "persistent".
 
     Raises:
         TypeError: model is no module
