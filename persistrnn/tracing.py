@@ -37,6 +37,16 @@ def outside_of_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
+def by_the_host(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)``, of tensors on a CPU whose values it reads: no part of a trace of make_fx, as
+    torch.func.linearize makes one, in which tensors have no values."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if torch.compiler.is_compiling() or proxies is None or proxies.get_proxy_mode() is None:
+        return function(*arguments)
+    with proxies.disable_proxy_modes_tracing():
+        return function(*arguments)
+
+
 def proxy_in(*values: Any) -> Proxy | None:
     """The first `Proxy` of torch.fx among arguments, and within tuples, lists and dicts of them; None: a real call."""
     return None if torch.compiler.is_compiling() else next(_proxies(values), None)
