@@ -9,7 +9,7 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -20,7 +20,7 @@ from persistrnn import double_backward, masks, ops
 from persistrnn.decide import expects_backward
 from persistrnn.kernels.cells import CELLS, Cell, derived
 from persistrnn.kernels.tensors import Gradients, Kept, Weights
-from persistrnn.mapping import batched, each_sample, mapped
+from persistrnn.mapping import batched, each_sample, mapped, operator_by_samples
 from persistrnn.phases import SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
 from persistrnn.reference import Result
 from persistrnn.step_marks import BEGINS, SKIPPED, without_skipped
@@ -245,12 +245,12 @@ class _Scan(Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         cell, save, return_c, tensors = arguments[0], arguments[2], arguments[3], arguments[6:]
         if masks.are_keys(_inputs(cell, tensors).extras):  # each sample has the rows of its own batch
-            return each_sample(_Scan, info, in_dims, arguments[:6], tensors)
+            return each_sample(_Scan.apply, info, in_dims, arguments[:6], tensors)
         n, m = CELLS[cell].states, CELLS[cell].given_out if return_c else 1
         # where B is in the tensors of Inputs, and of Outputs
         axes = (1, *(None,) * len(Weights._fields), 1, 2, *(1,) * (len(tensors) - 8))
         out_axes = (*(1,) * (m + n), *(2,) * (n + 1 if save else 0))
-        return mapped(_Scan, info, in_dims, arguments[:6], tensors, axes, out_axes)
+        return mapped(_Scan.apply, info, in_dims, arguments[:6], tensors, axes, out_axes)
 
 
 def _backward(cell: str, precision: str, resets: bool, heads: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -290,14 +290,31 @@ class _ScanBackward(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        cell, tensors = CELLS[arguments[0]], arguments[4:]
-        if masks.are_keys(_backward_inputs(cell.name, tensors).extras):
-            return each_sample(_ScanBackward, info, in_dims, arguments[:4], tensors)
-        n = cell.states
-        # where B is in the tensors of BackwardInputs, and of Gradients
-        axes = (None, None, None, 1, 2, *(2,) * (n + 1), *(1,) * (len(tensors) - n - 6))
-        out_axes = (*(2,) * (1 + cell.recurrent_gradient), *(1,) * (2 * n if arguments[2] else n))
-        return mapped(_ScanBackward, info, in_dims, arguments[:4], tensors, axes, out_axes)
+        return _map_of_backward(_ScanBackward.apply, info, in_dims, arguments)
+
+
+def _map_of_backward(
+    apply: Callable[..., Any], info: Any, in_dims: Sequence[int | None], arguments: Sequence[Any]
+) -> tuple[Any, Any]:
+    """The vmap rule of ``apply``, with the arguments of `_backward`."""
+    cell, tensors = CELLS[arguments[0]], arguments[4:]
+    if masks.are_keys(_backward_inputs(cell.name, tensors).extras):
+        return each_sample(apply, info, in_dims, tuple(arguments[:4]), tensors)
+    n = cell.states
+    # where B is in the tensors of BackwardInputs, and of Gradients
+    axes = (None, None, None, 1, 2, *(2,) * (n + 1), *(1,) * (len(tensors) - n - 6))
+    out_axes = (*(2,) * (1 + cell.recurrent_gradient), *(1,) * (2 * n if arguments[2] else n))
+    return mapped(apply, info, in_dims, tuple(arguments[:4]), tensors, axes, out_axes)
+
+
+@ops.scan_backward.register_vmap
+def _(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+    """Of a compiled backward, which has the operator alone."""
+    flat, dims = (
+        [t for given in of for t in (given if isinstance(given, list) else [given])] for of in (arguments, in_dims)
+    )
+    found, axes = _map_of_backward(_backward, info, dims, flat)
+    return list(found), list(axes)
 
 
 def refuse_tangents() -> NoReturn:
@@ -374,6 +391,9 @@ def _flat_param_gradients(
 
 # Dynamo cannot trace a cell's graph.
 _param_gradients = torch.library.custom_op("persistrnn::param_gradients", _flat_param_gradients, mutates_args=())
+
+
+operator_by_samples(_param_gradients)
 
 
 @_param_gradients.register_fake

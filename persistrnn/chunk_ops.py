@@ -23,6 +23,7 @@ from torch import Tensor
 from persistrnn import autograd, masks, ops, step_marks
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.tensors import Gradients, Kept, Weights
+from persistrnn.mapping import operator_by_samples
 from persistrnn.phases import INPUT_GEMM, RECOMPUTE, SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
 
 
@@ -409,6 +410,9 @@ def backward(
     if resets:
         found += [torch.cat(of_layers).to(x.dtype) for of_layers in zip(*d_reset, strict=True)]
     return [*([dx] if needs_x else []), *found, *(d for total in totals for d in total.rounded(x.dtype))]
+
+
+operator_by_samples(backward)
 
 
 @backward.register_fake

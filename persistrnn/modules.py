@@ -8,6 +8,7 @@ from persistrnn import functional
 from persistrnn.options import Backend, Options, Save, check_flag
 from persistrnn.recipe import PLAIN, Recipe
 from persistrnn.recurrent import RecurrentBase
+from persistrnn.rnn_base import with_its_own_error
 
 
 class LSTM(RecurrentBase):
@@ -232,7 +233,7 @@ class RNN(RecurrentBase):
 
     @property
     def cell(self) -> str:  # type: ignore[override]
-        return functional.rnn_cell(self.nonlinearity)
+        return functional.rnn_cell(with_its_own_error(lambda: self.nonlinearity))
 
 
 class PeepholeLSTM(RecurrentBase):

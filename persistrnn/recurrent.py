@@ -17,7 +17,7 @@ from persistrnn.kernels.cells import derived
 from persistrnn.options import Backend, Options, Save, check_options, check_save, check_sizes
 from persistrnn.recipe import PLAIN, Recipe, check_recipe, recipe_of, recurrent_weight, set_forget_bias, text_of
 from persistrnn.request import Request
-from persistrnn.rnn_base import RNNBaseSurface
+from persistrnn.rnn_base import RNNBaseSurface, with_its_own_error
 from persistrnn.validate import Given, Stack
 
 
@@ -33,6 +33,10 @@ def take_over(new: nn.Module, old: nn.Module, ignored: Container[str] = ()) -> N
     for name, value in old.__dict__.items():
         if name not in new.__dict__ and name not in ignored:
             new.__dict__[name] = value
+
+
+class MissingWeight(RuntimeError, AttributeError):
+    """A layer lacks a weight that its sizes ask for: torch.nn's error of a changed size, Python's of a deleted one."""
 
 
 def check_layer(layer: object) -> None:
@@ -150,8 +154,9 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
 
     def _names(self) -> Iterator[tuple[int, list[str]]]:
         """(layer, names of its parameters), once for each direction of each layer."""
+        directions = 2 if self.bidirectional else 1  # by its own name, should it be missing
         for layer in range(self.num_layers):
-            for direction in range(self._directions):
+            for direction in range(directions):
                 yield layer, validate.parameter_names(self.cell, layer, direction, self.bias, self.proj_size != 0)
 
     @property
@@ -161,7 +166,9 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         Raises:
             RuntimeError: one is missing, or would be left out: the sizes, changed since, are not those of the layer
         """
-        # No AttributeError, which Module.__getattr__ would take for one of all_weights itself.
+        return with_its_own_error(self._weights)
+
+    def _weights(self) -> list[list[Tensor]]:
         places = self._parameters, self.__dict__, type(self).__dict__  # hasattr takes 8 us to find nothing
         if left := [name for name in self._names_beyond() if any(name in place for place in places)]:
             raise RuntimeError(f"the layer has {left[0]}, and {self._shape_in_words()} leave it out; set them back")
@@ -170,7 +177,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
             return [[getattr(self, name) for name in names] for _, names in self._names()]
         except AttributeError as error:
             missing = [name for _, names in self._names() for name in names if not hasattr(self, name)]
-            raise RuntimeError(
+            raise MissingWeight(
                 f"the layer has no {', '.join(missing)}, and {self._shape_in_words()} ask for it; register it "
                 "again, or set them back"
             ) from error
@@ -213,7 +220,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
     @property
     def _all_weights(self) -> list[list[str]]:  # type: ignore[override]
         """Their names, as torch.nn has them: TorchRL, for one, reads it."""
-        return [names for _, names in self._names()]
+        return with_its_own_error(lambda: [names for _, names in self._names()])
 
     def reset_parameters(self) -> None:
         """Draw all parameters from U(-1/sqrt(H), 1/sqrt(H)): with torch.nn's seed, torch.nn's weights. But for what the
@@ -326,19 +333,19 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         Raises:
             RuntimeError: an attribute was deleted
         """
-        try:
-            return Options(
-                self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.backend,
-                self.cell_dtype, self.save, self.save_budget, self.training, self.heads, self.recipe,
-            )  # fmt: skip
-        except AttributeError as error:  # as in all_weights
-            raise RuntimeError(f"{error}, and a call needs it; set it again") from error
+        return with_its_own_error(self._options)
+
+    def _options(self) -> Options:
+        return Options(
+            self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.backend,
+            self.cell_dtype, self.save, self.save_budget, self.training, self.heads, self.recipe,
+        )  # fmt: skip
 
     def forward(
         self,
         input: Input,
         hx: Any = None,
-        *,
+        *by_position: Any,
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         resets: Tensor | None = None,
@@ -346,6 +353,8 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         return_cell_states: bool = False,
         **extras: Tensor,
     ) -> Any:
+        if by_position:
+            return self(input, hx, **tracing.by_name(by_position))
         cuts_nothing = lengths is mask is resets is reset_state is None and not extras
         plain_call = cuts_nothing and return_cell_states is False
         if plain_call and (outputs := plain.run(self, input, hx)) is not None:
@@ -355,13 +364,12 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         if (proxy := tracing.proxy_in(input, hx, lengths, mask, resets, reset_state, extras)) is not None:
             cuts = {"lengths": lengths, "mask": mask, "resets": resets, "reset_state": reset_state, **extras}
             return tracing.leaf(proxy, self, input, hx=hx, return_cell_states=return_cell_states, **cuts)
-        training = self.training  # outside the property, which would make another error of a deleted one than torch.nn
-        options, sizes = self.options._replace(training=training), (self.input_size, self.hidden_size, self.proj_size)
+        options, sizes = self._options(), (self.input_size, self.hidden_size, self.proj_size)
         check_options(options)
         check_sizes(*sizes, self.heads)
         weights = [
             weight if k != 1 else recurrent_weight(weight, options.recipe, options.training)
-            for weights in self.all_weights
+            for weights in self._weights()
             for k, weight in enumerate(weights)
         ]
         given = Given(lengths, mask, resets, reset_state, extras)
