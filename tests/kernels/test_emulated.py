@@ -15,6 +15,7 @@ from emulator import Schedule
 from emulator.opcodes import ACQUIRE, LOAD, RELEASE, STORE
 from forced import force_pipelines
 from gpu import operands, outputs_and_gradients
+from pairs import make_layer
 
 import persistrnn
 from persistrnn import reference
@@ -55,6 +56,26 @@ def test_compiled_kernels_keep_the_bound(emulated, forced, monkeypatch, arch, in
     forced(protocol, **chosen)
     assert failures(accuracy.Case(cell, dtype, hidden, batch, 3, layers, bidirectional, True, True)) == []
     assert {report.kernel.name for report in session.reports} == {"scan_forward", "scan_backward"}
+
+
+@pytest.mark.parametrize(
+    ("cell", "batch", "cut", "chosen"),
+    [("lstm", 9, False, {"homes": "shared", "subtiles": 2, "batch_tile": 8}), ("gru", 3, True, {"k_parts": 2})],
+)
+def test_the_last_states_of_inference(emulated, forced, cell, batch, cut, chosen):
+    """Without gradients the kernel itself gives out the last h: with all else that of a call that keeps everything, to
+    the bit, without a race."""
+    session = emulated("sm_90", units="warps", schedule=Schedule(seed=1))
+    forced(**chosen)
+    layer = make_layer(cell, 5, 21, bidirectional=cut, backend="persistent", dtype=torch.bfloat16)
+    x, given = torch.randn(2, batch, 5, dtype=torch.bfloat16), {}
+    if cut:
+        given["lengths"] = torch.tensor([1, 2, 0])
+    expected = layer(x, **given)
+    with torch.no_grad():
+        found = layer(x, **given)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert [report.kernel.name for report in session.reports] == ["scan_forward"] * 2
 
 
 # Parameters per unit, four states and bits, nothing saved, extras.

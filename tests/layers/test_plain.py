@@ -78,6 +78,7 @@ WHOLE_WAY = {
     "a flag that is none": lambda m: setattr(m, "bias", 1),
     "another hidden size": lambda m: setattr(m, "hidden_size", H + 1),
     "another recipe": lambda m: setattr(m, "recipe", persistrnn.Recipe(weight_drop=0.5)),
+    "another class": lambda m: setattr(m, "__class__", type("Own", (persistrnn.LSTM,), {})),
     "another save": lambda m: setattr(m, "save", "state"),
 }
 
