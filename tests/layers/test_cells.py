@@ -336,14 +336,10 @@ def test_what_such_layers_refuse():
     assert "path: stepwise, a loop over torch's operations" in persistrnn.explain(layer, B, T)
 
 
-@pytest.mark.parametrize(("cell", "save", "words"), [
-    ("gru_reset_before", "gates", "GRU_RESET_BEFORE has a second one within it; use backend='torch'"),
-    ("layer_norm_lstm", "state", 'keep what the backward needs of every step, got save="state"; use save="gates"'),
-    ("layer_norm_gru", "checkpoint", 'keep what the backward .*, got save="checkpoint"; use save="gates"'),
-])  # fmt: skip
-def test_steps_of_several_stages_say_what_the_kernels_do_not_run(cell, save, words):
+@pytest.mark.parametrize(("cell", "save"), zip(WHOLE, ("state", "checkpoint", "state"), strict=True))
+def test_steps_of_several_stages_say_what_the_kernels_do_not_run(cell, save):
     layer, x, _ = made(cell, torch.float32, save=save)
-    words = words.replace("GRU_RESET_BEFORE", "gru_reset_before")
+    words = f'of {cell}, .* keep what the backward needs of every step, got save="{save}"; use save="gates"'
     assert re.search(rf"path: stepwise, .*\nwhy: .*{words}", persistrnn.explain(layer, B, T))
     layer.backend = "persistent"
     with pytest.raises(RuntimeError, match=words):
