@@ -336,7 +336,7 @@ def test_what_such_layers_refuse():
     assert "path: stepwise, a loop over torch's operations" in persistrnn.explain(layer, B, T)
 
 
-@pytest.mark.parametrize(("cell", "save"), zip(WHOLE, ("state", "checkpoint", "state"), strict=True))
+@pytest.mark.parametrize(("cell", "save"), [(c, save) for c in WHOLE for save in ("state", "checkpoint")])
 def test_steps_of_several_stages_say_what_the_kernels_do_not_run(cell, save):
     layer, x, _ = made(cell, torch.float32, save=save)
     words = f'of {cell}, .* keep what the backward needs of every step, got save="{save}"; use save="gates"'
