@@ -171,6 +171,7 @@ RUNS += [pytest.param(c, "persistent", *run, marks=MARK) for c in CELLS if c not
 RUNS += [
     pytest.param("layer_norm_lstm", "persistent", {"bidirectional": True, "bias": False}, "resets", marks=MARK),
     pytest.param("layer_norm_gru", "persistent", {"num_layers": 2}, "lengths", marks=MARK),
+    pytest.param("gru_reset_before", "persistent", {"bidirectional": True}, "resets", marks=MARK),
 ]
 
 
