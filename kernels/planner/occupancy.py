@@ -18,7 +18,7 @@ PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
 ADDRESS_REGISTERS = 10  # more for each kind of tensor that neither the LSTM nor the GRU has
 # More for a step with a second product, and with means, by bytes per element.
-PRODUCT_REGISTERS, MEAN_REGISTERS = {2: 32, 4: 64}, {2: 72, 4: 144}
+PRODUCT_REGISTERS, MEAN_REGISTERS = {2: 48, 4: 64}, {2: 72, 4: 144}
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
 # Registers per thread that a layer of a pipeline needs more than a layer alone: the product of what comes from its

@@ -172,6 +172,7 @@ RUNS += [pytest.param(c, "persistent", *run, marks=MARK) for c in CELLS if c not
 RUNS += [
     pytest.param("layer_norm_lstm", "persistent", {"bidirectional": True, "bias": False}, "resets", marks=MARK),
     pytest.param("layer_norm_gru", "persistent", {"num_layers": 2}, "lengths", marks=MARK),
+    pytest.param("gru_reset_before", "persistent", {"bidirectional": True}, "resets", marks=MARK),
 ]
 
 
@@ -360,14 +361,10 @@ def test_what_such_layers_refuse():
     assert "path: stepwise, a loop over torch's operations" in persistrnn.explain(layer, B, T)
 
 
-@pytest.mark.parametrize(("cell", "save", "words"), [
-    ("gru_reset_before", "gates", "GRU_RESET_BEFORE has a second one within it; use backend='torch'"),
-    ("layer_norm_lstm", "state", 'keep what the backward needs of every step, got save="state"; use save="gates"'),
-    ("layer_norm_gru", "checkpoint", 'keep what the backward .*, got save="checkpoint"; use save="gates"'),
-])  # fmt: skip
-def test_steps_of_several_stages_say_what_the_kernels_do_not_run(cell, save, words):
+@pytest.mark.parametrize(("cell", "save"), [(c, save) for c in WHOLE for save in ("state", "checkpoint")])
+def test_steps_of_several_stages_say_what_the_kernels_do_not_run(cell, save):
     layer, x, _ = made(cell, torch.float32, save=save)
-    words = words.replace("GRU_RESET_BEFORE", "gru_reset_before")
+    words = f'of {cell}, .* keep what the backward needs of every step, got save="{save}"; use save="gates"'
     assert re.search(rf"path: stepwise, .*\nwhy: .*{words}", persistrnn.explain(layer, B, T))
     layer.backend = "persistent"
     with pytest.raises(RuntimeError, match=words):
