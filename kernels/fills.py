@@ -14,7 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Bytes of zeros that are kept to be copied from: enough for the counters of any launch that a plan makes.
+from .compilation import on_device
+
+# Bytes of zeros that are kept to be copied from: more than the counters of most launches.
 KEPT_ZEROS = 1 << 18
 
 
@@ -52,6 +54,47 @@ class Fills:
             torch._foreach_zero_([z.view(narrowest) for z in zeros])
 
 
+def edges(
+    fills: Fills, states: Tensor, initial: Tensor | None, reset: Tensor | None, marked: bool, every: bool = True,
+    heads: int = 1,
+) -> None:  # fmt: skip
+    """Fill the slots of states [L, slots, B, D, H] that no step fills, from [L*D, B, H]: an operator's output is
+    defined everywhere.
+
+    With ``every`` there are T + 2: the initial state goes before each direction's first step, the reset state, or what
+    else is at hand where there are no marks, after its last one. Else there are few: the initial state goes to slots 0
+    and 1, the reset state to 2. None: zeros.
+    """
+    slots, directions = states.shape[1], states.shape[3]
+    anew = reset if marked else initial
+    if directions == 1 or (initial is None and anew is None):
+        begins = {0: initial, slots - 1: anew} if every else {0: initial, 2: anew} if slots > 2 else {0: initial}
+        if directions > 1 and not every:
+            begins[1] = initial
+        for layer, of_layer in enumerate(states.unbind()):
+            for slot, of in begins.items():
+                fills.put(of_layer[slot], None if of is None else of[layer].unsqueeze(1))
+        return
+    before, after = (
+        None if s is None else s.unflatten(0, (-1, 1, directions)).transpose(2, 3) for s in (initial, anew)
+    )
+    ends = [states[:, :: slots - 1]] if every else [states[:, :2], states[:, 2:]]
+    if before is None or after is None:
+        for end in ends:
+            end.zero_()
+    if every and not marked and before is not None:
+        ends[0].copy_(before)
+    elif every:
+        for where, of in ((0, before), (1, after)):
+            if of is not None:
+                ends[0][:, where, :, :heads].copy_(of[:, 0, :, :heads])
+                ends[0][:, 1 - where, :, heads:].copy_(of[:, 0, :, heads:])
+    else:
+        for end, of in zip(ends, (before, after), strict=True):
+            if of is not None and end.shape[1]:
+                end.copy_(of)
+
+
 def _flat(copies: list[tuple[Tensor, Tensor]]) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
     """Those that torch copies in one launch, as vectors, and the others."""
     flat: list[tuple[Tensor, Tensor]] = []
@@ -69,11 +112,12 @@ def _kept_zeros(device: torch.device) -> Tensor | None:
     """Zeros that nobody writes; None while a graph is captured that would have to make them: they would not be there
     before its first replay."""
     if device not in _ZEROS:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None
-        zeros = torch.zeros(KEPT_ZEROS // 4, dtype=torch.int32, device=device)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # once in a process: other streams copy from them, too
+        with on_device(device):
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return None
+            zeros = torch.zeros(KEPT_ZEROS // 4, dtype=torch.int32, device=device)
+            if device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # once in a process: other streams copy from them, too
         _ZEROS[device] = zeros
     return _ZEROS[device]
 

@@ -206,12 +206,11 @@ def scan_chunk_backward(
 
 def with_edges(inner: Tensor, initial: Tensor, reset: Tensor | None, heads: int = 1) -> Tensor:
     """[1, T + 2, B, D, H] as a scan leaves it, from the states of all steps [T, B, D, H] and those at the edges."""
-    from .kernels import launch
-    from .kernels.fills import Fills
+    from .kernels.fills import Fills, edges
 
     states = inner.new_empty(1, inner.shape[0] + 2, *inner.shape[1:])
     states[0, 1:-1].copy_(inner)
-    launch.edges(fills := Fills(), states, initial, reset, marked=True, heads=heads)
+    edges(fills := Fills(), states, initial, reset, marked=True, heads=heads)
     fills.run()
     return states
 

@@ -103,7 +103,7 @@ def remember(layer: Any, weights: Sequence[Tensor], path: str) -> None:
 
     What torch's own kernels run on a CPU with save="gates" they run with any input, in one piece.
     """
-    if path != "torch":
+    if path != "torch" or _observed():
         return
     parameters, cell = layer._parameters, layer.cell
     names = tuple(name for _, of in layer._names() for name in of)

@@ -377,7 +377,8 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         found = run(Request(self.cell, input, weights, hx, options, given, return_cell_states, sizes, learned))
         if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
             self._ran_on(found.path)
-            if plain_call and type(self).all_weights is RecurrentBase.all_weights:
+            worth_it = plain_call and type(input) is Tensor and input.dim() == 3
+            if worth_it and type(self).all_weights is RecurrentBase.all_weights:
                 plain.remember(self, weights, found.path)
         state = found.states[0] if len(found.states) == 1 else tuple(found.states)
         return (found.output, state, found.c) if return_cell_states else (found.output, state)

@@ -1,5 +1,7 @@
 """How many kernels a call launches on a GPU, counted without one (`launched`)."""
 
+import contextlib
+
 import pytest
 import torch
 from launched import stubbed
@@ -89,6 +91,7 @@ def test_final_states_are_memory_of_their_own(counter):
 def test_a_capture_takes_no_zeros_that_it_would_have_to_make(monkeypatch):
     """They would not be there before the first replay, and stay in use after it."""
     device = torch.device("cuda", 7)
+    monkeypatch.setattr(fills, "on_device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert fills._kept_zeros(device) is None
     assert device not in fills._ZEROS
