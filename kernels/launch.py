@@ -326,8 +326,9 @@ def forward(
         edges(states[i], initial[i], reset[i] if reset else None, every, heads)
     if (save or cell.products) and saved is None:
         saved = x_gates.new_empty(L, T, B, D, cell.saved, H)
-        if cell.products:
-            flag(saved, part, exchange)
+    if cell.products:  # whose operands slices exchange there
+        assert saved is not None
+        flag(saved, part, exchange)
     launch_scan(
         staged_forward if cell.staged else scan_forward,
         part,
