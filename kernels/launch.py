@@ -322,8 +322,9 @@ def forward(
         edges(fills, states[i], before[i], anew[i], marked, every, heads)
     if (save or cell.products) and saved is None:
         saved = x_gates.new_empty(L, T, B, D, cell.saved, H)
-        if cell.products:
-            flag(saved, part, exchange)
+    if cell.products:  # whose operands slices exchange there
+        assert saved is not None
+        flag(saved, part, exchange)
     last_h = None if every else x_gates.new_empty(L * D, B, H)
     launch_scan(
         staged_forward if cell.staged else scan_forward,
