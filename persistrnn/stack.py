@@ -337,7 +337,7 @@ def _projected(
     inner = given._replace(states=(nothing, c0), reset=reset)
     s, c, (s_n, c_n) = _recurrent(cell, x_gates, weight_hh @ weight_hr, bias_hh, inner, recurrence)
     y = torch.cat([F.linear(part, w) for part, w in zip(s.split(H, dim=-1), weight_hr, strict=True)], dim=-1)
-    h_n = s_n @ weight_hr.mT
+    h_n = torch.stack([F.linear(s, w) for s, w in zip(s_n, weight_hr, strict=True)])  # its gradient is contiguous
     if given.active is not None:
         h_n = torch.where(given.active.any(0).unsqueeze(-1), h_n, h0)
     return Result(y, c, [h_n, c_n])

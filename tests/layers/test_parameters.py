@@ -221,3 +221,14 @@ def test_parameters_stay_where_they_are(backend):
             torch.autograd.grad(expected_loss, list(plain.parameters())),
         )
     assert [p.data_ptr() for p in layer.parameters()] == addresses
+
+
+@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2, "bidirectional": True}], ids=["plain", "projected"])
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+def test_gradients_are_contiguous(options, backend):
+    """As torch.nn's, whose users view them."""
+    layer = make_layer("lstm", 3, 4, backend=backend, **options)
+    y, state = layer(torch.randn(3, 2, 3, requires_grad=True))
+    found = torch.autograd.grad(sum(t.sin().sum() for t in (y, *state)), list(layer.parameters()))
+    assert all(g.is_contiguous() for g in found)
