@@ -53,7 +53,7 @@ SAMPLE := --sample 3
 test-oldest: $(OLDEST)/.dev ## a sample of the kernels' tests, oldest Triton; not those of torch around them
 	@echo "== $(OLDEST): $$(tr '\n' ' ' <$(OLDEST)/versions.txt)"
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(OLDEST)/bin/python $(PYTEST) -m "interpreter and not gpu" -k "not compile and not export" \
-	  $(SAMPLE) tests/kernels $(patsubst %,tests/layers/test_%.py,new_cell ops unread_values) $(ARGS)
+	  $(SAMPLE) tests/kernels $(patsubst %,tests/layers/test_%.py,ops unread_values) $(ARGS)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "(audit or emulator) and not gpu" $(SAMPLE) tests $(ARGS)
 
 emulate: $(NEWEST)/.dev $(OLDEST)/.dev ## more of the compiled kernels in the emulator, on both Triton versions (about half an hour)

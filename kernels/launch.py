@@ -13,7 +13,7 @@ end or run beside each other, and cannot each hold a part of the device that the
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -25,9 +25,12 @@ import triton
 from torch import Tensor
 
 from .cells import Cell, derived
+from .compilation import on_device, start
 from .device.exchange import Exchange, exchange_on
 from .device.recompute import BLOCK, activate
 from .device.scan import scan_backward, scan_forward
+from .device.staged_scan import staged_backward, staged_forward
+from .fills import Fills, edges
 from .planner import hardware as devices
 from .planner import occupancy, pipeline
 from .planner import plan as planning
@@ -114,16 +117,9 @@ def choose_stack(
 
 
 def plan_of(
-    cell: Cell,
-    hidden: int,
-    layers: int,
-    batch: int,
-    directions: int,
-    like: Tensor,
-    precision: str,
-    heads: int = 1,
+    cell: Cell, hidden: int, layers: int, batch: int, directions: int, like: Tensor, precision: str, heads: int = 1,
     weight_dtype: str = "",
-) -> planning.Plan | pipeline.Pipeline:
+) -> planning.Plan | pipeline.Pipeline:  # fmt: skip
     """The plan of a call.
 
     Raises:
@@ -162,7 +158,8 @@ def check() -> None:
         RuntimeError: the results of that launch, and all that was computed from them, are wrong.
     """
     for device, word in _errors.items():
-        if word[0]:
+        # Not as ``word[0]``: two operations of torch, at every call.
+        if ctypes.c_int32.from_address(word.data_ptr()).value:
             word.zero_()
             raise RuntimeError(
                 f"a persistent kernel on {device} gave up waiting for another program of its group; its results are "
@@ -172,10 +169,6 @@ def check() -> None:
             )
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def launch_scan(
     kernel: Any,
     part: planning.Pass,
@@ -183,33 +176,40 @@ def launch_scan(
     exchange: Exchange,
     device: torch.device,
     weight_hh: Tensor,
+    fills: Fills,
     **arguments: Any,
 ) -> None:
-    """Launch all jobs, as many at a time as are resident together."""
+    """Launch all jobs, as many at a time as are resident together. fills: what must be in memory before."""
     t = part.tiling
-    if arguments["T"] * t.slices >= 2**31:
+    counted = t.slices * max(1, t.means)
+    if arguments["T"] * counted >= 2**31:
         raise ValueError(
             f"a sequence of {arguments['T']} steps is too long for the group's counter: with {t.slices} "
-            f"slices at most {(2**31 - 1) // t.slices} steps are possible; cut it, carrying the state"
+            f"slices at most {(2**31 - 1) // counted} steps are possible; cut it, carrying the state"
         )
     if t.stride != t.hidden:
-        # Rows of 16-byte multiples: else every load of a weight is in narrow pieces.
-        weight_hh = torch.nn.functional.pad(weight_hh, (0, t.stride - t.hidden))
+        weight_hh = _with_stride(weight_hh, t.stride)
     tiles = jobs * t.layers * t.subtiles
     # Counters, owned by this call: a set per batch tile, so that launches in turn do not meet.
-    counters = torch.zeros(
-        tiles * t.counters_per_tile * exchange.stride if t.slices > 1 else 1, dtype=torch.int32, device=device
-    )
+    size = tiles * t.counters_per_tile * exchange.stride if t.slices > 1 else 1
+    counters = torch.empty(size, dtype=torch.int32, device=device)
+    if t.slices > 1:
+        fills.put(counters, None)
+    fills.run()
     # Of the groups of one launch: the next launch follows on the same stream.
     tiles_at_once = min(jobs, part.groups) * t.layers * t.subtiles
-    size = tiles_at_once * 2 * t.slices * t.outputs * t.units_formed * t.batch_tile if t.k_parts > 1 else 1
+    sums = t.slices > 1 and (t.k_parts > 1 or t.means > 0)
+    size = tiles_at_once * 2 * t.slices * t.outputs * t.units_formed * t.batch_tile if sums else 1
     parts = torch.empty(size, dtype=torch.float32, device=device)
     sync = counters, _error_word(device), parts
     arch = hardware(device).arch
     with on_device(device):
         for first in range(0, jobs, part.groups):
             grid = (t.slices, min(part.groups, jobs - first) * t.layers)
-            kernel[grid](
+            launched = start(
+                device,
+                kernel,
+                grid,
                 **arguments,
                 weight=weight_hh,
                 sync=sync,
@@ -218,7 +218,7 @@ def launch_scan(
                 exchange=exchange,
                 **options(part, arch),
             )
-            LAUNCHES[kernel.__name__] += 1
+            LAUNCHES[kernel.__name__] += launched
     debug = os.environ.get("PERSISTRNN_DEBUG") == "1"
     if debug and device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -226,35 +226,23 @@ def launch_scan(
         check()
 
 
+def _with_stride(weight: Tensor, stride: int) -> Tensor:
+    """With rows of 16-byte multiples: else every load of a weight is in narrow pieces. What is behind each row is never
+    read.
+
+    Made anew at every launch: nothing on the host tells whether a weight has changed. Its version stays as it is in
+    ``weight.data.mul_(2)``, when a captured graph that holds an optimizer's step is replayed, and when memory that it
+    shares is written elsewhere (DLPack, NumPy, another library's kernel); and its address may come back with others.
+    """
+    rows = weight.new_empty(*weight.shape[:-1], stride)
+    rows[..., : weight.shape[-1]].copy_(weight)
+    return rows
+
+
 def flag(buffer: Tensor, part: planning.Pass, exchange: Exchange) -> None:
     """Fill the exchange buffer with the reserved NaN (all bits one)."""
     if exchange.protocol == "flags" and part.tiling.slices > 1:
         buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(-1)
-
-
-def edges(states: Tensor, initial: Tensor, reset: Tensor | None, every: bool = True, heads: int = 1) -> None:
-    """Fill the slots of states [L, slots, B, D, H] that no step fills, from [L*D, B, H]: an operator's output is
-    defined everywhere.
-
-    With ``every`` there are T + 2: the initial state goes before each direction's first step, the reset state (zeros if
-    None) after its last one. Else there are few: the initial state goes to slots 0 and 1, the reset state to 2.
-    """
-    layers, slots, _, directions, _ = states.shape
-    if not every:
-        few = states.transpose(2, 3)
-        few[:, :2].copy_(initial.unflatten(0, (layers, 1, directions)))
-        if slots > 2 and reset is not None:
-            few[:, 2:].copy_(reset.unflatten(0, (layers, 1, directions)))
-        elif slots > 2:
-            few[:, 2:].zero_()
-        return
-    ends = states[:, :: slots - 1]
-    if reset is None:
-        ends.zero_()
-    for where, filling in ((0, initial), (1, reset)):
-        if filling is not None:
-            for d, part in enumerate(filling.unbind() if directions > 1 else [filling]):
-                ends[:, abs(where - d // heads), :, d].copy_(part)
 
 
 def unreserved(h: Tensor, exchange: Exchange) -> Tensor:
@@ -275,10 +263,11 @@ def _both(first: Tensor, second: Tensor | None, above: bool) -> Tensor:
 
 def _step_data(cell: Cell, marks: Tensor | None, params: Tensor | None, extras: Tensor | None) -> tuple[Any, ...]:
     """What a step takes besides gates and states, as the kernels have it."""
-    for names, tensor, what in ((cell.params, params, "params"), (cell.extras, extras, "extras")):
+    given = (cell.params, cell.step_params, params, "params"), (cell.extras, len(cell.extras), extras, "extras")
+    for names, rows, tensor, what in given:
         found = 0 if tensor is None else tensor.shape[-2]
-        if found != len(names):
-            raise ValueError(f"{cell.name} takes {what} {names or 'none'}, one row of H each: got {found} of them")
+        if found != rows:
+            raise ValueError(f"{cell.name} takes {what} {names or 'none'}, {rows} rows of H: got {found} of them")
     return marks, params, extras
 
 
@@ -303,7 +292,7 @@ def forward(
         cell: the cell.
         x_gates: [T, B, D, X*H], input half of the lowest layer's gates. T, B >= 1.
         weights: of all layers; of 8 bits in one layer, without save.
-        initial: the states before the first step, each [L*D, B, H].
+        initial: the states before the first step, each [L*D, B, H]; none: zeros.
         precision: of products in float32, "tf32" or "ieee".
         save: keep what the backward needs, all states of every step among it; keep: keep those all the same.
         cell_dtype: of the stored states after h (None: of x_gates); between the steps they are float32 in any case.
@@ -320,28 +309,37 @@ def forward(
     """
     check()
     T, B, D, _ = x_gates.shape
-    rows, _, H = initial[0].shape
+    rows, _, H = weights.weight_hh.shape
     L = rows // D
     part = plan_of(cell, H, L, B, D, x_gates, precision, heads, OF_8_BITS.get(weights.weight_hh.dtype, "")).forward
     exchange = exchange_for(x_gates.device)
-    every = save or keep
-    slots = c_slots(T, every, marks is not None)
+    every, marked = save or keep, marks is not None
+    slots = c_slots(T, every, marked)
+    fills = Fills()
     y = x_gates.new_empty(L, T + 2, B, D, H)
     flag(y, part, exchange)
-    edges(y, unreserved(initial[0], exchange), unreserved(reset[0], exchange) if reset else None, heads=heads)
+    nothing: list[Tensor | None] = [None] * cell.states
+    before, anew = (list(given) or nothing for given in (initial, reset))
+    of_y = [None if h is None else unreserved(h, exchange) for h in (before[0], anew[0])]
+    edges(fills, y, of_y[0], of_y[1], marked, heads=heads)
     states = [y]
     for i in range(1, cell.states):
         states.append(x_gates.new_empty(L, slots, B, D, H, dtype=cell_dtype or x_gates.dtype))
-        edges(states[i], initial[i], reset[i] if reset else None, every, heads)
-    if save and saved is None:
+        edges(fills, states[i], before[i], anew[i], marked, every, heads)
+    if (save or cell.products) and saved is None:
         saved = x_gates.new_empty(L, T, B, D, cell.saved, H)
+    if cell.products:  # whose operands slices exchange there
+        assert saved is not None
+        flag(saved, part, exchange)
+    last_h = None if every else x_gates.new_empty(L * D, B, H)
     launch_scan(
-        scan_forward,
+        staged_forward if cell.staged else scan_forward,
         part,
         part.tiling.jobs(B),
         exchange,
         x_gates.device,
         _both(weights.weight_hh, weights.weight_ih, above=False),
+        fills,
         x_gates=x_gates,
         bias=_both(weights.bias_hh, weights.bias_ih, above=False),
         states=tuple(states),
@@ -351,15 +349,37 @@ def forward(
         B=B,
         cell=derived(cell.name).forward,
         KEEP=every,
-        scale=weights.scale,
+        last_h=last_h,
+        **({} if weights.scale is None else {"scale": weights.scale}),
     )
-    return Kept(tuple(states), saved)
+    left = saved if save else None
+    if last_h is not None:
+        return Kept([y], left, [last_h, *(_by_direction(s[:, 1]).contiguous() for s in states[1:])])
+    return Kept(states, left, _finals(states, heads))
+
+
+def _by_direction(states: Tensor) -> Tensor:
+    """[L, B, D, H] as [L*D, B, H]."""
+    return states.transpose(1, 2).flatten(0, 1)
+
+
+def _finals(states: Sequence[Tensor], heads: int) -> list[Tensor]:
+    """The states after the last step, each [L*D, B, H], of those of every step: of one direction in one launch."""
+    layers, _, batch, directions, units = states[0].shape
+    if directions > 1:
+        return [torch.cat([s[:, 1 if d // heads else -2, :, d] for d in range(directions)]) for s in states]
+    finals, fills = [s.new_empty(layers, batch, units) for s in states], Fills()
+    for final, of in zip(finals, states, strict=True):
+        for i in range(layers):
+            fills.put(final[i], of[i, -2, :, 0])
+    fills.run()
+    return finals
 
 
 def backward(
     cell: Cell,
     d_outputs: Sequence[Tensor],
-    d_final: Sequence[Tensor],
+    d_final: Sequence[Tensor | None],
     weight_hh: Tensor,
     weight_ih: Tensor | None,
     kept: Kept,
@@ -375,7 +395,7 @@ def backward(
     Args:
         d_outputs: gradient of the highest layer's every h_t and, where they were given out, of every further state,
             [T, B, D, H] each.
-        d_final: that of the final states, each [L*D, B, H].
+        d_final: that of the final states, each [L*D, B, H]; None: zeros, in the dtype of d_outputs.
         weight_hh, weight_ih, precision, marks, params, extras, heads: of the forward; kept: what it left, with save.
         resets: whether gradients of the reset states are asked for.
 
@@ -385,7 +405,7 @@ def backward(
     check()
     like = d_outputs[0]
     T, B, D, H = like.shape
-    L = d_final[0].shape[0] // D
+    L = len(weight_hh) // D
     part = plan_of(cell, H, L, B, D, like, precision, heads).backward
     exchange = exchange_for(like.device)
 
@@ -396,21 +416,29 @@ def backward(
         if exchanged:
             flag(buffer, part, exchange)
         if L > 1:
-            buffer[-1].zero_()
+            fills.put(buffer[-1], None)
         return buffer
 
+    fills = Fills()
     dr_gates = gates(cell.gates, exchanged=True)
     dx_gates = gates(cell.stored_gradients, exchanged=L > 1) if cell.recurrent_gradient else dr_gates
     # The kernels have the batch before the directions.
-    finals = [d if D == 1 else d.transpose(0, 1).contiguous() for d in d_final]
+    finals = []
+    for d in d_final:
+        if d is None:
+            fills.put(d := like.new_empty(L * D, B, H), None)
+            finals.append(d.view(B, D, H) if D > 1 else d)
+        else:
+            finals.append(d if D == 1 else d.transpose(0, 1).contiguous())
     d_edges = [torch.empty_like(d) for _ in range(2 if resets else 1) for d in finals]
     launch_scan(
-        scan_backward,
+        staged_backward if cell.staged else scan_backward,
         part,
         part.tiling.jobs(B),
         exchange,
         like.device,
         _both(weight_hh, weight_ih, above=True),
+        fills,
         d_outputs=tuple(d_outputs),
         states=tuple(kept.states),
         saved=kept.saved if cell.saved else None,
@@ -461,6 +489,6 @@ def recompute(
     grid = (triton.cdiv(T * B * H, BLOCK), D)
     given = x_gates, r_gates, bias_hh, tuple(states), _step_data(cell, marks, params, extras), saved, T, B
     with on_device(x_gates.device):
-        activate[grid](*given, derived(cell.name).forward, cell, D, H, heads, INTERPRETED, BLOCK, enable_fp_fusion=True)
-    LAUNCHES["activate"] += 1
+        fixed = derived(cell.name).forward, cell, D, H, heads, INTERPRETED, BLOCK
+        LAUNCHES["activate"] += start(x_gates.device, activate, grid, *given, *fixed, enable_fp_fusion=True)
     return saved

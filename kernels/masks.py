@@ -4,8 +4,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .compilation import on_device, start
 from .device.masks import BLOCK, draw
-from .launch import on_device
 
 
 def drawn(keys: Tensor, steps: int, batch: int, units: int) -> Tensor:
@@ -14,5 +14,6 @@ def drawn(keys: Tensor, steps: int, batch: int, units: int) -> Tensor:
     found = torch.empty(layers, steps, batch, directions, masks, units, dtype=torch.uint8, device=keys.device)
     grid = (triton.cdiv(steps * batch * directions * masks * units, BLOCK), layers)
     with on_device(keys.device):
-        draw[grid](keys.contiguous(), found, steps, batch, directions * masks, units, fields, BLOCK)
+        sizes = steps, batch, directions * masks, units, fields, BLOCK
+        start(keys.device, draw, grid, keys.contiguous(), found, *sizes)
     return found

@@ -29,13 +29,14 @@ class Kept(NamedTuple):
     """What a forward leaves.
 
     states: y [L, T + 2, B, D, H] with h0 in the slot before each direction's first step (slot 0; slot T + 1 in reverse)
-        and the reset state in the other one; the other states alike if every step's is kept, else [L, 2, B, D, H] with
-        the final state in slot 1 ([L, 3, B, D, H] with marks).
+        and, with marks, the reset state in the other one; the other states alike if every step's is kept.
     saved: [L, T, B, D, n, H] if a backward follows; n may be 0.
+    finals: the states after the last step, each [L*D, B, H], in the dtype of ``states``.
     """
 
     states: Sequence[Tensor]
     saved: Tensor | None
+    finals: Sequence[Tensor] = ()
 
 
 class Gradients(NamedTuple):

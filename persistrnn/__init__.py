@@ -1,14 +1,14 @@
 """Persistent recurrent layers for PyTorch.
 
 `LSTM`, `GRU` and `RNN` are torch.nn's modules on Triton kernels that keep the recurrent weights on chip for all time
-steps; `PeepholeLSTM`, `CoupledLSTM`, `MGU`, `JANET` and `SLSTM` the same of cells that torch has not, and `Recurrent`
-of a `cell` of one's own, one function of one time step, which `check_cell` explains. `LayerNormLSTM` and
-`LayerNormGRU` run on torch's operations, step by step. A `Recipe` regularises a layer (zoneout, dropout of h, dropped
-weights, learned states), `Stacked` puts layers above each other (residuals, alternating directions, sizes of their
-own). `functional` has all cells as functions, `explain` says which path a call would take and why, `check` raises if a
-kernel's bounded wait ran out, `replace` swaps torch.nn's layers in a finished model for these and `restore` swaps them
-back, `accelerated` runs torch.nn's own layers on the kernels as they are, `quantize` keeps W_hh in 8 bits for inference
-and `dequantize` is the way back, `Streaming` carries a layer's state from call to call, `profile` measures where
+steps; `PeepholeLSTM`, `CoupledLSTM`, `MGU`, `JANET`, `SLSTM`, `LayerNormLSTM` and `LayerNormGRU` the same of cells that
+torch has not, and `Recurrent` of a `cell` of one's own, one function of one time step, which `check_cell` explains. A
+`Recipe` regularises a layer (zoneout, dropout of h, dropped weights, learned states), `Stacked` puts layers above each
+other (residuals, alternating directions, sizes of their own). `functional` has all cells as functions, `explain` says
+which path a call would take and why, `check` raises if a kernel's bounded wait ran out, `replace` swaps torch.nn's
+layers in a finished model for these and `restore` swaps them back, `accelerated` runs torch.nn's own layers on the
+kernels as they are, `quantize` keeps W_hh in 8 bits for inference and `dequantize` is the way back, `Streaming` carries
+a layer's state from call to call, `warmup` compiles a model's kernels at the same time, `profile` measures where
 training's time and memory go.
 """
 
@@ -36,6 +36,7 @@ from persistrnn.recipe import Recipe
 from persistrnn.replacement import replace, restore
 from persistrnn.stacked import Stacked
 from persistrnn.streaming import Streaming
+from persistrnn.warmup import warmup
 
 if TYPE_CHECKING:
     from persistrnn.profiling.run import profile
@@ -48,7 +49,7 @@ __all__ = [
     "GRU", "JANET", "LSTM", "MGU", "RNN", "SLSTM", "CoupledLSTM", "LayerNormGRU", "LayerNormLSTM", "PeepholeLSTM",
     "Recipe", "Recurrent", "Stacked", "Streaming",
     "__version__", "accelerate", "accelerated", "cell", "check", "check_cell", "dequantize", "explain", "flops",
-    "functional", "profile", "quantize", "replace", "restore",
+    "functional", "profile", "quantize", "replace", "restore", "warmup",
 ]  # fmt: skip
 
 

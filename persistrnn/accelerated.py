@@ -98,6 +98,10 @@ def accelerated(*, backend: Backend = "auto") -> Acceleration:
     of autograd, too. Blocks nest, and the one that was entered last holds. A block may be left by an exception.
     Activation checkpoints run their forward again in the backward: call backward inside the block as well.
 
+    Once a block was entered, `run_decompositions` of torch.export keeps these functions whole, in the whole process:
+    torch takes an operator with an implementation of its own for one that is not to be taken apart. Export before, or
+    a model whose layers `replace` has swapped.
+
     Args:
         backend: "auto": where the kernels can run the call and are expected to be faster; "persistent": the kernels or
             RuntimeError, but for wrapped tensors and what is no call of persistrnn's, which stay torch's and are in

@@ -9,7 +9,7 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -20,7 +20,7 @@ from persistrnn import double_backward, masks, ops
 from persistrnn.decide import expects_backward
 from persistrnn.kernels.cells import CELLS, Cell, derived
 from persistrnn.kernels.tensors import Gradients, Kept, Weights
-from persistrnn.mapping import batched, each_sample, mapped
+from persistrnn.mapping import batched, each_sample, mapped, operator_by_samples
 from persistrnn.phases import SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
 from persistrnn.reference import Result
 from persistrnn.step_marks import BEGINS, SKIPPED, without_skipped
@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
     weights: Weights
     marks: Tensor | None
     extras: Tensor | None
-    initial: Sequence[Tensor]
+    initial: Sequence[Tensor | None]
     reset: Sequence[Tensor]
 
 
@@ -50,7 +50,8 @@ class Outputs(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """What a backward takes. d_outputs: [T, B, D, H], of h, and of the second state where it was given out."""
+    """What a backward takes. d_final: None where there is none. d_outputs: [T, B, D, H], of h, and of the second state
+    where it was given out."""
 
     weight_hh: Tensor
     weight_ih: Tensor | None
@@ -58,7 +59,7 @@ class BackwardInputs(NamedTuple):
     marks: Tensor | None
     extras: Tensor | None
     kept: Sequence[Tensor]
-    d_final: Sequence[Tensor]
+    d_final: Sequence[Tensor | None]
     d_outputs: Sequence[Tensor]
 
 
@@ -87,7 +88,7 @@ def recurrent(
         cell: its name in ``kernels.cells.CELLS``.
         x_gates: [T, B, D, X*H], ``x @ W_ih^T + b_ih`` of the lowest layer in torch's gate order. T, B >= 1.
         weight_hh: [L*D, G*H, H]; bias_hh: [L*D, G*H].
-        initial: the states, h first, as (h0, c0) of an LSTM, each [L*D, B, H].
+        initial: the states, h first, as (h0, c0) of an LSTM, each [L*D, B, H]; empty: zeros.
         precision: of products in float32, "tf32" or "ieee".
         marks: uint8 [T, B, D], where a row begins anew or skips a step (``step_marks``); None: nowhere.
         reset: the states that rows begin anew from, in the form of ``initial``; empty: zeros.
@@ -113,7 +114,13 @@ def recurrent(
         ValueError: the size does not fit the device.
         RuntimeError: an earlier launch gave up waiting (see ``ops.check``).
     """
-    tensors = x_gates, weight_hh, bias_hh, weight_ih, bias_ih, params, marks, extras, *initial, *reset
+    of = CELLS[cell]
+    if of.normalised:  # the bias comes behind the norm, which is in the step: of the parameters it is the last
+        biases = bias_hh.unflatten(1, (of.gates, -1))
+        params = biases if params is None else torch.cat([params, biases], dim=1)
+        bias_hh = torch.zeros_like(bias_hh)
+    begin = initial or (None,) * of.states
+    tensors = x_gates, weight_hh, bias_hh, weight_ih, bias_ih, params, marks, extras, *begin, *reset
     save = scale is None and expects_backward(tensors)
     # Without gradients dynamo calls no Function with a variable number of arguments.
     direct = torch.compiler.is_compiling() and not save
@@ -153,21 +160,17 @@ def _forward(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     x_gates, weights, marks, extras, initial, reset = _inputs(cell, tensors)
-    weights, states = weights._replace(scale=scale), (list(initial), list(reset))
+    weights = weights._replace(scale=scale)
+    states = [s for s in initial if s is not None], list(reset)
     with phase(SCAN_FORWARD):
-        kept = ops.scan_forward(
+        found = ops.scan_forward(
             cell, precision, save, return_c, cell_dtype, heads, x_gates, list(weights), marks, extras, *states
         )
-    n, stacked = CELLS[cell].states, weights.weight_ih is not None
+    n = CELLS[cell].states
+    kept, finals = found[:-n], [s.to(x_gates.dtype) for s in found[-n:]]
     every = [s[-1, 1:-1].flatten(2) for s in kept[: CELLS[cell].given_out if return_c else 1]]
-    if stacked:
-        every = [s.clone() for s in every]  # else they would keep those of all layers alive
-    finals = []
-    for i, states in enumerate(kept[:n]):
-        # Slot T is -2: an index that holds for every T keeps torch.compile from making a graph for each.
-        last = -2 if i == 0 or save or return_c else 1
-        rows = [states[:, 1 if d // heads else last, :, d] for d in range(x_gates.shape[2])]
-        finals.append(torch.cat(rows).to(x_gates.dtype))
+    if weights.weight_ih is not None:  # a stack: else they would keep those of all layers alive
+        every = [s.clone() for s in every]
     return (*every, *finals, *(kept if save else ()))
 
 
@@ -212,10 +215,9 @@ class _Scan(Function):
         while d_outputs[-1] is None and len(d_outputs) > 1:
             d_outputs.pop()
         d_outputs = [y.new_zeros(T, B, D, H) if g is None else g for g in d_outputs]
-        d_final = [y.new_zeros(weight_hh.shape[0], B, H) if g is None else g for g in d.finals]
         needs = _inputs(ctx.cell, ctx.needs_input_grad[6:])
         resets = any(needs.reset)
-        given = weight_hh, weight_ih, params, marks, extras, *kept, *d_final, *d_outputs
+        given = weight_hh, weight_ih, params, marks, extras, *kept, *d.finals, *d_outputs
         if _is_second(d.kept):
             found = _formula(ctx.cell, ctx.heads, given, d.kept)
         else:
@@ -227,7 +229,7 @@ class _Scan(Function):
         dx_gates = of_inputs(cell, found.dx_gates)
         with phase(WEIGHT_GEMMS):
             if needs.weights.weight_hh:
-                d_weights[0] = _products(dr_gates, [h_before(y, marks, d, ctx.heads) for d in range(D)])
+                d_weights[0] = _recurrent_weights(cell, dr_gates, kept, marks, ctx.heads)
             if needs.weights.bias_hh:
                 d_weights[1] = _bias(dr_gates)
             if needs.weights.weight_ih:
@@ -241,19 +243,20 @@ class _Scan(Function):
                     of = _param_gradients if torch.compiler.is_compiling() else _flat_param_gradients
                     d_params = of(ctx.cell, ctx.heads, gates, kept, params, marks, extras)
                 d_weights[4] = d_params.to(params.dtype)
+        d_initial = found.d_initial if any(needs.initial) else [None] * len(needs.initial)
         d_reset = found.d_reset if resets else [None] * len(needs.reset)
-        return (*(None,) * 6, dx_gates[0], *d_weights, None, None, *found.d_initial, *d_reset)
+        return (*(None,) * 6, dx_gates[0], *d_weights, None, None, *d_initial, *d_reset)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         cell, save, return_c, tensors = arguments[0], arguments[2], arguments[3], arguments[6:]
         if masks.are_keys(_inputs(cell, tensors).extras):  # each sample has the rows of its own batch
-            return each_sample(_Scan, info, in_dims, arguments[:6], tensors)
+            return each_sample(_Scan.apply, info, in_dims, arguments[:6], tensors)
         n, m = CELLS[cell].states, CELLS[cell].given_out if return_c else 1
         # where B is in the tensors of Inputs, and of Outputs
         axes = (1, *(None,) * len(Weights._fields), 1, 2, *(1,) * (len(tensors) - 8))
         out_axes = (*(1,) * (m + n), *(2,) * (n + 1 if save else 0))
-        return mapped(_Scan, info, in_dims, arguments[:6], tensors, axes, out_axes)
+        return mapped(_Scan.apply, info, in_dims, arguments[:6], tensors, axes, out_axes)
 
 
 def _backward(cell: str, precision: str, resets: bool, heads: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -293,14 +296,31 @@ class _ScanBackward(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        cell, tensors = CELLS[arguments[0]], arguments[4:]
-        if masks.are_keys(_backward_inputs(cell.name, tensors).extras):
-            return each_sample(_ScanBackward, info, in_dims, arguments[:4], tensors)
-        n = cell.states
-        # where B is in the tensors of BackwardInputs, and of Gradients
-        axes = (None, None, None, 1, 2, *(2,) * (n + 1), *(1,) * (len(tensors) - n - 6))
-        out_axes = (*(2,) * (1 + cell.recurrent_gradient), *(1,) * (2 * n if arguments[2] else n))
-        return mapped(_ScanBackward, info, in_dims, arguments[:4], tensors, axes, out_axes)
+        return _map_of_backward(_ScanBackward.apply, info, in_dims, arguments)
+
+
+def _map_of_backward(
+    apply: Callable[..., Any], info: Any, in_dims: Sequence[int | None], arguments: Sequence[Any]
+) -> tuple[Any, Any]:
+    """The vmap rule of ``apply``, with the arguments of `_backward`."""
+    cell, tensors = CELLS[arguments[0]], arguments[4:]
+    if masks.are_keys(_backward_inputs(cell.name, tensors).extras):
+        return each_sample(apply, info, in_dims, tuple(arguments[:4]), tensors)
+    n = cell.states
+    # where B is in the tensors of BackwardInputs, and of Gradients
+    axes = (None, None, None, 1, 2, *(2,) * (n + 1), *(1,) * (len(tensors) - n - 6))
+    out_axes = (*(2,) * (1 + cell.recurrent_gradient), *(1,) * (2 * n if arguments[2] else n))
+    return mapped(apply, info, in_dims, tuple(arguments[:4]), tensors, axes, out_axes)
+
+
+@ops.scan_backward.register_vmap
+def _(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+    """Of a compiled backward, which has the operator alone."""
+    flat, dims = (
+        [t for given in of for t in (given if isinstance(given, list) else [given])] for of in (arguments, in_dims)
+    )
+    found, axes = _map_of_backward(_backward, info, dims, flat)
+    return list(found), list(axes)
 
 
 def refuse_tangents() -> NoReturn:
@@ -313,9 +333,10 @@ def refuse_tangents() -> NoReturn:
 def _formula(cell: str, heads: int, tensors: Sequence[Any], d_kept: Sequence[Tensor | None] = ()) -> Gradients:
     """What the backward computes, differentiable, from the tensors of ``BackwardInputs``."""
     weight_hh, weight_ih, params, marks, extras, kept, d_final, d_outputs = _backward_inputs(cell, tensors)
-    of = ops.kept_of(cell, kept)
+    of, (_, batch, _, units) = ops.kept_of(cell, kept), d_outputs[0].shape
+    finals = [d_outputs[0].new_zeros(len(weight_hh), batch, units) if d is None else d for d in d_final]
     beside = d_kept, params, extras, heads
-    return double_backward.backward(cell, weight_hh, weight_ih, marks, of, d_outputs, d_final, *beside)
+    return double_backward.backward(cell, weight_hh, weight_ih, marks, of, d_outputs, finals, *beside)
 
 
 def _is_second(grads: Sequence[Tensor | None]) -> bool:
@@ -378,6 +399,9 @@ def _flat_param_gradients(
 _param_gradients = torch.library.custom_op("persistrnn::param_gradients", _flat_param_gradients, mutates_args=())
 
 
+operator_by_samples(_param_gradients)
+
+
 @_param_gradients.register_fake
 def _(
     cell: str,
@@ -407,6 +431,22 @@ def h_before(y: Tensor, marks: Tensor | None, direction: int, heads: int = 1) ->
     return torch.where(mark == SKIPPED, 0.0, torch.where(mark == BEGINS, reset, h))
 
 
+def _recurrent_weights(
+    cell: Cell, dr_gates: Tensor, kept: Sequence[Tensor], marks: Tensor | None, heads: int
+) -> Tensor:
+    """Gradient of W_hh, whose last rows, of a later product, are multiplied by what the forward has saved first."""
+    y, saved, D = kept[0], kept[-1], dr_gates.size(3)
+    h = [h_before(y, marks, d, heads) for d in range(D)]
+    if not cell.products:
+        return _products(dr_gates, h)
+    of_h, later = dr_gates.split([dr_gates.size(-1) // cell.gates * n for n in (cell.gates_of_h, cell.products)], -1)
+    operands = [saved[:, :, :, d, 0] for d in range(D)]
+    if marks is not None:  # a NaN of a skipped step would be 0 * NaN
+        skipped = [(marks[:, :, d // heads] == SKIPPED).unsqueeze(-1) for d in range(D)]
+        operands = [torch.where(s, 0.0, o) for s, o in zip(skipped, operands, strict=True)]
+    return torch.cat([_products(of_h, h), _products(later, operands)], dim=1)
+
+
 def _products(d_gates: Tensor, operands: Sequence[Tensor]) -> Tensor:
     """Gradients of weights [L*D, G*H, H]: of d_gates [L, T, B, D, G*H] and, for each direction, what the weights are
     multiplied by, [L, T, B, H]."""
@@ -416,7 +456,9 @@ def _products(d_gates: Tensor, operands: Sequence[Tensor]) -> Tensor:
         # Of one layer a plain product, not a batch of one.
         gates, h = (t.flatten(0, 2) if len(t) == 1 else t.flatten(1, 2) for t in pair)
         found.append(_gemm(gates, h))
-    return torch.stack(found) if len(d_gates) == 1 else found[0]
+    if len(d_gates) > 1:
+        return found[0]
+    return torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
 
 
 def _gemm(d_gates: Tensor, operand: Tensor) -> Tensor:
@@ -425,4 +467,4 @@ def _gemm(d_gates: Tensor, operand: Tensor) -> Tensor:
 
 
 def _bias(d_gates: Tensor) -> Tensor:
-    return d_gates.sum((1, 2), dtype=torch.float32).to(d_gates.dtype).flatten(0, 1)
+    return d_gates.sum((1, 2)).flatten(0, 1)  # of 16-bit numbers in float32, rounded once

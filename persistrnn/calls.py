@@ -17,7 +17,7 @@ from persistrnn.mapping import below_the_map
 from persistrnn.options import Options, check_flag, check_save
 from persistrnn.recipe import cell_of, hides, new_keys
 from persistrnn.request import Found, Request
-from persistrnn.tracing import by_torch_jit, exporting_to_onnx, outside_of_graphs
+from persistrnn.tracing import by_the_host, by_torch_jit, exporting_to_onnx, outside_of_graphs
 from persistrnn.validate import Batch, Cuts, Given, Stack
 
 NOTHING = Given()
@@ -43,7 +43,7 @@ def _run(request: Request, accept: Callable[[Decision], bool] | None = None) -> 
     batch = validate.read_input(input, stack, weights, options.batch_first)
     data, packed = batch.data, batch.packed
     check_save(options.save, options.save_budget, stack.proj_size)
-    states = validate.read_states(stack, hx, batch)
+    states = [] if hx is None else validate.read_states(stack, hx, batch)
     cuts = validate.read_cuts(stack, batch, hx is None and not learned, given)
     if learned:
         begin = [s.to(data.dtype).unsqueeze(1).expand(-1, batch.rows, -1).contiguous() for s in learned]
@@ -87,6 +87,8 @@ def _run(request: Request, accept: Callable[[Decision], bool] | None = None) -> 
         weights, scales = eight_bits.among(weights), eight_bits.scales
     elif eight_bits is not None:
         weights = eight_bits.dequantized(weights)
+    if not states and not stacks.reads_no_zeros(decision):
+        states = validate.read_states(stack, None, batch)
     c: Any = None
     lengths: Any = given.lengths
     if decision.path == "onnx":
@@ -162,7 +164,8 @@ def _on_kernels_or_steps(
     x = batch.time_major(data)
     if packed is not None:
         x, places = outside_of_graphs(_pad, data, packed.batch_sizes)
-        cuts = cuts._replace(active=_active_rows(packed.batch_sizes).to(data.device, non_blocking=True))
+        active = by_the_host(_active_rows, packed.batch_sizes)
+        cuts = cuts._replace(active=active.to(data.device, non_blocking=True))
     dtypes = [call.dtype] * len(states)
     if decision.path == "stepwise":  # which has torch.nn's; the kernels have autocast's, as torch.nn on a GPU
         dtypes = torch_path.output_dtypes(call.cell, data, states, torch_path.autocast_dtype(data))[1:]
@@ -176,7 +179,9 @@ def _on_kernels_or_steps(
         initial,
     )
     extras = [e.to(call.dtype) for e in cuts.extras]
-    found = stacks.run(decision, *tensors, cuts._replace(reset=anew, extras=extras), scales)
+    given = decision, *tensors, cuts._replace(reset=anew, extras=extras), scales
+    # Compiled, a Function has no rule for a map.
+    found = outside_of_graphs(stacks.run, *given) if call.transforms == "mapped" else stacks.run(*given)
     outputs = [found.y] if found.c is None else [found.y, found.c]
     if packed is not None:
         outputs = [t.flatten(0, 1).index_select(0, places) for t in outputs]
@@ -250,8 +255,8 @@ def _rows(states: list[Tensor], indices: Tensor | None) -> list[Tensor]:
 # has no rule for vmap, for tangents, or for torch.func.
 def _pad(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
     """[T, B, I] of the data of a PackedSequence, and the places of its rows in [T * B]."""
-    active = _active_rows(batch_sizes)
-    places = active.flatten().nonzero().squeeze(1).to(data.device, non_blocking=True)
+    active = by_the_host(_active_rows, batch_sizes)
+    places = by_the_host(lambda: active.flatten().nonzero().squeeze(1).to(data.device, non_blocking=True))
     padded = data.new_zeros(active.numel(), data.size(-1)).index_copy(0, places, data)
     return padded.unflatten(0, active.shape), places
 

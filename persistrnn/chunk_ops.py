@@ -23,6 +23,7 @@ from torch import Tensor
 from persistrnn import autograd, masks, ops, step_marks
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.tensors import Gradients, Kept, Weights
+from persistrnn.mapping import operator_by_samples
 from persistrnn.phases import INPUT_GEMM, RECOMPUTE, SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
 
 
@@ -227,12 +228,7 @@ def forward(
             every, saves = highest and len(found.every) > 1, len(found.saved) > 0
             beside = marked, extras_of(extras, i, part), reset[i]
             kept = _scan(cell, precision, gates_of(xs, layer), layer, states[i], *beside, every, saves, heads, into)
-            # After the last step in each direction: of the states of all steps, or of a few slots.
-            slots = [-2, *(-2 if every or saves else 1 for _ in kept.states[1:])]
-            states[i] = [
-                torch.stack([s[0, 1 if d // heads else slot, :, d] for d in range(D)])
-                for s, slot in zip(kept.states, slots, strict=True)
-            ]
+            states[i] = list(kept.finals)
             if not highest:
                 xs = [_to_next(kept, marked)]
         for whole, s in zip(found.every, kept.states, strict=False):
@@ -414,6 +410,9 @@ def backward(
     if resets:
         found += [torch.cat(of_layers).to(x.dtype) for of_layers in zip(*d_reset, strict=True)]
     return [*([dx] if needs_x else []), *found, *(d for total in totals for d in total.rounded(x.dtype))]
+
+
+operator_by_samples(backward)
 
 
 @backward.register_fake

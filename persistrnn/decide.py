@@ -133,7 +133,7 @@ class Call(NamedTuple):
         between = self.num_layers > 1 and (self.directions > 1 or self.dropout > 0 or self.hides)
         return memory.Layers(
             CELLS[self.cell], self.input_size, self.hidden_size, self.num_layers, self.directions,
-            self.dtype.itemsize, (self.cell_dtype or self.dtype).itemsize, between,
+            self.dtype.itemsize, (self.cell_dtype or self.dtype).itemsize, between, self.hides,
         )  # fmt: skip
 
 
@@ -240,6 +240,11 @@ def obstacle(call: Call) -> str | None:
         return f'backend="torch" asks for torch\'s own {call.torchs}.'
     if (reason := without_kernels(CELLS[call.cell])) is not None:
         return reason
+    if CELLS[call.cell].staged and call.save != "gates":
+        return (
+            f"of {call.cell}, whose step has several stages, the kernels keep what the backward needs of every step, "
+            f'got save="{call.save}"; use save="gates", or backend="torch", which runs it step by step.'
+        )
     if call.backend == "auto" and call.device.type == "cpu":
         return f'backend="auto" runs CPU tensors on torch\'s own {call.torchs}; move the tensors to a GPU.'
     # A compiled graph holds for every B and T: it is decided for some that most have. What fits with 16 rows fits with
@@ -270,6 +275,11 @@ def unsupported(call: Call) -> str | None:
         return (
             f"the kernels multiply {call.weight_dtype} weights with float16 and bfloat16, got {call.dtype}; convert "
             "layer and input to one of these, or use backend='torch'."
+        )
+    if call.weight_dtype and CELLS[call.cell].staged:
+        return (
+            f"the kernels have no {call.weight_dtype} weights for a cell with a second product or a mean within its "
+            "step; use backend='torch'."
         )
     if call.weight_dtype and call.proj_size:
         return f"the kernels have no {call.weight_dtype} weights with projections; use backend='torch'."
@@ -411,6 +421,8 @@ def kept_bytes(call: Call, chunk: int) -> float:
 
 def chunk_steps(call: Call, save: str, launches: bool) -> int:
     """Steps of a time chunk, a rule that holds for every T and B of a graph. launches: whether it costs launches."""
+    if launches and save == "gates" and CELLS[call.cell].staged:
+        return call.steps  # in one launch
     sizes = call.hidden_size, call.batch or 1, call.directions, call.dtype.itemsize, call.steps
     return memory.chunk_steps(save, CELLS[call.cell].inputs, *sizes, launches, torch.sym_max, torch.sym_min)
 
@@ -443,7 +455,7 @@ def _save_within_budget(call: Call) -> str:
     )
 
 
-# ---- for `persistrnn profile` ---------------------------------------------------------------------------------------
+# ---- for `persistrnn profile` and `check_cell` ----------------------------------------------------------------------
 
 
 def predict_stack(
@@ -452,6 +464,20 @@ def predict_stack(
 ) -> Prediction:  # fmt: skip
     """The plan in numbers, for a device that need not be there (``kernels.inspect.prediction``)."""
     return prediction.predict_stack(cell, hidden, layers, batch, directions, steps, dtype, device, heads)
+
+
+def audited(cell: str, hidden: int, batch: int, dtype: str, arch: str) -> tuple[str, str]:
+    """Both kernels compiled for an architecture: the audit's table of them, and the device that it plans for.
+
+    Raises:
+        ValueError: another architecture
+    """
+    from persistrnn.kernels.inspect import audit, audit_command
+
+    if arch not in audit.DEVICE_OF_ARCH:
+        raise ValueError(f"arch is one of {', '.join(map(repr, audit.DEVICE_OF_ARCH))}, got {arch!r}")
+    cases = [audit.Case(cell, backward, dtype, hidden, arch, batch) for backward in (False, True)]
+    return audit_command.table([audit_command.attempt(case) for case in cases]), audit.DEVICE_OF_ARCH[arch]
 
 
 def check_device(name: str) -> None:

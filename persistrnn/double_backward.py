@@ -122,6 +122,11 @@ def _one_way(
     formulas = derived(cell)
     of = formulas.cell
     steps = len(saved)
+    of_h, later = weight.split([len(weight) // of.gates * n for n in (of.gates_of_h, of.products)])
+
+    def transposed(d: Tensor) -> Tensor:
+        return d @ later
+
     first, last, back = (steps + 1, 0, 1) if direction else (0, steps + 1, -1)
     anew: Tiles = tuple(torch.zeros_like(x) for x in d)
     dx_of: dict[int, Tensor] = {}
@@ -138,9 +143,10 @@ def _one_way(
             before, saved_t, after = (finite(mark == SKIPPED, tiles) for tiles in (before, saved_t, after))
         d = _plus(_plus(d, d_outputs, t), d_states, t + 1)
         if d_saved is None:
-            dx, dr, d_before = formulas.run_backward(d, saved_t, after, before, p, e)
+            dx, dr, d_before = formulas.run_backward(d, saved_t, after, before, p, e, transposed)
         else:
-            dx, dr, d_before, dp = formulas.run_second(d, saved_t, d_saved[t].unbind(1), after, before, p, e)
+            d_of_saved = d_saved[t].unbind(1)
+            dx, dr, d_before, dp = formulas.run_second(d, saved_t, d_of_saved, after, before, p, e, transposed)
             dx = (*dx, *(torch.zeros_like(dx[0]) for _ in range(of.more_gradients)))
             if mark is not None:
                 dp = _zero(mark == SKIPPED, dp)
@@ -149,7 +155,7 @@ def _one_way(
             dx, dr = _zero(mark == SKIPPED, dx), _zero(mark == SKIPPED, dr)
             d_before = _where(mark == SKIPPED, d, d_before)
         dx_of[t], dr_of[t] = torch.cat(dx, dim=-1), torch.cat(dr, dim=-1)
-        d = (d_before[0] + dr_of[t] @ weight, *d_before[1:])
+        d = (d_before[0] + dr_of[t][:, : len(of_h)] @ of_h, *d_before[1:])
         if mark is not None:
             anew = tuple(a + x for a, x in zip(anew, _zero(mark != BEGINS, d), strict=True))
             d = _zero(mark == BEGINS, d)

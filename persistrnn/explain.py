@@ -34,21 +34,9 @@ def explain(layer: RecurrentBase | Stacked, batch: int, steps: int) -> str:
     check_layer(layer)
     check_count("batch", batch)
     check_count("steps", steps)
-    options, own = layer.options, (layer.input_size, layer.hidden_size, layer.proj_size)
-    check_options(options)
-    check_sizes(*own, layer.heads)
-    weights, eight_bits = layer._weights_of_call(options._replace(training=False))  # draws no masks
-    stack = validate.read_weights(layer.cell, weights, options)
-    validate.check_attributes(stack, *own)
-    check_save(options.save, options.save_budget, layer.proj_size)
-
-    dtype = calls.compute_dtype(weights[0], weights[0])
-    where = dtype, weights[0].device, expects_backward(weights)
-    transforms = decide.active_transforms(weights, dropout=options.active_dropout > 0)
-    kind = transforms, NAMES[eight_bits.dtype] if eight_bits else ""
-    found = decide.decide(calls.asked(stack, options, batch, steps, *where, calls.NOTHING, False, *kind))
+    found = decision_of(layer, batch, steps)
     call, reason = found.call, found.reason
-    lines = [f"{layer}, batch {batch}, steps {steps}, {str(dtype).removeprefix('torch.')} on {call.device}"]
+    lines = [f"{layer}, batch {batch}, steps {steps}, {str(call.dtype).removeprefix('torch.')} on {call.device}"]
     if reason is None:
         lines += ["path: persistent", str(found.plan)]
     elif found.refused:
@@ -65,6 +53,23 @@ def explain(layer: RecurrentBase | Stacked, batch: int, steps: int) -> str:
     if call.device.type == "cuda" and not call.loops and decide.unsupported(call) is None:
         lines += [_expected(call, backward) for backward in (False, True) if not (backward and call.weight_dtype)]
     return "\n".join(lines)
+
+
+def decision_of(layer: RecurrentBase, batch: int, steps: int) -> Decision:
+    """What is decided of such a call."""
+    options, own = layer.options, (layer.input_size, layer.hidden_size, layer.proj_size)
+    check_options(options)
+    check_sizes(*own, layer.heads)
+    weights, eight_bits = layer._weights_of_call(options._replace(training=False))  # draws no masks
+    stack = validate.read_weights(layer.cell, weights, options)
+    validate.check_attributes(stack, *own)
+    check_save(options.save, options.save_budget, layer.proj_size)
+
+    dtype = calls.compute_dtype(weights[0], weights[0])
+    where = dtype, weights[0].device, expects_backward(weights)
+    transforms = decide.active_transforms(weights, dropout=options.active_dropout > 0)
+    kind = transforms, NAMES[eight_bits.dtype] if eight_bits else ""
+    return decide.decide(calls.asked(stack, options, batch, steps, *where, calls.NOTHING, False, *kind))
 
 
 def _expected(call: Call, backward: bool) -> str:

@@ -1,5 +1,8 @@
 """Recurrent layers as functions.
 
+A `persistrnn.Recipe` is for layers, which hold what it makes: to a function give dropped weights and a learned hx, and
+for zoneout or dropout of h a cell of one's own whose masks are extras.
+
 Letters: T steps, B batch, I input, H hidden, P projection, D directions, L layers.
 """
 

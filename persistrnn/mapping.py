@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.utils._pytree import _broadcast_to_and_flatten, tree_flatten, tree_unflatten
 
 
 def mapped(
-    function: type[Function],
+    apply: Callable[..., Any],
     info: Any,
     in_dims: Sequence[int | None],
     fixed: tuple[Any, ...],
@@ -20,7 +20,8 @@ def mapped(
     axes: Sequence[int | None],
     out_axes: Sequence[int],
 ) -> tuple[Any, Any]:
-    """The vmap rule of a Function that takes ``fixed`` and then ``tensors``: its outputs and where they are mapped.
+    """The vmap rule of what takes ``fixed`` and then ``tensors``, a Function's apply, say: outputs, and where they are
+    mapped.
 
     axes: where the batch is in each tensor; None: it has none, as weights. out_axes: where it is in each output. If
     a tensor without a batch is mapped, every sample is a call of its own.
@@ -28,13 +29,13 @@ def mapped(
     dims = in_dims[len(fixed) :]
     if all(d is None for d, a in zip(dims, axes, strict=True) if a is None):
         folded = [_fold(t, d, a, info.batch_size) for t, d, a in zip(tensors, dims, axes, strict=True)]
-        outputs = function.apply(*fixed, *folded)
+        outputs = apply(*fixed, *folded)
         return tuple(o.unflatten(a, (info.batch_size, -1)) for o, a in zip(outputs, out_axes, strict=True)), out_axes
-    return each_sample(function, info, in_dims, fixed, tensors)
+    return each_sample(apply, info, in_dims, fixed, tensors)
 
 
 def each_sample(
-    function: type[Function],
+    apply: Callable[..., Any],
     info: Any,
     in_dims: Sequence[int | None],
     fixed: tuple[Any, ...],
@@ -42,9 +43,46 @@ def each_sample(
 ) -> tuple[Any, Any]:
     """The vmap rule of a Function whose outputs mix the rows of a batch, as gradients of weights do."""
     dims = in_dims[len(fixed) :]
-    outputs = [function.apply(*fixed, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
+    outputs = [apply(*fixed, *_sample(tensors, dims, i)) for i in range(info.batch_size)]
     stacked = tuple(torch.stack(o) for o in zip(*outputs, strict=True))
     return stacked, (0,) * len(stacked)
+
+
+def operator_by_samples(operator: Any) -> None:
+    """Give an operator a vmap rule, for graphs, which have operators in place of Functions: every sample is a call."""
+
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        given, spec = tree_flatten(arguments)
+        dims = _broadcast_to_and_flatten(in_dims, spec)
+        assert dims is not None
+        outputs = [operator(*tree_unflatten(_sample(given, dims, i), spec)) for i in range(info.batch_size)]
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs), 0
+        return [torch.stack(o) for o in zip(*outputs, strict=True)], [0] * len(outputs[0])
+
+    operator.register_vmap(rule)
+
+
+def operator_by_gradients(operator: Any) -> None:
+    """The same of a backward ``operator(*fixed, tensors, grads)``, which takes the gradients of N samples at once, in
+    front, where ``tensors`` are those of all."""
+
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        *fixed, tensors, grads = arguments
+        of_tensors, of_grads = in_dims[-2:]
+        if any(d is not None for dims in in_dims[:-1] for d in (dims if isinstance(dims, list) else [dims])):
+            samples = [
+                operator(*fixed, _sample(tensors, of_tensors, i), _sample(grads, of_grads, i))
+                for i in range(info.batch_size)
+            ]
+            return [torch.stack(o) for o in zip(*samples, strict=True)], [0] * len(tensors)
+        together = [
+            g.unsqueeze(0).expand(info.batch_size, *g.shape) if d is None else g.movedim(d, 0)
+            for g, d in zip(grads, of_grads, strict=True)
+        ]
+        return operator(*fixed, tensors, together), [0] * len(tensors)
+
+    operator.register_vmap(rule)
 
 
 def below_the_map(

@@ -8,6 +8,7 @@ from persistrnn import functional
 from persistrnn.options import Backend, Options, Save, check_flag
 from persistrnn.recipe import PLAIN, Recipe
 from persistrnn.recurrent import RecurrentBase
+from persistrnn.rnn_base import with_its_own_error
 
 
 class LSTM(RecurrentBase):
@@ -143,9 +144,9 @@ class GRU(RecurrentBase):
         n = tanh(xn + (r * h_{t-1}) @ W_hn^T + b_hn)
 
     Parameters have the same names and shapes, so that a state_dict loads into either, but they are two functions, and
-    torch.nn has this one not: `to_torch` refuses it. It runs step by step ("stepwise"): the kernels have no second
-    product, which needs r * h of all units, and backend="persistent" is refused. Keras has the gates in the order z, r,
-    n, matrices transposed, and one bias; ONNX z, r, n.
+    torch.nn has this one not: `to_torch` refuses it. The kernels keep what its backward needs of every step: with
+    another save than "gates" it runs step by step ("stepwise"). Keras has the gates in the order z, r, n, matrices
+    transposed, and one bias; ONNX z, r, n.
 
     Arguments, dtypes and errors are else those of `LSTM`; as in torch.nn.GRU there is no projection, and
     proj_size is refused with ValueError.
@@ -232,7 +233,7 @@ class RNN(RecurrentBase):
 
     @property
     def cell(self) -> str:  # type: ignore[override]
-        return functional.rnn_cell(self.nonlinearity)
+        return functional.rnn_cell(with_its_own_error(lambda: self.nonlinearity))
 
 
 class PeepholeLSTM(RecurrentBase):
@@ -346,8 +347,8 @@ class LayerNormLSTM(_Normalised):
     [4*H], weight_ln_c_l[k] and bias_ln_c_l[k] [H]. The biases are those of the norms; bias=False leaves bias_ih and
     bias_hh out. Weights of norms begin with 1, biases with 0, matrices as those of `LSTM`.
 
-    It runs step by step ("stepwise"): the kernels have no mean over all units, and backend="persistent" is refused.
-    heads is 1. Arguments, inputs, outputs and errors are else those of `LSTM`, without projections.
+    The kernels keep what its backward needs of every step: with another save than "gates" it runs step by step
+    ("stepwise"). heads is 1. Arguments, inputs, outputs and errors are else those of `LSTM`, without projections.
     """
 
     cell = "layer_norm_lstm"

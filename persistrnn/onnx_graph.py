@@ -1,8 +1,7 @@
 """A call in a graph of ONNX: its operators LSTM, GRU and RNN, one for each layer, where `torch.onnx.export` traces.
 
 Both of torch's exporters are served: the one on torch.export takes torch.onnx.ops' symbolic operators, the one on
-torch.jit.trace operators of ours that it is told of (of a layer within a model: that exporter hands a model's keyword
-arguments over by position, which a layer by itself refuses). Time and batch may be dynamic. What ONNX has no
+torch.jit.trace operators of ours that it is told of. Time and batch may be dynamic. What ONNX has no
 operator for is a loop over the steps in plain torch, unrolled, where their number is fixed, and else refused.
 
 ONNX has the rows of W and R [D, G*H, I or H] in an order of its own, B [D, 2*G*H] with both biases, Y [T, D, B, H].

@@ -8,7 +8,7 @@ Triton with them, when it first runs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import masks, step_marks
 from .kernels.cells import CELLS
-from .kernels.planner import memory
 from .kernels.tensors import Gradients, Kept, Weights
 
 
@@ -30,6 +29,17 @@ def check() -> None:
     step_marks.check()
     if launch := sys.modules.get(f"{__package__}.kernels.launch"):  # else nothing was launched
         launch.check()
+
+
+def compiled_by(run: Callable[[], object], threads: int | None) -> int:
+    """How many kernels ``run`` would launch: they are compiled, so many at a time, and not launched."""
+    from .kernels.compilation import instead_of_launches
+
+    found: list[Any] = []
+    # Else a backward on a GPU runs on a thread of its own, where nothing would tell it.
+    with instead_of_launches(threads, found), torch.autograd.set_multithreading_enabled(False):
+        run()
+    return len(found)
 
 
 @torch.library.custom_op("persistrnn::scan_forward", mutates_args=())
@@ -47,16 +57,16 @@ def scan_forward(
     initial: list[Tensor],
     reset: list[Tensor],
 ) -> list[Tensor]:
-    """[*states, saved] of ``Kept``, without saved unless asked for; arguments are those of ``kernels.launch.forward``,
-    weights those of ``Weights``, of which the last may be left out. Without autograd."""
+    """[*states, saved, *finals] of ``Kept``, without saved unless asked for; arguments are those of
+    ``kernels.launch.forward``, weights those of ``Weights``, of which the last may be left out. Without autograd."""
     from .kernels import launch
 
     step_marks.check()
-    extras = _tiles(extras, x_gates.shape[0], x_gates.shape[1], initial[0].shape[-1])
+    extras = _tiles(extras, x_gates.shape[0], x_gates.shape[1], weights[0].shape[-1])  # type: ignore[union-attr]
     marks, extras, *given = map(_contiguous, (marks, extras, *weights))
     given_to = x_gates.contiguous(), Weights(*given), initial, precision, save, keep, cell_dtype, marks, reset  # type: ignore[arg-type]
     kept = launch.forward(CELLS[cell], *given_to, None, extras, heads)
-    return [*kept.states, *([] if kept.saved is None else [kept.saved])]
+    return [*kept.states, *([] if kept.saved is None else [kept.saved]), *kept.finals]
 
 
 def _tiles(extras: Tensor | None, steps: int, batch: int, units: int) -> Tensor | None:
@@ -80,19 +90,22 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 @scan_forward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    cell, _, save, keep, cell_dtype, _, x_gates, _, marks, _, initial, _ = arguments
+    cell, _, save, keep, cell_dtype, _, x_gates, weights, *_ = arguments
     T, B, D, _ = x_gates.shape
-    rows, _, H = initial[0].shape
-    L, slots = rows // D, memory.c_slots(T, save or keep, marks is not None)
+    rows, _, H = weights[0].shape
+    L, others = rows // D, [cell_dtype or x_gates.dtype] * (CELLS[cell].states - 1)
     found = [x_gates.new_empty(L, T + 2, B, D, H)]
-    found += [x_gates.new_empty(L, slots, B, D, H, dtype=cell_dtype or x_gates.dtype) for _ in initial[1:]]
-    return [*found, x_gates.new_empty(L, T, B, D, CELLS[cell].saved, H)] if save else found
+    if save or keep:
+        found += [x_gates.new_empty(L, T + 2, B, D, H, dtype=dtype) for dtype in others]
+    if save:
+        found.append(x_gates.new_empty(L, T, B, D, CELLS[cell].saved, H))
+    return [*found, *(x_gates.new_empty(rows, B, H, dtype=dtype) for dtype in [x_gates.dtype, *others])]
 
 
 def kept_of(cell: str, flat: Sequence[Tensor]) -> Kept:
     """What ``scan_forward`` with save gave, by name."""
     n = CELLS[cell].states
-    return Kept(flat[:n], flat[n])
+    return Kept(flat[:n], flat[n], flat[n + 1 :])
 
 
 @torch.library.custom_op("persistrnn::scan_backward", mutates_args=())
@@ -107,7 +120,7 @@ def scan_backward(
     marks: Tensor | None,
     extras: Tensor | None,
     kept: list[Tensor],
-    d_final: list[Tensor],
+    d_final: list[Tensor | None],
     d_outputs: list[Tensor],
 ) -> list[Tensor]:
     """[dx_gates, dr_gates, *d_initial, *d_reset] of ``Gradients``, without dr_gates if it is dx_gates; arguments are
@@ -115,7 +128,7 @@ def scan_backward(
     from .kernels import launch
 
     step_marks.check()
-    finals, outputs = ([d.contiguous() for d in given] for given in (d_final, d_outputs))
+    finals, outputs = [_contiguous(d) for d in d_final], [d.contiguous() for d in d_outputs]
     extras = _tiles_beside(kept, extras)
     weight_ih, params, marks, extras = map(_contiguous, (weight_ih, params, marks, extras))
     d = launch.backward(
@@ -134,7 +147,8 @@ def _(*arguments: Any) -> list[Tensor]:
     L, of = weight_hh.shape[0] // D, CELLS[cell]
     tiles = (of.stored_gradients, of.gates)[: 1 + of.recurrent_gradient]
     gates = [d_outputs[0].new_empty(L, T, B, D, n * H) for n in tiles]
-    return [*gates, *(d.new_empty(L * D, B, H) for _ in range(1 + resets) for d in d_final)]
+    dtypes = [d_outputs[0].dtype if d is None else d.dtype for d in d_final] * (1 + resets)
+    return [*gates, *(d_outputs[0].new_empty(L * D, B, H, dtype=dtype) for dtype in dtypes)]
 
 
 def gradients_of(cell: str, flat: Sequence[Tensor]) -> Gradients:
@@ -165,7 +179,7 @@ def scan_chunk(
     float32, in float32."""
     from .kernels import launch
 
-    extras = _tiles(extras, x_gates.shape[0], x_gates.shape[1], initial[0].shape[-1])
+    extras = _tiles(extras, x_gates.shape[0], x_gates.shape[1], weights.weight_hh.shape[-1])
     given = initial, precision, save, keep, torch.float32, marks, reset, saved, extras, heads
     return launch.forward(CELLS[cell], x_gates, weights, *given)
 
@@ -192,11 +206,12 @@ def scan_chunk_backward(
 
 def with_edges(inner: Tensor, initial: Tensor, reset: Tensor | None, heads: int = 1) -> Tensor:
     """[1, T + 2, B, D, H] as a scan leaves it, from the states of all steps [T, B, D, H] and those at the edges."""
-    from .kernels import launch
+    from .kernels.fills import Fills, edges
 
     states = inner.new_empty(1, inner.shape[0] + 2, *inner.shape[1:])
     states[0, 1:-1].copy_(inner)
-    launch.edges(states, initial, reset, heads=heads)
+    edges(fills := Fills(), states, initial, reset, marked=True, heads=heads)
+    fills.run()
     return states
 
 

@@ -38,6 +38,11 @@ def cell(
     h_{t-1} + b_hh. It is pointwise: torch's operations on each unit by itself, `torch.where` for a branch. What the
     kernels run, forward and backward, follows from it (`check_cell` prints that), and is checked against autograd.
 
+    What needs other units stands between parts of a step that is a generator, which runs step by step, without kernels:
+    ``n = yield Product(reset * state.h)`` gives the recurrent half of the next gate of those whose product is not with
+    h, the last ones (r has no tile of them), ``mean = yield Mean(c)`` a mean over all units; both are in
+    `persistrnn.kernels.cells.stages`.
+
     Args:
         gates: names of the tiles of x and r, in the order of the rows of weight_ih and weight_hh
         states: names of the states, h first, which alone is multiplied by W_hh and is the layer's output
@@ -145,6 +150,7 @@ def check_cell(
     batch: int = 64,
     dtype: str = "bf16",
     device: str | None = None,
+    arch: str | None = None,
 ) -> str:
     """What was derived of a cell, in words: its tiles, what is saved, the Triton source, and the plan for a size.
 
@@ -152,29 +158,46 @@ def check_cell(
         cell: a function decorated with `cell`, or the name of a built-in cell
         hidden_size, batch: H, B
         dtype: "bf16", "fp16", "tf32" or "fp32"
-        device: a name that `persistrnn plan` knows; None: the GPU at hand, else an H200
+        device: a name that `persistrnn plan` knows; None: that of arch, else the GPU at hand, else an H200
+        arch: "sm_80", "sm_90" or another that `persistrnn audit` knows: compile both kernels for it, which needs no GPU
+            and takes seconds, and add the audit's rows; None: no audit
 
     Raises:
-        TypeError, ValueError: another cell, dtype or device
+        TypeError, ValueError: another cell, dtype, device or arch
     """
-    of = derived(_name_of(cell))
+    of, audited = derived(_name_of(cell)), ""
+    if arch is not None and decide.without_kernels(of.cell) is None:
+        audited, of_arch = decide.audited(of.cell.name, hidden_size, batch, dtype, arch)
+        device = device or of_arch
     names, numbers = of.names, of.cell
     lines = [f"cell {numbers.name}"]
     for what in ("gates", "more_inputs", "states", "params", "extras"):
         if given := getattr(names, what):
             lines.append(f"{what}: {', '.join(given)}")
+    if unread := _unread(numbers.name):
+        lines.append(f"never read by the step: {', '.join(unread)}")
     if (reason := decide.without_kernels(numbers)) is not None:
         return "\n".join([*lines, reason])
     after = "".join(f", and {names.states[i]} after the step" for i in numbers.after)
     stored = numbers.inputs + numbers.more_gradients + numbers.gates * numbers.recurrent_gradient
-    lines.append(f"saved per unit and step: {numbers.saved} tiles{after}; gradients of gates: {stored} tiles")
+    lines.append(f"tiles saved per unit and step: {numbers.saved}{after}; tiles of gates' gradients: {stored}")
     for way in ("forward", "backward"):
         lines.append(f"{way}: {_operations(of.source, way)} operations per unit and step beside the product")
     lines.append(decide.predict_stack(numbers.name, hidden_size, 1, batch, 1, 1024, dtype, device).text)
-    return "\n".join([*lines, "", of.source.rstrip()])
+    return "\n".join([*lines, *([audited] if audited else []), "", of.source.rstrip()])
+
+
+def _unread(cell: str) -> list[str]:
+    """The tiles of its arguments that a step has no use for. (h is read by the product.)"""
+    of = derived(cell)
+    names, graph = of.names, of.traced.graph
+    params = [] if names.wide else names.params
+    groups = {"x": names.inputs, "r": names.gates_of_h, "state": names.states, "p": params, "e": names.extras}
+    read = {"s0"} | {graph.name(i) for i in graph.needs([*of.traced.new, *of.traced.operands])}
+    return [f"{g}.{name}" for g, tiles in groups.items() for i, name in enumerate(tiles) if f"{g[0]}{i}" not in read]
 
 
 def _operations(source: str, way: str) -> int:
     """The lines of a function that compute something."""
     body = source.partition(f"_{way}(")[2].partition("\n\n\n")[0]
-    return sum(" = " in line for line in body.splitlines())
+    return len({line.strip() for line in body.splitlines() if " = " in line})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from persistrnn import tracing, validate
+from persistrnn import plain, tracing, validate
 from persistrnn.calls import run
 from persistrnn.decide import TORCH
 from persistrnn.eight_bits import EightBits
@@ -18,7 +18,7 @@ from persistrnn.kernels.cells import derived
 from persistrnn.options import Backend, Options, Save, check_options, check_save, check_sizes
 from persistrnn.recipe import PLAIN, Recipe, check_recipe, recipe_of, recurrent_weight, set_forget_bias, text_of
 from persistrnn.request import Request
-from persistrnn.rnn_base import RNNBaseSurface
+from persistrnn.rnn_base import RNNBaseSurface, with_its_own_error
 from persistrnn.validate import Given, Stack
 
 
@@ -34,6 +34,10 @@ def take_over(new: nn.Module, old: nn.Module, ignored: Container[str] = ()) -> N
     for name, value in old.__dict__.items():
         if name not in new.__dict__ and name not in ignored:
             new.__dict__[name] = value
+
+
+class MissingWeight(RuntimeError, AttributeError):
+    """A layer lacks a weight that its sizes ask for: torch.nn's error of a changed size, Python's of a deleted one."""
 
 
 def check_layer(layer: object) -> None:
@@ -152,8 +156,9 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
 
     def _names(self) -> Iterator[tuple[int, list[str]]]:
         """(layer, names of its parameters), once for each direction of each layer."""
+        directions = 2 if self.bidirectional else 1  # by its own name, should it be missing
         for layer in range(self.num_layers):
-            for direction in range(self._directions):
+            for direction in range(directions):
                 yield layer, validate.parameter_names(self.cell, layer, direction, self.bias, self.proj_size != 0)
 
     @property
@@ -163,7 +168,9 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         Raises:
             RuntimeError: one is missing, or would be left out: the sizes, changed since, are not those of the layer
         """
-        # No AttributeError, which Module.__getattr__ would take for one of all_weights itself.
+        return with_its_own_error(self._weights)
+
+    def _weights(self) -> list[list[Tensor]]:
         places = self._parameters, self.__dict__, type(self).__dict__  # hasattr takes 8 us to find nothing
         if left := [name for name in self._names_beyond() if any(name in place for place in places)]:
             raise RuntimeError(f"the layer has {left[0]}, and {self._shape_in_words()} leave it out; set them back")
@@ -172,7 +179,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
             return [[getattr(self, name) for name in names] for _, names in self._names()]
         except AttributeError as error:
             missing = [name for _, names in self._names() for name in names if not hasattr(self, name)]
-            raise RuntimeError(
+            raise MissingWeight(
                 f"the layer has no {', '.join(missing)}, and {self._shape_in_words()} ask for it; register it "
                 "again, or set them back"
             ) from error
@@ -215,11 +222,11 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
     @property
     def _all_weights(self) -> list[list[str]]:  # type: ignore[override]
         """Their names, as torch.nn has them: TorchRL, for one, reads it."""
-        return [names for _, names in self._names()]
+        return with_its_own_error(lambda: [names for _, names in self._names()])
 
     def _weights_of_call(self, options: Options) -> tuple[list[Tensor], EightBits | None]:
         """All of them as one list, and W_hh of a quantised layer, which has placeholders for it there."""
-        rows, recipe = self.all_weights, options.recipe
+        rows, recipe = self._weights(), options.recipe
         if self.weight_dtype is None:
             matrices, eight_bits = [recurrent_weight(row[1], recipe, options.training) for row in rows], None
         else:
@@ -368,19 +375,19 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         Raises:
             RuntimeError: an attribute was deleted
         """
-        try:
-            return Options(
-                self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.backend,
-                self.cell_dtype, self.save, self.save_budget, self.training, self.heads, self.recipe,
-            )  # fmt: skip
-        except AttributeError as error:  # as in all_weights
-            raise RuntimeError(f"{error}, and a call needs it; set it again") from error
+        return with_its_own_error(self._options)
+
+    def _options(self) -> Options:
+        return Options(
+            self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.backend,
+            self.cell_dtype, self.save, self.save_budget, self.training, self.heads, self.recipe,
+        )  # fmt: skip
 
     def forward(
         self,
         input: Input,
         hx: Any = None,
-        *,
+        *by_position: Any,
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         resets: Tensor | None = None,
@@ -388,11 +395,18 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         return_cell_states: bool = False,
         **extras: Tensor,
     ) -> Any:
+        if by_position:
+            return self(input, hx, **tracing.by_name(by_position))
+        cuts_nothing = lengths is mask is resets is reset_state is None and not extras
+        plain_call = cuts_nothing and return_cell_states is False
+        if plain_call and (outputs := plain.run(self, input, hx)) is not None:
+            self._ran_on("torch")
+            output, *states = outputs
+            return output, states[0] if len(states) == 1 else tuple(states)
         if (proxy := tracing.proxy_in(input, hx, lengths, mask, resets, reset_state, extras)) is not None:
             cuts = {"lengths": lengths, "mask": mask, "resets": resets, "reset_state": reset_state, **extras}
             return tracing.leaf(proxy, self, input, hx=hx, return_cell_states=return_cell_states, **cuts)
-        training = self.training  # outside the property, which would make another error of a deleted one than torch.nn
-        options, sizes = self.options._replace(training=training), (self.input_size, self.hidden_size, self.proj_size)
+        options, sizes = self._options(), (self.input_size, self.hidden_size, self.proj_size)
         check_options(options)
         check_sizes(*sizes, self.heads)
         weights, eight_bits = self._weights_of_call(options)
@@ -402,6 +416,13 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
             Request(self.cell, input, weights, hx, options, given, return_cell_states, sizes, learned, eight_bits)
         )
         if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
-            self.last_path = found.path
+            self._ran_on(found.path)
+            worth_it = plain_call and type(input) is Tensor and input.dim() == 3
+            if worth_it and type(self).all_weights is RecurrentBase.all_weights:
+                plain.remember(self, weights, found.path)
         state = found.states[0] if len(found.states) == 1 else tuple(found.states)
         return (found.output, state, found.c) if return_cell_states else (found.output, state)
+
+    def _ran_on(self, path: str) -> None:
+        if self.__dict__.get("last_path") != path:  # to set an attribute of a module takes a microsecond
+            self.last_path = path

@@ -54,9 +54,10 @@ def replace(model: nn.Module, *, backend: Backend = "auto") -> Replacement[Recur
     list, another object) still holds the old one; `isinstance(layer, torch.nn.LSTM)` is false afterwards. Wrap the
     model (DDP, FSDP, torch.compile) after the swap.
 
-    Tools that go by type, such as torch.ao.quantization.quantize_dynamic, torch.jit.script, Opacus's DPLSTM and its
-    validator, do not know the new layers: `restore` the model before them. Pruning, parametrizations, `torch.export`
-    and per-module counters take them as they are. `accelerated` runs torch.nn's layers without a swap.
+    Tools that go by type, such as torch.jit.script, Opacus's DPLSTM and its validator, do not know the new layers:
+    `restore` the model before them. torch.ao.quantization.quantize_dynamic does to them what it does to torch.nn's, or
+    they warn. Pruning, parametrizations, `torch.export` and per-module counters take them as they are. `accelerated`
+    runs torch.nn's layers without a swap.
 
     Args:
         model: any module; itself a torch.nn.LSTM, GRU or RNN, the new layer is the result's `model`
@@ -85,8 +86,8 @@ def restore(model: nn.Module) -> Replacement[nn.RNNBase]:
 
     Returns:
         A `Replacement`, printable. Left alone, with a reason each: cells and options that torch.nn has not, subclasses,
-        parametrized layers, layers with a forward of their own. Its `lost` has the options that torch.nn's layers do
-        not take: save, save_budget, cell_dtype, and the backend "persistent".
+        parametrized layers, layers with a forward of their own, or in a `Stacked` or `Streaming`. Its `lost` has the
+        options that torch.nn's layers do not take: save, save_budget, cell_dtype, and the backend "persistent".
 
     Raises:
         TypeError: model is no module
@@ -107,10 +108,17 @@ def _swap(
     result: Replacement[Any] = Replacement(model)
     made: dict[int, nn.Module] = {}
     names: dict[int, str] = {}
+    holders = {
+        id(layer): type(holder).__name__
+        for holder in model.modules()
+        if getattr(holder, "holds_ours", False)
+        for layer in holder.modules()
+    }
     for name, module in model.named_modules():
         if not isinstance(module, kind):
             continue
-        reason = obstacle(module)
+        held = f"a {holders[id(module)]} takes layers of persistrnn alone" if id(module) in holders else None
+        reason = held or obstacle(module)
         if reason is not None:
             result.left[name] = reason
             continue

@@ -1,13 +1,25 @@
 """What old code reads of torch.nn.RNNBase beside its documented surface: flat weights, and its checks by name."""
 
-import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from persistrnn import dynamic_quantization
+from persistrnn.decide import TORCH
 from persistrnn.kernels.cells import CELLS
+
+Value = TypeVar("Value")
+
+
+def with_its_own_error(get: Callable[[], Value]) -> Value:
+    """What a property gives. Of an AttributeError in it, as of a deleted weight, `nn.Module.__getattr__` would say that
+    there is no such property."""
+    try:
+        return get()
+    except AttributeError as error:
+        raise RuntimeError(str(error)) from error
 
 
 class RNNBaseSurface:
@@ -46,7 +58,8 @@ class RNNBaseSurface:
 
     @property
     def qconfig(self) -> Any:
-        """What torch.ao.quantization sets on every module of a model that it quantizes; else there is none."""
+        """What torch.ao.quantization sets on every module of a model that it quantizes; else there is none. See
+        ``dynamic_quantization``."""
         try:
             return self.__dict__["qconfig"]
         except KeyError:
@@ -54,12 +67,8 @@ class RNNBaseSurface:
 
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
-        warnings.warn(
-            f"torch.ao.quantization goes by type and leaves a persistrnn.{type(self).__name__} as it is, in its own "
-            "dtype; if it is to be quantized, call persistrnn.restore(model) before",
-            stacklevel=2,
-        )
-        self.__dict__["qconfig"] = value
+        of_torch = getattr(nn, TORCH[self.cell].layer) if self.cell in TORCH else None
+        self.__dict__["qconfig"] = dynamic_quantization.configured(self, of_torch, value)
 
     @qconfig.deleter
     def qconfig(self) -> None:

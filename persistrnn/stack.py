@@ -97,7 +97,7 @@ def run(
         decision: what was decided
         x: [T, B, I], contiguous
         weights: all of them, in torch.nn's order
-        states: h0 and what other states the cell has, each [L*D, B, features]
+        states: h0 and what other states the cell has, each [L*D, B, features]; none where ``reads_no_zeros``
         scales: of W_hh of 8 bits, of each layer and direction (``eight_bits``); on the kernels alone
     """
     if decision.call.hides:
@@ -139,6 +139,13 @@ def run(
     return Result(y, c, finals)
 
 
+def reads_no_zeros(decision: Decision) -> bool:
+    """Whether states of zeros need not be there: the kernels' own operators make them with what else they fill."""
+    call = decision.call
+    whole = decision.path == "persistent" and (decision.pipeline or not decision.chunk)
+    return whole and call.batch != 0 and call.proj_size == 0 and not call.hides
+
+
 def _hiding(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], cuts: Cuts) -> Result:
     """Layers of a cell whose h is its second state, behind what other units see of it: one after the other, as each
     reads every h of the one below. states, and those of the result: h first, without what is seen."""
@@ -158,7 +165,7 @@ def _hiding(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Se
         assert found.c is not None
         x = found.c.to(x.dtype)
         finals.append(found.finals[1:])
-    return Result(x, None, [torch.cat(s) for s in zip(*finals, strict=True)])
+    return Result(x, None, _all_layers(finals))
 
 
 def _in_one_launch(
@@ -220,7 +227,12 @@ def _layers(
         else:
             y, c, final = _recurrent(stack.cell, x_gates, own.weight_hh, own.bias_hh, given, recurrence)
         finals.append([_heads_together(s, split) for s in final])
-    return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
+    return Result(y, c, _all_layers(finals))
+
+
+def _all_layers(finals: Sequence[list[Tensor]]) -> list[Tensor]:
+    """The states of each layer as those of the stack."""
+    return finals[0] if len(finals) == 1 else [torch.cat(s) for s in zip(*finals, strict=True)]
 
 
 def _input_half(cell: str, y: Tensor, own: _Weights) -> Tensor:
@@ -281,7 +293,7 @@ def _in_chunks(
             **_beside(stack.directions * stack.heads, None, extras, _keys_of(stack, cuts, rows, stack.heads)),
         )
         finals.append([_heads_together(s, stack.heads) for s in final])
-    return Result(y, c, [torch.cat(s) for s in zip(*finals, strict=True)])
+    return Result(y, c, _all_layers(finals))
 
 
 def _weights_of(stack: Call, weights: Sequence[Tensor], layer: int) -> _Weights:
@@ -341,7 +353,7 @@ def _projected(
     inner = given._replace(states=(nothing, c0), reset=reset)
     s, c, (s_n, c_n) = _recurrent(cell, x_gates, weight_hh @ weight_hr, bias_hh, inner, recurrence)
     y = torch.cat([F.linear(part, w) for part, w in zip(s.split(H, dim=-1), weight_hr, strict=True)], dim=-1)
-    h_n = s_n @ weight_hr.mT
+    h_n = torch.stack([F.linear(s, w) for s, w in zip(s_n, weight_hr, strict=True)])  # its gradient is contiguous
     if given.active is not None:
         h_n = torch.where(given.active.any(0).unsqueeze(-1), h_n, h0)
     return Result(y, c, [h_n, c_n])

@@ -50,6 +50,8 @@ class Stacked(nn.Module):
     Raises: TypeError and ValueError for layers that do not fit each other, and all that the layers raise.
     """
 
+    holds_ours = True  # to tools that swap layers: its own are of this library
+
     def __init__(
         self,
         layers: Iterable[RecurrentBase],
@@ -134,13 +136,15 @@ class Stacked(nn.Module):
         self,
         input: Input,
         hx: Any = None,
-        *,
+        *by_position: Any,
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: Any = None,
         return_cell_states: bool = False,
     ) -> Any:
+        if by_position:
+            return self(input, hx, **tracing.by_name(by_position))
         if (proxy := tracing.proxy_in(input, hx, lengths, mask, resets, reset_state)) is not None:
             cuts = {"lengths": lengths, "mask": mask, "resets": resets, "reset_state": reset_state}
             return tracing.leaf(proxy, self, input, hx=hx, return_cell_states=return_cell_states, **cuts)

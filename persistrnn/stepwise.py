@@ -12,8 +12,9 @@ from torch.autograd import Function
 from persistrnn import reference
 from persistrnn.decide import active_transforms, expects_backward
 from persistrnn.kernels.cells import CELLS
+from persistrnn.mapping import operator_by_gradients
 from persistrnn.reference import Result
-from persistrnn.torch_path import autograd_inside_an_operator, unaliased
+from persistrnn.torch_path import autograd_inside_an_operator, gradients, unaliased
 from persistrnn.tracing import exporting_to_onnx, outside_of_graphs
 
 
@@ -83,11 +84,12 @@ def _forward(cell: str, marks: Tensor | None, extras: Tensor | None, *tensors: T
 def backward(
     cell: str, marks: Tensor | None, extras: Tensor | None, tensors: list[Tensor], grads: list[Tensor]
 ) -> list[Tensor]:
-    """Gradients of ``tensors``, given those of the forward's outputs. Runs the forward again."""
+    """Gradients of ``tensors``, given those of the forward's outputs, or of each of N with a dimension N in front. Runs
+    the forward again."""
     with autograd_inside_an_operator():
         leaves = [t.detach().requires_grad_() for t in tensors]
         outputs = _run(cell, marks, extras, leaves)
-        found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True, materialize_grads=True)
+        found = gradients(outputs, leaves, grads)
     return unaliased(found, [*tensors, *grads])
 
 
@@ -95,7 +97,10 @@ def backward(
 def _(
     cell: str, marks: Tensor | None, extras: Tensor | None, tensors: list[Tensor], grads: list[Tensor]
 ) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in tensors]
+    return [t.new_empty(*grads[0].shape[:-3], *t.shape) for t in tensors]
+
+
+operator_by_gradients(backward)
 
 
 class _Stepwise(Function):

@@ -35,6 +35,8 @@ class Streaming(nn.Module):
         ValueError: a bidirectional layer, which needs the whole sequence
     """
 
+    holds_ours = True  # as of a stack
+
     def __init__(self, layer: RecurrentBase | Stacked, *, detach: bool = True) -> None:
         super().__init__()
         if not isinstance(layer, Stacked):

@@ -175,12 +175,12 @@ class _Chunked(Function):
         (cell, save, _, _, _, keeps, return_c, _), tensors = arguments[:8], arguments[8:]
         k = inputs_without_weights(cell)
         if masks.are_keys(inputs_of(cell, tensors).extras):  # each sample has the rows of its own batch
-            return each_sample(_Chunked, info, in_dims, arguments[:8], tensors)
+            return each_sample(_Chunked.apply, info, in_dims, arguments[:8], tensors)
         # where B is in the tensors of Inputs and of Outputs
         axes = (1, 1, 2, *(1,) * (k - 3), *(None,) * (len(tensors) - k))
         n, m = CELLS[cell].states, whole_states(cell, save, keeps, return_c)
         out_axes = (*(1,) * (m + n), *((1,) if save == "gates" else (2,) * n if save == "checkpoint" else ()) * keeps)
-        return mapped(_Chunked, info, in_dims, arguments[:8], tensors, axes, out_axes)
+        return mapped(_Chunked.apply, info, in_dims, arguments[:8], tensors, axes, out_axes)
 
 
 class _ChunkedBackward(Function):
@@ -212,7 +212,7 @@ class _ChunkedBackward(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return each_sample(_ChunkedBackward, info, in_dims, arguments[:8], arguments[8:])
+        return each_sample(_ChunkedBackward.apply, info, in_dims, arguments[:8], arguments[8:])
 
 
 def _first_derivative(

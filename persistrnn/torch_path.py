@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from persistrnn.decide import TORCH, expects_backward, inside_torch_func
 from persistrnn.kernels.cells import CELLS
+from persistrnn.mapping import operator_by_gradients
 
 
 def stack(
@@ -129,20 +130,26 @@ def _eager(
     options: tuple[bool, int, float, bool, bool],
     batch_first: bool,
 ) -> list[Tensor]:
-    function: Callable[..., tuple[Tensor, ...]] = functools.partial(_own_call, getattr(torch._VF, cell))
-    hx = tuple(states) if len(states) > 1 else states[0]
     # Only on a GPU can the warning come, and catching it costs time and changes a setting of the whole process.
     with _no_flat_weight_warning() if input.is_cuda else _NOTHING:
-        given = [input, hx] if batch_sizes is None else [input, batch_sizes, hx]
+        given = [input] if batch_sizes is None else [input, batch_sizes]
         how = (*options, batch_first) if batch_sizes is None else options
         autocast = autocast_dtype(input)
         if autocast is None or input.device.type != "cpu":
-            return list(function(*given, list(weights), *how))
+            return call(cell, given, states, weights, how)
         dtypes = output_dtypes(cell, input, states, autocast)
         if TORCH[cell].onednn and input.dtype != torch.float64:
             given[0] = input.to(autocast)
-        outputs = function(*given, list(weights), *how)
+        outputs = call(cell, given, states, weights, how)
         return [t.to(dtype) for t, dtype in zip(outputs, dtypes, strict=True)]
+
+
+def call(
+    cell: str, given: list[Any], states: Sequence[Tensor], weights: Sequence[Tensor], how: tuple[Any, ...]
+) -> list[Tensor]:
+    """[output, *states] of torch's function. given: the input, and batch_sizes of a PackedSequence."""
+    hx = tuple(states) if len(states) > 1 else states[0]
+    return list(_own_call(getattr(torch._VF, cell), *given, hx, list(weights), *how))
 
 
 _own = threading.local()
@@ -221,6 +228,10 @@ def _operator(
     """One layer as an operator."""
     fixed = cell, bias, bidirectional, autocast
     tensors = _distinct([input, *states, *weights])
+    if (
+        inside_torch_func()
+    ):  # dynamo does not know that what torch.func wraps requires a gradient, but of what is made of it
+        tensors = [t.view_as(t) for t in tensors]
     found: Sequence[Tensor] = (
         # Dynamo cannot trace a Function with ``*tensors`` where no gradient is asked for (seen: 2.13).
         _Layer.apply(*fixed, *tensors) if expects_backward(tensors) else layer_forward(*fixed, tensors)
@@ -300,6 +311,16 @@ def unaliased(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tenso
     return result
 
 
+def gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Those of the leaves, given those of the outputs, or those of N samples, with a dimension N in front of each."""
+    how = {"allow_unused": True, "materialize_grads": True}
+    if grads[0].dim() == outputs[0].dim():
+        return torch.autograd.grad(outputs, leaves, grads, **how)
+    each = zip(*grads, strict=True)
+    samples = [torch.autograd.grad(outputs, leaves, of_one, retain_graph=True, **how) for of_one in each]
+    return [torch.stack(of_leaf) for of_leaf in zip(*samples, strict=True)]
+
+
 @contextlib.contextmanager
 def autograd_inside_an_operator() -> Iterator[None]:
     """Let autograd record again. An operator runs below autograd: its dispatch keys are excluded there, which
@@ -349,13 +370,13 @@ def layer_backward(
     tensors: list[Tensor],
     grads: list[Tensor],
 ) -> list[Tensor]:
-    """The gradients of `tensors`, given those of layer_forward's outputs. Runs the forward again: what cuDNN
-    and oneDNN save for their backward has no shape that a compiler could know."""
+    """The gradients of `tensors`, given those of layer_forward's outputs, or of each of N with a dimension N in front.
+    Runs the forward again: what cuDNN and oneDNN save for their backward has no shape that a compiler could know."""
     with autograd_inside_an_operator():
         leaves = [t.detach().requires_grad_() for t in tensors]
         # training=True: without it cuDNN saves nothing and refuses the backward.
         outputs = _run_layer(cell, bias, bidirectional, autocast, True, leaves)
-        result = torch.autograd.grad(outputs, leaves, grads)
+        result = gradients(outputs, leaves, grads)
     return unaliased(result, [*tensors, *grads])
 
 
@@ -368,7 +389,10 @@ def _(
     tensors: list[Tensor],
     grads: list[Tensor],
 ) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in tensors]
+    return [t.new_empty(*grads[0].shape[:-3], *t.shape) for t in tensors]
+
+
+operator_by_gradients(layer_backward)
 
 
 class _Layer(torch.autograd.Function):

@@ -7,12 +7,15 @@ modules are not in torch.nn, and gets the node's `Proxy` back (`leaf`).
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.fx import Proxy
+
+KEYWORDS = ("lengths", "mask", "resets", "reset_state", "return_cell_states")  # of a layer's call, in their order
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -32,6 +35,16 @@ def outside_of_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
         function = torch.compiler.disable(function)
     return function(*arguments)
+
+
+def by_the_host(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)``, of tensors on a CPU whose values it reads: no part of a trace of make_fx, as
+    torch.func.linearize makes one, in which tensors have no values."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if torch.compiler.is_compiling() or proxies is None or proxies.get_proxy_mode() is None:
+        return function(*arguments)
+    with proxies.disable_proxy_modes_tracing():
+        return function(*arguments)
 
 
 def proxy_in(*values: Any) -> Proxy | None:
@@ -74,6 +87,23 @@ def leaf_function(function: Function) -> Function:
 def exporting_to_onnx() -> bool:
     """Whether torch.onnx.export, either of its exporters, is tracing."""
     return (torch.compiler.is_exporting() or by_torch_jit()) and _in_onnx_export()
+
+
+def by_name(by_position: Sequence[Any]) -> dict[str, Any]:
+    """Keyword arguments of a layer that came by position.
+
+    Raises:
+        TypeError: not from torch.onnx's exporter on torch.jit.trace, which hands a model all arguments so
+    """
+    if not exporting_to_onnx():
+        raise TypeError(
+            f"forward() takes from 2 to 3 positional arguments but {3 + len(by_position)} were given; a state of "
+            "several tensors is a tuple, and lengths and the like go by keyword"
+        )
+    found = dict(zip(KEYWORDS, by_position, strict=True))
+    with warnings.catch_warnings():  # that it, traced as a tensor, is a constant
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        return found | {"return_cell_states": bool(found["return_cell_states"])}
 
 
 @constant

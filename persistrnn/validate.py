@@ -17,7 +17,7 @@ from persistrnn import step_marks, torch_path
 from persistrnn.decide import TORCH, called
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Options, check_heads, check_sizes, described
-from persistrnn.tracing import by_torch_jit
+from persistrnn.tracing import by_the_host, by_torch_jit
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -209,7 +209,7 @@ def read_input(input: object, stack: Stack, weights: Sequence[Tensor], batch_fir
         raise TypeError(f"input is a tensor or a PackedSequence, got {type(data).__name__}")
     _check_dense("input", data)
     if packed is not None:
-        _check_packed(packed)
+        by_the_host(_check_packed, packed)
     if data.dim() not in (2, 3):
         raise ValueError(f"{called(stack.cell)}: Expected input to be 2D or 3D, got {data.dim()}D instead")
     dtype = weights[0].dtype
@@ -229,7 +229,8 @@ def read_input(input: object, stack: Stack, weights: Sequence[Tensor], batch_fir
                 f"found input tensor at {data.device} and parameter tensor at {weight.device}"
             )
     if packed is not None:
-        return Batch(data, packed, packed.batch_sizes.numel(), int(packed.batch_sizes[0]), False, False)
+        rows = by_the_host(lambda: int(packed.batch_sizes[0]))
+        return Batch(data, packed, packed.batch_sizes.numel(), rows, False, False)
     shape = tuple(data.shape)
     unbatched = data.dim() == 2
     if unbatched:

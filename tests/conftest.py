@@ -22,6 +22,10 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from interpreted import quicken  # only here: it imports Triton
+
+        quicken()
 
 
 @pytest.fixture(scope="session")

@@ -353,7 +353,7 @@ def items(machine: Machine) -> list[Item]:
     found += [Item("l2", here, payload, rate, partial(_broadcast, machine, payload)) for payload in scale.broadcast]
     for depth in scale.sweep:
         t = kernels.swept(depth, not machine.cuda)
-        needed, room = plan.shared_bound(t, 2)[2], machine.hardware.shared
+        needed, room = plan.shared_bound(t, 2, 2)[2], machine.hardware.shared
         skip = f"{needed:,} bytes of shared memory, there are {room:,}" if needed > room else ""
         found.append(Item("shared", here, t.m * depth * 2, rate, partial(_sweep, machine, depth), skip))
     found.append(Item("barrier", here, 0, "us", lambda: _barrier(machine)))

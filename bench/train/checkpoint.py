@@ -87,7 +87,9 @@ def load(folder: Path) -> dict[str, Any] | None:
             raise ValueError("no checksum at its end: it is cut short, or another program or version wrote it")
         if end != MARK + hashlib.sha256(archive).digest():
             raise ValueError("its checksum differs: bytes of it have changed")
-        content: dict[str, Any] = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is no checkpoint that can be read ({error}): {ANEW}") from error
     return content

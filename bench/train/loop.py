@@ -23,7 +23,8 @@ from bench.train.ranks import say
 from bench.train.workload import Workload
 
 BASELINE = "torch.nn"  # the folder, within that of the run, of what a comparison trains beside persistrnn
-# Of a run, and so of its checkpoint: what has a state_dict, and what is kept as it is.
+# Of a checkpoint: what is no attribute of the run, what has a state_dict, and what is kept as it is.
+OTHERS = ("workload", "settings", "data", "ranks")
 MODULES = ("model", "optimizer", "scaler")
 NUMBERS = ("losses", "count", "quality", "speed", "memory")
 
@@ -211,8 +212,13 @@ def look(program: type[Workload], folder: Path, resume: bool, overwrite: bool = 
     content: dict[str, Any] | None = None if overwrite else ranks.by_first(lambda: checkpoint.load(folder))
     if content is None:
         return None
+    if missing := sorted({*OTHERS, *MODULES, *NUMBERS} - content.keys()):
+        raise UsageError(
+            f"the checkpoint was made by another version of this program (it lacks {', '.join(missing)}): {ANEW}"
+        )
     if content["workload"] != program.name:
         raise UsageError(f"{folder} holds a run of {content['workload']}, this is {program.name}: {ANEW}")
+    program.settings_type.check_saved(content["settings"])
     if not resume and (done := len(content["losses"])) < (steps := content["settings"]["steps"]):
         raise UsageError(
             f"{folder} holds an unfinished run ({done:,} of {steps} steps): continue it with --resume, or {ANEW}"

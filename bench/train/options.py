@@ -5,7 +5,7 @@ import math
 import os
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -137,13 +137,22 @@ class Settings:
         return cls(**{**cls.defaults(given), **given})
 
     @classmethod
-    def resumed(cls: type[SettingsT], saved: dict[str, Any], given: dict[str, Any]) -> SettingsT:
-        """The saved settings; an option given again must agree with them."""
-        if saved.keys() != (known := {each.name for each in fields(cls)}):
+    def check_saved(cls, saved: Any) -> None:
+        """Raises UsageError for what no run of this program has saved."""
+        own = {each.name: each for each in fields(cls)}
+        if not isinstance(saved, dict) or saved.keys() != own.keys():
+            others = ", ".join(sorted(map(str, set(saved) ^ own.keys()))) if isinstance(saved, dict) else "none"
             raise UsageError(
-                f"the checkpoint was made by another version of this program, which had other options "
-                f"({', '.join(sorted(map(str, saved.keys() ^ known)))}): {ANEW}"
+                f"the checkpoint was made by another version of this program, which had other options ({others}): "
+                f"{ANEW}"
             )
+        for name, value in saved.items():
+            if value != own[name].default and not _may_be(value, own[name].type, **how(own[name])):
+                raise UsageError(f"the checkpoint was made with {flag(name)} {value!r}, which is not allowed: {ANEW}")
+
+    @classmethod
+    def resumed(cls: type[SettingsT], saved: dict[str, Any], given: dict[str, Any]) -> SettingsT:
+        """The saved settings, checked; an option given again must agree with them."""
         for name, value in given.items():
             if value != saved[name]:
                 raise UsageError(
@@ -158,6 +167,22 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def how(field: Field[Any]) -> dict[str, Any]:
+    """A field's option, as for argparse's add_argument. A subclass that only changes a default does not declare it
+    again."""
+    return dict(field.metadata or next(each.metadata for each in fields(Settings) if each.name == field.name))
+
+
+def _may_be(value: Any, kind: Any, type: Callable[[str], Any] = str, choices: Any = None, **_: Any) -> bool:
+    """Whether the option with this type and these choices could have given the value."""
+    if kind is bool:
+        return isinstance(value, bool)
+    try:
+        return value == type(str(value)) and (choices is None or value in choices)
+    except argparse.ArgumentTypeError:
+        return False
+
+
 def parser(settings: type[Settings], name: str, description: str) -> argparse.ArgumentParser:
     """The options of a program's settings, absent from the result unless given, and those that every program has."""
     made = argparse.ArgumentParser(
@@ -168,17 +193,15 @@ def parser(settings: type[Settings], name: str, description: str) -> argparse.Ar
         allow_abbrev=False,
     )
     kept = made.add_argument_group("the model and its training (kept in the checkpoint)")
-    # A subclass that only changes a default does not declare the option again.
-    declared = {each.name: each.metadata for each in fields(Settings)}
     for each in fields(settings):
-        how = dict(each.metadata or declared[each.name])
+        given = how(each)
         if each.type is bool:
-            how["action"] = "store_true"
+            given["action"] = "store_true"
         elif each.default is not None:
-            how["help"] += f" (default {each.default})"
+            given["help"] += f" (default {each.default})"
         if each.type in METAVARS:
-            how["metavar"] = METAVARS[each.type]
-        kept.add_argument(flag(each.name), **how)
+            given["metavar"] = METAVARS[each.type]
+        kept.add_argument(flag(each.name), **given)
 
     job = made.add_argument_group("this command")
     either = job.add_mutually_exclusive_group()

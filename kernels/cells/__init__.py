@@ -28,6 +28,7 @@ class Cell:
         after: which of the states after the step the backward reads as well, from where the forward has put them.
         params: names of its parameters per unit, each [H] of a layer and direction, beside weights and biases.
         extras: names of what it takes per step and unit beside its gates, without gradient: masks.
+        masks: how many of ``extras``, the last ones, are drawn from a seed (``variants``).
         more_inputs: tiles of the input half beyond the gates.
         more_gradients: tiles that the backward stores behind dx, for the gradients of ``params`` alone.
         finite_at_zero: whether both passes make finite numbers of zeros, step after step: then units past H, which
@@ -42,6 +43,8 @@ class Cell:
         given_out: states of which a caller can have every step: h and, where there is one, the second (c).
         gates_of_h: gates whose product is with h.
         param_tiles: of each of ``params``, per unit.
+        step_params: tiles of all parameters that the step is given.
+        staged: whether its step has several stages.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Cell:
     means: int = 0
     wide: tuple[str, ...] = ()
     normalised: bool = False
+    masks: int = 0
 
     # Fields and no properties: torch.compile reads the fields of a frozen dataclass alone.
     inputs: int = field(init=False)
@@ -66,6 +70,8 @@ class Cell:
     given_out: int = field(init=False)
     gates_of_h: int = field(init=False)
     param_tiles: tuple[int, ...] = field(init=False)
+    step_params: int = field(init=False)
+    staged: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", self.gates + self.more_inputs)
@@ -74,11 +80,13 @@ class Cell:
         object.__setattr__(self, "gates_of_h", self.gates - self.products)
         tiles = tuple(self.gates if name in self.wide else 1 for name in self.params)
         object.__setattr__(self, "param_tiles", tiles)
+        object.__setattr__(self, "step_params", sum(tiles) + self.gates * self.normalised)
+        object.__setattr__(self, "staged", self.products + self.means > 0)
 
 
 # The names of ``library.CELLS``, known without deriving one.
 BUILT_IN = ("lstm", "gru", "rnn_tanh", "rnn_relu", "peephole", "coupled", "mgu", "janet", "slstm")
-# Those of ``library.STAGED``, whose steps have several stages. The kernels run steps of one.
+# Those of ``library.STAGED``, whose steps have several stages, and kernels of their own.
 STAGED = ("gru_reset_before", "layer_norm_lstm", "layer_norm_gru")
 LAYER_NORM_EPS = 1e-5  # what a layer norm adds to the variance: torch.nn.LayerNorm's
 _registered: dict[str, Derived] = {}

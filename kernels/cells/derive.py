@@ -16,8 +16,9 @@ from torch import Tensor
 from . import Cell, stages
 from .graph import CellError, Graph
 from .saving import Saving, Traced, choose
-from .tracing import trace
-from .triton_source import HEADER, backward_text, forward_text, load
+from .stages import Answer
+from .tracing import SHAPE, called, checked, trace
+from .triton_source import HEADER, backward_text, forward_text, load, staged_backward_text, staged_forward_text
 
 Tiles = Sequence[Tensor]
 
@@ -69,7 +70,7 @@ class Derived:
         names: of its tiles
         step: ``step(x, r, state, p=(), e=()) -> new_state``, tuples of tensors, in torch; of several stages a
             generator (``stages``)
-        source: the text of its Triton pair; empty if it has several stages
+        source: the text of its Triton pair
     """
 
     cell: Cell
@@ -85,13 +86,15 @@ class Derived:
 
     @property
     def forward(self) -> Any:
-        """Jitted: ``(x_gates, r_gates, state, p, e) -> new_state, saved``."""
+        """Jitted: ``(x_gates, r_gates, state, p, e) -> new_state, saved``; of several stages with the number of a part
+        before, and the results of the stages behind (``triton_source``)."""
         return self._pair[0]
 
     @property
     def backward(self) -> Any:
         """Jitted: ``(d_state, saved + states after, previous_state, p, e) -> dx_gates + more, dr_gates,
-        d_previous_state`` (elementwise part)."""
+        d_previous_state`` (elementwise part); of several stages with the number of a part before, and the gradients
+        of the stages' operands behind."""
         return self._pair[1]
 
     def run_step(
@@ -102,22 +105,30 @@ class Derived:
         return found
 
     def run_forward(
-        self, x: Tiles, r: Tiles, state: Tiles, p: Tiles = (), e: Tiles = ()
+        self, x: Tiles, r: Tiles, state: Tiles, p: Tiles = (), e: Tiles = (), q: Tiles = ()
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """``forward`` in torch."""
+        """``forward`` in torch. q: what its later stages give."""
         graph = self.traced.graph
-        given = _given(graph, x=x, r=r, s=state, p=p, e=e)
+        given = given_tiles(graph, x=x, r=r, s=state, p=p, e=e, q=q)
         found = graph.evaluate(self.traced.new + self.saving.saved, given, x[0])
         return found[: self.cell.states], found[self.cell.states :]
 
     def run_backward(
-        self, d_state: Tiles, saved: Tiles, after: Tiles, previous: Tiles, p: Tiles = (), e: Tiles = ()
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """``backward`` in torch. after: the states ``cell.after`` after the step."""
+        self, d_state: Tiles, saved: Tiles, after: Tiles, previous: Tiles, p: Tiles = (), e: Tiles = (),
+        transposed: Answer | None = None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
+        """``backward`` in torch, of a step of several stages with those: means are over the last dimension. after: the
+        states ``cell.after`` after the step. transposed: the later product by the transposed matrix; the gradients of
+        its results are behind those of r."""
         graph, traced = self.traced.graph, self.traced
-        parts = traced.dx + self.saving.more, traced.dr, traced.ds
-        given = _given(graph, d=d_state, s=previous, p=p, e=e) | self._kept(saved, after)
-        return _split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
+        parts = traced.dx + self.saving.more, self._dr(traced.dr, traced.dq), traced.ds
+        given = given_tiles(graph, d=d_state) | self.at_hand(saved, after, previous, p, e)
+        self._through_stages(graph, given, traced.dq, transposed)
+        return split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
+
+    def at_hand(self, saved: Tiles, after: Tiles, previous: Tiles, p: Tiles = (), e: Tiles = ()) -> dict[int, Tensor]:
+        """What the backward has beside gradients, by node."""
+        return given_tiles(self.traced.graph, s=previous, p=p, e=e) | self._kept(saved, after)
 
     def param_gradients(
         self, dx: Tiles, dr: Tiles, saved: Tiles, after: Tiles, previous: Tiles, p: Tiles, e: Tiles = ()
@@ -125,14 +136,35 @@ class Derived:
         """The parameters' gradients from what is in memory after the scan, tile by tile: to be summed over time and
         batch. dx: with the tiles of ``more_gradients`` behind it; p: broadcast against the others."""
         graph = self.traced.graph
-        given = _given(graph, s=previous, p=p, e=e) | self._kept(saved, after)
-        for nodes, tiles in ((self.traced.dx + self.saving.more, dx), (self.traced.dr, dr)):
+        given = self.at_hand(saved, after, previous, p, e)
+        of_r = self._dr(self.traced.dr, self.traced.dq)
+        for nodes, tiles in ((self.traced.dx + self.saving.more, dx), (of_r, dr)):
             given |= {i: t for i, t in zip(nodes, tiles, strict=True) if graph.value(i) is None}
         return graph.evaluate(self.traced.dp, given, dr[0])
 
+    def _dr(self, dr: Sequence[int], dq: Sequence[int]) -> list[int]:
+        """Of all gates, those of later products too."""
+        return [*dr, *dq[: self.cell.products]]
+
+    def _through_stages(
+        self, graph: Graph, given: dict[int, Tensor], dq: Sequence[int], transposed: Answer | None
+    ) -> None:
+        """Add to ``given`` the gradients of the stages' operands, which are the last results: each from that of what
+        the stage gives, into which those of later stages go."""
+        d = {int(graph.name(i)[1:]): t for i, t in given.items() if graph.name(i)[:1] == "d"}
+        for k in reversed(range(len(dq))):
+            (of_result,) = graph.evaluate([dq[k]], given, d[0])
+            if k < self.cell.products:
+                assert transposed is not None
+                of_operand = transposed(of_result)
+            else:
+                of_operand = of_result.mean(-1, keepdim=True).expand_as(of_result)
+            given[graph.input(f"d{len(d) + k}")] = of_operand
+
     def run_second(
-        self, d_state: Tiles, saved: Tiles, d_saved: Tiles, after: Tiles, previous: Tiles, p: Tiles = (), e: Tiles = ()
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        self, d_state: Tiles, saved: Tiles, d_saved: Tiles, after: Tiles, previous: Tiles, p: Tiles = (), e: Tiles = (),
+        transposed: Answer | None = None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
         """(dx, dr, d_previous, d_params) given gradients of the saved tiles as well, which only a second derivative
         has. Differentiable.
 
@@ -140,9 +172,11 @@ class Derived:
             CellError: they need a tile that the forward does not keep.
         """
         graph, nodes, bits, grads = self._second
-        parts = grads[:4]
-        given = _given(graph, d=(*d_state, *d_saved), s=previous, p=p, e=e) | self._kept(saved, after, nodes, bits)
-        return _split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
+        dq = grads[-1] if self.names.stages else []
+        parts = grads[0], self._dr(grads[1], dq), *grads[2:4]
+        given = given_tiles(graph, d=(*d_state, *d_saved), s=previous, p=p, e=e) | self._kept(saved, after, nodes, bits)
+        self._through_stages(graph, given, dq, transposed)
+        return split(graph.evaluate([*chain(*parts)], given, d_state[0]), parts)  # type: ignore[return-value]
 
     @property
     def differentiates_twice(self) -> bool:
@@ -151,19 +185,21 @@ class Derived:
         states = self.cell.states
         given = {*nodes[states:], *bits, *(nodes[i] for i in self.cell.after)}
         missing = (graph.name(i) for i in graph.needs(chain(*grads), given))
-        return not any(name[:1] in ("x", "r") for name in missing)
+        return not any(name[:1] in ("x", "r", "q") for name in missing)
 
     @cached_property
     def _second(self) -> tuple[Graph, list[int], list[int], list[list[int]]]:
         """Traced from the step once more, the saved tiles among its results: a graph, in which are those results, the
         bits and the gradients."""
-        graph, count = Graph(), self.cell.states + self.cell.saved
+        graph, results = Graph(), [*self.traced.new, *self.saving.saved, *self.traced.operands]
 
         def step(*arguments: Tiles) -> tuple[Tensor, ...]:
-            new, saved = self.run_forward(*arguments)
-            return (*new, *saved)
+            given = given_tiles(self.traced.graph, **dict(zip("xrspeq", arguments, strict=False)))
+            return self.traced.graph.evaluate(results, given, arguments[0][0])
 
-        nodes, grads = in_a_thread(lambda: trace(graph, step, self.cell.name, _groups(self.names), count))
+        groups = _groups(self.names) + ([("q", self.names.stages)] if self.names.stages else [])
+        nodes, grads = in_a_thread(lambda: trace(graph, step, self.cell.name, groups, len(results)))
+        nodes = nodes[: self.cell.states + self.cell.saved]
         return graph, nodes, self.traced.graph.copied(self.saving.bits, graph), grads
 
     def _kept(
@@ -180,13 +216,13 @@ class Derived:
         return given
 
 
-def _split(tiles: Sequence[Tensor], parts: Sequence[Sequence[Any]]) -> tuple[tuple[Tensor, ...], ...]:
+def split(tiles: Sequence[Tensor], parts: Sequence[Sequence[Any]]) -> tuple[tuple[Tensor, ...], ...]:
     """As many in each part as ``parts`` have."""
     left = iter(tiles)
     return tuple(tuple(next(left) for _ in part) for part in parts)
 
 
-def _given(graph: Graph, **tiles: Tiles) -> dict[int, Tensor]:
+def given_tiles(graph: Graph, **tiles: Tiles) -> dict[int, Tensor]:
     return {graph.input(f"{letter}{i}"): t for letter, some in tiles.items() for i, t in enumerate(some)}
 
 
@@ -207,6 +243,23 @@ def in_a_thread(function: Callable[[], Any]) -> Any:
         return pool.submit(function).result()
 
 
+def counted(step: Callable[..., Any], name: str, names: Names) -> tuple[int, int]:
+    """The products and the means of a step.
+
+    Raises:
+        CellError: the step fails, yields something else, or gives no states then; says where.
+    """
+
+    def run() -> Any:
+        given = [[torch.full(SHAPE, 0.5) for _ in range(n)] for _, n in _groups(names)]
+        return called(lambda *tiles: stages.counted(step, tiles), given, name)
+
+    new, products, means = in_a_thread(run)
+    if products + means:
+        checked(new, len(names.states), name)
+    return products, means
+
+
 def derive(step: Callable[..., Any], name: str, names: Names, built_in: bool = False) -> Derived:
     """The cell of ``step(x, r, state, p, e)``.
 
@@ -214,12 +267,17 @@ def derive(step: Callable[..., Any], name: str, names: Names, built_in: bool = F
         CellError: it is not pointwise, or its backward needs the outcomes of more than 8 comparisons.
     """
     graph, states = Graph(), len(names.states)
+    if names.products > (0 if names.means else 1):
+        raise CellError(
+            f"{name}: the kernels run steps with one product after the first, or with means; got {names.products} and "
+            f"{names.means} of them"
+        )
     if names.stages:
         groups = [*_groups(names), ("q", names.stages)]
         found_nodes, grads = in_a_thread(lambda: trace(graph, stages.as_one(step), name, groups, states + names.stages))
         dx, dr, ds, dp, _, dq = grads
         traced = Traced(graph, found_nodes[:states], dx, dr, ds, dp, dq, found_nodes[states:])
-        return _derived(step, name, names, built_in, traced, choose(traced, forward_only=True))
+        return _derived(step, name, names, built_in, traced, _with_operands(names, traced))
     new, (dx, dr, ds, dp, _) = in_a_thread(lambda: trace(graph, step, name, _groups(names), states))
     traced = Traced(graph, new, dx, dr, ds, dp)
     try:
@@ -231,18 +289,28 @@ def derive(step: Callable[..., Any], name: str, names: Names, built_in: bool = F
     return replace(found, cell=replace(found.cell, finite_at_zero=in_a_thread(lambda: _finite_at_zero(found))))
 
 
+def _with_operands(names: Names, traced: Traced) -> Saving:
+    """What is saved, first the operands of products: through there they come to the other slices, and from there the
+    weights' gradients."""
+    found = choose(traced, forward_only=True)
+    operands = list(traced.operands[: names.products])
+    return replace(found, saved=[*operands, *(i for i in found.saved if i not in operands)])
+
+
 def _derived(
     step: Callable[..., Any], name: str, names: Names, built_in: bool, traced: Traced, saving: Saving
 ) -> Derived:
-    graph, source = traced.graph, ""
-    if not names.stages:
-        after = [traced.new[i] for i in saving.after]
-        dx = [*traced.dx, *saving.more]
+    graph, new = traced.graph, traced.new
+    after = [new[i] for i in saving.after]
+    kept = saving.saved, after, saving.bits, [*traced.dx, *saving.more], traced.dr, traced.ds
+    if names.stages:
         texts = (
-            forward_text(graph, name, traced.new, saving.saved),
-            backward_text(graph, name, saving.saved, after, saving.bits, dx, traced.dr, traced.ds),
+            staged_forward_text(graph, name, traced.operands, new, saving.saved),
+            staged_backward_text(graph, name, *kept, traced.dq),
         )
-        source = HEADER.format(name=name) + "\n\n\n".join(texts) + "\n"
+    else:
+        texts = forward_text(graph, name, new, saving.saved), backward_text(graph, name, *kept)
+    source = HEADER.format(name=name) + "\n\n\n".join(texts) + "\n"
     # Two steps of one text may differ in the parameters' gradients, and in what their tiles are called.
     rest = f"{names} {traced.dp} {[graph.nodes[i] for i in graph.needs(traced.dp)]}"
     digest = hashlib.sha256((source + rest).encode()).hexdigest()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import keyword
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from torch import Tensor
 
 from . import add
-from .derive import Derived, Names, derive, in_a_thread
+from .derive import Derived, Names, counted, derive, in_a_thread
 from .graph import CellError
 from .verify import verify
 
@@ -31,12 +33,13 @@ def register(
     Args:
         step: ``step(x, r, state[, p][, e]) -> new_state``, with p if there are params and e if there are extras; each a
             named tuple of float tensors of one shape, the result a tuple of the new states (or, of one, the tensor).
+            With products or means between its parts a generator (``stages``)
         gates: names of the tiles of ``r`` and of ``x``, in the order of the rows of W_hh and W_ih
         states: names of the states, h first; that alone is multiplied by W_hh and is the layer's output
         params: names of the parameters per unit, which are learned
         extras: names of what each step takes beside the gates, without gradient: masks
         more_inputs: names of tiles of ``x`` beyond the gates
-        name: of the cell, for messages and kernels; default: that of the function
+        name: of the cell, for messages and kernels; default: that of the function, or "cell" of what has none
 
     Returns:
         The cell; ``cell.name`` is its key in ``cells.CELLS``, in which a hash stands for what was derived.
@@ -44,11 +47,21 @@ def register(
     Raises:
         CellError: the step is not pointwise, a name is none, or what was derived differs from autograd of the step.
     """
-    name = step.__name__ if name is None else name
+    if name is None:
+        name = getattr(step, "__name__", "cell")
+        name = "cell" if name == "<lambda>" else name
     parts = {"gates": gates, "states": states, "params": params, "extras": extras, "more_inputs": more_inputs}
     for what, given in {"name": (name,), **parts, "gates and more_inputs": (*gates, *more_inputs)}.items():
         _check(name, what, given)
-    found = of_step(step, name, Names(tuple(gates), tuple(states), tuple(params), tuple(extras), tuple(more_inputs)))
+    _check_arguments(step, name, ["x", "r", "state", *["p"] * bool(params), *["e"] * bool(extras)])
+    names = Names(tuple(gates), tuple(states), tuple(params), tuple(extras), tuple(more_inputs))
+    products, means = counted(_wide(step, names), name, names)
+    if products >= len(names.gates):
+        raise CellError(
+            f"{name}: {products} products beside that with h, and {len(names.gates)} gates; allowed: one for each gate "
+            "but the first, whose product is with h"
+        )
+    found = of_step(step, name, replace(names, products=products, means=means))
     in_a_thread(lambda: verify(found))
     add(found)
     return found
@@ -65,24 +78,42 @@ def _check(name: str, what: str, given: Sequence[str]) -> None:
         raise CellError(f"{name}: no {what}; a cell has at least one of them")
 
 
+def _check_arguments(step: Callable[..., Any], name: str, expected: Sequence[str]) -> None:
+    try:
+        inspect.signature(step).bind(*expected)
+    except TypeError as error:
+        raise CellError(f"{name}: is called as step({', '.join(expected)}), got {error}") from None
+
+
 def of_step(step: Callable[..., Any], name: str, names: Names, built_in: bool = False) -> Derived:
     """Derived, unchecked and in no table."""
+    return derive(_wide(step, names), name, names, built_in)
+
+
+def _wide(step: Callable[..., Any], names: Names) -> Callable[..., Any]:
+    """The step of tuples instead of named ones, which gives a tuple."""
     kinds = [
         namedtuple(kind, fields)
         for kind, fields in (("X", names.inputs), ("R", names.gates_of_h), ("State", names.states))
     ]
     P, E = (namedtuple(kind, fields) for kind, fields in (("P", names.of_step), ("E", names.extras)))
 
-    def wide(
-        x: Sequence[Tensor], r: Sequence[Tensor], state: Sequence[Tensor], p: Sequence[Tensor] = (),
-        e: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        of_p = iter(p)
-        own = [next(of_p) if n == 1 else tuple(islice(of_p, n)) for n in names.of_step.values()]
-        more = ((P(*own),) if own else ()) + ((E(*e),) if names.extras else ())
-        found = step(*(kind(*tiles) for kind, tiles in zip(kinds, (x, r, state), strict=True)), *more)
+    def tupled(found: Any) -> Any:
         if isinstance(found, Tensor) and len(names.states) == 1:
             return (found,)
         return tuple(found) if isinstance(found, tuple) else found
 
-    return derive(wide, name, names, built_in)
+    def to_the_end(found: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        return tupled((yield from found))
+
+    def wide(
+        x: Sequence[Tensor], r: Sequence[Tensor], state: Sequence[Tensor], p: Sequence[Tensor] = (),
+        e: Sequence[Tensor] = (),
+    ) -> Any:  # fmt: skip
+        of_p = iter(p)
+        own = [next(of_p) if n == 1 else tuple(islice(of_p, n)) for n in names.of_step.values()]
+        more = ((P(*own),) if own else ()) + ((E(*e),) if names.extras else ())
+        found = step(*(kind(*tiles) for kind, tiles in zip(kinds, (x, r, state), strict=True)), *more)
+        return to_the_end(found) if isinstance(found, Generator) else tupled(found)
+
+    return wide

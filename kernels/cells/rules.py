@@ -145,6 +145,8 @@ _REDUCTIONS = {
     "softmax", "_softmax", "_log_softmax", "logsumexp", "native_layer_norm", "native_group_norm", "any", "all",
     "var_mean",
 }  # fmt: skip
+_RESHAPED = {"split", "split_with_sizes", "unbind", "cat", "stack", "roll", "flip", "gather", "repeat", "index_select"}
+_CHOSEN = {"index", "index_put", "masked_scatter", "masked_select", "nonzero"}
 
 
 def rule_of(op: str) -> Callable[..., Any] | None:
@@ -160,5 +162,9 @@ def refusal(op: str) -> str:
         return f"{op} is a matrix product; W_ih x and W_hh h are already in the step's first two arguments"
     if op in _REDUCTIONS:
         return f"{op} reduces over units or rows; a step is pointwise, each unit and row by itself"
+    if op in _RESHAPED:
+        return f"{op} moves units or rows; a step is pointwise, each unit and row by itself"
+    if op in _CHOSEN:
+        return f"{op} chooses elements; use torch.where, which has a value for each of them"
     allowed = sorted(name for name in {*ALL, *RULES} if "backward" not in name and not name.startswith("_"))
     return f"{op} is not one of the pointwise operations that a step may have: {', '.join(allowed)}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from .cut import cut
 from .graph import ALL, COMPARISONS, CellError, Graph
@@ -37,6 +38,18 @@ class Traced:
     dp: list[int]
     dq: Sequence[int] = ()
     operands: Sequence[int] = ()
+
+    @cached_property
+    def late(self) -> set[int]:
+        """What depends on the gradients that are given."""
+        return self.graph.descendants(lambda i: self.graph.name(i).startswith("d"))
+
+    @cached_property
+    def border(self) -> set[int]:
+        """All that the gradients are formed of but what depends on gradients itself."""
+        gradients = [*self.dx, *self.dr, *self.ds, *self.dp, *self.dq]
+        taken = {a for i in self.graph.needs(gradients) if i in self.late for a in self.graph.arguments(i)}
+        return taken.union(gradients) - self.late
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,10 +104,10 @@ class _Prices:
         self.of_state: dict[int, int] = {}
         for number, i in enumerate(traced.new):
             self.of_state.setdefault(i, number)
-        self.late = graph.descendants(lambda i: graph.name(i).startswith("d"))
-        gradients = [*traced.dx, *traced.dr, *traced.ds, *traced.dp, *traced.dq]
-        taken = {a for i in graph.needs(gradients) if i in self.late for a in graph.arguments(i)}
-        self.border = taken.union(gradients) - self.late
+        self.late, self.border = traced.late, traced.border
+        # The sign is that of the state in memory, and no longer that of rounded tiles it would be formed of again.
+        compared = (graph.arguments(i) for i in graph.needs(self.border) if self._is_of_signs(i))
+        self._signs = self.of_state.keys() & {a for arguments in compared for a in arguments}
         self._bounded: set[int] = set()
         for i, (op, args) in enumerate(graph.nodes):
             if op in BOUNDED_BY or op == "const" or (op in KEEP_BOUNDS and self._bounded.issuperset(args)):
@@ -118,16 +131,18 @@ class _Prices:
         return BOUNDED if i in self._bounded else UNBOUNDED
 
     def again(self, i: int) -> float:
-        if self._graph.is_truth(i) and not self._comes_out(i):
+        if i in self._signs or (self._graph.is_truth(i) and not self._comes_out(i)):
             return math.inf
         return ALL[self._graph.nodes[i][0]].again if self._graph.arguments(i) else 0.0
 
     def _comes_out(self, i: int) -> bool:
         """Whether a truth value, computed again from what is kept, is that of the forward: rounding keeps signs."""
+        others = [a for a in self._graph.arguments(i) if not self._exact(a)]
+        return not others or (self._is_of_signs(i) and all(a in self.of_state for a in others))
+
+    def _is_of_signs(self, i: int) -> bool:
         op, args = self._graph.nodes[i]
-        others = [a for a in args if not self._exact(a)]
-        signs = op in COMPARISONS and any(self._graph.value(a) == 0 for a in args)
-        return not others or (signs and all(a in self.of_state for a in others))
+        return op in COMPARISONS and any(self._graph.value(a) == 0 for a in args)
 
     def _exact(self, i: int) -> bool:
         """Whether the backward has just what the forward had."""

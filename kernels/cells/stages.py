@@ -31,6 +31,7 @@ class Mean(NamedTuple):
 
 
 Answer = Callable[[Tensor], Tensor]
+MOST = 64  # products and means of a step
 
 
 def run(step: Callable[..., Any], given: Sequence[Any], product: Answer, mean: Answer) -> Any:
@@ -45,6 +46,29 @@ def run(step: Callable[..., Any], given: Sequence[Any], product: Answer, mean: A
         except StopIteration as end:
             return end.value
         answer = product(asked.operand) if isinstance(asked, Product) else mean(asked.tile)
+
+
+def counted(step: Callable[..., Any], given: Sequence[Any]) -> tuple[Any, int, int]:
+    """What a step returns, its products and its means; of one that is no generator none.
+
+    Raises:
+        TypeError: at the line that yields something else.
+    """
+    found, kinds, answer = step(*given), [], None
+    while isinstance(found, Generator):
+        try:
+            asked = found.send(answer)
+        except StopIteration as end:
+            found = end.value
+            break
+        answer = asked[0] if isinstance(asked, (Product, Mean)) else asked
+        kinds.append(type(asked))
+        if answer is asked or not isinstance(answer, Tensor) or answer.shape != given[0][0].shape:
+            got = f"a tensor {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+            found.throw(TypeError(f"a step yields a Product or a Mean of a tensor as its arguments, got {got}"))
+        if len(kinds) > MOST:
+            found.throw(TypeError(f"a step has at most {MOST} products and means, got more"))
+    return found, kinds.count(Product), kinds.count(Mean)
 
 
 def as_one(step: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:

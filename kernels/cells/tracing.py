@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):
                     "and row by itself"
                 )
             if result.dtype != (torch.bool if truth else torch.float32):
-                raise self.error(f"{op} gives {result.dtype}; a step runs in one dtype, that of its arguments")
+                raise self.error(_cast(result.dtype, op))
             self._set(result, node)
         return out
 
@@ -101,6 +101,9 @@ class Recorder(TorchDispatchMode):
             return [self.tile(args[1]).node]
         if op in SAME or op in TURNED or op in PARTS:
             kept = self.tile(args[0], op)
+            to = kwargs.get("dtype")
+            if self.graph.is_truth(kept.node) and to is not None and to.is_floating_point:
+                kept = kept.where(1.0, 0.0)
             return [kept.do("detach").node if self.detaching else kept.node]
         rule = rule_of(op)
         if rule is None:
@@ -114,6 +117,25 @@ class Recorder(TorchDispatchMode):
         except CellError as error:
             raise self.error(str(error)) from None
         return [m.node for m in (made if isinstance(made, tuple) else (made,))]
+
+
+class Casts(TorchDispatchMode):
+    """Refuses those to float32 of a step that runs in float64: tracing runs in float32, which sees all others."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def _run(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if func.overloadpacket.__name__ == "_to_copy" and (args[0].dtype, out.dtype) == (torch.float64, torch.float32):
+            raise CellError(f"{self._name}: {_user_s_line(sys._getframe())}{_cast(out.dtype)}")
+        return out
+
+
+def _cast(dtype: torch.dtype, op: str = "_to_copy") -> str:
+    what = "a cast" if op == "_to_copy" else op
+    return f"{what} gives {dtype}; a step runs in one dtype, that of its arguments"
 
 
 class _Detaching(TorchFunctionMode):
@@ -135,6 +157,7 @@ class _Detaching(TorchFunctionMode):
 
 # Not in the class, where torch would wrap it, and import torch._dynamo for that, which takes seconds.
 Recorder.__torch_dispatch__ = Recorder._record  # type: ignore[method-assign, assignment]
+Casts.__torch_dispatch__ = Casts._run  # type: ignore[method-assign, assignment]
 
 
 def _storage(tensor: Tensor) -> int:
@@ -149,7 +172,7 @@ def _user_s_line(frame: FrameType | None) -> str:
         if not file.startswith(_NOT_THE_USER_S) and not file.startswith("<"):
             text = linecache.getline(file, frame.f_lineno).strip()
             return f"{file}:{frame.f_lineno}: {text}: "
-        if frame.f_code is trace.__code__:
+        if frame.f_code in (trace.__code__, called.__code__):
             return ""
         frame = frame.f_back
     return ""
@@ -185,7 +208,7 @@ def trace(
         for i, t in enumerate(tensors):
             recorder.argument(t, f"{letter}{i}")
     with recorder, _Detaching(recorder):
-        results = _checked(_called(step, given, recorder), outputs, recorder)
+        results = checked(called(step, given, name), outputs, name)
         nodes = [recorder.tile(t).node for t in results]
     # As one number, whose gradient is 1: given gradients, torch.autograd.grad imports sympy, which takes seconds.
     total = sum(((t * g).sum() for t, g in zip(results, d, strict=True)), start=torch.zeros((), dtype=torch.float32))
@@ -194,13 +217,22 @@ def trace(
     with recorder:
         recorder.derivative = True
         if total.requires_grad:
-            grads = torch.autograd.grad(total, wanted, allow_unused=True)
+            try:
+                grads = torch.autograd.grad(total, wanted, allow_unused=True)
+            except RuntimeError as error:
+                if "inplace" not in str(error):
+                    raise
+                raise CellError(
+                    f"{name}: a tile that its derivative needs is changed in place; use the operation without '_', and "
+                    "h = h + x in place of h += x"
+                ) from error
         zero = graph.constant(0.0)
         found = iter([zero if g is None else recorder.tile(g).node for g in grads])
     return nodes, [[next(found) if t.requires_grad else zero for t in tensors] for tensors in given]
 
 
-def _called(step: Callable[..., Any], given: Sequence[Any], recorder: Recorder) -> Any:
+def called(step: Callable[..., Any], given: Sequence[Any], name: str) -> Any:
+    """What a step gives; an error of its own names the line, and the cell of this name."""
     try:
         return step(*given)
     except CellError:
@@ -215,17 +247,17 @@ def _called(step: Callable[..., Any], given: Sequence[Any], recorder: Recorder) 
             or "only integer tensors" in what
         ):
             what = "a tensor's value is needed as a number, as in a branch; use torch.where"
-        raise CellError(f"{recorder.name}: {where}{what}") from error
+        elif isinstance(error, AttributeError) and hasattr(error.obj, "_fields"):
+            what = f"{type(error.obj).__name__.lower()} has no {error.name!r}; it has {', '.join(error.obj._fields)}"
+        raise CellError(f"{name}: {where}{what}") from error
 
 
-def _checked(results: Any, outputs: int, recorder: Recorder) -> tuple[Tensor, ...]:
+def checked(results: Any, outputs: int, name: str) -> tuple[Tensor, ...]:
     given = f"{type(results).__name__}" + (f" of {len(results)}" if isinstance(results, tuple) else "")
     if not isinstance(results, tuple) or len(results) != outputs:
-        raise CellError(
-            f"{recorder.name}: a step returns the tuple of its {outputs} new states, h first; got a {given}"
-        )
+        raise CellError(f"{name}: a step returns the tuple of its {outputs} new states, h first; got a {given}")
     for t in results:
         if not isinstance(t, Tensor) or tuple(t.shape) != SHAPE:
             got = f"one of shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
-            raise CellError(f"{recorder.name}: a step returns tensors of its arguments' shape, {SHAPE} here; got {got}")
+            raise CellError(f"{name}: a step returns tensors of its arguments' shape, {SHAPE} here; got {got}")
     return results

@@ -86,6 +86,56 @@ def backward_text(
     return "\n".join(lines)
 
 
+def staged_forward_text(
+    graph: Graph, name: str, operands: Sequence[int], new: Sequence[int], saved: Sequence[int]
+) -> str:
+    """By the number of a part: what that of each later stage works on, then what ``forward_text`` returns. Each part
+    forms what it needs anew, and the compiler once what several do."""
+    given = inputs(graph, x="x_gates", r="r_gates", s="state", p="p", e="e", q="q")
+    zero = "tl.zeros_like(state[0])"
+    parts = []
+    for operand in operands:
+        body = Function(graph, given, [operand], zero)
+        parts.append([*body.lines, f"    return {body.tuple([operand])}"])
+    body = Function(graph, given, [*new, *saved], zero)
+    parts.append([*body.lines, f"    return {body.tuple(new)}, {body.tuple(saved)}"])
+    return _in_parts(f"{name}_forward", "x_gates, r_gates, state, p, e, q", parts)
+
+
+def staged_backward_text(
+    graph: Graph, name: str, saved: Sequence[int], after: Sequence[int], bits: Sequence[int], dx: Sequence[int],
+    dr: Sequence[int], ds: Sequence[int], dq: Sequence[int],
+) -> str:  # fmt: skip
+    """By the number of a part: the gradients of what the stages give, the last stage's first, then what
+    ``backward_text`` returns. d_operands: gradients of what the stages work on, in the same order."""
+    given = inputs(graph, s="previous_state", p="p", e="e")
+    states = len(ds)
+    for i in range(len(graph.nodes)):
+        if graph.name(i)[:1] == "d":
+            number = int(graph.name(i)[1:])
+            of_state = number < states
+            given[i] = f"d_state[{number}]" if of_state else f"d_operands[{states + len(dq) - 1 - number}]"
+    given |= {i: f"saved[{k}]" for k, i in enumerate((*saved, *after))}
+    given |= {i: f"((saved[{len(saved) - 1}].to(tl.int32) & {1 << k}) != 0)" for k, i in enumerate(bits)}
+    zero = "tl.zeros_like(d_state[0])"
+    parts = []
+    for result in reversed(dq):
+        body = Function(graph, given, [result], zero)
+        parts.append([*body.lines, f"    return {body.tuple([result])}"])
+    body = Function(graph, given, [*dx, *dr, *ds], zero)
+    parts.append([*body.lines, f"    return {body.tuple(dx)}, {body.tuple(dr)}, {body.tuple(ds)}"])
+    return _in_parts(f"{name}_backward", "d_state, saved, previous_state, p, e, d_operands", parts)
+
+
+def _in_parts(name: str, arguments: str, parts: Sequence[Sequence[str]]) -> str:
+    lines = ["@triton.jit", f"def {name}(part: tl.constexpr, {arguments}):"]
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        lines.append("    else:" if last else f"    {'el' if number else ''}if part == {number}:")
+        lines += [f"    {line}" for line in part]
+    return "\n".join(lines)
+
+
 def load(name: str, source: str) -> tuple[Any, Any]:
     """(forward, backward), jitted.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -65,4 +66,5 @@ def _derived(name: str, zoneout: tuple[float, ...], masks: bool, drops: bool) ->
         of.names.more_inputs,
     )
     kind = "_".join([name.partition(":")[0], *(["zoneout"] if any(zoneout) else []), *(["dropout"] if drops else [])])
-    return derive(step, kind, names)
+    found = derive(step, kind, names)
+    return replace(found, cell=replace(found.cell, masks=len(extras)))

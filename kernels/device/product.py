@@ -45,6 +45,8 @@ class Matrix(NamedTuple):
 class Weights(NamedTuple):
     """What a program multiplies by, on chip.
 
+    Kept by itself, not in a tuple: inside a loop Triton 3.6.0 forgets the names of what stands in a tuple of records.
+
     Attributes:
         tiles: the resident ones, a tuple per pack of gates.
         matrix: where the streamed ones come from.

@@ -50,8 +50,8 @@ from .loads import (
 from .marks import BEGINS, SKIPPED, is_marked, load_marks, load_reset, rows_before
 from .product import add_parts, corner_of, first_streamed, load_rest, matrix_of, product_local, product_shared, resident
 from .program import Neighbour, locate, own_counter, sync_of_layer
-from .tile_tuples import add_tiles, choose, load_tiles, moved, only_where, store, store_tiles, zero_where
-from .tiles import batch_tile, narrow, previous_slot, tile_offset, time_of, unit_offsets
+from .tile_tuples import add_tiles, choose, load, load_tiles, moved, only_where, store, store_tiles, zero_where
+from .tiles import batch_tile, narrow, previous_slot, row_offset, tile_offset, time_of, unit_offsets
 from .widen import scaled
 
 
@@ -99,6 +99,25 @@ def multiply(weights, ahead, pointer, rows, j: tl.constexpr, program, step, step
     return product, ahead, spin_limit
 
 
+@triton.jit
+def store_final(states, state, last_h, tile, program, T, B, first: tl.constexpr, tiling: tl.constexpr,
+                exchange: tl.constexpr):  # fmt: skip
+    """The states after the last step of a batch tile, of which ``first`` is the program's first one."""
+    H: tl.constexpr = tiling.hidden
+    mask = program.unit_mask & tile.own
+    position = tile_offset(program.direction * 0 + 1, tile, program, B, H, tiling)
+    for i in tl.static_range(1, len(states)):
+        pointers = states[i] + position + unit_offsets(program, tile.rows, H, tiling)
+        store(pointers, state[i], mask, tiling, exchange)
+    # Read again what this program has put: kept in registers it would cost them in every step.
+    own = states[0] + tile_offset(time_of(T - 1, program.reverse, T) + 1, tile, program, B, H, tiling)
+    if first:
+        tl.debug_barrier()  # a thread need not have put what it reads
+    h = load(own + unit_offsets(program, tile.rows, H, tiling), program.unit_mask)
+    to = last_h + row_offset(program.layer + program.direction, tile.first, 0, B, 1, H)
+    store(to + program.units[None, :] + tile.rows[:, None] * H, h, mask, tiling, exchange)
+
+
 @triton.jit(do_not_specialize=["first_job", "T", "B"], launch_metadata=launch_metadata)
 def scan_forward(
     x_gates,
@@ -115,6 +134,7 @@ def scan_forward(
     tiling: tl.constexpr,
     exchange: tl.constexpr,
     KEEP: tl.constexpr,
+    last_h,
     scale=None,
 ):
     """states: tuple of [T + 2, B, D, H], of which those after h have few slots unless KEEP (the initial state in slot
@@ -122,7 +142,8 @@ def scan_forward(
     [T, B, D, n, H] or None. scale: float32 [D, G*H], of the rows of a weight of 8 bits, else None. step_data:
     (marks uint8 [T, B, D], params [D, P, H], extras [T, B, D, E, H]), None each
     where there are none. sync: (counters int32 [jobs * L * subtiles * lanes * exchange.stride], error word int32 [1],
-    partial sums fp32 [groups * subtiles, 2, S, outputs * BB * R*U]).
+    partial sums fp32 [groups * subtiles, 2, S, outputs * BB * R*U]). last_h: unless KEEP, [L*D, B, H] for the
+    last h, which would else be a view of y; None with it.
     For a stack as a pipeline: states [L, T + 2, ...], saved and extras [L, T, ...], params [L, P, H], weight
     [L, 2, G*H, stride] and bias [L, 2, G*H], of h first and of what comes from below second; x_gates of the lowest
     layer."""
@@ -240,10 +261,7 @@ def scan_forward(
     if not KEEP:
         for j in tl.static_range(N):
             tile = batch_tile(program, j, B, tiling)
-            position = tile_offset(program.direction * 0 + 1, tile, program, B, H, tiling)
-            for i in tl.static_range(1, n):
-                pointers = states[i] + position + unit_offsets(program, tile.rows, H, tiling)
-                store(pointers, state[j][i], unit_mask & tile.own, tiling, exchange)
+            store_final(states, state[j], last_h, tile, program, T, B, j == 0, tiling, exchange)
 
 
 @triton.jit(do_not_specialize=["first_job", "T", "B"], launch_metadata=launch_metadata)

@@ -34,6 +34,7 @@ from ..cells import CELLS, Cell, derived
 from ..device.exchange import exchange_on
 from ..device.recompute import BLOCK, activate
 from ..device.scan import scan_backward, scan_forward
+from ..device.staged_scan import staged_backward, staged_forward
 from ..launch import options
 from ..planner import hardware as devices
 from ..planner import plan as planning
@@ -159,21 +160,22 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
     if not cell.saved:
         constants["saved"] = None
     if case.backward:
-        kernel = scan_backward
+        kernel = staged_backward if cell.staged else scan_backward
         outputs = states if case.marks else (pointer,)
         d_states = (("*fp32",) * cell.states if case.chunked else states) * (3 if case.marks else 2)
         signature |= {"d_outputs": outputs, "d_gates": (pointer, pointer), "d_states": d_states}
         constants |= {"cell": derived(cell.name).backward}
     else:
-        kernel = scan_forward
+        kernel = staged_forward if cell.staged else scan_forward
         signature |= {"x_gates": pointer, "bias": pointer}
         if case.chunked:
             signature["states"] = pointer, *("*fp32",) * (cell.states - 1)
-        constants |= {"cell": derived(cell.name).forward, "KEEP": not case.weight_dtype, "scale": None}
+        constants |= {"cell": derived(cell.name).forward, "KEEP": not case.weight_dtype}
         if case.weight_dtype:
-            signature |= {"weight": OF_8_BITS[case.weight_dtype], "saved": "constexpr", "scale": "*fp32"}
-            constants |= {"saved": None}
-            del constants["scale"]
+            signature |= {"weight": OF_8_BITS[case.weight_dtype], "scale": "*fp32", "last_h": pointer}
+            signature["saved"], constants["saved"] = "constexpr", None
+        else:
+            constants |= {"last_h": None} if cell.staged else {"last_h": None, "scale": None}
     source = source_of(kernel, signature, constants)
     return triton.compile(source, target=target_of(case.arch), options=options(part, case.arch))
 

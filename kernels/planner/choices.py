@@ -77,7 +77,9 @@ def _local(problem: Problem, backward: bool) -> Iterator[Choice]:
 def _batch_tiles(problem: Problem, narrow: bool) -> list[tuple[int, int]]:
     """(rows of the batch in a tile, tiles of a program)."""
     tiles = [(8, 1)] if narrow else []
-    tiles += [(16, 1)] + [(16, n) for n in (2, 4) if 16 * n <= next_power_of_2(problem.batch)]
+    # The kernels of steps of several stages take one batch tile.
+    several = [] if problem.cell.staged else [(16, n) for n in (2, 4) if 16 * n <= next_power_of_2(problem.batch)]
+    tiles += [(16, 1), *several]
     # Full float32 spills on wider tiles (2 to 600 instructions).
     return tiles + ([(32, 1)] if problem.batch > 16 and problem.dtype != "fp32" else [])
 
@@ -95,7 +97,7 @@ def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
         needed = -(-problem.hidden // units)
         if needed < 2 or needed > count * 2:
             continue
-        for k_parts in (1, 2, 4, 8):
+        for k_parts in (1,) if problem.cell.staged else (1, 2, 4, 8):
             slices = -(-needed // k_parts) * k_parts
             # Two programs share a multiprocessor only where there are more slices than multiprocessors.
             blocks = 1 if slices <= count else 2
@@ -187,7 +189,7 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
 
     def homes(choice: Choice, streamed: bool) -> tuple[int, int]:
         spare = limit - registers_needed(p.m, p.packs, choice, size, 0, streamed, True, p.masked)
-        spare -= cell_registers(problem.cell, backward, choice)
+        spare -= cell_registers(problem.cell, backward, choice, size)
         spare -= widening_registers(problem, choice)
         if spare < 0 and strict:
             return 0, -1
@@ -247,7 +249,7 @@ def _filled_twice(problem: Problem, backward: bool, start: Choice, slices: int) 
         return None
     need = registers_needed(p.m, p.packs, choice, size, 0, False, True, p.masked)
     need += pipeline_registers(backward, p.depth, size, elements(choice))
-    need += cell_registers(problem.cell, backward, choice)
+    need += cell_registers(problem.cell, backward, choice, size)
     spare = register_limit(choice) - need
     if spare < 0:
         return None

@@ -91,9 +91,9 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool) -> Cost:
         weights += tiles * (max(per_program / l2, memory) + 2 * per_program / on_chip)
 
     state = synchronisation = 0.0
-    barriers = 3
+    barriers = 3 + 2 * cell.means
     if exchanged:
-        operand = columns * work.k * size
+        operand = columns * work.k * size * (1 if backward else 1 + cell.products)
         # Warps that share a part of K read the same operand.
         readers = choice.warps // choice.splits
         state = tiles * (operand / l2 + (1 + readers) * operand / on_chip)
@@ -101,12 +101,12 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool) -> Cost:
         if choice.k_parts > 1:
             state += tiles * 2 * choice.k_parts * choice.units * outputs * columns * 4 / l2
         bursts = -(-work.k // choice.burst)
-        exchanges = (2 if choice.k_parts > 1 else 1) * hardware.exchange
+        exchanges = ((2 if choice.k_parts > 1 else 1) + cell.means + cell.products) * hardware.exchange
         # With several batch tiles, the others' work hides a tile's exchange.
         busy = (compute + weights + state) / tiles * (tiles - 1)
         later_bursts = (bursts - 1) * LATENCY_SHARE * hardware.exchange
         synchronisation = max(exchanges - busy, UNHIDDEN * exchanges) + tiles * later_bursts
-        barriers = 5 + 2 * bursts + (4 if choice.k_parts > 1 else 0)
+        barriers = 5 + 2 * bursts + (4 if choice.k_parts > 1 else 0) + 4 * (cell.means + cell.products)
     synchronisation += tiles * barriers * hardware.barrier
 
     threads = 32 * choice.warps
@@ -121,10 +121,13 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool) -> Cost:
 
 def work_of(t: Tiling, groups: int) -> Work:
     """The same numbers, of a finished tiling."""
-    resident = sum(c.size for c in t.k_blocks)
-    in_shared = sum(c.size for c in t.k_blocks[t.in_registers :])
-    streamed = t.streamed * t.streamed_k_block
-    return Work(t.m, resident + streamed, in_shared, streamed, t.slices, t.slices * groups)
+    # Two products share the M of the backward, and the K of the forward.
+    each = t.each if t.backward else t.each[:1]
+    resident = sum(c.size for p in each for c in p.k_blocks)
+    in_shared = sum(c.size for p in each for c in p.k_blocks[p.in_registers :])
+    streamed = sum(p.streamed * p.streamed_k_block for p in each)
+    m = t.m if t.backward else sum(p.m for p in t.each)
+    return Work(m, resident + streamed, in_shared, streamed, t.slices, t.slices * groups)
 
 
 def floor(problem: Problem) -> float:

@@ -30,7 +30,8 @@ SHORTEST_CHUNK, SHORTEST_OF_TORCH = 128, 32
 @dataclass(frozen=True)
 class Layers:
     """A stack, of which the memory is asked. itemsize: bytes of an element of x; c_itemsize: of a stored c. between:
-    whether something happens between the layers (dropout, a second direction), so that each layer's y is kept."""
+    whether something happens between the layers (dropout, a second direction), so that each layer's y is kept. copied:
+    whether what is given out is no y but a copy of another state."""
 
     cell: Cell
     input: int
@@ -40,6 +41,7 @@ class Layers:
     itemsize: int
     c_itemsize: int
     between: bool
+    copied: bool = False
 
     @property
     def y(self) -> int:
@@ -54,6 +56,16 @@ class Layers:
     def c(self) -> int:
         """Of all states after h."""
         return self.directions * self.hidden * self.c_itemsize * (self.cell.states - 1)
+
+    @property
+    def masks(self) -> int:
+        """Of extras that are drawn chunk by chunk: all of a cell that has no others."""
+        return self.directions * self.hidden * self.cell.masks * (self.cell.masks == len(self.cell.extras))
+
+    @property
+    def extras(self) -> int:
+        """Of those that are there for all steps."""
+        return 0 if self.masks else len(self.cell.extras) * self.y
 
     @property
     def exact_c(self) -> int:
@@ -93,13 +105,14 @@ def chunk_steps(
 def kept(mode: str, of: Layers, chunk: int) -> float:
     """Bytes that the layers keep for the backward per step and row, in chunks of so many steps: of every layer, and the
     output of the last one, which the caller keeps too. The input is the caller's."""
+    given = of.layers * of.extras + of.y * of.copied
     if mode == "gates":
-        return of.layers * (of.y + of.c + of.cell.saved * of.y)
+        return given + of.layers * (of.y + of.c + of.cell.saved * of.y)
     if mode == "state":
-        return of.layers * (of.y + of.c)
+        return given + of.layers * (of.y + of.c)
     # c before a chunk is exact, in float32
     before = of.layers * (of.y + of.exact_c) / chunk
-    return before + of.y * (of.layers if of.between else 1)
+    return given + before + of.y * (of.layers if of.between else 1)
 
 
 def workspace(mode: str, of: Layers, whole: bool = False) -> float:
@@ -113,7 +126,7 @@ def workspace(mode: str, of: Layers, whole: bool = False) -> float:
     d_gates = of.cell.inputs + of.cell.more_gradients + of.cell.gates if of.cell.recurrent_gradient else of.cell.gates
     used: float = d_gates * of.y + (of.y if layers > 1 else 0)
     if mode == "gates" and whole:
-        return used
+        return used + of.masks
     if both:
         used += of.y
     held = {
@@ -127,7 +140,7 @@ def workspace(mode: str, of: Layers, whole: bool = False) -> float:
         "state": of.gates + of.y + of.cell.gates * exact,
         "checkpoint": of.gates + of.exact_c - of.c,
     }[mode]
-    return held + max(again, used)
+    return held + max(again, used) + of.masks + (of.extras if both else 0)
 
 
 def needed(mode: str, of: Layers, batch: int, steps: int, chunk: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..cells import Cell
 from .problem import Problem
 from .tiling import Choice, Tiling, smallest_k_block
@@ -16,6 +18,8 @@ WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
 PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
 ADDRESS_REGISTERS = 10  # more for each kind of tensor that neither the LSTM nor the GRU has
+# More for a step with a second product, and with means, by bytes per element.
+PRODUCT_REGISTERS, MEAN_REGISTERS = {2: 48, 4: 64}, {2: 72, 4: 144}
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
 WIDENING_REGISTERS = 16  # more where weights of 8 bits are widened
@@ -42,7 +46,10 @@ def register_estimate(cell: Cell, t: Tiling, choice: Choice, size: int) -> int:
     exchanged = t.slices > 1
     needs_mask = exchanged and masked(t.hidden, t.depth, t.ragged, t.splits, size)
     need = registers_needed(t.m, len(t.packs), choice, size, resident, t.streamed > 0, exchanged, needs_mask)
-    return need + cell_registers(cell, t.backward, choice)
+    if t.later is not None:
+        kept = sum(c.size for c in t.later.k_blocks[: t.later.in_registers])
+        need += t.later.m * kept * size // (4 * 32 * choice.warps)
+    return need + cell_registers(cell, t.backward, choice, size)
 
 
 def widening_registers(problem: Problem, choice: Choice) -> int:
@@ -50,7 +57,7 @@ def widening_registers(problem: Problem, choice: Choice) -> int:
     return WIDENING_REGISTERS * (1 if choice.splits >= 8 else 3) if problem.weight_dtype else 0
 
 
-def cell_registers(cell: Cell, backward: bool, choice: Choice) -> int:
+def cell_registers(cell: Cell, backward: bool, choice: Choice, size: int) -> int:
     """More than the LSTM and the GRU need, to which the constants here are fitted: a register per element of the state
     for each tile that the cell has more of, and for each parameter; and addresses."""
     if backward:
@@ -60,7 +67,9 @@ def cell_registers(cell: Cell, backward: bool, choice: Choice) -> int:
     more = max(0, tiles + cell.states + len(cell.extras) - 6)
     elements = max(1, choice.units * choice.batch_tile // (32 * choice.warps))
     addresses = bool(cell.extras) + (width != cell.gates) + max(0, cell.states - 2)
-    return elements * (len(cell.params) + more * choice.subtiles) + ADDRESS_REGISTERS * addresses
+    params = cell.step_params - cell.gates * cell.normalised  # weight_ln_ih is of no use within the step
+    need = elements * (params + more * choice.subtiles) + ADDRESS_REGISTERS * addresses
+    return need + PRODUCT_REGISTERS[size] * (cell.products > 0) + MEAN_REGISTERS[size] * (cell.means > 0)
 
 
 def masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> bool:
@@ -102,6 +111,11 @@ def pipeline_registers(backward: bool, depth: int, size: int, elements: int) -> 
 
 def shared_bound(t: Tiling, size: int, stored: int) -> tuple[int, int, int]:
     """(in registers, in shared memory, total of shared memory) per program, in bytes, the last an upper bound."""
+    if t.later is not None:
+        each = [shared_bound(replace(p, later=None), size, stored) for p in t.each]
+        registers, shared = (sum(bound[i] for bound in each) for i in range(2))
+        working = max(total - shared for _, shared, total in each)
+        return registers, shared, max(registers + t.units * t.batch_tile * 4, shared + working)
     registers = t.m * sum(c.size for c in t.k_blocks[: t.in_registers]) * size
     shared = t.m * sum(c.size for c in t.k_blocks[t.in_registers :]) * stored
     ends = (*t.bursts, len(t.k_blocks))[1:]

@@ -64,8 +64,8 @@ class Pipeline:
 
 def obstacle(cell: Cell) -> str | None:
     """Why no stack of a cell runs in one launch; None if one may."""
-    if (reason := planning.without_kernels(cell)) is not None:
-        return reason
+    if cell.staged:
+        return f"a stack of {cell.name} cannot run in one launch: its step has several stages"
     if cell.stored_gradients == cell.gates:
         return None
     return (

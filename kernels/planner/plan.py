@@ -153,7 +153,10 @@ class PlanError(ValueError):
 
 def _shares(t: Tiling, size: int) -> Shares:
     """Count the elements of W_hh in each home, over all slices of one direction."""
-    across = t.hidden if t.backward else t.gates * t.hidden  # what each index of K holds
+    if t.later is not None:
+        one, other = _shares(replace(t, later=None), size), _shares(t.later, size)
+        return Shares(*(getattr(one, f) + getattr(other, f) for f in Shares.__dataclass_fields__))
+    across = t.outputs * t.hidden  # what each index of K holds
 
     def valid(start: int, length: int) -> int:
         if t.k_parts == 1:
@@ -183,7 +186,7 @@ def finish(problem: Problem, backward: bool, choice: Choice, strict: bool = True
     if t.slices == 1 and groups > places:
         factor = -(-groups // places)
         cost = Cost(*(getattr(cost, f) * factor for f in cost.__dataclass_fields__))
-    streamed = t.m * t.streamed * t.streamed_k_block * problem.stored
+    streamed = sum(p.m * p.streamed * p.streamed_k_block * problem.stored for p in t.each)
     shares = _shares(t, problem.stored)
     return Pass(t, choice, groups, -(-jobs // groups), registers, shared, streamed, total, estimate, shares, cost)
 
@@ -252,13 +255,13 @@ def _pass(problem: Problem, backward: bool) -> Pass:
 
 def without_kernels(cell: Cell) -> str | None:
     """Why the kernels cannot run a cell; None if they can."""
-    if not cell.products + cell.means:
-        return None
-    what = "a second product" if cell.products else "means over all units"
-    return (
-        f"the kernels run steps of one stage, and within each step {cell.name} has {what}; use backend='torch', which "
-        "runs it step by step."
-    )
+    if cell.products > 1 or (cell.products and cell.means):
+        return (
+            "the kernels run steps with one second product or with means over all units, and each step of "
+            f"{cell.name} has {cell.products} further products and {cell.means} means; use backend='torch', which runs "
+            "it step by step."
+        )
+    return None
 
 
 @lru_cache(maxsize=4096)

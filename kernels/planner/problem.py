@@ -46,6 +46,11 @@ class Problem:
             raise ValueError(f"directions must be 1 or 2, got {self.directions}")
         if self.dtype not in BYTES:
             raise ValueError(f"dtype must be one of {', '.join(BYTES)}, got {self.dtype!r}")
+        if self.weight_dtype and self.cell.staged:
+            raise ValueError(
+                f"{self.cell.name} has a second product or a mean within its step, and the kernels for such have no "
+                f"weights of 8 bits, got weight_dtype {self.weight_dtype!r}; leave it out"
+            )
         if self.weight_dtype and (self.weight_dtype not in WEIGHTS or self.size != 2):
             raise ValueError(
                 f"weight_dtype is {' or '.join(WEIGHTS)}, with dtype fp16 or bf16, got {self.weight_dtype!r} with "

@@ -11,7 +11,7 @@ gradients. M are the outputs, gates x units or units; K is what is summed over, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .hardware import INTERPRETER
@@ -80,19 +80,16 @@ class Tiling:
         heads: in each direction; ``directions`` counts all of them.
         widened: the dtype, "fp16" or "bf16", in which weights of 8 bits are multiplied; "": they are not of 8 bits.
         guarded: whether units past H are masked before the product of one slice.
+        means, normalised: of the cell. The former are means over all units within a step.
+        row_tiles: tiles of each row where the moving operand is in memory; 0: as many as the first product takes.
+        later: of the second product of a step that has one, whose outputs are the last gate; in the same slices.
     """
 
     # Not in a plan's JSON where the cell has nothing of the kind.
     OF_SOME_CELLS: ClassVar = (
-        "more_inputs",
-        "params",
-        "extras",
-        "after",
-        "more_gradients",
-        "guarded",
-        "heads",
-        "widened",
-    )
+        "more_inputs", "params", "extras", "after", "more_gradients", "guarded", "heads", "means", "normalised",
+        "row_tiles", "later", "widened",
+    )  # fmt: skip
 
     hidden: int
     stride: int
@@ -129,6 +126,18 @@ class Tiling:
     guarded: bool = False
     heads: int = 1
     widened: str = ""
+    means: int = 0
+    normalised: bool = False
+    row_tiles: int = 0
+    later: Tiling | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers > 1 and self.slices == 1:
+            raise ValueError(
+                f"a pipeline of {self.layers} layers has one slice of {self.units} units for H={self.hidden}, and one "
+                "slice announces nothing that the next layer could wait for; at least 2 slices are allowed: take "
+                "fewer units, or run layer after layer"
+            )
 
     @property
     def inputs(self) -> int:
@@ -151,7 +160,7 @@ class Tiling:
     @property
     def row_stride(self) -> int:
         """Elements of the moving operand from one row of the batch to the next."""
-        return self.directions * self.hidden * (self.gates if self.backward else 1)
+        return self.directions * self.hidden * (self.row_tiles or (self.gates if self.backward else 1))
 
     @property
     def units_formed(self) -> int:
@@ -165,8 +174,18 @@ class Tiling:
 
     @property
     def counters_per_tile(self) -> int:
-        """Counters of one batch tile: one, or one per part of K and one per unit group."""
-        return self.k_parts + self.unit_groups if self.k_parts > 1 else 1
+        """Counters of one batch tile: one, or one per part of K and one per unit group; and one for stages."""
+        return self.k_parts + self.unit_groups if self.k_parts > 1 else 1 + (self.means + self.products > 0)
+
+    @property
+    def products(self) -> int:
+        """After the first."""
+        return 0 if self.later is None else 1
+
+    @property
+    def each(self) -> tuple[Tiling, ...]:
+        """Of all products of a step."""
+        return (self,) if self.later is None else (self, self.later)
 
     @property
     def outputs(self) -> int:
@@ -227,8 +246,25 @@ def smallest_k_block(splits: int) -> int:
 
 def make_tiling(problem: Problem, choice: Choice, *, backward: bool) -> Tiling:
     """The compile-time record for one choice; one slice if the units cover H."""
+    cell = problem.cell
+    if not cell.products:
+        return _tiling(problem, choice, backward, cell.gates)
+    later = choice
+    if backward:  # the homes are filled in the order of K, in which the second product's is behind
+        first = cell.gates_of_h * (choice.units if choice.units >= problem.hidden else problem.hidden)
+        smallest = smallest_k_block(choice.splits)
+        registers = max(0, choice.in_registers - first) // smallest * smallest
+        shared = max(0, choice.in_registers + choice.in_shared - first - registers)
+        later = replace(choice, in_registers=registers, in_shared=shared)
+    tiles = cell.gates if backward else cell.saved
+    second = replace(_tiling(problem, later, backward, 1), row_tiles=tiles)
+    return replace(_tiling(problem, choice, backward, cell.gates_of_h), later=second)
+
+
+def _tiling(problem: Problem, choice: Choice, backward: bool, gates: int) -> Tiling:
+    """gates: of the product."""
     cell, hidden = problem.cell, problem.hidden
-    units, k_parts, gates = choice.units, choice.k_parts, cell.gates
+    units, k_parts = choice.units, choice.k_parts
     slices = -(-hidden // units)
     if slices == 1:
         # The operand comes from registers as one tile of units per gate, and each gate keeps its own dot so that
@@ -262,7 +298,7 @@ def make_tiling(problem: Problem, choice: Choice, *, backward: bool) -> Tiling:
         directions=problem.recurrences,
         heads=problem.heads,
         widened=problem.dtype if problem.weight_dtype else "",
-        gates=gates,
+        gates=cell.gates,
         saved=cell.saved,
         recurrent_gradient=cell.recurrent_gradient,
         units=units,
@@ -285,9 +321,11 @@ def make_tiling(problem: Problem, choice: Choice, *, backward: bool) -> Tiling:
         precision=problem.precision,
         interpreted=problem.hardware is INTERPRETER,
         more_inputs=cell.more_inputs,
-        params=len(cell.params),
+        params=cell.step_params,
         extras=len(cell.extras),
         after=cell.after,
         more_gradients=cell.more_gradients,
         guarded=slices == 1 and units > hidden and not cell.finite_at_zero,
+        means=cell.means,
+        normalised=cell.normalised,
     )

@@ -12,9 +12,9 @@ at gpu scope; the proxy of wgmma; reads of shared memory, and of memory that a l
 wrote; tf32 operands, whose lower 13 bits are dropped.
 
 Not modelled: SASS, registers and spills, caches, residency, time but for the clock's prediction; the last bits of
-``ex2``, ``lg2``, ``rcp``, ``sqrt``, ``tanh`` and ``div``; the order of sums inside a matrix product; effects of weak
-memory other than races (every access is seen at once by all); races between lanes of one warp; fences, cp.async, TMA,
-mbarrier, clusters and tcgen05. An unknown instruction is an error that names it.
+``ex2``, ``lg2``, ``rcp``, ``rsqrt``, ``sqrt``, ``tanh`` and ``div``; the order of sums inside a matrix product; effects
+of weak memory other than races (every access is seen at once by all); races between lanes of one warp; fences,
+cp.async, TMA, mbarrier, clusters and tcgen05. An unknown instruction is an error that names it.
 """
 
 from .counts import Report

@@ -29,6 +29,7 @@ KNOWN = {
     "mul": f"lo hi wide rn f32 f32x2 f16x2 {INTEGERS}", "neg": "s32 f32 s64 s16", "not": f"{BITS} pred",
     "or": f"{BITS} pred",
     "prmt": "b32", "rcp": "approx f32", "red": ATOMICS, "redux": "sync max add s32", "ret": "",
+    "rsqrt": "approx ftz f32",
     "selp": f"{INTEGERS} {BITS} f32", "setp": f"{COMPARISONS} and or xor {INTEGERS} {BITS} f32",
     "shfl": "sync idx bfly b32", "shl": BITS, "shr": f"{INTEGERS} {BITS}", "sqrt": "approx rn ftz f32",
     "st": f"release cg {SCOPES} {MEMORY}",
@@ -38,7 +39,7 @@ KNOWN = {
 
 BINARY = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 UNARY = {"abs": "absolute({})", "ex2": "exp2({})", "lg2": "log2({})", "neg": "-{}", "not": "~{}", "rcp": "1 / {}",
-         "sqrt": "sqrt({})", "tanh": "tanh({})"}  # fmt: skip
+         "rsqrt": "1 / sqrt({})", "sqrt": "sqrt({})", "tanh": "tanh({})"}  # fmt: skip
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
            "hs": ">="}  # fmt: skip
 WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
@@ -188,7 +189,7 @@ class Opcodes:
         x = self.flushed(i, self.read(a, i.modifiers[-1], True))
         self.write(d, self.flushed(i, UNARY[i.name].format(x)), i.modifiers[-1])
 
-    _abs = _ex2 = _lg2 = _neg = _not = _rcp = _sqrt = _tanh = _unary
+    _abs = _ex2 = _lg2 = _neg = _not = _rcp = _rsqrt = _sqrt = _tanh = _unary
 
     def _min(self, i: Instruction, d: Any, a: Any, b: Any) -> None:
         kind = i.modifiers[-1]

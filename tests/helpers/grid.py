@@ -17,17 +17,18 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import triton.runtime.interpreter as interpreter
 
-from persistrnn.kernels.device import product, scan
+from persistrnn.kernels.device import means, product, scan
 
-# Operation -> the module that calls it. The last three are the second exchange, of the two-dimensional split.
+# Operation -> the modules that call it. The last three are the second exchange, of the two-dimensional split and of
+# means.
 EXCHANGE = {
-    "put": scan,
-    "arrive": scan,
-    "wait": scan,
-    "get": product,
-    "announce": product,
-    "await_count": product,
-    "read": product,
+    "put": (scan,),
+    "arrive": (scan,),
+    "wait": (scan,),
+    "get": (product,),
+    "announce": (product, means),
+    "await_count": (product, means),
+    "read": (product, means),
 }
 
 
@@ -133,7 +134,8 @@ def concurrent_grid(delay: Callable[[str, tuple[int, int, int]], None] | None = 
     # The first call of a jitted function adds to its module's globals, and every call walks over them.
     function, lock = interpreter.InterpretedFunction, threading.Lock()
     rewrite, patch = function.rewrite, interpreter._patch_lang
-    originals = {name: getattr(module, name) for name, module in EXCHANGE.items()}
+    places = [(module, name) for name, modules in EXCHANGE.items() for module in modules]
+    originals = {(module, name): getattr(module, name) for module, name in places}
 
     def call(self, *args, **kwargs):
         count = 1
@@ -146,10 +148,10 @@ def concurrent_grid(delay: Callable[[str, tuple[int, int, int]], None] | None = 
         finally:
             self.fn = body
 
-    def delayed(name):
+    def delayed(module, name):
         def operation(*args, **kwargs):
             delay(name, builder.grid_idx)
-            return originals[name](*args, **kwargs)
+            return originals[module, name](*args, **kwargs)
 
         return operation
 
@@ -158,8 +160,8 @@ def concurrent_grid(delay: Callable[[str, tuple[int, int, int]], None] | None = 
     index = builder.__dict__.pop("grid_idx", None)
     builder.__class__ = _ThreadLocalGrid
     if delay is not None:
-        for name, module in EXCHANGE.items():
-            setattr(module, name, delayed(name))
+        for module, name in places:
+            setattr(module, name, delayed(module, name))
     executor.__call__ = call
     function.rewrite, interpreter._patch_lang = _locked(rewrite, lock), _locked(patch, lock)
     try:
@@ -170,5 +172,5 @@ def concurrent_grid(delay: Callable[[str, tuple[int, int, int]], None] | None = 
         builder.__class__ = original_class
         builder.grid_idx = index
         sys.setswitchinterval(switch)
-        for name, function in originals.items():
-            setattr(EXCHANGE[name], name, function)
+        for (module, name), function in originals.items():
+            setattr(module, name, function)

@@ -151,7 +151,7 @@ def batch_tiles_share_a_counter(monkeypatch):
     def first(name, counter, how):
         turn = program.__dict__.get(name, 0)
         setattr(program, name, turn + 1)
-        return counter - turn % program.tiling.subtiles * program.tiling.lanes * how.stride
+        return counter - turn % program.tiling.subtiles * program.tiling.counters_per_tile * how.stride
 
     def tile(who, j, B, tiling):
         program.tiling = tiling

@@ -4,8 +4,9 @@ import torch
 from torch import sigmoid, tanh
 from torch.nn.functional import logsigmoid
 
-from persistrnn.kernels.cells import Cell
+from persistrnn.kernels.cells import BUILT_IN, CELLS, Cell
 from persistrnn.kernels.cells.registration import register
+from persistrnn.kernels.cells.variants import variant
 
 
 def rnn(x, r, state):
@@ -64,7 +65,15 @@ DECLARED = {
 }  # fmt: skip
 
 
+# What a recipe makes of a cell: in training all its noise, in evaluation each state's expectation.
+VARIANTS = {"lstm_noise": ("lstm", (1.0, 1.0), True, True), "gru_expected": ("gru", (0.3,), False, False)}
+
+
 def cell_of(name: str) -> Cell:
-    """Registered, once."""
+    """Registered, once; built-in ones and variants by their names, too."""
+    if name in BUILT_IN:
+        return CELLS[name]
+    if name in VARIANTS:
+        return CELLS[variant(*VARIANTS[name])]
     step, declared = DECLARED[name]
     return register(step, **declared).cell

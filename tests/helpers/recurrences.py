@@ -42,7 +42,7 @@ def given(
         "initial": states(),
     }
     if cell.params:
-        found["params"] = leaf(D, len(cell.params), H, size=0.3, around=1.0)
+        found["params"] = leaf(D, sum(cell.param_tiles), H, size=0.3, around=1.0)
     if cell.extras:
         masks = torch.rand(1, steps, batch, D, len(cell.extras), H, generator=generator) < 0.3
         found["extras"] = masks.to(torch.uint8)

@@ -1,16 +1,15 @@
 """A block-diagonal W_hh: each head is a recurrence of its own, and one that fits a slice exchanges nothing."""
 
-import json
-
 import own_cells
 import pytest
+import recurrences
 import torch
 from grid import concurrent_grid
+from recurrences import in_dtype, leaves_of
 
 from persistrnn import autograd, reference, step_marks
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.inspect import plan_command
 from persistrnn.kernels.planner.hardware import DEVICES
 from persistrnn.kernels.planner.plan import plan_layer
 from persistrnn.kernels.planner.problem import Problem
@@ -20,22 +19,11 @@ T, B, D, HEADS, H = 3, 3, 2, 3, 10  # H of a head
 
 def given(cell, marked):
     """Arguments of ``autograd.recurrent`` with heads, by name, in float64."""
-    generator, N = torch.Generator().manual_seed(0), D * HEADS
-
-    def leaf(*shape, size=0.4):
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * size).requires_grad_()
-
-    found = {
-        "x_gates": leaf(T, B, N, cell.inputs * H), "weight_hh": leaf(N, cell.gates * H, H),
-        "bias_hh": leaf(N, cell.gates * H), "initial": [leaf(N, B, H) for _ in range(cell.states)],
-    }  # fmt: skip
-    if cell.params:
-        found["params"] = leaf(N, len(cell.params), H)
-    if cell.extras:
-        found["extras"] = (torch.rand(1, T, B, N, len(cell.extras), H, generator=generator) < 0.3).to(torch.uint8)
+    found = recurrences.given(cell, D * HEADS, torch.float64, H, B, T)
     if marked:
-        active, begins = torch.rand(2, T, B, generator=generator) < 0.7
-        found |= {"marks": step_marks.marks(active, begins, D), "reset": [leaf(N, B, H) for _ in range(cell.states)]}
+        active, begins = torch.rand(2, T, B, generator=torch.Generator().manual_seed(0)) < 0.7
+        found["marks"] = step_marks.marks(active, begins, D)
+        found["reset"] = [(s.detach() * 0.5).requires_grad_() for s in found["initial"]]
     return found
 
 
@@ -72,11 +60,6 @@ def derivatives(outputs, leaves):
     return [*outputs, *first, *second]
 
 
-def leaves_of(arguments):
-    flat = [t for value in arguments.values() for t in (value if isinstance(value, list) else [value])]
-    return [t for t in flat if t.requires_grad]
-
-
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("name", "marked", "chosen"), [
     ("lstm", True, {"units": 16}), ("gru", False, {"homes": "registers and shared"}),
@@ -89,17 +72,13 @@ def test_heads_are_the_blocks_of_one_matrix(forced, name, marked, chosen):
     exact = given(cell, marked)
     one = as_one(cell, exact)
     y, c, finals = reference.recurrent(cell.name, **one)
-    truth = derivatives([y, *([] if c is None else [c]), *finals], leaves_of(exact))
-
-    def single(t):
-        return t.detach().float().requires_grad_() if t.is_floating_point() else t
-
-    arguments = {n: list(map(single, v)) if isinstance(v, list) else single(v) for n, v in exact.items()}
+    truth = derivatives([y, *([] if c is None else [c]), *finals], [*leaves_of(exact).values()])
+    arguments = in_dtype(exact, torch.float32)
     before = launch.LAUNCHES.copy()
     with concurrent_grid():
         y, c, finals = autograd.recurrent(cell.name, **arguments, precision="ieee", return_c=True, heads=HEADS)
         outputs = [y, *([] if c is None else [c]), *(side_by_side(s, 0) for s in finals)]
-        found = derivatives(outputs, leaves_of(arguments))
+        found = derivatives(outputs, [*leaves_of(arguments).values()])
     assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
     for ours, true in zip(found, truth, strict=True):
         assert (ours - true).norm() <= 5e-6 * true.norm()
@@ -119,18 +98,6 @@ def test_a_head_that_fits_a_slice_exchanges_nothing():
     wide = plan_layer(Problem(CELLS["lstm"], 512, 16, 2, "bf16", hardware, 2))
     assert wide.forward.tiling.slices > 1, "a head that does not fit"
     assert wide.forward.tiling.jobs(16) == 4
-
-
-def test_the_command_plans_heads(capsys):
-    given = ["--cell", "lstm", "--hidden", "512", "--batch", "16", "--device", "h200", "--heads", "8"]
-    assert plan_command.main(given) == 0
-    assert "H=512 in 8 heads" in capsys.readouterr().out
-    assert plan_command.main([*given, "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert (answer["heads"], answer["hidden"], answer["forward"]["tiling"]["slices"]) == (8, 64, 1)
-    with pytest.raises(SystemExit):
-        plan_command.main([*given[:-1], "7"])
-    assert "7 given, which does not divide --hidden 512" in capsys.readouterr().err
 
 
 def test_a_stack_of_heads_is_refused_one_launch():

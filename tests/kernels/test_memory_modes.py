@@ -405,7 +405,7 @@ def test_auto_takes_no_mode_that_needs_more():
         ("lstm", torch.float32, 1, False, False, 64),
         ("lstm", torch.float32, 2, False, True, 1024),
         ("lstm", torch.float32, 2, True, True, 256),
-        ("lstm", torch.float32, 1, False, False, 8192),
+        ("lstm", torch.float32, 1, False, False, 4096),
         ("lstm", torch.float64, 1, True, False, 256),
         ("gru", torch.float32, 1, False, False, 64),
         ("gru", torch.float32, 2, False, True, 512),

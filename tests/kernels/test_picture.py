@@ -30,11 +30,14 @@ def planned(cell: str, hidden: int, batch: int, directions: int = 1, dtype: str 
 
 
 def workload_passes() -> Iterator[tuple[Plan, Pass]]:
-    """Every layer of DeepBench, on a device of each kind and in each size of element."""
+    """Every layer of DeepBench, in turn on a device of each kind and in each size of element."""
     with open(WORKLOADS / "deepbench.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["cell"] in CELLS]
     assert Counter(row["cell"] for row in rows) == {"gru": 73, "lstm": 38, "rnn_relu": 14}
-    for row, device, dtype in itertools.product(rows, ("a100", "h200", "mi300x"), ("bf16", "fp32")):
+    kinds = itertools.cycle(itertools.product(("a100", "h200", "mi300x"), ("bf16", "fp32")))
+    for row, (device, dtype) in zip(
+        itertools.chain(rows, rows), kinds, strict=False
+    ):  # 125 rows: other kinds each time
         try:
             found = planned(row["cell"], int(row["hidden"]), int(row["batch"]), 1, dtype, device)
         except PlanError:
@@ -85,7 +88,7 @@ def test_what_every_workload_holds_adds_up() -> None:
         gates, shares = {"lstm": 4, "gru": 3, "rnn_relu": 1}[found.cell], dataclasses.astuple(part.shares)
         assert sum(shares) == gates * found.hidden**2 * DTYPES[found.dtype]
         seen += 1
-    assert seen > 1000
+    assert seen > 400
 
 
 def test_two_programs_hold_twice_as_much_of_a_multiprocessor() -> None:

@@ -178,8 +178,11 @@ def test_a_missing_weight_is_named(cell, name, backend):
         layer(X)
     delattr(layer, name)
     assert f"the layer has no {name}, and num_layers=2" in failure(layer)
+    for error in (RuntimeError, AttributeError):
+        with pytest.raises(error, match=f"the layer has no {name}, and num_layers=2"):
+            persistrnn.Streaming(layer)(X)
     with pytest.raises(RuntimeError, match=f"the layer has no {name}, and num_layers=2"):
-        persistrnn.Streaming(layer)(X)
+        _ = layer.all_weights  # of an AttributeError in a property, Module.__getattr__ would hide what it says
 
 
 @pytest.mark.parametrize("value", [0, -1, "x", 2.0, True, X, None], ids=str)
@@ -207,10 +210,22 @@ def test_detach_of_a_stream_is_a_bool(value):
         stream(X)
 
 
-@pytest.mark.parametrize("name", ["num_layers", "bidirectional", "dropout"])
-def test_a_deleted_attribute_is_named(name):
-    """And not the property that reads it."""
-    layer = persistrnn.GRU(4, 6)
+@pytest.mark.parametrize(
+    ("name", "by_property"),
+    [
+        ("num_layers", ["options", "all_weights", "_all_weights", "_flat_weights"]),
+        ("bidirectional", ["options", "all_weights", "_all_weights", "_flat_weights_names"]),
+        ("dropout", ["options"]),
+        ("training", ["options"]),
+        ("nonlinearity", ["cell", "mode", "all_weights"]),
+    ],
+)
+def test_a_deleted_attribute_is_named(name, by_property):
+    """And not the property that reads it: by a call as by torch.nn's, by a property as a RuntimeError."""
+    layer = persistrnn.RNN(4, 6)
     delattr(layer, name)
-    with pytest.raises(RuntimeError, match=f"no attribute '{name}', and a call needs it; set it again"):
+    with pytest.raises((AttributeError, RuntimeError), match=f"'RNN' object has no attribute '{name}'"):
         layer(torch.zeros(5, 3, 4))
+    for of in by_property:
+        with pytest.raises(RuntimeError, match=f"'RNN' object has no attribute '{name}'"):
+            getattr(layer, of)

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from accuracy import DTYPES, Bound
 from pairs import as_hx, tensors
 from torch import sigmoid, tanh
 from torch.nn.functional import layer_norm, linear
@@ -168,6 +169,11 @@ RUNS += [("torch", {"bias": False}, "whole")]
 ON_KERNELS = [(ONE, "lengths"), (FOUR, "resets"), ({"num_layers": 2, "bias": False}, "whole")]
 RUNS = [(cell, *run) for cell in CELLS for run in RUNS]
 RUNS += [pytest.param(c, "persistent", *run, marks=MARK) for c in CELLS if c not in WHOLE for run in ON_KERNELS]
+RUNS += [
+    pytest.param("layer_norm_lstm", "persistent", {"bidirectional": True, "bias": False}, "resets", marks=MARK),
+    pytest.param("layer_norm_gru", "persistent", {"num_layers": 2}, "lengths", marks=MARK),
+    pytest.param("gru_reset_before", "persistent", {"bidirectional": True}, "resets", marks=MARK),
+]
 
 
 @pytest.mark.parametrize(("cell", "backend", "options", "cut"), RUNS, ids=str)
@@ -186,8 +192,35 @@ def test_layers_are_the_paper(cell, backend, options, cut):
     for found, leaves in ((ours, [x, *hx, *weights.values()]), (paper, exact)):
         loss = sum((k + 1) * t.sin().sum() for k, t in enumerate(found))
         found += torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    if not on_torch and cell in WHOLE:  # a norm of few units that are nearly alike makes much of their last bits
+        for a, b in zip(ours, paper, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
+        return
     rtol, atol = (1e-9, 1e-11) if on_torch else (1e-5, 5e-6)
     torch.testing.assert_close(ours, paper, rtol=rtol, atol=atol, check_dtype=False)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("cell", WHOLE)
+def test_half_precision_step_by_step_keeps_the_bound(cell, dtype):
+    """Of ``helpers/accuracy``: the witness is the paper in that dtype. Of all others the kernels keep it."""
+    bound = Bound(DTYPES[dtype])
+    layer, x, hx = made(cell, bound.dtype, num_layers=2)
+    weights = dict(layer.named_parameters())
+    names = ["y", "h_n", "c_n"][: 1 + len(hx)]
+    names += [f"d {name}" for name in ("x", "h0", "c0")[: 1 + len(hx)]] + [f"d {name}" for name in weights]
+    found = []
+    for of in (None, torch.float64, bound.dtype):
+        leaves = [t.detach().to(of).requires_grad_() if of else t for t in (x, *hx, *weights.values())]
+        x_, hx_ = leaves[0], leaves[1 : 1 + len(hx)]
+        own = dict(zip(weights, leaves[1 + len(hx) :], strict=True))
+        outputs = transcribed(cell, own, x_, hx_, 2, 1) if of else tensors(layer(x_, as_hx(hx_)))
+        torch.manual_seed(1)
+        cotangents = [torch.randn(t.shape).to(bound.dtype).to(t.dtype) for t in outputs]
+        outputs += torch.autograd.grad(outputs, leaves, cotangents)
+        found.append({name: t.detach().double() for name, t in zip(names, outputs, strict=True)})
+    bound.add(cell, *found)
+    assert bound.failures == []
 
 
 @pytest.mark.parametrize("cell", FURTHER)
@@ -211,7 +244,7 @@ def test_parameters_have_the_documented_names(cell):
 @pytest.mark.parametrize(
     ("cell", "backend"),
     [
-        *((cell, "torch") for cell in FURTHER),
+        *((cell, "torch") for cell in CELLS if cell != "rnn_relu"),
         *(pytest.param(c, "persistent", marks=MARK) for c in ("peephole", "slstm")),
     ],
 )
@@ -249,8 +282,8 @@ def called(layer):
     return lambda weights, x, hx: torch.func.functional_call(layer, weights, (x, as_hx(hx)))[0]
 
 
-SECOND = [(cell, "torch") for cell in FURTHER if cell not in WHOLE]
-SECOND += [pytest.param(cell, "persistent", marks=MARK) for cell in FURTHER if cell not in WHOLE]
+SECOND = [(cell, "torch") for cell in CELLS if cell not in WHOLE]
+SECOND += [pytest.param(cell, "persistent", marks=MARK) for cell in CELLS if cell not in WHOLE]
 
 
 @pytest.mark.parametrize(("cell", "backend"), SECOND)
@@ -328,10 +361,10 @@ def test_what_such_layers_refuse():
     assert "path: stepwise, a loop over torch's operations" in persistrnn.explain(layer, B, T)
 
 
-@pytest.mark.parametrize("cell", WHOLE)
-def test_steps_of_several_stages_have_no_kernels_and_say_so(cell):
-    layer, x, _ = made(cell, torch.float32)
-    words = "within each step .* has (a second product|means over all units); use backend='torch'"
+@pytest.mark.parametrize(("cell", "save"), [(c, save) for c in WHOLE for save in ("state", "checkpoint")])
+def test_steps_of_several_stages_say_what_the_kernels_do_not_run(cell, save):
+    layer, x, _ = made(cell, torch.float32, save=save)
+    words = f'of {cell}, .* keep what the backward needs of every step, got save="{save}"; use save="gates"'
     assert re.search(rf"path: stepwise, .*\nwhy: .*{words}", persistrnn.explain(layer, B, T))
     layer.backend = "persistent"
     with pytest.raises(RuntimeError, match=words):

@@ -26,7 +26,7 @@ def test_compiles_as_one_graph_for_all_lengths(cell, backend):
 
     # One graph for all sizes, and one for each way in which they can be 1: torch itself makes those.
     compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=True)
-    sizes = ((4, 3), (4, 3), (5, 3), (5, 2), (1, 2), (3, 1), (1, 1), (2, 2))
+    sizes = ((4, 3), (5, 3), (5, 2), (1, 2), (3, 1), (2, 2))
     seen = []
     for T, B in sizes:
         x = torch.randn(T, B, 7, requires_grad=True)
@@ -36,7 +36,7 @@ def test_compiles_as_one_graph_for_all_lengths(cell, backend):
         grads = [torch.autograd.grad(sum(t.sum() for t in r), [x, *layer.parameters()]) for r in (found, expected)]
         torch.testing.assert_close(*grads)
         seen.append(counter.frame_count)
-    assert seen[-1] - seen[0] <= 3
+    assert seen[-1] - seen[0] <= 2
 
 
 @pytest.mark.interpreter
@@ -95,23 +95,6 @@ def test_compiles_projections_with_everything(way, backend):
         y, final, c = call(x, state, return_cell_states=True, **cut)
         results.append([y, *final, c, *torch.autograd.grad(y.sum() + c.sum(), [x, *layer.parameters()])])
     torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_exports(cell):
-    layer = make_layer(cell, 3, 6)
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x, lengths):
-            return self.layer(x, lengths=lengths)[0]
-
-    given = torch.randn(4, 2, 3), torch.tensor([4, 1])
-    exported = torch.export.export(Model(), given)
-    torch.testing.assert_close(exported.module()(*given), Model()(*given))
 
 
 @pytest.mark.parametrize("cell", [*CELLS, "peephole"])

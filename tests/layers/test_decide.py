@@ -80,7 +80,7 @@ def test_inside_torch_func(compiled):
 
 
 def test_a_call_asks_of_all_that_it_takes(decisions):
-    layer, h0 = persistrnn.GRU(5, 6), torch.zeros(1, 3, 6, requires_grad=True)
+    layer, h0 = persistrnn.GRU(5, 6, save="state"), torch.zeros(1, 3, 6, requires_grad=True)
     layer(X)
     with torch.no_grad():
         layer(X)

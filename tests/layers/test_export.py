@@ -42,23 +42,19 @@ def again(program: torch.export.ExportedProgram) -> Any:
     return torch.export.load(file).module()
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("save", ["gates", "state", "checkpoint"])
-def test_on_torch_s_path(save: Any, strict: bool) -> None:
-    layer = persistrnn.LSTM(INPUT, HIDDEN, 2, save=save, backend="torch")
+@pytest.mark.parametrize(
+    ("make", "save", "strict"),
+    [
+        (persistrnn.LSTM, "gates", True), (persistrnn.GRU, "gates", False), (persistrnn.LSTM, "state", False),
+        (persistrnn.RNN, "state", True), (persistrnn.LSTM, "checkpoint", True), (persistrnn.GRU, "checkpoint", False),
+    ],
+)  # fmt: skip
+def test_on_torch_s_path(make: Any, save: Any, strict: bool) -> None:
+    layer = make(INPUT, HIDDEN, 2, save=save, backend="torch")
     program = again(exported(layer, torch.randn(4, 3, INPUT), strict=strict))
     for T, B in ((70, 2), (2, 5)):  # more than a chunk, and less
         x = torch.randn(T, B, INPUT)
         torch.testing.assert_close(program(x), layer(x))
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize(("save", "strict"), [("state", True), ("checkpoint", True), ("gates", False)])
-def test_on_the_kernels(save: Any, strict: bool) -> None:
-    layer = persistrnn.GRU(INPUT, HIDDEN, save=save, backend="persistent")
-    program = again(exported(layer, torch.randn(3, 2, INPUT), strict=strict))
-    x = torch.randn(5, 3, INPUT)
-    torch.testing.assert_close(program(x), layer(x))
 
 
 @pytest.mark.parametrize("name", ["lengths", "mask", "resets"])

@@ -32,8 +32,9 @@ def kernels(monkeypatch):
     calls = []
 
     def recurrent(cell, x_gates, weight_hh, bias_hh, initial, precision, marks, reset, return_c, cell_dtype, heads):
-        tensors = [x_gates, weight_hh, bias_hh, *initial]
         directions, rows, hidden = weight_hh.shape
+        initial = initial or [x_gates.new_zeros(directions, x_gates.size(1), hidden)] * CELLS[cell].states
+        tensors = [x_gates, weight_hh, bias_hh, *initial]
         assert x_gates.shape[2:] == (directions, rows)
         assert bias_hh.shape == (directions, rows)
         assert [s.shape for s in initial] == [(directions, x_gates.size(1), hidden)] * CELLS[cell].states
@@ -144,5 +145,6 @@ def test_persistent_checks_devices_before_it_launches(kernels, cell):
 def test_public_names():
     layers = "GRU JANET LSTM MGU RNN SLSTM CoupledLSTM LayerNormGRU LayerNormLSTM PeepholeLSTM Recurrent Stacked"
     functions = "accelerate accelerated cell check check_cell explain flops functional profile replace restore"
-    assert set(persistrnn.__all__) == {*layers.split(), *functions.split(), "Recipe", "Streaming", "__version__"}
+    others = "Recipe", "Streaming", "__version__", "warmup"
+    assert set(persistrnn.__all__) == {*layers.split(), *functions.split(), *others}
     assert all(hasattr(persistrnn, name) for name in persistrnn.__all__)

@@ -93,6 +93,25 @@ def test_relu(tmp_path: Path) -> None:
     agrees(model, tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [
+        (persistrnn.LSTM, {}),
+        (persistrnn.GRU, {"hx": torch.randn(1, 3, HIDDEN), "lengths": torch.tensor([4, 0, 2])}),
+        (lambda *sizes: persistrnn.Stacked([persistrnn.RNN(*sizes)]), {"lengths": torch.tensor([1, 2, 4])}),
+    ],
+)
+def test_a_layer_by_itself(make: Any, given: dict[str, Any], tmp_path: Path) -> None:
+    """The exporter on torch.jit.trace hands all that it takes over by position."""
+    layer, x = make(INPUT, HIDDEN).eval(), torch.randn(4, 3, INPUT)
+    torch.onnx.export(layer, (x,), tmp_path / "m.onnx", kwargs=given, dynamo=False)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    named = {i.name: t.numpy() for i, t in zip(session.get_inputs(), [x, *given.values()], strict=True)}
+    expected = [t.detach() for t in torch.utils._pytree.tree_leaves(layer(x, **given))]
+    found = [torch.from_numpy(t) for t in session.run(None, named)]
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
+
+
 def test_a_swapped_model_exports_as_before(tmp_path: Path) -> None:
     class Tagger(nn.Module):
         def __init__(self) -> None:

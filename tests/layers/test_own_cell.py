@@ -8,6 +8,7 @@ from pairs import PAIRS, PATHS, tensors
 
 import persistrnn
 from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.cells.stages import Mean, Product
 
 T, B, INPUT, H = 5, 3, 4, 6
 
@@ -23,6 +24,21 @@ def damped(x, r, state, p, e):
 def highway(x, r, state):
     z = torch.sigmoid(x.z + r.z)
     return (z * state.h + (1 - z) * x.skip,)
+
+
+@persistrnn.cell(gates=("r", "z", "n"), params=("slope",), extras=("keep",))
+def reset_before(x, r, state, p, e):
+    """With a second product, and what Cho's has not."""
+    reset, z = torch.sigmoid(x.r + r.r), torch.sigmoid(x.z + r.z)
+    n = torch.tanh(x.n + (yield Product(reset * state.h)))
+    new = p.slope * (n + z * (state.h - n))
+    return e.keep * state.h + (1 - e.keep) * new
+
+
+@persistrnn.cell(gates=("a", "b"), params=("unread",))
+def centred(x, r, state, p):
+    h = torch.tanh(x.a + r.a)
+    return h - (yield Mean(h))
 
 
 def by_hand(layer, x, keep):
@@ -101,6 +117,31 @@ def test_inputs_wider_than_the_gates(backend):
     )  # fmt: skip
 
 
+def test_a_step_of_several_stages_runs_step_by_step():
+    torch.manual_seed(0)
+    theirs = persistrnn.GRU(INPUT, H, 2, bidirectional=True, reset_after=False)
+    layer = persistrnn.Recurrent(reset_before, INPUT, H, 2, bidirectional=True)
+    assert layer.load_state_dict(theirs.state_dict(), strict=False).missing_keys == [
+        f"slope_l{k}{way}" for k in range(2) for way in ("", "_reverse")
+    ]
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            p.fill_(1.0) if "slope" in name else None
+    x, keep = torch.randn(T, B, INPUT, requires_grad=True), torch.zeros(4, T, B, H)
+    found = []
+    for outputs, of in ((tensors(layer(x, keep=keep)), layer), (tensors(theirs(x)), theirs)):
+        weights = [p for name, p in of.named_parameters() if "slope" not in name]
+        found.append(outputs + list(torch.autograd.grad(sum(t.sin().sum() for t in outputs), [x, *weights])))
+    torch.testing.assert_close(*found)
+    assert layer.last_path == "stepwise"
+    kept = layer(x, keep=torch.ones_like(keep))[0]
+    assert not kept.any()
+    layer = persistrnn.Recurrent(centred, INPUT, H)
+    y = layer(x)[0]
+    torch.testing.assert_close(y.sum(-1), torch.zeros(T, B), rtol=0, atol=1e-5)
+    assert "never read by the step: x.b, r.b, p.unread" in persistrnn.check_cell(centred)
+
+
 def test_the_function_is_the_layer():
     torch.manual_seed(0)
     layer = persistrnn.Recurrent(damped, INPUT, H, 2, bidirectional=True)
@@ -115,11 +156,22 @@ def test_the_function_is_the_layer():
 
 def test_it_is_explained():
     text = persistrnn.check_cell(damped, hidden_size=256, batch=16, device="a100")
-    for part in ("gates: f, n", "states: h", "params: slope", "extras: keep", "saved per unit and step: 3 tiles"):
+    for part in ("gates: f, n", "states: h", "params: slope", "extras: keep", "tiles saved per unit and step: 3"):
         assert part in text
     assert f"{damped.cell} H=256 B=16 D=1 bf16 on a100" in text
     assert "def damped_backward(d_state, saved, previous_state, p, e):" in text
     assert "states: h, c, n, m" in persistrnn.check_cell("slstm")
+    assert "never read" not in persistrnn.check_cell("layer_norm_lstm") + persistrnn.check_cell("janet")
+
+
+@pytest.mark.audit
+def test_and_audited():
+    text = persistrnn.check_cell(damped, hidden_size=64, batch=16, arch="sm_80")
+    rows = [line.split() for line in text.splitlines() if line.startswith(f"{damped.cell} ")]
+    assert [(row[1], row[-1]) for row in rows[1:]] == [("forward", "ok"), ("backward", "ok")]
+    assert "on a100 (sm_80" in " ".join(rows[0])
+    with pytest.raises(ValueError, match=r"arch is one of 'sm_80', .* got 'sm_81'"):
+        persistrnn.check_cell(damped, arch="sm_81")
 
 
 @pytest.mark.parametrize("cell", PAIRS)
@@ -166,7 +218,9 @@ def test_what_is_refused():
     assert set(CELLS) == known
 
 
-def test_check_cell_says_of_a_step_of_stages_that_it_has_no_kernels():
-    told = persistrnn.check_cell("gru_reset_before")
+def test_check_cell_shows_a_step_of_stages_part_by_part():
+    told = persistrnn.check_cell("gru_reset_before", 512, 16)
     assert "gates: r, z, n" in told
-    assert "runs it step by step" in told
+    assert "saved per unit and step: 4 tiles" in told
+    assert "gru_reset_before H=512 B=16" in told
+    assert "if part == 0:\n        v9 = x_gates[0] + r_gates[0]" in told

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from pairs import CELLS, PAIRS, PATHS, as_hx, assert_close, make_layer, tensors
+from pairs import PAIRS, PATHS, as_hx, assert_close, make_layer, tensors
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -91,25 +91,6 @@ def test_parametrized_layer_has_the_gradients_of_the_weights_it_makes(cell, kind
     for (name, actual), other in zip(layer.named_parameters(), twin.parameters(), strict=True):
         assert actual.grad.any(), name
         assert_close(actual.grad, other.grad)
-
-
-@pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("cell", CELLS)
-def test_weight_set_by_a_hook_is_used(cell, backend):
-    """As weight drop was written before there were parametrizations: a plain tensor in the Parameter's place."""
-    layer, plain = make(cell, backend), make(cell)
-    raw = layer.weight_hh_l0
-    del layer.weight_hh_l0
-    layer.weight_hh_l0_raw = raw
-    layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "weight_hh_l0", 0.5 * layer.weight_hh_l0_raw))
-    with torch.no_grad():
-        plain.weight_hh_l0.mul_(0.5)
-    x = torch.randn(STEPS, BATCH, INPUT)
-    (outputs, loss), (expected, expected_loss) = run(layer, x), run(plain, x)
-    assert_close(outputs, expected)
-    loss.backward()
-    expected_loss.backward()
-    assert_close(raw.grad, 0.5 * plain.weight_hh_l0.grad)
 
 
 # --- tied and frozen --------------------------------------------------------------------------------------------
@@ -240,3 +221,14 @@ def test_parameters_stay_where_they_are(backend):
             torch.autograd.grad(expected_loss, list(plain.parameters())),
         )
     assert [p.data_ptr() for p in layer.parameters()] == addresses
+
+
+@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2, "bidirectional": True}], ids=["plain", "projected"])
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+def test_gradients_are_contiguous(options, backend):
+    """As torch.nn's, whose users view them."""
+    layer = make_layer("lstm", 3, 4, backend=backend, **options)
+    y, state = layer(torch.randn(3, 2, 3, requires_grad=True))
+    found = torch.autograd.grad(sum(t.sin().sum() for t in (y, *state)), list(layer.parameters()))
+    assert all(g.is_contiguous() for g in found)

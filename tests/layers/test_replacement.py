@@ -256,6 +256,16 @@ def test_what_restore_leaves_has_a_reason(make, reason):
     assert reason in found.left["layer"]
 
 
+@pytest.mark.parametrize("hold", [lambda layer: persistrnn.Stacked([layer]), persistrnn.Streaming])
+def test_restore_leaves_the_layers_of_what_takes_ours_alone(hold):
+    model = nn.ModuleDict({"held": hold(persistrnn.GRU(7, 8)), "other": persistrnn.GRU(7, 8)})
+    found = persistrnn.restore(model)
+    assert list(found.swapped) == ["other"]
+    ((_, reason),) = found.left.items()
+    assert reason == f"a {type(model['held']).__name__} takes layers of persistrnn alone"
+    model["held"](X)
+
+
 def test_what_is_lost_is_said():
     layer = persistrnn.LSTM(7, 8, save="state", cell_dtype=torch.float32, backend="persistent")
     found = persistrnn.restore(nn.Sequential(layer))
@@ -281,24 +291,74 @@ def test_bad_arguments_of_restore():
 
 
 # Of torch, which deprecates torch.ao.quantization and calls its own deprecated storage:
-@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning")
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_dynamic_quantization_says_that_it_leaves_our_layers_and_takes_restored_ones(cell):
+def of_quantization(test):
+    ignore = pytest.mark.filterwarnings
+    return ignore("ignore:torch.ao.quantization is deprecated:DeprecationWarning")(
+        ignore("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning")(test)
+    )
+
+
+@of_quantization
+@pytest.mark.parametrize(
+    "spec", [None, {nn.LSTM, nn.GRU}, {"rnn"}, {"all"}], ids=["default", "types", "name", "parent"]
+)
+@pytest.mark.parametrize(("cell", "dtype"), [("lstm", torch.qint8), ("gru", torch.qint8), ("lstm", torch.float16)])
+def test_dynamic_quantization_makes_of_our_layers_what_it_makes_of_torchs(cell, dtype, spec):
     from torch.ao.quantization import quantize_dynamic
 
-    model = nn.ModuleDict({"rnn": PAIRS[cell][1](7, 8), "head": nn.Linear(8, 2)}).eval()
-    types = {nn.LSTM, nn.GRU, nn.Linear}
-    expected = quantize_dynamic(model, types)
+    inner = nn.ModuleDict({"rnn": PAIRS[cell][1](7, 8, 2, bidirectional=True)}).eval()
+    inner["rnn"].register_forward_hook(lambda module, given, result: (result[0] + 1, result[1]))
+    model = inner if spec == {"rnn"} else nn.ModuleDict({"all": inner})
+    expected = quantize_dynamic(model, spec, dtype=dtype)
     persistrnn.replace(model)
-    with pytest.warns(UserWarning, match=r"leaves a persistrnn.\w+ as it is, .*call persistrnn.restore\(model\)"):
-        untouched = quantize_dynamic(model, types)
-    assert list(untouched["rnn"].parameters())
-    assert not hasattr(model["rnn"], "qconfig")
-    small = quantize_dynamic(persistrnn.restore(model).model, types)
-    assert type(small["rnn"]) is type(expected["rnn"])
+    small = quantize_dynamic(model, spec, dtype=dtype)
+    found, theirs = (m["rnn"] if spec == {"rnn"} else m["all"]["rnn"] for m in (small, expected))
+    assert type(found) is type(theirs)
     assert not list(small.parameters())
-    assert torch.equal(small["rnn"](X)[0], expected["rnn"](X)[0])
+    assert torch.equal(found(X)[0], theirs(X)[0])
+    assert type(inner["rnn"]) is PAIRS[cell][0]
+    assert not hasattr(inner["rnn"], "qconfig")
+
+
+def in_a_stack():
+    return persistrnn.Stacked([persistrnn.GRU(7, 8)])
+
+
+@of_quantization
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.parametrize(
+    ("make", "spec", "mapping", "reason"),
+    [
+        (lambda: persistrnn.MGU(7, 8), {"rnn"}, None, "torch.nn has no equal of a MGU"),
+        (lambda: persistrnn.GRU(7, 8, heads=2), {nn.GRU}, None, "torch.nn has no heads"),
+        (lambda: MyGRU(7, 8), {nn.GRU}, None, "takes no subclasses"),
+        (lambda: persistrnn.LSTM(7, 8, proj_size=2), {nn.LSTM}, None, "has no projections"),
+        (lambda: persistrnn.RNN(7, 8), {nn.RNN}, None, "nothing for a torch.nn.RNN"),
+        (lambda: persistrnn.GRU(7, 8), {nn.GRU}, {nn.GRU: None}, "the mapping given to quantize_dynamic has no GRU"),
+        (in_a_stack, {nn.GRU}, None, "held by a module of persistrnn"),
+    ],
+    ids=["cell", "heads", "subclass", "projections", "no type of its", "mapping", "stack"],
+)
+def test_dynamic_quantization_says_what_it_leaves(make, spec, mapping, reason):
+    from torch.ao.quantization import quantize_dynamic
+
+    model = nn.ModuleDict({"rnn": make()}).eval()
+    with pytest.warns(UserWarning, match=f"{reason}.*; this persistrnn.* stays as it is"):
+        small = quantize_dynamic(model, spec, mapping=mapping)
+    assert type(small["rnn"]) is type(model["rnn"])
+    expected, found = (m["rnn"](X)[0] for m in (model, small))
+    assert torch.equal(found, expected)
+
+
+@of_quantization
+def test_quantization_says_nothing_where_nothing_was_asked_and_warns_where_it_goes_by_type():
+    from torch.ao.quantization import prepare, quantize_dynamic
+
+    model = nn.ModuleDict({"rnn": persistrnn.GRU(7, 8), "head": nn.Linear(8, 2)}).eval()
+    assert list(quantize_dynamic(model, {nn.Linear})["rnn"].parameters())
+    model.qconfig = torch.ao.quantization.default_qconfig
+    with pytest.warns(UserWarning, match=r"goes by type; this persistrnn.GRU stays as it is, .*persistrnn.restore"):
+        prepare(model)
 
 
 @pytest.mark.parametrize("cell", PAIRS)

@@ -125,3 +125,11 @@ def test_qconfig_comes_and_goes():
     assert hasattr(copy.deepcopy(layer), "qconfig")
     del layer.qconfig
     assert not hasattr(layer, "qconfig")
+
+
+@pytest.mark.parametrize("make", [persistrnn.LSTM, lambda *sizes: persistrnn.Stacked([persistrnn.LSTM(*sizes)])])
+def test_states_that_are_no_tuple_are_refused_as_by_torch_nn(make):
+    states = torch.zeros(2, 1, BATCH, HIDDEN)
+    for layer in (make(INPUT, HIDDEN), nn.LSTM(INPUT, HIDDEN)):
+        with pytest.raises(TypeError, match="takes from 2 to 3 positional arguments but 4 were given"):
+            layer(torch.randn(STEPS, BATCH, INPUT), *states)

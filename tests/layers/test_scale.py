@@ -1,4 +1,4 @@
-"""Many processes, little memory, many runs: DDP, FSDP2, checkpointing, saved and copied layers, seeds, same bits."""
+"""Many processes, little memory, many runs: DDP, FSDP2, checkpointing, saved and copied layers, seeds."""
 
 import contextlib
 import copy
@@ -227,25 +227,6 @@ def test_copy_trains_alone(duplicate, backend):
 
 
 # --- many runs --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def deterministic():
-    """torch's deterministic mode, in which fresh memory holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("cell", CELLS)
-def test_deterministic_mode_is_accepted_and_gives_the_same_bits(cell, backend, request):
-    layer, _ = make_pair(cell, backend, **({"num_layers": 2} if cell == "lstm" else {"bidirectional": True}))
-    expected = run(layer, layer)
-    request.getfixturevalue("deterministic")
-    actual = run(layer, layer)
-    assert all(t.isfinite().all() for t in tensors(actual))
-    assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize(

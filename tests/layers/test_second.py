@@ -124,25 +124,6 @@ def test_with_frozen_weights_and_a_linear_loss(cell):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("cell", CELLS)
-def test_torch_func_twice(cell):
-    torch.manual_seed(0)
-    module, truth = pair(cell, INPUT, H, backend="persistent", truth=True)
-    x = torch.randn(T, B, INPUT)
-
-    def slope(of):
-        return lambda x: torch.func.grad(lambda x: of(x)[0].square().sum())(x).square().sum()
-
-    found = torch.func.grad(slope(module))(x)
-    leaf = x.double().requires_grad_()
-    (first,) = torch.autograd.grad(truth(leaf)[0].square().sum(), leaf, create_graph=True)
-    (expected,) = torch.autograd.grad(first.square().sum(), leaf)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
-    rows = torch.func.vmap(torch.func.grad(slope(module)))(torch.stack([x, 2 * x]))
-    torch.testing.assert_close(rows[0], found, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.interpreter
 @pytest.mark.parametrize(("cell", "cut"), [("lstm", True), ("gru", False)])
 def test_of_a_pipeline(pipelines, cell, cut):
     """The same as of layers that run one after the other."""

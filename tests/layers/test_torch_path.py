@@ -6,7 +6,6 @@ import warnings
 import pytest
 import torch
 from pairs import PAIRS, as_hx, states, tensors
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -156,15 +155,6 @@ def test_compiled_projection_equals_eager():
 
 
 @pytest.mark.parametrize("cell", PAIRS)
-def test_exports_with_dynamic_sizes(cell):
-    layer = PAIRS[cell][0](INPUT, HIDDEN).eval()
-    dynamic = {0: torch.export.Dim("steps", min=2), 1: torch.export.Dim("batch", min=2)}
-    program = torch.export.export(layer, (torch.randn(5, 4, INPUT),), dynamic_shapes=(dynamic,))
-    x = torch.randn(9, 3, INPUT)
-    torch.testing.assert_close(program.module()(x), layer(x))
-
-
-@pytest.mark.parametrize("cell", PAIRS)
 def test_compiles_inside_a_checkpoint(cell):
     """A checkpointed region may not write to the module, so that a compiled call leaves last_path alone."""
     layer = PAIRS[cell][0](INPUT, HIDDEN)
@@ -178,16 +168,6 @@ def test_compiles_inside_a_checkpoint(cell):
     assert layer.last_path is None
     (expected,) = torch.autograd.grad(layer(x)[0].sin().sum(), x)
     torch.testing.assert_close(actual, expected)
-
-
-# dynamo's own, on any tensor with a history that crosses a graph break
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("cell", PAIRS)
-def test_packed_sequence_compiles_with_a_graph_break(cell):
-    layer = PAIRS[cell][0](INPUT, HIDDEN)
-    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, INPUT), [5, 3, 2])
-    actual = torch.compile(layer, backend="aot_eager")(packed)
-    assert all(torch.equal(a, e) for a, e in zip(tensors(actual), tensors(layer(packed)), strict=True))
 
 
 def test_silences_the_flat_weight_warning_and_no_other():

@@ -37,7 +37,7 @@ def layer_of(name, backend="auto", **more):
 
 def as_packed(x):
     """The rows of x [T, B, I] that a PackedSequence has, as one."""
-    return PackedSequence(torch.cat([x[t, : PACKED.batch_sizes[t]] for t in range(T)]), *PACKED[1:])
+    return PackedSequence(torch.cat([x[t, :n] for t, n in enumerate(PACKED.batch_sizes.tolist())]), *PACKED[1:])
 
 
 def function_of(layer, given):
@@ -230,24 +230,65 @@ def test_own_cells_and_cell_states(backend):
 
 # dynamo's own, on any tensor with a history that crosses a graph break
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("of", [jvp, vmap, grad])
-def test_compiles_or_breaks_the_graph(of):
+@pytest.mark.parametrize(
+    ("of", "backend"),
+    [(of, "auto") for of in ("jvp", "vmap", "grad", "jacrev", "jacrev of weights", "vmap of grad")]
+    + [pytest.param("jacrev of weights", "persistent", marks=pytest.mark.interpreter)],
+)
+def test_compiles_or_breaks_the_graph(of, backend):
     torch._dynamo.reset()
-    layer, x = make_layer("gru", INPUT, H), torch.randn(T, B, INPUT)
+    layer, x = make_layer("lstm", INPUT, H, backend=backend), torch.randn(T, B, INPUT)
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def call(weights, x):
+        return functional_call(layer, weights, (x,))[0]
+
     forms = {
-        jvp: lambda x: jvp(lambda x: layer(x)[0], (x,), (x,))[1],
-        vmap: lambda x: vmap(lambda x: layer(x)[0])(torch.stack([x, 2 * x])),
-        grad: grad(lambda x: layer(x)[0].square().sum()),
+        "jvp": lambda x: jvp(lambda x: layer(x)[0], (x,), (x,))[1],
+        "vmap": lambda x: vmap(lambda x: layer(x)[0])(torch.stack([x, 2 * x])),
+        "grad": grad(lambda x: layer(x)[0].square().sum()),
+        "jacrev": jacrev(lambda x: layer(x)[0][-1].sum(0)),
+        "jacrev of weights": lambda x: jacrev(lambda w: call(w, x)[-1].sum(0))(weights),
+        "vmap of grad": lambda x: vmap(grad(lambda w, x: call(w, x).square().sum()), (None, 0))(
+            weights, torch.stack([x, 2 * x])
+        ),
     }
-    close(torch.compile(forms[of], backend="aot_eager", fullgraph=of is grad)(x), forms[of](x))
+    compiled = torch.compile(forms[of], backend="aot_eager", fullgraph=of in ("grad", "jacrev", "jacrev of weights"))
+    close(compiled(x), forms[of](x))
+
+
+JACREV = {
+    "lengths": ("gru", {"num_layers": 2, "bidirectional": True}, {"lengths": torch.tensor([3, 1])}),
+    "chunks of time": ("lstm", {"save": "checkpoint"}, {}),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", JACREV)
+def test_a_compiled_jacobian_of_each_operator(name, backend):
+    torch._dynamo.reset()
+    cell, options, given = JACREV[name]
+    layer, x = make_layer(cell, INPUT, H, backend=backend, **options), torch.randn(T, B, INPUT)
+    f = jacrev(lambda x: layer(x, **given)[0][-1].sum(0))
+    close(torch.compile(f, backend="aot_eager", fullgraph=True)(x), f(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_jacobian_of_a_cells_own_parameters(backend):
+    torch._dynamo.reset()
+    layer, x = persistrnn.PeepholeLSTM(INPUT, H, backend=backend), torch.randn(T, B, INPUT)
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+    f = jacrev(lambda w: functional_call(layer, w, (x,))[0][-1].sum(0))
+    close(torch.compile(f, backend="aot_eager", fullgraph=True)(weights), f(weights))
 
 
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # torch's own, of linearize
+@pytest.mark.parametrize("given", ["plain", "lengths", "packed"])
 @pytest.mark.parametrize("cell", PAIRS)
-def test_linearizes(cell):
-    layer, x = make_layer(cell, INPUT, H), torch.randn(T, B, INPUT)
-    tangent = linearize(lambda x: layer(x)[0], x)[1](x)
-    close(tangent, functional.jvp(lambda x: layer(x)[0], x, x)[1], rtol=1e-4, atol=1e-5)
+def test_linearizes(cell, given):
+    layer, x = make_layer(cell, INPUT, H, bidirectional=True), torch.randn(T, B, INPUT)
+    f = function_of(layer, given)
+    close(linearize(f, x)[1](x), functional.jvp(f, x, x)[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -18,6 +18,7 @@ from pairs import as_hx, tensors
 from torch import Tensor, nn
 
 import persistrnn
+from persistrnn.kernels.cells import BUILT_IN
 
 T, B, INPUT, H = 6, 3, 4, 5
 LENGTHS = [4, T, 1]
@@ -29,6 +30,7 @@ ONNX: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "peephole": ("ifgo", "iofg", "LSTM", {}),
     "coupled": ("fgo", "iofg", "LSTM", {"input_forget": 1}),
     "gru": ("rzn", "zrn", "GRU", {"linear_before_reset": 1}),
+    "gru_reset_before": ("rzn", "zrn", "GRU", {"linear_before_reset": 0}),
     "rnn_tanh": ("h", "h", "RNN", {"activations": ["Tanh"]}),
     "rnn_relu": ("h", "h", "RNN", {"activations": ["Relu"]}),
 }
@@ -129,12 +131,12 @@ def test_onnx_s_reference_evaluator(cell: str, direction: str) -> None:
     torch.testing.assert_close(ours(layer, x, hx, DIRECTIONS[direction], None), theirs, **BOUND)
 
 
-RUNS = [("torch", direction, lengths) for direction in DIRECTIONS for lengths in (None, LENGTHS)]
-RUNS += [pytest.param("persistent", "bidirectional", LENGTHS, marks=pytest.mark.interpreter)]
+RUNS = [(cell, "torch", way, lengths) for cell in ONNX for way in DIRECTIONS for lengths in (None, LENGTHS)]
+MARK = pytest.mark.interpreter
+RUNS += [pytest.param(cell, "persistent", "bidirectional", LENGTHS, marks=MARK) for cell in ONNX if cell in BUILT_IN]
 
 
-@pytest.mark.parametrize(("backend", "direction", "lengths"), RUNS, ids=str)
-@pytest.mark.parametrize("cell", ONNX)
+@pytest.mark.parametrize(("cell", "backend", "direction", "lengths"), RUNS, ids=str)
 def test_onnx_runtime(cell: str, backend: str, direction: str, lengths: list[int] | None) -> None:
     layer, x, hx = made(cell, backend)
     given = None if lengths is None else torch.tensor(lengths)
@@ -146,6 +148,7 @@ def test_onnx_runtime(cell: str, backend: str, direction: str, lengths: list[int
 KERAS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "lstm": ("ifgo", "ifgo", "LSTM", {}),
     "gru": ("rzn", "zrn", "GRU", {"reset_after": True}),
+    "gru_reset_before": ("rzn", "zrn", "GRU", {"reset_after": False}),
     "rnn_tanh": ("h", "h", "SimpleRNN", {"activation": "tanh"}),
     "rnn_relu": ("h", "h", "SimpleRNN", {"activation": "relu"}),
 }
@@ -174,7 +177,7 @@ def in_keras(keras: Any, cell: str, layer: nn.Module, way: int) -> tuple[Any, di
     weights = {
         "kernel": ordered("weight_ih").T,
         "recurrent_kernel": ordered("weight_hh").T,
-        "bias": torch.stack(biases) if cell == "gru" else sum(biases),
+        "bias": torch.stack(biases) if arguments.get("reset_after") else sum(biases),
     }
     made = getattr(keras.layers, kind)(
         H, return_sequences=True, return_state=True, go_backwards=bool(way), zero_output_for_mask=True, **arguments

@@ -44,7 +44,7 @@ def quick(**changed: Any) -> Machine:
 @pytest.fixture
 def delayed(monkeypatch: pytest.MonkeyPatch):
     """delayed(operation, slow): the concurrent grid, with that program late at that operation of the exchange."""
-    monkeypatch.setattr(grid, "EXCHANGE", dict.fromkeys(("put", "arrive", "wait", "get"), micro_kernels))
+    monkeypatch.setattr(grid, "EXCHANGE", dict.fromkeys(("put", "arrive", "wait", "get"), (micro_kernels,)))
 
     def start(operation: str, slow: int):
         return concurrent_grid(Delays(operation, slow, seconds=0.02))

@@ -106,6 +106,13 @@ class TestContent:
             (lambda content: content["settings"].update(text="/nowhere"), "/nowhere cannot be read or written"),
             (lambda content: content["settings"].update(hidden=9), "another version of this program .*size mismatch"),
             (lambda content: content["settings"].update(layers=2), "another version of this program .*Missing key"),
+            (lambda content: content["settings"].update(dropout=7.0), "made with --dropout 7.0, which is not allowed"),
+            (lambda content: content["settings"].update(batch=2.0), "made with --batch 2.0, which is not allowed"),
+            (lambda content: content["settings"].update(tied=1), "made with --tied 1, which is not allowed"),
+            (lambda content: content["settings"].update(cell="gru2"), "made with --cell 'gru2', which is not allowed"),
+            (lambda content: content.update(settings=[1]), r"another version of this program.*\(none\)"),
+            (lambda content: content.pop("losses"), r"another version of this program \(it lacks losses\)"),
+            (lambda content: content.pop("settings"), r"another version of this program \(it lacks settings\)"),
             (lambda content: content.update(data="0" * 64), "--text .* has changed since the checkpoint"),
             (lambda content: content["ranks"].append({}), "made by 2 processes, 1 given: allowed is the same number"),
         ],
@@ -120,6 +127,10 @@ class TestContent:
         before = (unfinished / "checkpoint.pt").read_bytes()
         assert re.search(message, refused(unfinished, "--resume"))
         assert (unfinished / "checkpoint.pt").read_bytes() == before
+
+    def test_that_is_no_run_is_refused(self, unfinished: Path, refused: Callable[..., str]) -> None:
+        checkpoint.save(unfinished, [1, 2])  # type: ignore[arg-type]
+        assert "no checkpoint that can be read (it holds a list): begin anew" in refused(unfinished, "--resume")
 
     def test_one_process_uses_what_several_have_made(self, unfinished: Path) -> None:
         content = checkpoint.load(unfinished)

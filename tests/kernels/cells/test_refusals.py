@@ -8,6 +8,7 @@ import torch
 from torch import tanh
 
 from persistrnn.kernels.cells.registration import register
+from persistrnn.kernels.cells.stages import Mean, Product
 
 OUTSIDE = torch.ones(3, 5)
 WEIGHT = torch.nn.Parameter(torch.ones(()))
@@ -77,6 +78,39 @@ def shifted(x, r, state):
     return tanh(x.h + torch.roll(r.h, 1, -1))
 
 
+def joined(x, r, state):
+    return torch.cat([x.h, r.h], -1)
+
+
+def assigned(x, r, state):
+    h = x.h + r.h
+    h[h > 0] = 0
+    return h
+
+
+def of_float32(x, r, state):
+    return tanh(x.h.float() + r.h)
+
+
+def of_a_size(x, r, state):
+    return tanh(x.h + r.h) + torch.ones(3, 5)
+
+
+def yields_a_tile(x, r, state):
+    n = yield state.h
+    return tanh(x.h + n)
+
+
+def yields_a_number(x, r, state):
+    n = yield Mean(state.h.mean())
+    return tanh(x.h + n)
+
+
+def yields_for_ever(x, r, state):
+    while True:
+        yield Mean(state.h)
+
+
 def part(x, r, state):
     return tanh(x.h[:, :1] + r.h)
 
@@ -120,13 +154,20 @@ REFUSED = [
     (whole_numbers, "r.h.int()", "gives torch.int32; a step runs in one dtype"),
     (from_outside, "* OUTSIDE", "from outside the step; pass it as a parameter or an extra of the cell"),
     (parameter_from_outside, "* WEIGHT", "from outside the step; pass it as a parameter"),
-    (shifted, "torch.roll", "roll is not one of the pointwise operations that a step may have: abs, add, "),
+    (shifted, "torch.roll", "roll moves units or rows; a step is pointwise"),
+    (joined, "torch.cat", "cat moves units or rows; a step is pointwise"),
+    (assigned, "h[h > 0] = 0", "index_put chooses elements; use torch.where"),
+    (of_float32, "x.h.float()", "a cast gives torch.float32; a step runs in one dtype, that of its arguments"),
+    (of_a_size, "torch.ones(3, 5)", "must match the size of tensor b"),
+    (yields_a_tile, "yield state.h", "a step yields a Product or a Mean of a tensor as its arguments, got a tensor"),
+    (yields_a_number, "yield Mean(", "a step yields a Product or a Mean of a tensor as its arguments, got a tensor ()"),
+    (yields_for_ever, "yield Mean(state.h)", "a step has at most 64 products and means"),
     (part, "x.h[:, :1]", "each unit and row by itself"),
-    (random, "dropout", "is not one of the pointwise operations"),
+    (random, "dropout", "is not one of the pointwise operations that a step may have: abs, add, "),
     (power, "x.h**r.h", "a power other than by a number"),
     (rounded, "rounding_mode", "div with rounding_mode='floor' is not supported in a step"),
     (deeper, "torch.cumsum(t, 0)", "cumsum reduces over units or rows"),
-    (wrong_name, "x.g", "has no attribute 'g'"),
+    (wrong_name, "x.g", "x has no 'g'; it has h"),
 ]
 
 
@@ -186,6 +227,42 @@ def test_at_most_eight_outcomes():
 
     with pytest.raises(ValueError, match="needs the outcomes of 10 comparisons; allowed: 8"):
         register(step, gates=("h",), name="own")
+
+
+def two_products(x, r, state):
+    return tanh((yield Product(state.h)) + (yield Product(state.h)))
+
+
+def no_states(x, r, state):
+    yield Mean(state.h)
+
+
+def in_place_of_what_is_needed(x, r, state):
+    h = tanh(x.h + r.h)
+    h += x.h
+    return h
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (lambda x, r: tanh(x.h + r.h), r"^cell: is called as step\(x, r, state\), got too many positional arguments"),
+        (lambda x, r, state, p: tanh(x.h), r"^cell: is called as step\(x, r, state\), got missing a required .* 'p'"),
+        (
+            two_products,
+            r"^two_products: 2 products beside that with h, and 1 gates; allowed: one for each gate but",
+        ),
+        (no_states, r"^no_states: a step returns the tuple of its 1 new states, h first; got a NoneType"),
+        (
+            in_place_of_what_is_needed,
+            r"a tile that its derivative needs is changed in place; .* h = h \+ x in",
+        ),
+        (lambda x, r, state: torch.where(x.h > 0, x.h.sqrt(), r.h), r"^cell:.* not finite; .*sqrt\(where\(x > 0, x, 1"),
+    ],
+)
+def test_what_has_no_line(step, said):
+    with pytest.raises(ValueError, match=said):
+        register(step, gates=("h",))
 
 
 def test_a_step_that_is_not_finite_on_zeros():
