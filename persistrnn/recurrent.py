@@ -367,10 +367,10 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         # In their own errors, where no subclass has others.
         kind, base = type(self), RecurrentBase
         options = self._options() if kind.options is base.options else self.options
-        all_weights = self._weights() if kind.all_weights is base.all_weights else self.all_weights
         sizes = self.input_size, self.hidden_size, self.proj_size
         check_options(options)
         check_sizes(*sizes, self.heads)
+        all_weights = self._weights() if kind.all_weights is base.all_weights else self.all_weights
         weights = [
             weight if k != 1 else recurrent_weight(weight, options.recipe, options.training)
             for weights in all_weights
