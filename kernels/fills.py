@@ -41,11 +41,13 @@ class Fills:
         for to, of in apart:
             to.copy_(of)
         zeros = self._zeros
+        # As numbers of what is copied: narrower ones need not fill a whole number of them.
         if flat and zeros and max(z.nbytes for z in zeros) <= KEPT_ZEROS:
-            source = _kept_zeros(zeros[0].device)
+            dtype = flat[0][0].dtype
+            source = _kept_zeros(zeros[0].device) if all(z.itemsize >= dtype.itemsize for z in zeros) else None
             if source is not None:
-                words = [z.view(flat[0][0].dtype) for z in zeros]
-                flat += [(z, source.view(z.dtype)[: z.numel()]) for z in words]
+                words = [z.view(dtype) for z in zeros]
+                flat += [(z, source.view(dtype)[: z.numel()]) for z in words]
                 zeros = []
         if flat:
             torch._foreach_copy_([to for to, _ in flat], [of for _, of in flat])

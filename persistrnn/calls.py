@@ -166,11 +166,11 @@ def _on_kernels_or_steps(
         x, places = outside_of_graphs(_pad, data, packed.batch_sizes)
         active = by_the_host(_active_rows, packed.batch_sizes)
         cuts = cuts._replace(active=active.to(data.device, non_blocking=True))
-    dtypes = [call.dtype] * len(states)
+    dtypes = [call.dtype] * max(len(states), len(cuts.reset))
     if decision.path == "stepwise":  # which has torch.nn's; the kernels have autocast's, as torch.nn on a GPU
         dtypes = torch_path.output_dtypes(call.cell, data, states, torch_path.autocast_dtype(data))[1:]
     initial, anew = (
-        [s.to(d).contiguous() for s, d in zip(given_states, dtypes, strict=False)]
+        [s.to(d).contiguous() for s, d in zip(given_states, dtypes, strict=True)] if given_states else []
         for given_states in (states, cuts.reset)
     )
     tensors = (

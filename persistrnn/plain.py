@@ -26,18 +26,20 @@ ATTRIBUTES = (
     *(name for name in Options._fields if name != "recipe"),
     *("_recipe", "input_size", "hidden_size", "proj_size", "cell", "nonlinearity", "reset_after"),
 )
-_TENSORS = (Tensor, nn.Parameter)
+# Where else a call looks. Of a subclass that has something of its own there, or in the place of a weight, nothing is
+# remembered: it may say something else at every call.
+METHODS = ("recipe", "options", "all_weights", "initial_states", "__getattr__", "__getattribute__")
 
 
 class _Known(NamedTuple):
-    """Of one layer. attributes: the values of ``ATTRIBUTES``, the very objects; size: how many it has of any name.
-    names, shapes, dtype: of the weights, which are all of its parameters, in torch.nn's order. rows, features: of its
-    states. how: further arguments of torch's function for the cell."""
+    """Of one layer. attributes: the values of ``ATTRIBUTES``, the very objects; absent: names that it has no attribute
+    of, beside its parameters. names, shapes, dtype: of the weights, which are all of its parameters, in torch.nn's
+    order. rows, features: of its states. how: further arguments of torch's function for the cell."""
 
     layer: weakref.ref[Any]
     kind: type
     attributes: tuple[Any, ...]
-    size: int
+    absent: frozenset[str]
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
@@ -56,7 +58,9 @@ def run(layer: Any, input: Any, hx: Any) -> list[Tensor] | None:
     if torch.compiler.is_compiling() or type(input) is not Tensor or (known := _known.get(id(layer))) is None:
         return None
     own, parameters, dtype = layer.__dict__, layer._parameters, known.dtype
-    if known.layer() is not layer or type(layer) is not known.kind or len(own) != known.size or _observed():
+    if known.layer() is not layer or type(layer) is not known.kind or _observed():
+        return None
+    if not own.keys().isdisjoint(known.absent):
         return None
     if len(parameters) != len(known.names) or not all(map(is_, map(own.get, ATTRIBUTES), known.attributes)):
         return None
@@ -98,6 +102,15 @@ def _is_plain(tensor: Any, dtype: torch.dtype) -> bool:
     return exact and tensor.layout is torch.strided and tensor.is_cpu and tensor.dtype is dtype and not tensor.is_nested
 
 
+def _says_more(kind: type, names: frozenset[str]) -> bool:
+    """Whether a class that is not of the library has something of its own where a call looks."""
+    places = names.union(ATTRIBUTES, METHODS)
+    return any(
+        cls.__module__.partition(".")[0] not in ("persistrnn", "torch", "builtins") and not places.isdisjoint(vars(cls))
+        for cls in kind.__mro__
+    )
+
+
 def remember(layer: Any, weights: Sequence[Tensor], path: str) -> None:
     """After a call of ``layer``, without lengths and the like, that went the whole way.
 
@@ -110,14 +123,17 @@ def remember(layer: Any, weights: Sequence[Tensor], path: str) -> None:
     its_own = len(parameters) == len(names) and all(map(is_, map(parameters.get, names), weights))
     noiseless = layer.recipe._replace(forget_bias=None) == PLAIN
     on_cpu = all(_is_plain(weight, weights[0].dtype) for weight in weights)
+    absent = frozenset((*names, *layer._names_beyond(), "initial_states"))
     if cell not in TORCH or layer.save != "gates" or not (its_own and noiseless and on_cpu):
+        return
+    if _says_more(type(layer), absent) or not layer.__dict__.keys().isdisjoint(absent):
         return
     number, attributes = id(layer), tuple(map(layer.__dict__.get, ATTRIBUTES))
     states = (layer.proj_size or layer.hidden_size, *(layer.hidden_size,) * (CELLS[cell].states - 1))
     rows = layer.num_layers * (2 if layer.bidirectional else 1)
     how = layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional, layer.batch_first
     _known[number] = _Known(
-        weakref.ref(layer, lambda _: _known.pop(number, None)), type(layer), attributes, len(layer.__dict__), names,
+        weakref.ref(layer, lambda _: _known.pop(number, None)), type(layer), attributes, absent, names,
         tuple(weight.shape for weight in weights), weights[0].dtype, layer.input_size, rows, states,
         cell, how,
     )  # fmt: skip

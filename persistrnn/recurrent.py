@@ -397,7 +397,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         **extras: Tensor,
     ) -> Any:
         if by_position:
-            return self(input, hx, **tracing.by_name(by_position))
+            return RecurrentBase.forward(self, input, hx, **tracing.by_name(by_position))
         cuts_nothing = lengths is mask is resets is reset_state is None and not extras
         plain_call = cuts_nothing and return_cell_states is False
         if plain_call and (outputs := plain.run(self, input, hx)) is not None:
@@ -407,7 +407,10 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         if (proxy := tracing.proxy_in(input, hx, lengths, mask, resets, reset_state, extras)) is not None:
             cuts = {"lengths": lengths, "mask": mask, "resets": resets, "reset_state": reset_state, **extras}
             return tracing.leaf(proxy, self, input, hx=hx, return_cell_states=return_cell_states, **cuts)
-        options, sizes = self._options(), (self.input_size, self.hidden_size, self.proj_size)
+        # In their own errors, where no subclass has others.
+        kind, base = type(self), RecurrentBase
+        options = self._options() if kind.options is base.options else self.options
+        sizes = self.input_size, self.hidden_size, self.proj_size
         check_options(options)
         check_sizes(*sizes, self.heads)
         weights, eight_bits = self._weights_of_call(options)
@@ -418,8 +421,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
         )
         if not torch.compiler.is_compiling():  # a graph must not carry a side effect on the module
             self._ran_on(found.path)
-            worth_it = plain_call and type(input) is Tensor and input.dim() == 3
-            if worth_it and type(self).all_weights is RecurrentBase.all_weights:
+            if plain_call:
                 plain.remember(self, weights, found.path)
         state = found.states[0] if len(found.states) == 1 else tuple(found.states)
         return (found.output, state, found.c) if return_cell_states else (found.output, state)

@@ -144,7 +144,7 @@ class Stacked(nn.Module):
         return_cell_states: bool = False,
     ) -> Any:
         if by_position:
-            return self(input, hx, **tracing.by_name(by_position))
+            return Stacked.forward(self, input, hx, **tracing.by_name(by_position))
         if (proxy := tracing.proxy_in(input, hx, lengths, mask, resets, reset_state)) is not None:
             cuts = {"lengths": lengths, "mask": mask, "resets": resets, "reset_state": reset_state}
             return tracing.leaf(proxy, self, input, hx=hx, return_cell_states=return_cell_states, **cuts)

@@ -93,9 +93,9 @@ def by_name(by_position: Sequence[Any]) -> dict[str, Any]:
     """Keyword arguments of a layer that came by position.
 
     Raises:
-        TypeError: not from torch.onnx's exporter on torch.jit.trace, which hands a model all arguments so
+        TypeError: not all of them from torch.onnx's exporter on torch.jit.trace, which hands a model its arguments so
     """
-    if not exporting_to_onnx():
+    if not exporting_to_onnx() or len(by_position) != len(KEYWORDS):
         raise TypeError(
             f"forward() takes from 2 to 3 positional arguments but {3 + len(by_position)} were given; a state of "
             "several tensors is a tuple, and lengths and the like go by keyword"

@@ -162,6 +162,21 @@ def test_what_does_not_go_together_is_right_all_the_same(counter):
     assert not many.any()
 
 
+def test_zeros_narrower_than_what_is_copied(counter):
+    """An odd number of them is no whole number of the others."""
+    single, half, words = torch.ones(4), torch.ones(5, dtype=torch.bfloat16), torch.ones(3, dtype=torch.int32)
+    together = fills.Fills()
+    together.put(single, torch.arange(4.0))
+    for zeros in (half, words):
+        together.put(zeros, None)
+    with counter:
+        together.run()
+    assert counter.found == {"_foreach_copy_": 1, "_foreach_zero_": 1}
+    assert single.tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert not half.any()
+    assert not words.any()
+
+
 def test_check_reads_the_error_word(counter):
     """Without an operation of torch."""
     word = launch._error_word(torch.device("cpu"))

@@ -54,6 +54,7 @@ KERNEL_CASES = [
     Case("gru", "fp16", 18, 3, 5, 2, True, **CUT),
     Case("lstm", "fp16", 10, 17, 5, 1, True, resets=True, state=True, reset_state=True),
     Case("gru", "bf16", 10, 17, 5, 1, False, resets=True),
+    Case("lstm", "fp32", 10, 3, 4, 2, True, resets=True, reset_state=True),
     Case("lstm", "fp32", 10, 5, 6, 2, True, proj=4, **CUT),
     Case("lstm", "bf16", 18, 3, 5, 1, False, proj=7),
     Case("gru", "fp32", 10, 3, 1, 1, True, **CUT),  # one step
@@ -109,11 +110,12 @@ def test_pipelines_keep_the_bound(pipelines, index):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("cell", CELLS)
-def test_without_gradients_the_same_bits(cell):
+@pytest.mark.parametrize(("cell", "given"), [(cell, given) for cell in CELLS for given in (True, False)])
+def test_without_gradients_the_same_bits(cell, given):
     """c then has three slots: initial, final, reset."""
     layer = make_layer(cell, 5, 10, bidirectional=True, backend="persistent")
     hx, reset = (as_hx(states(cell, 2, 3, 10)) for _ in range(2))
+    hx = hx if given else None
     cut = {"lengths": torch.tensor([4, 0, 3]), "resets": torch.rand(4, 3) < 0.5, "reset_state": reset}
     x = torch.randn(4, 3, 5)
     expected = layer(x, hx, **cut)
@@ -121,6 +123,8 @@ def test_without_gradients_the_same_bits(cell):
         found = layer(x, hx, **cut)
     for a, b in zip(*(map(tensors, (found, expected))), strict=True):
         assert torch.equal(a, b.detach())
+    layer.backend = "torch"
+    torch.testing.assert_close(layer(x, hx, **cut), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -104,12 +104,29 @@ def test_relu(tmp_path: Path) -> None:
 def test_a_layer_by_itself(make: Any, given: dict[str, Any], tmp_path: Path) -> None:
     """The exporter on torch.jit.trace hands all that it takes over by position."""
     layer, x = make(INPUT, HIDDEN).eval(), torch.randn(4, 3, INPUT)
-    torch.onnx.export(layer, (x,), tmp_path / "m.onnx", kwargs=given, dynamo=False)
+    calls: list[Any] = []
+    with layer.register_forward_hook(lambda *of: calls.append(of)):
+        torch.onnx.export(layer, (x,), tmp_path / "m.onnx", kwargs=given, dynamo=False)
+    assert len(calls) == 1
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     named = {i.name: t.numpy() for i, t in zip(session.get_inputs(), [x, *given.values()], strict=True)}
     expected = [t.detach() for t in torch.utils._pytree.tree_leaves(layer(x, **given))]
     found = [torch.from_numpy(t) for t in session.run(None, named)]
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_a_call_with_a_state_too_many_is_refused(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = persistrnn.LSTM(INPUT, HIDDEN)
+
+        def forward(self, x: Tensor, h: Tensor) -> Any:
+            return self.layer(x, h, h)
+
+    given = torch.randn(4, 3, INPUT), torch.zeros(1, 3, HIDDEN)
+    with pytest.raises(TypeError, match="but 4 were given; a state of several tensors is a tuple"):
+        torch.onnx.export(Model(), given, tmp_path / "m.onnx", dynamo=False)
 
 
 def test_a_swapped_model_exports_as_before(tmp_path: Path) -> None:

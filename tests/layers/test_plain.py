@@ -200,19 +200,83 @@ def test_nothing_outlives_its_layer():
     assert number not in plain._known
 
 
-def test_weights_of_a_subclass_are_asked_for():
-    class Scaled(persistrnn.GRU):
-        scale = 1.0
+class Scaled(persistrnn.GRU):
+    scale = 1.0
 
-        @property
-        def all_weights(self):
-            return [[weight * self.scale for weight in weights] for weights in super().all_weights]
+    @property
+    def all_weights(self):
+        return [[weight * self.scale for weight in weights] for weights in super().all_weights]
 
-    layer, x = Scaled(INPUT, H), torch.randn(T, B, INPUT)
+
+class Begun(persistrnn.GRU):
+    scale = 1.0
+
+    def initial_states(self):
+        return [torch.full((1, H), self.scale)]
+
+
+class Unbiased(persistrnn.GRU):
+    scale = 1.0
+
+    @property
+    def bias(self):
+        return self.scale == 1.0
+
+    @bias.setter
+    def bias(self, value):
+        pass
+
+
+class Masked(persistrnn.GRU):
+    """Which gives the parameter itself at first."""
+
+    scale = 1.0
+
+    def __getattribute__(self, name):
+        found = super().__getattribute__("_parameters") if name == "weight_hh_l0" else {}
+        return found[name] * self.scale if found and self.scale != 1.0 else super().__getattribute__(name)
+
+
+class Chosen(persistrnn.GRU):
+    scale = 1.0
+
+    @property
+    def options(self):
+        return super().options._replace(backend="auto" if self.scale == 1.0 else "none")
+
+
+@pytest.mark.parametrize("kind", [Scaled, Begun, Unbiased, Masked, Chosen])
+def test_what_a_subclass_says_is_asked_at_every_call(kind):
+    layer, x = kind(INPUT, H), torch.randn(T, B, INPUT)
     before = layer(x)[0]
+    assert torch.equal(layer(x)[0], before)
     layer.scale = 0.0
-    assert before.any()
-    assert not layer(x)[0].any()
+    if kind in (Unbiased, Chosen):  # which are wrong then
+        with pytest.raises((RuntimeError, ValueError), match=r"leave it out|backend"):
+            layer(x)
+    else:
+        assert not torch.equal(layer(x)[0], before)
+
+
+def test_a_subclass_with_a_forward_of_its_own_goes_the_short_way(whole):
+    class Doubled(persistrnn.GRU):
+        def forward(self, input, hx=None):
+            return super().forward(2 * input, hx)
+
+    layer = Doubled(INPUT, H)
+    for _ in range(2):
+        layer(torch.randn(T, B, INPUT))
+    assert len(whole) == 1
+
+
+@pytest.mark.parametrize("name", ["weight_hh_l0", "weight_ih_l1", "initial_states"])
+def test_an_attribute_in_the_place_of_another(name):
+    layer, x = known(), torch.randn(T, B, INPUT)
+    layer.note = None
+    assert plain.run(layer, x, None) is not None
+    del layer.note
+    layer.__dict__[name] = torch.zeros(1)
+    assert plain.run(layer, x, None) is None
 
 
 def test_the_whole_way_is_for_all_else(whole):
