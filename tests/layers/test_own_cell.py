@@ -184,10 +184,10 @@ def test_stages_on_kernels_are_those_step_by_step(cell):
 def test_stages_without_kernels():
     x = torch.randn(T, B, INPUT)
     with pytest.raises(
-        RuntimeError, match="each step of both.* has 1 further products and 1 means; use backend='torch'"
+        RuntimeError, match=r"each step of both.* has 1 further products and 1 means; use backend='torch'"
     ):
         persistrnn.Recurrent(both, INPUT, H, backend="persistent")(x)
-    with pytest.raises(RuntimeError, match='of centred.* got save="state"; use save="gates"'):
+    with pytest.raises(RuntimeError, match=r'of centred.* got save="state"; use save="gates"'):
         persistrnn.Recurrent(centred, INPUT, H, backend="persistent", save="state")(x)
 
 
