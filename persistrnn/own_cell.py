@@ -38,10 +38,10 @@ def cell(
     h_{t-1} + b_hh. It is pointwise: torch's operations on each unit by itself, `torch.where` for a branch. What the
     kernels run, forward and backward, follows from it (`check_cell` prints that), and is checked against autograd.
 
-    What needs other units stands between parts of a step that is a generator, which runs step by step, without kernels:
-    ``n = yield Product(reset * state.h)`` gives the recurrent half of the next gate of those whose product is not with
-    h, the last ones (r has no tile of them), ``mean = yield Mean(c)`` a mean over all units; both are in
-    `persistrnn.kernels.cells.stages`.
+    What needs other units stands between parts of a step that is a generator: ``n = yield Product(reset * state.h)``
+    gives the recurrent half of the next gate of those whose product is not with h, the last ones (r has no tile of
+    them), ``mean = yield Mean(c)`` a mean over all units; both are in `persistrnn.kernels.cells.stages`. The kernels
+    run a step with one Product or with any number of Means, with save="gates"; others run step by step ("stepwise").
 
     Args:
         gates: names of the tiles of x and r, in the order of the rows of weight_ih and weight_hh

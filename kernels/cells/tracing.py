@@ -34,6 +34,7 @@ class Recorder(TorchDispatchMode):
         self._node: dict[int, int] = {}
         self._alive: list[Tensor] = []  # so that no storage is used twice
         self._arguments: set[int] = set()
+        self._detached: set[int] = set()
         self.derivative = False
         self.detaching = False  # asked for by the step; autograd itself detaches what it saves
 
@@ -72,6 +73,8 @@ class Recorder(TorchDispatchMode):
                 raise self.error(f"{op} writes into a tensor that is given; use the operation that returns a new one")
             if _storage(args[0]) in self._arguments:
                 raise self.error(f"{op} changes an argument of the step in place; use the operation without '_'")
+            if _storage(args[0]) in self._detached:
+                raise self.error(f"{op} changes a detached tile, and what it is of, in place; use it without '_'")
             op = op if op == "copy_" else op.removesuffix("_")
         if op in ("_local_scalar_dense", "is_nonzero", "equal"):
             raise self.error("a tensor's value is needed as a number, as in a branch; use torch.where")
@@ -81,6 +84,10 @@ class Recorder(TorchDispatchMode):
         for result, node in zip(results, nodes, strict=True):
             if not (self.derivative or torch.is_grad_enabled()):
                 node = self.graph.add("detach", node)
+            if result is out and not func._schema.is_mutable and self._node.get(_storage(result), node) != node:
+                # Else what it is detached from would be this node too, and be without a second derivative.
+                out = result = result.clone()
+                self._detached.add(_storage(result))
             truth = self.graph.is_truth(node) or (self.graph.value(node) is not None and result.dtype == torch.bool)
             if tuple(result.shape) not in ((), SHAPE) and op not in TURNED:
                 raise self.error(

@@ -180,9 +180,13 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
     if p.largest < smallest and strict:
         return None
     k_block = max(p.largest, smallest)
-    stream = min(k_block if problem.dtype == "fp32" else 512, power_of_2_at_most(24 * WORDS // (size * p.m)))
+    # What is on its way during a mean is alive through its exchange, too.
+    halved = 1 + (problem.cell.means > 0 and not strict)
+    stream = min(k_block if problem.dtype == "fp32" else 512, power_of_2_at_most(24 * WORDS // (size * p.m * halved)))
+    if halved > 1:
+        k_block = max(smallest, k_block // 2)
     choice = replace(
-        start, largest_k_block=k_block, burst=max(k_block, 32 * WORDS // (size * start.batch_tile)),
+        start, largest_k_block=k_block, burst=max(k_block, 32 * WORDS // (size * start.batch_tile * halved)),
         streamed_k_block=max(smallest, stream),
     )  # fmt: skip
     limit, total = register_limit(choice), room(problem, choice.blocks)

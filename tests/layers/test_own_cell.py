@@ -117,7 +117,23 @@ def test_inputs_wider_than_the_gates(backend):
     )  # fmt: skip
 
 
-def test_a_step_of_several_stages_runs_step_by_step():
+@persistrnn.cell(gates=("a", "b"), states=("h", "c"), params=("gain",), extras=("keep",))
+def moments(x, r, state, p, e):
+    """Two means, of which the second takes the first, and an extra within the first."""
+    a = (x.a + r.a) * (1 - e.keep)
+    a = a - (yield Mean(a))
+    a = p.gain * a * torch.rsqrt((yield Mean(a * a)) + 0.1)
+    c = torch.sigmoid(x.b + r.b) * state.c + a
+    return torch.tanh(c), c
+
+
+@persistrnn.cell(gates=("r", "z", "n"))
+def both(x, r, state):
+    n = torch.tanh(x.n + (yield Product(r.r * state.h)))
+    return n - torch.sigmoid(r.z) * (yield Mean(n))
+
+
+def test_a_step_of_several_stages():
     torch.manual_seed(0)
     theirs = persistrnn.GRU(INPUT, H, 2, bidirectional=True, reset_after=False)
     layer = persistrnn.Recurrent(reset_before, INPUT, H, 2, bidirectional=True)
@@ -140,6 +156,39 @@ def test_a_step_of_several_stages_runs_step_by_step():
     y = layer(x)[0]
     torch.testing.assert_close(y.sum(-1), torch.zeros(T, B), rtol=0, atol=1e-5)
     assert "never read by the step: x.b, r.b, p.unread" in persistrnn.check_cell(centred)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cell", [reset_before, moments])
+def test_stages_on_kernels_are_those_step_by_step(cell):
+    """Both orders of derivatives; what a row skips is not read, in no stage."""
+    torch.manual_seed(0)
+    layer = persistrnn.Recurrent(cell, INPUT, H, bidirectional=True, backend="persistent")
+    truth = persistrnn.Recurrent(cell, INPUT, H, bidirectional=True, backend="torch", dtype=torch.float64)
+    truth.load_state_dict(layer.state_dict())
+    x, keep = torch.randn(T, B, INPUT), (torch.rand(2, T, B, H) < 0.4).float()
+    x[2:, 1] = keep[:, 2:, 1] = keep[:, :, 2] = float("nan")
+    found = []
+    for of, dtype in ((layer, torch.float32), (truth, torch.float64)):
+        given = x.to(dtype).requires_grad_()
+        outputs = tensors(of(given, keep=keep.to(dtype), lengths=torch.tensor([T, 2, 0])))
+        leaves = [given, *of.parameters()]
+        first = torch.autograd.grad(sum(t.sin().sum() for t in outputs), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        found.append([t.double() for t in (*outputs, *first, *second)])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert (layer.last_path, truth.last_path) == ("persistent", "stepwise")
+
+
+@pytest.mark.interpreter
+def test_stages_without_kernels():
+    x = torch.randn(T, B, INPUT)
+    with pytest.raises(
+        RuntimeError, match=r"each step of both.* has 1 further products and 1 means; use backend='torch'"
+    ):
+        persistrnn.Recurrent(both, INPUT, H, backend="persistent")(x)
+    with pytest.raises(RuntimeError, match=r'of centred.* got save="state"; use save="gates"'):
+        persistrnn.Recurrent(centred, INPUT, H, backend="persistent", save="state")(x)
 
 
 def test_the_function_is_the_layer():
@@ -221,6 +270,6 @@ def test_what_is_refused():
 def test_check_cell_shows_a_step_of_stages_part_by_part():
     told = persistrnn.check_cell("gru_reset_before", 512, 16)
     assert "gates: r, z, n" in told
-    assert "saved per unit and step: 4 tiles" in told
+    assert "tiles saved per unit and step: 4;" in told
     assert "gru_reset_before H=512 B=16" in told
     assert "if part == 0:\n        v9 = x_gates[0] + r_gates[0]" in told

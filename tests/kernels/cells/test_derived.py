@@ -36,6 +36,14 @@ def held_m(x, r, state):
     return sigmoid(o) * c / n, c, n, m
 
 
+def detached(x, r, state):
+    """What something is detached from has its derivatives all the same."""
+    h = tanh(x.h + r.h)
+    with torch.no_grad():
+        held = h.view_as(h)
+    return h * state.h - held * h.detach() * x.h.detach() * x.h
+
+
 def scaled(x, r, state, p):
     """Its parameters' gradients need tiles that no scan of a built-in cell stores."""
     c = sigmoid(p.scale * x.f + r.f) * state.c + tanh(p.scale * x.g + r.g)
@@ -60,6 +68,7 @@ def many_operations(x, r, state, p):
 
 OTHERS = {
     "held_m": (held_m, {"gates": ("i", "f", "z", "o"), "states": ("h", "c", "n", "m")}),
+    "detached": (detached, {"gates": ("h",)}),
     "scaled": (scaled, {"gates": ("f", "g"), "states": ("h", "c"), "params": ("scale", "slope")}),
     "zoneout": (zoneout, {"gates": ("h",), "extras": ("keep",)}),
     "many_operations": (

@@ -54,6 +54,11 @@ def in_place_through_a_view(x, r, state):
     return x.h + r.h
 
 
+def in_place_through_what_is_detached(x, r, state):
+    h = tanh(x.h + r.h)
+    return h.detach().mul_(2) + h
+
+
 def written_out(x, r, state):
     return torch.add(x.h.detach(), r.h.detach(), out=torch.zeros_like(x.h))
 
@@ -149,6 +154,7 @@ REFUSED = [
     (number, ".item()", "from tiles"),
     (in_place, "x.h.add_(r.h)", "add_ changes an argument of the step in place; use the operation without '_'"),
     (in_place_through_a_view, "mul_(2)", "changes an argument of the step in place"),
+    (in_place_through_what_is_detached, "mul_(2)", "mul_ changes a detached tile, and what it is of, in place"),
     (written_out, "out=", "add writes into a tensor that is given; use the operation that returns a new one"),
     (wider, "x.h.double()", "gives torch.float64; a step runs in one dtype"),
     (whole_numbers, "r.h.int()", "gives torch.int32; a step runs in one dtype"),
