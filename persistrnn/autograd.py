@@ -253,8 +253,8 @@ class _Scan(Function):
         if masks.are_keys(_inputs(cell, tensors).extras):  # each sample has the rows of its own batch
             return each_sample(_Scan.apply, info, in_dims, arguments[:6], tensors)
         n, m = CELLS[cell].states, CELLS[cell].given_out if return_c else 1
-        # where B is in the tensors of Inputs, and of Outputs
-        axes = (1, *(None,) * len(Weights._fields), 1, 2, *(1,) * (len(tensors) - 8))
+        # where B is in the tensors of Inputs, of which no scale of weights is one, and of Outputs
+        axes = (1, *(None,) * (len(Weights._fields) - 1), 1, 2, *(1,) * (len(tensors) - 8))
         out_axes = (*(1,) * (m + n), *(2,) * (n + 1 if save else 0))
         return mapped(_Scan.apply, info, in_dims, arguments[:6], tensors, axes, out_axes)
 

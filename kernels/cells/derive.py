@@ -267,11 +267,6 @@ def derive(step: Callable[..., Any], name: str, names: Names, built_in: bool = F
         CellError: it is not pointwise, or its backward needs the outcomes of more than 8 comparisons.
     """
     graph, states = Graph(), len(names.states)
-    if names.products > (0 if names.means else 1):
-        raise CellError(
-            f"{name}: the kernels run steps with one product after the first, or with means; got {names.products} and "
-            f"{names.means} of them"
-        )
     if names.stages:
         groups = [*_groups(names), ("q", names.stages)]
         found_nodes, grads = in_a_thread(lambda: trace(graph, stages.as_one(step), name, groups, states + names.stages))
