@@ -350,7 +350,7 @@ def forward(
         cell=derived(cell.name).forward,
         KEEP=every,
         last_h=last_h,
-        **({} if weights.scale is None else {"scale": weights.scale}),
+        **({} if cell.staged else {"scale": weights.scale}),
     )
     left = saved if save else None
     if last_h is not None:

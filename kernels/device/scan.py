@@ -135,7 +135,7 @@ def scan_forward(
     exchange: tl.constexpr,
     KEEP: tl.constexpr,
     last_h,
-    scale=None,
+    scale,
 ):
     """states: tuple of [T + 2, B, D, H], of which those after h have few slots unless KEEP (the initial state in slot
     0, or 1 in reverse; the final one in 1; with marks the reset state in 2). x_gates: [T, B, D, X*H]. saved:

@@ -144,7 +144,7 @@ def test_persistent_checks_devices_before_it_launches(kernels, cell):
 
 def test_public_names():
     layers = "GRU JANET LSTM MGU RNN SLSTM CoupledLSTM LayerNormGRU LayerNormLSTM PeepholeLSTM Recurrent Stacked"
-    functions = "accelerate accelerated cell check check_cell explain flops functional profile replace restore"
-    others = "Recipe", "Streaming", "__version__", "warmup"
+    functions = "accelerate accelerated cell check check_cell dequantize explain flops functional profile quantize"
+    others = "Recipe", "Streaming", "__version__", "replace", "restore", "warmup"
     assert set(persistrnn.__all__) == {*layers.split(), *functions.split(), *others}
     assert all(hasattr(persistrnn, name) for name in persistrnn.__all__)
