@@ -341,16 +341,14 @@ def forward(
         _both(weights.weight_hh, weights.weight_ih, above=False),
         fills,
         x_gates=x_gates,
-        bias=_both(weights.bias_hh, weights.bias_ih, above=False),
+        gate_data=(_both(weights.bias_hh, weights.bias_ih, above=False), weights.scale),
         states=tuple(states),
         saved=saved if cell.saved else None,
+        last_h=last_h,
         step_data=_step_data(cell, marks, weights.params, extras),
         T=T,
         B=B,
         cell=derived(cell.name).forward,
-        KEEP=every,
-        last_h=last_h,
-        **({} if cell.staged else {"scale": weights.scale}),
     )
     left = saved if save else None
     if last_h is not None:

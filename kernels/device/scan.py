@@ -122,9 +122,10 @@ def store_final(states, state, last_h, tile, program, T, B, first: tl.constexpr,
 def scan_forward(
     x_gates,
     weight,
-    bias,
+    gate_data,
     states,
     saved,
+    last_h,
     step_data,
     sync,
     first_job,
@@ -133,17 +134,14 @@ def scan_forward(
     cell: tl.constexpr,
     tiling: tl.constexpr,
     exchange: tl.constexpr,
-    KEEP: tl.constexpr,
-    last_h,
-    scale,
 ):
-    """states: tuple of [T + 2, B, D, H], of which those after h have few slots unless KEEP (the initial state in slot
-    0, or 1 in reverse; the final one in 1; with marks the reset state in 2). x_gates: [T, B, D, X*H]. saved:
-    [T, B, D, n, H] or None. scale: float32 [D, G*H], of the rows of a weight of 8 bits, else None. step_data:
-    (marks uint8 [T, B, D], params [D, P, H], extras [T, B, D, E, H]), None each
-    where there are none. sync: (counters int32 [jobs * L * subtiles * lanes * exchange.stride], error word int32 [1],
-    partial sums fp32 [groups * subtiles, 2, S, outputs * BB * R*U]). last_h: unless KEEP, [L*D, B, H] for the
-    last h, which would else be a view of y; None with it.
+    """states: tuple of [T + 2, B, D, H]. x_gates: [T, B, D, X*H]. gate_data: (bias [D, G*H], scale float32 [D, G*H] of
+    the rows of a weight of 8 bits, else None). saved: [T, B, D, n, H] or None. last_h: None where every state is kept;
+    else [L*D, B, H] for the last h, which would be a view of y, and the states after h have few slots (the initial
+    state in slot 0, or 1 in reverse; the final one in 1; with marks the reset state in 2). step_data: (marks uint8
+    [T, B, D], params [D, P, H], extras [T, B, D, E, H]), None each where there are none. sync: (counters int32
+    [jobs * L * subtiles * counters_per_tile * exchange.stride], error word int32 [1], partial sums fp32
+    [groups * subtiles, 2, S, outputs * BB * R*U]).
     For a stack as a pipeline: states [L, T + 2, ...], saved and extras [L, T, ...], params [L, P, H], weight
     [L, 2, G*H, stride] and bias [L, 2, G*H], of h first and of what comes from below second; x_gates of the lowest
     layer."""
@@ -153,6 +151,8 @@ def scan_forward(
     L: tl.constexpr = tiling.layers
     N: tl.constexpr = tiling.subtiles
     n: tl.constexpr = len(states)
+    KEEP: tl.constexpr = last_h is None
+    bias, scale = gate_data
     marks, params, extras = step_data
     program, own_sync = locate(sync, first_job, B, tiling, exchange)
     spin_limit = tl.full((), exchange.spin_limit, tl.int32)
@@ -284,8 +284,8 @@ def scan_backward(
     """d_outputs: gradients of h, and of c where it was given out, of every step, [T, B, D, H] each. d_states: tuple of
     [B, D, H], for each state that of the final one, then room for those of the initial ones, then, where they are asked
     for, of the reset ones. d_gates: (dx [T, B, D, V*H], dr [T, B, D, G*H]), V = X and what is stored behind dx, the
-    same tensor where the cell's two gradients are the same. Others as in the forward, with KEEP. For a stack as a
-    pipeline: d_outputs of the highest layer, d_states [L, B, D, H], d_gates [L*T + 1, B, D, G*H], its last row zero,
+    same tensor where the cell's two gradients are the same. Others as in the forward, every state kept. For a stack as
+    a pipeline: d_outputs of the highest layer, d_states [L, B, D, H], d_gates [L*T + 1, B, D, G*H], its last row zero,
     and the second matrix is that of the layer above."""
     H: tl.constexpr = tiling.hidden
     G: tl.constexpr = tiling.gates

@@ -74,9 +74,10 @@ def later_product(weights, ahead, operand, pointer, tile, program, step, sync, s
 def staged_forward(
     x_gates,
     weight,
-    bias,
+    gate_data,
     states,
     saved,
+    last_h,
     step_data,
     sync,
     first_job,
@@ -85,16 +86,17 @@ def staged_forward(
     cell: tl.constexpr,
     tiling: tl.constexpr,
     exchange: tl.constexpr,
-    KEEP: tl.constexpr,
-    last_h,
 ):
     """Arguments are those of ``scan_forward``. Where the step adds its own bias (``tiling.normalised``), that is behind
-    the params. Of a step with a second product ``saved`` is there in any case, and only with KEEP filled whole."""
+    the params. Of a step with a second product ``saved`` is there in any case, and filled whole only where every state
+    is kept."""
     H: tl.constexpr = tiling.hidden
     G: tl.constexpr = tiling.gates
     X: tl.constexpr = tiling.inputs
     K: tl.constexpr = tiling.means
     n: tl.constexpr = len(states)
+    KEEP: tl.constexpr = last_h is None
+    bias, _scale = gate_data
     marks, params, extras = step_data
     program, own_sync = locate(sync, first_job, B, tiling, exchange)
     spin_limit = tl.full((), exchange.spin_limit, tl.int32)

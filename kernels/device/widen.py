@@ -86,7 +86,7 @@ def _if(condition, tile):
 
 @triton.jit
 def scaled(tiles, scales):
-    """The gates times the scales of their rows, [U, 1] each; none: as they are."""
+    """The gates times the scales of their rows, [1, U] each; none: as they are."""
     if len(scales) == 0:
         return tiles
     else:

@@ -167,15 +167,14 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
         constants |= {"cell": derived(cell.name).backward}
     else:
         kernel = staged_forward if cell.staged else scan_forward
-        signature |= {"x_gates": pointer, "bias": pointer}
+        signature |= {"x_gates": pointer, "gate_data": (pointer, "*fp32" if case.weight_dtype else "constexpr")}
         if case.chunked:
             signature["states"] = pointer, *("*fp32",) * (cell.states - 1)
-        constants |= {"cell": derived(cell.name).forward, "KEEP": not case.weight_dtype}
+        constants |= {"cell": derived(cell.name).forward, "last_h": None}
         if case.weight_dtype:
-            signature |= {"weight": OF_8_BITS[case.weight_dtype], "scale": "*fp32", "last_h": pointer}
-            signature["saved"], constants["saved"] = "constexpr", None
-        else:
-            constants |= {"last_h": None} if cell.staged else {"last_h": None, "scale": None}
+            signature |= {"weight": OF_8_BITS[case.weight_dtype], "last_h": pointer, "saved": "constexpr"}
+            constants["saved"] = None
+            del constants["last_h"]
     source = source_of(kernel, signature, constants)
     return triton.compile(source, target=target_of(case.arch), options=options(part, case.arch))
 

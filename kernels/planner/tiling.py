@@ -1,5 +1,5 @@
-"""What a scan kernel must know at compile time besides its cell: who owns which part of W_hh, and where
-they live. Pure Python. ``plan`` chooses the numbers, ``tiling`` turns a choice into the record, ``scan`` obeys it.
+"""What a scan kernel must know at compile time besides its cell: who owns which part of W_hh, and where it
+lives. Pure Python. ``plan`` chooses the numbers, ``tiling`` turns a choice into the record, ``scan`` obeys it.
 
 A pass multiplies a share of W_hh (forward) or of its transpose (backward) by a moving operand, h or the gate
 gradients. M are the outputs, gates x units or units; K is what is summed over, H units or G*H gates.
@@ -68,7 +68,7 @@ class Tiling:
         stride: elements from one row of W_hh to the next; rows are padded to 16 bytes where there are many slices.
         slices: S = k_parts * unit_groups, with S * units >= hidden.
         units_per_part: units in one of the R parts of K (0 if R = 1).
-        segments, depth: K is cut into ``step_marks`` runs of ``depth`` indices: one run, or one per gate.
+        segments, depth: K is cut into ``segments`` runs of ``depth`` indices: one run, or one per gate.
         k_blocks: the resident tiles of K, of which the first ``in_registers`` stay in registers.
         bursts: index of each first k block of those whose operand is loaded at once.
         stream_start, streamed_k_block, streamed: each segment's K from ``stream_start`` on is streamed in tiles of
