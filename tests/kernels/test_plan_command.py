@@ -134,6 +134,28 @@ def test_heads(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--heads: 7 given, which does not divide --hidden 512; allowed: its divisors" in err
 
 
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_weights_of_8_bits(capsys: pytest.CaptureFixture[str], weights: str) -> None:
+    """Half the bytes, for inference alone; what has no such kernels is refused with the reason."""
+    given = ("--cell", "lstm", "--hidden", "1024", "--device", "h200", "--weights", weights)
+    (status, text, _), (_, facts, _) = call(capsys, *given), call(capsys, *given, "--json")
+    read, problem = json.loads(facts), Problem(CELLS["lstm"], 1024, 16, 1, "bf16", named("h200"), weight_dtype=weights)
+    assert status == 0
+    assert text.startswith(f"lstm H=1024 B=16 D=1 bf16 with W_hh in {weights} on h200 ")
+    assert f"= {4 * 1024**2:,}, all 4 x 1024 x 1024 x 1 bytes of it; " in text
+    assert "backward" not in text
+    assert read["weight_dtype"] == weights
+    assert set(read["predicted_us"]) == {"forward"}
+    assert read["predicted_us"]["forward"] == plan_layer(problem).forward.predicted
+    for change, why in (
+        (("--dtype", "tf32"), f"weight_dtype is int8 or fp8, with dtype fp16 or bf16, got {weights!r} with dtype tf32"),
+        (("--cell", "layer_norm_gru"), f"layer_norm_gru has a second product or a mean within its step, .*{weights!r}"),
+    ):
+        status, out, err = call(capsys, *given, *change)
+        assert (status, out) == (2, "")
+        assert re.search(f"argument --weights: {why}", err)
+
+
 def test_the_models_error_is_printed_where_there_are_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "measured over predicted" not in as_text(asked(), 1024, "a test")
     steps = [Step("lstm", 1024, 16, 1, "bf16", False, "persistent", us) for us in (2.0, 4.0, 9.0)]
