@@ -179,16 +179,8 @@ class _Scan(Function):
     derivative finds its way (``double_backward``)."""
 
     @staticmethod
-    def forward(
-        cell: str,
-        precision: str,
-        save: bool,
-        return_c: bool,
-        cell_dtype: torch.dtype | None,
-        heads: int,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        return _forward(cell, precision, save, return_c, cell_dtype, heads, *tensors)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _forward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -269,8 +261,8 @@ class _ScanBackward(Function):
     """The tensors of ``BackwardInputs`` to those of ``Gradients``, of the reset states only if ``resets``."""
 
     @staticmethod
-    def forward(cell: str, precision: str, resets: bool, heads: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _backward(cell, precision, resets, heads, *tensors)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _backward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -403,16 +395,8 @@ operator_by_samples(_param_gradients)
 
 
 @_param_gradients.register_fake
-def _(
-    cell: str,
-    heads: int,
-    gates: list[Tensor],
-    kept: list[Tensor],
-    params: Tensor,
-    marks: Tensor | None,
-    extras: Tensor | None,
-) -> Tensor:
-    return torch.empty_like(params, dtype=torch.float32)
+def _(*arguments: Any) -> Tensor:
+    return torch.empty_like(arguments[4], dtype=torch.float32)  # the parameters
 
 
 def _tiles(tensor: Tensor) -> list[Tensor]:

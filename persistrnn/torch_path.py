@@ -311,7 +311,7 @@ def unaliased(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tenso
     return result
 
 
-def gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+def _gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
     """Those of the leaves, given those of the outputs, or those of N samples, with a dimension N in front of each."""
     how = {"allow_unused": True, "materialize_grads": True}
     if grads[0].dim() == outputs[0].dim():
@@ -333,6 +333,17 @@ def autograd_inside_an_operator() -> Iterator[None]:
         yield
 
 
+def through_again(
+    run: Callable[[list[Tensor]], list[Tensor]], tensors: list[Tensor], grads: list[Tensor]
+) -> list[Tensor]:
+    """What a backward operator does that runs the forward again: the gradients of ``tensors``, given those of the
+    outputs of ``run(tensors)``, or of each of N with a dimension N in front."""
+    with autograd_inside_an_operator():
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        found = _gradients(run(leaves), leaves, grads)
+    return unaliased(found, [*tensors, *grads])
+
+
 @torch.library.custom_op("persistrnn::torch_layer", mutates_args=())
 def layer_forward(
     cell: str,
@@ -346,13 +357,8 @@ def layer_forward(
 
 
 @layer_forward.register_fake
-def _(
-    cell: str,
-    bias: bool,
-    bidirectional: bool,
-    autocast: torch.dtype | None,
-    tensors: list[Tensor],
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    cell, _, _, autocast, tensors = arguments
     input, states, _ = _split(cell, tensors)
     steps, batch, _ = input.shape
     directions, _, features = states[0].shape
@@ -370,26 +376,10 @@ def layer_backward(
     tensors: list[Tensor],
     grads: list[Tensor],
 ) -> list[Tensor]:
-    """The gradients of `tensors`, given those of layer_forward's outputs, or of each of N with a dimension N in front.
-    Runs the forward again: what cuDNN and oneDNN save for their backward has no shape that a compiler could know."""
-    with autograd_inside_an_operator():
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        # training=True: without it cuDNN saves nothing and refuses the backward.
-        outputs = _run_layer(cell, bias, bidirectional, autocast, True, leaves)
-        result = gradients(outputs, leaves, grads)
-    return unaliased(result, [*tensors, *grads])
-
-
-@layer_backward.register_fake
-def _(
-    cell: str,
-    bias: bool,
-    bidirectional: bool,
-    autocast: torch.dtype | None,
-    tensors: list[Tensor],
-    grads: list[Tensor],
-) -> list[Tensor]:
-    return [t.new_empty(*grads[0].shape[:-3], *t.shape) for t in tensors]
+    """Of `layer_forward`, as `through_again`: what cuDNN and oneDNN save has no shape that a compiler could know."""
+    # training=True: without it cuDNN saves nothing and refuses the backward.
+    run = functools.partial(_run_layer, cell, bias, bidirectional, autocast, True)
+    return through_again(run, tensors, grads)
 
 
 operator_by_gradients(layer_backward)
@@ -400,23 +390,14 @@ class _Layer(torch.autograd.Function):
     torch.func and gives silent zero tangents under jvp)."""
 
     @staticmethod
-    def forward(
-        cell: str,
-        bias: bool,
-        bidirectional: bool,
-        autocast: torch.dtype | None,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        return tuple(layer_forward(cell, bias, bidirectional, autocast, list(tensors)))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(layer_forward(*arguments[:4], list(arguments[4:])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.cell, ctx.bias, ctx.bidirectional, ctx.autocast, *tensors = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.fixed = inputs[:4]
+        ctx.save_for_backward(*inputs[4:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = layer_backward(
-            ctx.cell, ctx.bias, ctx.bidirectional, ctx.autocast, list(ctx.saved_tensors), list(grads)
-        )
-        return None, None, None, None, *gradients
+        return None, None, None, None, *layer_backward(*ctx.fixed, list(ctx.saved_tensors), list(grads))
