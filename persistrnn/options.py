@@ -39,6 +39,11 @@ class Options(NamedTuple):
     def active_dropout(self) -> float:
         return self.dropout if self.training else 0.0
 
+    @property
+    def of_torch(self) -> tuple[bool, int, float, bool, bool, bool]:
+        """As torch's own functions take them."""
+        return self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first
+
 
 def check_options(options: Options) -> None:
     """What a constructor, a function and a changed module refuse alike, on every path; ``check_save`` has the rest."""
