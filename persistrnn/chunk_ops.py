@@ -24,7 +24,7 @@ from persistrnn import autograd, masks, ops, step_marks
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.tensors import Gradients, Kept, Weights
 from persistrnn.mapping import operator_by_samples
-from persistrnn.phases import INPUT_GEMM, RECOMPUTE, SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
+from persistrnn.phases import INPUT_GEMM, RECOMPUTE, SCAN_BACKWARD, WEIGHT_GEMMS, phase
 
 
 class Layer(NamedTuple):
@@ -164,25 +164,6 @@ def gates_of(inputs: Sequence[Tensor], layer: Layer) -> Tensor:
         return gates.unflatten(-1, (layer.weight_ih.size(0), -1))
 
 
-def _scan(
-    cell: str,
-    precision: str,
-    x_gates: Tensor,
-    layer: Layer,
-    states: Sequence[Tensor],
-    marks: Tensor | None,
-    extras: Tensor | None,
-    reset: Sequence[Tensor],
-    every: bool,
-    save: bool,
-    heads: int,
-    into: Tensor | None = None,
-) -> Kept:
-    with phase(SCAN_FORWARD):
-        given = x_gates, layer.recurrent, states, marks, extras, reset
-        return ops.scan_chunk(cell, precision, *given, every, save, into, heads)
-
-
 def _to_next(kept: Kept, marks: Tensor | None) -> Tensor:
     """What the next layer of a stack, which has one direction, reads: [T', B, H]."""
     return step_marks.without_skipped(kept.states[0][0, 1:-1].flatten(2), marks)
@@ -227,7 +208,9 @@ def forward(
             highest = i == len(layers) - 1
             every, saves = highest and len(found.every) > 1, len(found.saved) > 0
             beside = marked, extras_of(extras, i, part), reset[i]
-            kept = _scan(cell, precision, gates_of(xs, layer), layer, states[i], *beside, every, saves, heads, into)
+            kept = ops.scan_chunk(
+                cell, precision, gates_of(xs, layer), layer.recurrent, states[i], *beside, every, saves, into, heads
+            )
             states[i] = list(kept.finals)
             if not highest:
                 xs = [_to_next(kept, marked)]
@@ -356,9 +339,8 @@ def backward(
                 beside = marked, extras_of(extras, i, part)
                 if save == "checkpoint":
                     states = [s[k].unflatten(0, (len(layers), -1))[i] for s in kept_before]
-                    x_gates = gates_of(xs[i], layer)
-                    kept = _scan(cell, precision, x_gates, layer, states, *beside, reset[i], True, True, heads)
-                    del x_gates  # it need not outlive the scan
+                    how = *beside, reset[i], True, True, None, heads
+                    kept = ops.scan_chunk(cell, precision, gates_of(xs[i], layer), layer.recurrent, states, *how)
                     y, *others = kept.states
                     kept = kept._replace(states=[y, *(s.to(cell_dtype or x.dtype) for s in others)])
                     del y, others
@@ -386,9 +368,8 @@ def backward(
         for i, layer in reversed(list(enumerate(layers))):
             kept = scans.pop()
             beside = marked, extras_of(extras, i, part)
-            with phase(SCAN_BACKWARD):
-                given = outside, d_states[i], layer.recurrent, kept, *beside, resets, heads
-                d = ops.scan_chunk_backward(cell, precision, *given)
+            given = outside, d_states[i], layer.recurrent, kept, *beside, resets, heads
+            d = ops.scan_chunk_backward(cell, precision, *given)
             d_states[i] = list(d.d_initial)
             for total, new in zip(d_reset[i], d.d_reset, strict=False):
                 total += new

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import masks, step_marks
 from .kernels.cells import CELLS
 from .kernels.tensors import Gradients, Kept, Weights
+from .phases import SCAN_BACKWARD, SCAN_FORWARD, phase
 
 
 def check() -> None:
@@ -179,9 +180,10 @@ def scan_chunk(
     float32, in float32."""
     from .kernels import launch
 
-    extras = _tiles(extras, x_gates.shape[0], x_gates.shape[1], weights.weight_hh.shape[-1])
-    given = initial, precision, save, keep, torch.float32, marks, reset, saved, extras, heads
-    return launch.forward(CELLS[cell], x_gates, weights, *given)
+    with phase(SCAN_FORWARD):
+        extras = _tiles(extras, x_gates.shape[0], x_gates.shape[1], weights.weight_hh.shape[-1])
+        given = initial, precision, save, keep, torch.float32, marks, reset, saved, extras, heads
+        return launch.forward(CELLS[cell], x_gates, weights, *given)
 
 
 def scan_chunk_backward(
@@ -199,9 +201,10 @@ def scan_chunk_backward(
     """Its backward, with the gradients of the states in the dtype of ``d_final``."""
     from .kernels import launch
 
-    outputs, finals = ([d.contiguous() for d in given] for given in (d_outputs, d_final))
-    how = None, kept, precision, marks, resets, weights.params, _tiles_beside(kept.states, extras), heads
-    return launch.backward(CELLS[cell], outputs, finals, weights.weight_hh, *how)
+    with phase(SCAN_BACKWARD):
+        outputs, finals = ([d.contiguous() for d in given] for given in (d_outputs, d_final))
+        how = None, kept, precision, marks, resets, weights.params, _tiles_beside(kept.states, extras), heads
+        return launch.backward(CELLS[cell], outputs, finals, weights.weight_hh, *how)
 
 
 def with_edges(inner: Tensor, initial: Tensor, reset: Tensor | None, heads: int = 1) -> Tensor:
