@@ -222,10 +222,8 @@ def _layers(
         if own.scale is not None:
             beside["scale"] = own.scale
         given = _OfLayer(initial, reset, marks, cuts.active, cuts.fresh, beside)
-        if own.weight_hr is not None:
-            y, c, final = _projected(stack.cell, x_gates, own.weight_hh, own.bias_hh, own.weight_hr, given, recurrence)
-        else:
-            y, c, final = _recurrent(stack.cell, x_gates, own.weight_hh, own.bias_hh, given, recurrence)
+        run_layer = _recurrent if own.weight_hr is None else _projected
+        y, c, final = run_layer(stack.cell, x_gates, own, given, recurrence)
         finals.append([_heads_together(s, split) for s in final])
     return Result(y, c, _all_layers(finals))
 
@@ -277,21 +275,9 @@ def _in_chunks(
         initial, reset, extras = (
             [_by_head(t[rows], stack.heads) for t in of] for of in (states, cuts.reset, cuts.extras)
         )
-        y, c, final = time_chunks.recurrent(
-            stack.cell,
-            y,
-            given,
-            initial,
-            stack.save,
-            stack.precision,
-            chunk,
-            marks,
-            reset,
-            stack.return_c,
-            stack.cell_dtype,
-            heads=stack.heads,
-            **_beside(stack.directions * stack.heads, None, extras, _keys_of(stack, cuts, rows, stack.heads)),
-        )
+        beside = _beside(stack.directions * stack.heads, None, extras, _keys_of(stack, cuts, rows, stack.heads))
+        how = stack.save, stack.precision, chunk, marks, reset, stack.return_c, stack.cell_dtype
+        y, c, final = time_chunks.recurrent(stack.cell, y, given, initial, *how, heads=stack.heads, **beside)
         finals.append([_heads_together(s, stack.heads) for s in final])
     return Result(y, c, _all_layers(finals))
 
@@ -328,16 +314,10 @@ def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
     return weights[0].contiguous().unsqueeze(0) if len(weights) == 1 else torch.stack(list(weights))
 
 
-def _projected(
-    cell: str,
-    x_gates: Tensor,
-    weight_hh: Tensor,
-    bias_hh: Tensor,
-    weight_hr: Tensor,
-    given: _OfLayer,
-    recurrence: Recurrence,
-) -> Result:
+def _projected(cell: str, x_gates: Tensor, own: _Weights, given: _OfLayer, recurrence: Recurrence) -> Result:
     """One layer with projections. weight_hh: [D, 4*H, P]; weight_hr: [D, P, H]."""
+    weight_hh, weight_hr = own.weight_hh, own.weight_hr
+    assert weight_hr is not None
     (h0, c0), H = given.states, weight_hr.size(-1)
     active = x_gates.new_ones(x_gates.shape[:2], dtype=torch.bool) if given.active is None else given.active
     first = step_marks.first_steps(active, x_gates.size(2))
@@ -351,7 +331,7 @@ def _projected(
     # Another tensor of zeros: dynamo refuses the same one twice.
     reset = (torch.zeros_like(nothing), *given.reset[1:]) if given.reset else ()
     inner = given._replace(states=(nothing, c0), reset=reset)
-    s, c, (s_n, c_n) = _recurrent(cell, x_gates, weight_hh @ weight_hr, bias_hh, inner, recurrence)
+    s, c, (s_n, c_n) = _recurrent(cell, x_gates, own._replace(weight_hh=weight_hh @ weight_hr), inner, recurrence)
     y = torch.cat([F.linear(part, w) for part, w in zip(s.split(H, dim=-1), weight_hr, strict=True)], dim=-1)
     h_n = torch.stack([F.linear(s, w) for s, w in zip(s_n, weight_hr, strict=True)])  # its gradient is contiguous
     if given.active is not None:
@@ -359,14 +339,13 @@ def _projected(
     return Result(y, c, [h_n, c_n])
 
 
-def _recurrent(
-    cell: str, x_gates: Tensor, weight_hh: Tensor, bias_hh: Tensor, given: _OfLayer, recurrence: Recurrence
-) -> Result:
+def _recurrent(cell: str, x_gates: Tensor, own: _Weights, given: _OfLayer, recurrence: Recurrence) -> Result:
+    tensors = x_gates, own.weight_hh, own.bias_hh
     if x_gates.size(1) > 0:
         how = {"marks": given.marks, "reset": given.reset, **given.beside}
-        return recurrence(cell, x_gates, weight_hh, bias_hh, given.states, **how)
+        return recurrence(cell, *tensors, given.states, **how)
     # Without a row there is nothing to launch: one step of the reference gives every shape and, as torch.nn does, a
     # gradient of zeros to every weight.
-    y, c, finals = reference.recurrent(cell, x_gates[:1], weight_hh, bias_hh, given.states, **given.beside)
+    y, c, finals = reference.recurrent(cell, x_gates[:1], *tensors[1:], given.states, **given.beside)
     steps = x_gates.size(0)
     return Result(y.expand(steps, -1, -1), None if c is None else c.expand(steps, -1, -1), finals)
