@@ -288,7 +288,9 @@ class _Totals:
         with phase(WEIGHT_GEMMS):
             if self.params is not None:
                 assert self.sums.params is not None
-                self.sums.params.add_(autograd.param_gradients(cell, found, kept, self.params, marks, extras, heads))
+                assert kept.saved is not None
+                given = [found.dx_gates, dr_gates], [*kept.states, kept.saved], self.params, marks, extras
+                self.sums.params.add_(autograd.param_gradients(cell, heads, *given))
             for d in range(y.size(3)):
                 x = inputs[d // heads]
                 dx, dr = (gates[0, :, :, d].flatten(0, 1) for gates in (dx_gates, dr_gates))

@@ -84,27 +84,19 @@ def again_in_chunks(recurrence: Callable[..., Result], chunk: int) -> Callable[.
     steps, and runs the forward again between them."""
 
     def recurrent(
-        cell: str,
-        x_gates: Tensor,
-        weight_hh: Tensor,
-        bias_hh: Tensor,
-        initial: Sequence[Tensor],
-        marks: Tensor | None,
-        reset: Sequence[Tensor],
-        params: Tensor | None = None,
-        extras: Tensor | None = None,
-    ) -> Result:
+        cell: str, x_gates: Tensor, weight_hh: Tensor, bias_hh: Tensor, initial: Sequence[Tensor],
+        marks: Tensor | None, reset: Sequence[Tensor], params: Tensor | None = None, extras: Tensor | None = None,
+    ) -> Result:  # fmt: skip
         # Compiled, it does so as a whole; torch.func has no hooks for what is saved.
         at_once = torch.compiler.is_compiling() or inside_torch_func()
         if at_once or not torch.is_grad_enabled():
-            return _beside(recurrence, params, extras)(cell, x_gates, weight_hh, bias_hh, initial, marks, reset)
+            return recurrence(cell, x_gates, weight_hh, bias_hh, initial, marks, reset, params, extras)
         directions, states = x_gates.size(2), list(initial)
         parts: list[list[Tensor]] = []
         for part in cut(x_gates.size(0), chunk, directions):
             marked = None if marks is None else part.of(marks)
-            given = part.of(x_gates), weight_hh, bias_hh, states, marked, reset
-            step = _beside(recurrence, params, extras_of(extras, 0, part))
-            y, c, states = checkpoint(step, cell, *given, use_reentrant=False, preserve_rng_state=False)
+            given = part.of(x_gates), weight_hh, bias_hh, states, marked, reset, params, extras_of(extras, 0, part)
+            y, c, states = checkpoint(recurrence, cell, *given, use_reentrant=False, preserve_rng_state=False)
             parts.append([y] if c is None else [y, c])
         whole = []
         for tensors in zip(*parts, strict=True):
@@ -113,12 +105,6 @@ def again_in_chunks(recurrence: Callable[..., Result], chunk: int) -> Callable[.
         return Result(whole[0], whole[1] if len(whole) > 1 else None, states)
 
     return recurrent
-
-
-def _beside(recurrence: Callable[..., Result], params: Tensor | None, extras: Tensor | None) -> Callable[..., Result]:
-    """With what the cell has of both."""
-    given = {name: t for name, t in (("params", params), ("extras", extras)) if t is not None}
-    return functools.partial(recurrence, **given) if given else recurrence
 
 
 class _Chunked(Function):
