@@ -89,18 +89,15 @@ def accelerated(*, backend: Backend = "auto") -> Acceleration:
     kernels' backward, wherever backward is called. A call of what the kernels do not take (on a CPU every one) is
     torch's own, to the bit; so is every call of wrapped tensors (torch.func, forward mode, fake tensors of a compiler
     or exporter). From the first block on, and after it, `ExportedProgram.run_decompositions` keeps torch.nn's layers
-    whole, as aten.lstm.input and the like: decompose in a process that was never accelerated. torch.compile breaks its
-    graph at torch.nn's layers as ever and runs them as they run outside of it. torch draws other dropout masks than the
-    kernels. Weights that are swapped by `replace`, or a layer of ours, run in compiled graphs, take lengths and save
-    less: prefer them where the model is yours.
+    whole, as aten.lstm.input and the like, in the whole process: torch takes an operator with an implementation of its
+    own for one that is not to be taken apart. Decompose in a process that was never accelerated, or export a model
+    whose layers `replace` has swapped. torch.compile breaks its graph at torch.nn's layers as ever and runs them as
+    they run outside of it. torch draws other dropout masks than the kernels. Layers of ours, such as `replace` puts
+    there, run in compiled graphs, take lengths and save less: prefer them where the model is yours.
 
     As torch's backend flags, it holds for the whole process while the block runs: for the threads of DataParallel and
     of autograd, too. Blocks nest, and the one that was entered last holds. A block may be left by an exception.
     Activation checkpoints run their forward again in the backward: call backward inside the block as well.
-
-    Once a block was entered, `run_decompositions` of torch.export keeps these functions whole, in the whole process:
-    torch takes an operator with an implementation of its own for one that is not to be taken apart. Export before, or
-    a model whose layers `replace` has swapped.
 
     Args:
         backend: "auto": where the kernels can run the call and are expected to be faster; "persistent": the kernels or
