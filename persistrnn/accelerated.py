@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from persistrnn import calls, torch_path
 from persistrnn.decide import TORCH, Decision, inside_torch_func
-from persistrnn.options import BACKENDS, Backend, Options, check_flag, check_name
+from persistrnn.options import BACKENDS, OF_TORCH, Backend, Options, check_flag, check_name
 from persistrnn.request import Request
 
 MOST = 64  # different calls that are told apart in a record
@@ -207,19 +207,12 @@ def _accepts(made: Decision, decision: list[Decision]) -> bool:
 
 
 def _read_padded(
-    input: Tensor,
-    hx: Any,
-    weights: Sequence[Tensor],
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool = False,
+    input: Tensor, hx: Any, weights: Sequence[Tensor], *how: Any
 ) -> tuple[Tensor, Any, Sequence[Tensor], Options]:
-    """(input, hx, weights, options) of an operator that takes a padded tensor."""
-    options = Options(num_layers, bias, batch_first, dropout, bidirectional, training=training)
-    return input, _as_hx(hx), weights, options
+    """(input, hx, weights, options) of an operator that takes a padded tensor. how: as ``Options.of_torch``; one that
+    takes a PackedSequence leaves the last out."""
+    options = Options(**dict(zip(OF_TORCH, how, strict=False)))
+    return input, hx if isinstance(hx, Tensor) else tuple(hx), weights, options
 
 
 def _read_packed(
@@ -228,10 +221,6 @@ def _read_packed(
     """The same of one that takes a PackedSequence's parts; its states stand in the order of the rows."""
     _, *read = _read_padded(data, hx, *others)
     return PackedSequence(data, batch_sizes), *read
-
-
-def _as_hx(hx: Any) -> Any:
-    return hx if isinstance(hx, Tensor) else tuple(hx)
 
 
 def _described(cell: str, data: Tensor, states: Sequence[Tensor], options: Options) -> str:

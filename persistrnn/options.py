@@ -14,6 +14,9 @@ BACKENDS = get_args(Backend)
 Save = Literal["gates", "state", "checkpoint", "auto"]
 SAVES = get_args(Save)
 
+# What torch's own functions take, in their order.
+OF_TORCH = ("bias", "num_layers", "dropout", "training", "bidirectional", "batch_first")
+
 
 class Options(NamedTuple):
     """How a stack runs; the attributes of a module but for its sizes."""
@@ -41,7 +44,7 @@ class Options(NamedTuple):
 
     @property
     def of_torch(self) -> tuple[bool, int, float, bool, bool, bool]:
-        """As torch's own functions take them."""
+        """``OF_TORCH``."""
         return self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first
 
 
