@@ -54,19 +54,13 @@ def recurrent(
         weights: of each layer those of ``Layer``, with H for I in the upper ones.
         initial: the states, h first, each [L*D, B, H].
         save: "gates", "state" or "checkpoint" (``kernels.planner.memory``); of a stack "checkpoint".
-        precision: of products in float32, "tf32" or "ieee".
         chunk: steps of a chunk.
-        marks: uint8 [T, B, D], where a row begins anew or skips a step (``step_marks``); None: nowhere.
-        reset: the states that rows begin anew from, in the form of ``initial``; empty: zeros.
-        return_c, cell_dtype, extras, heads: as of ``autograd.recurrent``; then each D counts all heads.
+        precision, marks, reset, return_c, cell_dtype, extras, heads: as of ``autograd.recurrent``; D counts all heads.
         All in one dtype (float16, bfloat16 or float32), on one device.
 
     Returns:
-        As ``autograd.recurrent``, also twice differentiable (step by step, with the memory of all steps).
-
-    Raises:
-        ValueError: the size does not fit the device.
-        RuntimeError: an earlier launch gave up waiting (see ``ops.check``).
+        As ``autograd.recurrent``, whose errors it raises, also twice differentiable (step by step, with the memory of
+        all steps).
     """
     tensors = x, marks, extras, *initial, *(reset or (None,) * len(initial))
     keeps = expects_backward((*tensors, *weights))
