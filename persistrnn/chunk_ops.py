@@ -207,10 +207,9 @@ def forward(
                 whole[k].unflatten(0, (len(layers), -1))[i].copy_(state)
             highest = i == len(layers) - 1
             every, saves = highest and len(found.every) > 1, len(found.saved) > 0
-            beside = marked, extras_of(extras, i, part), reset[i]
-            kept = ops.scan_chunk(
-                cell, precision, gates_of(xs, layer), layer.recurrent, states[i], *beside, every, saves, into, heads
-            )
+            beside = layer.recurrent, marked, extras_of(extras, i, part), states[i], reset[i], into
+            how = cell, precision, saves, every, torch.float32, heads
+            kept = ops.run_forward(*how, gates_of(xs, layer), *beside)
             states[i] = list(kept.finals)
             if not highest:
                 xs = [_to_next(kept, marked)]
@@ -341,8 +340,8 @@ def backward(
                 beside = marked, extras_of(extras, i, part)
                 if save == "checkpoint":
                     states = [s[k].unflatten(0, (len(layers), -1))[i] for s in kept_before]
-                    how = *beside, reset[i], True, True, None, heads
-                    kept = ops.scan_chunk(cell, precision, gates_of(xs[i], layer), layer.recurrent, states, *how)
+                    how = cell, precision, True, True, torch.float32, heads
+                    kept = ops.run_forward(*how, gates_of(xs[i], layer), layer.recurrent, *beside, states, reset[i])
                     y, *others = kept.states
                     kept = kept._replace(states=[y, *(s.to(cell_dtype or x.dtype) for s in others)])
                     del y, others
@@ -370,8 +369,8 @@ def backward(
         for i, layer in reversed(list(enumerate(layers))):
             kept = scans.pop()
             beside = marked, extras_of(extras, i, part)
-            given = outside, d_states[i], layer.recurrent, kept, *beside, resets, heads
-            d = ops.scan_chunk_backward(cell, precision, *given)
+            given = layer.weight_hh, None, layer.params, *beside, kept, d_states[i], outside
+            d = ops.run_backward(cell, precision, resets, heads, *given)
             d_states[i] = list(d.d_initial)
             for total, new in zip(d_reset[i], d.d_reset, strict=False):
                 total += new
