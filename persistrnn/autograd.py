@@ -149,23 +149,14 @@ def _backward_inputs(cell: str, flat: Sequence[Any]) -> BackwardInputs:
     return BackwardInputs(weight_hh, weight_ih, params, marks, extras, *rest)
 
 
-def _forward(
-    cell: str,
-    precision: str,
-    save: bool,
-    return_c: bool,
-    cell_dtype: torch.dtype | None,
-    heads: int,
-    *tensors: Tensor | None,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    x_gates, weights, marks, extras, initial, reset = _inputs(cell, tensors)
+def _forward(*arguments: Any, scale: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The tensors of ``Outputs``, of the first arguments of ``ops.scan_forward`` and the tensors of ``Inputs``."""
+    how, (cell, _, save, return_c, *_) = arguments[:6], arguments[:6]
+    x_gates, weights, marks, extras, initial, reset = _inputs(cell, arguments[6:])
     weights = weights._replace(scale=scale)
     states = [s for s in initial if s is not None], list(reset)
     with phase(SCAN_FORWARD):
-        found = ops.scan_forward(
-            cell, precision, save, return_c, cell_dtype, heads, x_gates, list(weights), marks, extras, *states
-        )
+        found = ops.scan_forward(*how, x_gates, list(weights), marks, extras, *states)
     n = CELLS[cell].states
     kept, finals = found[:-n], [s.to(x_gates.dtype) for s in found[-n:]]
     every = [s[-1, 1:-1].flatten(2) for s in kept[: CELLS[cell].given_out if return_c else 1]]
