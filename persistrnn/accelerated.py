@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from persistrnn import calls, torch_path
 from persistrnn.decide import TORCH, Decision, inside_torch_func
-from persistrnn.options import BACKENDS, Backend, Options, check_flag, check_name
+from persistrnn.options import BACKENDS, OF_TORCH, Backend, Options, check_flag, check_name
 from persistrnn.request import Request
 
 MOST = 64  # different calls that are told apart in a record
@@ -89,18 +89,15 @@ def accelerated(*, backend: Backend = "auto") -> Acceleration:
     kernels' backward, wherever backward is called. A call of what the kernels do not take (on a CPU every one) is
     torch's own, to the bit; so is every call of wrapped tensors (torch.func, forward mode, fake tensors of a compiler
     or exporter). From the first block on, and after it, `ExportedProgram.run_decompositions` keeps torch.nn's layers
-    whole, as aten.lstm.input and the like: decompose in a process that was never accelerated. torch.compile breaks its
-    graph at torch.nn's layers as ever and runs them as they run outside of it. torch draws other dropout masks than the
-    kernels. Weights that are swapped by `replace`, or a layer of ours, run in compiled graphs, take lengths and save
-    less: prefer them where the model is yours.
+    whole, as aten.lstm.input and the like, in the whole process: torch takes an operator with an implementation of its
+    own for one that is not to be taken apart. Decompose in a process that was never accelerated, or export a model
+    whose layers `replace` has swapped. torch.compile breaks its graph at torch.nn's layers as ever and runs them as
+    they run outside of it. torch draws other dropout masks than the kernels. Layers of ours, such as `replace` puts
+    there, run in compiled graphs, take lengths and save less: prefer them where the model is yours.
 
     As torch's backend flags, it holds for the whole process while the block runs: for the threads of DataParallel and
     of autograd, too. Blocks nest, and the one that was entered last holds. A block may be left by an exception.
     Activation checkpoints run their forward again in the backward: call backward inside the block as well.
-
-    Once a block was entered, `run_decompositions` of torch.export keeps these functions whole, in the whole process:
-    torch takes an operator with an implementation of its own for one that is not to be taken apart. Export before, or
-    a model whose layers `replace` has swapped.
 
     Args:
         backend: "auto": where the kernels can run the call and are expected to be faster; "persistent": the kernels or
@@ -210,19 +207,12 @@ def _accepts(made: Decision, decision: list[Decision]) -> bool:
 
 
 def _read_padded(
-    input: Tensor,
-    hx: Any,
-    weights: Sequence[Tensor],
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool = False,
+    input: Tensor, hx: Any, weights: Sequence[Tensor], *how: Any
 ) -> tuple[Tensor, Any, Sequence[Tensor], Options]:
-    """(input, hx, weights, options) of an operator that takes a padded tensor."""
-    options = Options(num_layers, bias, batch_first, dropout, bidirectional, training=training)
-    return input, _as_hx(hx), weights, options
+    """(input, hx, weights, options) of an operator that takes a padded tensor. how: as ``Options.of_torch``; one that
+    takes a PackedSequence leaves the last out."""
+    options = Options(**dict(zip(OF_TORCH, how, strict=False)))
+    return input, hx if isinstance(hx, Tensor) else tuple(hx), weights, options
 
 
 def _read_packed(
@@ -231,10 +221,6 @@ def _read_packed(
     """The same of one that takes a PackedSequence's parts; its states stand in the order of the rows."""
     _, *read = _read_padded(data, hx, *others)
     return PackedSequence(data, batch_sizes), *read
-
-
-def _as_hx(hx: Any) -> Any:
-    return hx if isinstance(hx, Tensor) else tuple(hx)
 
 
 def _described(cell: str, data: Tensor, states: Sequence[Tensor], options: Options) -> str:

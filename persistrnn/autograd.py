@@ -19,7 +19,7 @@ from torch.autograd import Function
 from persistrnn import double_backward, masks, ops
 from persistrnn.decide import expects_backward
 from persistrnn.kernels.cells import CELLS, Cell, derived
-from persistrnn.kernels.tensors import Gradients, Kept, Weights
+from persistrnn.kernels.tensors import Gradients, Weights
 from persistrnn.mapping import batched, each_sample, mapped, operator_by_samples
 from persistrnn.phases import SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
 from persistrnn.reference import Result
@@ -149,23 +149,14 @@ def _backward_inputs(cell: str, flat: Sequence[Any]) -> BackwardInputs:
     return BackwardInputs(weight_hh, weight_ih, params, marks, extras, *rest)
 
 
-def _forward(
-    cell: str,
-    precision: str,
-    save: bool,
-    return_c: bool,
-    cell_dtype: torch.dtype | None,
-    heads: int,
-    *tensors: Tensor | None,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    x_gates, weights, marks, extras, initial, reset = _inputs(cell, tensors)
+def _forward(*arguments: Any, scale: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The tensors of ``Outputs``, of the first arguments of ``ops.scan_forward`` and the tensors of ``Inputs``."""
+    how, (cell, _, save, return_c, *_) = arguments[:6], arguments[:6]
+    x_gates, weights, marks, extras, initial, reset = _inputs(cell, arguments[6:])
     weights = weights._replace(scale=scale)
     states = [s for s in initial if s is not None], list(reset)
     with phase(SCAN_FORWARD):
-        found = ops.scan_forward(
-            cell, precision, save, return_c, cell_dtype, heads, x_gates, list(weights), marks, extras, *states
-        )
+        found = ops.scan_forward(*how, x_gates, list(weights), marks, extras, *states)
     n = CELLS[cell].states
     kept, finals = found[:-n], [s.to(x_gates.dtype) for s in found[-n:]]
     every = [s[-1, 1:-1].flatten(2) for s in kept[: CELLS[cell].given_out if return_c else 1]]
@@ -179,16 +170,8 @@ class _Scan(Function):
     derivative finds its way (``double_backward``)."""
 
     @staticmethod
-    def forward(
-        cell: str,
-        precision: str,
-        save: bool,
-        return_c: bool,
-        cell_dtype: torch.dtype | None,
-        heads: int,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        return _forward(cell, precision, save, return_c, cell_dtype, heads, *tensors)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _forward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -240,7 +223,7 @@ class _Scan(Function):
                 d_params = found.d_params
                 if d_params is None:
                     gates = [found.dx_gates, *([found.dr_gates] if cell.recurrent_gradient else [])]
-                    of = _param_gradients if torch.compiler.is_compiling() else _flat_param_gradients
+                    of = _param_gradients if torch.compiler.is_compiling() else param_gradients
                     d_params = of(ctx.cell, ctx.heads, gates, kept, params, marks, extras)
                 d_weights[4] = d_params.to(params.dtype)
         d_initial = found.d_initial if any(needs.initial) else [None] * len(needs.initial)
@@ -269,8 +252,8 @@ class _ScanBackward(Function):
     """The tensors of ``BackwardInputs`` to those of ``Gradients``, of the reset states only if ``resets``."""
 
     @staticmethod
-    def forward(cell: str, precision: str, resets: bool, heads: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _backward(cell, precision, resets, heads, *tensors)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _backward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -353,23 +336,24 @@ def of_inputs(cell: Cell, dx_gates: Tensor) -> Tensor:
 
 def param_gradients(
     cell: str,
-    d: Gradients,
-    kept: Kept,
+    heads: int,
+    gates: list[Tensor],
+    kept: list[Tensor],
     params: Tensor,
     marks: Tensor | None,
     extras: Tensor | None,
-    heads: int = 1,
 ) -> Tensor:
-    """Gradients of the parameters per unit, float32 [L*D, P, H], from what is in memory after the scan."""
-    of, (L, T, B, D, _), H = CELLS[cell], d.dx_gates.shape, params.shape[-1]
+    """Gradients of the parameters per unit, float32 [L*D, P, H], from what is in memory after the scan. gates: dx_gates
+    and dr_gates, or the one that is both; kept: the states, and what was saved."""
+    of, (L, T, B, D, _), H = CELLS[cell], gates[0].shape, params.shape[-1]
+    states, whole = kept[: of.states], kept[of.states]
     extras = masks.tiles(extras, T, B, H)
     found = []
     for k in range(D):
-        dx, dr = (_tiles(gates[:, :, :, k].unflatten(-1, (-1, H))) for gates in (d.dx_gates, d.dr_gates))
-        assert kept.saved is not None
-        saved: Sequence[Tensor] = _tiles(kept.saved[:, :, :, k])
-        after: Sequence[Tensor] = [kept.states[i][:, 1:-1, :, k].float() for i in of.after]
-        before = [h_before(s, marks, k, heads).float() for s in kept.states]
+        dx, dr = (_tiles(d[:, :, :, k].unflatten(-1, (-1, H))) for d in (gates[0], gates[-1]))
+        saved: Sequence[Tensor] = _tiles(whole[:, :, :, k])
+        after: Sequence[Tensor] = [states[i][:, 1:-1, :, k].float() for i in of.after]
+        before = [h_before(s, marks, k, heads).float() for s in states]
         p = [t[:, None, None].float() for t in params.unflatten(0, (L, D))[:, k].unbind(1)]
         e = [] if extras is None else _tiles(extras[:, :, :, k])
         skipped = None if marks is None else (marks[:, :, k // heads] == SKIPPED).unsqueeze(-1)
@@ -382,37 +366,16 @@ def param_gradients(
     return torch.stack(found, 1).flatten(0, 1)
 
 
-def _flat_param_gradients(
-    cell: str,
-    heads: int,
-    gates: list[Tensor],
-    kept: list[Tensor],
-    params: Tensor,
-    marks: Tensor | None,
-    extras: Tensor | None,
-) -> Tensor:
-    d = Gradients(gates[0], gates[-1], (), ())
-    return param_gradients(cell, d, ops.kept_of(cell, kept), params, marks, extras, heads)
-
-
 # Dynamo cannot trace a cell's graph.
-_param_gradients = torch.library.custom_op("persistrnn::param_gradients", _flat_param_gradients, mutates_args=())
+_param_gradients = torch.library.custom_op("persistrnn::param_gradients", param_gradients, mutates_args=())
 
 
 operator_by_samples(_param_gradients)
 
 
 @_param_gradients.register_fake
-def _(
-    cell: str,
-    heads: int,
-    gates: list[Tensor],
-    kept: list[Tensor],
-    params: Tensor,
-    marks: Tensor | None,
-    extras: Tensor | None,
-) -> Tensor:
-    return torch.empty_like(params, dtype=torch.float32)
+def _(*arguments: Any) -> Tensor:
+    return torch.empty_like(arguments[4], dtype=torch.float32)  # the parameters
 
 
 def _tiles(tensor: Tensor) -> list[Tensor]:

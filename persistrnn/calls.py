@@ -200,13 +200,11 @@ def _on_torch(
 ) -> list[Tensor]:
     """[output, *states], on torch's own kernels."""
     call = decision.call
-    how = options.bias, options.num_layers, options.dropout, options.training, options.bidirectional
 
     def padded(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         if decision.chunk:
-            in_chunks = call.cell, input, states, weights, *how, options.batch_first, decision.chunk
-            return torch_path.stack_in_chunks(*in_chunks)
-        return torch_path.stack(call.cell, input, None, states, weights, *how, options.batch_first)
+            return torch_path.stack_in_chunks(call.cell, input, states, weights, options, decision.chunk)
+        return torch_path.stack(call.cell, input, None, states, weights, options)
 
     if call.transforms == "folded":
         return below_the_map(padded, input, 0 if options.batch_first else 1, states, weights)
@@ -216,9 +214,8 @@ def _on_torch(
     in_parts = call.steps > rows.FEW_STEPS and call.device.type == "cpu" and (call.lengths or call.backward)
     chunk = decision.chunk if call.backward else 0
     if not (in_parts or chunk) or call.transforms:
-        return torch_path.stack(call.cell, input, batch_sizes, states, weights, *how, options.batch_first)
-    of_layers = states, weights, options.bias, options.num_layers, call.dropout, options.bidirectional
-    found: list[Tensor] = outside_of_graphs(rows.stack, call.cell, input, batch_sizes, *of_layers, chunk)
+        return torch_path.stack(call.cell, input, batch_sizes, states, weights, options)
+    found: list[Tensor] = outside_of_graphs(rows.stack, call.cell, input, batch_sizes, states, weights, options, chunk)
     return found
 
 

@@ -24,7 +24,7 @@ from persistrnn import autograd, masks, ops, step_marks
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.tensors import Gradients, Kept, Weights
 from persistrnn.mapping import operator_by_samples
-from persistrnn.phases import INPUT_GEMM, RECOMPUTE, SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
+from persistrnn.phases import INPUT_GEMM, RECOMPUTE, SCAN_BACKWARD, WEIGHT_GEMMS, phase
 
 
 class Layer(NamedTuple):
@@ -164,25 +164,6 @@ def gates_of(inputs: Sequence[Tensor], layer: Layer) -> Tensor:
         return gates.unflatten(-1, (layer.weight_ih.size(0), -1))
 
 
-def _scan(
-    cell: str,
-    precision: str,
-    x_gates: Tensor,
-    layer: Layer,
-    states: Sequence[Tensor],
-    marks: Tensor | None,
-    extras: Tensor | None,
-    reset: Sequence[Tensor],
-    every: bool,
-    save: bool,
-    heads: int,
-    into: Tensor | None = None,
-) -> Kept:
-    with phase(SCAN_FORWARD):
-        given = x_gates, layer.recurrent, states, marks, extras, reset
-        return ops.scan_chunk(cell, precision, *given, every, save, into, heads)
-
-
 def _to_next(kept: Kept, marks: Tensor | None) -> Tensor:
     """What the next layer of a stack, which has one direction, reads: [T', B, H]."""
     return step_marks.without_skipped(kept.states[0][0, 1:-1].flatten(2), marks)
@@ -226,8 +207,9 @@ def forward(
                 whole[k].unflatten(0, (len(layers), -1))[i].copy_(state)
             highest = i == len(layers) - 1
             every, saves = highest and len(found.every) > 1, len(found.saved) > 0
-            beside = marked, extras_of(extras, i, part), reset[i]
-            kept = _scan(cell, precision, gates_of(xs, layer), layer, states[i], *beside, every, saves, heads, into)
+            beside = layer.recurrent, marked, extras_of(extras, i, part), states[i], reset[i], into
+            how = cell, precision, saves, every, torch.float32, heads
+            kept = ops.run_forward(*how, gates_of(xs, layer), *beside)
             states[i] = list(kept.finals)
             if not highest:
                 xs = [_to_next(kept, marked)]
@@ -305,7 +287,9 @@ class _Totals:
         with phase(WEIGHT_GEMMS):
             if self.params is not None:
                 assert self.sums.params is not None
-                self.sums.params.add_(autograd.param_gradients(cell, found, kept, self.params, marks, extras, heads))
+                assert kept.saved is not None
+                given = [found.dx_gates, dr_gates], [*kept.states, kept.saved], self.params, marks, extras
+                self.sums.params.add_(autograd.param_gradients(cell, heads, *given))
             for d in range(y.size(3)):
                 x = inputs[d // heads]
                 dx, dr = (gates[0, :, :, d].flatten(0, 1) for gates in (dx_gates, dr_gates))
@@ -356,9 +340,8 @@ def backward(
                 beside = marked, extras_of(extras, i, part)
                 if save == "checkpoint":
                     states = [s[k].unflatten(0, (len(layers), -1))[i] for s in kept_before]
-                    x_gates = gates_of(xs[i], layer)
-                    kept = _scan(cell, precision, x_gates, layer, states, *beside, reset[i], True, True, heads)
-                    del x_gates  # it need not outlive the scan
+                    how = cell, precision, True, True, torch.float32, heads
+                    kept = ops.run_forward(*how, gates_of(xs[i], layer), layer.recurrent, *beside, states, reset[i])
                     y, *others = kept.states
                     kept = kept._replace(states=[y, *(s.to(cell_dtype or x.dtype) for s in others)])
                     del y, others
@@ -386,9 +369,8 @@ def backward(
         for i, layer in reversed(list(enumerate(layers))):
             kept = scans.pop()
             beside = marked, extras_of(extras, i, part)
-            with phase(SCAN_BACKWARD):
-                given = outside, d_states[i], layer.recurrent, kept, *beside, resets, heads
-                d = ops.scan_chunk_backward(cell, precision, *given)
+            given = layer.weight_hh, None, layer.params, *beside, kept, d_states[i], outside
+            d = ops.run_backward(cell, precision, resets, heads, *given)
             d_states[i] = list(d.d_initial)
             for total, new in zip(d_reset[i], d.d_reset, strict=False):
                 total += new

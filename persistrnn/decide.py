@@ -18,7 +18,6 @@ from torch.autograd import forward_ad
 from persistrnn import tracing
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.inspect import prediction
-from persistrnn.kernels.inspect.prediction import Prediction
 from persistrnn.kernels.planner import memory
 from persistrnn.kernels.planner.forecast import Forecast, forecast
 from persistrnn.kernels.planner.pipeline import Pipeline
@@ -458,12 +457,7 @@ def _save_within_budget(call: Call) -> str:
 # ---- for `persistrnn profile` and `check_cell` ----------------------------------------------------------------------
 
 
-def predict_stack(
-    cell: str, hidden: int, layers: int, batch: int, directions: int, steps: int, dtype: str, device: str | None,
-    heads: int = 1,
-) -> Prediction:  # fmt: skip
-    """The plan in numbers, for a device that need not be there (``kernels.inspect.prediction``)."""
-    return prediction.predict_stack(cell, hidden, layers, batch, directions, steps, dtype, device, heads)
+predict_stack = prediction.predict_stack
 
 
 def audited(cell: str, hidden: int, batch: int, dtype: str, arch: str) -> tuple[str, str]:

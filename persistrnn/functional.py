@@ -59,24 +59,13 @@ def lstm(
             A fifth (third) one, weight_hr [P, H], makes it an LSTM with projections: then h, here and below, has P
             features, weight_hh is [4*H, P] and weight_ih [4*H, I or D*P]
         hx: (h0, c0), each [L*D, B, H] ([L*D, H] unbatched); None: zeros
-        num_layers: L. Layer l reads the output of layer l-1
-        bias: whether the weights hold biases
+        num_layers, bias, bidirectional, batch_first, cell_dtype, save, save_budget, heads: as of `persistrnn.LSTM`;
+            with heads weight_hh is [n, 4*H/n, H/n]
         dropout: probability of a zero between two layers, where training is True
-        training: whether dropout acts
-        bidirectional: whether D is 2
-        batch_first: whether input and output are [B, T, features]; the states never are
-        backend: "auto": the persistent kernels on a GPU that can run them and where they are expected to be
-            faster (forward and backward together where a backward may come), else torch's own (cuDNN, oneDNN,
-            ATen); "persistent": the kernels or an error; "torch": torch's own. What torch's own cannot do (resets,
-            every c, and lengths but for those of CPU tensors, which it runs in parts of time) is a loop over torch's
-            operations there, step by step.
-            `persistrnn.explain` says what "auto" chooses, a module's `last_path` what it chose
-        cell_dtype: dtype in which c is given out, and in which the kernels store it for the backward: None (that of
-            the computation) or torch.float32; between the steps the kernels' c is float32 in any case
-        save: what the call keeps for its backward: "gates", "state" or "checkpoint", or "auto", the first of them that
-            is predicted to need at most save_budget bytes (`LSTM` has the details)
-        save_budget: bytes, with save="auto"
-        heads: n blocks of a block-diagonal W_hh; weight_hh is then [n, 4*H/n, H/n] (`LSTM` has the details)
+        backend: as of `persistrnn.LSTM`: "auto" compares forward and backward together where a backward may come. What
+            torch's own kernels cannot do (resets, every c, and lengths but for those of CPU tensors, which they run in
+            parts of time) is a loop over torch's operations there, step by step. `persistrnn.explain` says what "auto"
+            chooses, a module's `last_path` what it chose
         lengths: integers [B] on the input's device, each in [0, T]. Past its length a row's output is zero and takes
             no gradient; the final state is that after its last step; the second direction begins there. Nothing is
             sorted and the host does not wait: on a GPU a length out of range is taken as 0 or T, and raised by the
@@ -111,11 +100,8 @@ def lstm(
     options = Options(
         num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training, heads
     )
-    check_options(options)
     given = Given(lengths, mask, resets, reset_state)
-    found = run(Request("lstm", input, weights, hx, options, given, return_cell_states))
-    h_n, c_n = found.states
-    return (found.output, (h_n, c_n), found.c) if return_cell_states else (found.output, (h_n, c_n))
+    return _run("lstm", input, weights, hx, options, given, return_cell_states)
 
 
 @leaf_function
@@ -161,9 +147,7 @@ def gru(
     options = Options(
         num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training, heads
     )
-    check_options(options)
-    found = run(Request("gru", input, weights, hx, options, Given(lengths, mask, resets, reset_state)))
-    return found.output, found.states[0]
+    return _run("gru", input, weights, hx, options, Given(lengths, mask, resets, reset_state))
 
 
 @leaf_function
@@ -202,10 +186,8 @@ def rnn(
     options = Options(
         num_layers, bias, batch_first, dropout, bidirectional, backend, None, save, save_budget, training, heads
     )
-    check_options(options)
     given = Given(lengths, mask, resets, reset_state)
-    found = run(Request(rnn_cell(nonlinearity), input, weights, hx, options, given))
-    return found.output, found.states[0]
+    return _run(rnn_cell(nonlinearity), input, weights, hx, options, given)
 
 
 @leaf_function
@@ -246,12 +228,14 @@ def recurrent(
     options = Options(
         num_layers, bias, batch_first, dropout, bidirectional, backend, cell_dtype, save, save_budget, training, heads
     )
-    check_options(options)
     check_name("cell", cell, list(CELLS))
     given = Given(lengths, mask, resets, reset_state, extras)
-    found = run(Request(cell, input, weights, hx, options, given, return_cell_states))
-    state = found.states[0] if len(found.states) == 1 else tuple(found.states)
-    return (found.output, state, found.c) if return_cell_states else (found.output, state)
+    return _run(cell, input, weights, hx, options, given, return_cell_states)
+
+
+def _run(cell: str, input: Any, weights: Any, hx: Any, options: Options, given: Given, return_c: bool = False) -> Any:
+    check_options(options)
+    return run(Request(cell, input, weights, hx, options, given, return_c)).given_out(return_c)
 
 
 def rnn_cell(nonlinearity: object) -> str:

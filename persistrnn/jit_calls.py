@@ -43,20 +43,8 @@ _path: ContextVar[str] = ContextVar("path")  # that ran the last call in this th
 def implement(run: Run) -> None:
     """Make ``run`` what the operator does."""
 
-    def call(
-        cell: str,
-        how: str,
-        input: Tensor,
-        packed: list[Tensor],
-        weights: list[Tensor],
-        hx: list[Tensor],
-        lengths: Tensor | None,
-        mask: Tensor | None,
-        resets: Tensor | None,
-        reset_state: list[Tensor],
-        extras: list[Tensor],
-        learned: list[Tensor],
-    ) -> list[Tensor]:
+    def call(cell: str, how: str, input: Tensor, packed: Any, weights: Any, hx: Any, *others: Any) -> list[Tensor]:
+        lengths, mask, resets, reset_state, extras, learned = others
         if cell not in CELLS:
             raise RuntimeError(
                 f"the trace asks for the cell {cell!r}, which is not defined here; import the module that decorates it "

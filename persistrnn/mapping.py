@@ -65,7 +65,7 @@ def operator_by_samples(operator: Any) -> None:
 
 def operator_by_gradients(operator: Any) -> None:
     """The same of a backward ``operator(*fixed, tensors, grads)``, which takes the gradients of N samples at once, in
-    front, where ``tensors`` are those of all."""
+    front, where ``tensors`` are those of all; and a fake. The first of the gradients is that of y, [T, B, H]."""
 
     def rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
         *fixed, tensors, grads = arguments
@@ -82,7 +82,12 @@ def operator_by_gradients(operator: Any) -> None:
         ]
         return operator(*fixed, tensors, together), [0] * len(tensors)
 
+    def fake(*arguments: Any) -> list[Tensor]:
+        *_, tensors, grads = arguments
+        return [t.new_empty(*grads[0].shape[:-3], *t.shape) for t in tensors]
+
     operator.register_vmap(rule)
+    operator.register_fake(fake)
 
 
 def below_the_map(

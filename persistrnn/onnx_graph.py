@@ -168,7 +168,8 @@ def _layer(
 # ---- for the exporter on torch.jit.trace ----------------------------------------------------------------------------
 
 # x, w, r, b, steps (the lengths), the states h and c, and p are the operator's in ONNX, too; the rest is for ``_call``.
-for _name, _outputs in (("LSTM", 3), ("GRU", 2), ("RNN", 2)):
+OUTPUTS = {"LSTM": 3, "GRU": 2, "RNN": 2}
+for _name, _outputs in OUTPUTS.items():
     torch.library.define(
         f"persistrnn::onnx_{_name.lower()}",
         "(str cell, str how, str attributes, Tensor[] weights, Tensor? lengths, Tensor x, Tensor w, Tensor r, "
@@ -177,21 +178,10 @@ for _name, _outputs in (("LSTM", 3), ("GRU", 2), ("RNN", 2)):
 
 
 def _call(
-    cell: str,
-    how: str,
-    attributes: str,
-    weights: list[Tensor],
-    lengths: Tensor | None,
-    x: Tensor,
-    w: Tensor,
-    r: Tensor,
-    b: Tensor | None,
-    steps: Tensor | None,
-    h: Tensor,
-    c: Tensor | None,
-    p: Tensor | None,
+    cell: str, how: str, attributes: str, weights: list[Tensor], lengths: Tensor | None, x: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     """What ONNX's operator gives of the tensors that are traced with."""
+    *_, h, c, _ = others
     states = [h] if c is None else [h, c]
     y, *finals = torch.ops.persistrnn.call(cell, how, x, [], weights, states, lengths, None, None, [], [], [])
     return (y.unflatten(2, (h.size(0), -1)).transpose(1, 2), *finals)
@@ -208,7 +198,7 @@ def _symbolic(name: str) -> Any:
         suffixes = {int: "i", str: "s", list: "s"}
         named = {f"{key}_{suffixes[type(value)]}": value for key, value in json.loads(attributes).items()}
         of_lstm = (c, p) if name == "LSTM" else ()
-        return g.op(name, x, w, r, b, steps, h, *of_lstm, outputs=3 if name == "LSTM" else 2, **named)
+        return g.op(name, x, w, r, b, steps, h, *of_lstm, outputs=OUTPUTS[name], **named)
 
     return symbolic
 
@@ -218,9 +208,9 @@ def _register() -> None:
     """Tell the exporter of them; torch.onnx is imported when it exports, and not before."""
     from torch.onnx import register_custom_op_symbolic  # type: ignore[attr-defined]
 
-    for name in ("LSTM", "GRU", "RNN"):
+    for name in OUTPUTS:
         register_custom_op_symbolic(f"persistrnn::onnx_{name.lower()}", _symbolic(name), 9)
 
 
-for _name in ("lstm", "gru", "rnn"):
-    torch.library.impl(f"persistrnn::onnx_{_name}", "CompositeImplicitAutograd")(_call)
+for _name in OUTPUTS:
+    torch.library.impl(f"persistrnn::onnx_{_name.lower()}", "CompositeImplicitAutograd")(_call)

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import masks, step_marks
 from .kernels.cells import CELLS
 from .kernels.tensors import Gradients, Kept, Weights
+from .phases import SCAN_BACKWARD, SCAN_FORWARD, phase
 
 
 def check() -> None:
@@ -42,6 +43,31 @@ def compiled_by(run: Callable[[], object], threads: int | None) -> int:
     return len(found)
 
 
+def run_forward(
+    cell: str,
+    precision: str,
+    save: bool,
+    keep: bool,
+    cell_dtype: torch.dtype | None,
+    heads: int,
+    x_gates: Tensor,
+    weights: Weights,
+    marks: Tensor | None,
+    extras: Tensor | None,
+    initial: Sequence[Tensor],
+    reset: Sequence[Tensor],
+    saved: Tensor | None = None,
+) -> Kept:
+    """``kernels.launch.forward``, within an operator, of contiguous tensors: over a whole sequence, or over a chunk of
+    time, to which states after h come in float32."""
+    from .kernels import launch
+
+    with phase(SCAN_FORWARD):
+        extras = _tiles(extras, x_gates.shape[0], x_gates.shape[1], weights.weight_hh.shape[-1])
+        given = initial, precision, save, keep, cell_dtype, marks, reset, saved, extras, heads
+        return launch.forward(CELLS[cell], x_gates, weights, *given)
+
+
 @torch.library.custom_op("persistrnn::scan_forward", mutates_args=())
 def scan_forward(
     cell: str,
@@ -59,13 +85,10 @@ def scan_forward(
 ) -> list[Tensor]:
     """[*states, saved, *finals] of ``Kept``, without saved unless asked for; arguments are those of
     ``kernels.launch.forward``, weights those of ``Weights``, of which the last may be left out. Without autograd."""
-    from .kernels import launch
-
     step_marks.check()
-    extras = _tiles(extras, x_gates.shape[0], x_gates.shape[1], weights[0].shape[-1])  # type: ignore[union-attr]
-    marks, extras, *given = map(_contiguous, (marks, extras, *weights))
-    given_to = x_gates.contiguous(), Weights(*given), initial, precision, save, keep, cell_dtype, marks, reset  # type: ignore[arg-type]
-    kept = launch.forward(CELLS[cell], *given_to, None, extras, heads)
+    x_gates, marks, extras, *given = map(_contiguous, (x_gates, marks, extras, *weights))  # type: ignore[assignment]
+    tensors = x_gates, Weights(*given), marks, extras, initial, reset  # type: ignore[arg-type]
+    kept = run_forward(cell, precision, save, keep, cell_dtype, heads, *tensors)
     return [*kept.states, *([] if kept.saved is None else [kept.saved]), *kept.finals]
 
 
@@ -108,6 +131,29 @@ def kept_of(cell: str, flat: Sequence[Tensor]) -> Kept:
     return Kept(flat[:n], flat[n], flat[n + 1 :])
 
 
+def run_backward(
+    cell: str,
+    precision: str,
+    resets: bool,
+    heads: int,
+    weight_hh: Tensor,
+    weight_ih: Tensor | None,
+    params: Tensor | None,
+    marks: Tensor | None,
+    extras: Tensor | None,
+    kept: Kept,
+    d_final: Sequence[Tensor | None],
+    d_outputs: Sequence[Tensor],
+) -> Gradients:
+    """``kernels.launch.backward`` of what ``run_forward`` left."""
+    from .kernels import launch
+
+    with phase(SCAN_BACKWARD):
+        finals, outputs = [_contiguous(d) for d in d_final], [d.contiguous() for d in d_outputs]
+        given = weight_hh, weight_ih, kept, precision, marks, resets, params, _tiles_beside(kept.states, extras), heads
+        return launch.backward(CELLS[cell], outputs, finals, *given)
+
+
 @torch.library.custom_op("persistrnn::scan_backward", mutates_args=())
 def scan_backward(
     cell: str,
@@ -125,16 +171,10 @@ def scan_backward(
 ) -> list[Tensor]:
     """[dx_gates, dr_gates, *d_initial, *d_reset] of ``Gradients``, without dr_gates if it is dx_gates; arguments are
     those of ``kernels.launch.backward``."""
-    from .kernels import launch
-
     step_marks.check()
-    finals, outputs = [_contiguous(d) for d in d_final], [d.contiguous() for d in d_outputs]
-    extras = _tiles_beside(kept, extras)
     weight_ih, params, marks, extras = map(_contiguous, (weight_ih, params, marks, extras))
-    d = launch.backward(
-        CELLS[cell], outputs, finals, weight_hh.contiguous(), weight_ih, kept_of(cell, kept), precision, marks, resets,
-        params, extras, heads,
-    )  # fmt: skip
+    given = weight_hh.contiguous(), weight_ih, params, marks, extras, kept_of(cell, kept), d_final, d_outputs
+    d = run_backward(cell, precision, resets, heads, *given)
     # Outputs of an operator may not alias each other.
     dr_gates = [] if d.dr_gates is d.dx_gates else [d.dr_gates]
     return [d.dx_gates, *dr_gates, *(t.contiguous() for t in (*d.d_initial, *d.d_reset))]
@@ -159,49 +199,6 @@ def gradients_of(cell: str, flat: Sequence[Tensor]) -> Gradients:
 
 
 # ---- for use inside an operator -------------------------------------------------------------------------------------
-
-
-def scan_chunk(
-    cell: str,
-    precision: str,
-    x_gates: Tensor,
-    weights: Weights,
-    initial: Sequence[Tensor],
-    marks: Tensor | None,
-    extras: Tensor | None,
-    reset: Sequence[Tensor],
-    keep: bool,
-    save: bool,
-    saved: Tensor | None = None,
-    heads: int = 1,
-) -> Kept:
-    """The forward over one chunk of time: that of ``kernels.launch``, with the states after h, which may come in
-    float32, in float32."""
-    from .kernels import launch
-
-    extras = _tiles(extras, x_gates.shape[0], x_gates.shape[1], weights.weight_hh.shape[-1])
-    given = initial, precision, save, keep, torch.float32, marks, reset, saved, extras, heads
-    return launch.forward(CELLS[cell], x_gates, weights, *given)
-
-
-def scan_chunk_backward(
-    cell: str,
-    precision: str,
-    d_outputs: Sequence[Tensor],
-    d_final: Sequence[Tensor],
-    weights: Weights,
-    kept: Kept,
-    marks: Tensor | None,
-    extras: Tensor | None,
-    resets: bool,
-    heads: int = 1,
-) -> Gradients:
-    """Its backward, with the gradients of the states in the dtype of ``d_final``."""
-    from .kernels import launch
-
-    outputs, finals = ([d.contiguous() for d in given] for given in (d_outputs, d_final))
-    how = None, kept, precision, marks, resets, weights.params, _tiles_beside(kept.states, extras), heads
-    return launch.backward(CELLS[cell], outputs, finals, weights.weight_hh, *how)
 
 
 def with_edges(inner: Tensor, initial: Tensor, reset: Tensor | None, heads: int = 1) -> Tensor:

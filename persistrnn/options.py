@@ -14,6 +14,9 @@ BACKENDS = get_args(Backend)
 Save = Literal["gates", "state", "checkpoint", "auto"]
 SAVES = get_args(Save)
 
+# What torch's own functions take, in their order.
+OF_TORCH = ("bias", "num_layers", "dropout", "training", "bidirectional", "batch_first")
+
 
 class Options(NamedTuple):
     """How a stack runs; the attributes of a module but for its sizes."""
@@ -38,6 +41,11 @@ class Options(NamedTuple):
     @property
     def active_dropout(self) -> float:
         return self.dropout if self.training else 0.0
+
+    @property
+    def of_torch(self) -> tuple[bool, int, float, bool, bool, bool]:
+        """``OF_TORCH``."""
+        return self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first
 
 
 def check_options(options: Options) -> None:

@@ -131,9 +131,8 @@ def remember(layer: Any, weights: Sequence[Tensor], path: str) -> None:
     number, attributes = id(layer), tuple(map(layer.__dict__.get, ATTRIBUTES))
     states = (layer.proj_size or layer.hidden_size, *(layer.hidden_size,) * (CELLS[cell].states - 1))
     rows = layer.num_layers * (2 if layer.bidirectional else 1)
-    how = layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional, layer.batch_first
     _known[number] = _Known(
         weakref.ref(layer, lambda _: _known.pop(number, None)), type(layer), attributes, absent, names,
         tuple(weight.shape for weight in weights), weights[0].dtype, layer.input_size, rows, states,
-        cell, how,
+        cell, layer.options.of_torch,
     )  # fmt: skip

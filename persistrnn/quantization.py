@@ -39,11 +39,9 @@ def quantize(module: Module, dtype: torch.dtype = torch.int8) -> Module:
         ValueError: another dtype; a module without a layer of ours, one that is quantised already or parametrized;
             a weight that is not finite
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module is a torch.nn.Module, got {type(module).__name__}")
+    layers = _layers(module)
     if dtype not in NAMES:
         raise ValueError(f"dtype is torch.int8 or torch.float8_e4m3fn, got {dtype!r}")
-    layers = _layers(module)
     for name, layer in layers:
         if layer.weight_dtype is not None:
             raise ValueError(f"{name} is quantised already, to {layer.weight_dtype}; persistrnn.dequantize it first")
@@ -75,8 +73,6 @@ def dequantize(module: Module) -> Module:
     Raises:
         TypeError, ValueError: as `quantize`; a module without a layer of ours
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module is a torch.nn.Module, got {type(module).__name__}")
     for _, layer in _layers(module):
         if layer.weight_dtype is None:
             continue
@@ -90,7 +86,9 @@ def dequantize(module: Module) -> Module:
     return module
 
 
-def _layers(module: nn.Module) -> list[tuple[str, RecurrentBase]]:
+def _layers(module: object) -> list[tuple[str, RecurrentBase]]:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a torch.nn.Module, got {type(module).__name__}")
     found = [(name or "the layer", m) for name, m in module.named_modules() if isinstance(m, RecurrentBase)]
     if not found:
         raise ValueError(

@@ -423,8 +423,7 @@ class RecurrentBase(RNNBaseSurface, nn.Module):
             self._ran_on(found.path)
             if plain_call:
                 plain.remember(self, weights, found.path)
-        state = found.states[0] if len(found.states) == 1 else tuple(found.states)
-        return (found.output, state, found.c) if return_cell_states else (found.output, state)
+        return found.given_out(return_cell_states)
 
     def _ran_on(self, path: str) -> None:
         if self.__dict__.get("last_path") != path:  # to set an attribute of a module takes a microsecond

@@ -51,3 +51,8 @@ class Found(NamedTuple):
     states: list[Tensor]
     c: Any
     path: str
+
+    def given_out(self, return_c: bool) -> Any:
+        """As a layer gives it: (output, state), and with return_c every c."""
+        state = self.states[0] if len(self.states) == 1 else tuple(self.states)
+        return (self.output, state, self.c) if return_c else (self.output, state)

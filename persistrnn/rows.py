@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from persistrnn import torch_path
 from persistrnn.decide import TORCH
 from persistrnn.kernels.cells import CELLS
+from persistrnn.options import Options
 
 # Multiply-adds of a layer's forward that take about as long as one call more. Measured on one thread of an EPYC with
 # avx512, LSTM, GRU and RNN of H=16 to 256, T=5 to 1,000, B=16 to 256: from 2**20 to 2**25 most times change by less
@@ -66,27 +67,23 @@ def stack(
     batch_sizes: Tensor,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    bidirectional: bool,
+    options: Options,
     chunk: int = 0,
 ) -> list[Tensor]:
     """``torch_path.stack`` of packed rows.
 
     Args:
         input: [N, I], the data of a PackedSequence; batch_sizes: its own
-        dropout: where it acts
         chunk: steps of the chunks of time between which the backward runs the forward again; 0: none. Of one direction
             a chunk runs through all layers, and their inputs are not kept either
     """
-    directions = 2 if bidirectional else 1
+    directions, num_layers, dropout = options.directions, options.num_layers, options.active_dropout
     each = len(weights) // (num_layers * directions)
     multiplied = sum(w.numel() for w in weights if w.dim() > 1) // (num_layers * directions)
     parts = _parts(batch_sizes, chunk, multiplied)
     # Dropout draws for all steps of a layer at once, but where a chunk is all that is there.
     together = num_layers if directions == 1 and (chunk or dropout == 0) else 1
-    order = turned(batch_sizes) if bidirectional else None
+    order = turned(batch_sizes) if directions > 1 else None
     y, finals = input, []
     for first in range(0, num_layers, together):
         if first > 0 and dropout > 0:
@@ -95,7 +92,7 @@ def stack(
         for direction in range(directions):
             row = first * directions + direction
             own = weights[row * each : (row + together) * each]
-            run = functools.partial(_layers, cell, bias, dropout, together)
+            run = functools.partial(_layers, cell, options._replace(num_layers=together, batch_first=False))
             if chunk:
                 run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=dropout > 0)
             x = y if order is None or direction == 0 else y.index_select(0, order)
@@ -152,27 +149,15 @@ def turned(batch_sizes: Tensor) -> Tensor:
     return begins[_lengths(batch_sizes)[row] - 1 - time] + row
 
 
-def _layers(
-    cell: str, bias: bool, dropout: float, num_layers: int, input: Tensor, part: _Part, *tensors: Tensor
-) -> tuple[Tensor, ...]:
+def _layers(cell: str, options: Options, input: Tensor, part: _Part, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Layers of one direction in one part: packed rows to packed rows, and the states after them. tensors: the states
     [layers, rows, features] and the weights."""
-    n = CELLS[cell].states
-    states, weights = tensors[:n], tensors[n:]
-    each = len(weights) // num_layers
-    y, finals = input, []
-    for layer in range(num_layers):
-        if layer > 0 and dropout > 0:
-            y = F.dropout(y, dropout)
-        y, *final = _layer(
-            cell, bias, y, part, [s[layer : layer + 1] for s in states], weights[layer * each : (layer + 1) * each]
-        )
-        finals.append(final)
-    return y, *(torch.cat(s) for s in zip(*finals, strict=True))
+    n, run = CELLS[cell].states, functools.partial(_layer, cell, options.bias, part)
+    return tuple(torch_path.by_layers(run, input, tensors[:n], tensors[n:], options))
 
 
 def _layer(
-    cell: str, bias: bool, input: Tensor, part: _Part, states: Sequence[Tensor], weights: Sequence[Tensor]
+    cell: str, bias: bool, part: _Part, input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> Sequence[Tensor]:
     if part.of_rows is None:
         y, *final = torch_path.layer(cell, bias, False, None, input.unflatten(0, (part.steps, -1)), states, weights)

@@ -25,6 +25,17 @@ from persistrnn.reference import Result
 from persistrnn.validate import Cuts
 
 
+class _Given(NamedTuple):
+    """What a stack runs on; as of ``run``, with marks [T, B, D] of the cuts."""
+
+    call: Call
+    x: Tensor
+    weights: Sequence[Tensor]
+    states: Sequence[Tensor]
+    cuts: Cuts
+    marks: Tensor | None
+
+
 class _OfLayer(NamedTuple):
     """Of one layer: the initial and the reset states [D, B, features], marks [T, B, D], active [T, B]; whether the
     initial states are zeros; and by name what only some cells take, params [D, P, H] and extras [1, T, B, D, E, H]."""
@@ -114,11 +125,11 @@ def run(
         active = cuts.active.unsqueeze(-1)
         x = torch.where(active, x, 0.0)  # a NaN there would reach the weights' gradient, as 0 * NaN
         cuts = cuts._replace(extras=[torch.where(active, e, 0.0) for e in cuts.extras])
-    given = call, x, weights, states, cuts, marks
+    given = _Given(call, x, weights, states, cuts, marks)
     if decision.pipeline:
-        result = _in_one_launch(*given)
+        result = _in_one_launch(given)
     elif decision.path == "persistent" and decision.chunk:
-        result = _in_chunks(*given, decision.chunk)
+        result = _in_chunks(given, decision.chunk)
     else:
         recurrence: Recurrence = stepwise.recurrent
         if decision.path == "persistent":
@@ -129,7 +140,7 @@ def run(
         elif decision.chunk:
             recurrence = time_chunks.again_in_chunks(recurrence, decision.chunk)
         split = call.heads if decision.path == "persistent" and x.size(1) > 0 else 1
-        result = _layers(*given, recurrence, split, scales)
+        result = _layers(given, recurrence, split, scales)
     y, c, finals = result
     if active is not None:
         y = torch.where(active, y, 0.0)
@@ -168,14 +179,8 @@ def _hiding(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Se
     return Result(x, None, _all_layers(finals))
 
 
-def _in_one_launch(
-    stack: Call,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    states: Sequence[Tensor],
-    cuts: Cuts,
-    marks: Tensor | None,
-) -> Result:
+def _in_one_launch(given: _Given) -> Result:
+    stack, x, weights, states, cuts, marks = given
     layers = [_weights_of(stack, weights, layer) for layer in range(stack.num_layers)]
     weight_hh, bias_hh = (torch.cat(of) for of in zip(*((w.weight_hh, w.bias_hh) for w in layers), strict=True))
     weight_ih = torch.cat([w.weight_ih for w in layers[1:]])
@@ -190,20 +195,10 @@ def _in_one_launch(
     )  # fmt: skip
 
 
-def _layers(
-    stack: Call,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    states: Sequence[Tensor],
-    cuts: Cuts,
-    marks: Tensor | None,
-    recurrence: Recurrence,
-    split: int,
-    scales: Sequence[Tensor],
-) -> Result:
+def _layers(given: _Given, recurrence: Recurrence, split: int, scales: Sequence[Tensor]) -> Result:
     """split: the heads, where each is a direction of its own to the recurrence; else 1."""
-    directions = stack.directions
-    y, c, finals = x, None, []
+    stack, y, weights, states, cuts, marks = given
+    directions, c, finals = stack.directions, None, []
     for layer in range(stack.num_layers):
         if layer > 0 and cuts.active is not None:
             y = step_marks.without_skipped(y, marks)
@@ -221,11 +216,9 @@ def _layers(
         beside = _beside(directions * split, own.params, extras, keys)
         if own.scale is not None:
             beside["scale"] = own.scale
-        given = _OfLayer(initial, reset, marks, cuts.active, cuts.fresh, beside)
-        if own.weight_hr is not None:
-            y, c, final = _projected(stack.cell, x_gates, own.weight_hh, own.bias_hh, own.weight_hr, given, recurrence)
-        else:
-            y, c, final = _recurrent(stack.cell, x_gates, own.weight_hh, own.bias_hh, given, recurrence)
+        of_layer = _OfLayer(initial, reset, marks, cuts.active, cuts.fresh, beside)
+        run_layer = _recurrent if own.weight_hr is None else _projected
+        y, c, final = run_layer(stack.cell, x_gates, own, of_layer, recurrence)
         finals.append([_heads_together(s, split) for s in final])
     return Result(y, c, _all_layers(finals))
 
@@ -248,50 +241,31 @@ def _input_half(cell: str, y: Tensor, own: _Weights) -> Tensor:
     return (normal if bias is None else normal + bias).to(gates.dtype)
 
 
-def _in_chunks(
-    stack: Call,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    states: Sequence[Tensor],
-    cuts: Cuts,
-    marks: Tensor | None,
-    chunk: int,
-) -> Result:
+def _in_chunks(given: _Given, chunk: int) -> Result:
     """The layers one after the other, each in chunks of time; where nothing happens between them and none keeps more
     than its states now and then, the chunks one after the other, each through all layers."""
+    stack, y, weights, states, cuts, marks = given
     between = stack.directions > 1 or stack.dropout > 0
     together = 1 if between or stack.save != "checkpoint" else stack.num_layers
-    y, c, finals = x, None, []
+    c, finals = None, []
     for layer in range(0, stack.num_layers, together):
         if layer > 0 and cuts.active is not None:
             y = step_marks.without_skipped(y, marks)
         if layer > 0 and stack.dropout > 0:
             y = F.dropout(y, stack.dropout)
         rows = slice(layer * stack.directions, (layer + together) * stack.directions)
-        given: list[Tensor] = []
+        tensors: list[Tensor] = []
         for i in range(layer, layer + together):
             own = _weights_of(stack, weights, i).by_head(stack.heads)
             bias_ih = own.weight_ih.new_zeros(own.weight_ih.shape[:2]) if own.bias_ih is None else own.bias_ih
-            given += [own.weight_ih, bias_ih, own.weight_hh, own.bias_hh]
-            given += [] if own.params is None else [own.params]
+            tensors += [own.weight_ih, bias_ih, own.weight_hh, own.bias_hh]
+            tensors += [] if own.params is None else [own.params]
         initial, reset, extras = (
             [_by_head(t[rows], stack.heads) for t in of] for of in (states, cuts.reset, cuts.extras)
         )
-        y, c, final = time_chunks.recurrent(
-            stack.cell,
-            y,
-            given,
-            initial,
-            stack.save,
-            stack.precision,
-            chunk,
-            marks,
-            reset,
-            stack.return_c,
-            stack.cell_dtype,
-            heads=stack.heads,
-            **_beside(stack.directions * stack.heads, None, extras, _keys_of(stack, cuts, rows, stack.heads)),
-        )
+        beside = _beside(stack.directions * stack.heads, None, extras, _keys_of(stack, cuts, rows, stack.heads))
+        how = stack.save, stack.precision, chunk, marks, reset, stack.return_c, stack.cell_dtype
+        y, c, final = time_chunks.recurrent(stack.cell, y, tensors, initial, *how, heads=stack.heads, **beside)
         finals.append([_heads_together(s, stack.heads) for s in final])
     return Result(y, c, _all_layers(finals))
 
@@ -328,16 +302,10 @@ def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
     return weights[0].contiguous().unsqueeze(0) if len(weights) == 1 else torch.stack(list(weights))
 
 
-def _projected(
-    cell: str,
-    x_gates: Tensor,
-    weight_hh: Tensor,
-    bias_hh: Tensor,
-    weight_hr: Tensor,
-    given: _OfLayer,
-    recurrence: Recurrence,
-) -> Result:
+def _projected(cell: str, x_gates: Tensor, own: _Weights, given: _OfLayer, recurrence: Recurrence) -> Result:
     """One layer with projections. weight_hh: [D, 4*H, P]; weight_hr: [D, P, H]."""
+    weight_hh, weight_hr = own.weight_hh, own.weight_hr
+    assert weight_hr is not None
     (h0, c0), H = given.states, weight_hr.size(-1)
     active = x_gates.new_ones(x_gates.shape[:2], dtype=torch.bool) if given.active is None else given.active
     first = step_marks.first_steps(active, x_gates.size(2))
@@ -351,7 +319,7 @@ def _projected(
     # Another tensor of zeros: dynamo refuses the same one twice.
     reset = (torch.zeros_like(nothing), *given.reset[1:]) if given.reset else ()
     inner = given._replace(states=(nothing, c0), reset=reset)
-    s, c, (s_n, c_n) = _recurrent(cell, x_gates, weight_hh @ weight_hr, bias_hh, inner, recurrence)
+    s, c, (s_n, c_n) = _recurrent(cell, x_gates, own._replace(weight_hh=weight_hh @ weight_hr), inner, recurrence)
     y = torch.cat([F.linear(part, w) for part, w in zip(s.split(H, dim=-1), weight_hr, strict=True)], dim=-1)
     h_n = torch.stack([F.linear(s, w) for s, w in zip(s_n, weight_hr, strict=True)])  # its gradient is contiguous
     if given.active is not None:
@@ -359,14 +327,13 @@ def _projected(
     return Result(y, c, [h_n, c_n])
 
 
-def _recurrent(
-    cell: str, x_gates: Tensor, weight_hh: Tensor, bias_hh: Tensor, given: _OfLayer, recurrence: Recurrence
-) -> Result:
+def _recurrent(cell: str, x_gates: Tensor, own: _Weights, given: _OfLayer, recurrence: Recurrence) -> Result:
+    tensors = x_gates, own.weight_hh, own.bias_hh
     if x_gates.size(1) > 0:
         how = {"marks": given.marks, "reset": given.reset, **given.beside}
-        return recurrence(cell, x_gates, weight_hh, bias_hh, given.states, **how)
+        return recurrence(cell, *tensors, given.states, **how)
     # Without a row there is nothing to launch: one step of the reference gives every shape and, as torch.nn does, a
     # gradient of zeros to every weight.
-    y, c, finals = reference.recurrent(cell, x_gates[:1], weight_hh, bias_hh, given.states, **given.beside)
+    y, c, finals = reference.recurrent(cell, x_gates[:1], *tensors[1:], given.states, **given.beside)
     steps = x_gates.size(0)
     return Result(y.expand(steps, -1, -1), None if c is None else c.expand(steps, -1, -1), finals)

@@ -44,33 +44,29 @@ def first_steps(active: Tensor, directions: int) -> Tensor:
     return torch.stack([f.flip(0) if d else f for d, f in enumerate(first)], dim=2)
 
 
-class _OutOfRange:
-    """Lengths on a device that were not within [0, T]: noted there, and told by ``check`` once the host can know."""
-
-    def __init__(self) -> None:
-        self.flags: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def note(self, bad: Tensor) -> None:
-        if bad.device not in self.flags:
-            seen = torch.zeros((), dtype=torch.bool, device=bad.device)
-            self.flags[bad.device] = seen, torch.zeros((), dtype=torch.bool, pin_memory=bad.device.type == "cuda")
-        seen, told = self.flags[bad.device]
-        seen.logical_or_(bad)
-        told.copy_(seen, non_blocking=True)
-
-    def check(self) -> None:
-        for device, (seen, told) in self.flags.items():
-            if told:
-                seen.zero_()
-                told.zero_()
-                raise RuntimeError(
-                    f"lengths of an earlier call on {device} were not within [0, T]; they were taken as 0 or T. Clamp "
-                    "them: lengths.clamp(0, T)"
-                )
+# Whether lengths on a device were not within [0, T]: noted there, and on its way to the host, which ``check`` asks.
+_out_of_range: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 
-_out_of_range = _OutOfRange()
-check = _out_of_range.check
+def _note(bad: Tensor) -> None:
+    if bad.device not in _out_of_range:
+        seen = torch.zeros((), dtype=torch.bool, device=bad.device)
+        _out_of_range[bad.device] = seen, torch.zeros((), dtype=torch.bool, pin_memory=bad.device.type == "cuda")
+    seen, told = _out_of_range[bad.device]
+    seen.logical_or_(bad)
+    told.copy_(seen, non_blocking=True)
+
+
+def check() -> None:
+    """Raise RuntimeError if lengths of an earlier call were out of range, once the host can know."""
+    for device, (seen, told) in _out_of_range.items():
+        if told:
+            seen.zero_()
+            told.zero_()
+            raise RuntimeError(
+                f"lengths of an earlier call on {device} were not within [0, T]; they were taken as 0 or T. Clamp "
+                "them: lengths.clamp(0, T)"
+            )
 
 
 def within(lengths: Tensor, steps: int) -> Tensor:
@@ -96,7 +92,7 @@ def _within(lengths: Tensor, steps: int) -> Tensor:
         if bad.any():
             raise ValueError(f"lengths must be within [0, T={steps}], got {lengths.tolist()}")
     else:
-        _out_of_range.note(bad.any())
+        _note(bad.any())
     return lengths.clamp(0, steps)  # never the argument itself, which an operator may not return
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from persistrnn.decide import active_transforms, expects_backward
 from persistrnn.kernels.cells import CELLS
 from persistrnn.mapping import operator_by_gradients
 from persistrnn.reference import Result
-from persistrnn.torch_path import autograd_inside_an_operator, gradients, unaliased
+from persistrnn.torch_path import through_again, unaliased
 from persistrnn.tracing import exporting_to_onnx, outside_of_graphs
 
 
@@ -68,7 +69,8 @@ def forward(cell: str, marks: Tensor | None, extras: Tensor | None, tensors: lis
 
 
 @forward.register_fake
-def _(cell: str, marks: Tensor | None, extras: Tensor | None, tensors: list[Tensor]) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    cell, _, _, tensors = arguments
     steps, batch, directions, _ = tensors[0].shape
     initial = tensors[_states(cell)]
     y, *c = (s.new_empty(steps, batch, directions * s.shape[-1]) for s in initial[:2])
@@ -84,20 +86,8 @@ def _forward(cell: str, marks: Tensor | None, extras: Tensor | None, *tensors: T
 def backward(
     cell: str, marks: Tensor | None, extras: Tensor | None, tensors: list[Tensor], grads: list[Tensor]
 ) -> list[Tensor]:
-    """Gradients of ``tensors``, given those of the forward's outputs, or of each of N with a dimension N in front. Runs
-    the forward again."""
-    with autograd_inside_an_operator():
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        outputs = _run(cell, marks, extras, leaves)
-        found = gradients(outputs, leaves, grads)
-    return unaliased(found, [*tensors, *grads])
-
-
-@backward.register_fake
-def _(
-    cell: str, marks: Tensor | None, extras: Tensor | None, tensors: list[Tensor], grads: list[Tensor]
-) -> list[Tensor]:
-    return [t.new_empty(*grads[0].shape[:-3], *t.shape) for t in tensors]
+    """Of ``forward``, as ``through_again``."""
+    return through_again(functools.partial(_run, cell, marks, extras), tensors, grads)
 
 
 operator_by_gradients(backward)
@@ -105,8 +95,8 @@ operator_by_gradients(backward)
 
 class _Stepwise(Function):
     @staticmethod
-    def forward(cell: str, marks: Tensor | None, extras: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(forward(cell, marks, extras, list(tensors)))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(_forward(*arguments))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

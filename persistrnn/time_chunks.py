@@ -54,19 +54,13 @@ def recurrent(
         weights: of each layer those of ``Layer``, with H for I in the upper ones.
         initial: the states, h first, each [L*D, B, H].
         save: "gates", "state" or "checkpoint" (``kernels.planner.memory``); of a stack "checkpoint".
-        precision: of products in float32, "tf32" or "ieee".
         chunk: steps of a chunk.
-        marks: uint8 [T, B, D], where a row begins anew or skips a step (``step_marks``); None: nowhere.
-        reset: the states that rows begin anew from, in the form of ``initial``; empty: zeros.
-        return_c, cell_dtype, extras, heads: as of ``autograd.recurrent``; then each D counts all heads.
+        precision, marks, reset, return_c, cell_dtype, extras, heads: as of ``autograd.recurrent``; D counts all heads.
         All in one dtype (float16, bfloat16 or float32), on one device.
 
     Returns:
-        As ``autograd.recurrent``, also twice differentiable (step by step, with the memory of all steps).
-
-    Raises:
-        ValueError: the size does not fit the device.
-        RuntimeError: an earlier launch gave up waiting (see ``ops.check``).
+        As ``autograd.recurrent``, whose errors it raises, also twice differentiable (step by step, with the memory of
+        all steps).
     """
     tensors = x, marks, extras, *initial, *(reset or (None,) * len(initial))
     keeps = expects_backward((*tensors, *weights))
@@ -84,27 +78,19 @@ def again_in_chunks(recurrence: Callable[..., Result], chunk: int) -> Callable[.
     steps, and runs the forward again between them."""
 
     def recurrent(
-        cell: str,
-        x_gates: Tensor,
-        weight_hh: Tensor,
-        bias_hh: Tensor,
-        initial: Sequence[Tensor],
-        marks: Tensor | None,
-        reset: Sequence[Tensor],
-        params: Tensor | None = None,
-        extras: Tensor | None = None,
-    ) -> Result:
+        cell: str, x_gates: Tensor, weight_hh: Tensor, bias_hh: Tensor, initial: Sequence[Tensor],
+        marks: Tensor | None, reset: Sequence[Tensor], params: Tensor | None = None, extras: Tensor | None = None,
+    ) -> Result:  # fmt: skip
         # Compiled, it does so as a whole; torch.func has no hooks for what is saved.
         at_once = torch.compiler.is_compiling() or inside_torch_func()
         if at_once or not torch.is_grad_enabled():
-            return _beside(recurrence, params, extras)(cell, x_gates, weight_hh, bias_hh, initial, marks, reset)
+            return recurrence(cell, x_gates, weight_hh, bias_hh, initial, marks, reset, params, extras)
         directions, states = x_gates.size(2), list(initial)
         parts: list[list[Tensor]] = []
         for part in cut(x_gates.size(0), chunk, directions):
             marked = None if marks is None else part.of(marks)
-            given = part.of(x_gates), weight_hh, bias_hh, states, marked, reset
-            step = _beside(recurrence, params, extras_of(extras, 0, part))
-            y, c, states = checkpoint(step, cell, *given, use_reentrant=False, preserve_rng_state=False)
+            given = part.of(x_gates), weight_hh, bias_hh, states, marked, reset, params, extras_of(extras, 0, part)
+            y, c, states = checkpoint(recurrence, cell, *given, use_reentrant=False, preserve_rng_state=False)
             parts.append([y] if c is None else [y, c])
         whole = []
         for tensors in zip(*parts, strict=True):
@@ -113,12 +99,6 @@ def again_in_chunks(recurrence: Callable[..., Result], chunk: int) -> Callable[.
         return Result(whole[0], whole[1] if len(whole) > 1 else None, states)
 
     return recurrent
-
-
-def _beside(recurrence: Callable[..., Result], params: Tensor | None, extras: Tensor | None) -> Callable[..., Result]:
-    """With what the cell has of both."""
-    given = {name: t for name, t in (("params", params), ("extras", extras)) if t is not None}
-    return functools.partial(recurrence, **given) if given else recurrence
 
 
 class _Chunked(Function):

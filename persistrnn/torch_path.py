@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from persistrnn.decide import TORCH, expects_backward, inside_torch_func
 from persistrnn.kernels.cells import CELLS
 from persistrnn.mapping import operator_by_gradients
+from persistrnn.options import Options
 
 
 def stack(
@@ -33,12 +34,7 @@ def stack(
     batch_sizes: Tensor | None,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool,
+    options: Options,
 ) -> list[Tensor]:
     """Run a whole stack on torch's kernels: [output, h_n], of an LSTM [output, h_n, c_n].
 
@@ -51,15 +47,15 @@ def stack(
     """
     # A packed sequence has no operator of ours: compiled, the graph breaks here, as it does in torch.nn.
     if torch.compiler.is_compiling() and batch_sizes is None:
-        run = functools.partial(_operator, cell, bias, bidirectional, autocast_dtype(input))
-        return _by_layers(run, input, states, weights, num_layers, dropout if training else 0.0, batch_first)
-    if input.is_cuda and not training and expects_backward([input, *states, *weights]):
-        dropout, training = 0.0, True  # the same numbers, from which cuDNN agrees to go back
-    if input.is_cuda and training and dropout > 0 and num_layers > 1:
-        run = functools.partial(layer, cell, bias, bidirectional, batch_sizes)
-        return _by_layers(run, input, states, weights, num_layers, dropout, batch_first)
-    options = (bias, num_layers, dropout, training, bidirectional)
-    return _eager(cell, input, batch_sizes, states, weights, options, batch_first)
+        run = functools.partial(_operator, cell, options.bias, options.bidirectional, autocast_dtype(input))
+        return by_layers(run, input, states, weights, options)
+    if input.is_cuda and not options.training and expects_backward([input, *states, *weights]):
+        # The same numbers, from which cuDNN agrees to go back.
+        options = options._replace(dropout=0.0, training=True)
+    if input.is_cuda and options.active_dropout > 0 and options.num_layers > 1:
+        run = functools.partial(layer, cell, options.bias, options.bidirectional, batch_sizes)
+        return by_layers(run, input, states, weights, options)
+    return _eager(cell, input, batch_sizes, states, weights, options.of_torch)
 
 
 def stack_in_chunks(
@@ -67,12 +63,7 @@ def stack_in_chunks(
     input: Tensor,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool,
+    options: Options,
     chunk: int,
 ) -> list[Tensor]:
     """``stack``, keeping for its backward no more than its input and the state every ``chunk`` steps: the forward runs
@@ -80,21 +71,20 @@ def stack_in_chunks(
     # Nor inside torch.func, which has no hooks for what is saved.
     whole = torch.compiler.is_compiling() or inside_torch_func()
     if whole or not expects_backward([input, *states, *weights]):
-        how = bias, num_layers, dropout, training, bidirectional, batch_first
-        return stack(cell, input, None, states, weights, *how)
-    y = input.transpose(0, 1) if batch_first else input
-    if not bidirectional:
-        y, *finals = _in_chunks(cell, y, states, weights, (bias, num_layers, dropout, training), chunk)
-        return [y.transpose(0, 1) if batch_first else y, *finals]
-    each = 4 if bias else 2
+        return stack(cell, input, None, states, weights, options)
+    if not options.bidirectional:
+        y = input.transpose(0, 1) if options.batch_first else input
+        y, *finals = _in_chunks(cell, y, states, weights, options._replace(batch_first=False), chunk)
+        return [y.transpose(0, 1) if options.batch_first else y, *finals]
+    each = 4 if options.bias else 2
+    one = options._replace(num_layers=1, dropout=0.0, bidirectional=False, batch_first=False)
 
     def run(y: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
-        one = bias, 1, 0.0, training
         ahead, *finals = _in_chunks(cell, y, [s[:1] for s in states], weights[:each], one, chunk)
         back, *others = _in_chunks(cell, y.flip(0), [s[1:] for s in states], weights[each:], one, chunk)
         return [torch.cat([ahead, back.flip(0)], -1), *(torch.cat(s) for s in zip(finals, others, strict=True))]
 
-    return _by_layers(run, input, states, weights, num_layers, dropout if training else 0.0, batch_first)
+    return by_layers(run, input, states, weights, options)
 
 
 def _in_chunks(
@@ -102,17 +92,16 @@ def _in_chunks(
     input: Tensor,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    options: tuple[bool, int, float, bool],
+    options: Options,
     chunk: int,
 ) -> list[Tensor]:
-    """A stack of one direction."""
-    bias, num_layers, dropout, training = options
+    """A stack of one direction, of [T, B, I]."""
 
     def call(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = tensors[: len(states)], tensors[len(states) :]
-        return tuple(stack(cell, x, None, *given, bias, num_layers, dropout, training, False, False))
+        return tuple(stack(cell, x, None, *given, options))
 
-    draws = training and dropout > 0
+    draws = options.active_dropout > 0
     outputs = []
     for x in input.split(chunk):
         going_on = [s.contiguous() for s in states]
@@ -127,20 +116,20 @@ def _eager(
     batch_sizes: Tensor | None,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    options: tuple[bool, int, float, bool, bool],
-    batch_first: bool,
+    how: tuple[bool, int, float, bool, bool, bool],
 ) -> list[Tensor]:
+    """how: ``Options.of_torch``."""
     # Only on a GPU can the warning come, and catching it costs time and changes a setting of the whole process.
     with _no_flat_weight_warning() if input.is_cuda else _NOTHING:
         given = [input] if batch_sizes is None else [input, batch_sizes]
-        how = (*options, batch_first) if batch_sizes is None else options
+        own = how if batch_sizes is None else how[:-1]
         autocast = autocast_dtype(input)
         if autocast is None or input.device.type != "cpu":
-            return call(cell, given, states, weights, how)
+            return call(cell, given, states, weights, own)
         dtypes = output_dtypes(cell, input, states, autocast)
         if TORCH[cell].onednn and input.dtype != torch.float64:
             given[0] = input.to(autocast)
-        outputs = call(cell, given, states, weights, how)
+        outputs = call(cell, given, states, weights, own)
         return [t.to(dtype) for t, dtype in zip(outputs, dtypes, strict=True)]
 
 
@@ -179,7 +168,7 @@ def layer(
 ) -> Sequence[Tensor]:
     """One layer in training."""
     states = [s.contiguous() for s in states]
-    return _eager(cell, input, batch_sizes, states, weights, (bias, 1, 0.0, True, bidirectional), False)
+    return _eager(cell, input, batch_sizes, states, weights, (bias, 1, 0.0, True, bidirectional, False))
 
 
 _NOTHING = contextlib.nullcontext()
@@ -193,16 +182,15 @@ def _no_flat_weight_warning() -> Iterator[None]:
         yield
 
 
-def _by_layers(
+def by_layers(
     run: Callable[[Tensor, list[Tensor], Sequence[Tensor]], Sequence[Tensor]],
     input: Tensor,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    num_layers: int,
-    dropout: float,
-    batch_first: bool,
+    options: Options,
 ) -> list[Tensor]:
     """A stack as calls of ``run(y, states, weights) -> (y, *finals)``, with torch's own dropout between them."""
+    num_layers, dropout, batch_first = options.num_layers, options.active_dropout, options.batch_first
     directions, per_layer = states[0].size(0) // num_layers, len(weights) // num_layers
     # Contiguous: at its first call a graph's operator takes another route in ATen for what is not, with other bits.
     y = (input.transpose(0, 1) if batch_first else input).contiguous()
@@ -289,7 +277,7 @@ def _run_layer(
     else:
         context = torch.autocast(input.device.type, dtype=autocast, cache_enabled=False)
     with context:
-        return _eager(cell, input, None, states, weights, (bias, 1, 0.0, training, bidirectional), False)
+        return _eager(cell, input, None, states, weights, (bias, 1, 0.0, training, bidirectional, False))
 
 
 def _split(cell: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
@@ -311,7 +299,7 @@ def unaliased(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tenso
     return result
 
 
-def gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+def _gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
     """Those of the leaves, given those of the outputs, or those of N samples, with a dimension N in front of each."""
     how = {"allow_unused": True, "materialize_grads": True}
     if grads[0].dim() == outputs[0].dim():
@@ -333,6 +321,17 @@ def autograd_inside_an_operator() -> Iterator[None]:
         yield
 
 
+def through_again(
+    run: Callable[[list[Tensor]], list[Tensor]], tensors: list[Tensor], grads: list[Tensor]
+) -> list[Tensor]:
+    """What a backward operator does that runs the forward again: the gradients of ``tensors``, given those of the
+    outputs of ``run(tensors)``, or of each of N with a dimension N in front."""
+    with autograd_inside_an_operator():
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        found = _gradients(run(leaves), leaves, grads)
+    return unaliased(found, [*tensors, *grads])
+
+
 @torch.library.custom_op("persistrnn::torch_layer", mutates_args=())
 def layer_forward(
     cell: str,
@@ -346,13 +345,8 @@ def layer_forward(
 
 
 @layer_forward.register_fake
-def _(
-    cell: str,
-    bias: bool,
-    bidirectional: bool,
-    autocast: torch.dtype | None,
-    tensors: list[Tensor],
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    cell, _, _, autocast, tensors = arguments
     input, states, _ = _split(cell, tensors)
     steps, batch, _ = input.shape
     directions, _, features = states[0].shape
@@ -370,26 +364,10 @@ def layer_backward(
     tensors: list[Tensor],
     grads: list[Tensor],
 ) -> list[Tensor]:
-    """The gradients of `tensors`, given those of layer_forward's outputs, or of each of N with a dimension N in front.
-    Runs the forward again: what cuDNN and oneDNN save for their backward has no shape that a compiler could know."""
-    with autograd_inside_an_operator():
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        # training=True: without it cuDNN saves nothing and refuses the backward.
-        outputs = _run_layer(cell, bias, bidirectional, autocast, True, leaves)
-        result = gradients(outputs, leaves, grads)
-    return unaliased(result, [*tensors, *grads])
-
-
-@layer_backward.register_fake
-def _(
-    cell: str,
-    bias: bool,
-    bidirectional: bool,
-    autocast: torch.dtype | None,
-    tensors: list[Tensor],
-    grads: list[Tensor],
-) -> list[Tensor]:
-    return [t.new_empty(*grads[0].shape[:-3], *t.shape) for t in tensors]
+    """Of `layer_forward`, as `through_again`: what cuDNN and oneDNN save has no shape that a compiler could know."""
+    # training=True: without it cuDNN saves nothing and refuses the backward.
+    run = functools.partial(_run_layer, cell, bias, bidirectional, autocast, True)
+    return through_again(run, tensors, grads)
 
 
 operator_by_gradients(layer_backward)
@@ -400,23 +378,14 @@ class _Layer(torch.autograd.Function):
     torch.func and gives silent zero tangents under jvp)."""
 
     @staticmethod
-    def forward(
-        cell: str,
-        bias: bool,
-        bidirectional: bool,
-        autocast: torch.dtype | None,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        return tuple(layer_forward(cell, bias, bidirectional, autocast, list(tensors)))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(layer_forward(*arguments[:4], list(arguments[4:])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.cell, ctx.bias, ctx.bidirectional, ctx.autocast, *tensors = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.fixed = inputs[:4]
+        ctx.save_for_backward(*inputs[4:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = layer_backward(
-            ctx.cell, ctx.bias, ctx.bidirectional, ctx.autocast, list(ctx.saved_tensors), list(grads)
-        )
-        return None, None, None, None, *gradients
+        return None, None, None, None, *layer_backward(*ctx.fixed, list(ctx.saved_tensors), list(grads))

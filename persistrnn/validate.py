@@ -204,10 +204,7 @@ def check_attributes(stack: Stack, input_size: object, hidden_size: object, proj
 
 def read_input(input: object, stack: Stack, weights: Sequence[Tensor], batch_first: bool) -> Batch:
     packed = input if isinstance(input, PackedSequence) else None
-    data = input if packed is None else packed.data
-    if not isinstance(data, Tensor):
-        raise TypeError(f"input is a tensor or a PackedSequence, got {type(data).__name__}")
-    _check_dense("input", data)
+    data = _dense("input", input if packed is None else packed.data, "a tensor or a PackedSequence")
     if packed is not None:
         by_the_host(_check_packed, packed)
     if data.dim() not in (2, 3):
@@ -390,17 +387,12 @@ def _read_extras(stack: Stack, batch: Batch, given: Mapping[str, object]) -> lis
         raise TypeError(f"{called(stack.cell)}: got an unexpected keyword argument {unknown[0]!r}; {takes}")
     if missing := [name for name in names if given.get(name) is None]:
         raise TypeError(f"{called(stack.cell)}: {missing[0]}=, a tensor [L*D, T, B, H], is missing; give it")
-    if names and batch.packed is not None:
-        raise ValueError(
-            f"{names[0]} goes with a padded tensor, got a PackedSequence; give the padded tensor and lengths"
-        )
+    if names:
+        _check_padded(names[0], batch)
     size = (stack.num_layers * stack.directions, batch.steps, batch.rows, stack.hidden_size)
     found = []
     for name in names:
-        value = given[name]
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a tensor [L*D, T, B, H], got {type(value).__name__}")
-        _check_dense(name, value)
+        value = _dense(name, given[name], "a tensor [L*D, T, B, H]")
         if batch.unbatched and value.dim() == 3:
             value = value.unsqueeze(2)
         if value.shape != size:
@@ -417,12 +409,8 @@ def _read_lengths(lengths: object, batch: Batch) -> Tensor:
     """Lengths as bool [T, B]. On a GPU those out of [0, T] are clamped there, and raised later (`step_marks.check`)."""
     if batch.packed is not None:
         raise ValueError("a PackedSequence has lengths of its own; leave lengths out, or give the padded tensor")
-    if not isinstance(lengths, Tensor):
-        raise TypeError(
-            f"lengths is an integer tensor [B] on the input's device, got {type(lengths).__name__}; "
-            "use torch.tensor(lengths, device=input.device)"
-        )
-    _check_dense("lengths", lengths)
+    remedy = "; use torch.tensor(lengths, device=input.device)"
+    lengths = _dense("lengths", lengths, "an integer tensor [B] on the input's device", remedy)
     if batch.unbatched:
         raise ValueError("lengths goes with a batch, got an unbatched input; cut it: input[:length]")
     if lengths.dtype not in INTEGERS:
@@ -439,11 +427,8 @@ def _read_bools(name: str, value: object, batch: Batch) -> Tensor | None:
     """Resets or a mask as bool [T, B]."""
     if value is None:
         return None
-    if batch.packed is not None:
-        raise ValueError(f"{name} goes with a padded tensor, got a PackedSequence; give the padded tensor and lengths")
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a bool tensor [T, B] on the input's device, got {type(value).__name__}")
-    _check_dense(name, value)
+    _check_padded(name, batch)
+    value = _dense(name, value, "a bool tensor [T, B] on the input's device")
     if value.dtype != torch.bool:
         raise ValueError(f"{name} is a bool tensor, got {value.dtype}; convert it: {name}.bool()")
     shapes = {"[T]": (batch.steps,), "[B, T]": (batch.rows, batch.steps), "[T, B]": (batch.steps, batch.rows)}
@@ -452,6 +437,19 @@ def _read_bools(name: str, value: object, batch: Batch) -> Tensor | None:
         raise RuntimeError(f"Expected {name} size {shapes[letters]}, {letters} as the input, got {list(value.shape)}")
     _same_device(name, value, batch.data)
     return value.unsqueeze(1) if batch.unbatched else batch.time_major(value)
+
+
+def _check_padded(name: str, batch: Batch) -> None:
+    if batch.packed is not None:
+        raise ValueError(f"{name} goes with a padded tensor, got a PackedSequence; give the padded tensor and lengths")
+
+
+def _dense(name: str, value: object, form: str, remedy: str = "") -> Tensor:
+    """The value, which is a dense tensor; form: in words what it is to be."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {form}, got {type(value).__name__}{remedy}")
+    _check_dense(name, value)
+    return value
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:
@@ -466,9 +464,7 @@ def _check_dense(name: str, tensor: Tensor) -> None:
 
 def read_rows(rows: object, states: Sequence[Tensor]) -> Tensor:
     """The rows of a stream's states, each [L, B, features], to begin anew: bool [B]."""
-    if not isinstance(rows, Tensor):
-        raise TypeError(f"rows is a bool tensor [B], got {type(rows).__name__}; use torch.tensor(rows)")
-    _check_dense("rows", rows)
+    rows = _dense("rows", rows, "a bool tensor [B]", "; use torch.tensor(rows)")
     batch = states[0].shape[1:-1] if states else rows.shape[:1]
     if rows.dtype != torch.bool or rows.shape != batch:
         raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.report.results import Provenance
 from persistrnn.kernels.planner.typed_json import Count, Positive, Words, load
+from persistrnn.profiling.page import write
 
 RESULTS = "results.json"
 
@@ -64,9 +65,7 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Writes the file whole or not at all."""
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @property
     def best_first(self) -> list[Row]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, fields, replace
@@ -26,6 +25,7 @@ from persistrnn.kernels.planner import measurements as measurements_file
 from persistrnn.kernels.planner.hardware import DEVICES, Hardware
 from persistrnn.kernels.planner.measurements import MEASURABLE, MEASURED, Measurements, Step, measurements
 from persistrnn.kernels.planner.typed_json import read
+from persistrnn.profiling import page
 from persistrnn.profiling.page import Line, table, words
 
 PATHS = {"persistrnn": "persistent", "torch": "torch"}  # arm -> path of a step
@@ -128,9 +128,7 @@ def write(found: Measurements, output: Path) -> Measurements:
     """
     read(Measurements, asdict(found), str(output))
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(asdict(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, output)
+    page.write(output, json.dumps(asdict(found), indent=1, allow_nan=False) + "\n")
     measurements.cache_clear()
     return found
 

@@ -7,7 +7,6 @@ and, below it, those that are left: whoever has to kill the process knows where 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ import torch
 from bench.report import results
 from bench.report.results import Entry, Results
 from persistrnn.kernels.planner.hardware import Hardware, named
+from persistrnn.profiling.page import write
 
 LISTED = 20  # of what is left
 
@@ -86,9 +86,7 @@ class Task:
             return
         # The race has thousands of them.
         more = [f"and {len(left) - LISTED} more"] if len(left) > LISTED else []
-        unfinished = self.running.with_suffix(".tmp")
-        unfinished.write_text("\n".join([item, *left[:LISTED], *more]))
-        os.replace(unfinished, self.running)
+        write(self.running, "\n".join([item, *left[:LISTED], *more]))
 
 
 def load(file: Path) -> Task:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Literal, TypeAlias, get_args
 
 from persistrnn.kernels.planner.typed_json import load as load_typed
 from persistrnn.kernels.planner.typed_json import read, refused
+from persistrnn.profiling.page import write
 
 Dtype: TypeAlias = Literal["fp16", "bf16", "tf32", "fp32"]
 Mode: TypeAlias = Literal["forward", "training"]
@@ -231,9 +231,7 @@ class Results:
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def line(entry: Entry) -> str:

@@ -197,8 +197,7 @@ class Derived:
             given = given_tiles(self.traced.graph, **dict(zip("xrspeq", arguments, strict=False)))
             return self.traced.graph.evaluate(results, given, arguments[0][0])
 
-        groups = _groups(self.names) + ([("q", self.names.stages)] if self.names.stages else [])
-        nodes, grads = in_a_thread(lambda: trace(graph, step, self.cell.name, groups, len(results)))
+        nodes, grads = in_a_thread(lambda: trace(graph, step, self.cell.name, _groups(self.names), len(results)))
         nodes = nodes[: self.cell.states + self.cell.saved]
         return graph, nodes, self.traced.graph.copied(self.saving.bits, graph), grads
 
@@ -227,14 +226,10 @@ def given_tiles(graph: Graph, **tiles: Tiles) -> dict[int, Tensor]:
 
 
 def _groups(names: Names) -> list[tuple[str, int]]:
-    counts = (
-        len(names.inputs),
-        len(names.gates_of_h),
-        len(names.states),
-        sum(names.of_step.values()),
-        len(names.extras),
-    )
-    return [*zip("xrspe", counts, strict=True)]
+    """The letter of each argument of the step and its tiles; of several stages q too, the results of later ones."""
+    of_step = sum(names.of_step.values())
+    counts = len(names.inputs), len(names.gates_of_h), len(names.states), of_step, len(names.extras)
+    return [*zip("xrspe", counts, strict=True), *([("q", names.stages)] if names.stages else [])]
 
 
 def in_a_thread(function: Callable[[], Any]) -> Any:
@@ -266,15 +261,12 @@ def derive(step: Callable[..., Any], name: str, names: Names, built_in: bool = F
     Raises:
         CellError: it is not pointwise, or its backward needs the outcomes of more than 8 comparisons.
     """
-    graph, states = Graph(), len(names.states)
-    if names.stages:
-        groups = [*_groups(names), ("q", names.stages)]
-        found_nodes, grads = in_a_thread(lambda: trace(graph, stages.as_one(step), name, groups, states + names.stages))
-        dx, dr, ds, dp, _, dq = grads
-        traced = Traced(graph, found_nodes[:states], dx, dr, ds, dp, dq, found_nodes[states:])
+    graph, states, several = Graph(), len(names.states), names.stages > 0
+    whole, results = stages.as_one(step) if several else step, states + names.stages
+    nodes, (dx, dr, ds, dp, _, *dq) = in_a_thread(lambda: trace(graph, whole, name, _groups(names), results))
+    traced = Traced(graph, nodes[:states], dx, dr, ds, dp, dq[0] if dq else (), nodes[states:])
+    if several:
         return _derived(step, name, names, built_in, traced, _with_operands(names, traced))
-    new, (dx, dr, ds, dp, _) = in_a_thread(lambda: trace(graph, step, name, _groups(names), states))
-    traced = Traced(graph, new, dx, dr, ds, dp)
     try:
         found = _derived(step, name, names, built_in, traced, choose(traced, forward_only=False))
         if not found.differentiates_twice:

@@ -31,14 +31,8 @@ def register(
     """Derive a cell from one time step, check it and put it into the table.
 
     Args:
-        step: ``step(x, r, state[, p][, e]) -> new_state``, with p if there are params and e if there are extras; each a
-            named tuple of float tensors of one shape, the result a tuple of the new states (or, of one, the tensor).
-            With products or means between its parts a generator (``stages``)
-        gates: names of the tiles of ``r`` and of ``x``, in the order of the rows of W_hh and W_ih
-        states: names of the states, h first; that alone is multiplied by W_hh and is the layer's output
-        params: names of the parameters per unit, which are learned
-        extras: names of what each step takes beside the gates, without gradient: masks
-        more_inputs: names of tiles of ``x`` beyond the gates
+        step: as of ``library``, of which one new state may come as the tensor
+        gates, states, params, extras, more_inputs: as of `persistrnn.cell`
         name: of the cell, for messages and kernels; default: that of the function, or "cell" of what has none
 
     Returns:

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from .graph import ALL, Graph
@@ -56,15 +57,16 @@ def inputs(graph: Graph, **names: str) -> dict[int, str]:
     return {i: f"{names[name[0]]}[{name[1:]}]" for i, name in leaves if name and name[0] in names}
 
 
+def _body(graph: Graph, given: dict[int, str], zero: str, *results: Sequence[int]) -> list[str]:
+    """The lines of a function, or of a part of one, that returns tuples of these nodes."""
+    function = Function(graph, given, [*chain(*results)], zero)
+    return [*function.lines, f"    return {', '.join(map(function.tuple, results))}"]
+
+
 def forward_text(graph: Graph, name: str, new: Sequence[int], saved: Sequence[int]) -> str:
     given = inputs(graph, x="x_gates", r="r_gates", s="state", p="p", e="e")
-    body = Function(graph, given, [*new, *saved], "tl.zeros_like(state[0])")
-    return "\n".join([
-        "@triton.jit",
-        f"def {name}_forward(x_gates, r_gates, state, p, e):",
-        *body.lines,
-        f"    return {body.tuple(new)}, {body.tuple(saved)}",
-    ])  # fmt: skip
+    lines = ["@triton.jit", f"def {name}_forward(x_gates, r_gates, state, p, e):"]
+    return "\n".join([*lines, *_body(graph, given, "tl.zeros_like(state[0])", new, saved)])
 
 
 def backward_text(
@@ -92,13 +94,8 @@ def staged_forward_text(
     """By the number of a part: what that of each later stage works on, then what ``forward_text`` returns. Each part
     forms what it needs anew, and the compiler once what several do."""
     given = inputs(graph, x="x_gates", r="r_gates", s="state", p="p", e="e", q="q")
-    zero = "tl.zeros_like(state[0])"
-    parts = []
-    for operand in operands:
-        body = Function(graph, given, [operand], zero)
-        parts.append([*body.lines, f"    return {body.tuple([operand])}"])
-    body = Function(graph, given, [*new, *saved], zero)
-    parts.append([*body.lines, f"    return {body.tuple(new)}, {body.tuple(saved)}"])
+    returned = [*([[operand]] for operand in operands), (new, saved)]
+    parts = [_body(graph, given, "tl.zeros_like(state[0])", *results) for results in returned]
     return _in_parts(f"{name}_forward", "x_gates, r_gates, state, p, e, q", parts)
 
 
@@ -117,13 +114,8 @@ def staged_backward_text(
             given[i] = f"d_state[{number}]" if of_state else f"d_operands[{states + len(dq) - 1 - number}]"
     given |= {i: f"saved[{k}]" for k, i in enumerate((*saved, *after))}
     given |= {i: f"((saved[{len(saved) - 1}].to(tl.int32) & {1 << k}) != 0)" for k, i in enumerate(bits)}
-    zero = "tl.zeros_like(d_state[0])"
-    parts = []
-    for result in reversed(dq):
-        body = Function(graph, given, [result], zero)
-        parts.append([*body.lines, f"    return {body.tuple([result])}"])
-    body = Function(graph, given, [*dx, *dr, *ds], zero)
-    parts.append([*body.lines, f"    return {body.tuple(dx)}, {body.tuple(dr)}, {body.tuple(ds)}"])
+    returned = [*([[result]] for result in reversed(dq)), (dx, dr, ds)]
+    parts = [_body(graph, given, "tl.zeros_like(d_state[0])", *results) for results in returned]
     return _in_parts(f"{name}_backward", "d_state, saved, previous_state, p, e, d_operands", parts)
 
 

@@ -30,9 +30,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..cells import CELLS, Cell, derived
+from ..cells import CELLS, derived
 from ..device.exchange import exchange_on
-from ..device.recompute import BLOCK, activate
 from ..device.scan import scan_backward, scan_forward
 from ..device.staged_scan import staged_backward, staged_forward
 from ..launch import options
@@ -177,21 +176,6 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
             del constants["last_h"]
     source = source_of(kernel, signature, constants)
     return triton.compile(source, target=target_of(case.arch), options=options(part, case.arch))
-
-
-def compile_activation(cell: Cell, dtype: str, arch: str, directions: int, hidden: int) -> Any:
-    """The compiled ``recompute.activate``."""
-    pointer = DTYPES[dtype]
-    given = "constexpr", pointer if cell.params else "constexpr", "*u8" if cell.extras else "constexpr"
-    signature: dict[str, str | tuple[str, ...]] = {
-        "x_gates": pointer, "r_gates": "*fp32", "bias": pointer, "states": (pointer,) * cell.states,
-        "step_data": given, "saved": pointer, "T": "i32", "B": "i32",
-    }  # fmt: skip
-    sizes = {"of": cell, "D": directions, "H": hidden, "BLOCK": BLOCK}
-    source = source_of(
-        activate, signature, {"cell": derived(cell.name).forward, "heads": 1, "interpreted": False, **sizes}
-    )
-    return triton.compile(source, target=target_of(arch), options={"num_warps": 4, "enable_fp_fusion": True})
 
 
 def source_of(kernel: Any, signature: dict[str, str | tuple[str, ...]], constants: dict[str, Any]) -> ASTSource:

@@ -11,7 +11,7 @@ from .trace import INPUT_GEMM, SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS
 
 
 def _of(call: Call, device: str | None) -> Any:
-    """``decide.Prediction``. Raises ValueError where there is no plan for it."""
+    """As ``decide.predict_stack``. Raises ValueError where there is no plan for it."""
     sizes = call.hidden, call.layers, call.batch, call.directions, call.steps
     return decide.predict_stack(call.cell, *sizes, call.dtype, device, call.heads)
 

@@ -98,7 +98,7 @@ class Point:
 @dataclass
 class Profile:
     """What was measured: ``points`` by arm, then by T. subject: what was run, in words. outlook: what the plan predicts
-    for the largest recurrent stack in it (``decide.Prediction``), None where ``no_outlook`` says why."""
+    for the largest recurrent stack in it (``decide.predict_stack``), None where ``no_outlook`` says why."""
 
     subject: str
     machine: Machine

@@ -10,9 +10,11 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import triton
 from own_cells import cell_of
 
-from persistrnn.kernels.cells import BUILT_IN, CELLS
+from persistrnn.kernels.cells import BUILT_IN, CELLS, derived
+from persistrnn.kernels.device.recompute import BLOCK, activate
 from persistrnn.kernels.inspect import audit
 from persistrnn.kernels.inspect.audit import Case, Homes
 from persistrnn.kernels.planner import hardware
@@ -342,7 +344,14 @@ ARCHITECTURES = itertools.cycle(("sm_80", "sm_90", "sm_100", "gfx942"))
 
 @pytest.mark.parametrize(("name", "arch"), [*zip(BUILT_IN, ARCHITECTURES, strict=False)])
 def test_gates_are_formed_again_without_a_spill(name, arch):
-    compiled = audit.compile_activation(CELLS[name], "bf16", arch, 2, 1000)
+    cell = CELLS[name]
+    signature = {"x_gates": "*bf16", "r_gates": "*fp32", "bias": "*bf16", "saved": "*bf16", "T": "i32", "B": "i32"}
+    signature |= {"states": ("*bf16",) * cell.states}
+    signature |= {"step_data": ("constexpr", "*bf16" if cell.params else "constexpr", "constexpr")}
+    constants = {"cell": derived(name).forward, "of": cell, "D": 2, "H": 1000, "heads": 1, "interpreted": False}
+    source = audit.source_of(activate, signature, constants | {"BLOCK": BLOCK})
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=audit.target_of(arch), options=options)
     assert compiled.metadata.shared == 0, "elementwise"
     if arch != "gfx942":
         registers, sass = audit.disassemble(compiled.asm["cubin"])

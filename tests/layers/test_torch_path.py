@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import persistrnn
 from persistrnn import torch_path
+from persistrnn.options import Options
 
 pytestmark = [
     pytest.mark.torch_path,
@@ -192,9 +193,10 @@ def test_layer_by_layer_is_the_stack(cell, batch_first, packed):
     weights = [w for layer in module.all_weights for w in layer]
     torch.manual_seed(1)
     run = functools.partial(torch_path.layer, cell, True, True, batch_sizes)
-    found = torch_path._by_layers(run, x, state, weights, 3, 0.4, batch_first)
+    options = Options(3, True, batch_first, 0.4, True, training=True)
+    found = torch_path.by_layers(run, x, state, weights, options)
     torch.manual_seed(1)
-    expected = torch_path.stack(cell, x, batch_sizes, state, weights, True, 3, 0.4, True, True, batch_first)
+    expected = torch_path.stack(cell, x, batch_sizes, state, weights, options)
     torch.testing.assert_close(found, expected)
 
 

@@ -14,7 +14,6 @@ import persistrnn
 from persistrnn import autograd, step_marks
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import memory
-from persistrnn.kernels.tensors import Gradients, Kept
 
 STEPS, INPUT, HIDDEN = 4, 3, 4
 FULL, NO_STEP, SHORT, ANEW = range(4)  # rows: every step; none; some; every step, the first of which is a reset
@@ -330,11 +329,9 @@ def test_skipped_steps_of_the_gradients_of_parameters_per_unit(cell, junk):
         assert of.more_gradients
         gates[0] = torch.where(skipped[..., None], float("nan"), gates[0])
     saved = torch.where(skipped[..., None, None], junk, numbers(of.saved, HIDDEN))
-    kept = Kept([numbers(HIDDEN, steps=STEPS + 2) for _ in range(of.states)], saved)
-    found = autograd.param_gradients(
-        cell, Gradients(gates[0], gates[-1], (), ()), kept, torch.ones(1, len(of.params), HIDDEN),
-        step_marks.marks(MASK, None, 1), None,
-    )  # fmt: skip
+    kept = [*(numbers(HIDDEN, steps=STEPS + 2) for _ in range(of.states)), saved]
+    params, marks = torch.ones(1, len(of.params), HIDDEN), step_marks.marks(MASK, None, 1)
+    found = autograd.param_gradients(cell, 1, gates, kept, params, marks, None)
     assert found.isfinite().all()
     if cell == "peephole":
         assert all(second.isfinite().all() for second in torch.autograd.grad(found.sum(), gates))
