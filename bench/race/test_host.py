@@ -6,6 +6,9 @@ pytest bench/race --benchmark-only
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,6 +19,9 @@ from persistrnn.kernels.inspect.audit import Case, compile_pass, planned
 from persistrnn.kernels.planner import plan as planning
 from persistrnn.kernels.planner.hardware import named
 from persistrnn.kernels.planner.problem import Problem
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 HIDDEN, STEPS, BATCH = 128, 64, 16
 CALLS = 50
@@ -29,7 +35,7 @@ MODULES = {"lstm": (persistrnn.LSTM, torch.nn.LSTM), "gru": (persistrnn.GRU, tor
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread() -> Iterator[None]:
     """Threads of a matrix product make a call's time a matter of luck."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -48,7 +54,7 @@ def call(module: torch.nn.Module, x: torch.Tensor, training: bool) -> None:
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize("whose", ["persistrnn", "torch"])
 @pytest.mark.parametrize("cell", MODULES)
-def test_layer_on_torchs_own_path(benchmark, cell: str, whose: str, training: bool) -> None:
+def test_layer_on_torchs_own_path(benchmark: BenchmarkFixture, cell: str, whose: str, training: bool) -> None:
     """H=128, T=64 on the CPU: both run the same operators of torch's; the difference is our Python."""
     ours, theirs = MODULES[cell]
     module = (ours if whose == "persistrnn" else theirs)(HIDDEN, HIDDEN)
@@ -59,7 +65,7 @@ def test_layer_on_torchs_own_path(benchmark, cell: str, whose: str, training: bo
 
 
 @pytest.mark.parametrize("cell", MODULES)
-def test_overhead_of_our_python(benchmark, cell: str) -> None:
+def test_overhead_of_our_python(benchmark: BenchmarkFixture, cell: str) -> None:
     """The difference itself. It does not depend on the input's size, so that it is read where little hides it: one step
     of one row."""
     ours, theirs = (cls(HIDDEN, HIDDEN) for cls in MODULES[cell])
@@ -100,7 +106,7 @@ def compilation(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 @pytest.mark.parametrize("hidden", [64, 256, 1024, 1840, 4096])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_plan(benchmark, compilation: float, cell: str, hidden: int) -> None:
+def test_plan(benchmark: BenchmarkFixture, compilation: float, cell: str, hidden: int) -> None:
     """Pure Python, both passes, nothing cached."""
 
     def forget() -> None:
@@ -110,6 +116,7 @@ def test_plan(benchmark, compilation: float, cell: str, hidden: int) -> None:
     problem = Problem(CELLS[cell], hidden, 64, 1, "bf16", named("h200"))
     benchmark.group = "CPU: plan"
     benchmark.pedantic(planning.plan_layer, (problem,), setup=forget, rounds=15)
+    assert benchmark.stats is not None
     share = min(benchmark.stats.stats.data) / compilation
     benchmark.extra_info["of_a_compilation"] = share
     assert share < OF_A_COMPILATION, f"{share:.2%} of {compilation:.2f} s"
@@ -117,7 +124,9 @@ def test_plan(benchmark, compilation: float, cell: str, hidden: int) -> None:
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("cell", "hidden"), [("lstm", 128), ("lstm", 1024), ("gru", 2048)])
-def test_compile(benchmark, monkeypatch, tmp_path, cell: str, hidden: int, backward: bool) -> None:
+def test_compile(
+    benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cell: str, hidden: int, backward: bool
+) -> None:
     """One kernel for sm_90, from source to machine code; the first call in a process pays this twice at most."""
     case = Case(cell, backward, "bf16", hidden, "sm_90")
     part = planned(case)
