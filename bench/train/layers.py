@@ -1,6 +1,6 @@
 """The recurrent layers of the training programs: persistrnn's or torch.nn's, by the settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import persistrnn
 from bench import UsageError
 from bench.train.options import Backend, Settings
-from persistrnn.recurrent import RecurrentBase
 
 
 def recurrent(settings: Settings, backend: Backend, input_size: int, bidirectional: bool = False) -> nn.Module:
@@ -63,9 +62,8 @@ def path(model: nn.Module) -> str:
 def explanation(model: nn.Module, batch: int, steps: int) -> str:
     """Which path each recurrent layer will take at this batch and T, with which plan, and why."""
     found = []
-    for module in model.modules():
-        if isinstance(module, nn.RNNBase):
-            found.append(str(module))
-        elif isinstance(module, RecurrentBase | persistrnn.Stacked):
-            found.append(persistrnn.explain(module, batch, steps))
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if isinstance(module, nn.RNNBase) or hasattr(module, "last_path"):
+            found.append(str(module) if isinstance(module, nn.RNNBase) else persistrnn.explain(module, batch, steps))
     return "\n".join(found)
