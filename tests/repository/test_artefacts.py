@@ -27,8 +27,8 @@ AUDITS = ("audit-newest.csv", "audit-oldest.csv")
 IDENTITY = ("kernel", "dtype", "H", "B", "D", "arch")
 
 
-KINDS = [f"pointwise {how}" for how in ("bf16", "fp16", "tf32", "fp32", "marks", "chunked", "pipeline", "int8", "fp8")]
-KINDS += ["staged bf16", "staged tf32"]
+HOW = ("bf16", "fp16", "tf32", "fp32", "marks", "chunked", "pipeline", "staged bf16", "staged tf32")
+KINDS = [*(f"{way} {how}" for how in HOW for way in ("forward", "backward")), "forward int8", "forward fp8"]
 
 
 def audited(name: str) -> list[dict[str, str]]:
@@ -74,9 +74,9 @@ def kinds() -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for name, case in sorted(wanted().items(), key=lambda entry: entry[1].hidden):
         how = "pipeline" * (case.layers > 1) + "marks" * case.marks + "chunked" * case.chunked + case.weight_dtype
-        cell = "staged" if case.cell in STAGED else "pointwise"
+        kind = "backward" if case.backward else "forward", "staged" * (case.cell in STAGED), how or case.dtype
         if case.arch.startswith("sm_"):
-            found.setdefault(" ".join(filter(None, (cell, how or case.dtype))), name)
+            found.setdefault(" ".join(filter(None, kind)), name)
     return found
 
 
