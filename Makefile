@@ -68,8 +68,8 @@ format: $(NEWEST)/.dev ## let ruff rewrite the files
 	$(NEWEST)/bin/ruff check --fix .
 	$(NEWEST)/bin/ruff format .
 
-types: $(NEWEST)/.dev ## mypy over persistrnn and persistrnn.kernels
-	$(NEWEST)/bin/mypy -p persistrnn
+types: $(NEWEST)/.dev ## mypy over persistrnn, persistrnn.kernels and bench
+	$(NEWEST)/bin/mypy -p persistrnn -p bench
 
 train: $(NEWEST)/.train ## the main job: train the language model
 	$(NEWEST)/bin/python -m bench.train.language_model $(ARGS)
@@ -78,9 +78,10 @@ train: $(NEWEST)/.train ## the main job: train the language model
 cells: $(NEWEST)/.dev ## the language model with every cell at equal parameters, on a CPU: a table, a drawing, a page
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m bench.cells $(ARGS)
 
-# Resumable: finished kernels are kept in runs/. The tables are committed, the README's is made from them.
-AUDIT := -m persistrnn audit --workloads bench/workloads/*.csv --arch sm_80 sm_90 sm_100 gfx942 --failures
-audit: $(NEWEST)/.dev $(OLDEST)/.dev ## compile and inspect the kernels of every workload, on both Triton versions
+# Resumable: finished kernels are kept in runs/. The tables are committed, and tests compare them with today's code.
+# bf16 in every shape of a workload; bench/audit.csv names its own dtypes and architectures.
+AUDIT := -m persistrnn audit --workloads bench/workloads/*.csv bench/audit.csv --dtypes bf16 --arch sm_80 sm_90 sm_100 --failures
+audit: $(NEWEST)/.dev $(OLDEST)/.dev ## read the compiled kernels of every workload, on both Tritons (35 minutes of one core)
 	$(NEWEST)/bin/python $(AUDIT) --jobs $(JOBS) --resume runs/audit.jsonl --output bench/results/audit-newest.csv $(ARGS)
 	$(OLDEST)/bin/python $(AUDIT) --jobs $(JOBS) --resume runs/audit.jsonl --output bench/results/audit-oldest.csv $(ARGS)
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, fields, replace
 from pathlib import Path
+from typing import Literal
 
 from bench import UsageError
 from bench.gpu import micro
@@ -28,7 +29,7 @@ from persistrnn.kernels.planner.typed_json import read
 from persistrnn.profiling import page
 from persistrnn.profiling.page import Line, table, words
 
-PATHS = {"persistrnn": "persistent", "torch": "torch"}  # arm -> path of a step
+PATHS: dict[str, Literal["persistent", "torch"]] = {"persistrnn": "persistent", "torch": "torch"}  # of each arm
 
 
 def record_of(where: Provenance, named: str | None = None) -> Hardware:
@@ -73,7 +74,8 @@ def steps(results: Results) -> list[Step]:
             microseconds -= forward.per_step if forward else math.inf
         if microseconds <= 0:
             continue
-        directions, backward = 2 if case.bidirectional else 1, case.mode == "training"
+        directions: Literal[1, 2] = 2 if case.bidirectional else 1
+        backward = case.mode == "training"
         step = Step(case.cell, case.hidden, case.batch, directions, case.dtype, backward, PATHS[arm], 0.0)
         rank = case.steps, -case.input
         if step not in best or rank > best[step][0]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.report import results
-from bench.report.results import Entry, Results
+from bench.report.results import Arm, Dtype, Entry, Results
 from persistrnn.kernels.planner.hardware import Hardware, named
 from persistrnn.profiling.page import write
 
@@ -43,8 +43,8 @@ class Task:
     rehearse: str = ""
     minutes: float = 8.0
     suites: Sequence[str] = ()
-    dtypes: Sequence[str] = ()
-    arms: Sequence[str] = ()
+    dtypes: Sequence[Dtype] = ()
+    arms: Sequence[Arm] = ()
 
     @property
     def device(self) -> torch.device:

@@ -26,7 +26,8 @@ from bench.gpu import micro_kernels as kernels
 from bench.report.results import Micro
 from persistrnn.kernels import launch
 from persistrnn.kernels.device.exchange import SPIN_LIMIT, Exchange
-from persistrnn.kernels.planner import plan
+from persistrnn.kernels.planner.measurements import Constant
+from persistrnn.kernels.planner.occupancy import shared_bound
 
 KIB = 1024
 LINES_READ = 4 * KIB  # in one tile of the broadcast
@@ -353,7 +354,7 @@ def items(machine: Machine) -> list[Item]:
     found += [Item("l2", here, payload, rate, partial(_broadcast, machine, payload)) for payload in scale.broadcast]
     for depth in scale.sweep:
         t = kernels.swept(depth, not machine.cuda)
-        needed, room = plan.shared_bound(t, 2, 2)[2], machine.hardware.shared
+        needed, room = shared_bound(t, 2, 2)[2], machine.hardware.shared
         skip = f"{needed:,} bytes of shared memory, there are {room:,}" if needed > room else ""
         found.append(Item("shared", here, t.m * depth * 2, rate, partial(_sweep, machine, depth), skip))
     found.append(Item("barrier", here, 0, "us", lambda: _barrier(machine)))
@@ -403,7 +404,7 @@ def first_call() -> Micro:
 
 
 # Constant of the plan -> its measurement, and which of several: the one with the smallest of these.
-_RULES: dict[str, tuple[str, Callable[[Micro], Any]]] = {
+_RULES: dict[Constant, tuple[str, Callable[[Micro], Any]]] = {
     "exchange": ("exchange counter", lambda m: (-m.programs, m.payload)),
     "l2_rate": ("l2", lambda m: m.payload),
     "shared_rate": ("shared", lambda m: -m.payload),
@@ -414,7 +415,7 @@ _RULES: dict[str, tuple[str, Callable[[Micro], Any]]] = {
 }
 
 
-def constants(micros: list[Micro]) -> dict[str, float]:
+def constants(micros: list[Micro]) -> dict[Constant, float]:
     """The plan's constants (``measurements.MEASURABLE``) of which there is a measurement.
 
     exchange: by counter, of the most programs, with data (as it is defined) but as few bytes as there are.

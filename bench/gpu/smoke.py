@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.race.engine import Race, expectation
-from bench.report.results import Case
+from bench.report.results import Case, Dtype, Mark, Mode
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner.plan import Pass
@@ -36,8 +36,8 @@ class Smoke:
     wanted: str = "several slices"
 
 
-def _case(cell: str, mode: str, hidden: int, batch: int = 16, steps: int = 32, dtype: str = "fp16", layers: int = 1,
-          bidirectional: bool = False, marks: str = "") -> Case:  # fmt: skip
+def _case(cell: str, mode: Mode, hidden: int, batch: int = 16, steps: int = 32, dtype: Dtype = "fp16", layers: int = 1,
+          bidirectional: bool = False, marks: Mark = "") -> Case:  # fmt: skip
     return Case("smoke", "", cell, hidden, hidden, layers, bidirectional, batch, steps, dtype, mode, marks)
 
 
@@ -143,7 +143,7 @@ def vary(name: str, smoke: Smoke, device: torch.device) -> str:
         AssertionError: it is wrong too; the text says what was seen.
     """
     change, given = VARIANTS[name]
-    how = {"protocol": smoke.protocol, "spin_limit": SPIN_LIMIT} | given
+    how: dict[str, Any] = {"protocol": smoke.protocol, "spin_limit": SPIN_LIMIT} | given
     if how["protocol"] == "other":
         how["protocol"] = "counter" if smoke.protocol == "flags" else "flags"
     case = change(simplest(smoke.case))

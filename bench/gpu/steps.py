@@ -16,7 +16,7 @@ from bench.gpu.journal import Task
 from bench.race import arms, suites
 from bench.race import engine as race
 from bench.report import provenance, results
-from bench.report.results import Case, Entry
+from bench.report.results import Arm, Case, Entry
 from persistrnn.kernels import launch
 
 ROOT = Path(__file__).resolve().parents[2]  # bench may be a link
@@ -181,11 +181,11 @@ def tuned(task: Task) -> Iterator[Item]:
 # ---- the race -----------------------------------------------------------------------------------------------------
 
 
-def contest(task: Task, cases: list[Case], chosen: Iterable[str]) -> Iterator[Item]:
+def contest(task: Task, cases: list[Case], chosen: Iterable[Arm]) -> Iterator[Item]:
     """Each arm checked, then timed, on every case; in a rehearsal on miniatures of them."""
     present: list[race.Race] = []
 
-    def take(case: Case, arm: str) -> str:
+    def take(case: Case, arm: Arm) -> str:
         if not present or present[0].case != case:
             present.clear()  # its memory first
             present.append(race.Race(case, task.device))

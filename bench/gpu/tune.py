@@ -16,7 +16,7 @@ import torch
 
 from bench.race import arms, timing
 from bench.race.engine import Race
-from bench.report.results import Case, Tuning
+from bench.report.results import Case, Dtype, Tuning
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import plan as planning
@@ -36,7 +36,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def cases(dtype: str = "bf16") -> Iterator[Case]:
+def cases(dtype: Dtype = "bf16") -> Iterator[Case]:
     for cell, hidden, batch in SHAPES:
         yield Case("tune", f"H={hidden}", cell, 0, hidden, 1, False, batch, STEPS, dtype, "training")
 

@@ -16,7 +16,7 @@ from bench.race.arithmetic import bytes_moved
 from bench.race.arms import Skip
 from bench.race.engine import REHEARSED, Race
 from bench.report.provenance import provenance
-from bench.report.results import ARMS, Case
+from bench.report.results import ARMS, Arm, Case
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -76,12 +76,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
-def compete(device: torch.device) -> Callable[[BenchmarkFixture, Case, str], None]:
+def compete(device: torch.device) -> Callable[[BenchmarkFixture, Case, Arm], None]:
     """compete(benchmark, case, arm): check, then time."""
     return lambda benchmark, case, arm: run(benchmark, race_of(case, device), arm)
 
 
-def run(benchmark: BenchmarkFixture, race: Race, arm: str) -> None:
+def run(benchmark: BenchmarkFixture, race: Race, arm: Arm) -> None:
     try:
         runner = race.runner(arm)
     except Skip as reason:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.race import arms
 from bench.race.arms import DTYPES, TORCH, Runner
-from bench.report.results import Case, Check
+from bench.report.results import Arm, Case, Check
 
 FACTOR = 1.5
 
@@ -84,7 +84,7 @@ class Truth:
             found.append(torch.cat([module(part)[0] for part in episodes if len(part)]))
         return torch.cat(found, dim=1)[:, torch.cat(rows).argsort()]
 
-    def check(self, arm: str, runner: Runner) -> Check:
+    def check(self, arm: Arm, runner: Runner) -> Check:
         """Compare an arm's outputs and gradients, each alone; one that is missing, or of another shape, is wrong."""
         found = run(runner, self.case, self.x, self.dy)
         # An arm in another dtype is held to the coarser of the two.

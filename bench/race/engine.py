@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.race import arithmetic, arms, timing
 from bench.race.arms import DTYPES, Runner
 from bench.race.correctness import Truth
-from bench.report.results import Case, Check, Timing
+from bench.report.results import Arm, Case, Check, Timing
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner.hardware import INTERPRETER, Hardware
@@ -28,7 +28,7 @@ CANDIDATES = ("fp16", "bf16", "tf32")
 Timer = Callable[[Callable[[], object], int, int], list[float]]
 
 
-def skipped(case: Case, arm: str, reason: str, device: torch.device | Hardware) -> Timing:
+def skipped(case: Case, arm: Arm, reason: str, device: torch.device | Hardware) -> Timing:
     """No number, and why; the prediction stands."""
     predicted, floor, plan = expectation(case, device)
     return Timing(case, arm, reason, case.dtype, 0.0, 0.0, 0.0, 0, 0, 0.0, predicted, floor, plan, "")
@@ -95,7 +95,7 @@ class Race:
             seconds[dtype] = statistics.median(timing.seconds_of(call, clock) for _ in range(5))
         return arms.torch_nn(self.case, self.truth.parameters, self.device, min(seconds, key=seconds.__getitem__))
 
-    def check(self, arm: str, runner: Runner) -> Check:
+    def check(self, arm: Arm, runner: Runner) -> Check:
         return self.truth.check(arm, runner)
 
     def call(self, runner: Runner) -> Callable[[], object]:
@@ -116,7 +116,7 @@ class Race:
 
         return timing.rotated(training, [x.requires_grad_() for x in xs])
 
-    def time(self, arm: str, runner: Runner, timer: Timer = timing.seconds_of_rounds) -> Timing:
+    def time(self, arm: Arm, runner: Runner, timer: Timer = timing.seconds_of_rounds) -> Timing:
         """Median and quartiles of a call, and the device memory that it takes."""
         call, clock = self.call(runner), timing.EventClock()
         call()  # compiles

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from bench.report.results import DTYPES, MODES, Case
+from bench.report.results import DTYPES, MODES, Case, Dtype, Mark, Mode
 
 CELLS = ("lstm", "gru")  # that rivals have, too; rows of other cells are left out
 IN_ORDER = ("bf16", "fp16", "tf32", "fp32")  # dtypes, the most telling first
@@ -23,12 +23,12 @@ def _rows(name: str) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["cell"] in CELLS]
 
 
-def _case(suite: str, name: str, cell: str, hidden: int, batch: int, steps: int, dtype: str, mode: str, input: int,
+def _case(suite: str, name: str, cell: str, hidden: int, batch: int, steps: int, dtype: Dtype, mode: Mode, input: int,
           layers: int = 1, bidirectional: bool = False) -> Case:  # fmt: skip
     return Case(suite, name, cell, input, hidden, layers, bidirectional, batch, steps, dtype, mode)
 
 
-def deepbench(dtype: str) -> Iterator[Case]:
+def deepbench(dtype: Dtype) -> Iterator[Case]:
     """DeepBench's LSTM and GRU rows with the input's product (I = H); its training rows both ways."""
     for row in _rows("deepbench"):
         hidden, batch, steps = int(row["hidden"]), int(row["batch"]), int(row["steps"])
@@ -36,13 +36,13 @@ def deepbench(dtype: str) -> Iterator[Case]:
             yield _case("deepbench", row["set"], row["cell"], hidden, batch, steps, dtype, mode, hidden)
 
 
-def deepbench_skip_input(dtype: str) -> Iterator[Case]:
+def deepbench_skip_input(dtype: Dtype) -> Iterator[Case]:
     """The same rows by DeepBench's own protocol: no product of the input."""
     for case in deepbench(dtype):
         yield replace(case, suite="deepbench_skip_input", input=0)
 
 
-def flashrnn(dtype: str) -> Iterator[Case]:
+def flashrnn(dtype: Dtype) -> Iterator[Case]:
     """The only published grid on Hopper."""
     for row in _rows("flashrnn"):
         hidden, batch, steps = int(row["hidden"]), int(row["batch"]), int(row["steps"])
@@ -50,7 +50,7 @@ def flashrnn(dtype: str) -> Iterator[Case]:
             yield _case("flashrnn", row["set"], row["cell"], hidden, batch, steps, dtype, mode, hidden)
 
 
-def models(dtype: str) -> Iterator[Case]:
+def models(dtype: Dtype) -> Iterator[Case]:
     """Recurrent parts of real models, padded and without resets."""
     for row in _rows("models"):
         hidden, batch, steps = int(row["hidden"]), int(row["batch"]), int(row["steps"])
@@ -58,7 +58,7 @@ def models(dtype: str) -> Iterator[Case]:
         yield _case("models", row["model"], row["cell"], hidden, batch, steps, dtype, "training", *shape)
 
 
-def inference(dtype: str) -> Iterator[Case]:
+def inference(dtype: Dtype) -> Iterator[Case]:
     """Latency: a few rows of batch."""
     for hidden in (256, 512, 1024):
         for batch in (1, 2, 4):
@@ -66,7 +66,7 @@ def inference(dtype: str) -> Iterator[Case]:
                 yield _case("inference", f"B={batch}", cell, hidden, batch, 256, dtype, "forward", hidden)
 
 
-def short(dtype: str) -> Iterator[Case]:
+def short(dtype: Dtype) -> Iterator[Case]:
     """Where launching is what costs: one step and a few."""
     for steps in (1, 8):
         for mode in MODES:
@@ -74,7 +74,7 @@ def short(dtype: str) -> Iterator[Case]:
                 yield _case("short", f"T={steps}", cell, 256, 16, steps, dtype, mode, 256)
 
 
-def directions(dtype: str) -> Iterator[Case]:
+def directions(dtype: Dtype) -> Iterator[Case]:
     """Two directions against one."""
     for hidden in (256, 512, 1024):
         for bidirectional in (False, True):
@@ -83,7 +83,7 @@ def directions(dtype: str) -> Iterator[Case]:
                 yield _case("directions", name, cell, hidden, 16, 256, dtype, "training", hidden, 1, bidirectional)
 
 
-def stacked(dtype: str) -> Iterator[Case]:
+def stacked(dtype: Dtype) -> Iterator[Case]:
     """Several layers against one."""
     for hidden in (256, 512):
         for layers in (1, 2, 4):
@@ -98,8 +98,8 @@ def first() -> list[Case]:
     lengths and resets do.
     """
 
-    def row(cell: str, dtype: str, mode: str, hidden: int, batch: int, steps: int, layers: int = 1,
-            bidirectional: bool = False, marks: str = "") -> Case:  # fmt: skip
+    def row(cell: str, dtype: Dtype, mode: Mode, hidden: int, batch: int, steps: int, layers: int = 1,
+            bidirectional: bool = False, marks: Mark = "") -> Case:  # fmt: skip
         name = marks or f"H={hidden}"
         case = _case("first", name, cell, hidden, batch, steps, dtype, mode, hidden, layers, bidirectional)
         return replace(case, marks=marks)
@@ -135,7 +135,7 @@ SUITES = {
 }
 
 
-def cases(suites: Iterable[str] = tuple(SUITES), dtypes: Iterable[str] = DTYPES) -> list[Case]:
+def cases(suites: Iterable[str] = tuple(SUITES), dtypes: Iterable[Dtype] = DTYPES) -> list[Case]:
     """All cases of some suites and dtypes, equal work once; all suites in the first dtype come first."""
     suites = list(suites)
     found: dict[str, Case] = {}

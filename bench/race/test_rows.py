@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import persistrnn
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 INPUT, HIDDEN, BATCH = 32, 64, 16
 # Rounds in which both run in turn, fewer where a call is long; of each the quickest counts.
@@ -24,7 +28,9 @@ LAYERS = {"lstm": persistrnn.LSTM, "gru": persistrnn.GRU, "rnn": persistrnn.RNN}
 
 @pytest.mark.parametrize("steps", ROUNDS)
 @pytest.mark.parametrize(("cell", "directions"), [("lstm", 1), ("lstm", 2), ("gru", 2), ("rnn", 1)])
-def test_against_padded_rows(benchmark, capsys, cell: str, directions: int, steps: int) -> None:
+def test_against_padded_rows(
+    benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], cell: str, directions: int, steps: int
+) -> None:
     """Lengths from T/2 to T, all different."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from bench.train import command
 from bench.train.batches import Buckets
 from bench.train.decoding import beam_search, draw
 from bench.train.layers import recurrent, run_padded
-from bench.train.options import Settings, absolute, number, option
+from bench.train.options import Backend, Settings, absolute, number, option
 from bench.train.progress import bar
 from bench.train.text import START, Bytes, Lines, Words, load_corpus, window
 from bench.train.workload import Piece, Workload
@@ -60,7 +60,7 @@ class TextSettings(Settings):
 class LanguageModel(nn.Module):
     """Predicts the next token: embedding, recurrent layers, linear."""
 
-    def __init__(self, settings: TextSettings, backend: str, vocabulary: int) -> None:
+    def __init__(self, settings: TextSettings, backend: Backend, vocabulary: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, settings.embedding)
         self.rnn = recurrent(settings, backend, settings.embedding)
@@ -126,7 +126,7 @@ class LanguageModeling(Workload):
                 f"--temperature or --top-k given with --beam {job.beam}, which draws nothing: leave one of them out"
             )
 
-    def model(self, backend: str) -> LanguageModel:
+    def model(self, backend: Backend) -> LanguageModel:
         return LanguageModel(self.settings, backend, len(self.vocabulary))
 
     def pieces(self, step: int, rows: slice) -> list[Piece]:

@@ -1,6 +1,7 @@
 """The recurrent layers of the training programs: persistrnn's or torch.nn's, by the settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,21 +9,24 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import persistrnn
 from bench import UsageError
-from bench.train.options import Settings
+from bench.train.options import Backend, Settings
 
 
-def recurrent(settings: Settings, backend: str, input_size: int, bidirectional: bool = False) -> nn.Module:
+def recurrent(settings: Settings, backend: Backend, input_size: int, bidirectional: bool = False) -> nn.Module:
     """Layers of the settings' cell and sizes. `backend` is persistrnn's, or "torch.nn" for torch's own layer.
 
     Raises:
         UsageError: torch.nn has no such cell, or no heads
     """
     sizes = input_size, settings.hidden, settings.layers
-    how = {"dropout": settings.dropout, "bidirectional": bidirectional, "heads": settings.heads}
+    layers = partial(
+        persistrnn.Recurrent, settings.cell, *sizes,
+        dropout=settings.dropout, bidirectional=bidirectional, heads=settings.heads,
+    )  # fmt: skip
     if backend != "torch.nn":
-        return persistrnn.Recurrent(settings.cell, *sizes, **how, backend=backend, save=settings.save)
+        return layers(backend=backend, save=settings.save)
     try:
-        return persistrnn.Recurrent(settings.cell, *sizes, **how).to_torch()
+        return layers().to_torch()
     except ValueError as error:
         raise UsageError(
             f"--cell {settings.cell} --heads {settings.heads} given with torch.nn's layers: {error}; use --backend "
@@ -58,7 +62,8 @@ def path(model: nn.Module) -> str:
 def explanation(model: nn.Module, batch: int, steps: int) -> str:
     """Which path each recurrent layer will take at this batch and T, with which plan, and why."""
     found = []
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if isinstance(module, nn.RNNBase) or hasattr(module, "last_path"):
             found.append(str(module) if isinstance(module, nn.RNNBase) else persistrnn.explain(module, batch, steps))
     return "\n".join(found)

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ class Run:
         self.optimizer.zero_grad()
         for number, piece in enumerate(pieces, 1):
             # The gradients add up in each process; those of the last piece are averaged with all before.
-            apart = isinstance(self.network, DistributedDataParallel) and number < len(pieces)
-            with self.network.no_sync() if apart else nullcontext():
+            network, more = self.network, number < len(pieces)
+            with network.no_sync() if more and isinstance(network, DistributedDataParallel) else nullcontext():
                 with self.autocast():
                     loss, state = workload.loss(self.network, piece.on(self.device), state)
                 # DistributedDataParallel takes the mean over the ranks, where the sum is due.
@@ -237,7 +238,7 @@ def begin(program: type[Workload], content: dict[str, Any] | None, given: dict[s
         say(f"{folder}: {run.step:,} of {run.settings.steps:,} steps are done.")
         return run
     for each in (folder / BASELINE, folder):
-        if kept := ranks.by_first(lambda each=each: checkpoint.set_aside(each)):
+        if kept := ranks.by_first(partial(checkpoint.set_aside, each)):
             say(f"The run that was in {each} is kept as {kept}.")
     return run
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 
@@ -16,6 +16,8 @@ from bench.train import ranks
 from bench.train.checkpoint import ANEW
 from persistrnn.kernels.cells import BUILT_IN
 
+Backend: TypeAlias = Literal["auto", "persistent", "torch", "torch.nn"]
+Save: TypeAlias = Literal["gates", "state", "checkpoint"]
 METAVARS = {int: "N", float: "X"}
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
@@ -67,15 +69,15 @@ class Settings:
     heads: int = option(1, "blocks of a block-diagonal W_hh, a divisor of --hidden", type=number(int, 1))
     layers: int = option(1, "recurrent layers", type=number(int, 1))
     dropout: float = option(0.0, "share of units dropped between layers", type=number(float, 0, 1))
-    backend: str = option(
+    backend: Backend = option(
         "auto",
         "the path through persistrnn, or torch.nn's own layer for a baseline",
-        choices=["auto", "persistent", "torch", "torch.nn"],
+        choices=get_args(Backend),
     )
-    save: str = option(
+    save: Save = option(
         "gates",
         "what persistrnn's layers keep for the backward: all gates (fastest), the states only, or a state now and then",
-        choices=["gates", "state", "checkpoint"],
+        choices=get_args(Save),
     )
     batch: int = option(8, "sequences side by side, over all processes", type=number(int, 1))
     truncate: int = option(0, "time steps a gradient flows back through; 0: all of the sequence", type=number(int, 0))

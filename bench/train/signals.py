@@ -24,7 +24,7 @@ from bench import UsageError
 from bench.train import command
 from bench.train.batches import NO_TARGET
 from bench.train.layers import map_state, recurrent, run_padded
-from bench.train.options import Settings, absolute, number, option
+from bench.train.options import Backend, Settings, absolute, number, option
 from bench.train.progress import bar
 from bench.train.workload import Piece, Workload
 
@@ -98,6 +98,10 @@ def load_recordings(file: Path) -> tuple[list[Recording], list[str], str]:
     return every, names, digest.hexdigest()
 
 
+def rows_of(only: slice, state: Tensor) -> Tensor:
+    return state[:, only].contiguous()
+
+
 def run_rows(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any) -> tuple[Tensor, Any]:
     """`run_padded`. On torch's own kernels of a CPU every row is a call of its own, for both arms: padded or packed
     rows go step by step there, and their backward takes time that grows with T squared."""
@@ -107,7 +111,7 @@ def run_rows(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any) -> tuple[
     y, states = [], []
     for row, length in enumerate(lengths.tolist()):
         only = slice(row, row + 1)
-        found, after = layer(x[:length, only], map_state(state, lambda part, only=only: part[:, only].contiguous()))
+        found, after = layer(x[:length, only], map_state(state, partial(rows_of, only)))
         y.append(found[:, 0])
         states.append(after)
     if isinstance(states[0], tuple):
@@ -118,7 +122,7 @@ def run_rows(layer: nn.Module, x: Tensor, lengths: Tensor, state: Any) -> tuple[
 class Tagger(nn.Module):
     """Tags every step: recurrent layers that read both ways, linear."""
 
-    def __init__(self, settings: SignalSettings, backend: str, channels: int, tags: int) -> None:
+    def __init__(self, settings: SignalSettings, backend: Backend, channels: int, tags: int) -> None:
         super().__init__()
         self.rnn = recurrent(settings, backend, channels, bidirectional=True)
         self.linear = nn.Linear(2 * settings.hidden, tags)
@@ -166,7 +170,7 @@ class Tagging(Workload):
     def of(self, subject: int) -> list[Recording]:
         return [recording for recording in self.recordings if recording.subject == subject]
 
-    def model(self, backend: str) -> Tagger:
+    def model(self, backend: Backend) -> Tagger:
         return Tagger(self.settings, backend, len(self.mean), len(self.exercises))
 
     def session(self, subjects: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from bench.train import command
 from bench.train.batches import Buckets, held_out, teacher_forced
 from bench.train.decoding import Hypothesis, beam_search
 from bench.train.layers import recurrent, run_padded
-from bench.train.options import Settings, number, option
+from bench.train.options import Backend, Settings, number, option
 from bench.train.progress import bar
 from bench.train.workload import Piece, Workload
 from persistrnn.kernels.cells import CELLS
@@ -109,7 +109,7 @@ def draw(digits: int, count: int) -> list[int]:
 class Translator(nn.Module):
     """Encoder, decoder and attention; the decoder begins with what the encoder has in the end."""
 
-    def __init__(self, settings: TranslationSettings, backend: str, sources: int, targets: int) -> None:
+    def __init__(self, settings: TranslationSettings, backend: Backend, sources: int, targets: int) -> None:
         super().__init__()
         hidden = settings.hidden
         self.source = nn.Embedding(sources, settings.embedding)
@@ -193,7 +193,7 @@ class Translation(Workload):
         job.add_argument("--translate", default=None, metavar="'LANGUAGE NUMBER'", help=say)
         job.add_argument("--beam", type=number(int, 1), default=BEAM, metavar="W", help=keep)
 
-    def model(self, backend: str) -> Translator:
+    def model(self, backend: Backend) -> Translator:
         return Translator(self.settings, backend, len(self.source_numbers), len(self.characters))
 
     def pieces(self, step: int, rows: slice) -> list[Piece]:

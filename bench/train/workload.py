@@ -7,17 +7,19 @@ A program is a `Workload` and one line, `sys.exit(command.main(MyWorkload))`. He
 from abc import ABC, abstractmethod
 from argparse import Namespace, _ArgumentGroup
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bench.train.batches import NO_TARGET, summed_loss
-from bench.train.options import Settings
+from bench.train.options import Backend, Settings
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """One process's part of a batch, or of a stretch of its time: what one call of `Workload.loss` gets."""
 
     tensors: tuple[Tensor, ...]  # on the CPU; the loop moves them to the device
@@ -61,7 +63,7 @@ class Workload(ABC):
         """Loads the data. Raises UsageError where the settings do not fit."""
 
     @abstractmethod
-    def model(self, backend: str) -> nn.Module:
+    def model(self, backend: Backend) -> nn.Module:
         """A new model on the CPU, its recurrent layers made by `layers.recurrent` with this backend. Its parameters'
         names and shapes do not depend on the backend; weights are drawn from torch's generator."""
 

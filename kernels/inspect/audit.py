@@ -285,7 +285,8 @@ def disassemble(cubin: bytes) -> tuple[int, Counter[str]]:
 
 def row_of(case: Case, **found: Any) -> Row:
     """A row that says what was compiled, and what of it was found."""
-    kernel = f"{case.cell} {'backward' if case.backward else 'forward'}"
+    words = case.cell, "backward" if case.backward else "forward", "marks" * case.marks, "chunked" * case.chunked
+    kernel = " ".join(filter(None, words)) + (f" of {case.layers} layers" if case.layers > 1 else "")
     dtype = f"{case.dtype} x {case.weight_dtype}" if case.weight_dtype else case.dtype
     shape = dtype, case.hidden, case.batch, case.directions, case.arch
     return Row(kernel, *shape, str(triton.__version__), **found)

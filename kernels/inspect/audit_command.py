@@ -1,7 +1,7 @@
 """The audit as a command: which kernels to read, on how many processes, and the table that is kept.
 
-Run as ``python -m persistrnn audit``; the exit status is 1 if any row fails. With ``--workloads`` the shapes are those
-of tables with the columns cell, hidden, batch (and bidirectional); two shapes with the same kernel are one row.
+Run as ``python -m persistrnn audit``; the exit status is 1 if any row fails. With ``--workloads`` what is asked is in
+tables (``table_cases``); two shapes with the same kernel are one row.
 Green rows are kept in ``--resume`` (JSON lines) and not compiled again while the kernel, its plan and Triton are the
 same. ``--run`` executes kernels instead, in the emulator of a checkout.
 """
@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, fields, replace
 from itertools import product
 from pathlib import Path
@@ -33,15 +33,13 @@ COUNTS = CHECKOUT / "tests" / "helpers" / "counted.py"
 FIELDS = [f.name for f in fields(Row)]
 SHOWN = [name for name in FIELDS if name not in ("failures", "refused")]
 BEGIN = '{"key": '  # of a line of finished rows
-Shape = tuple[str, int, int, int]  # cell, hidden, batch, directions
 HIDDEN = (64, 128, 256, 320, 512, 768, 1024, 2048, 4096)
 
 
-def cases(shapes: list[Shape], dtypes: list[str], archs: list[str]) -> dict[str, Case]:
-    """By key, every kernel that some shape needs, forward and backward."""
+def cases(asked: Iterable[Case]) -> dict[str, Case]:
+    """By key, every kernel among those asked for; where two are the same, the first."""
     found: dict[str, Case] = {}
-    for arch, dtype, (cell, hidden, batch, directions), backward in product(archs, dtypes, shapes, (False, True)):
-        case = Case(cell, backward, dtype, hidden, arch, batch, directions)
+    for case in asked:
         try:
             found.setdefault(key(case, planned(case)), case)
         except planning.PlanError:
@@ -49,22 +47,40 @@ def cases(shapes: list[Shape], dtypes: list[str], archs: list[str]) -> dict[str,
     return found
 
 
-def shapes_of(path: Path) -> list[Shape]:
-    """The rows of a workload table, of cells that we have."""
+def table_cases(path: Path, dtypes: Sequence[str], archs: Sequence[str]) -> Iterator[Case]:
+    """What a table asks for: columns cell, hidden, batch, and if need be bidirectional (1), pipeline (layers), weights
+    (of 8 bits: forward alone), marks and chunked (1), dtypes and archs (several, in place of those given)."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    found = []
     for row in rows:
         try:
+            here = [(row.get(name) or "").split() or given for name, given in (("archs", archs), ("dtypes", dtypes))]
+            unknown = {row["cell"], *here[0], *here[1]}.difference(CELLS, DEVICE_OF_ARCH, DTYPES)
+            if unknown:
+                raise KeyError(*unknown)
             sizes = positive(row["hidden"] or ""), positive(row["batch"] or "")
-            directions = 2 if row.get("bidirectional") == "1" else 1
-            if row["cell"] in CELLS:
-                found.append((row["cell"], *sizes, directions))
-        except (KeyError, argparse.ArgumentTypeError) as error:
+            how: dict[str, Any] = {name: row.get(name) == "1" for name in ("marks", "chunked")}
+            how |= {"layers": int(row.get("pipeline") or 1), "directions": 1 + (row.get("bidirectional") == "1")}
+        except (KeyError, ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(
                 f"{path} has the row {row} ({error}); allowed: columns cell, hidden and batch, the last two integers"
             ) from error
-    return found
+        weights = row.get("weights") or ""
+        for arch, dtype, backward in product(*here, (False,) if weights else (False, True)):
+            yield Case(row["cell"], backward, dtype, sizes[0], arch, sizes[1], **how, weight_dtype=weights)
+
+
+def asked(arguments: argparse.Namespace) -> Iterator[Case]:
+    """What a command line asks for.
+
+    Raises:
+        OSError, ValueError: a table cannot be read
+    """
+    archs, dtypes, cells = arguments.arch, arguments.dtypes, arguments.cells
+    if arguments.workloads:
+        return (case for path in arguments.workloads for case in table_cases(path, dtypes, archs))
+    shapes = product(archs, dtypes, cells, arguments.hidden, arguments.batch, arguments.directions, (False, True))
+    return (Case(cell, way, dtype, H, arch, B, D) for arch, dtype, cell, H, B, D, way in shapes)
 
 
 def attempt(case: Case) -> Row:
@@ -175,8 +191,8 @@ def parser() -> argparse.ArgumentParser:
     shapes = result.add_mutually_exclusive_group()
     text = f"hidden sizes (default: {' '.join(map(str, HIDDEN))})"
     shapes.add_argument("--hidden", nargs="+", type=positive, default=HIDDEN, metavar="H", help=text)
-    text = "tables of shapes, in place of --hidden, --batch and --directions: columns cell, hidden, batch, and if need "
-    text += "be bidirectional (1)"
+    text = "tables of what to compile, in place of --cells, --hidden, --batch and --directions: columns cell, hidden, "
+    text += "batch, and if need be bidirectional (1), and dtypes and archs in place of --dtypes and --arch"
     shapes.add_argument("--workloads", nargs="+", type=Path, default=[], metavar="FILE.csv", help=text)
     several("--batch", [16], "batch sizes", type=positive)
     several("--directions", [1], "1 and 2", type=int, choices=(1, 2))
@@ -204,13 +220,10 @@ def main(given: Sequence[str] | None = None) -> int:
     if arguments.output and arguments.resume and arguments.output.samefile(arguments.resume):
         options.error(f"--output and --resume are two files, got {str(arguments.output)!r} for both")
     try:
-        shapes = [shape for path in arguments.workloads for shape in shapes_of(path)]
+        wanted = list(asked(arguments))
     except (OSError, ValueError) as error:
         options.error(f"--workloads: {error}")
-    shapes = [shape for shape in shapes if shape[0] in arguments.cells]
-    if not arguments.workloads:
-        shapes = list(product(arguments.cells, arguments.hidden, arguments.batch, arguments.directions))
-    rows = run(cases(shapes, arguments.dtypes, arguments.arch), arguments.jobs, arguments.resume)
+    rows = run(cases(wanted), arguments.jobs, arguments.resume)
     failed = [row for row in rows if row.failures]
     refused = [row for row in rows if row.refused]
     shown = failed + refused if arguments.failures else rows

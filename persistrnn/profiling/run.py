@@ -140,7 +140,7 @@ def _bar(arms: int, steps: Sequence[int], settings: Settings, shown: bool) -> It
         yield lambda arm, steps, what: None
         return
     needs("tqdm", "the progress of a profile")
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     each = 2 + settings.warmup + max(settings.iterations, LEAST)  # 2: built, and profiled
     quiet = not sys.stderr.isatty()  # a log file gets an update every half minute

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from persistrnn.kernels.cells import BUILT_IN, STAGED
 from persistrnn.kernels.inspect import audit_command as audit_table
 from persistrnn.kernels.inspect.audit import Case, Row
 
 pytestmark = pytest.mark.audit
 
-WORKLOADS = Path(__file__).parents[2] / "bench" / "workloads"
+BENCH = Path(__file__).parents[2] / "bench"
+TABLES = [*BENCH.glob("workloads/*.csv"), BENCH / "audit.csv"]
 
 
 def row(**changed) -> Row:
@@ -27,17 +29,30 @@ def line(key: str, row: Row) -> str:
 
 
 def test_shapes_with_the_same_kernel_are_one_case():
-    shapes = [("lstm", 512, batch, 1) for batch in (9, 10, 16, 100)]
-    found = audit_table.cases(shapes, ["bf16"], ["sm_90"])
+    asked = [Case("lstm", way, "bf16", 512, "sm_90", batch) for batch in (9, 10, 16, 100) for way in (False, True)]
+    found = audit_table.cases(asked)
     assert {c.backward for c in found.values()} == {False, True}
     assert {c.batch for c in found.values()} == {9, 100}, "the first of its class"
-    assert len(audit_table.cases(shapes, ["bf16", "tf32"], ["sm_80", "sm_90"])) == 4 * len(found)
 
 
-def test_workloads_are_read(tmp_path):
-    shapes = {shape for path in WORKLOADS.glob("*.csv") for shape in audit_table.shapes_of(path)}
+def test_workloads_are_read():
+    found = [case for path in TABLES for case in audit_table.table_cases(path, ["bf16"], ["sm_90"])]
+    shapes = {(c.cell, c.hidden, c.batch, c.directions) for c in found if not c.layers > 1}
     assert {("lstm", 4096, 128, 1), ("gru", 2816, 32, 1), ("lstm", 1024, 8, 2)} < shapes, "the last one bidirectional"
-    assert {cell for cell, *_ in shapes} == {"lstm", "gru", "rnn_relu"}
+    assert {case.cell for case in found} == {*BUILT_IN, *STAGED}
+
+
+def test_a_table_may_say_how(tmp_path):
+    """The whole of its columns; where one is empty, what the command was given."""
+    (tmp_path / "audit.csv").write_text(
+        "cell,hidden,batch,bidirectional,pipeline,weights,marks,chunked,dtypes,archs\n"
+        "lstm,512,16,,4,,1,,,\n"
+        "gru,64,1,1,,int8,,1,fp16 bf16,sm_80\n"
+    )
+    pipeline = ("lstm", False, "tf32", 512, "sm_90", 16, 1, 4, True, False, "")
+    eight = ("gru", False, "fp16", 64, "sm_80", 1, 2, 1, False, True, "int8")
+    asked = [dataclasses.astuple(case) for case in audit_table.table_cases(tmp_path / "audit.csv", ["tf32"], ["sm_90"])]
+    assert asked == [pipeline, ("lstm", True, *pipeline[2:]), eight, ("gru", False, "bf16", *eight[3:])]
 
 
 def test_a_compiler_that_gives_up_is_a_failed_row(monkeypatch):
@@ -120,7 +135,11 @@ def test_command_prints_the_table_and_resumes(tmp_path, capsys):
         ("--jobs 0", "argument --jobs: '0' given, allowed: an integer from 1"),
         ("--workloads missing.csv", "--workloads: [Errno 2] No such file or directory: 'missing.csv'"),
         ("--workloads shapes.csv", "integer from 1 to 2147483647); allowed: columns cell, hidden and batch, the last"),
-        ("--workloads notes.txt", "notes.txt has the row {'kernel of truth': 'lstm'} ('hidden'); allowed: columns"),
+        ("--workloads notes.txt", "notes.txt has the row {'kernel of truth': 'lstm'} ('cell'); allowed: columns"),
+        (
+            "--workloads others.csv",
+            "others.csv has the row {'cell': 'lstm', 'hidden': '4', 'batch': '1', 'dtypes': 'fp8'} ('fp8')",
+        ),
         ("--workloads a.csv --hidden 4", "not allowed with argument"),
         ("--resume new --output new", "--output and --resume are two files, got 'new' for both"),
         ("--resume notes.txt", "--resume: 'notes.txt' given, and it is another kind of file; allowed: a new one"),
@@ -134,7 +153,8 @@ def test_command_prints_the_table_and_resumes(tmp_path, capsys):
 def test_bad_arguments_are_refused(arguments, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(audit_table, "run", lambda *_: pytest.fail("the arguments were not checked first"))
-    files = {"shapes.csv": "cell,hidden,batch\nlstm,4,0\n", "notes.txt": "kernel of truth\nlstm\n"}
+    files = {"shapes.csv": "cell,hidden,batch\nlstm,4,0\n", "others.csv": "cell,hidden,batch,dtypes\nlstm,4,1,fp8\n"}
+    files |= {"notes.txt": "kernel of truth\nlstm\n"}
     for name, text in files.items():
         Path(name).write_text(text)
     with pytest.raises(SystemExit) as stopped:

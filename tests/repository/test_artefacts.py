@@ -5,14 +5,18 @@ The counts and the clock's table have their own: test_counts.py and test_clock.p
 
 import csv
 import re
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import triton
 
 from bench.race import engine
 from bench.report import results
-from persistrnn.kernels.inspect import audit, plan_command
+from persistrnn.kernels.cells import STAGED
+from persistrnn.kernels.inspect import audit, audit_command, plan_command
 from persistrnn.kernels.planner.hardware import named
 
 ROOT = Path(__file__).parents[2]
@@ -20,56 +24,73 @@ RESULTS = ROOT / "bench" / "results"
 AUDITS = ("audit-newest.csv", "audit-oldest.csv")
 
 
+IDENTITY = ("kernel", "dtype", "H", "B", "D", "arch")
+
+
+HOW = ("bf16", "fp16", "tf32", "fp32", "marks", "chunked", "pipeline", "staged bf16", "staged tf32")
+KINDS = [*(f"{way} {how}" for how in HOW for way in ("forward", "backward")), "forward int8", "forward fp8"]
+
+
 def audited(name: str) -> list[dict[str, str]]:
     with (RESULTS / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def case_of(row: dict[str, str]) -> audit.Case:
-    cell, way = row["kernel"].split()
-    sizes = {name: int(row[column]) for name, column in (("hidden", "H"), ("batch", "B"), ("directions", "D"))}
-    return audit.Case(cell, way == "backward", row["dtype"], arch=row["arch"], **sizes)
+def identity(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[column]) for column in IDENTITY)
 
 
-# Of the tables that are there: planned otherwise since. None is left when `make audit` has made them anew.
-STALE = {("lstm forward", "tf32", "1024", "64", "1", "sm_90")}
+@cache
+def wanted() -> dict[tuple[str, ...], audit.Case]:
+    """What `make audit` compiles, by the columns that name a row."""
+    command = re.search(r"^AUDIT := -m persistrnn audit (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    paths = {word: sorted(map(str, ROOT.glob(word))) for word in command.split() if word.startswith("bench/")}
+    given = audit_command.parser().parse_args([part for word in command.split() for part in paths.get(word, [word])])
+    cases = audit_command.cases(audit_command.asked(given)).values()
+    return {identity(asdict(audit.row_of(case))): case for case in cases}
 
 
-def where(row: dict[str, str], homes: list[int], slices: int, resident: float) -> tuple[object, ...]:
+def where(arch: str, slices: int, resident: float, registers: int, shared: int, streamed: int) -> tuple[object, ...]:
     """AMD's backend leaves more of W_hh in registers than is asked."""
-    registers, shared, streamed = homes
-    on_chip = (registers, shared) if row["arch"].startswith("sm_") else (registers + shared,)
-    return slices, resident, *on_chip, streamed
+    return slices, resident, *((registers, shared) if arch.startswith("sm_") else (registers + shared,)), streamed
 
 
-@pytest.mark.parametrize("name", AUDITS)
-def test_audit_tables_are_of_today_s_plans(name):
-    """Of every row: how many slices, and where W_hh is."""
-    other = set()
-    for row in audited(name):
+@pytest.mark.parametrize("table", AUDITS)
+def test_audit_tables_are_of_today_s_plans(table):
+    """Every kernel that `make audit` compiles, and no other: how many slices, and where W_hh is."""
+    rows = {identity(row): row for row in audited(table)}
+    assert rows.keys() == wanted().keys(), "run `make audit`"
+    for name, case in wanted().items():
+        row, part = rows[name], audit.planned(case)
         assert not row["failures"] + row["refused"], row
-        part = audit.planned(case_of(row))
         homes = [int(row[column]) for column in ("in_registers", "in_shared", "streamed")]
-        expected = [part.in_registers, part.in_shared, part.streamed]
-        planned = where(row, expected, part.tiling.slices, round(100 * part.shares.resident, 1))
-        if where(row, homes, int(row["slices"]), float(row["resident"])) != planned:
-            other.add(tuple(row[column] for column in ("kernel", "dtype", "H", "B", "D", "arch")))
-    assert other <= STALE
+        found = where(case.arch, int(row["slices"]), float(row["resident"]), *homes)
+        homes = part.in_registers, part.in_shared, part.streamed
+        assert found == where(case.arch, part.tiling.slices, round(100 * part.shares.resident, 1), *homes), row
+
+
+def kinds() -> dict[str, tuple[str, ...]]:
+    """The smallest row of each kind of kernel, of NVIDIA's: they compile in two seconds or so each."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, case in sorted(wanted().items(), key=lambda entry: entry[1].hidden):
+        how = "pipeline" * (case.layers > 1) + "marks" * case.marks + "chunked" * case.chunked + case.weight_dtype
+        kind = "backward" if case.backward else "forward", "staged" * (case.cell in STAGED), how or case.dtype
+        if case.arch.startswith("sm_"):
+            found.setdefault(" ".join(filter(None, kind)), name)
+    return found
 
 
 @pytest.mark.audit
-@pytest.mark.parametrize("number", [101, 557, 1201])
-def test_rows_of_the_audit_are_compiled_anew(number):
-    """Where the weights are in the compiled kernel, and that nothing spills. Instructions and barriers belong to the
-    kernels of the day of the table."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_the_audit_are_compiled_anew(kind):
+    """A row of each kind is what today's code makes, to the last instruction."""
     tables = [rows for rows in map(audited, AUDITS) if rows[0]["triton"] == triton.__version__]
     if not tables:
         pytest.skip(f"there is no table of Triton {triton.__version__}")
-    of_nvidia = [row for row in tables[0] if row["arch"].startswith("sm_") and int(row["H"]) <= 512]
-    row = of_nvidia[number % len(of_nvidia)]
-    fresh = audit.audit(case_of(row))
-    names = ("slices", "resident", "in_registers", "in_shared", "streamed", "spills", "failures", "refused")
-    assert {name: str(getattr(fresh, name)) for name in names} == {name: row[name] for name in names}
+    assert kinds().keys() == {*KINDS}
+    name = kinds()[kind]
+    fresh = {column: str(value) for column, value in asdict(audit.audit(wanted()[name])).items()}
+    assert [row for row in tables[0] if identity(row) == name] == [fresh], "run `make audit`"
 
 
 def test_the_rehearsal_has_today_s_predictions():
