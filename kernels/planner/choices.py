@@ -24,12 +24,14 @@ from .problem import Problem
 from .tiling import Choice, cut_k, gate_packs, next_power_of_2, reduction, smallest_k_block
 
 WARPS = 8
-WORDS = 4 * 32 * WARPS  # bytes of one register of every thread of so many warps
-# Warps where a tile has at most as many elements as they have threads. With 8, two threads or four hold one element, all
-# compute and store it, and twice the parts of K are summed (clock, LSTM 256, B=16, bf16, sm_90: 2,349 cycles forward
-# and 2,854 backward became 2,124 and 2,747).
+WORDS = 4 * 32 * WARPS  # bytes of one register of every thread
+# Warps where a tile has no more elements than they have threads. With 8, two threads hold each element, both compute
+# and store it, and twice as much is summed over the parts of K (clock, LSTM 256, B=16, bf16, sm_90: 2,349 cycles
+# forward and 2,854 backward became 2,124 and 2,747).
 FEW_WARPS = 4
-READ_BY_FEW = 1 << 15  # bytes of weights in shared memory that they read while h is on its way
+# Bytes of weights in shared memory that they read while h is on its way (clock, LSTM 1024, B=16, bf16, sm_90: 3,074
+# cycles forward and 4,276 backward with 8 warps, all in registers, became 2,849 and 4,003).
+READ_BY_FEW = 1 << 15
 
 # Full float32 has no tensor cores: a thread holds both operands of its outputs for all of a tile's part of K. So many
 # numbers, the outputs among them, are the most that never spilled (272; 320 did).
@@ -97,8 +99,9 @@ def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
     tiles = _batch_tiles(problem, problem.batch <= 8 or streams or not strict)
     # Of 8 bits: one part is a product of warp groups, and with 2 Triton 3.6.0 spills (16 to 481).
     least = 4 if problem.weight_dtype else 1 if streams or problem.size == 4 else 2
-    # Not tried: other dtypes, and steps of several stages.
-    may_be_few = problem.size == 2 and problem.weight_dtype == "" and not problem.cell.staged
+    # Not tried: AMD, where a warp has 64 threads, other dtypes, and steps of several stages.
+    nvidia = problem.hardware.arch.startswith("sm_")
+    may_be_few = nvidia and problem.size == 2 and problem.weight_dtype == "" and not problem.cell.staged
     all_splits = [splits for splits in (8, 4, 2, 1) if splits >= least]
     for units in (8, 16, 32, 64, 128):
         needed = -(-problem.hidden // units)
@@ -186,8 +189,7 @@ def _product(problem: Problem, backward: bool, c: Choice, slices: int) -> _Produ
     depth = _depth(problem, backward, c.units, c.k_parts, slices)
     smallest = smallest_k_block(c.splits)
     # At most 32 registers per thread are on their way, of weights and of the operand.
-    words = WORDS // WARPS * c.warps
-    largest = min(512, max(smallest, power_of_2_at_most(32 * words // (size * max(m, c.batch_tile)))))
+    largest = min(512, max(smallest, power_of_2_at_most(32 * WORDS * c.warps // WARPS // (size * max(m, c.batch_tile)))))
     if problem.dtype == "fp32":
         outputs = c.splits * m * c.batch_tile // (32 * WARPS)
         largest = min(largest, c.splits * _multiply_add_depth(outputs) // len(packs))
@@ -220,13 +222,13 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
         start, largest_k_block=k_block, burst=max(k_block, 32 * WORDS // (size * start.batch_tile * halved)),
         streamed_k_block=max(smallest, stream),
     )  # fmt: skip
+    limit, total = register_limit(choice), room(problem, choice.blocks)
 
     def padded(k: int) -> int:
         return sum(block.size for block in cut_k(0, 0, k // p.segments, smallest, k_block)) * p.segments
 
     if choice.warps < WARPS:
         choice = replace(choice, burst=min(choice.burst, padded(p.k)))
-    limit, total = register_limit(choice), room(problem, choice.blocks)
 
     def homes(choice: Choice, streamed: bool) -> tuple[int, int]:
         spare = limit - registers_needed(p.m, p.packs, choice, size, 0, streamed, True, p.masked)
@@ -239,8 +241,7 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
         # its weights from shared memory.
         # Nor weights of 8 bits, which would be there in 16.
         unfit = problem.dtype == "fp32" or problem.weight_dtype != "" or choice.splits < choice.warps
-        words = WORDS // WARPS * choice.warps
-        kept = 0 if unfit else max(spare, 0) * words // (p.m * size) // p.quantum * p.quantum
+        kept = 0 if unfit else max(spare, 0) * WORDS * choice.warps // WARPS // (p.m * size) // p.quantum * p.quantum
         while choice.warps < WARPS and 0 < kept < p.k and padded(kept) > kept:
             kept -= p.quantum
         stored = problem.stored

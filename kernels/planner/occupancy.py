@@ -20,7 +20,8 @@ ELEMENT_REGISTERS = 17  # more for each further element of the state that a thre
 ADDRESS_REGISTERS = 10  # more for each kind of tensor that neither the LSTM nor the GRU has
 # More for a step with a second product, and with means, by bytes per element.
 PRODUCT_REGISTERS, MEAN_REGISTERS = {2: 48, 4: 64}, {2: 72, 4: 144}
-NARROW_REGISTERS = 32  # more with 4 warps where M is half of a tensor core's
+# More with 4 warps, by whether M is half of a tensor core's, which holds the other half too.
+FEW_WARPS_REGISTERS = {False: -8, True: 32}
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
 WIDENING_REGISTERS = 16  # more where weights of 8 bits are widened
@@ -89,7 +90,7 @@ def registers_needed(
     need = BASE_REGISTERS + (TILE_REGISTERS + size) * (choice.subtiles - 1) * (1 + elements) // 2
     need += m * resident * size // words
     if exchanged and choice.warps < 8:
-        need += NARROW_REGISTERS if m < 16 else -8
+        need += FEW_WARPS_REGISTERS[m < 16]
     need += choice.splits * m * choice.batch_tile // threads
     # The sum over the parts, before it becomes gates.
     need += m * choice.batch_tile // threads
