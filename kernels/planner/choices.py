@@ -189,7 +189,8 @@ def _product(problem: Problem, backward: bool, c: Choice, slices: int) -> _Produ
     depth = _depth(problem, backward, c.units, c.k_parts, slices)
     smallest = smallest_k_block(c.splits)
     # At most 32 registers per thread are on their way, of weights and of the operand.
-    largest = min(512, max(smallest, power_of_2_at_most(32 * WORDS * c.warps // WARPS // (size * max(m, c.batch_tile)))))
+    words = 4 * 32 * c.warps
+    largest = min(512, max(smallest, power_of_2_at_most(32 * words // (size * max(m, c.batch_tile)))))
     if problem.dtype == "fp32":
         outputs = c.splits * m * c.batch_tile // (32 * WARPS)
         largest = min(largest, c.splits * _multiply_add_depth(outputs) // len(packs))
@@ -241,7 +242,7 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
         # its weights from shared memory.
         # Nor weights of 8 bits, which would be there in 16.
         unfit = problem.dtype == "fp32" or problem.weight_dtype != "" or choice.splits < choice.warps
-        kept = 0 if unfit else max(spare, 0) * WORDS * choice.warps // WARPS // (p.m * size) // p.quantum * p.quantum
+        kept = 0 if unfit else max(spare, 0) * 4 * 32 * choice.warps // (p.m * size) // p.quantum * p.quantum
         while choice.warps < WARPS and 0 < kept < p.k and padded(kept) > kept:
             kept -= p.quantum
         stored = problem.stored
