@@ -43,10 +43,10 @@ def test_no_element_is_stored_twice_nor_summed_by_two_threads(row):
     cell, _, way = row["kernel"].partition(" ")
     case = Case(cell, way == "backward", row["dtype"], int(row["H"]), row["arch"], int(row["B"]))
     t, shape = planned(case).tiling, CELLS[cell]
-    states = 1 + shape.recurrent_gradient if case.backward else shape.states
-    tiles = states * shape.gates if case.backward else states + shape.saved
-    halves = 2 if t.k_parts > 1 else 1  # partial sums are stored, and announced
-    stored = t.units * t.batch_tile * tiles * 2 + (halves - 1) * t.units_formed * t.batch_tile * 4 + halves * 4
+    tiles = shape.gates * (1 + shape.recurrent_gradient) if case.backward else shape.states + shape.saved
+    stored = 2 * tiles * t.units * t.batch_tile + 4  # and an announcement
+    if t.k_parts > 1:
+        stored += 4 * t.units_formed * t.batch_tile + 4
     assert int(row["executed_global_written"]) == stored
     # What each warp has is written once, and read once.
     summed = reduction(t.packs, t.splits // t.chains, t.k_parts, t.units, t.batch_tile)
