@@ -23,7 +23,7 @@ import triton.language as tl
 
 from .exchange import announce, await_count, get, read
 from .operands import as_operand, as_weights, operand_index, operand_rows, weight_index, weight_outputs
-from .tiles import accumulator, narrow, operand, operands, split_gates
+from .tiles import accumulator, narrow, operand, operands, split_gates, split_three_gates, sum_chains
 from .widen import eight_bits, in_turn, widened
 
 
@@ -247,9 +247,18 @@ def nth_tile(weights, i: tl.constexpr, tiling: tl.constexpr):
 @triton.jit
 def gather(accs, tiling: tl.constexpr):
     """The product as a tuple of tiles [BB, R*U], one per gate."""
-    tiles = ()
+    U: tl.constexpr = tiling.units_formed
+    BB: tl.constexpr = tiling.batch_tile
+    P: tl.constexpr = tiling.splits // tiling.chains
+    sums = ()
     for p in tl.static_range(len(tiling.packs)):
-        tiles = tiles + split_gates(accs[p], tiling.packs[p], tiling.units_formed, tiling.batch_tile, tiling.splits)
+        sums = sums + (sum_chains(accs[p], tiling.chains),)
+    if tiling.joined:
+        tiles = split_three_gates(sums[0], sums[1], U, BB, P)
+    else:
+        tiles = ()
+        for p in tl.static_range(len(tiling.packs)):
+            tiles = tiles + split_gates(sums[p], tiling.packs[p], U, BB, P)
     return tiles
 
 

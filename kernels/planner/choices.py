@@ -21,10 +21,17 @@ from .occupancy import (
     widening_registers,
 )
 from .problem import Problem
-from .tiling import Choice, gate_packs, next_power_of_2, smallest_k_block
+from .tiling import Choice, cut_k, gate_packs, next_power_of_2, reduction, smallest_k_block
 
 WARPS = 8
 WORDS = 4 * 32 * WARPS  # bytes of one register of every thread
+# Warps where a tile has no more elements than they have threads. With 8, two threads hold each element, both compute
+# and store it, and twice as much is summed over the parts of K (clock, LSTM 256, B=16, bf16, sm_90: 2,349 cycles
+# forward and 2,854 backward became 2,124 and 2,747).
+FEW_WARPS = 4
+# Bytes of weights in shared memory that they read while h is on its way (clock, LSTM 1024, B=16, bf16, sm_90: 3,074
+# cycles forward and 4,276 backward with 8 warps, all in registers, became 2,849 and 4,003).
+READ_BY_FEW = 1 << 15
 
 # Full float32 has no tensor cores: a thread holds both operands of its outputs for all of a tile's part of K. So many
 # numbers, the outputs among them, are the most that never spilled (272; 320 did).
@@ -92,6 +99,9 @@ def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
     tiles = _batch_tiles(problem, problem.batch <= 8 or streams or not strict)
     # Of 8 bits: one part is a product of warp groups, and with 2 Triton 3.6.0 spills (16 to 481).
     least = 4 if problem.weight_dtype else 1 if streams or problem.size == 4 else 2
+    # Not tried: AMD, where a warp has 64 threads, other dtypes, and steps of several stages.
+    nvidia = problem.hardware.arch.startswith("sm_")
+    may_be_few = nvidia and problem.size == 2 and problem.weight_dtype == "" and not problem.cell.staged
     all_splits = [splits for splits in (8, 4, 2, 1) if splits >= least]
     for units in (8, 16, 32, 64, 128):
         needed = -(-problem.hidden // units)
@@ -105,6 +115,13 @@ def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
                 continue
             m = (1 if backward else problem.cell.gates) * units * k_parts
             for batch_tile, subtiles in tiles:
+                if may_be_few and blocks == 1 and units * batch_tile <= 32 * FEW_WARPS:
+                    splits = FEW_WARPS * _chains(m, batch_tile, _depth(problem, backward, units, k_parts, slices))
+                    start = Choice(units, k_parts, batch_tile, subtiles, FEW_WARPS, 1, splits, 0, 0, 0, 0, 0)
+                    found = _filled(problem, backward, start, slices, strict)
+                    if found is not None and m * found.in_shared * problem.size <= READ_BY_FEW:
+                        yield found
+                        continue
                 # Fewer parts of K where M is large: the accumulators of all parts are in registers.
                 for splits in all_splits if m >= 128 else [8]:
                     if splits * m * batch_tile > 128 * 256:
@@ -115,6 +132,15 @@ def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
                         yield found
 
 
+def _chains(m: int, batch_tile: int, depth: int) -> int:
+    """Parts of K for each of few warps: a tensor core begins about 4 products of 16 by 8 until the first is done. Fewer
+    where they would pad K by more than an eighth."""
+    chains = max(1, 4 * 16 * 8 // (max(m, 16) * batch_tile))
+    while chains > 1 and -depth % smallest_k_block(FEW_WARPS * chains) > depth // 8:
+        chains //= 2
+    return chains
+
+
 def _multiply_add_depth(outputs: int) -> int:
     """The deepest part of K, a power of two, for which a thread holds both operands of so many outputs in full float32;
     0 if there is none."""
@@ -122,6 +148,13 @@ def _multiply_add_depth(outputs: int) -> int:
     edges = high + -(-outputs // high)
     left = MULTIPLY_ADD_REGISTERS - outputs
     return power_of_2_at_most(left // edges) if left >= edges else 0
+
+
+def _depth(problem: Problem, backward: bool, units: int, k_parts: int, slices: int) -> int:
+    """K of each segment of a product."""
+    if k_parts > 1:
+        return slices // k_parts * units
+    return (problem.cell.gates if backward else 1) * problem.hidden
 
 
 @dataclass(frozen=True)
@@ -153,10 +186,11 @@ def _product(problem: Problem, backward: bool, c: Choice, slices: int) -> _Produ
     m = (1 if backward else gates) * c.k_parts * c.units
     packs = (1,) if backward else gate_packs(gates)
     segments = gates if backward and c.k_parts > 1 else 1
-    depth = (gates if backward else 1) * problem.hidden if c.k_parts == 1 else slices // c.k_parts * c.units
+    depth = _depth(problem, backward, c.units, c.k_parts, slices)
     smallest = smallest_k_block(c.splits)
     # At most 32 registers per thread are on their way, of weights and of the operand.
-    largest = min(512, max(smallest, power_of_2_at_most(32 * WORDS // (size * max(m, c.batch_tile)))))
+    words = 4 * 32 * c.warps
+    largest = min(512, max(smallest, power_of_2_at_most(32 * words // (size * max(m, c.batch_tile)))))
     if problem.dtype == "fp32":
         outputs = c.splits * m * c.batch_tile // (32 * WARPS)
         largest = min(largest, c.splits * _multiply_add_depth(outputs) // len(packs))
@@ -169,7 +203,7 @@ def _product(problem: Problem, backward: bool, c: Choice, slices: int) -> _Produ
         k=-(-depth // smallest) * smallest * segments,
         quantum=smallest * segments,
         largest=largest,
-        reduction=c.splits * max(packs) * c.k_parts * c.units * c.batch_tile * 4,
+        reduction=reduction(packs, min(c.splits, c.warps), c.k_parts, c.units, c.batch_tile),
         masked=masked(problem.hidden, depth, padded, c.splits, size),
     )
 
@@ -191,6 +225,12 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
     )  # fmt: skip
     limit, total = register_limit(choice), room(problem, choice.blocks)
 
+    def padded(k: int) -> int:
+        return sum(block.size for block in cut_k(0, 0, k // p.segments, smallest, k_block)) * p.segments
+
+    if choice.warps < WARPS:
+        choice = replace(choice, burst=min(choice.burst, padded(p.k)))
+
     def homes(choice: Choice, streamed: bool) -> tuple[int, int]:
         spare = limit - registers_needed(p.m, p.packs, choice, size, 0, streamed, True, p.masked)
         spare -= cell_registers(problem.cell, backward, choice, size)
@@ -201,8 +241,10 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
         # the registers (seen: hundreds of spills). And one part of K is a product of warp groups on sm_90, which reads
         # its weights from shared memory.
         # Nor weights of 8 bits, which would be there in 16.
-        unfit = problem.dtype == "fp32" or problem.weight_dtype != "" or choice.splits < WARPS
-        kept = 0 if unfit else max(spare, 0) * WORDS // (p.m * size) // p.quantum * p.quantum
+        unfit = problem.dtype == "fp32" or problem.weight_dtype != "" or choice.splits < choice.warps
+        kept = 0 if unfit else max(spare, 0) * 4 * 32 * choice.warps // (p.m * size) // p.quantum * p.quantum
+        while choice.warps < WARPS and 0 < kept < p.k and padded(kept) > kept:
+            kept -= p.quantum
         stored = problem.stored
         stream = (p.m + choice.batch_tile) * choice.streamed_k_block * size if streamed else 0
         working = max(choice.burst * choice.batch_tile * size, stream, p.reduction) + SIGNALS
@@ -213,8 +255,8 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
     registers, shared = homes(choice, False)
     if shared >= 0 and registers + shared >= p.k:
         return replace(choice, in_registers=min(registers, p.k), in_shared=max(0, p.k - registers))
-    if choice.subtiles > 1:
-        return None  # each batch tile would stream the weights again
+    if choice.subtiles > 1 or choice.warps < WARPS:
+        return None  # each batch tile would stream the weights again; and more warps have more registers
     # A step that streams is long: more trips through L2 do not count as much as the registers do.
     burst = max(k_block, choice.burst // 2)
     if p.packs > 1 and choice.splits == 1 and size == 4 and not p.masked:

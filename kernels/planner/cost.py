@@ -95,7 +95,7 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool) -> Cost:
     if exchanged:
         operand = columns * work.k * size * (1 if backward else 1 + cell.products)
         # Warps that share a part of K read the same operand.
-        readers = choice.warps // choice.splits
+        readers = max(1, choice.warps // choice.splits)
         state = tiles * (operand / l2 + (1 + readers) * operand / on_chip)
         outputs = 1 if backward else cell.gates
         if choice.k_parts > 1:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..cells import Cell
 from .problem import Problem
-from .tiling import Choice, Tiling, smallest_k_block
+from .tiling import Choice, Tiling, reduction, smallest_k_block
 
 # Registers per thread that a kernel needs besides weights, accumulators, the operand in flight and the streamed tile.
 # Fitted to audits on Triton 3.9.0 and 3.6.0, on the safe side: up to 30 more than kernels turn out to need.
@@ -20,6 +20,8 @@ ELEMENT_REGISTERS = 17  # more for each further element of the state that a thre
 ADDRESS_REGISTERS = 10  # more for each kind of tensor that neither the LSTM nor the GRU has
 # More for a step with a second product, and with means, by bytes per element.
 PRODUCT_REGISTERS, MEAN_REGISTERS = {2: 48, 4: 64}, {2: 72, 4: 144}
+# More with 4 warps, by whether M is half of a tensor core's, which holds the other half too.
+FEW_WARPS_REGISTERS = {False: -8, True: 32}
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
 WIDENING_REGISTERS = 16  # more where weights of 8 bits are widened
@@ -87,6 +89,8 @@ def registers_needed(
     elements = max(1, choice.units * choice.batch_tile // threads)
     need = BASE_REGISTERS + (TILE_REGISTERS + size) * (choice.subtiles - 1) * (1 + elements) // 2
     need += m * resident * size // words
+    if exchanged and choice.warps < 8:
+        need += FEW_WARPS_REGISTERS[m < 16]
     need += choice.splits * m * choice.batch_tile // threads
     # The sum over the parts, before it becomes gates.
     need += m * choice.batch_tile // threads
@@ -127,9 +131,9 @@ def shared_bound(t: Tiling, size: int, stored: int) -> tuple[int, int, int]:
         burst = sum(c.size for c in t.k_blocks) + t.units
     operand = burst * t.batch_tile * size
     stream = (t.m + t.batch_tile) * t.streamed_k_block * size if t.streamed else 0  # also of 8 bits: widened before
-    reduction = t.splits * max(t.packs) * t.units_formed * t.batch_tile * 4
+    parts = reduction(t.packs, t.splits // t.chains, t.k_parts, t.units, t.batch_tile)
     # On their way to registers the weights pass through shared memory, before those that stay there arrive.
     # Beside them, the first state changes its layout.
     state = t.units * t.batch_tile * 4
-    working = max(operand, stream, reduction) + (state if t.slices == 1 else 0) + SIGNALS
+    working = max(operand, stream, parts) + (state if t.slices == 1 else 0) + SIGNALS
     return registers, shared, max(registers + state, shared + working)

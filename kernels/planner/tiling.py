@@ -39,7 +39,8 @@ class Choice:
         subtiles: batch tiles that a program works on in turn within each step: one's exchange hides another's work.
         warps: warps per program.
         blocks: programs that share a multiprocessor, its registers and its shared memory.
-        splits: parts that K is cut into within a program, one per warp (1: the warps share M and N instead).
+        splits: parts that K is cut into within a program: one or several per warp, or one for several warps, which
+            share M and N.
         largest_k_block: the largest tile of K.
         burst: K of the operand that is on its way at once; it costs shared memory, a burst each costs its latency.
         in_registers, in_shared: elements of K whose weights a program keeps there; what is left is streamed.
@@ -82,13 +83,14 @@ class Tiling:
         guarded: whether units past H are masked before the product of one slice.
         means, normalised: of the cell. The former are means over all units within a step.
         row_tiles: tiles of each row where the moving operand is in memory; 0: as many as the first product takes.
+        chains: parts of K per warp: products that do not wait for each other.
         later: of the second product of a step that has one, whose outputs are the last gate; in the same slices.
     """
 
     # Not in a plan's JSON where the cell has nothing of the kind.
     OF_SOME_CELLS: ClassVar = (
         "more_inputs", "params", "extras", "after", "more_gradients", "guarded", "heads", "means", "normalised",
-        "row_tiles", "later", "widened",
+        "row_tiles", "later", "widened", "chains",
     )  # fmt: skip
 
     hidden: int
@@ -130,6 +132,7 @@ class Tiling:
     normalised: bool = False
     row_tiles: int = 0
     later: Tiling | None = None
+    chains: int = 1
 
     def __post_init__(self) -> None:
         if self.layers > 1 and self.slices == 1:
@@ -176,6 +179,11 @@ class Tiling:
     def counters_per_tile(self) -> int:
         """Counters of one batch tile: one, or one per part of K and one per unit group; and one for stages."""
         return self.k_parts + self.unit_groups if self.k_parts > 1 else 1 + (self.means + self.products > 0)
+
+    @property
+    def joined(self) -> bool:
+        """Whether two packs of gates are summed over the parts of K at once, as four gates."""
+        return self.splits > 1 and gates_summed(self.packs, self.k_parts) > max(self.packs)
 
     @property
     def products(self) -> int:
@@ -237,6 +245,16 @@ def gate_packs(gates: int) -> tuple[int, ...]:
     """Gates of each dot: a power of two, at most 4. 4 gates are one dot, 3 gates are two."""
     rest = {0: (), 1: (1,), 2: (2,), 3: (2, 1)}[gates % 4]
     return (4,) * (gates // 4) + rest
+
+
+def gates_summed(packs: tuple[int, ...], k_parts: int) -> int:
+    """Gates whose parts of K are summed at once."""
+    return 4 if packs == (2, 1) and k_parts == 1 else max(packs)
+
+
+def reduction(packs: tuple[int, ...], parts: int, k_parts: int, units: int, batch_tile: int) -> int:
+    """Bytes of shared memory in which they are: so many parts, one per warp."""
+    return parts * gates_summed(packs, k_parts) * k_parts * units * batch_tile * 4
 
 
 def smallest_k_block(splits: int) -> int:
@@ -325,6 +343,7 @@ def _tiling(problem: Problem, choice: Choice, backward: bool, gates: int) -> Til
         extras=len(cell.extras),
         after=cell.after,
         more_gradients=cell.more_gradients,
+        chains=max(1, choice.splits // choice.warps) if slices > 1 else 1,
         guarded=slices == 1 and units > hidden and not cell.finite_at_zero,
         means=cell.means,
         normalised=cell.normalised,

@@ -62,6 +62,7 @@ def check_tiling(t: Tiling, shape: Cell, backward: bool, size: int) -> None:
     hidden = t.hidden
     assert (t.gates, t.saved, t.recurrent_gradient) == (shape.gates, shape.saved, shape.recurrent_gradient)
     assert all(is_power_of_two(n) for n in (t.units, t.k_parts, t.batch_tile, t.splits, t.streamed_k_block, *t.packs))
+    assert is_power_of_two(t.chains)
     assert t.batch_tile >= 8, "a dot needs 8 columns"
 
     # Units, and the rows of the product.
@@ -124,7 +125,7 @@ def check_pass(part: Pass, found: Plan, shape: Cell, backward: bool) -> None:
     assert (t.units, t.batch_tile, t.subtiles) == (choice.units, choice.batch_tile, choice.subtiles)
     assert is_power_of_two(choice.warps)
     assert choice.warps * 32 <= 1024, "threads of one program"
-    assert t.splits in (1, *range(2, choice.warps + 1)), "no more parts of K than warps"
+    assert t.splits <= t.chains * choice.warps, "no more parts of K than warps have chains"
 
     # Every byte of W_hh has one home.
     shares = part.shares

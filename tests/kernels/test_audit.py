@@ -363,6 +363,8 @@ def test_gates_are_formed_again_without_a_spill(name, arch):
     ("case", "barriers"),
     [
         (Case("lstm", False, "bf16", 256, "sm_90", 16), 2),
+        (Case("gru", False, "fp16", 512, "sm_90", 1), 2),  # both packs of gates at once
+        (Case("gru", False, "bf16", 512, "sm_90", 64), 2),
         (Case("lstm", True, "fp16", 256, "sm_80", 1), 2),
         (Case("gru", True, "bf16", 512, "sm_90", 16), 3),
         (Case("lstm", False, "tf32", 512, "sm_80", 16), 3),

@@ -8,8 +8,10 @@ import pytest
 import triton
 from emulator.ptx import Kernel
 
+from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.inspect import audit_command
-from persistrnn.kernels.inspect.audit import compile_pass, planned
+from persistrnn.kernels.inspect.audit import Case, compile_pass, planned
+from persistrnn.kernels.planner.tiling import reduction
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +36,23 @@ def test_the_page_is_made_of_the_file():
     )
     # None of these sizes streams: executed as read from the code.
     assert {(row["executed_weights"], row["audit_streamed"]) for row in counted.read()} == {("0", "0")}
+
+
+@pytest.mark.parametrize("row", [r for r in counted.read() if r["B"] == "16" and r["dtype"] == "bf16"], ids=str)
+def test_no_element_is_stored_twice_nor_summed_by_two_threads(row):
+    cell, _, way = row["kernel"].partition(" ")
+    case = Case(cell, way == "backward", row["dtype"], int(row["H"]), row["arch"], int(row["B"]))
+    t, shape = planned(case).tiling, CELLS[cell]
+    tiles = shape.gates * (1 + shape.recurrent_gradient) if case.backward else shape.states + shape.saved
+    stored = 2 * tiles * t.units * t.batch_tile + 4  # and an announcement
+    if t.k_parts > 1:
+        stored += 4 * t.units_formed * t.batch_tile + 4
+    assert int(row["executed_global_written"]) == stored
+    # What each warp has is written once, and read once.
+    summed = reduction(t.packs, t.splits // t.chains, t.k_parts, t.units, t.batch_tile)
+    assert int(row["executed_shared_written"]) == summed
+    if row["audit_in_shared"] == "0":
+        assert int(row["executed_shared_read"]) == summed
 
 
 def test_counting_needs_a_checkout(monkeypatch, capsys, tmp_path):

@@ -37,6 +37,9 @@ CASES = [
     ("gru", "bf16", "flags", 99, 3, 1, False, {"k_parts": 2, "units": 32, "homes": "all three"}),
     ("lstm", "bf16", "counter", 27, 19, 1, False, {"subtiles": 2, "batch_tile": 8, "homes": "shared"}),
     ("gru", "fp16", "counter", 61, 11, 1, False, {"k_parts": 2, "units": 16, "subtiles": 2, "batch_tile": 8}),
+    # Several parts of K per warp.
+    ("gru", "bf16", "counter", 45, 3, 1, False, {"splits": 8, "homes": "registers and shared"}),
+    ("lstm", "fp16", "flags", 45, 3, 1, False, {"splits": 8, "batch_tile": 8, "k_parts": 2}),
 ]
 # In warps one program has other interleavings within; in rows all of a group move together.
 UNITS = ("programs", "warps", "rows")

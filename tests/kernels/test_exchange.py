@@ -38,6 +38,7 @@ CASES = [
     ("lstm", "fp32", "flags", 32, 3, 1, False, {"homes": "stream", "splits": 2}),  # no mask anywhere
     ("gru", "fp32", "counter", 61, 3, 1, False, {"homes": "all three", "units": 16, "burst": 16}),
     ("gru", "fp16", "flags", 61, 1, 1, False, {"homes": "registers", "splits": 2}),
+    ("gru", "fp32", "counter", 45, 3, 1, False, {"homes": "registers and shared", "splits": 8}),
     # Two dimensions.
     ("lstm", "fp32", "counter", 29, 3, 1, False, {"k_parts": 2}),
     ("gru", "bf16", "flags", 99, 3, 1, False, {"k_parts": 2, "units": 32, "homes": "all three"}),
@@ -98,6 +99,7 @@ def features(backward):
             "a stream in several segments": t.streamed and t.segments > 1,
             "several bursts": len(t.bursts) > 1,
             "splits": t.splits > 1,
+            "chains": t.chains > 1,
             "batch tile empty": t.subtiles > 1 and 0 < batch % (t.batch_tile * t.subtiles) <= t.batch_tile,
             "subtiles of two dimensions": t.subtiles > 1 and t.k_parts > 1,
             "streamed subtiles": t.subtiles > 1 and t.streamed,

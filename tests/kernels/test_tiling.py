@@ -22,7 +22,7 @@ def made(cell: Cell, hidden: int, choice: Choice, backward: bool, size: int = 2,
 
 def random_choice(random: random.Random, cell: Cell, hidden: int, backward: bool) -> Choice:
     """Any choice at all: homes of any size, full or empty, in tiles that need not divide them."""
-    splits = random.choice((1, 2, 4, 8))
+    splits = random.choice((1, 2, 4, 8, 16))
     k = cell.gates * hidden
     homes = [random.choice((0, 16, random.randrange(k + 1), k, 2 * k)) for _ in range(2)]
     units = random.choice((8, 16, 32, 64, 128))
@@ -33,7 +33,7 @@ def random_choice(random: random.Random, cell: Cell, hidden: int, backward: bool
         k_parts=random.choice((1, 2, 4, 8)) if units < hidden else 1,
         batch_tile=random.choice((8, 16, 32)),
         subtiles=random.choice((1, 2, 4)),
-        warps=8,
+        warps=random.choice((4, 8)),
         blocks=1,
         splits=splits,
         largest_k_block=random.choice((16, 64, 256, 512)),
