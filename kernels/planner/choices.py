@@ -30,7 +30,8 @@ WORDS = 4 * 32 * WARPS  # bytes of one register of every thread
 # forward and 2,854 backward became 2,124 and 2,747).
 FEW_WARPS = 4
 # Bytes of weights in shared memory that they read while h is on its way (clock, LSTM 1024, B=16, bf16, sm_90: 3,074
-# cycles forward and 4,276 backward with 8 warps, all in registers, became 2,849 and 4,003).
+# cycles forward and 4,276 backward with 8 warps, all in registers, became 2,849 and 4,003). None where M is half of a
+# tensor core's (LSTM 512, B=1, backward, a quarter of them there: 2,820 cycles, with 8 warps 2,252).
 READ_BY_FEW = 1 << 15
 
 # Full float32 has no tensor cores: a thread holds both operands of its outputs for all of a tile's part of K. So many
@@ -119,7 +120,7 @@ def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
                     splits = FEW_WARPS * _chains(m, batch_tile, _depth(problem, backward, units, k_parts, slices))
                     start = Choice(units, k_parts, batch_tile, subtiles, FEW_WARPS, 1, splits, 0, 0, 0, 0, 0)
                     found = _filled(problem, backward, start, slices, strict)
-                    if found is not None and m * found.in_shared * problem.size <= READ_BY_FEW:
+                    if found is not None and m * found.in_shared * problem.size <= READ_BY_FEW * (m >= 16):
                         yield found
                         continue
                 # Fewer parts of K where M is large: the accumulators of all parts are in registers.
@@ -134,7 +135,10 @@ def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
 
 def _chains(m: int, batch_tile: int, depth: int) -> int:
     """Parts of K for each of few warps: a tensor core begins about 4 products of 16 by 8 until the first is done. Fewer
-    where they would pad K by more than an eighth."""
+    where they would pad K by more than an eighth; but as much as with more warps, or a shallow part of K looks cheaper
+    than it is (clock, LSTM 512, B=1, bf16, sm_80, backward: 1,864 cycles in one dimension, 2,651 in two)."""
+    if depth < smallest_k_block(WARPS):
+        return WARPS // FEW_WARPS
     chains = max(1, 4 * 16 * 8 // (max(m, 16) * batch_tile))
     while chains > 1 and -depth % smallest_k_block(FEW_WARPS * chains) > depth // 8:
         chains //= 2

@@ -21,7 +21,7 @@ ADDRESS_REGISTERS = 10  # more for each kind of tensor that neither the LSTM nor
 # More for a step with a second product, and with means, by bytes per element.
 PRODUCT_REGISTERS, MEAN_REGISTERS = {2: 48, 4: 64}, {2: 72, 4: 144}
 # More with 4 warps, by whether M is half of a tensor core's, which holds the other half too.
-FEW_WARPS_REGISTERS = {False: -8, True: 32}
+FEW_WARPS_REGISTERS = {False: -4, True: 56}
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
 WIDENING_REGISTERS = 16  # more where weights of 8 bits are widened
