@@ -42,7 +42,7 @@ class Sync(NamedTuple):
     Attributes:
         counters: int32, per batch tile ``tiling.counters_per_tile`` of them: one per part of K, of the steps that its
             owners have put, and with R > 1 one per unit group, of the partial sums.
-        partial_sums: fp32, per batch tile [2, S, outputs * BB * R*U]: of even and odd steps.
+        partial_sums: fp32, per batch tile [2, S, tiling.sums * BB * R*U]: of even and odd exchanges.
         error: int32 in host memory, 1 once a wait has run out.
     """
 
@@ -85,7 +85,7 @@ def locate(sync, first_job, B, tiling: tl.constexpr, exchange: tl.constexpr):
         reverse = direction // tiling.heads
     first_row = job % jobs_of_direction * rows_of_job
     counters += (job * tiling.layers + layer) * (tiling.subtiles * tiling.counters_per_tile * exchange.stride)
-    sums_of_tile: tl.constexpr = 2 * tiling.slices * tiling.outputs * tiling.units_formed * tiling.batch_tile
+    sums_of_tile: tl.constexpr = 2 * tiling.slices * tiling.sums * tiling.units_formed * tiling.batch_tile
     partial_sums += group.to(tl.int64) * (tiling.subtiles * sums_of_tile)
     slice_id = tl.program_id(0)
     unit_group = slice_id // tiling.k_parts

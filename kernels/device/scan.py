@@ -48,7 +48,17 @@ from .loads import (
     zeros_like_states,
 )
 from .marks import BEGINS, SKIPPED, is_marked, load_marks, load_reset, rows_before
-from .product import add_parts, corner_of, first_streamed, load_rest, matrix_of, product_local, product_shared, resident
+from .product import (
+    add_parts,
+    corner_of,
+    first_streamed,
+    gather,
+    load_rest,
+    matrix_of,
+    product_local,
+    product_shared,
+    resident,
+)
 from .program import Neighbour, locate, own_counter, sync_of_layer
 from .tile_tuples import add_tiles, choose, load, load_tiles, moved, only_where, store, store_tiles, zero_where
 from .tiles import batch_tile, narrow, previous_slot, row_offset, tile_offset, time_of, unit_offsets
@@ -74,28 +84,46 @@ def publish(pointer, offsets, mask, stride: tl.constexpr, tiles, arrival_counter
 
 
 @triton.jit
-def multiply(weights, ahead, pointer, rows, j: tl.constexpr, program, step, steps_needed, sync, spin_limit,
-             tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
-    """Wait for the other slices and form batch tile j's product with what they have put at ``pointer``.
+def accumulate(weights, ahead, accs, pointer, rows, j: tl.constexpr, program, steps_needed, sync, spin_limit,
+               tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
+    """Wait for the other slices and add to ``accs``, () for nothing, batch tile j's product with what they have put at
+    ``pointer``.
 
-    steps_needed: how many steps of the group that puts it must be there. ahead: the streamed tile on its way.
-    Returns the product, what is on its way now, and the spin limit left.
+    steps_needed: how many steps of the group that puts it must be there; sync: of that group. ahead: the streamed tile
+    on its way. Returns the accumulators, what is on its way now, and the spin limit left.
     """
     R: tl.constexpr = tiling.k_parts
     stride: tl.constexpr = exchange.stride
     counters = sync.counters + j * (tiling.counters_per_tile * stride)
     arrivals = steps_needed * (tiling.slices // R)
     spin_limit = wait(counters + program.k_part * stride, arrivals, spin_limit, sync.error, exchange)
-    product, ahead, spin_limit = product_shared(
-        weights, ahead, pointer, rows, spin_limit, sync.error, tiling, exchange
-    )  # fmt: skip
+    return product_shared(weights, ahead, accs, pointer, rows, spin_limit, sync.error, tiling, exchange)
+
+
+@triton.jit
+def sum_parts(tiles, j: tl.constexpr, program, turn, sync, spin_limit, tiling: tl.constexpr, exchange: tl.constexpr):
+    """Batch tile j's partial products become products, in the turn-th such exchange of the program's own group."""
+    R: tl.constexpr = tiling.k_parts
     if R > 1:
-        size: tl.constexpr = tiling.outputs * tiling.units_formed * tiling.batch_tile
-        sums = sync.partial_sums + ((j * 2 + step % 2) * tiling.slices + program.unit_group * R) * size
-        product, spin_limit = add_parts(
-            product, sums, program.k_part, counters + (R + program.unit_group) * stride, (step + 1) * R, spin_limit,
+        stride: tl.constexpr = exchange.stride
+        counters = sync.counters + j * (tiling.counters_per_tile * stride)
+        size: tl.constexpr = tiling.sums * tiling.units_formed * tiling.batch_tile
+        sums = sync.partial_sums + ((j * 2 + turn % 2) * tiling.slices + program.unit_group * R) * size
+        tiles, spin_limit = add_parts(
+            tiles, sums, program.k_part, counters + (R + program.unit_group) * stride, (turn + 1) * R, spin_limit,
             sync.error, tiling, exchange,
         )  # fmt: skip
+    return tiles, spin_limit
+
+
+@triton.jit
+def multiply(weights, ahead, accs, pointer, rows, j: tl.constexpr, program, step, steps_needed, sync, spin_limit,
+             tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
+    """What ``accumulate`` forms, as tiles."""
+    accs, ahead, spin_limit = accumulate(
+        weights, ahead, accs, pointer, rows, j, program, steps_needed, sync, spin_limit, tiling, exchange
+    )  # fmt: skip
+    product, spin_limit = sum_parts(gather(accs, tiling), j, program, step, sync, spin_limit, tiling, exchange)
     return product, ahead, spin_limit
 
 
@@ -218,22 +246,28 @@ def scan_forward(
                 x_tile = x_gates + tile_offset(t, tile, program, B, X * H, tiling)
                 x = load_tiles(x_tile, unit_offsets(program, tile.rows, X * H, tiling), x_mask, H, X)
                 e = load_extras(extras, t, tile, program, B, tiling)
+                accs = ()
                 if L > 1:
                     h = below.pointer + tile_offset((t + 1) * below.exists, tile, program, B, H, tiling)
-                    from_below, ahead, spin_limit = multiply(
-                        below_weights, ahead, h, tile.rows, j, program, step, (step + 1) * below.exists, below.sync,
+                    accs, ahead, spin_limit = accumulate(
+                        below_weights, ahead, (), h, tile.rows, j, program, (step + 1) * below.exists, below.sync,
                         spin_limit, tiling, exchange,
                     )  # fmt: skip
                     # Into the lowest layer nothing comes: zero times its own h0, which may be a NaN that nobody reads.
-                    from_below = zero_where(below.exists == 0, from_below)
-                    x = add_tiles(add_tiles(x, from_below), below_bias)
+                    if tiling.recurrent_gradient:
+                        x = add_tiles(x, zero_where(below.exists == 0, gather(accs, tiling)))
+                        accs = ()
+                    else:
+                        # The cell only adds both halves: one sum over the parts of K for both products.
+                        accs = zero_where(below.exists == 0, accs)
+                    x = add_tiles(x, below_bias)
                 if tiling.slices == 1:
                     inner = existing(before, program, tiling)
                     product = product_local(own_weights, inner, states[0].dtype.element_ty, tiling, exchange)
                 else:
                     h = states[0] + tile_offset(previous_slot(t, program.reverse), tile, program, B, H, tiling)
                     product, ahead, spin_limit = multiply(
-                        own_weights, ahead, h, rows_of_h, j, program, step, step, own_sync, spin_limit, tiling,
+                        own_weights, ahead, accs, h, rows_of_h, j, program, step, step, own_sync, spin_limit, tiling,
                         exchange,
                     )  # fmt: skip
                 new, to_save = cell(x, add_tiles(scaled(product, scales), own_bias), before, p, e)
@@ -352,10 +386,12 @@ def scan_backward(
             for j in tl.static_range(N):
                 tile = batch_tile(program, j, B, tiling)
                 dx = above.pointer + tile_offset(t * above.exists, tile, program, B, G * H, tiling)
-                from_above, ahead, spin_limit = multiply(
-                    above_weights, ahead, dx, tile.rows, j, program, 0, above.exists, above.sync, spin_limit, tiling,
+                accs, ahead, spin_limit = accumulate(
+                    above_weights, ahead, (), dx, tile.rows, j, program, above.exists, above.sync, spin_limit, tiling,
                     exchange,
                 )  # fmt: skip
+                from_above = gather(accs, tiling)
+                from_above, spin_limit = sum_parts(from_above, j, program, 0, own_sync, spin_limit, tiling, exchange)
                 after = after + (add_tiles(d_state[j], from_above),)
             d_state = after
 
@@ -403,25 +439,35 @@ def scan_backward(
                 before = ()
                 for j in tl.static_range(N):
                     tile = batch_tile(program, j, B, tiling)
-                    d = elementwise[j]
+                    accs = ()
+                    neighbour = ()
+                    turn_of_sums = step
                     if L > 1:
-                        # The neighbour's part of the next step, while this group's own exchange is on its way.
-                        dx = above.pointer + tile_offset(t_next * above.exists, tile, program, B, G * H, tiling)
-                        from_above, ahead, spin_limit = multiply(
-                            above_weights, ahead, dx, tile.rows, j, program, step,
+                        turn_of_sums = step + 1  # the first was before the loop
+                        # The neighbour's part of the next step, while this group's own exchange is on its way; after
+                        # the last one, of the row of zeros.
+                        t_above = tl.where(step + 1 < T, t_next * above.exists, (L - 1 - program.layer) * T)
+                        dx = above.pointer + tile_offset(t_above, tile, program, B, G * H, tiling)
+                        accs, ahead, spin_limit = accumulate(
+                            above_weights, ahead, accs, dx, tile.rows, j, program,
                             tl.minimum(step + 2, T) * above.exists, above.sync, spin_limit, tiling, exchange,
                         )  # fmt: skip
-                        from_above = (tl.where(step + 1 < T, from_above[0], 0.0),)
-                        if marks is None:
-                            d = add_tiles(d, from_above)  # at once: two tiles alive would cost registers
-                        else:
-                            neighbours = neighbours + (from_above,)
+                        if marks is not None:
+                            # Where a row begins anew only the own part is cut.
+                            neighbour = gather(accs, tiling)
+                            accs = ()
                     dr = dr_gates + tile_offset(t, tile, program, B, G * H, tiling)
-                    product, ahead, spin_limit = multiply(
-                        own_weights, ahead, dr, tile.rows, j, program, step, step + 1, own_sync, spin_limit, tiling,
+                    accs, ahead, spin_limit = accumulate(
+                        own_weights, ahead, accs, dr, tile.rows, j, program, step + 1, own_sync, spin_limit, tiling,
                         exchange,
                     )  # fmt: skip
-                    before = before + (add_tiles(d, product),)
+                    # One sum over the parts of K, and one exchange of it, for both products.
+                    product, spin_limit = sum_parts(
+                        gather(accs, tiling) + neighbour, j, program, turn_of_sums, own_sync, spin_limit, tiling,
+                        exchange,
+                    )  # fmt: skip
+                    before = before + (add_tiles(elementwise[j], product[:1]),)
+                    neighbours = neighbours + (product[1:],)
             if marks is not None:
                 # To the step before goes nothing of the rows that began anew, but for the neighbour's part of it.
                 uncut = before

@@ -81,32 +81,35 @@ def finish(problem: Problem, layers: int, backward: bool, choice: Choice) -> Pas
     registers, shared, total = occupancy.shared_bound(t, size, size)
     # The second matrix: once more what the first has, in both homes.
     total = max(total + shared, total + registers)
-    more = registers // WORDS + occupancy.pipeline_registers(backward, t.depth, size, elements(choice))
+    more = registers // WORDS + occupancy.pipeline_registers(backward, t.depth * t.segments, size, elements(choice))
     estimate = occupancy.register_estimate(problem.cell, t, choice, size) + more
     if total > hardware.shared or t.streamed or estimate > occupancy.register_limit(choice) + ROUNDING:
         return None
     jobs = t.jobs(problem.batch)
     groups = min(jobs, hardware.multiprocessors // (t.slices * layers))
     work = replace(model.work_of(t, groups), programs=t.slices * layers * groups)
-    cost = _with_neighbour(model.step(problem, choice, work, backward), t, choice, hardware)
+    cost = model.step(problem, choice, work, backward)
+    # Without an exchange of partial sums: there is one for both products.
+    neighbour = model.step(problem, replace(choice, k_parts=1), work, backward)
+    cost = _with_neighbour(cost, neighbour, t, choice, hardware)
     weights = (2 * layers - 1) * problem.weight_bytes
     share = sum(c.size for c in t.k_blocks[: t.in_registers]) / max(1, sum(c.size for c in t.k_blocks))
     shares = Shares(round(weights * share), weights - round(weights * share), 0)
     return Pass(t, choice, groups, -(-jobs // groups), 2 * registers, 2 * shared, 0, total, estimate, shares, cost)
 
 
-def _with_neighbour(cost: Cost, t: Tiling, choice: Choice, hardware: Hardware) -> Cost:
+def _with_neighbour(cost: Cost, neighbour: Cost, t: Tiling, choice: Choice, hardware: Hardware) -> Cost:
     """The cost of a layer alone, and that of the neighbour's product. The latter is formed while the group's own
     exchange is on its way: with one batch tile per program that hides what of it is no longer than the exchange; with
     several, the other tiles hide the exchange already."""
     bursts = len(t.bursts)
     trips = choice.subtiles * (bursts - 1) * model.LATENCY_SHARE * hardware.exchange
     barriers = choice.subtiles * (2 + 2 * bursts) * hardware.barrier
-    beside = cost.compute + cost.weights + cost.state + trips + barriers
+    beside = neighbour.compute + neighbour.weights + neighbour.state + trips + barriers
     saved = min(beside, hardware.exchange) if choice.subtiles == 1 else 0.0
     return replace(
-        cost, compute=2 * cost.compute, weights=2 * cost.weights, state=2 * cost.state,
-        synchronisation=cost.synchronisation + trips + barriers - saved,
+        cost, compute=cost.compute + neighbour.compute, weights=cost.weights + neighbour.weights,
+        state=cost.state + neighbour.state, synchronisation=cost.synchronisation + trips + barriers - saved,
     )  # fmt: skip
 
 

@@ -32,6 +32,11 @@ CASES = [
     ("gru", "bf16", "counter", 29, 2, 3, True, False, {"homes": "registers and shared", "units": 16}),
     ("gru", "fp16", "flags", 21, 11, 2, False, True, {"subtiles": 2, "batch_tile": 8, "homes": "shared"}),
     ("lstm", "fp32", "flags", 16, 17, 2, True, True, {"groups": 1, "homes": "registers and shared"}),
+    # The backward in two dimensions: a part of K not full, without units, several batch tiles, all cells.
+    ("lstm", "fp32", "counter", 29, 3, 3, True, True, {"k_parts": 2}),
+    ("gru", "bf16", "flags", 61, 2, 2, True, False, {"k_parts": 2, "units": 16, "homes": "registers and shared"}),
+    ("lstm", "bf16", "counter", 17, 3, 2, True, True, {"k_parts": 4, "homes": "shared"}),
+    ("gru", "fp32", "counter", 29, 11, 2, True, True, {"k_parts": 2, "subtiles": 2, "batch_tile": 8}),
 ]
 
 
@@ -90,17 +95,17 @@ def wrong(cell, operation="arrive", seconds=0.01):
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_layer_that_does_not_wait_for_its_neighbour_is_caught(pipelines, monkeypatch, cell, backward):
     pipelines()
-    multiply, program = scan.multiply, threading.local()
+    accumulate, program = scan.accumulate, threading.local()
 
-    def hasty(weights, ahead, pointer, rows, j, who, step, steps_needed, sync, spin_limit, tiling, how):
+    def hasty(weights, ahead, accs, pointer, rows, j, who, steps_needed, sync, spin_limit, tiling, how):
         # Of the two products of a step the neighbour's comes first; the backward forms its first one before the loop.
         turn = program.__dict__.setdefault("turn", 0)
         program.turn = turn + 1
         if tiling.backward == backward and (turn == 0 or turn % 2 == backward):
             steps_needed = steps_needed * 0
-        return multiply(weights, ahead, pointer, rows, j, who, step, steps_needed, sync, spin_limit, tiling, how)
+        return accumulate(weights, ahead, accs, pointer, rows, j, who, steps_needed, sync, spin_limit, tiling, how)
 
-    monkeypatch.setattr(scan, "multiply", hasty)
+    monkeypatch.setattr(scan, "accumulate", hasty)
     # A loaded machine may run the programs one after the other: the slow one is then slowed further.
     assert any(wrong(cell, seconds=seconds) for seconds in (0.01, 0.1, 1.0))
 
@@ -109,7 +114,7 @@ def test_a_layer_that_does_not_wait_for_its_neighbour_is_caught(pipelines, monke
 def test_a_gradient_told_before_it_is_stored_is_caught(pipelines, monkeypatch):
     """The GRU's dx is told together with dr: stored after the announcement it is too late for the layer below."""
     pipelines()
-    put_tiles, arrive, multiply, program = scan.put_tiles, scan.arrive, scan.multiply, threading.local()
+    put_tiles, arrive, accumulate, program = scan.put_tiles, scan.arrive, scan.accumulate, threading.local()
     read = threading.Event()
 
     def held(pointer, offsets, mask, stride, tiles, tiling, how):
@@ -127,7 +132,7 @@ def test_a_gradient_told_before_it_is_stored_is_caught(pipelines, monkeypatch):
             del program.dx
 
     def reading(*given):
-        found = multiply(*given)
+        found = accumulate(*given)
         steps_needed, tiling = given[7], given[-2]
         if tiling.backward and steps_needed.handle.data.item() > 0:
             read.set()
@@ -135,7 +140,7 @@ def test_a_gradient_told_before_it_is_stored_is_caught(pipelines, monkeypatch):
 
     monkeypatch.setattr(scan, "put_tiles", held)
     monkeypatch.setattr(scan, "arrive", announced)
-    monkeypatch.setattr(scan, "multiply", reading)
+    monkeypatch.setattr(scan, "accumulate", reading)
     assert wrong("gru")
 
 
