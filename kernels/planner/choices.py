@@ -31,6 +31,11 @@ WORDS = 4 * 32 * WARPS  # bytes of one register of every thread
 MULTIPLY_ADD_REGISTERS = 280
 # Bytes of K in a pipeline's backward where a thread owns several elements of the state (3072 spills 20, 3360 33).
 DEEPEST_OF_SEVERAL = 2560
+# Of those, in two dimensions (4 spill 105: GRU 512, B=64, bf16, sm_90, Triton 3.9.0).
+MOST_IN_TWO_DIMENSIONS = 2
+# Bytes of K in a program of a pipeline's backward, above which it spills, and both products take longer than the
+# exchange that hides one.
+DEEPEST = 4352
 
 
 def power_of_2_at_most(n: int) -> int:
@@ -234,8 +239,8 @@ def pipeline_choices(problem: Problem, layers: int, backward: bool) -> Iterator[
             continue
         m = (1 if backward else problem.cell.gates) * units * k_parts
         for batch_tile, subtiles in _batch_tiles(problem, problem.batch <= 8):
-            # In two dimensions by all warps: warps that share a part of K read the operand in 7 barriers, not in 3, and took
-            # 6,408 cycles per step instead of 5,086 (clock, 4 x LSTM 512, B=16, bf16, sm_90).
+            # In two dimensions each warp has its own part of K: where two share one, a step has 7 barriers instead of 3,
+            # and took 6,408 cycles instead of 5,086 (clock, 4 x LSTM 512, B=16, bf16, sm_90).
             for splits in (8, 4, 2) if m >= 128 and k_parts == 1 else (8,):
                 if splits * m * batch_tile > 128 * 256:
                     continue
@@ -254,21 +259,24 @@ def _filled_twice(problem: Problem, backward: bool, start: Choice, slices: int) 
     # Twice as many bursts as in a layer alone: with two products the operand on its way is what spills.
     burst = max(p.largest, (16 if backward else 32) * WORDS // (size * start.batch_tile))
     choice = replace(start, largest_k_block=p.largest, burst=burst)
-    if backward and elements(choice) > 1 and p.depth * p.segments * size > DEEPEST_OF_SEVERAL:
+    deep = p.depth * p.segments * size
+    if backward and deep > (DEEPEST if elements(choice) == 1 else DEEPEST_OF_SEVERAL):
+        return None
+    if start.k_parts > 1 and elements(choice) > MOST_IN_TWO_DIMENSIONS:
         return None
     need = registers_needed(p.m, p.packs, choice, size, 0, False, True, p.masked)
-    need += pipeline_registers(backward, p.depth * p.segments, size, elements(choice))
+    need += pipeline_registers(backward, deep, size, elements(choice))
     need += cell_registers(problem.cell, backward, choice, size)
     spare = register_limit(choice) - need
     if spare < 0:
         return None
     unfit = problem.dtype == "fp32" or choice.splits < WARPS
-    quantum = p.quantum
-    kept = 0 if unfit else spare * WORDS // (2 * p.m * size) // quantum * quantum
+    kept = 0 if unfit else spare * WORDS // (2 * p.m * size) // p.quantum * p.quantum
     working = max(burst * choice.batch_tile * size, p.reduction) + SIGNALS
-    shared = (problem.hardware.shared - working) // (2 * p.m * size) // quantum * quantum
+    shared = (problem.hardware.shared - working) // (2 * p.m * size) // p.quantum * p.quantum
     # Weights pass through shared memory on their way to registers.
-    most = (problem.hardware.shared - choice.units * choice.batch_tile * 4) // (2 * p.m * size) // quantum * quantum
+    most = problem.hardware.shared - choice.units * choice.batch_tile * 4
+    most = most // (2 * p.m * size) // p.quantum * p.quantum
     kept = min(kept, most, p.k)
     if shared < 0 or kept + shared < p.k:
         return None
