@@ -359,7 +359,7 @@ def add_parts(tiles, sums_of_group, k_part, counter, target, spin_limit, error, 
     """Two-dimensional split: hand the other slices of the unit group their units of this partial product, and return
     the sum over all R of this slice's own, in the order of the parts of K.
 
-    sums_of_group: the unit group's fp32 buffer [R, gates, BB, R*U] of this step's parity.
+    sums_of_group: the unit group's fp32 buffer [R, tiles, BB, R*U] of this exchange's parity.
     """
     n: tl.constexpr = len(tiles)
     BB: tl.constexpr = tiling.batch_tile

@@ -38,7 +38,7 @@ from .tiles import batch_tile, previous_slot, tile_offset, time_of, unit_offsets
 @triton.jit
 def stages_sync(own, exchange: tl.constexpr):
     """Where the later product's operand is counted: behind the state."""
-    return Sync(own.counters + exchange.stride, own.partial_sums, own.error)
+    return Sync(own.counters + exchange.stride, own.counters, own.partial_sums, own.error)
 
 
 @triton.jit

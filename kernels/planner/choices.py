@@ -239,8 +239,8 @@ def pipeline_choices(problem: Problem, layers: int, backward: bool) -> Iterator[
             continue
         m = (1 if backward else problem.cell.gates) * units * k_parts
         for batch_tile, subtiles in _batch_tiles(problem, problem.batch <= 8):
-            # In two dimensions each warp has its own part of K: where two share one, a step has 7 barriers instead of 3,
-            # and took 6,408 cycles instead of 5,086 (clock, 4 x LSTM 512, B=16, bf16, sm_90).
+            # In two dimensions each warp has its own part of K: where two share one, a step has 7 barriers, not 3, and
+            # took 6,408 cycles instead of 5,086 (clock, 4 x LSTM 512, B=16, bf16, sm_90).
             for splits in (8, 4, 2) if m >= 128 and k_parts == 1 else (8,):
                 if splits * m * batch_tile > 128 * 256:
                     continue
