@@ -31,8 +31,8 @@ WORDS = 4 * 32 * WARPS  # bytes of one register of every thread
 MULTIPLY_ADD_REGISTERS = 280
 # Bytes of K in a pipeline's backward where a thread owns several elements of the state (3072 spills 20, 3360 33).
 DEEPEST_OF_SEVERAL = 2560
-# Of those, in two dimensions (4 spill 105: GRU 512, B=64, bf16, sm_90, Triton 3.9.0).
-MOST_IN_TWO_DIMENSIONS = 2
+# Of those, and bytes of K, in two dimensions (4 spill 105: GRU 512, B=64; 2560 spill 10: LSTM 640, B=16; bf16, sm_90).
+MOST_IN_TWO_DIMENSIONS, DEEPEST_IN_TWO_DIMENSIONS = 2, 2048
 # Bytes of K in a program of a pipeline's backward, above which it spills, and both products take longer than the
 # exchange that hides one.
 DEEPEST = 4352
@@ -262,7 +262,7 @@ def _filled_twice(problem: Problem, backward: bool, start: Choice, slices: int) 
     deep = p.depth * p.segments * size
     if backward and deep > (DEEPEST if elements(choice) == 1 else DEEPEST_OF_SEVERAL):
         return None
-    if start.k_parts > 1 and elements(choice) > MOST_IN_TWO_DIMENSIONS:
+    if start.k_parts > 1 and (elements(choice) > MOST_IN_TWO_DIMENSIONS or deep > DEEPEST_IN_TWO_DIMENSIONS):
         return None
     need = registers_needed(p.m, p.packs, choice, size, 0, False, True, p.masked)
     need += pipeline_registers(backward, deep, size, elements(choice))
