@@ -265,7 +265,7 @@ def _filled_twice(problem: Problem, backward: bool, start: Choice, slices: int) 
     if start.k_parts > 1 and (elements(choice) > MOST_IN_TWO_DIMENSIONS or deep > DEEPEST_IN_TWO_DIMENSIONS):
         return None
     need = registers_needed(p.m, p.packs, choice, size, 0, False, True, p.masked)
-    need += pipeline_registers(backward, deep, size, elements(choice))
+    need += pipeline_registers(backward, p.depth * p.segments, size, elements(choice))
     need += cell_registers(problem.cell, backward, choice, size)
     spare = register_limit(choice) - need
     if spare < 0:
