@@ -199,7 +199,7 @@ def launch_scan(
     # Of the groups of one launch: the next launch follows on the same stream.
     tiles_at_once = min(jobs, part.groups) * t.layers * t.subtiles
     sums = t.slices > 1 and (t.k_parts > 1 or t.means > 0)
-    size = tiles_at_once * 2 * t.slices * t.outputs * t.units_formed * t.batch_tile if sums else 1
+    size = tiles_at_once * 2 * t.slices * t.sums * t.units_formed * t.batch_tile if sums else 1
     parts = torch.empty(size, dtype=torch.float32, device=device)
     sync = counters, _error_word(device), parts
     arch = hardware(device).arch

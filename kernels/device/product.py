@@ -337,12 +337,15 @@ def add_burst(weights, b: tl.constexpr, accs, pointer, rows, spin_limit, error, 
 
 
 @triton.jit
-def product_shared(weights, ahead, pointer, rows, spin_limit, error, tiling: tl.constexpr, exchange: tl.constexpr):
+def product_shared(weights, ahead, accs, pointer, rows, spin_limit, error, tiling: tl.constexpr,
+                   exchange: tl.constexpr):  # fmt: skip
     """Many slices: the operand is what all slices of the group have put at ``pointer``.
 
-    ahead: the streamed tile that is on its way. Returns the tiles, what is on its way now, and the spin limit left.
+    accs: what the product is added to; (): to nothing. ahead: the streamed tile that is on its way. Returns the
+    accumulators, what is on its way now, and the spin limit left.
     """
-    accs = accumulators(tiling)
+    if len(accs) == 0:
+        accs = accumulators(tiling)
     for b in tl.static_range(len(tiling.bursts)):
         accs, spin_limit = add_burst(weights, b, accs, pointer, rows, spin_limit, error, tiling, exchange)
     if tiling.streamed > 0:
@@ -356,7 +359,7 @@ def product_shared(weights, ahead, pointer, rows, spin_limit, error, tiling: tl.
                 weights.matrix.k_start, spin_limit, error, tiling, exchange,
             )  # fmt: skip
             accs = advance(operands(current, tiling, exchange), operand(moving, tiling, exchange), accs, tiling)
-    return gather(accs, tiling), ahead, spin_limit
+    return accs, ahead, spin_limit
 
 
 @triton.jit
@@ -365,7 +368,7 @@ def add_parts(tiles, sums_of_group, k_part, counter, target, spin_limit, error, 
     """Two-dimensional split: hand the other slices of the unit group their units of this partial product, and return
     the sum over all R of this slice's own, in the order of the parts of K.
 
-    sums_of_group: the unit group's fp32 buffer [R, gates, BB, R*U] of this step's parity.
+    sums_of_group: the unit group's fp32 buffer [R, tiles, BB, R*U] of this exchange's parity.
     """
     n: tl.constexpr = len(tiles)
     BB: tl.constexpr = tiling.batch_tile

@@ -1,7 +1,7 @@
 """Which choices there are for a pass: slices, splits, batch tiles and, for each of them, the homes of the weights.
 
 ``choices`` are those of a layer alone, ``pipeline_choices`` those of each layer of a pipeline: it has a second matrix
-of the same size in the same homes, streams nothing and is not split in two dimensions. Pure Python.
+of the same size in the same homes, streams nothing, and only its backward is split in two dimensions. Pure Python.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ READ_BY_FEW = 1 << 15
 MULTIPLY_ADD_REGISTERS = 280
 # Bytes of K in a pipeline's backward where a thread owns several elements of the state (3072 spills 20, 3360 33).
 DEEPEST_OF_SEVERAL = 2560
+# Of those, and bytes of K, in two dimensions (4 spill 105: GRU 512, B=64; 2560 spill 10: LSTM 640, B=16; bf16, sm_90).
+MOST_IN_TWO_DIMENSIONS, DEEPEST_IN_TWO_DIMENSIONS = 2, 2048
+# Bytes of K in a program of a pipeline's backward, above which it spills, and both products take longer than the
+# exchange that hides one.
+DEEPEST = 4352
 
 
 def power_of_2_at_most(n: int) -> int:
@@ -274,14 +279,19 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
 
 def pipeline_choices(problem: Problem, layers: int, backward: bool) -> Iterator[Choice]:
     """All that may fit for each of so many layers at the same time."""
-    for units in (8, 16, 32, 64):
-        slices = -(-problem.hidden // units)
-        if slices < 2 or slices * layers > problem.hardware.multiprocessors:
+    for units, k_parts in product((8, 16, 32, 64), (1, 2, 4, 8) if backward else (1,)):
+        slices = -(-problem.hidden // (units * k_parts)) * k_parts
+        if slices < 2 * k_parts or slices * layers > problem.hardware.multiprocessors:
             continue
-        m = (1 if backward else problem.cell.gates) * units
+        m = (1 if backward else problem.cell.gates) * units * k_parts
         for batch_tile, subtiles in _batch_tiles(problem, problem.batch <= 8):
-            for splits in (8, 4, 2) if m >= 128 else (8,):
-                start = Choice(units, 1, batch_tile, subtiles, WARPS, 1, splits, 0, 0, 0, 0, smallest_k_block(splits))
+            # In two dimensions each warp has its own part of K: where two share one, a step has 7 barriers, not 3, and
+            # took 6,408 cycles instead of 5,086 (clock, 4 x LSTM 512, B=16, bf16, sm_90).
+            for splits in (8, 4, 2) if m >= 128 and k_parts == 1 else (8,):
+                if splits * m * batch_tile > 128 * 256:
+                    continue
+                of_stream = smallest_k_block(splits)
+                start = Choice(units, k_parts, batch_tile, subtiles, WARPS, 1, splits, 0, 0, 0, 0, of_stream)
                 found = _filled_twice(problem, backward, start, slices)
                 if found is not None:
                     yield found
@@ -295,20 +305,24 @@ def _filled_twice(problem: Problem, backward: bool, start: Choice, slices: int) 
     # Twice as many bursts as in a layer alone: with two products the operand on its way is what spills.
     burst = max(p.largest, (16 if backward else 32) * WORDS // (size * start.batch_tile))
     choice = replace(start, largest_k_block=p.largest, burst=burst)
-    if backward and elements(choice) > 1 and p.depth * size > DEEPEST_OF_SEVERAL:
+    deep = p.depth * p.segments * size
+    if backward and deep > (DEEPEST if elements(choice) == 1 else DEEPEST_OF_SEVERAL):
+        return None
+    if start.k_parts > 1 and (elements(choice) > MOST_IN_TWO_DIMENSIONS or deep > DEEPEST_IN_TWO_DIMENSIONS):
         return None
     need = registers_needed(p.m, p.packs, choice, size, 0, False, True, p.masked)
-    need += pipeline_registers(backward, p.depth, size, elements(choice))
+    need += pipeline_registers(backward, p.depth * p.segments, size, elements(choice))
     need += cell_registers(problem.cell, backward, choice, size)
     spare = register_limit(choice) - need
     if spare < 0:
         return None
     unfit = problem.dtype == "fp32" or choice.splits < WARPS
-    kept = 0 if unfit else spare * WORDS // (2 * p.m * size) // smallest * smallest
+    kept = 0 if unfit else spare * WORDS // (2 * p.m * size) // p.quantum * p.quantum
     working = max(burst * choice.batch_tile * size, p.reduction) + SIGNALS
-    shared = (problem.hardware.shared - working) // (2 * p.m * size) // smallest * smallest
+    shared = (problem.hardware.shared - working) // (2 * p.m * size) // p.quantum * p.quantum
     # Weights pass through shared memory on their way to registers.
-    most = (problem.hardware.shared - choice.units * choice.batch_tile * 4) // (2 * p.m * size) // smallest * smallest
+    most = problem.hardware.shared - choice.units * choice.batch_tile * 4
+    most = most // (2 * p.m * size) // p.quantum * p.quantum
     kept = min(kept, most, p.k)
     if shared < 0 or kept + shared < p.k:
         return None

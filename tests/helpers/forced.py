@@ -98,7 +98,11 @@ def force_pipelines(
 
     def choose(cell, hidden, layers, batch, dtype, precision, device):
         parts = []
-        for made, alone in tilings(cell.name, hidden, 1, multiplied(dtype, precision), **chosen):
+        forward, backward = (
+            tilings(cell.name, hidden, 1, multiplied(dtype, precision), **chosen | only)[way]
+            for way, only in enumerate(({"k_parts": 1}, {}))  # the forward of a pipeline has one part of K
+        )
+        for made, alone in (forward, backward):
             t = dataclasses.replace(alone, layers=layers)
             jobs = t.jobs(batch)
             together = min(groups or jobs, jobs)

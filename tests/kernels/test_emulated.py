@@ -117,13 +117,28 @@ def test_no_cell_is_left_out():
 
 @pytest.mark.parametrize(
     ("arch", "cell", "protocol", "chosen"),
-    [("sm_80", "lstm", "counter", {}), ("sm_90", "gru", "flags", {"homes": "shared"})],
+    [
+        ("sm_80", "lstm", "counter", {}),
+        ("sm_90", "gru", "flags", {"homes": "shared"}),
+        ("sm_80", "gru", "flags", {"k_parts": 2}),
+        ("sm_90", "lstm", "counter", {"k_parts": 2, "homes": "shared", "splits": 4}),
+    ],
 )
 def test_a_stack_in_one_launch(emulated, monkeypatch, arch, cell, protocol, chosen):
     session = emulated(arch, schedule=Schedule(seed=1, slow=((0, None, None),), rarely=20))
     force_pipelines(monkeypatch, protocol, **chosen)
     precise(monkeypatch, "ieee")
-    assert failures(accuracy.Case(cell, "bf16", 13, 3, 4, 3, False, True, True)) == []
+    hidden = 29 if "k_parts" in chosen else 13
+    assert failures(accuracy.Case(cell, "bf16", hidden, 3, 4, 3, False, True, True)) == []
+    assert [report.kernel.name for report in session.reports] == ["scan_forward", "scan_backward"]
+
+
+def test_a_stack_with_rows_that_begin_anew(emulated, monkeypatch):
+    """In two dimensions: both products' partial sums in one exchange."""
+    session = emulated("sm_90", units="rows", schedule=Schedule(seed=2))
+    force_pipelines(monkeypatch, k_parts=2)
+    precise(monkeypatch, "ieee")
+    assert failures(accuracy.Case("lstm", "fp32", 29, 3, 4, 2, False, **accuracy.CUT)) == []
     assert [report.kernel.name for report in session.reports] == ["scan_forward", "scan_backward"]
 
 

@@ -95,6 +95,9 @@ PIPELINES = [
     ("counter", {}, Case("lstm", "fp32", 13, 5, 5, 2, False, **CUT)),
     ("flags", {}, Case("gru", "bf16", 13, 3, 5, 3, False, **CUT)),
     ("counter", {"subtiles": 2, "batch_tile": 8}, Case("gru", "fp32", 13, 11, 4, 2, False, lengths=True, state=True)),
+    # Where a row begins anew the own half of the gradient is cut, and not the neighbour's, in one exchange of both.
+    ("counter", {"k_parts": 2}, Case("lstm", "fp32", 29, 5, 5, 2, False, **CUT)),
+    ("flags", {"k_parts": 2, "subtiles": 2, "batch_tile": 8}, Case("gru", "bf16", 29, 11, 4, 2, False, resets=True)),
 ]
 
 
@@ -104,7 +107,7 @@ def test_pipelines_keep_the_bound(pipelines, index):
     protocol, chosen, case = PIPELINES[index]
     pipelines(protocol, **chosen)
     before = launch.LAUNCHES.copy()
-    with concurrent_grid(Delays(("put", "arrive", "get")[index], slow=index % 2)):
+    with concurrent_grid(Delays(("put", "arrive", "get", "announce", "read")[index], slow=index % 2)):
         assert accuracy.failures(case) == []
     assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
 
