@@ -212,7 +212,10 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
 
     registers, shared = homes(choice, False)
     if shared >= 0 and registers + shared >= p.k:
-        return replace(choice, in_registers=min(registers, p.k), in_shared=max(0, p.k - registers))
+        in_shared = max(0, p.k - registers)
+        if strict and p.packs > 1 and choice.batch_tile > 16 and in_shared > choice.burst:
+            return None  # or it spills (seen: GRU forward, bf16, 1536 and 2048, B=64, sm_90: 8 to 12)
+        return replace(choice, in_registers=min(registers, p.k), in_shared=in_shared)
     if choice.subtiles > 1:
         return None  # each batch tile would stream the weights again
     # A step that streams is long: more trips through L2 do not count as much as the registers do.

@@ -17,6 +17,7 @@ SHARED_PART_REGISTERS = {2: 44, 4: 26}  # more where warps share a part of a str
 WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
 PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
+STREAM_ELEMENT_REGISTERS = 8  # and as many where a tile is streamed (seen: GRU backward, bf16, 2048, sm_80, 2 spills)
 ADDRESS_REGISTERS = 10  # more for each kind of tensor that neither the LSTM nor the GRU has
 # More for a step with a second product, and with means, by bytes per element.
 PRODUCT_REGISTERS, MEAN_REGISTERS = {2: 48, 4: 64}, {2: 72, 4: 144}
@@ -98,7 +99,7 @@ def registers_needed(
             need += SHARED_PART_REGISTERS[size] if choice.splits < choice.warps else 0
             # Operands of 4 bytes are read from shared memory one by one, each from an address of its own.
             need += WORD_REGISTERS if size == 4 else 0
-        need += PACK_REGISTERS * size // 2 * (packs - 1)
+        need += PACK_REGISTERS * size // 2 * (packs - 1) + STREAM_ELEMENT_REGISTERS * (elements - 1)
     if masked:
         need += MASK_REGISTERS * (1 + choice.subtiles) // 2
     return need + ELEMENT_REGISTERS * (elements - 1)

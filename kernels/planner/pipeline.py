@@ -99,9 +99,8 @@ def _with_neighbour(cost: Cost, t: Tiling, choice: Choice, hardware: Hardware) -
     """The cost of a layer alone, and that of the neighbour's product. The latter is formed while the group's own
     exchange is on its way: with one batch tile per program that hides what of it is no longer than the exchange; with
     several, the other tiles hide the exchange already."""
-    bursts = len(t.bursts)
-    trips = choice.subtiles * (bursts - 1) * model.LATENCY_SHARE * hardware.exchange
-    barriers = choice.subtiles * (2 + 2 * bursts) * hardware.barrier
+    trips = choice.subtiles * model.trip(hardware)
+    barriers = choice.subtiles * model.barriers(len(t.packs)) * hardware.barrier
     beside = cost.compute + cost.weights + cost.state + trips + barriers
     saved = min(beside, hardware.exchange) if choice.subtiles == 1 else 0.0
     return replace(
