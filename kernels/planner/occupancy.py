@@ -11,7 +11,7 @@ from .tiling import Choice, Tiling, smallest_k_block
 # Registers per thread that a kernel needs besides weights, accumulators, the operand in flight and the streamed tile.
 # Fitted to audits on Triton 3.9.0 and 3.6.0, on the safe side: up to 30 more than kernels turn out to need.
 BASE_REGISTERS = 79
-STREAM_REGISTERS = 46  # more where a tile is streamed, besides two of those tiles
+STREAM_REGISTERS = 50  # more where a tile is streamed, besides two of those tiles
 TILE_REGISTERS = 28  # more for each further batch tile of a program
 SHARED_PART_REGISTERS = {2: 44, 4: 26}  # more where warps share a part of a streamed tile, by bytes per element
 WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
