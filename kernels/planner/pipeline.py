@@ -19,7 +19,7 @@ from .cost import Cost
 from .hardware import Hardware
 from .plan import Pass, Shares
 from .problem import Problem
-from .tiling import Choice, Tiling, make_tiling
+from .tiling import Choice, make_tiling
 
 MOST_LAYERS = 32
 ROUNDING = 2  # registers by which tiles of whole powers of two may pass the estimate
@@ -89,23 +89,24 @@ def finish(problem: Problem, layers: int, backward: bool, choice: Choice) -> Pas
     cost = model.step(problem, choice, work, backward)
     # Without an exchange of partial sums: there is one for both products.
     neighbour = model.step(problem, replace(choice, k_parts=1), work, backward)
-    joint = backward or not problem.cell.recurrent_gradient
-    cost = _with_neighbour(cost, neighbour, joint, t, choice, hardware)
+    sums, taken = model.sums_of_parts(problem, choice, work.m, backward)
+    if backward or not problem.cell.recurrent_gradient:  # one sum over the parts of K for both
+        sums, neighbour = 0, replace(neighbour, state=neighbour.state - choice.subtiles * taken)
+    cost = _with_neighbour(cost, neighbour, sums, choice, hardware)
     weights = (2 * layers - 1) * problem.weight_bytes
     share = sum(c.size for c in t.k_blocks[: t.in_registers]) / max(1, sum(c.size for c in t.k_blocks))
     shares = Shares(round(weights * share), weights - round(weights * share), 0)
     return Pass(t, choice, groups, -(-jobs // groups), 2 * registers, 2 * shared, 0, total, estimate, shares, cost)
 
 
-def _with_neighbour(cost: Cost, neighbour: Cost, joint: bool, t: Tiling, choice: Choice, hardware: Hardware) -> Cost:
-    """The cost of a layer alone, and that of the neighbour's product; joint: one sum over the parts of K for both. The
-    neighbour's is formed while the group's own exchange is on its way: with one batch tile per program that hides what
-    of it is no longer than the exchange; with several, the other tiles hide the exchange already."""
-    bursts = len(t.bursts)
-    trips = choice.subtiles * (bursts - 1) * model.LATENCY_SHARE * hardware.exchange
-    barriers = choice.subtiles * (2 * bursts + (0 if joint else 2)) * hardware.barrier
+def _with_neighbour(cost: Cost, neighbour: Cost, sums: int, choice: Choice, hardware: Hardware) -> Cost:
+    """The cost of a layer alone, and that of the neighbour's product, which has so many sums over the parts of K of its
+    own. It is formed while the group's own exchange is on its way: with one batch tile per program that hides what of
+    it is no longer than the exchange before its last trip; with several, the other tiles hide the exchange already."""
+    trips = choice.subtiles * model.trip(hardware)
+    barriers = choice.subtiles * (model.barriers(sums) if sums else 0.0) * hardware.barrier
     beside = neighbour.compute + neighbour.weights + neighbour.state + trips + barriers
-    saved = min(beside, hardware.exchange) if choice.subtiles == 1 else 0.0
+    saved = min(beside, hardware.exchange - model.trip(hardware)) if choice.subtiles == 1 else 0.0
     return replace(
         cost, compute=cost.compute + neighbour.compute, weights=cost.weights + neighbour.weights,
         state=cost.state + neighbour.state, synchronisation=cost.synchronisation + trips + barriers - saved,

@@ -24,7 +24,8 @@ from .tiling import Choice, Tiling, make_tiling, smallest_k_block
 DTYPES = BYTES
 
 # A batch is planned for as the next of these, so that a new batch size seldom is a new kernel: at most one per class.
-BATCH_CLASSES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+# One row alone is an eighth of the operand of 8, and another plan (LSTM 1024 backward: one part of K instead of 8).
+BATCH_CLASSES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 # (cell, dtype, H, batch class, D, architecture) of a forward whose fastest choice spills by a hair that no constant
 # above accounts for (on Triton 3.6.0 4 and 2 instructions, on 3.9.0 12): the next one is taken.

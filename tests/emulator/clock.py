@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .latencies import ARCHITECTURES, COSTS, SHARED_CONFLICT, Cost, kind
-from .order import ordered
-from .ptx import EmulatorError, Kernel
+from .order import Known, ordered
+from .ptx import EmulatorError, Instruction, Kernel
 from .trace import SECTOR, Event, Trace
 
 SCHEDULERS = 4
@@ -66,7 +66,9 @@ class Scoreboard:
         """hardware: has ``clock`` (GHz), ``exchange`` and ``barrier`` (microseconds), ``l2_rate`` (bytes per clock)."""
         self.kernel, self.hardware = kernel, hardware
         self.column = ARCHITECTURES.index(arch)
-        self.warps = [_Warp(w, ordered(events, kernel, self.latency)) for w, events in enumerate(warps)]
+        self.kinds: dict[int, str] = {}
+        known: Known = {}
+        self.warps = [_Warp(w, ordered(events, kernel, self.latency, known)) for w, events in enumerate(warps)]
         self.barrier, self.exchange = (1e3 * hardware.clock * us for us in (hardware.barrier, hardware.exchange))
         self.busy: dict[tuple[str, int], _Wait] = {}
         self.announced: dict[Event, Issued] = {}
@@ -75,6 +77,11 @@ class Scoreboard:
 
     def cost(self, name: str) -> Cost:
         return COSTS[name][self.column]
+
+    def kind(self, i: Instruction) -> str:
+        if i.number not in self.kinds:
+            self.kinds[i.number] = kind(i)
+        return self.kinds[i.number]
 
     def run(self) -> list[list[Issued]]:
         """Per warp, in order."""
@@ -93,7 +100,7 @@ class Scoreboard:
         """Past instructions that cost nothing; whether one is left."""
         while warp.at < len(warp.events):
             instruction = warp.events[warp.at].instruction
-            if kind(instruction) != "free":
+            if self.kind(instruction) != "free":
                 return True
             read, written = self.operands[instruction.number]
             latest = max((warp.ready.get(r, _Wait()) for r in read), key=lambda w: w.time, default=_Wait())
@@ -121,7 +128,7 @@ class Scoreboard:
 
     def cost_of(self, event: Event) -> tuple[str, Cost]:
         """(class, cost); an access without an active lane is an empty slot."""
-        name = kind(event.instruction)
+        name = self.kind(event.instruction)
         if name == "load":
             name = "load from memory" if event.first and not self.past_l1(event) else "load from L2"
         if self.cost(name).pipe in QUEUED and name != "shuffle" and not event.amount:
