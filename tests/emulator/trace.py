@@ -41,7 +41,7 @@ class Trace:
         self.kernel: Kernel
         self.warps: list[list[Event]] = []
         self._open: list[dict[int, Event]] = []  # of each warp's last block, by number
-        self._lines: set[int] = set()
+        self._lines: set[tuple[int, int]] = set()
         self._released: dict[int, Event] = {}  # address -> the last announcement there
         self._last: Event | None = None
 
@@ -68,15 +68,16 @@ class Trace:
         for w, mine in self._active(access.unit, access.lanes).items():
             self._open[w][access.number].amount = transactions(access.a[mine], access.size * access.vector)
 
-    def global_(self, access: Access) -> None:
+    def global_(self, access: Access, start: int) -> None:
+        """start: of the tensor, which on a GPU begins at a line."""
         if self.program not in access.unit.programs:
             return
         for w, mine in self._active(access.unit, access.lanes).items():
             event = self._open[w][access.number]
             a, name = access.a[mine], event.instruction.name
-            ends = np.concatenate([a, a + access.size * access.vector - 1])
+            ends = np.concatenate([a, a + access.size * access.vector - 1]) - start
             event.amount = len(np.unique(ends // SECTOR))
-            lines = set((ends // LINE).tolist())
+            lines = {(start, line) for line in (ends // LINE).tolist()}
             event.first = not lines <= self._lines
             self._lines |= lines
             if name in ("red", "atom"):
