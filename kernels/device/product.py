@@ -127,7 +127,13 @@ def load_tile(matrix, p: tl.constexpr, segment, start, size: tl.constexpr, lengt
     else:
         mask = weight_outputs(matrix.masks[p], tiling.splits, tiling.backward, eight) & (k < inside)
         tile = tl.load(corner + offsets, mask=mask, other=0.0)
-    return as_weights(tile, tile.dtype, tiling.splits, tiling.backward, eight)
+    return tile
+
+
+@triton.jit
+def arranged(tile, tiling: tl.constexpr):
+    """What ``load_tile`` loaded, in the order of the product."""
+    return as_weights(tile, tile.dtype, tiling.splits, tiling.backward, eight_bits(tiling))
 
 
 @triton.jit
@@ -169,7 +175,7 @@ def streamed(matrix, i, tiling: tl.constexpr):
     tiles = ()
     for p in tl.static_range(len(tiling.packs)):
         tile = load_tile(matrix, p, segment, start, tiling.streamed_k_block, tiling.depth - start, whole, tiling)
-        tiles = tiles + (tile,)
+        tiles = tiles + (arranged(tile, tiling),)
     return tiles
 
 
@@ -392,7 +398,7 @@ def add_parts(tiles, sums_of_group, k_part, counter, target, spin_limit, error, 
 
 @triton.jit
 def weight_operand(tile, i: tl.constexpr, tiling: tl.constexpr, exchange: tl.constexpr):
-    """Resident tile i as a product takes it.
+    """Resident tile i, as it was loaded, as a product takes it.
 
     In the backward of a pipeline, whose first product stands before the loop over time, one that is to live in shared
     memory passes an instruction that Triton takes no change of layout past. Without, it moved the change to the tile's
@@ -402,6 +408,9 @@ def weight_operand(tile, i: tl.constexpr, tiling: tl.constexpr, exchange: tl.con
     in_shared: tl.constexpr = i >= tiling.in_registers and tiling.splits > 1
     first_before_loop: tl.constexpr = tiling.layers > 1 and tiling.backward
     if in_shared and first_before_loop and exchange.poll == "ptx" and tile.dtype.primitive_bitwidth == 16:
+        tile = arranged(tile, tiling)
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=False, pack=2)
+    elif first_before_loop:
+        return operand(arranged(tile, tiling), tiling, exchange)
     else:
-        return operand(tile, tiling, exchange)
+        return arranged(operand(tile, tiling, exchange, tiling.splits > 1), tiling)

@@ -80,7 +80,7 @@ def narrow(tile, dtype: tl.constexpr, interpreted: tl.constexpr):
 
 
 @triton.jit
-def operand(tile, tiling: tl.constexpr, exchange: tl.constexpr):
+def operand(tile, tiling: tl.constexpr, exchange: tl.constexpr, pure: tl.constexpr = False):
     """``tile`` as a product takes it: tensor cores drop the lower 13 bits of float32, so for tf32 it is rounded before.
 
     By an instruction that Triton takes no change of layout past. With plain arithmetic it rounded in the product's
@@ -89,7 +89,7 @@ def operand(tile, tiling: tl.constexpr, exchange: tl.constexpr):
     """
     if tiling.precision == "tf32" and exchange.poll == "ptx":
         assembly: tl.constexpr = "cvt.rna.tf32.f32 $0, $1;"
-        return tl.inline_asm_elementwise(assembly, "=r,r", [tile], dtype=tl.float32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(assembly, "=r,r", [tile], dtype=tl.float32, is_pure=pure, pack=1)
     else:
         return tile
 
