@@ -31,15 +31,22 @@ Every wait is bounded: ``spin_limit`` polls. Each thread whose wait runs out wri
 and its limit is 0 from then on: the program runs to its end without waiting again, and the host raises.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import num_threads
 
 # About 6 seconds at the 0.7 us that one poll of L2 is assumed to take: far above any step, far below a hang.
 SPIN_LIMIT = 1 << 23
 
 MANY = tl.constexpr(1024)  # elements of a tile
+ASK = tl.constexpr(64)  # polls after which a wait by flags asks whether another one has given up
+
+
+# What the next two are when nothing else is asked for: nobody has measured yet which is faster (bench/NOTES.md).
+PROTOCOL = "counter"
+POLLERS = "all"
 
 
 @dataclass(frozen=True)
@@ -48,18 +55,21 @@ class Exchange:
 
     Attributes:
         protocol: ``"counter"`` or ``"flags"``.
-        poll: ``"ptx"``, a spin per thread with no barrier in it (seen: 5 to 6 barriers per step against 10), or
-            ``"atomic"`` for the interpreter and for targets that have no PTX.
+        poll: ``"ptx"``, a spin with no barrier in it (seen: 5 to 6 barriers per step against 10), or ``"atomic"`` for
+            the interpreter and for targets that have no PTX.
         spin_limit: polls before a wait gives up.
         stride: elements between the counters of two jobs, so that they lie in different 128-byte lines.
         release: of an announcement: ``"ptx"``, behind one barrier, or ``"atomic"``, Triton's own.
+        pollers: of a counter, by ``"ptx"``: ``"all"`` threads, each for itself, or one ``"warp"`` or one ``"thread"``,
+            for which the others wait at a barrier.
     """
 
-    protocol: str = "counter"
+    protocol: str = PROTOCOL
     poll: str = "ptx"
     spin_limit: int = SPIN_LIMIT
     stride: int = 32
     release: str = "ptx"
+    pollers: str = POLLERS
 
 
 def exchange_on(arch: str) -> Exchange:
@@ -73,18 +83,32 @@ def exchange_on(arch: str) -> Exchange:
     return Exchange(release="atomic" if arch.startswith("sm_10") else "ptx")
 
 
+def fitting(exchange: Exchange, row_bytes: int) -> Exchange:
+    """``exchange`` for buffers with rows of H elements of so many bytes: the counter where they are no whole words, which
+    an odd H in 16 bits has not."""
+    return exchange if row_bytes % 4 == 0 else replace(exchange, protocol="counter")
+
+
 @triton.jit
 def put(pointers, tile, mask, exchange: tl.constexpr):
-    """Store a tile, already in the buffer's dtype, that other slices will read."""
+    """Store a tile, already in the buffer's dtype, that other slices will read. Its last axis is a row of memory."""
     if exchange.protocol == "flags":
         bits = tile.to(_integer(tile.dtype), bitcast=True)
-        # The largest positive integer is a NaN too, and not the reserved one.
-        other: tl.constexpr = 0x7FFF if tile.dtype.primitive_bitwidth == 16 else 0x7FFFFFFF
-        bits = tl.where(bits == -1, other, bits).to(bits.dtype)
+        if tile.dtype.primitive_bitwidth == 16:
+            # Each thread keeps its place: neighbours mostly are in neighbouring threads, and nothing passes through
+            # shared memory. Of both, the first stores.
+            second = tl.arange(0, tile.shape[1])[None, :] % 2
+            bits = bits.to(tl.uint16, bitcast=True).to(tl.int32) << (16 * second)
+            word = tl.sum(_pairs(bits), 2)[:, :, None]
+            bits = tl.reshape(tl.broadcast_to(word, (tile.shape[0], tile.shape[1] // 2, 2)), tile.shape)
+            mask = mask & (second == 0)
+        pointers = words_at(pointers, exchange)
+        # Another NaN, of float32 and in each half.
+        bits = tl.where(bits == -1, 0x7FFFFFFF, bits)
         if exchange.poll == "ptx":
             _store_each(pointers, bits, mask, True)
         else:
-            tl.store(pointers, bits.to(tile.dtype, bitcast=True), mask=mask)
+            tl.store(pointers, bits, mask=mask)
     else:
         store_held(pointers, tile, mask, exchange)
 
@@ -144,8 +168,8 @@ def announce(counter, exchange: tl.constexpr):
         tl.atomic_add(counter, 1, sem="release", scope="gpu")
 
 
-# Every thread polls for itself, and one that gives up tells so itself: by the time thread 0 polls, the late program may
-# have come, while other threads have gone on with old data. The store stands behind the loop: within it the LSTM's
+# A thread that polls and gives up tells so itself: by the time another one polls, the late program may have come, while
+# it has gone on with old data. The store stands behind the loop: within it the LSTM's
 # backward in a pipeline spilled (seen: H=512, bf16, sm_90, Triton 3.9.0).
 _POLL = tl.constexpr(
     """{
@@ -164,15 +188,29 @@ _POLL = tl.constexpr(
     @more st.relaxed.sys.global.u32 [$4], 1;
     """
 )
-# What follows in ``get`` has barriers inside a loop up to the spin limit, on which all threads must agree.
-_AGREE = tl.constexpr("bar.red.and.pred reached, 0, reached;\n")
 _LEFT = tl.constexpr("selp.b32 $0, $3, 0, reached;\n}")
+# The threads that do not poll go on to a barrier, where all agree: one for threads of a warp on different ways.
+_AGREE = tl.constexpr("barrier.red.and.pred reached, 0, reached;\n")
+
+
+def _poll_of(threads: int) -> str:
+    others = f""".reg .pred other;
+    mov.u32 seen, %tid.x;
+    setp.ge.u32 other, seen, {threads};
+    setp.eq.u32 reached, 0, 0;
+    @other bra done;
+    again:"""
+    return _POLL.value.replace("again:", others, 1) + _AGREE.value
+
+
+_POLL_OF_WARP, _POLL_OF_THREAD = tl.constexpr(_poll_of(32)), tl.constexpr(_poll_of(1))
 
 
 @triton.jit
 def await_count(counter, target, spin_limit, error, exchange: tl.constexpr):
     if exchange.poll == "ptx":
-        assembly: tl.constexpr = _POLL + (_AGREE if exchange.protocol == "flags" else "") + _LEFT
+        some: tl.constexpr = _POLL_OF_WARP if exchange.pollers == "warp" else _POLL_OF_THREAD
+        assembly: tl.constexpr = (_POLL if exchange.pollers == "all" else some) + _LEFT
         return tl.inline_asm_elementwise(
             assembly,
             "=r,l,r,r,l",
@@ -193,41 +231,62 @@ def await_count(counter, target, spin_limit, error, exchange: tl.constexpr):
 
 
 @triton.jit
-def get(pointers, mask, spin_limit, error, exchange: tl.constexpr):
-    """Load a tile that other slices have put, and the spin limit from then on. ``mask`` may be None."""
+def get(pointers, mask, exchange: tl.constexpr):
+    """Load a tile that other slices have put, by flags as ``settle`` takes it. mask: a tuple of one, or of none."""
     if exchange.protocol == "counter":
-        return _load(pointers, mask, ".cg", False), spin_limit
+        return _load(pointers, mask, ".cg", False)
     else:
-        tile = _load_flagged(pointers, mask, exchange)
-        polls = spin_limit
-        missing = _missing(tile)
-        while (missing > 0) & (polls > 0):
-            tile = _load_flagged(pointers, mask, exchange)
-            missing = _missing(tile)
-            polls -= 1
-        left = tl.where(missing > 0, 0, spin_limit)
-        _report(error, left < spin_limit, exchange)
-        return tile, left
+        return _load(pointers, mask, "", True)
 
 
 @triton.jit
-def _report(error, gave_up, exchange: tl.constexpr):
+def settle(tiles, pointers, masks, spin_limit, error, in_a_row: tl.constexpr, exchange: tl.constexpr):
+    """By flags: the tiles of words, all of one shape, once all words are there, and the spin limit from then on.
+
+    tiles: what ``get`` loaded from there, int32. in_a_row: how many words of the last axis are next to each other in
+    memory, from a multiple of as many on: 1, 2 or 4.
+    """
     if exchange.poll == "ptx":
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred late;
-            setp.ne.s32 late, $2, 0;
-            @late st.relaxed.sys.global.u32 [$1], 1;
-            mov.b32 $0, 0;
-            }""",
-            "=r,l,r",
-            [error, gave_up.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        return _spin(tiles, pointers, spin_limit, error, in_a_row), spin_limit
     else:
-        tl.store(error, 1, mask=gave_up)
+        found = ()
+        for i in tl.static_range(len(tiles)):
+            tile = tiles[i]
+            polls = spin_limit
+            missing = _missing(tile)
+            while (missing > 0) & (polls > 0):
+                tile = _load(pointers[i], masks[i], "", True)
+                missing = _missing(tile)
+                polls -= 1
+            left = tl.where(missing > 0, 0, spin_limit)
+            tl.store(error, 1, mask=left < spin_limit)
+            spin_limit = left
+            found = found + (tile,)
+        return found, spin_limit
+
+
+@triton.jit
+def _spin(tiles, pointers, spin_limit, error, in_a_row: tl.constexpr):
+    """Each thread tests its words, of all tiles at once, and loads again those that it misses."""
+    n: tl.constexpr = len(tiles)
+    parts = ()
+    first = ()
+    for i in tl.static_range(n):
+        parts = parts + _apart(tiles[i], in_a_row)
+        first = first + _apart(pointers[i], in_a_row)[:1]
+    held: tl.constexpr = min(max(parts[0].numel // num_threads(), 1), 16)
+    parts = tl.inline_asm_elementwise(
+        _spin_of(n, in_a_row, held),
+        _constraints(n, in_a_row, held),
+        first + parts + (spin_limit, error),
+        dtype=(tl.int32,) * (n * in_a_row),
+        is_pure=False,
+        pack=held,
+    )
+    found = ()
+    for i in tl.static_range(n):
+        found = found + (tl.reshape(_together(parts[i * in_a_row : (i + 1) * in_a_row]), tiles[i].shape),)
+    return found
 
 
 @triton.jit
@@ -245,25 +304,6 @@ def _store_each(pointers, bits, mask, relaxed: tl.constexpr):
     )
 
 
-@triton.jit
-def _load_flagged(pointers, mask, exchange: tl.constexpr):
-    if exchange.poll == "ptx":
-        dtype: tl.constexpr = pointers.dtype.element_ty
-        narrow: tl.constexpr = dtype.primitive_bitwidth == 16
-        there = 1 if mask is None else mask.to(tl.int32)
-        bits = tl.inline_asm_elementwise(
-            _LOAD_16 if narrow else _LOAD_32,
-            "=h,l,r" if narrow else "=r,l,r",
-            [pointers, there],
-            dtype=tl.int16 if narrow else tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-        return bits.to(dtype, bitcast=True)
-    else:
-        return _load(pointers, mask, "", True)
-
-
 @triton.constexpr_function
 def _store_of(width, relaxed):
     return f"""{{
@@ -274,34 +314,126 @@ def _store_of(width, relaxed):
     }}"""
 
 
-_LOAD = """{{
-    .reg .pred there;
-    setp.ne.s32 there, $2, 0;
-    mov.b{0} $0, 0;
-    @there ld.relaxed.gpu.global.b{0} $0, [$1];
-    }}"""
-_LOAD_16, _LOAD_32 = tl.constexpr(_LOAD.format(16)), tl.constexpr(_LOAD.format(32))
+@triton.constexpr_function
+def _spin_of(tiles, in_a_row, held):
+    """Outputs and inputs in the order of ``_spin``, each ``held`` registers."""
+    results = tiles * in_a_row * held
+    words = [f"${i}" for i in range(results)]
+    pointers = [f"${results + i}" for i in range(tiles * held)]
+    limit, error = (f"${2 * results + (tiles + i) * held}" for i in range(2))
+    loaded = [f"mov.b32 {word}, ${results + tiles * held + i};" for i, word in enumerate(words)]
+
+    larger = [f"larger{i}" for i in range(max(results // 2, 1))]
+
+    def test(of):
+        """Whether one of the words is all ones: by the largest, in a tree, which chains few instructions."""
+        lines = []
+        while len(of) > 1:
+            pairs = [(larger[i // 2], of[i], of[i + 1]) for i in range(0, len(of) - 1, 2)]
+            lines += [f"max.u32 {most}, {one}, {other};" for most, one, other in pairs]
+            of = [pair[0] for pair in pairs] + list(of[2 * len(pairs) :])
+        return lines + [f"setp.eq.u32 missing, {of[0]}, 0xffffffff;"]
+
+    again = []
+    for i, pointer in enumerate(pointers):
+        tile, element = divmod(i, held)
+        vector = [words[(tile * in_a_row + part) * held + element] for part in range(in_a_row)]
+        wide = f".v{in_a_row}.b32 {{{', '.join(vector)}}}" if in_a_row > 1 else f".b32 {vector[0]}"
+        again += [*test(vector), f"@missing ld.relaxed.gpu.global{wide}, [{pointer}];"]
+    lines = [
+        "{", ".reg .pred missing, ask;", f".reg .b32 {', '.join(larger)}, polls, told;", *loaded, *test(words),
+        "@!missing bra done;", f"mov.b32 polls, {limit};",
+        "again:", "setp.le.s32 ask, polls, 0;", "@ask bra late;", "sub.s32 polls, polls, 1;", *again,
+        f"and.b32 told, polls, {ASK.value - 1};", "setp.ne.u32 ask, told, 0;", "@ask bra test;",
+        f"ld.relaxed.sys.global.u32 told, [{error}];", "setp.ne.u32 ask, told, 0;", "@ask bra done;",
+        "test:", *test(words), "@missing bra again;", "bra done;",
+        "late:", f"st.relaxed.sys.global.u32 [{error}], 1;", "done:", "}",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+@triton.constexpr_function
+def _constraints(tiles, in_a_row, held):
+    results = tiles * in_a_row * held
+    return ",".join(["=r"] * results + ["l"] * (tiles * held) + ["r"] * (results + held) + ["l"] * held)
 
 
 @triton.jit
 def read(pointers):
     """Load, past L1, what was put before an announcement that this program has awaited."""
-    return _load(pointers, None, ".cg", False)
+    return _load(pointers, (), ".cg", False)
 
 
 @triton.jit
 def _load(pointers, mask, cache_modifier: tl.constexpr, volatile: tl.constexpr):
-    if mask is None:
+    if len(mask) == 0:
         return tl.load(pointers, cache_modifier=cache_modifier, volatile=volatile)
     else:
-        return tl.load(pointers, mask=mask, other=0.0, cache_modifier=cache_modifier, volatile=volatile)
+        return tl.load(pointers, mask=mask[0], other=0.0, cache_modifier=cache_modifier, volatile=volatile)
 
 
 @triton.jit
-def _missing(tile):
-    """1 where any element still holds the reserved NaN, else 0."""
-    flagged = tile.to(_integer(tile.dtype), bitcast=True) == -1
-    return tl.max(tl.ravel(flagged.to(tl.int32)), axis=0)
+def _missing(words):
+    """1 where any word is not there, else 0."""
+    return tl.max(tl.ravel((words == -1).to(tl.int32)), axis=0)
+
+
+@triton.jit
+def _pairs(tile):
+    """The last axis as pairs of neighbours."""
+    return tl.reshape(tile, tile.shape[:-1] + (tile.shape[len(tile.shape) - 1] // 2, 2))
+
+
+@triton.jit
+def _apart(tile, n: tl.constexpr):
+    """The last axis, in runs of n, as a tuple of n tiles."""
+    if n == 1:
+        return (tile,)
+    elif n == 2:
+        return tl.split(_pairs(tile))
+    else:
+        even, odd = tl.split(_pairs(tile))
+        first, third = tl.split(_pairs(even))
+        second, fourth = tl.split(_pairs(odd))
+        return first, second, third, fourth
+
+
+@triton.jit
+def _together(parts):
+    """The inverse, but for a reshape."""
+    if len(parts) == 1:
+        return parts[0]
+    elif len(parts) == 2:
+        return tl.join(parts[0], parts[1])
+    else:
+        return tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
+
+
+@triton.constexpr_function
+def per_word(dtype, exchange):
+    """Elements of a word of the exchange; 1 where it knows none."""
+    return 32 // dtype.primitive_bitwidth if exchange.protocol == "flags" else 1
+
+
+@triton.jit
+def words_at(pointer, exchange: tl.constexpr):
+    """Where the words are of which a buffer's elements are."""
+    if exchange.protocol == "flags":
+        return pointer.to(tl.pointer_type(tl.int32), bitcast=True)
+    else:
+        return pointer
+
+
+@triton.jit
+def elements_of(words, dtype: tl.constexpr, exchange: tl.constexpr):
+    """Tiles of words as tiles of their elements, with a further axis behind: that within a word."""
+    if dtype.primitive_bitwidth == 32:
+        return words.to(dtype, bitcast=True)
+    else:
+        halves = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+        if exchange.poll == "ptx":
+            halves = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [halves], dtype=tl.int16, is_pure=False, pack=2)
+        return halves.to(dtype, bitcast=True)
 
 
 @triton.constexpr_function
