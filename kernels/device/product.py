@@ -301,7 +301,7 @@ def add_local(weights, tiles, b: tl.constexpr, accs, tiling: tl.constexpr):
 def operand_tile(pointer, rows, segment, start, size: tl.constexpr, length, whole: tl.constexpr, k_start,
                  tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
     """The moving operand for ``size`` indices of K, of which ``length`` are valid, on its way: (tile, where it is, a tuple
-    of its mask or of nothing). By flags it is in words, and not there before ``settled``."""
+    of its mask or of nothing). By flags the tile is one of words, before ``settled``."""
     inside = left_of(length, start, k_start, tiling)
     corner = pointer + position(segment, start, k_start, tiling)
     dtype: tl.constexpr = pointer.dtype.element_ty
@@ -312,19 +312,21 @@ def operand_tile(pointer, rows, segment, start, size: tl.constexpr, length, whol
         offsets = k + word_rows(rows, tiling.batch_tile, tiling.splits) * (tiling.row_stride // per)
         pointers = words_at(corner, exchange) + offsets
         masks = () if whole else (k < inside // per,)
+        return get(pointers, masks, exchange), pointers, masks
     else:
         k = operand_index(size, dtype, tiling.splits)
         offsets = k + operand_rows(rows, tiling.batch_tile, tiling.splits) * tiling.row_stride
         pointers = corner + offsets
         masks = () if whole else (k < inside,)
-    return get(pointers, masks, exchange), pointers, masks
+        tile = get(pointers, masks, exchange)
+        return as_operand(tile, dtype, tiling.splits, eight_bits(tiling)), pointers, masks
 
 
 @triton.jit
 def settled(asked, size: tl.constexpr, dtype: tl.constexpr, spin_limit, error, tiling: tl.constexpr,
             exchange: tl.constexpr):  # fmt: skip
-    """A tuple of what ``operand_tile`` returned, of ``size`` indices each, as operands of the product, and the spin limit
-    left."""
+    """The tiles of a tuple of what ``operand_tile`` returned, of ``size`` indices each, once they are there, and the spin
+    limit left."""
     loaded = ()
     pointers = ()
     masks = ()
@@ -337,11 +339,9 @@ def settled(asked, size: tl.constexpr, dtype: tl.constexpr, spin_limit, error, t
         words, spin_limit = settle(loaded, pointers, masks, spin_limit, error, run, exchange)
         loaded = ()
         for i in tl.static_range(len(words)):
-            loaded = loaded + (of_words(elements_of(words[i], dtype, exchange), dtype, tiling.splits),)
-    tiles = ()
-    for i in tl.static_range(len(loaded)):
-        tiles = tiles + (as_operand(loaded[i], dtype, tiling.splits, eight_bits(tiling)),)
-    return tiles, spin_limit
+            tile = of_words(elements_of(words[i], dtype, exchange), dtype, tiling.splits)
+            loaded = loaded + (as_operand(tile, dtype, tiling.splits, eight_bits(tiling)),)
+    return loaded, spin_limit
 
 
 @triton.constexpr_function

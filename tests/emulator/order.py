@@ -17,7 +17,7 @@ _STRONG = {"acquire", "release", "relaxed", "volatile"}
 
 
 def ends(i: Instruction) -> bool:
-    return i.branches or i.name in ("bar", "red", "atom", "fence", "shfl", "redux") or bool(_STRONG & set(i.modifiers))
+    return i.branches or i.name in ("bar", "barrier", "red", "atom", "fence", "shfl", "redux") or bool(_STRONG & set(i.modifiers))
 
 
 def space(i: Instruction) -> str:

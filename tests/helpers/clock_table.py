@@ -20,11 +20,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import clock, emulate
+from emulator import Report, clock, emulate
 from emulator.trace import Trace
 
 import persistrnn
+from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.device.exchange import Exchange
 from persistrnn.kernels.planner import hardware, plan
 from persistrnn.kernels.planner.problem import Problem
 
@@ -36,6 +38,15 @@ SHAPES = [(cell, hidden, batch) for cell in ("lstm", "gru") for hidden in (256, 
 FIELDS = ["device", "dtype", "cell", "hidden", "batch", "pass"]
 FIELDS += ["clock_cycles", "clock_us", "model_us", "ratio", "barriers"]
 FIELDS += [f"{what}_{n}" for n in range(1, SHARES + 1) for what in ("line", "share")]
+EXCHANGES = {
+    "counter, all": {},
+    "counter, warp": {"pollers": "warp"},
+    "counter, thread": {"pollers": "thread"},
+    "flags": {"protocol": "flags"},
+}
+EXCHANGE_RESULTS = RESULTS.with_name("exchange.csv")
+EXCHANGE_SHAPES = [shape for shape in SHAPES if shape[2] < 64]  # the same kernels, or two batch tiles in turn
+EXCHANGE_FIELDS = ["cell", "hidden", "batch", "pass", "exchange", "instructions", "barriers", "clock_cycles", "clock_us"]
 MODULES = {"lstm": persistrnn.LSTM, "gru": persistrnn.GRU}
 
 
@@ -65,8 +76,9 @@ def row(cell: str, hidden: int, batch: int, way: str, trace: Trace, predicted: f
     return dict(zip(FIELDS, map(str, found), strict=True))
 
 
-def rows(cell: str, hidden: int, batch: int) -> list[dict[str, str]]:
-    """Of the forward and of the backward of one layer."""
+def runs(cell: str, hidden: int, batch: int, **exchange: str) -> tuple[list[tuple[str, Trace, float]], list[Report]]:
+    """Of the forward and of the backward of one layer: (which, what it executed, what is predicted), and the reports.
+    exchange: attributes of ``Exchange`` that differ from the default."""
     planned = plan.plan_layer(Problem(CELLS[cell], hidden, batch, 1, DTYPE, hardware.named(DEVICE)))
     torch.manual_seed(0)
     x = torch.randn(STEPS, batch, 16, dtype=torch.bfloat16)
@@ -75,6 +87,7 @@ def rows(cell: str, hidden: int, batch: int) -> list[dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         # The other groups stay out: what they do not compute is garbage, which nobody here reads.
         session = emulate(patch, ARCH, units="rows", tolerate=True)
+        patch.setattr(launch, "exchange_for", lambda _: Exchange(**exchange))
 
         def follow(slices: int) -> None:
             traces.append(Trace())
@@ -88,8 +101,26 @@ def rows(cell: str, hidden: int, batch: int) -> list[dict[str, str]]:
         raise RuntimeError(
             f"other launches than of the two scans: {[report.kernel.name for report in session.reports]}"
         )
-    both = zip(("forward", "backward"), traces, (planned.forward, planned.backward), strict=True)
-    return [row(cell, hidden, batch, way, trace, part.predicted) for way, trace, part in both]
+    predicted = planned.forward.predicted, planned.backward.predicted
+    return list(zip(("forward", "backward"), traces, predicted, strict=True)), session.reports
+
+
+def rows(cell: str, hidden: int, batch: int) -> list[dict[str, str]]:
+    """Of the forward and of the backward of one layer."""
+    return [row(cell, hidden, batch, *run) for run in runs(cell, hidden, batch)[0]]
+
+
+def exchange_rows(cell: str, hidden: int, batch: int) -> list[dict[str, str]]:
+    """The same with every exchange: instructions as ``counted`` counts them, and barriers, of a step."""
+    device, found = hardware.named(DEVICE), []
+    for name, changed in EXCHANGES.items():
+        both, reports = runs(cell, hidden, batch, **changed)
+        for (way, trace, _), report in zip(both, reports, strict=True):
+            step = clock.second_step(trace, STEPS, ARCH, device)
+            executed = round(sum(count for _, count in report.executed(STEPS)))
+            numbers = executed, step.barriers, f"{step.cycles:.0f}", f"{step.cycles / device.clock / 1e3:.2f}"
+            found.append([cell, hidden, batch, way, name, *numbers])
+    return [dict(zip(EXCHANGE_FIELDS, map(str, one), strict=True)) for one in found]
 
 
 def read(file: Path = RESULTS) -> list[dict[str, str]]:
