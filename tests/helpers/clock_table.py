@@ -3,8 +3,9 @@
 PYTHONPATH=.:tests python tests/helpers/clock_table.py [--output FILE] [--write]
 
 makes bench/results/clock.csv anew (about ten minutes on one core, 6 GB; --resume keeps the rows that are there; --only
-CELL-HIDDEN-BATCH for one shape, printed) or puts the table of that file into bench/NOTES.md. It needs no GPU. One group
-of slices is emulated, for three steps, and one of its programs clocked.
+CELL-HIDDEN-BATCH for one shape, printed; --exchanges makes exchange.csv, of every exchange) or puts the tables of these
+files into bench/NOTES.md. It needs no GPU. One group of slices is emulated, for three steps, and one of its programs
+clocked.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def read(file: Path = RESULTS) -> list[dict[str, str]]:
 def write(found: list[dict[str, str]], file: Path) -> None:
     part = file.with_suffix(".part")
     with part.open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(lines, list(found[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)
     os.replace(part, file)
@@ -152,41 +153,56 @@ def table(found: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-BEGIN, END = "<!-- clock: made by tests/helpers/clock_table.py from results/clock.csv -->\n", "\n<!-- end of clock -->"
+def exchange_table(found: list[dict[str, str]]) -> str:
+    """As it stands in the notebook: a line per layer and pass, of each exchange instructions, barriers and cycles."""
+    names = list(EXCHANGES)
+    lines = [["layer, bf16", "pass", *names], ["---"] * (2 + len(names))]
+    for n in range(0, len(found), 2 * len(names)):
+        for way in (0, 1):
+            of = found[n + way : n + 2 * len(names) : 2]
+            told = [f"{r['instructions']}, {r['barriers']}, {r['clock_cycles']} ({r['clock_us']} us)" for r in of]
+            lines.append([f"{of[0]['cell'].upper()} {of[0]['hidden']}, B={of[0]['batch']}", of[0]["pass"], *told])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def put(notes: str, found: list[dict[str, str]]) -> str:
-    """The notebook with the table in its place."""
-    before, _, rest = notes.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def put(notes: str, what: str, made: str) -> str:
+    """The notebook with a table in its place. what: "clock" or "exchange"."""
+    begin = f"<!-- {what}: made by tests/helpers/clock_table.py from results/{what}.csv -->\n"
+    before, _, rest = notes.partition(begin)
+    _, end, after = rest.partition(f"\n<!-- end of {what} -->")
     if not end:
-        raise ValueError(f"no {BEGIN.strip()} ... {END.strip()}")
-    return before + BEGIN + table(found) + END + after
+        raise ValueError(f"no {begin.strip()} and its end")
+    return before + begin + made + end + after
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the rows go")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the output has, and go on")
+    parser.add_argument("--exchanges", action="store_true", help="of every exchange, to exchange.csv")
     parser.add_argument("--only", help="one shape, e.g. lstm-256-1: its rows are printed and nothing is written")
     parser.add_argument(
-        "--write", action="store_true", help="put the table of the results into the notebook, and no more"
+        "--write", action="store_true", help="put the tables of the results into the notebook, and no more"
     )
     asked = parser.parse_args(arguments)
     if asked.write:
-        NOTES.write_text(put(NOTES.read_text(), read()))
+        notes = put(NOTES.read_text(), "clock", table(read()))
+        NOTES.write_text(put(notes, "exchange", exchange_table(read(EXCHANGE_RESULTS))))
         return
     if asked.only:
         cell, hidden, batch = asked.only.split("-")
         print(table(rows(cell, int(hidden), int(batch))))
         return
+    made, shapes = (exchange_rows, EXCHANGE_SHAPES) if asked.exchanges else (rows, SHAPES)
+    if asked.exchanges and asked.output == RESULTS:
+        asked.output = EXCHANGE_RESULTS
     found = read(asked.output) if asked.resume and asked.output.exists() else []
     there = {(one["cell"], int(one["hidden"]), int(one["batch"])) for one in found}
     # A process each: what the emulator keeps of a launch would fill the memory.
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for shape in SHAPES:
+        for shape in shapes:
             if shape not in there:
-                found += pool.apply(rows, shape)
+                found += pool.apply(made, shape)
                 write(found, asked.output)
                 print(*shape, file=sys.stderr, flush=True)
 
