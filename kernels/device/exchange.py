@@ -17,18 +17,27 @@ Two protocols, chosen at compile time by ``exchange.protocol``:
     layer after it, no two groups wait for each other.
 
 ``"flags"``
-    The buffer is filled beforehand with a reserved NaN (all bits one). put: stores, with a computed NaN of that
-    pattern rewritten to another NaN. get: load the tile until no reserved pattern is left. Each element carries its
-    own flag, so no order between elements is needed and NaN in the data flows through.
+    A word of 32 bits, which is two elements of 16, carries its own flag: the buffer is filled beforehand with words of
+    all ones, a NaN in float32 and in each half. put: stores of words, with a computed one of that pattern rewritten to
+    other NaN. get and settle: load the tile until no such word is left. No order between words is needed, there is no
+    announcement and no barrier, and NaN in the data flows through.
 
     Why it is right: a plain store beside a load that may come before it is a data race in the PTX memory model, which
-    then promises nothing, ``volatile`` or not. Store and load are therefore ``relaxed`` at gpu scope, and of one
-    element each: morally strong, they do not tear, and a load that repeats sees the store in the end. So they are not
-    vectorised. Where there is no PTX (the interpreter, and AMD, whose model is another), stores are plain and loads
-    volatile.
+    then promises nothing. Two accesses are morally strong, and no race, if both are strong, of scopes that hold both
+    threads, and overlap completely (PTX ISA 9, section 8.7); accesses of other widths beside them would void the model
+    (8.7.2). A word is therefore stored by one ``st.relaxed.gpu.b32``. A load of four words is four accesses of one word
+    each, in no order (8.2.4): ``ld.v4.b32`` is right where ``ld.b128`` would not be, and each word is tested by itself.
+    The first load is a volatile one, because Triton then finds its layout and width; it is as a relaxed one of system
+    scope (8.4.2). A relaxed load that repeats sees the store in the end. Where there is no PTX (the interpreter, and
+    AMD, whose model is another), stores are plain and loads volatile.
+
+    Rows must be whole words: of an odd H in 16 bits the counter is taken (``fitting``). Slots that no step puts hold
+    states of the caller, whose NaN are replaced (``launch.unreserved``).
 
 Every wait is bounded: ``spin_limit`` polls. Each thread whose wait runs out writes to the error word in host memory,
-and its limit is 0 from then on: the program runs to its end without waiting again, and the host raises.
+and the host raises. By the counter its limit is 0 from then on: the program runs to its end without waiting again. By
+flags, in PTX, a thread cannot hand on to the next wait what it knows of a tile: there every wait asks the error word
+now and then, and ends where somebody has given up.
 """
 
 from dataclasses import dataclass, replace
@@ -42,7 +51,6 @@ SPIN_LIMIT = 1 << 23
 
 MANY = tl.constexpr(1024)  # elements of a tile
 ASK = tl.constexpr(64)  # polls after which a wait by flags asks whether another one has given up
-
 
 # What the next two are when nothing else is asked for: nobody has measured yet which is faster (bench/NOTES.md).
 PROTOCOL = "counter"
@@ -84,8 +92,8 @@ def exchange_on(arch: str) -> Exchange:
 
 
 def fitting(exchange: Exchange, row_bytes: int) -> Exchange:
-    """``exchange`` for buffers with rows of H elements of so many bytes: the counter where they are no whole words, which
-    an odd H in 16 bits has not."""
+    """``exchange`` for buffers with rows of H elements of so many bytes: the counter where they are no whole words, as
+    of an odd H in 16 bits."""
     return exchange if row_bytes % 4 == 0 else replace(exchange, protocol="counter")
 
 
@@ -95,8 +103,8 @@ def put(pointers, tile, mask, exchange: tl.constexpr):
     if exchange.protocol == "flags":
         bits = tile.to(_integer(tile.dtype), bitcast=True)
         if tile.dtype.primitive_bitwidth == 16:
-            # Each thread keeps its place: neighbours mostly are in neighbouring threads, and nothing passes through
-            # shared memory. Of both, the first stores.
+            # In the tile's own layout: neighbours are mostly in neighbouring threads, and nothing passes through shared
+            # memory (as two tiles of halves it did, between two barriers). Of two, the first stores.
             second = tl.arange(0, tile.shape[1])[None, :] % 2
             bits = bits.to(tl.uint16, bitcast=True).to(tl.int32) << (16 * second)
             word = tl.sum(_pairs(bits), 2)[:, :, None]
@@ -430,10 +438,12 @@ def elements_of(words, dtype: tl.constexpr, exchange: tl.constexpr):
     if dtype.primitive_bitwidth == 32:
         return words.to(dtype, bitcast=True)
     else:
-        halves = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+        bits = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
         if exchange.poll == "ptx":
-            halves = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [halves], dtype=tl.int16, is_pure=False, pack=2)
-        return halves.to(dtype, bitcast=True)
+            # An instruction that Triton looks for no load behind: else the join would halve its idea of an operand's
+            # width, and h would be shuffled into another layout (seen in TTGIR: kWidth 4 for 2).
+            bits = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [bits], dtype=tl.int16, is_pure=False, pack=2)
+        return bits.to(dtype, bitcast=True)
 
 
 @triton.constexpr_function

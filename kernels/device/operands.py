@@ -112,12 +112,9 @@ def word_rows(rows, batch: tl.constexpr, splits: tl.constexpr):
 def of_words(tile, dtype: tl.constexpr, splits: tl.constexpr):
     """What ``elements_of`` words is, in the form that is loaded from memory in elements."""
     if splits == 1:
-        last: tl.constexpr = len(tile.shape) - 1
-        if last == 2:
-            tile = tl.permute(tile, (0, 2, 1))
-        else:
-            tile = tl.permute(tile, (0, 2, 3, 1))
-        return tl.reshape(tile, (tile.numel // tile.shape[last], tile.shape[last]))
+        tile = tl.permute(tile, (0, 2, 1) if len(tile.shape) == 3 else (0, 2, 3, 1))
+        batch: tl.constexpr = tile.shape[len(tile.shape) - 1]
+        return tl.reshape(tile, (tile.numel // batch, batch))
     elif dtype.primitive_bitwidth == 32:
         return tile
     else:

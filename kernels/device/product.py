@@ -300,8 +300,8 @@ def add_local(weights, tiles, b: tl.constexpr, accs, tiling: tl.constexpr):
 @triton.jit
 def operand_tile(pointer, rows, segment, start, size: tl.constexpr, length, whole: tl.constexpr, k_start,
                  tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
-    """The moving operand for ``size`` indices of K, of which ``length`` are valid, on its way: (tile, where it is, a tuple
-    of its mask or of nothing). By flags the tile is one of words, before ``settled``."""
+    """The moving operand for ``size`` indices of K, of which ``length`` are valid, on its way: (tile, where it is, a
+    tuple of its mask or of nothing). By flags the tile is one of words, before ``settled``."""
     inside = left_of(length, start, k_start, tiling)
     corner = pointer + position(segment, start, k_start, tiling)
     dtype: tl.constexpr = pointer.dtype.element_ty
@@ -325,8 +325,8 @@ def operand_tile(pointer, rows, segment, start, size: tl.constexpr, length, whol
 @triton.jit
 def settled(asked, size: tl.constexpr, dtype: tl.constexpr, spin_limit, error, tiling: tl.constexpr,
             exchange: tl.constexpr):  # fmt: skip
-    """The tiles of a tuple of what ``operand_tile`` returned, of ``size`` indices each, once they are there, and the spin
-    limit left."""
+    """The tiles of a tuple of what ``operand_tile`` returned, of ``size`` indices each, once they are there, and the
+    spin limit left."""
     loaded = ()
     pointers = ()
     masks = ()

@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..cells import CELLS, Cell, derived
-from ..device.exchange import exchange_on
+from ..device.exchange import exchange_on, fitting
 from ..device.recompute import BLOCK, activate
 from ..device.scan import scan_backward, scan_forward
 from ..device.staged_scan import staged_backward, staged_forward
@@ -156,7 +156,8 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
             "*u8" if cell.extras else "constexpr",
         ),
     }
-    constants: dict[str, Any] = {"tiling": part.tiling, "exchange": exchange_on(case.arch)}
+    exchange = fitting(exchange_on(case.arch), case.hidden * (4 if pointer == "*fp32" else 2))
+    constants: dict[str, Any] = {"tiling": part.tiling, "exchange": exchange}
     if not cell.saved:
         constants["saved"] = None
     if case.backward:

@@ -5,8 +5,8 @@ w is on scheduler w % 4, which issues one instruction a cycle, that of the warp 
 waits for its operands and for its pipe. Shared memory moves 128 bytes a clock, L2 what the device's record says. At a
 barrier a warp waits for all warps of its program and then for ``hardware.barrier``. Other programs are taken to be as
 far as this one: a poll sees their announcements ``hardware.exchange`` after this program's own, less one trip to L2, in
-which the data follow. Of data that are their own flags a load has those of others half of ``hardware.exchange`` after the
-program has put its own: one trip through L2 instead of two.
+which the data follow. Of data that are their own flags a load has those of others half of ``hardware.exchange`` after
+the program has put its own: one trip through L2 instead of two.
 
 PTX is not SASS. Costless are moves between registers, widening without sign and loads of parameters; address arithmetic
 counts, though ptxas folds some of it into offsets, and no instruction that it moves or merges is moved or merged here.
