@@ -198,20 +198,16 @@ _POLL = tl.constexpr(
 )
 _LEFT = tl.constexpr("selp.b32 $0, $3, 0, reached;\n}")
 # The threads that do not poll go on to a barrier, where all agree: one for threads of a warp on different ways.
-_AGREE = tl.constexpr("barrier.red.and.pred reached, 0, reached;\n")
-
-
-def _poll_of(threads: int) -> str:
-    others = f""".reg .pred other;
+_OTHERS = """.reg .pred other;
     mov.u32 seen, %tid.x;
-    setp.ge.u32 other, seen, {threads};
+    setp.ge.u32 other, seen, {};
     setp.eq.u32 reached, 0, 0;
     @other bra done;
     again:"""
-    return _POLL.value.replace("again:", others, 1) + _AGREE.value
-
-
-_POLL_OF_WARP, _POLL_OF_THREAD = tl.constexpr(_poll_of(32)), tl.constexpr(_poll_of(1))
+_AGREE = "barrier.red.and.pred reached, 0, reached;\n"
+_POLL_OF_WARP, _POLL_OF_THREAD = (
+    tl.constexpr(_POLL.value.replace("again:", _OTHERS.format(threads), 1) + _AGREE) for threads in (32, 1)
+)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ import persistrnn
 from persistrnn import reference
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import BUILT_IN
+from persistrnn.kernels.device.exchange import Exchange
 from persistrnn.kernels.planner import memory
 
 pytestmark = pytest.mark.emulator
@@ -272,6 +273,20 @@ def test_a_mutant_of_warp_groups_is_caught(emulated, name):
     with torch.no_grad():
         layer(torch.randn(3, 16, 4, dtype=torch.bfloat16))
     assert [race for report in session.reports for race in report.races if "wgmma" in race]
+
+
+def test_an_odd_row_of_16_bits_takes_the_counter(emulated, forced, monkeypatch):
+    """It is no whole number of words."""
+    session = emulated("sm_90")
+    forced()
+    monkeypatch.setattr(launch, "exchange_for", lambda _: Exchange("flags"))
+    for hidden, dtype in ((13, torch.bfloat16), (14, torch.bfloat16), (13, torch.float32)):
+        layer = persistrnn.LSTM(4, hidden, backend="persistent", dtype=dtype)
+        with torch.no_grad():
+            layer(torch.randn(2, 3, 4, dtype=dtype))
+    kernels = [report.kernel for report in session.reports]
+    assert [kernel.uses("red") for kernel in kernels] == [True, False, False]
+    assert [any("volatile" in i.modifiers for i in kernel.code) for kernel in kernels] == [False, True, True]
 
 
 def test_each_announcement_has_one_barrier(emulated, forced):
