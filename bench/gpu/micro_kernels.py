@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.device.exchange import arrive, elements_of, get, put, read, settle, wait, words_at
+from persistrnn.kernels.device.exchange import arrive, get, put, read, wait
 from persistrnn.kernels.device.operands import as_operand, operand_index, operand_rows
 from persistrnn.kernels.device.product import accumulators, add, gather, load_rest, matrix_of, resident
+from persistrnn.kernels.device.words import elements_of, settle, words_at
 from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
 from persistrnn.kernels.planner.problem import Problem
 from persistrnn.kernels.planner.tiling import Choice, Tiling, make_tiling

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .exchange import announce, await_count, elements_of, get, per_word, read, settle, words_at
+from .exchange import announce, await_count, get, read
 from .operands import (
     as_operand,
     as_weights,
@@ -36,6 +36,7 @@ from .operands import (
 )
 from .tiles import accumulator, narrow, operand, operands, split_gates
 from .widen import eight_bits, in_turn, widened
+from .words import elements_of, per_word, settle, words_at
 
 
 class Matrix(NamedTuple):
