@@ -39,10 +39,10 @@ SHAPES = [(cell, hidden, batch) for cell in ("lstm", "gru") for hidden in (256, 
 FIELDS = ["device", "dtype", "cell", "hidden", "batch", "pass"]
 FIELDS += ["clock_cycles", "clock_us", "model_us", "ratio", "barriers"]
 FIELDS += [f"{what}_{n}" for n in range(1, SHARES + 1) for what in ("line", "share")]
+# One polling warp is counted and clocked as one polling thread is.
 EXCHANGES = {
-    "counter, all": {},
-    "counter, warp": {"pollers": "warp"},
-    "counter, thread": {"pollers": "thread"},
+    "counter, all poll": {},
+    "counter, one thread polls": {"pollers": "thread"},
     "flags": {"protocol": "flags"},
 }
 EXCHANGE_RESULTS = RESULTS.with_name("exchange.csv")
