@@ -15,6 +15,7 @@ import ast
 import csv
 import os
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -112,16 +113,15 @@ def rows(cell: str, hidden: int, batch: int) -> list[dict[str, str]]:
     return [row(cell, hidden, batch, *run) for run in runs(cell, hidden, batch)[0]]
 
 
-def exchange_rows(cell: str, hidden: int, batch: int) -> list[dict[str, str]]:
-    """The same with every exchange: instructions as ``counted`` counts them, and barriers, of a step."""
+def exchange_rows(cell: str, hidden: int, batch: int, name: str) -> list[dict[str, str]]:
+    """The same with one of ``EXCHANGES``: instructions, as ``counted`` counts them, and barriers of a step."""
     device, found = hardware.named(DEVICE), []
-    for name, changed in EXCHANGES.items():
-        both, reports = runs(cell, hidden, batch, **changed)
-        for (way, trace, _), report in zip(both, reports, strict=True):
-            step = clock.second_step(trace, STEPS, ARCH, device)
-            executed = round(sum(count for _, count in report.executed(STEPS)))
-            numbers = executed, step.barriers, f"{step.cycles:.0f}", f"{step.cycles / device.clock / 1e3:.2f}"
-            found.append([cell, hidden, batch, way, name, *numbers])
+    both, reports = runs(cell, hidden, batch, **EXCHANGES[name])
+    for (way, trace, _), report in zip(both, reports, strict=True):
+        step = clock.second_step(trace, STEPS, ARCH, device)
+        executed = round(sum(count for _, count in report.executed(STEPS)))
+        numbers = executed, step.barriers, f"{step.cycles:.0f}", f"{step.cycles / device.clock / 1e3:.2f}"
+        found.append([cell, hidden, batch, way, name, *numbers])
     return [dict(zip(EXCHANGE_FIELDS, map(str, one), strict=True)) for one in found]
 
 
@@ -194,18 +194,20 @@ def main(arguments: list[str]) -> None:
         cell, hidden, batch = asked.only.split("-")
         print(table(rows(cell, int(hidden), int(batch))))
         return
-    made, shapes = (exchange_rows, EXCHANGE_SHAPES) if asked.exchanges else (rows, SHAPES)
-    if asked.exchanges and asked.output == RESULTS:
-        asked.output = EXCHANGE_RESULTS
+    made: Callable[..., list[dict[str, str]]] = rows
+    tasks: list[tuple[str | int, ...]] = [*SHAPES]
+    if asked.exchanges:
+        made, tasks = exchange_rows, [(*shape, name) for shape in EXCHANGE_SHAPES for name in EXCHANGES]
+        asked.output = EXCHANGE_RESULTS if asked.output == RESULTS else asked.output
     found = read(asked.output) if asked.resume and asked.output.exists() else []
-    there = {(one["cell"], int(one["hidden"]), int(one["batch"])) for one in found}
+    there = {(one["cell"], int(one["hidden"]), int(one["batch"]), one.get("exchange")) for one in found}
     # A process each: what the emulator keeps of a launch would fill the memory.
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for shape in shapes:
-            if shape not in there:
-                found += pool.apply(made, shape)
+        for task in tasks:
+            if (*task, None)[:4] not in there:
+                found += pool.apply(made, task)
                 write(found, asked.output)
-                print(*shape, file=sys.stderr, flush=True)
+                print(*task, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
