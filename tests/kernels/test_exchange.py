@@ -5,12 +5,14 @@ import accuracy
 import mutants
 import pytest
 import torch
-from forced import HOMES, tilings
+import triton
+import triton.language as tl
+from forced import HOMES, poll, tilings
 from grid import EXCHANGE, Delays, concurrent_grid
 
 import persistrnn
 from persistrnn.kernels import launch
-from persistrnn.kernels.device import product, scan
+from persistrnn.kernels.device import exchange, product, scan
 
 pytestmark = pytest.mark.interpreter
 
@@ -283,6 +285,26 @@ def test_nan_in_the_data_is_not_the_reserved_one(forced, k_parts):
             assert layer(x, h0)[0][:, 0].isnan().all()
         assert y[1:, 0].isnan().all()
         assert not y[:, 1].isnan().any()
+
+
+@triton.jit
+def put_rows(source, buffer, how: tl.constexpr):
+    at = tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    exchange.put(buffer + at, tl.load(source + at), at < 28, how)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_word_that_is_put_is_never_all_ones(dtype):
+    """Whatever NaN a cell makes, they are NaN in memory; what is beside them in a word, and what is masked, stays."""
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    given = torch.randn(4, 8).to(dtype)
+    given.view(integer)[:2] = -1
+    given.view(integer)[2, ::2] = -1
+    buffer = torch.full((4, 8), -1, dtype=integer).view(dtype)
+    put_rows[(1,)](given, buffer, exchange.Exchange("flags", poll()))
+    assert buffer.view(torch.int32).flatten()[: 14 * given.element_size() // 2].ne(-1).all()
+    assert buffer.view(integer).flatten()[28:].eq(-1).all()
+    torch.testing.assert_close(buffer.flatten()[:28], given.flatten()[:28], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("chosen", [{}, {"k_parts": 2, "subtiles": 2, "batch_tile": 8, "homes": "all three"}])
