@@ -278,7 +278,6 @@ def test_a_step_of_flagged_data(emulated, forced, dtype):
     slow, slower = step(10.0), step(11.0)
     assert slower.cycles - slow.cycles == pytest.approx(500), "half of an exchange"
     assert slow.shares[0][0] == clock.EXCHANGE
-    assert slow.barriers == 2, "of the sum over the parts of K: the exchange has none"
 
 
 # ---- the table ----------------------------------------------------------------------------------------------------
