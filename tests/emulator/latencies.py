@@ -129,6 +129,7 @@ def kind(i: Instruction) -> str:
         "bra": "branch",
         "ret": "branch",
         "bar": "barrier",
+        "barrier": "barrier",
         "red": "global store",
     }
     if i.name not in others:

@@ -20,7 +20,8 @@ _STRONG = {"acquire", "release", "relaxed", "volatile"}
 
 
 def ends(i: Instruction) -> bool:
-    return i.branches or i.name in ("bar", "red", "atom", "fence", "shfl", "redux") or bool(_STRONG & set(i.modifiers))
+    together = "bar", "barrier", "red", "atom", "fence", "shfl", "redux"
+    return i.branches or i.name in together or bool(_STRONG & set(i.modifiers))
 
 
 def space(i: Instruction) -> str:

@@ -30,9 +30,9 @@ CASES = [
     # cell, dtype, protocol, hidden, batch, layers, bias, state, chosen
     ("lstm", "fp16", "counter", 13, 3, 2, True, True, {}),
     ("gru", "fp32", "flags", 13, 3, 3, True, True, {"splits": 2}),
-    ("lstm", "bf16", "flags", 13, 3, 4, False, False, {"homes": "shared"}),
+    ("lstm", "bf16", "flags", 14, 3, 4, False, False, {"homes": "shared"}),
     ("gru", "bf16", "counter", 29, 2, 3, True, False, {"homes": "registers and shared", "units": 16}),
-    ("gru", "fp16", "flags", 21, 11, 2, False, True, {"subtiles": 2, "batch_tile": 8, "homes": "shared"}),
+    ("gru", "fp16", "flags", 22, 11, 2, False, True, {"subtiles": 2, "batch_tile": 8, "homes": "shared"}),
     ("lstm", "fp32", "flags", 16, 17, 2, True, True, {"groups": 1, "homes": "registers and shared"}),
     # The backward in two dimensions: a part of K not full, without units, several batch tiles, all cells.
     ("lstm", "fp32", "counter", 29, 3, 3, True, True, {"k_parts": 2}),
