@@ -83,9 +83,9 @@ def narrow(tile, dtype: tl.constexpr, interpreted: tl.constexpr):
 def operand(tile, tiling: tl.constexpr, exchange: tl.constexpr, pure: tl.constexpr = False):
     """``tile`` as a product takes it: tensor cores drop the lower 13 bits of float32, so for tf32 it is rounded before.
 
-    By an instruction that Triton takes no change of layout past. With plain arithmetic it rounded in the product's
-    layout, whose threads hold copies (seen: 7 PTX instructions per element of h; all weights in registers in the GRU's
-    backward in a pipeline, sm_80).
+    By an instruction that Triton takes no change of layout past, unless it is ``pure``, without side effects. With
+    plain arithmetic it rounded in the product's layout, whose threads hold copies (seen: 7 PTX instructions per element
+    of h; all weights in registers in the GRU's backward in a pipeline, sm_80).
     """
     if tiling.precision == "tf32" and exchange.poll == "ptx":
         assembly: tl.constexpr = "cvt.rna.tf32.f32 $0, $1;"
