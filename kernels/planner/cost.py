@@ -53,8 +53,6 @@ class Fitted:
         product, full: time of a product over that at the dense rate, by tensor cores and in full float32.
         sweep: time of reading weights from shared memory over that at its rate.
         parts: the same of writing and reading the parts of K that are summed.
-        barrier: part of a barrier's time that shows.
-        split: cycles of the code of the second exchange.
         stage, row: cycles of the code of a mean or a further product, and of each number that a thread reads for one.
         staged, staged_backward: time of streamed bytes on their way through shared memory, for each part of K, over
             that at its rate.
@@ -62,7 +60,8 @@ class Fitted:
             from memory above all, and gates on their way through shared memory.
         local_warp: of that, cycles per warp of the backward.
         fixed: cycles of addresses, of storing h and of announcing it.
-        work: cycles per cycle of ``Cell.work``, for each element that a thread owns.
+        issue: more of it, of 8 warps that take turns.
+        work: cycles of theirs per cycle of ``Cell.work``, for each element that a thread owns.
         kept: cycles per tile and element of a thread that are loaded or stored after the announcement.
         turn: cycles of each further batch tile: its loads from memory, which no exchange hides.
     """
@@ -71,8 +70,6 @@ class Fitted:
     full: float
     sweep: float
     parts: float
-    barrier: float
-    split: float
     stage: float
     row: float
     staged: float
@@ -81,16 +78,17 @@ class Fitted:
     local_backward: float
     local_warp: float
     fixed: float
+    issue: float
     work: float
     kept: float
     turn: float
 
 
 # <fitted: made by tests/helpers/fit_cost.py --write>
-# Fitted to the clock over 235 kernels; median error 2.5%.
+# Fitted to the clock over 330 kernels; median error 2.5%.
 FITTED = Fitted(
-    product=1, full=10.2, sweep=0.784, parts=0.478, barrier=0.352, split=42.4, stage=454, row=178, staged=0.911,
-    staged_backward=0.307, local=491, local_backward=329, local_warp=219, fixed=256, work=0.538, kept=5.94, turn=620,
+    product=1.11, full=10.2, sweep=0.597, parts=0.521, stage=397, row=194, staged=0.945, staged_backward=0.301,
+    local=573, local_backward=438, local_warp=190, fixed=52.1, issue=142, work=0.448, kept=6.74, turn=495,
 )  # fmt: skip
 # </fitted>
 
@@ -130,27 +128,20 @@ def trip(hardware: Hardware) -> float:
     return min(L2_CYCLES * 1e-3 / hardware.clock, hardware.exchange / 2)
 
 
-def sums_of_parts(
+def sum_of_parts(
     problem: Problem, choice: Choice, m: int, backward: bool, fitted: Fitted = FITTED
-) -> tuple[int, float]:
-    """Of a batch tile: how many sums over the parts of K there are, each of what changes hands at once, and the
-    microseconds of their way through shared memory and back."""
+) -> tuple[float, int]:
+    """Microseconds that the parts of K of one batch tile take through shared memory and back, and the barriers of a
+    step: around each sum, of which one shares that of the announcement."""
     packs = (1,) if backward else gate_packs(problem.cell.gates)
     together = gates_summed(packs, choice.k_parts)
     joined = together > max(packs)
-    if choice.splits > 1:
-        numbers = m * choice.batch_tile * (together / sum(packs) if joined else 1)
-        moved = min(choice.splits, choice.warps) * numbers * 8
-        taken = fitted.parts * moved / (problem.hardware.shared_rate * problem.hardware.clock * 1e3)
-    else:
-        taken = 0.0
-    return 1 if joined else len(packs), taken
-
-
-def barriers(sums: int, fitted: Fitted = FITTED) -> float:
-    """Of a batch tile, as far as they show: one of the sum over the parts of K, of several sums two each, and that of
-    the announcement."""
-    return fitted.barrier * (2 * sums + 1 - (sums == 1))
+    barriers = 2 if joined else 2 * len(packs)
+    if choice.splits == 1:
+        return 0.0, barriers
+    numbers = m * choice.batch_tile * (together / sum(packs) if joined else 1)
+    moved = min(choice.splits, choice.warps) * numbers * 8
+    return fitted.parts * moved / (problem.hardware.shared_rate * problem.hardware.clock * 1e3), barriers
 
 
 def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: Fitted = FITTED) -> Cost:
@@ -175,7 +166,8 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
     if problem.weight_dtype:
         lanes = WIDENING_LANES / cycle / share
         compute += m * (work.in_shared + work.streamed) * WIDENING[problem.weight_dtype] / lanes
-    pointwise = fitted.fixed + cell.chain[backward] + share * fitted.work * cell.work[backward] * elements
+    pointwise = fitted.fixed + cell.chain[backward]
+    pointwise += share * choice.warps / 8 * (fitted.issue + fitted.work * cell.work[backward] * elements)
     pointwise *= cycle
     # Loaded and stored while the exchange is on its way.
     after = cycle * share * fitted.kept * (cell.gates + cell.saved + 2 * cell.states) * elements
@@ -191,16 +183,16 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
         state = min(problem.batch, columns) * work.k * size / l2  # rows past the batch repeat one, and are read once
         state *= max(1, choice.warps // choice.splits)  # warps that share a part of K read the same
         state = max(0.0, state - compute - weights)  # the product is formed as it comes
-        sums, of_sums = sums_of_parts(problem, choice, m, backward, fitted)
-        state += share * of_sums
+        taken, barriers = sum_of_parts(problem, choice, m, backward, fitted)
+        state += share * taken
         stages = cell.means + cell.products
         # One burst is on its way at a time where weights are in shared memory. Loads of the others stand before all
         # products with weights in registers (seen in SASS: GRU 1024, B=1 and LSTM 512, B=16 backward, sm_90).
         bursts = max(1, -(-work.in_shared // choice.burst))
-        waits = barriers(sums, fitted) * hardware.barrier
+        waits = barriers * hardware.barrier
         if choice.k_parts > 1:
             state += 2 * m * columns * 4 / l2
-            waits += hardware.exchange + fitted.split * cycle + fitted.barrier * hardware.barrier
+            waits += hardware.exchange + hardware.barrier
         if stages:
             of_means = cell.means * fitted.row * -(-work.slices * columns // (32 * choice.warps))
             waits += stages * hardware.exchange + (stages * fitted.stage + of_means) * cycle

@@ -89,27 +89,26 @@ def finish(problem: Problem, layers: int, backward: bool, choice: Choice) -> Pas
     cost = model.step(problem, choice, work, backward)
     # Without an exchange of partial sums: there is one for both products.
     neighbour = model.step(problem, replace(choice, k_parts=1), work, backward)
-    sums, taken = model.sums_of_parts(problem, choice, work.m, backward)
+    taken, barriers = model.sum_of_parts(problem, choice, work.m, backward)
     if backward or not problem.cell.recurrent_gradient:  # one sum over the parts of K for both
-        sums, neighbour = 0, replace(neighbour, state=neighbour.state - choice.subtiles * taken)
-    cost = _with_neighbour(cost, neighbour, sums, choice, hardware)
+        neighbour, barriers = replace(neighbour, state=neighbour.state - choice.subtiles * taken), 0
+    cost = _with_neighbour(cost, neighbour, barriers, choice, hardware)
     weights = (2 * layers - 1) * problem.weight_bytes
     share = sum(c.size for c in t.k_blocks[: t.in_registers]) / max(1, sum(c.size for c in t.k_blocks))
     shares = Shares(round(weights * share), weights - round(weights * share), 0)
     return Pass(t, choice, groups, -(-jobs // groups), 2 * registers, 2 * shared, 0, total, estimate, shares, cost)
 
 
-def _with_neighbour(cost: Cost, neighbour: Cost, sums: int, choice: Choice, hardware: Hardware) -> Cost:
-    """The cost of a layer alone, and that of the neighbour's product, which has so many sums over the parts of K of its
-    own. It is formed while the group's own exchange is on its way: with one batch tile per program that hides what of
-    it is no longer than the exchange before its last trip; with several, the other tiles hide the exchange already."""
-    trips = choice.subtiles * model.trip(hardware)
-    barriers = choice.subtiles * (model.barriers(sums) if sums else 0.0) * hardware.barrier
-    beside = neighbour.compute + neighbour.weights + neighbour.state + trips + barriers
+def _with_neighbour(cost: Cost, neighbour: Cost, barriers: int, choice: Choice, hardware: Hardware) -> Cost:
+    """The cost of a layer alone, and that of the neighbour's product with so many barriers of its own. It is formed
+    while the group's own exchange is on its way: with one batch tile per program that hides what of it is no longer
+    than the exchange before its last trip; with several, the other tiles hide the exchange already."""
+    waits = choice.subtiles * (model.trip(hardware) + barriers * hardware.barrier)
+    beside = neighbour.compute + neighbour.weights + neighbour.state + waits
     saved = min(beside, hardware.exchange - model.trip(hardware)) if choice.subtiles == 1 else 0.0
     return replace(
         cost, compute=cost.compute + neighbour.compute, weights=cost.weights + neighbour.weights,
-        state=cost.state + neighbour.state, synchronisation=cost.synchronisation + trips + barriers - saved,
+        state=cost.state + neighbour.state, synchronisation=cost.synchronisation + waits - saved,
     )  # fmt: skip
 
 
