@@ -8,7 +8,13 @@ import fit_cost
 import numpy as np
 import pytest
 
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.cells.graph import OPERATIONS
+from persistrnn.kernels.planner import cost
 from persistrnn.kernels.planner.cost import FITTED
+from persistrnn.kernels.planner.hardware import DEVICES
+from persistrnn.kernels.planner.plan import plan_layer
+from persistrnn.kernels.planner.problem import Problem
 
 SAMPLE = fit_cost.clocked()
 
@@ -46,6 +52,19 @@ def test_each_number_matters_and_none_can_be_far_from_what_it_is():
     for name, value in dataclasses.asdict(FITTED).items():
         other = dataclasses.replace(FITTED, **{name: 1.5 * value})
         assert np.mean([abs(one.error(other)) for one in SAMPLE]) >= now - 1e-3, name
+
+
+def test_a_cell_costs_its_own_operations():
+    """relu(x + r): an addition and what Triton makes of a relu; tanh: an addition and a tanh."""
+    assert CELLS["rnn_relu"].chain[0] == CELLS["rnn_relu"].work[0] == 4 + OPERATIONS["relu"].cycles
+    assert CELLS["rnn_tanh"].chain[0] == 4 + OPERATIONS["tanh"].cycles
+    assert CELLS["lstm"].chain[0] < CELLS["lstm"].work[0], "four gates side by side"
+    chains = []
+    for cell in ("rnn_relu", "rnn_tanh", "lstm", "slstm"):
+        problem = Problem(CELLS[cell], 512, 16, 1, "bf16", DEVICES["h200"])
+        choice = plan_layer(problem).forward.choice
+        chains.append(cost.step(problem, choice, cost.Work(8, 512, 0, 0, 64, 64), backward=False).pointwise)
+    assert chains == sorted(set(chains))
 
 
 def test_what_the_source_says_of_the_fit_is_so():
