@@ -23,8 +23,8 @@ class Cell:
         gates: rows of W_hh per unit (G).
         states: tiles of state per unit, h first. Other units see h alone.
         saved: tiles per unit and step that the backward needs besides the states.
-        recurrent_gradient: whether the gradient of the recurrent half of the gates differs from that of the input half
-            and must be stored beside it.
+        recurrent_gradient: whether the step does more with the two halves of the gates than add them: the gradient of
+            the recurrent half may differ from that of the input half, and is stored beside it.
         after: which of the states after the step the backward reads as well, from where the forward has put them.
         params: names of its parameters per unit, each [H] of a layer and direction, beside weights and biases.
         extras: names of what it takes per step and unit beside its gates, without gradient: masks.

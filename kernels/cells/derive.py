@@ -297,6 +297,8 @@ def _derived(
         )
     else:
         texts = forward_text(graph, name, new, saving.saved), backward_text(graph, name, *kept)
+    # Two halves of equal gradients may still be told apart: by a comparison, or what is detached.
+    apart = not names.stages and not graph.only_added([*new, *saving.saved], "x", "r")
     of_r, kept_nodes = [*traced.dr, *traced.dq[: names.products]], [*saving.saved, *after, *saving.bits]
     source = HEADER.format(name=name) + "\n\n\n".join(texts) + "\n"
     # Two steps of one text may differ in the parameters' gradients, and in what their tiles are called.
@@ -307,7 +309,7 @@ def _derived(
         gates=len(names.gates),
         states=len(names.states),
         saved=len(saving.saved),
-        recurrent_gradient=traced.dx != [*traced.dr, *traced.dq[: names.products]] or bool(saving.more),
+        recurrent_gradient=traced.dx != of_r or bool(saving.more) or apart,
         after=saving.after,
         params=names.params,
         extras=names.extras,

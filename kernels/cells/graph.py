@@ -151,6 +151,17 @@ class Graph:
                 stack.extend(self.arguments(i))
         return sorted(found)
 
+    def only_added(self, roots: Iterable[int], first: str, second: str) -> bool:
+        """Whether the roots need of two given groups of tiles, as x0, x1 and r0, r1, nothing but the sum of each two of
+        a number."""
+
+        def is_sum(i: int) -> bool:
+            names = sorted(map(self.name, self.arguments(i)))
+            return self.nodes[i][0] == "add" and any(names == sorted((first + n[1:], second + n[1:])) for n in names)
+
+        sums = [i for i in range(len(self.nodes)) if is_sum(i)]
+        return not any(self.name(i)[:1] in (first, second) for i in self.needs(roots, sums))
+
     def descendants(self, of: Callable[[int], bool]) -> set[int]:
         """Nodes that hold ``of``, and all that is computed from one."""
         found: set[int] = set()

@@ -97,7 +97,7 @@ PIPELINES = [
     ("counter", {"subtiles": 2, "batch_tile": 8}, Case("gru", "fp32", 13, 11, 4, 2, False, lengths=True, state=True)),
     # Where a row begins anew the own half of the gradient is cut, and not the neighbour's, in one exchange of both.
     ("counter", {"k_parts": 2}, Case("lstm", "fp32", 29, 5, 5, 2, False, **CUT)),
-    ("flags", {"k_parts": 2, "subtiles": 2, "batch_tile": 8}, Case("gru", "bf16", 29, 11, 4, 2, False, resets=True)),
+    ("flags", {"k_parts": 2, "subtiles": 2, "batch_tile": 8}, Case("gru", "bf16", 30, 11, 4, 2, False, resets=True)),
 ]
 
 

@@ -158,6 +158,7 @@ def test_in_chunks_of_time(name, save):
         ("peephole", {}),
         ("zoneout", {}),
         ("slstm", {}),
+        ("gated", {}),
         ("peephole", {"k_parts": 2}),
         ("rnn_tanh", {"k_parts": 2}),
         ("mgu", {"k_parts": 2}),

@@ -36,7 +36,7 @@ CASES = [
     ("lstm", "fp32", "flags", 16, 17, 2, True, True, {"groups": 1, "homes": "registers and shared"}),
     # The backward in two dimensions: a part of K not full, without units, several batch tiles, all cells.
     ("lstm", "fp32", "counter", 29, 3, 3, True, True, {"k_parts": 2}),
-    ("gru", "bf16", "flags", 61, 2, 2, True, False, {"k_parts": 2, "units": 16, "homes": "registers and shared"}),
+    ("gru", "bf16", "flags", 62, 2, 2, True, False, {"k_parts": 2, "units": 16, "homes": "registers and shared"}),
     ("lstm", "bf16", "counter", 17, 3, 2, True, True, {"k_parts": 4, "homes": "shared"}),
     ("gru", "fp32", "counter", 29, 11, 2, True, True, {"k_parts": 2, "subtiles": 2, "batch_tile": 8}),
 ]
