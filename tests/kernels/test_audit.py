@@ -322,7 +322,7 @@ def test_key_follows_what_is_compiled(monkeypatch, tmp_path):
     other_kernels = {"cell": "lstm"}, {"backward": True}, {"dtype": "fp16"}, {"arch": "sm_80"}, {"chunked": True}
     for changed in other_kernels:
         assert audit.key(dataclasses.replace(SHARED, **changed), part) != before
-    other = dataclasses.replace(part, choice=dataclasses.replace(part.choice, warps=4))
+    other = dataclasses.replace(part, choice=dataclasses.replace(part.choice, warps=2))
     assert audit.key(SHARED, other) != before
     other = dataclasses.replace(part, tiling=dataclasses.replace(part.tiling, subtiles=2))
     assert audit.key(SHARED, other) != before
