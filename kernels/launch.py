@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .cells import Cell, derived
 from .compilation import on_device, start
-from .device.exchange import Exchange, exchange_on
+from .device.exchange import Exchange, exchange_on, fitting
 from .device.recompute import BLOCK, activate
 from .device.scan import scan_backward, scan_forward
 from .device.staged_scan import staged_backward, staged_forward
@@ -199,7 +199,7 @@ def launch_scan(
     # Of the groups of one launch: the next launch follows on the same stream.
     tiles_at_once = min(jobs, part.groups) * t.layers * t.subtiles
     sums = t.slices > 1 and (t.k_parts > 1 or t.means > 0)
-    size = tiles_at_once * 2 * t.slices * t.outputs * t.units_formed * t.batch_tile if sums else 1
+    size = tiles_at_once * 2 * t.slices * t.sums * t.units_formed * t.batch_tile if sums else 1
     parts = torch.empty(size, dtype=torch.float32, device=device)
     sync = counters, _error_word(device), parts
     arch = hardware(device).arch
@@ -312,7 +312,7 @@ def forward(
     rows, _, H = weights.weight_hh.shape
     L = rows // D
     part = plan_of(cell, H, L, B, D, x_gates, precision, heads, OF_8_BITS.get(weights.weight_hh.dtype, "")).forward
-    exchange = exchange_for(x_gates.device)
+    exchange = fitting(exchange_for(x_gates.device), H * x_gates.element_size())
     every, marked = save or keep, marks is not None
     slots = c_slots(T, every, marked)
     fills = Fills()
@@ -405,7 +405,7 @@ def backward(
     T, B, D, H = like.shape
     L = len(weight_hh) // D
     part = plan_of(cell, H, L, B, D, like, precision, heads).backward
-    exchange = exchange_for(like.device)
+    exchange = fitting(exchange_for(like.device), H * like.element_size())
 
     def gates(tiles: int, exchanged: bool) -> Tensor:
         """[L, T, B, D, tiles*H]; of several layers [L*T + 1, B, D, tiles*H], with a row of zeros after those of the

@@ -21,7 +21,7 @@ from persistrnn.decide import expects_backward
 from persistrnn.kernels.cells import CELLS, Cell, derived
 from persistrnn.kernels.tensors import Gradients, Weights
 from persistrnn.mapping import batched, each_sample, mapped, operator_by_samples
-from persistrnn.phases import SCAN_BACKWARD, SCAN_FORWARD, WEIGHT_GEMMS, phase
+from persistrnn.phases import WEIGHT_GEMMS, phase
 from persistrnn.reference import Result
 from persistrnn.step_marks import BEGINS, SKIPPED, without_skipped
 
@@ -155,8 +155,7 @@ def _forward(*arguments: Any, scale: Tensor | None = None) -> tuple[Tensor, ...]
     x_gates, weights, marks, extras, initial, reset = _inputs(cell, arguments[6:])
     weights = weights._replace(scale=scale)
     states = [s for s in initial if s is not None], list(reset)
-    with phase(SCAN_FORWARD):
-        found = ops.scan_forward(*how, x_gates, list(weights), marks, extras, *states)
+    found = ops.scan_forward(*how, x_gates, list(weights), marks, extras, *states)
     n = CELLS[cell].states
     kept, finals = found[:-n], [s.to(x_gates.dtype) for s in found[-n:]]
     every = [s[-1, 1:-1].flatten(2) for s in kept[: CELLS[cell].given_out if return_c else 1]]
@@ -244,8 +243,7 @@ class _Scan(Function):
 
 def _backward(cell: str, precision: str, resets: bool, heads: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     *given, kept, d_final, d_outputs = _backward_inputs(cell, tensors)
-    with phase(SCAN_BACKWARD):
-        return tuple(ops.scan_backward(cell, precision, resets, heads, *given, *map(list, (kept, d_final, d_outputs))))
+    return tuple(ops.scan_backward(cell, precision, resets, heads, *given, *map(list, (kept, d_final, d_outputs))))
 
 
 class _ScanBackward(Function):

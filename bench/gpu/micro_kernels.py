@@ -15,6 +15,7 @@ from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import arrive, get, put, read, wait
 from persistrnn.kernels.device.operands import as_operand, operand_index, operand_rows
 from persistrnn.kernels.device.product import accumulators, add, gather, load_rest, matrix_of, resident
+from persistrnn.kernels.device.words import elements_of, settle, words_at
 from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
 from persistrnn.kernels.planner.problem import Problem
 from persistrnn.kernels.planner.tiling import Choice, Tiling, make_tiling
@@ -55,7 +56,14 @@ def put_lines(slot, i, first, share, step, LINES: tl.constexpr, exchange: tl.con
 @triton.jit
 def get_lines(slot, i, lines, spin_limit, error, LINES: tl.constexpr, exchange: tl.constexpr):
     index = i * LINES + tl.arange(0, LINES)
-    return get(lines_at(slot, index), (index < lines)[:, None], spin_limit, error, exchange)
+    masks = ((index < lines)[:, None],)
+    if exchange.protocol == "flags":
+        pointers = words_at(slot, exchange) + (index * 4)[:, None] + tl.arange(0, 4)[None, :]
+        words = (get(pointers, masks, exchange),)
+        words, spin_limit = settle(words, (pointers,), (masks,), spin_limit, error, 4, exchange)
+        return tl.reshape(elements_of(words[0], tl.float16, exchange), (LINES, 8)), spin_limit
+    else:
+        return get(lines_at(slot, index), masks, exchange), spin_limit
 
 
 @triton.jit(do_not_specialize=["steps", "share"])

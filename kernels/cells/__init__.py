@@ -23,8 +23,8 @@ class Cell:
         gates: rows of W_hh per unit (G).
         states: tiles of state per unit, h first. Other units see h alone.
         saved: tiles per unit and step that the backward needs besides the states.
-        recurrent_gradient: whether the gradient of the recurrent half of the gates differs from that of the input half
-            and must be stored beside it.
+        recurrent_gradient: whether the step does more with the two halves of the gates than add them: the gradient of
+            the recurrent half may differ from that of the input half, and is stored beside it.
         after: which of the states after the step the backward reads as well, from where the forward has put them.
         params: names of its parameters per unit, each [H] of a layer and direction, beside weights and biases.
         extras: names of what it takes per step and unit beside its gates, without gradient: masks.
@@ -38,6 +38,8 @@ class Cell:
         wide: which of ``params`` have a tile per gate, [G*H].
         normalised: whether each half of the gates is layer-normalised over its G*H numbers before its bias is added:
             that of the input, times the parameter weight_ln_ih, outside of the step, the recurrent one in it.
+        chain: cycles of the longest chain of operations to the new h in the forward, and to the gates' gradients in the
+            backward; work: of all operations of each pass, as if one waited for the other.
         inputs: tiles of the input half (X).
         stored_gradients: tiles that the backward stores of the input half (V).
         given_out: states of which a caller can have every step: h and, where there is one, the second (c).
@@ -63,6 +65,8 @@ class Cell:
     wide: tuple[str, ...] = ()
     normalised: bool = False
     masks: int = 0
+    chain: tuple[int, int] = (0, 0)
+    work: tuple[int, int] = (0, 0)
 
     # Fields and no properties: torch.compile reads the fields of a frozen dataclass alone.
     inputs: int = field(init=False)

@@ -297,6 +297,9 @@ def _derived(
         )
     else:
         texts = forward_text(graph, name, new, saving.saved), backward_text(graph, name, *kept)
+    # Two halves of equal gradients may still be told apart: by a comparison, or what is detached.
+    apart = not names.stages and not graph.only_added([*new, *saving.saved], "x", "r")
+    of_r, kept_nodes = [*traced.dr, *traced.dq[: names.products]], [*saving.saved, *after, *saving.bits]
     source = HEADER.format(name=name) + "\n\n\n".join(texts) + "\n"
     # Two steps of one text may differ in the parameters' gradients, and in what their tiles are called.
     rest = f"{names} {traced.dp} {[graph.nodes[i] for i in graph.needs(traced.dp)]}"
@@ -306,7 +309,7 @@ def _derived(
         gates=len(names.gates),
         states=len(names.states),
         saved=len(saving.saved),
-        recurrent_gradient=traced.dx != [*traced.dr, *traced.dq[: names.products]] or bool(saving.more),
+        recurrent_gradient=traced.dx != of_r or bool(saving.more) or apart,
         after=saving.after,
         params=names.params,
         extras=names.extras,
@@ -316,6 +319,8 @@ def _derived(
         means=names.means,
         wide=names.wide,
         normalised=names.normalised,
+        chain=(graph.cycles(new[:1], ())[0], graph.cycles(of_r, kept_nodes)[0]),
+        work=(graph.cycles([*new, *saving.saved], ())[1], graph.cycles([*kept[3], *of_r, *traced.ds], kept_nodes)[1]),
     )
     return Derived(cell, names, step, source, traced, saving)
 

@@ -19,33 +19,37 @@ class CellError(ValueError):
 
 class Operation(NamedTuple):
     """Its text in Triton, and what it costs to do it again in the backward, where a tile saved and loaded is 1: of
-    exp more than its work, as it makes more of the rounding of a saved tile."""
+    exp more than its work, as it makes more of the rounding of a saved tile. cycles: until its result is there, by the
+    latencies that others measured on an A100 (arXiv 2208.11174, tables II and V: 4 of an addition, 18 of a power of 2,
+    31 of a division); of the last ones by the number of instructions that Triton makes of them."""
 
     triton: str
     again: float
+    cycles: int
 
 
 # By the names of torch and torch.nn.functional, which ``evaluate`` calls.
 OPERATIONS = {
-    "add": Operation("{} + {}", 0.01), "sub": Operation("{} - {}", 0.01), "mul": Operation("{} * {}", 0.01),
-    "div": Operation("{} / {}", 0.08), "neg": Operation("-{}", 0.01), "abs": Operation("tl.abs({})", 0.01),
-    "maximum": Operation("tl.maximum({}, {}, propagate_nan=tl.PropagateNan.ALL)", 0.01),
-    "minimum": Operation("tl.minimum({}, {}, propagate_nan=tl.PropagateNan.ALL)", 0.01),
-    "relu": Operation("relu({})", 0.01), "where": Operation("tl.where({}, {}, {})", 0.01),
-    "sqrt": Operation("tl.sqrt({})", 0.1), "rsqrt": Operation("tl.rsqrt({})", 0.1),
-    "exp": Operation("tl.exp({})", 0.35), "log": Operation("tl.log({})", 0.2), "erf": Operation("tl.erf({})", 0.3),
-    "log1p": Operation("log1p({})", 0.3), "expm1": Operation("expm1({})", 0.3),
-    "sin": Operation("tl.sin({})", 0.3), "cos": Operation("tl.cos({})", 0.3),
-    "sigmoid": Operation("sigmoid({})", 0.3), "tanh": Operation("tanh({})", 0.3),
-    "detach": Operation("{}", 0.0), "logsigmoid": Operation("log_sigmoid({})", 0.6),
+    "add": Operation("{} + {}", 0.01, 4), "sub": Operation("{} - {}", 0.01, 4), "mul": Operation("{} * {}", 0.01, 4),
+    "div": Operation("{} / {}", 0.08, 31), "neg": Operation("-{}", 0.01, 4), "abs": Operation("tl.abs({})", 0.01, 4),
+    "maximum": Operation("tl.maximum({}, {}, propagate_nan=tl.PropagateNan.ALL)", 0.01, 4),
+    "minimum": Operation("tl.minimum({}, {}, propagate_nan=tl.PropagateNan.ALL)", 0.01, 4),
+    "relu": Operation("relu({})", 0.01, 8), "where": Operation("tl.where({}, {}, {})", 0.01, 4),
+    "sqrt": Operation("tl.sqrt({})", 0.1, 31), "rsqrt": Operation("tl.rsqrt({})", 0.1, 31),
+    "exp": Operation("tl.exp({})", 0.35, 22), "log": Operation("tl.log({})", 0.2, 60),
+    "erf": Operation("tl.erf({})", 0.3, 90),
+    "log1p": Operation("log1p({})", 0.3, 100), "expm1": Operation("expm1({})", 0.3, 120),
+    "sin": Operation("tl.sin({})", 0.3, 90), "cos": Operation("tl.cos({})", 0.3, 90),
+    "sigmoid": Operation("sigmoid({})", 0.3, 57), "tanh": Operation("tanh({})", 0.3, 77),
+    "detach": Operation("{}", 0.0, 0), "logsigmoid": Operation("log_sigmoid({})", 0.6, 130),
 }  # fmt: skip
 COMPARISONS = {
-    "eq": Operation("{} == {}", 0.01), "ne": Operation("{} != {}", 0.01), "lt": Operation("{} < {}", 0.01),
-    "le": Operation("{} <= {}", 0.01), "gt": Operation("{} > {}", 0.01), "ge": Operation("{} >= {}", 0.01),
+    "eq": Operation("{} == {}", 0.01, 4), "ne": Operation("{} != {}", 0.01, 4), "lt": Operation("{} < {}", 0.01, 4),
+    "le": Operation("{} <= {}", 0.01, 4), "gt": Operation("{} > {}", 0.01, 4), "ge": Operation("{} >= {}", 0.01, 4),
 }  # fmt: skip
 LOGIC = {
-    "logical_and": Operation("{} & {}", 0.01), "logical_or": Operation("{} | {}", 0.01),
-    "logical_not": Operation("~{}", 0.01),
+    "logical_and": Operation("{} & {}", 0.01, 4), "logical_or": Operation("{} | {}", 0.01, 4),
+    "logical_not": Operation("~{}", 0.01, 4),
 }  # fmt: skip
 TRUTHS = COMPARISONS | LOGIC  # operations whose results are truth values
 ALL = OPERATIONS | TRUTHS
@@ -147,6 +151,17 @@ class Graph:
                 stack.extend(self.arguments(i))
         return sorted(found)
 
+    def only_added(self, roots: Iterable[int], first: str, second: str) -> bool:
+        """Whether the roots need of two given groups of tiles, as x0, x1 and r0, r1, nothing but the sum of each two of
+        a number."""
+
+        def is_sum(i: int) -> bool:
+            names = sorted(map(self.name, self.arguments(i)))
+            return self.nodes[i][0] == "add" and any(names == sorted((first + n[1:], second + n[1:])) for n in names)
+
+        sums = [i for i in range(len(self.nodes)) if is_sum(i)]
+        return not any(self.name(i)[:1] in (first, second) for i in self.needs(roots, sums))
+
     def descendants(self, of: Callable[[int], bool]) -> set[int]:
         """Nodes that hold ``of``, and all that is computed from one."""
         found: set[int] = set()
@@ -154,6 +169,16 @@ class Graph:
             if of(i) or not found.isdisjoint(self.arguments(i)):
                 found.add(i)
         return found
+
+    def cycles(self, roots: Iterable[int], given: Iterable[int]) -> tuple[int, int]:
+        """Of the longest chain of operations that ends in one of the roots, and of all operations together."""
+        chain: dict[int, int] = {}
+        total = 0
+        for i in self.needs(roots, given):
+            own = ALL[self.nodes[i][0]].cycles if self.arguments(i) else 0
+            chain[i] = own + max((chain.get(a, 0) for a in self.arguments(i)), default=0)
+            total += own
+        return max((chain.get(r, 0) for r in roots), default=0), total
 
     def copied(self, roots: Iterable[int], to: Graph) -> list[int]:
         """The roots in another graph, whose given tiles have the same names."""

@@ -17,29 +17,44 @@ Two protocols, chosen at compile time by ``exchange.protocol``:
     layer after it, no two groups wait for each other.
 
 ``"flags"``
-    The buffer is filled beforehand with a reserved NaN (all bits one). put: stores, with a computed NaN of that
-    pattern rewritten to another NaN. get: load the tile until no reserved pattern is left. Each element carries its
-    own flag, so no order between elements is needed and NaN in the data flows through.
+    A word of 32 bits, which is two elements of 16, carries its own flag: the buffer is filled beforehand with words of
+    all ones, a NaN in float32 and in each half. put: stores of words, with a computed one of that pattern rewritten to
+    other NaN. get and settle: load the tile until no such word is left. No order between words is needed, there is no
+    announcement and no barrier, and NaN in the data flows through.
 
     Why it is right: a plain store beside a load that may come before it is a data race in the PTX memory model, which
-    then promises nothing, ``volatile`` or not. Store and load are therefore ``relaxed`` at gpu scope, and of one
-    element each: morally strong, they do not tear, and a load that repeats sees the store in the end. So they are not
-    vectorised. Where there is no PTX (the interpreter, and AMD, whose model is another), stores are plain and loads
-    volatile.
+    then promises nothing. Two accesses are morally strong, and no race, if both are strong, of scopes that hold both
+    threads, and overlap completely (PTX ISA 9, section 8.7); accesses of other widths beside them would void the model
+    (8.7.2). A word is therefore stored by one ``st.relaxed.gpu.b32``. A load of four words is four accesses of one word
+    each, in no order (8.2.4): ``ld.v4.b32`` is right where ``ld.b128`` would not be, and each word is tested by itself.
+    The first load is a volatile one, because Triton then finds its layout and width; it is as a relaxed one of system
+    scope (8.4.2). A relaxed load that repeats sees the store in the end. Where there is no PTX (the interpreter, and
+    AMD, whose model is another), stores are plain and loads volatile.
+
+    Rows must be whole words: of an odd H in 16 bits the counter is taken (``fitting``). Slots that no step puts hold
+    states of the caller, whose NaN are replaced (``launch.unreserved``).
 
 Every wait is bounded: ``spin_limit`` polls. Each thread whose wait runs out writes to the error word in host memory,
-and its limit is 0 from then on: the program runs to its end without waiting again, and the host raises.
+and the host raises. By the counter its limit is 0 from then on: the program runs to its end without waiting again. By
+flags, in PTX, a thread cannot hand on to the next wait what it knows of a tile: there every wait asks the error word
+now and then, and ends where somebody has given up.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
+
+from .words import look, pairs, words_at
 
 # About 6 seconds at the 0.7 us that one poll of L2 is assumed to take: far above any step, far below a hang.
 SPIN_LIMIT = 1 << 23
 
 MANY = tl.constexpr(1024)  # elements of a tile
+
+# What the next two are when nothing else is asked for: nobody has measured yet which is faster (bench/NOTES.md).
+PROTOCOL = "counter"
+POLLERS = "all"
 
 
 @dataclass(frozen=True)
@@ -48,18 +63,21 @@ class Exchange:
 
     Attributes:
         protocol: ``"counter"`` or ``"flags"``.
-        poll: ``"ptx"``, a spin per thread with no barrier in it (seen: 5 to 6 barriers per step against 10), or
-            ``"atomic"`` for the interpreter and for targets that have no PTX.
+        poll: ``"ptx"``, a spin with no barrier in it (seen: 5 to 6 barriers per step against 10), or ``"atomic"`` for
+            the interpreter and for targets that have no PTX.
         spin_limit: polls before a wait gives up.
         stride: elements between the counters of two jobs, so that they lie in different 128-byte lines.
         release: of an announcement: ``"ptx"``, behind one barrier, or ``"atomic"``, Triton's own.
+        pollers: of a counter, by ``"ptx"``: ``"all"`` threads, each for itself, or one ``"warp"`` or one ``"thread"``,
+            for which the others wait at a barrier.
     """
 
-    protocol: str = "counter"
+    protocol: str = PROTOCOL
     poll: str = "ptx"
     spin_limit: int = SPIN_LIMIT
     stride: int = 32
     release: str = "ptx"
+    pollers: str = POLLERS
 
 
 def exchange_on(arch: str) -> Exchange:
@@ -73,18 +91,32 @@ def exchange_on(arch: str) -> Exchange:
     return Exchange(release="atomic" if arch.startswith("sm_10") else "ptx")
 
 
+def fitting(exchange: Exchange, row_bytes: int) -> Exchange:
+    """``exchange`` for buffers with rows of H elements of so many bytes: the counter where they are no whole words, as
+    of an odd H in 16 bits."""
+    return exchange if row_bytes % 4 == 0 else replace(exchange, protocol="counter")
+
+
 @triton.jit
 def put(pointers, tile, mask, exchange: tl.constexpr):
-    """Store a tile, already in the buffer's dtype, that other slices will read."""
+    """Store a tile, already in the buffer's dtype, that other slices will read. Its last axis is a row of memory."""
     if exchange.protocol == "flags":
         bits = tile.to(_integer(tile.dtype), bitcast=True)
-        # The largest positive integer is a NaN too, and not the reserved one.
-        other: tl.constexpr = 0x7FFF if tile.dtype.primitive_bitwidth == 16 else 0x7FFFFFFF
-        bits = tl.where(bits == -1, other, bits).to(bits.dtype)
+        if tile.dtype.primitive_bitwidth == 16:
+            # In the tile's own layout: neighbours are mostly in neighbouring threads, and nothing passes through shared
+            # memory (as two tiles of halves it did, between two barriers). Of two, the first stores.
+            second = tl.arange(0, tile.shape[1])[None, :] % 2
+            bits = bits.to(tl.uint16, bitcast=True).to(tl.int32) << (16 * second)
+            word = tl.sum(pairs(bits), 2)[:, :, None]
+            bits = tl.reshape(tl.broadcast_to(word, (tile.shape[0], tile.shape[1] // 2, 2)), tile.shape)
+            mask = mask & (second == 0)
+        pointers = words_at(pointers, exchange)
+        # Another NaN, of float32 and in each half.
+        bits = tl.where(bits == -1, 0x7FFFFFFF, bits)
         if exchange.poll == "ptx":
             _store_each(pointers, bits, mask, True)
         else:
-            tl.store(pointers, bits.to(tile.dtype, bitcast=True), mask=mask)
+            tl.store(pointers, bits, mask=mask)
     else:
         store_held(pointers, tile, mask, exchange)
 
@@ -144,8 +176,8 @@ def announce(counter, exchange: tl.constexpr):
         tl.atomic_add(counter, 1, sem="release", scope="gpu")
 
 
-# Every thread polls for itself, and one that gives up tells so itself: by the time thread 0 polls, the late program may
-# have come, while other threads have gone on with old data. The store stands behind the loop: within it the LSTM's
+# A thread that polls and gives up tells so itself: by the time another one polls, the late program may have come, while
+# it has gone on with old data. The store stands behind the loop: within it the LSTM's
 # backward in a pipeline spilled (seen: H=512, bf16, sm_90, Triton 3.9.0).
 _POLL = tl.constexpr(
     """{
@@ -164,15 +196,25 @@ _POLL = tl.constexpr(
     @more st.relaxed.sys.global.u32 [$4], 1;
     """
 )
-# What follows in ``get`` has barriers inside a loop up to the spin limit, on which all threads must agree.
-_AGREE = tl.constexpr("bar.red.and.pred reached, 0, reached;\n")
 _LEFT = tl.constexpr("selp.b32 $0, $3, 0, reached;\n}")
+# The threads that do not poll go on to a barrier, where all agree: one for threads of a warp on different ways.
+_OTHERS = """.reg .pred other;
+    mov.u32 seen, %tid.x;
+    setp.ge.u32 other, seen, {};
+    setp.eq.u32 reached, 0, 0;
+    @other bra done;
+    again:"""
+_AGREE = "barrier.red.and.pred reached, 0, reached;\n"
+_POLL_OF_WARP, _POLL_OF_THREAD = (
+    tl.constexpr(_POLL.value.replace("again:", _OTHERS.format(threads), 1) + _AGREE) for threads in (32, 1)
+)
 
 
 @triton.jit
 def await_count(counter, target, spin_limit, error, exchange: tl.constexpr):
     if exchange.poll == "ptx":
-        assembly: tl.constexpr = _POLL + (_AGREE if exchange.protocol == "flags" else "") + _LEFT
+        some: tl.constexpr = _POLL_OF_WARP if exchange.pollers == "warp" else _POLL_OF_THREAD
+        assembly: tl.constexpr = (_POLL if exchange.pollers == "all" else some) + _LEFT
         return tl.inline_asm_elementwise(
             assembly,
             "=r,l,r,r,l",
@@ -193,41 +235,12 @@ def await_count(counter, target, spin_limit, error, exchange: tl.constexpr):
 
 
 @triton.jit
-def get(pointers, mask, spin_limit, error, exchange: tl.constexpr):
-    """Load a tile that other slices have put, and the spin limit from then on. ``mask`` may be None."""
+def get(pointers, mask, exchange: tl.constexpr):
+    """Load a tile that other slices have put, by flags as ``settle`` takes it. mask: a tuple of one, or of none."""
     if exchange.protocol == "counter":
-        return _load(pointers, mask, ".cg", False), spin_limit
+        return _load(pointers, mask)
     else:
-        tile = _load_flagged(pointers, mask, exchange)
-        polls = spin_limit
-        missing = _missing(tile)
-        while (missing > 0) & (polls > 0):
-            tile = _load_flagged(pointers, mask, exchange)
-            missing = _missing(tile)
-            polls -= 1
-        left = tl.where(missing > 0, 0, spin_limit)
-        _report(error, left < spin_limit, exchange)
-        return tile, left
-
-
-@triton.jit
-def _report(error, gave_up, exchange: tl.constexpr):
-    if exchange.poll == "ptx":
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred late;
-            setp.ne.s32 late, $2, 0;
-            @late st.relaxed.sys.global.u32 [$1], 1;
-            mov.b32 $0, 0;
-            }""",
-            "=r,l,r",
-            [error, gave_up.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.store(error, 1, mask=gave_up)
+        return look(pointers, mask)
 
 
 @triton.jit
@@ -245,25 +258,6 @@ def _store_each(pointers, bits, mask, relaxed: tl.constexpr):
     )
 
 
-@triton.jit
-def _load_flagged(pointers, mask, exchange: tl.constexpr):
-    if exchange.poll == "ptx":
-        dtype: tl.constexpr = pointers.dtype.element_ty
-        narrow: tl.constexpr = dtype.primitive_bitwidth == 16
-        there = 1 if mask is None else mask.to(tl.int32)
-        bits = tl.inline_asm_elementwise(
-            _LOAD_16 if narrow else _LOAD_32,
-            "=h,l,r" if narrow else "=r,l,r",
-            [pointers, there],
-            dtype=tl.int16 if narrow else tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-        return bits.to(dtype, bitcast=True)
-    else:
-        return _load(pointers, mask, "", True)
-
-
 @triton.constexpr_function
 def _store_of(width, relaxed):
     return f"""{{
@@ -274,34 +268,18 @@ def _store_of(width, relaxed):
     }}"""
 
 
-_LOAD = """{{
-    .reg .pred there;
-    setp.ne.s32 there, $2, 0;
-    mov.b{0} $0, 0;
-    @there ld.relaxed.gpu.global.b{0} $0, [$1];
-    }}"""
-_LOAD_16, _LOAD_32 = tl.constexpr(_LOAD.format(16)), tl.constexpr(_LOAD.format(32))
-
-
 @triton.jit
 def read(pointers):
     """Load, past L1, what was put before an announcement that this program has awaited."""
-    return _load(pointers, None, ".cg", False)
+    return _load(pointers, ())
 
 
 @triton.jit
-def _load(pointers, mask, cache_modifier: tl.constexpr, volatile: tl.constexpr):
-    if mask is None:
-        return tl.load(pointers, cache_modifier=cache_modifier, volatile=volatile)
+def _load(pointers, mask):
+    if len(mask) == 0:
+        return tl.load(pointers, cache_modifier=".cg")
     else:
-        return tl.load(pointers, mask=mask, other=0.0, cache_modifier=cache_modifier, volatile=volatile)
-
-
-@triton.jit
-def _missing(tile):
-    """1 where any element still holds the reserved NaN, else 0."""
-    flagged = tile.to(_integer(tile.dtype), bitcast=True) == -1
-    return tl.max(tl.ravel(flagged.to(tl.int32)), axis=0)
+        return tl.load(pointers, mask=mask[0], other=0.0, cache_modifier=".cg")
 
 
 @triton.constexpr_function

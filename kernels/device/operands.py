@@ -77,6 +77,50 @@ def operand_rows(rows, batch: tl.constexpr, splits: tl.constexpr):
             return tl.trans(tl.reshape(rows, (batch // n, n)))[None, :, None, None, :, None]
 
 
+@triton.constexpr_function
+def words_in_a_row(size, tiling, dtype):
+    """Words of 32 bits of the moving operand that are next to each other in memory wherever a thread loads some of a k
+    block of that size, from a multiple of as many on: 1, 2 or 4."""
+    starts = [tiling.hidden, tiling.units_per_part] + [block.start for block in tiling.k_blocks]
+    if tiling.streamed:
+        starts += [tiling.stream_start, tiling.streamed_k_block]
+    run = min(128 // dtype.primitive_bitwidth, size // tiling.splits // LANES.value)
+    while any(start % run for start in starts):
+        run //= 2
+    return run * dtype.primitive_bitwidth // 32
+
+
+@triton.jit
+def word_index(size: tl.constexpr, run: tl.constexpr, splits: tl.constexpr):
+    """Indices of words into a k block of ``size`` words: as of elements of 32 bits, but [blocks, 1, run] for [K, 1]."""
+    if splits == 1:
+        return tl.arange(0, size // run)[:, None, None] * run + tl.arange(0, run)[None, None, :]
+    else:
+        return operand_index(size, tl.int32, splits)
+
+
+@triton.jit
+def word_rows(rows, batch: tl.constexpr, splits: tl.constexpr):
+    """Rows of the batch, against ``word_index``."""
+    if splits == 1:
+        return rows[None, :, None]
+    else:
+        return operand_rows(rows, batch, splits)
+
+
+@triton.jit
+def of_words(tile, dtype: tl.constexpr, splits: tl.constexpr):
+    """What ``elements_of`` words is, in the form that is loaded from memory in elements."""
+    if splits == 1:
+        tile = tl.permute(tile, (0, 2, 1) if len(tile.shape) == 3 else (0, 2, 3, 1))
+        batch: tl.constexpr = tile.shape[len(tile.shape) - 1]
+        return tl.reshape(tile, (tile.numel // batch, batch))
+    elif dtype.primitive_bitwidth == 32:
+        return tile
+    else:
+        return tl.reshape(tile, tile.shape[:-2] + (2 * tile.shape[5],))
+
+
 @triton.jit
 def as_operand(tile, dtype: tl.constexpr, splits: tl.constexpr, eight_bits: tl.constexpr = False):
     """What was loaded from there, as [K, BB] or [P, K // P, BB]."""

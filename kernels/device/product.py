@@ -22,9 +22,21 @@ import triton
 import triton.language as tl
 
 from .exchange import announce, await_count, get, read
-from .operands import as_operand, as_weights, operand_index, operand_rows, weight_index, weight_outputs
+from .operands import (
+    as_operand,
+    as_weights,
+    of_words,
+    operand_index,
+    operand_rows,
+    weight_index,
+    weight_outputs,
+    word_index,
+    word_rows,
+    words_in_a_row,
+)
 from .tiles import accumulator, narrow, operand, operands, split_gates, split_three_gates, sum_chains
 from .widen import eight_bits, in_turn, widened
+from .words import elements_of, per_word, settle, words_at
 
 
 class Matrix(NamedTuple):
@@ -301,31 +313,79 @@ def add_local(weights, tiles, b: tl.constexpr, accs, tiling: tl.constexpr):
 
 
 @triton.jit
-def operand_tile(pointer, rows, segment, start, size: tl.constexpr, length, whole: tl.constexpr, k_start, spin_limit,
-                 error, tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
-    """The moving operand for ``size`` indices of K, of which ``length`` are valid."""
+def operand_tile(pointer, rows, segment, start, size: tl.constexpr, length, whole: tl.constexpr, k_start,
+                 tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
+    """The moving operand for ``size`` indices of K, of which ``length`` are valid, on its way: (tile, where it is, a
+    tuple of its mask or of nothing). By flags the tile is one of words, before ``settled``."""
     inside = left_of(length, start, k_start, tiling)
     corner = pointer + position(segment, start, k_start, tiling)
     dtype: tl.constexpr = pointer.dtype.element_ty
-    k = operand_index(size, dtype, tiling.splits)
-    offsets = k + operand_rows(rows, tiling.batch_tile, tiling.splits) * tiling.row_stride
-    mask = None if whole else k < inside
-    tile, spin_limit = get(corner + offsets, mask, spin_limit, error, exchange)
-    return as_operand(tile, dtype, tiling.splits, eight_bits(tiling)), spin_limit
+    if exchange.protocol == "flags":
+        per: tl.constexpr = per_word(dtype, exchange)
+        run: tl.constexpr = words_in_a_row(size, tiling, dtype)
+        k = word_index(size // per, run, tiling.splits)
+        offsets = k + word_rows(rows, tiling.batch_tile, tiling.splits) * (tiling.row_stride // per)
+        pointers = words_at(corner, exchange) + offsets
+        masks = () if whole else (k < inside // per,)
+        return get(pointers, masks, exchange), pointers, masks
+    else:
+        k = operand_index(size, dtype, tiling.splits)
+        offsets = k + operand_rows(rows, tiling.batch_tile, tiling.splits) * tiling.row_stride
+        pointers = corner + offsets
+        masks = () if whole else (k < inside,)
+        tile = get(pointers, masks, exchange)
+        return as_operand(tile, dtype, tiling.splits, eight_bits(tiling)), pointers, masks
+
+
+@triton.jit
+def settled(asked, size: tl.constexpr, dtype: tl.constexpr, spin_limit, error, tiling: tl.constexpr,
+            exchange: tl.constexpr):  # fmt: skip
+    """The tiles of a tuple of what ``operand_tile`` returned, of ``size`` indices each, once they are there, and the
+    spin limit left."""
+    loaded = ()
+    pointers = ()
+    masks = ()
+    for i in tl.static_range(len(asked)):
+        loaded = loaded + asked[i][:1]
+        pointers = pointers + asked[i][1:2]
+        masks = masks + asked[i][2:]
+    if exchange.protocol == "flags":
+        run: tl.constexpr = words_in_a_row(size, tiling, dtype)
+        words, spin_limit = settle(loaded, pointers, masks, spin_limit, error, run, exchange)
+        loaded = ()
+        for i in tl.static_range(len(words)):
+            tile = of_words(elements_of(words[i], dtype, exchange), dtype, tiling.splits)
+            loaded = loaded + (as_operand(tile, dtype, tiling.splits, eight_bits(tiling)),)
+    return loaded, spin_limit
+
+
+@triton.constexpr_function
+def runs_of_one_size(tiling, first, last):
+    """Where a run of k blocks of one size begins, and ``last``."""
+    blocks = tiling.k_blocks
+    return tuple(i for i in range(first, last) if i == first or blocks[i].size != blocks[i - 1].size) + (last,)
 
 
 @triton.jit
 def operand_tiles(pointer, rows, k_start, first: tl.constexpr, last: tl.constexpr, spin_limit, error,
                   tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
     """The moving operand of the resident tiles ``first`` to ``last``: all are on their way at once."""
-    tiles = ()
+    asked = ()
     for i in tl.static_range(first, last):
-        tile, spin_limit = operand_tile(
+        tile = operand_tile(
             pointer, rows, tiling.k_blocks[i].segment, tiling.k_blocks[i].start, tiling.k_blocks[i].size,
-            tiling.k_blocks[i].length, is_whole(tiling.k_blocks[i], tiling), k_start, spin_limit, error, tiling,
-            exchange,
+            tiling.k_blocks[i].length, is_whole(tiling.k_blocks[i], tiling), k_start, tiling, exchange,
         )  # fmt: skip
-        tiles = tiles + (tile,)
+        asked = asked + (tile,)
+    dtype: tl.constexpr = pointer.dtype.element_ty
+    runs: tl.constexpr = runs_of_one_size(tiling, first, last)
+    tiles = ()
+    for n in tl.static_range(len(runs) - 1):
+        part = asked[runs[n] - first : runs[n + 1] - first]
+        more, spin_limit = settled(
+            part, tiling.k_blocks[runs[n]].size, dtype, spin_limit, error, tiling, exchange
+        )  # fmt: skip
+        tiles = tiles + more
     return tiles, spin_limit
 
 
@@ -342,12 +402,15 @@ def add_burst(weights, b: tl.constexpr, accs, pointer, rows, spin_limit, error, 
 
 
 @triton.jit
-def product_shared(weights, ahead, pointer, rows, spin_limit, error, tiling: tl.constexpr, exchange: tl.constexpr):
+def product_shared(weights, ahead, accs, pointer, rows, spin_limit, error, tiling: tl.constexpr,
+                   exchange: tl.constexpr):  # fmt: skip
     """Many slices: the operand is what all slices of the group have put at ``pointer``.
 
-    ahead: the streamed tile that is on its way. Returns the tiles, what is on its way now, and the spin limit left.
+    accs: what the product is added to; (): to nothing. ahead: the streamed tile that is on its way. Returns the
+    accumulators, what is on its way now, and the spin limit left.
     """
-    accs = accumulators(tiling)
+    if len(accs) == 0:
+        accs = accumulators(tiling)
     for b in tl.static_range(len(tiling.bursts)):
         accs, spin_limit = add_burst(weights, b, accs, pointer, rows, spin_limit, error, tiling, exchange)
     if tiling.streamed > 0:
@@ -356,12 +419,15 @@ def product_shared(weights, ahead, pointer, rows, spin_limit, error, tiling: tl.
             current = ahead
             ahead = streamed(weights.matrix, (i + 1) % n, tiling)
             segment, start = streamed_start(i, tiling)
-            moving, spin_limit = operand_tile(
+            asked = operand_tile(
                 pointer, rows, segment, start, tiling.streamed_k_block, tiling.depth - start, stream_is_whole(tiling),
-                weights.matrix.k_start, spin_limit, error, tiling, exchange,
+                weights.matrix.k_start, tiling, exchange,
             )  # fmt: skip
-            accs = advance(operands(current, tiling, exchange), operand(moving, tiling, exchange), accs, tiling)
-    return gather(accs, tiling), ahead, spin_limit
+            moving, spin_limit = settled(
+                (asked,), tiling.streamed_k_block, pointer.dtype.element_ty, spin_limit, error, tiling, exchange
+            )
+            accs = advance(operands(current, tiling, exchange), operand(moving[0], tiling, exchange), accs, tiling)
+    return accs, ahead, spin_limit
 
 
 @triton.jit
@@ -370,7 +436,7 @@ def add_parts(tiles, sums_of_group, k_part, counter, target, spin_limit, error, 
     """Two-dimensional split: hand the other slices of the unit group their units of this partial product, and return
     the sum over all R of this slice's own, in the order of the parts of K.
 
-    sums_of_group: the unit group's fp32 buffer [R, gates, BB, R*U] of this step's parity.
+    sums_of_group: the unit group's fp32 buffer [R, tiles, BB, R*U] of this exchange's parity.
     """
     n: tl.constexpr = len(tiles)
     BB: tl.constexpr = tiling.batch_tile

@@ -42,11 +42,13 @@ class Sync(NamedTuple):
     Attributes:
         counters: int32, per batch tile ``tiling.counters_per_tile`` of them: one per part of K, of the steps that its
             owners have put, and with R > 1 one per unit group, of the partial sums.
-        partial_sums: fp32, per batch tile [2, S, outputs * BB * R*U]: of even and odd steps.
+        own_counters: the same of the program's own group.
+        partial_sums: fp32, per batch tile [2, S, tiling.sums * BB * R*U]: of even and odd exchanges.
         error: int32 in host memory, 1 once a wait has run out.
     """
 
     counters: tl.tensor
+    own_counters: tl.tensor
     partial_sums: tl.tensor
     error: tl.tensor
 
@@ -85,7 +87,7 @@ def locate(sync, first_job, B, tiling: tl.constexpr, exchange: tl.constexpr):
         reverse = direction // tiling.heads
     first_row = job % jobs_of_direction * rows_of_job
     counters += (job * tiling.layers + layer) * (tiling.subtiles * tiling.counters_per_tile * exchange.stride)
-    sums_of_tile: tl.constexpr = 2 * tiling.slices * tiling.outputs * tiling.units_formed * tiling.batch_tile
+    sums_of_tile: tl.constexpr = 2 * tiling.slices * tiling.sums * tiling.units_formed * tiling.batch_tile
     partial_sums += group.to(tl.int64) * (tiling.subtiles * sums_of_tile)
     slice_id = tl.program_id(0)
     unit_group = slice_id // tiling.k_parts
@@ -95,14 +97,14 @@ def locate(sync, first_job, B, tiling: tl.constexpr, exchange: tl.constexpr):
     units = slice_id * tiling.units + tl.arange(0, tiling.units)
     mask = (units < tiling.hidden)[None, :]
     program = Program(layer, direction, reverse, first_row, k_part, k_start, unit_group, owner_part, units, mask)
-    return program, Sync(counters, partial_sums, error)
+    return program, Sync(counters, counters, partial_sums, error)
 
 
 @triton.jit
 def sync_of_layer(own, distance, tiling: tl.constexpr, exchange: tl.constexpr):
     """The Sync of the layer ``distance`` above."""
     per_layer: tl.constexpr = tiling.subtiles * tiling.counters_per_tile * exchange.stride
-    return Sync(own.counters + distance * per_layer, own.partial_sums, own.error)
+    return Sync(own.counters + distance * per_layer, own.counters, own.partial_sums, own.error)
 
 
 @triton.jit

@@ -38,7 +38,7 @@ from .tiles import batch_tile, previous_slot, tile_offset, time_of, unit_offsets
 @triton.jit
 def stages_sync(own, exchange: tl.constexpr):
     """Where the later product's operand is counted: behind the state."""
-    return Sync(own.counters + exchange.stride, own.partial_sums, own.error)
+    return Sync(own.counters + exchange.stride, own.counters, own.partial_sums, own.error)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def later_product(weights, ahead, operand, pointer, tile, program, step, sync, s
         return product_local(weights, inner, pointer.dtype.element_ty, later, exchange), ahead, spin_limit
     else:
         return multiply(
-            weights, ahead, pointer, tile.rows, 0, program, step, step + 1, sync, spin_limit, later, exchange
+            weights, ahead, (), pointer, tile.rows, 0, program, step, step + 1, sync, spin_limit, later, exchange
         )
 
 
@@ -147,7 +147,7 @@ def staged_forward(
             else:
                 h = states[0] + tile_offset(previous_slot(t, program.reverse), tile, program, B, H, tiling)
                 r, ahead, spin_limit = multiply(
-                    weights, ahead, h, rows_of_h, 0, program, step, step, own_sync, spin_limit, tiling, exchange
+                    weights, ahead, (), h, rows_of_h, 0, program, step, step, own_sync, spin_limit, tiling, exchange
                 )
             r = add_tiles(r, own_bias[: G - tiling.products])
             mask = unit_mask & tile.own
@@ -291,7 +291,7 @@ def staged_backward(
                 product = product_local(weights, inner, weight.dtype.element_ty, tiling, exchange)
             else:
                 product, ahead, spin_limit = multiply(
-                    weights, ahead, dr_tile, tile.rows, 0, program, step, step + 1, own_sync, spin_limit, tiling,
+                    weights, ahead, (), dr_tile, tile.rows, 0, program, step, step + 1, own_sync, spin_limit, tiling,
                     exchange,
                 )  # fmt: skip
             d_before = add_tiles(d_before, product)

@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..cells import CELLS, derived
-from ..device.exchange import exchange_on
+from ..device.exchange import Exchange, exchange_on, fitting
 from ..device.scan import scan_backward, scan_forward
 from ..device.staged_scan import staged_backward, staged_forward
 from ..launch import options
@@ -136,6 +136,24 @@ def key(case: Case, part: planning.Pass) -> str:
     return hashlib.sha256(b"".join(sources) + f"{triton.__version__} {what}".encode()).hexdigest()[:16]
 
 
+# Protocol -> what it is made of, in PTX.
+EXCHANGED = {
+    "counter": {
+        "acquire load": r"ld\.acquire\.gpu",
+        "release add": r"(atom|red)\.global\.(gpu\.)?release|(atom|red)\.release\.gpu|(atom|red)[\w.]*\.gpu\.release",
+    },
+    "flags": {
+        "volatile load of words": r"ld\.volatile\.global(\.v[24])?\.b32",
+        "relaxed load of words": r"ld\.relaxed\.gpu\.global(\.v[24])?\.b32",
+        "relaxed store of words": r"st\.relaxed\.gpu\.global\.b32",
+    },
+}
+
+
+def exchange_of(case: Case) -> Exchange:
+    return fitting(exchange_on(case.arch), case.hidden * (4 if DTYPES[case.dtype] == "*fp32" else 2))
+
+
 def compile_pass(case: Case, part: planning.Pass) -> Any:
     """The compiled kernel of a pass."""
     cell = CELLS[case.cell]
@@ -155,7 +173,7 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
             "*u8" if cell.extras else "constexpr",
         ),
     }
-    constants: dict[str, Any] = {"tiling": part.tiling, "exchange": exchange_on(case.arch)}
+    constants: dict[str, Any] = {"tiling": part.tiling, "exchange": exchange_of(case)}
     if not cell.saved:
         constants["saved"] = None
     if case.backward:
@@ -345,13 +363,9 @@ def read_machine_code(compiled: Any, case: Case, part: planning.Pass) -> tuple[d
     if not tensor and case.dtype != "fp32":
         failures.append("no tensor-core instruction")
     if part.tiling.slices > 1:
-        ptx = compiled.asm["ptx"]
-        if "ld.acquire.gpu" not in ptx:
-            failures.append("no acquire load")
-        if not re.search(
-            r"(atom|red)\.global\.(gpu\.)?release|(atom|red)\.release\.gpu|(atom|red)[\w.]*\.gpu\.release", ptx
-        ):
-            failures.append("no release add")
+        for what, pattern in EXCHANGED[exchange_of(case).protocol].items():
+            if not re.search(pattern, compiled.asm["ptx"]):
+                failures.append(f"no {what}")
     found = {
         "registers": registers,
         "spills": spills,

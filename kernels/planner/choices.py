@@ -1,7 +1,7 @@
 """Which choices there are for a pass: slices, splits, batch tiles and, for each of them, the homes of the weights.
 
 ``choices`` are those of a layer alone, ``pipeline_choices`` those of each layer of a pipeline: it has a second matrix
-of the same size in the same homes, streams nothing and is not split in two dimensions. Pure Python.
+of the same size in the same homes, streams nothing, and only its backward is split in two dimensions. Pure Python.
 """
 
 from __future__ import annotations
@@ -30,14 +30,25 @@ WORDS = 4 * 32 * WARPS  # bytes of one register of every thread
 # forward and 2,854 backward became 2,124 and 2,747).
 FEW_WARPS = 4
 # Bytes of weights in shared memory that they read while h is on its way (clock, LSTM 1024, B=16, bf16, sm_90: 3,074
-# cycles forward and 4,276 backward with 8 warps, all in registers, became 2,849 and 4,003).
+# cycles forward and 4,276 backward with 8 warps, all in registers, became 2,849 and 4,003). None where M is half of a
+# tensor core's (LSTM 512, B=1, backward, a quarter of them there: 2,820 cycles, with 8 warps 2,252).
 READ_BY_FEW = 1 << 15
 
 # Full float32 has no tensor cores: a thread holds both operands of its outputs for all of a tile's part of K. So many
 # numbers, the outputs among them, are the most that never spilled (272; 320 did).
 MULTIPLY_ADD_REGISTERS = 280
+# Tiles of K in registers (9 and more: GRU backward, bf16, 1536, B=1, sm_90 spills 4).
+MOST_TILES = 8
+# Bursts of tf32 on their way at once in the backward: ptxas puts their loads before all products (seen when planned for
+# one: LSTM and GRU, B=1, 1024 and 1536, on sm_80 and sm_90 8 to 132 spills).
+HOISTED = 3
 # Bytes of K in a pipeline's backward where a thread owns several elements of the state (3072 spills 20, 3360 33).
 DEEPEST_OF_SEVERAL = 2560
+# Of those, and bytes of K, in two dimensions (4 spill 105: GRU 512, B=64; 2560 spill 10: LSTM 640, B=16; bf16, sm_90).
+MOST_IN_TWO_DIMENSIONS, DEEPEST_IN_TWO_DIMENSIONS = 2, 2048
+# Bytes of K in a program of a pipeline's backward, above which it spills, and both products take longer than the
+# exchange that hides one.
+DEEPEST = 4352
 
 
 def power_of_2_at_most(n: int) -> int:
@@ -119,7 +130,7 @@ def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
                     splits = FEW_WARPS * _chains(m, batch_tile, _depth(problem, backward, units, k_parts, slices))
                     start = Choice(units, k_parts, batch_tile, subtiles, FEW_WARPS, 1, splits, 0, 0, 0, 0, 0)
                     found = _filled(problem, backward, start, slices, strict)
-                    if found is not None and m * found.in_shared * problem.size <= READ_BY_FEW:
+                    if found is not None and m * found.in_shared * problem.size <= READ_BY_FEW * (m >= 16):
                         yield found
                         continue
                 # Fewer parts of K where M is large: the accumulators of all parts are in registers.
@@ -134,7 +145,10 @@ def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
 
 def _chains(m: int, batch_tile: int, depth: int) -> int:
     """Parts of K for each of few warps: a tensor core begins about 4 products of 16 by 8 until the first is done. Fewer
-    where they would pad K by more than an eighth."""
+    where they would pad K by more than an eighth; but as much as with more warps, or a shallow part of K looks cheaper
+    than it is (clock, LSTM 512, B=1, bf16, sm_80, backward: 1,864 cycles in one dimension, 2,651 in two)."""
+    if depth < smallest_k_block(WARPS):
+        return WARPS // FEW_WARPS
     chains = max(1, 4 * 16 * 8 // (max(m, 16) * batch_tile))
     while chains > 1 and -depth % smallest_k_block(FEW_WARPS * chains) > depth // 8:
         chains //= 2
@@ -235,6 +249,9 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
         spare = limit - registers_needed(p.m, p.packs, choice, size, 0, streamed, True, p.masked)
         spare -= cell_registers(problem.cell, backward, choice, size)
         spare -= widening_registers(problem, choice)
+        if backward and problem.dtype == "tf32":
+            more = min(HOISTED, -(-p.k // choice.burst)) - 1
+            spare -= max(0, more) * choice.burst * choice.batch_tile * size // WORDS
         if spare < 0 and strict:
             return 0, -1
         # Where several warps share a part of K, Triton 3.6.0 gives each of them all of its weights: 8 / splits times
@@ -243,6 +260,7 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
         # Nor weights of 8 bits, which would be there in 16.
         unfit = problem.dtype == "fp32" or problem.weight_dtype != "" or choice.splits < choice.warps
         kept = 0 if unfit else max(spare, 0) * 4 * 32 * choice.warps // (p.m * size) // p.quantum * p.quantum
+        kept = min(kept, MOST_TILES * choice.largest_k_block // p.quantum * p.quantum)
         while choice.warps < WARPS and 0 < kept < p.k and padded(kept) > kept:
             kept -= p.quantum
         stored = problem.stored
@@ -254,7 +272,11 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
 
     registers, shared = homes(choice, False)
     if shared >= 0 and registers + shared >= p.k:
-        return replace(choice, in_registers=min(registers, p.k), in_shared=max(0, p.k - registers))
+        in_shared = max(0, p.k - registers)
+        if strict and choice.batch_tile > 16 and in_shared * p.packs > 2 * choice.burst:
+            # Or it spills (seen, bf16, B=64: GRU forward 1536 and 2048 8 to 12, LSTM 1536 forward 2, backward 4 to 6).
+            return None
+        return replace(choice, in_registers=min(registers, p.k), in_shared=in_shared)
     if choice.subtiles > 1 or choice.warps < WARPS:
         return None  # each batch tile would stream the weights again; and more warps have more registers
     # A step that streams is long: more trips through L2 do not count as much as the registers do.
@@ -270,14 +292,19 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
 
 def pipeline_choices(problem: Problem, layers: int, backward: bool) -> Iterator[Choice]:
     """All that may fit for each of so many layers at the same time."""
-    for units in (8, 16, 32, 64):
-        slices = -(-problem.hidden // units)
-        if slices < 2 or slices * layers > problem.hardware.multiprocessors:
+    for units, k_parts in product((8, 16, 32, 64), (1, 2, 4, 8) if backward else (1,)):
+        slices = -(-problem.hidden // (units * k_parts)) * k_parts
+        if slices < 2 * k_parts or slices * layers > problem.hardware.multiprocessors:
             continue
-        m = (1 if backward else problem.cell.gates) * units
+        m = (1 if backward else problem.cell.gates) * units * k_parts
         for batch_tile, subtiles in _batch_tiles(problem, problem.batch <= 8):
-            for splits in (8, 4, 2) if m >= 128 else (8,):
-                start = Choice(units, 1, batch_tile, subtiles, WARPS, 1, splits, 0, 0, 0, 0, smallest_k_block(splits))
+            # In two dimensions each warp has its own part of K: where two share one, a step has 7 barriers, not 3, and
+            # took 6,408 cycles instead of 5,086 (clock, 4 x LSTM 512, B=16, bf16, sm_90).
+            for splits in (8, 4, 2) if m >= 128 and k_parts == 1 else (8,):
+                if splits * m * batch_tile > 128 * 256:
+                    continue
+                of_stream = smallest_k_block(splits)
+                start = Choice(units, k_parts, batch_tile, subtiles, WARPS, 1, splits, 0, 0, 0, 0, of_stream)
                 found = _filled_twice(problem, backward, start, slices)
                 if found is not None:
                     yield found
@@ -291,20 +318,24 @@ def _filled_twice(problem: Problem, backward: bool, start: Choice, slices: int) 
     # Twice as many bursts as in a layer alone: with two products the operand on its way is what spills.
     burst = max(p.largest, (16 if backward else 32) * WORDS // (size * start.batch_tile))
     choice = replace(start, largest_k_block=p.largest, burst=burst)
-    if backward and elements(choice) > 1 and p.depth * size > DEEPEST_OF_SEVERAL:
+    deep = p.depth * p.segments * size
+    if backward and deep > (DEEPEST if elements(choice) == 1 else DEEPEST_OF_SEVERAL):
+        return None
+    if start.k_parts > 1 and (elements(choice) > MOST_IN_TWO_DIMENSIONS or deep > DEEPEST_IN_TWO_DIMENSIONS):
         return None
     need = registers_needed(p.m, p.packs, choice, size, 0, False, True, p.masked)
-    need += pipeline_registers(backward, p.depth, size, elements(choice))
+    need += pipeline_registers(backward, p.depth * p.segments, size, elements(choice))
     need += cell_registers(problem.cell, backward, choice, size)
     spare = register_limit(choice) - need
     if spare < 0:
         return None
     unfit = problem.dtype == "fp32" or choice.splits < WARPS
-    kept = 0 if unfit else spare * WORDS // (2 * p.m * size) // smallest * smallest
+    kept = 0 if unfit else spare * WORDS // (2 * p.m * size) // p.quantum * p.quantum
     working = max(burst * choice.batch_tile * size, p.reduction) + SIGNALS
-    shared = (problem.hardware.shared - working) // (2 * p.m * size) // smallest * smallest
+    shared = (problem.hardware.shared - working) // (2 * p.m * size) // p.quantum * p.quantum
     # Weights pass through shared memory on their way to registers.
-    most = (problem.hardware.shared - choice.units * choice.batch_tile * 4) // (2 * p.m * size) // smallest * smallest
+    most = problem.hardware.shared - choice.units * choice.batch_tile * 4
+    most = most // (2 * p.m * size) // p.quantum * p.quantum
     kept = min(kept, most, p.k)
     if shared < 0 or kept + shared < p.k:
         return None

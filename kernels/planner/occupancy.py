@@ -11,17 +11,18 @@ from .tiling import Choice, Tiling, reduction, smallest_k_block
 # Registers per thread that a kernel needs besides weights, accumulators, the operand in flight and the streamed tile.
 # Fitted to audits on Triton 3.9.0 and 3.6.0, on the safe side: up to 30 more than kernels turn out to need.
 BASE_REGISTERS = 79
-STREAM_REGISTERS = 46  # more where a tile is streamed, besides two of those tiles
+STREAM_REGISTERS = 50  # more where a tile is streamed, besides two of those tiles
 TILE_REGISTERS = 28  # more for each further batch tile of a program
 SHARED_PART_REGISTERS = {2: 44, 4: 26}  # more where warps share a part of a streamed tile, by bytes per element
 WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
 PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
 ELEMENT_REGISTERS = 17  # more for each further element of the state that a thread owns
+STREAM_ELEMENT_REGISTERS = 8  # and as many where a tile is streamed (seen: GRU backward, bf16, 2048, sm_80, 2 spills)
 ADDRESS_REGISTERS = 10  # more for each kind of tensor that neither the LSTM nor the GRU has
 # More for a step with a second product, and with means, by bytes per element.
 PRODUCT_REGISTERS, MEAN_REGISTERS = {2: 48, 4: 64}, {2: 72, 4: 144}
 # More with 4 warps, by whether M is half of a tensor core's, which holds the other half too.
-FEW_WARPS_REGISTERS = {False: -8, True: 32}
+FEW_WARPS_REGISTERS = {False: -4, True: 56}
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
 WIDENING_REGISTERS = 16  # more where weights of 8 bits are widened
@@ -102,7 +103,7 @@ def registers_needed(
             need += SHARED_PART_REGISTERS[size] if choice.splits < choice.warps else 0
             # Operands of 4 bytes are read from shared memory one by one, each from an address of its own.
             need += WORD_REGISTERS if size == 4 else 0
-        need += PACK_REGISTERS * size // 2 * (packs - 1)
+        need += PACK_REGISTERS * size // 2 * (packs - 1) + STREAM_ELEMENT_REGISTERS * (elements - 1)
     if masked:
         need += MASK_REGISTERS * (1 + choice.subtiles) // 2
     return need + ELEMENT_REGISTERS * (elements - 1)

@@ -1,8 +1,8 @@
 """The plan of a stack as a pipeline: which layers of which size fit the chip together, and what a step of all costs.
 
 Every layer has its own slices on its own multiprocessors, with two matrices of the same size in the same homes: W_hh,
-and W_ih of the layer itself (forward) or of the one above (backward). Nothing is streamed and nothing split in two
-dimensions. Pure Python, no GPU, no torch, no Triton.
+and W_ih of the layer itself (forward) or of the one above (backward). Nothing is streamed, and only the backward is
+split in two dimensions. Pure Python, no GPU, no torch, no Triton.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from .cost import Cost
 from .hardware import Hardware
 from .plan import Pass, Shares
 from .problem import Problem
-from .tiling import Choice, Tiling, make_tiling
+from .tiling import Choice, make_tiling
 
-# Bytes of K in the backward, above which it spills, and both products take longer than the exchange that hides one.
-DEEPEST = 4352
 MOST_LAYERS = 32
 ROUNDING = 2  # registers by which tiles of whole powers of two may pass the estimate
 
@@ -81,32 +79,36 @@ def finish(problem: Problem, layers: int, backward: bool, choice: Choice) -> Pas
     registers, shared, total = occupancy.shared_bound(t, size, size)
     # The second matrix: once more what the first has, in both homes.
     total = max(total + shared, total + registers)
-    more = registers // WORDS + occupancy.pipeline_registers(backward, t.depth, size, elements(choice))
+    more = registers // WORDS + occupancy.pipeline_registers(backward, t.depth * t.segments, size, elements(choice))
     estimate = occupancy.register_estimate(problem.cell, t, choice, size) + more
     if total > hardware.shared or t.streamed or estimate > occupancy.register_limit(choice) + ROUNDING:
         return None
     jobs = t.jobs(problem.batch)
     groups = min(jobs, hardware.multiprocessors // (t.slices * layers))
     work = replace(model.work_of(t, groups), programs=t.slices * layers * groups)
-    cost = _with_neighbour(model.step(problem, choice, work, backward), t, choice, hardware)
+    cost = model.step(problem, choice, work, backward)
+    # Without an exchange of partial sums: there is one for both products.
+    neighbour = model.step(problem, replace(choice, k_parts=1), work, backward)
+    taken, barriers = model.sum_of_parts(problem, choice, work.m, backward)
+    if backward or not problem.cell.recurrent_gradient:  # one sum over the parts of K for both
+        neighbour, barriers = replace(neighbour, state=neighbour.state - choice.subtiles * taken), 0
+    cost = _with_neighbour(cost, neighbour, barriers, choice, hardware)
     weights = (2 * layers - 1) * problem.weight_bytes
     share = sum(c.size for c in t.k_blocks[: t.in_registers]) / max(1, sum(c.size for c in t.k_blocks))
     shares = Shares(round(weights * share), weights - round(weights * share), 0)
     return Pass(t, choice, groups, -(-jobs // groups), 2 * registers, 2 * shared, 0, total, estimate, shares, cost)
 
 
-def _with_neighbour(cost: Cost, t: Tiling, choice: Choice, hardware: Hardware) -> Cost:
-    """The cost of a layer alone, and that of the neighbour's product. The latter is formed while the group's own
-    exchange is on its way: with one batch tile per program that hides what of it is no longer than the exchange; with
-    several, the other tiles hide the exchange already."""
-    bursts = len(t.bursts)
-    trips = choice.subtiles * (bursts - 1) * model.LATENCY_SHARE * hardware.exchange
-    barriers = choice.subtiles * (2 + 2 * bursts) * hardware.barrier
-    beside = cost.compute + cost.weights + cost.state + trips + barriers
-    saved = min(beside, hardware.exchange) if choice.subtiles == 1 else 0.0
+def _with_neighbour(cost: Cost, neighbour: Cost, barriers: int, choice: Choice, hardware: Hardware) -> Cost:
+    """The cost of a layer alone, and that of the neighbour's product with so many barriers of its own. It is formed
+    while the group's own exchange is on its way: with one batch tile per program that hides what of it is no longer
+    than the exchange before its last trip; with several, the other tiles hide the exchange already."""
+    waits = choice.subtiles * (model.trip(hardware) + barriers * hardware.barrier)
+    beside = neighbour.compute + neighbour.weights + neighbour.state + waits
+    saved = min(beside, hardware.exchange - model.trip(hardware)) if choice.subtiles == 1 else 0.0
     return replace(
-        cost, compute=2 * cost.compute, weights=2 * cost.weights, state=2 * cost.state,
-        synchronisation=cost.synchronisation + trips + barriers - saved,
+        cost, compute=cost.compute + neighbour.compute, weights=cost.weights + neighbour.weights,
+        state=cost.state + neighbour.state, synchronisation=cost.synchronisation + waits - saved,
     )  # fmt: skip
 
 
@@ -123,12 +125,7 @@ def plan_pipeline(problem: Problem, layers: int) -> Pipeline | None:
             f"a pipeline has at least 2 layers, one direction and one head, got {layers}, {problem.directions} and "
             f"{problem.heads}"
         )
-    if (
-        obstacle(problem.cell)
-        or problem.weight_dtype
-        or layers > MOST_LAYERS
-        or problem.cell.gates * problem.hidden * problem.size > DEEPEST
-    ):
+    if obstacle(problem.cell) or problem.weight_dtype or layers > MOST_LAYERS:
         return None
     alone, planned_for = planning.plan_layer(problem), planning.of_class(problem)
     passes = []

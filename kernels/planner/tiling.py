@@ -141,6 +141,11 @@ class Tiling:
                 "slice announces nothing that the next layer could wait for; at least 2 slices are allowed: take "
                 "fewer units, or run layer after layer"
             )
+        if self.layers > 1 and self.k_parts > 1 and not self.backward:
+            raise ValueError(
+                f"the forward of a pipeline of {self.layers} layers has {self.k_parts} parts of K, and no kernel; 1 is "
+                "allowed"
+            )
 
     @property
     def inputs(self) -> int:
@@ -199,6 +204,11 @@ class Tiling:
     def outputs(self) -> int:
         """Gates of the product: those of the cell in the forward, one in the backward."""
         return sum(self.packs)
+
+    @property
+    def sums(self) -> int:
+        """Tiles of partial sums that a program hands on at once: a pipeline with marks has those of both products."""
+        return self.outputs * (2 if self.layers > 1 else 1)
 
     @property
     def m(self) -> int:

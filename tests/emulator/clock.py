@@ -5,7 +5,8 @@ w is on scheduler w % 4, which issues one instruction a cycle, that of the warp 
 waits for its operands and for its pipe. Shared memory moves 128 bytes a clock, L2 what the device's record says. At a
 barrier a warp waits for all warps of its program and then for ``hardware.barrier``. Other programs are taken to be as
 far as this one: a poll sees their announcements ``hardware.exchange`` after this program's own, less one trip to L2, in
-which the data follow.
+which the data follow. Of data that are their own flags a load has those of others half of ``hardware.exchange`` after
+the program has put its own: one trip through L2 instead of two.
 
 PTX is not SASS. Costless are moves between registers, widening without sign and loads of parameters; address arithmetic
 counts, though ptxas folds some of it into offsets, and no instruction that it moves or merges is moved or merged here.
@@ -20,9 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .latencies import ARCHITECTURES, COSTS, SHARED_CONFLICT, Cost, kind
-from .order import ordered
-from .ptx import EmulatorError, Kernel
-from .trace import SECTOR, Event, Trace
+from .order import Known, ordered
+from .ptx import EmulatorError, Instruction, Kernel
+from .trace import SECTOR, Event, Trace, is_flagged
 
 SCHEDULERS = 4
 QUEUED = ("shared", "l2")  # pipes of the multiprocessor
@@ -66,7 +67,9 @@ class Scoreboard:
         """hardware: has ``clock`` (GHz), ``exchange`` and ``barrier`` (microseconds), ``l2_rate`` (bytes per clock)."""
         self.kernel, self.hardware = kernel, hardware
         self.column = ARCHITECTURES.index(arch)
-        self.warps = [_Warp(w, ordered(events, kernel, self.latency)) for w, events in enumerate(warps)]
+        self.kinds: dict[int, str] = {}
+        known: Known = {}
+        self.warps = [_Warp(w, ordered(events, kernel, self.latency, known)) for w, events in enumerate(warps)]
         self.barrier, self.exchange = (1e3 * hardware.clock * us for us in (hardware.barrier, hardware.exchange))
         self.busy: dict[tuple[str, int], _Wait] = {}
         self.announced: dict[Event, Issued] = {}
@@ -75,6 +78,11 @@ class Scoreboard:
 
     def cost(self, name: str) -> Cost:
         return COSTS[name][self.column]
+
+    def kind(self, i: Instruction) -> str:
+        if i.number not in self.kinds:
+            self.kinds[i.number] = kind(i)
+        return self.kinds[i.number]
 
     def run(self) -> list[list[Issued]]:
         """Per warp, in order."""
@@ -93,7 +101,7 @@ class Scoreboard:
         """Past instructions that cost nothing; whether one is left."""
         while warp.at < len(warp.events):
             instruction = warp.events[warp.at].instruction
-            if kind(instruction) != "free":
+            if self.kind(instruction) != "free":
                 return True
             read, written = self.operands[instruction.number]
             latest = max((warp.ready.get(r, _Wait()) for r in read), key=lambda w: w.time, default=_Wait())
@@ -117,11 +125,16 @@ class Scoreboard:
                 return None
             release = self.announced[event.release]
             waits.append(_Wait(release.time, release, release.line))
+        for put in event.puts:
+            if put in self.among:
+                if put not in self.announced:
+                    return None
+                waits.append(_Wait(self.announced[put].time, self.announced[put], self.announced[put].line))
         return max(waits, key=lambda wait: wait.time)
 
     def cost_of(self, event: Event) -> tuple[str, Cost]:
         """(class, cost); an access without an active lane is an empty slot."""
-        name = kind(event.instruction)
+        name = self.kind(event.instruction)
         if name == "load":
             name = "load from memory" if event.first and not self.past_l1(event) else "load from L2"
         if self.cost(name).pipe in QUEUED and name != "shuffle" and not event.amount:
@@ -156,8 +169,11 @@ class Scoreboard:
         self.busy["scheduler", warp.number % SCHEDULERS] = _Wait(now.time + cost.slots, now, i.source)
         warp.order = _Wait(now.time + cost.slots, now, i.source)
         result = _Wait(begins + cycles, now, i.source)
-        if i.name in ("red", "atom"):
+        if i.name in ("red", "atom") or (i.name == "st" and is_flagged(i)):
             self.announced[event] = now
+        for put in event.puts:
+            if put in self.announced and self.announced[put].time + self.exchange / 2 > result.time:
+                result = _Wait(self.announced[put].time + self.exchange / 2, self.announced[put], EXCHANGE)
         if event.release in self.announced:
             release = self.announced[event.release]
             seen = release.time + self.exchange - self.cost("load from L2").cycles
@@ -215,5 +231,5 @@ def second_step(trace: Trace, steps: int, arch: str, hardware: Any) -> Step:
         begins.append([next(one for one in warp if one.event in some) for some in later])
     since = max(first.time for first, _ in begins)
     last = max((second for _, second in begins), key=lambda one: one.time)
-    barriers = sum(event.instruction.name == "bar" for event in trace.warps[0][turns[0][1] : turns[0][2]])
+    barriers = sum(event.instruction.name in ("bar", "barrier") for event in trace.warps[0][turns[0][1] : turns[0][2]])
     return Step(last.time - since, barriers, critical(last, since).most_common())

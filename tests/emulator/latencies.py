@@ -54,6 +54,7 @@ _both("integer divide", 66, "integer", 32, 16, f"{_FIVE}: s32 66; slots assumed"
 _both("convert", 4, "integer", 2, 1, "assumed: as an integer add; table V of Abdelkhalik et al. has F2I only, 6")
 _both("exp2", 18, "special", 8, 4, f"{_FIVE}: compare, 2 multiplies, MUFU.EX2; 4 lanes of 16 per multiprocessor")
 _both("divide", 31, "special", 8, 3, f"{_FIVE}: rcp.approx 23; two dependent multiplies assumed")
+_both("reciprocal root", 23, "special", 8, 1, "assumed: as rcp.approx in Abdelkhalik et al., table V")
 _both("shuffle", 23, "shared", 1, 1, "assumed: as a shared load, whose crossbar it uses")
 _both("reduce", 23, "integer", 2, 1, "assumed: as a shuffle")
 _both("branch", 0, "", 0, 1, "assumed: one slot; where it goes to is known in time")
@@ -122,11 +123,13 @@ def kind(i: Instruction) -> str:
         return "shared store" if i.name == "stmatrix" or "shared" in i.modifiers else "global store"
     others = {
         "ex2": "exp2",
+        "rsqrt": "reciprocal root",
         "shfl": "shuffle",
         "redux": "reduce",
         "bra": "branch",
         "ret": "branch",
         "bar": "barrier",
+        "barrier": "barrier",
         "red": "global store",
     }
     if i.name not in others:

@@ -19,7 +19,7 @@ ATOMICS = f"global gpu sys relaxed acquire release acq_rel add v2 v4 {BITS} s32 
 MATRIX = "sync aligned m8n8 x1 x2 x4 trans shared cta b16"
 KNOWN = {
     "abs": "f32", "add": f"{INTEGERS} f32 f32x2 rn f16 bf16", "and": f"{BITS} pred", "atom": ATOMICS,
-    "bar": "sync red and pred", "bfe": "s32 u32 s64 u64", "bra": "uni",
+    "bar": "sync red and pred", "barrier": "red and pred", "bfe": "s32 u32 s64 u64", "bra": "uni",
     "cvt": f"{INTEGERS} u8 f32 f16 bf16 tf32 f16x2 bf16x2 rn rna rzi", "div": f"{INTEGERS} approx full rn f32",
     "ex2": "approx f32", "fence": "proxy async shared cta", "fma": "rn ftz f32 f32x2 f16 bf16 bf16x2",
     "ld": f"param acquire cg {SCOPES} {MEMORY}", "ldmatrix": MATRIX,
@@ -306,6 +306,8 @@ class Opcodes:
         self.say(f"if parts: yield {BARRIER}")
         if reduces:
             self.write(args[0], "unit.agreed()", "pred")
+
+    _barrier = _bar
 
     def _shfl(self, i: Instruction, d: Any, a: Any, b: Any, c: Any, members: Any) -> None:
         self.together(i)

@@ -9,15 +9,19 @@ the same space passes one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 from .ptx import Instruction, Kernel
 from .trace import Event
 
+# (instruction, latency) of each of a stretch -> their order: warps and steps repeat each other.
+Known: TypeAlias = dict[tuple[tuple[int, float], ...], list[int]]
 _STRONG = {"acquire", "release", "relaxed", "volatile"}
 
 
 def ends(i: Instruction) -> bool:
-    return i.branches or i.name in ("bar", "red", "atom", "fence", "shfl", "redux") or bool(_STRONG & set(i.modifiers))
+    together = "bar", "barrier", "red", "atom", "fence", "shfl", "redux"
+    return i.branches or i.name in together or bool(_STRONG & set(i.modifiers))
 
 
 def space(i: Instruction) -> str:
@@ -29,25 +33,35 @@ def space(i: Instruction) -> str:
     return "shared" if "shared" in i.modifiers else "global"
 
 
-def ordered(events: list[Event], kernel: Kernel, latency: Callable[[Event], float]) -> list[Event]:
-    """The events of one warp. latency: cycles until the result of one is there."""
+def ordered(
+    events: list[Event], kernel: Kernel, latency: Callable[[Event], float], known: Known | None = None
+) -> list[Event]:
+    """The events of one warp. latency: cycles until the result of one is there; known: of the same kernel."""
+    known = {} if known is None else known
+
+    def listed(stretch: list[Event]) -> list[Event]:
+        key = tuple((event.instruction.number, latency(event)) for event in stretch)
+        if key not in known:
+            known[key] = _listed(stretch, kernel, latency)
+        return [stretch[n] for n in known[key]]
+
     targets = {kernel.target(i) for i in kernel.code if i.name == "bra"}
     found: list[Event] = []
     stretch: list[Event] = []
     for event in events:
         if event.block in targets:
-            found += _listed(stretch, kernel, latency)
+            found += listed(stretch)
             stretch = []
         if ends(event.instruction):
-            found += [*_listed(stretch, kernel, latency), event]
+            found += [*listed(stretch), event]
             stretch = []
         else:
             stretch.append(event)
-    return found + _listed(stretch, kernel, latency)
+    return found + listed(stretch)
 
 
-def _listed(stretch: list[Event], kernel: Kernel, latency: Callable[[Event], float]) -> list[Event]:
-    """Dependences, then the longest chain first."""
+def _listed(stretch: list[Event], kernel: Kernel, latency: Callable[[Event], float]) -> list[int]:
+    """Dependences, then the longest chain first: places in the stretch."""
     before: list[dict[int, float]] = []  # of each: earlier ones -> how long after it they may come
     writer: dict[str, int] = {}
     readers: dict[str, list[int]] = {}
@@ -89,4 +103,4 @@ def _listed(stretch: list[Event], kernel: Kernel, latency: Callable[[Event], flo
         n = min(there, key=lambda n: (there[n], -length[n], n))
         starts[n], now = there[n], there[n] + 1
         waiting.remove(n)
-    return [stretch[n] for n in starts]
+    return list(starts)

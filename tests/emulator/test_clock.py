@@ -261,6 +261,25 @@ def test_a_step_of_a_small_kernel(emulated, forced, arch, k_parts):
     assert 0.3 * 50 * fast.barriers < fast.cycles - faster.cycles <= 50 * fast.barriers
 
 
+@pytest.mark.emulator
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_step_of_flagged_data(emulated, forced, dtype):
+    session = emulated("sm_90", units="rows", trace=Trace(1))
+    forced("flags", units=8, splits=2)
+    layer = persistrnn.LSTM(5, 30, dtype=dtype, backend="persistent")
+    with torch.no_grad():
+        layer(torch.randn(4, 3, 5, dtype=dtype))
+
+    def step(exchange):
+        return clock.second_step(
+            session.options["trace"], 4, "sm_90", SimpleNamespace(**(vars(HARDWARE) | {"exchange": exchange}))
+        )
+
+    slow, slower = step(10.0), step(11.0)
+    assert slower.cycles - slow.cycles == pytest.approx(500), "half of an exchange"
+    assert slow.shares[0][0] == clock.EXCHANGE
+
+
 # ---- the table ----------------------------------------------------------------------------------------------------
 
 
@@ -277,8 +296,27 @@ def test_two_rows_of_the_table_are_those_of_a_fresh_run():
     )
 
 
+def test_two_rows_of_flags_are_those_of_a_fresh_run():
+    fresh = clock_table.exchange_rows("gru", 256, 1, "flags")
+    assert all(row in clock_table.read(clock_table.EXCHANGE_RESULTS) for row in fresh), (
+        "the kernels or the clock have changed: run tests/helpers/clock_table.py --exchanges, then with --write"
+    )
+
+
 def test_the_notebook_has_the_table():
     notes = clock_table.NOTES.read_text()
-    assert clock_table.put(notes, clock_table.read()) == notes, "run tests/helpers/clock_table.py --write"
+    assert clock_table.put(notes, "clock", clock_table.table(clock_table.read())) == notes, (
+        "run tests/helpers/clock_table.py --write"
+    )
+    exchanges = clock_table.read(clock_table.EXCHANGE_RESULTS)
+    assert clock_table.put(notes, "exchange", clock_table.exchange_table(exchanges)) == notes, (
+        "run tests/helpers/clock_table.py --write"
+    )
+    # The usual one is in both files.
+    of_clock = {(r["cell"], r["hidden"], r["batch"], r["pass"]): r["clock_cycles"] for r in clock_table.read()}
+    usual = [row for row in exchanges if row["exchange"] == "counter, all poll"]
+    assert len(usual) == 2 * len(clock_table.EXCHANGE_SHAPES)
+    for row in usual:
+        assert of_clock[row["cell"], row["hidden"], row["batch"], row["pass"]] == row["clock_cycles"]
     shapes = {(row["cell"], int(row["hidden"]), int(row["batch"])) for row in clock_table.read()}
     assert shapes == set(clock_table.SHAPES)

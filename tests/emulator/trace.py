@@ -24,13 +24,15 @@ LINE, SECTOR, BANKS = 128, 32, 32  # bytes, bytes, of 4 bytes each
 class Event:
     """One instruction of one warp. amount: transactions of shared memory, or sectors of global memory, that its active
     lanes need (0: none is active, or no access); first: whether it is the program's first access to a line;
-    release: of what a poll sees, the program's own announcement; block: the basic block that begins here."""
+    release: of what a poll sees, the program's own announcement; puts: of flagged data, the stores by which the program
+    itself last put some; block: the basic block that begins here."""
 
     instruction: Instruction
     block: int | None = None
     amount: int = 0
     first: bool = False
     release: Event | None = None
+    puts: tuple[Event, ...] = ()
 
 
 class Trace:
@@ -41,9 +43,10 @@ class Trace:
         self.kernel: Kernel
         self.warps: list[list[Event]] = []
         self._open: list[dict[int, Event]] = []  # of each warp's last block, by number
-        self._lines: set[int] = set()
+        self._lines: set[tuple[int, int]] = set()
         self._released: dict[int, Event] = {}  # address -> the last announcement there
         self._last: Event | None = None
+        self._puts: tuple[Event, ...] = ()
 
     def _active(self, unit: Unit, lanes: Array) -> dict[int, Array]:
         """warp of the program -> which of ``lanes`` are its."""
@@ -68,21 +71,33 @@ class Trace:
         for w, mine in self._active(access.unit, access.lanes).items():
             self._open[w][access.number].amount = transactions(access.a[mine], access.size * access.vector)
 
-    def global_(self, access: Access) -> None:
+    def global_(self, access: Access, start: int) -> None:
+        """start: of the tensor, which on a GPU begins at a line."""
         if self.program not in access.unit.programs:
             return
+        stored: list[Event] = []
         for w, mine in self._active(access.unit, access.lanes).items():
             event = self._open[w][access.number]
             a, name = access.a[mine], event.instruction.name
-            ends = np.concatenate([a, a + access.size * access.vector - 1])
+            ends = np.concatenate([a, a + access.size * access.vector - 1]) - start
             event.amount = len(np.unique(ends // SECTOR))
-            lines = set((ends // LINE).tolist())
+            lines = {(start, line) for line in (ends // LINE).tolist()}
             event.first = not lines <= self._lines
             self._lines |= lines
             if name in ("red", "atom"):
                 self._released[int(a[0])] = self._last = event
             elif name == "ld" and "acquire" in event.instruction.modifiers:
                 event.release = self._released.get(int(a[0]), self._last)
+            elif name == "st" and is_flagged(event.instruction):
+                stored.append(event)
+            elif is_flagged(event.instruction):
+                event.puts = self._puts
+        self._puts = tuple(stored) or self._puts
+
+
+def is_flagged(i: Instruction) -> bool:
+    """Whether it stores or loads words that are their own flags: strong, and of the device."""
+    return "volatile" in i.modifiers or {"relaxed", "gpu"} <= set(i.modifiers)
 
 
 def transactions(addresses: Array, width: int) -> int:

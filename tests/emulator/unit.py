@@ -76,7 +76,7 @@ class Unit:
             self.fail(what, access.number, access.lanes[bad])
         self.report.bytes[access.number, where.name] += len(access.a) * size
         if self.trace:
-            self.trace.global_(access)
+            self.trace.global_(access, where.start)
         return where
 
     def load_global(self, address, condition, size, vector, number, strength):

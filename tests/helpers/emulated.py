@@ -73,13 +73,31 @@ COUNTER = {
     "does not wait": (replaced(r"setp\.ge\.s32 reached, seen, [^;]*;", "setp.eq.s32 reached, seen, seen;"), False),
     "announces twice": (replaced(r"(@first )(red\.[^;]*;)", r"\1\2 \1\2"), False),
 }  # fmt: skip
-_PLAIN_STORES = replaced(r"st\.relaxed\.gpu\.global", "st.global")
-_VOLATILE_LOADS = replaced(r"ld\.relaxed\.gpu\.global", "ld.volatile.global")
+_SECOND_LOADS = r"ld\.relaxed\.gpu\.global"
 FLAGS = {
-    "plain stores": (_PLAIN_STORES, True),
-    "plain loads": (replaced(r"ld\.relaxed\.gpu\.global", "ld.global.cg"), True),
-    "volatile loads of plain stores": (lambda ptx: _PLAIN_STORES(_VOLATILE_LOADS(ptx)), True),
+    "plain stores": (replaced(r"st\.relaxed\.gpu\.global", "st.global"), True),
+    "plain first loads": (replaced(r"ld\.volatile\.global", "ld.global"), True),
+    "plain second loads": (replaced(_SECOND_LOADS, "ld.global.cg"), True),
+    # A word is stored whole, and loaded so: two halves, or two words at once, would tear.
+    "words stored by halves": (
+        replaced(
+            r"@there st\.relaxed\.gpu\.global\.b32 \[(\S+)\], (\S+);",
+            r".reg .b16 a, b; mov.b32 {a, b}, \2;"
+            r" @there st.relaxed.gpu.global.b16 [\1], a; @there st.relaxed.gpu.global.b16 [\1+2], b;",
+        ),
+        False,  # and does, here
+    ),
+    "two words loaded at once": (
+        replaced(
+            r"(@\S+ )ld\.volatile\.global\.v2\.b32 \{ (\S+), (\S+) \}, \[ (\S+) \+ 0 \];",
+            r"{ .reg .b64 both; \1ld.volatile.global.b64 both, [\4]; \1mov.b64 {\2, \3}, both; }",
+        ),
+        True,
+    ),
+    "no test": (replaced("@!missing bra done;", "bra done;"), False),
 }
+# Of one poller for all threads of a program.
+NO_BARRIER = replaced(r"barrier\.red\.and\.pred reached, 0, reached;", "")
 GROUPS = {  # of warps that multiply together
     "no proxy fence": replaced(r"fence\.proxy\.async[^;]*;", ""),
     "no wait for the products": replaced(r"wgmma\.wait_group\.sync\.aligned\s+0;", "wgmma.wait_group.sync.aligned 7;"),

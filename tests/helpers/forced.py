@@ -8,7 +8,7 @@ import torch
 from persistrnn import calls, decide
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
-from persistrnn.kernels.device.exchange import SPIN_LIMIT, Exchange
+from persistrnn.kernels.device.exchange import POLLERS, SPIN_LIMIT, Exchange, fitting
 from persistrnn.kernels.planner import pipeline, plan
 from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
 from persistrnn.kernels.planner.problem import Problem
@@ -73,11 +73,15 @@ def force(
     protocol: str = "counter",
     spin_limit: int = SPIN_LIMIT,
     groups: int | None = None,
+    pollers: str = POLLERS,
     **chosen: str | int,
 ) -> None:
     """Every layer runs as ``chosen`` (see ``choice``), ``groups`` jobs at a time (None: all)."""
 
+    exchange = Exchange(protocol=protocol, poll=poll(), spin_limit=spin_limit, pollers=pollers)
+
     def choose(cell, hidden, batch, directions, dtype, precision, device, heads=1, weight_dtype=""):
+        assert fitting(exchange, hidden * dtype.itemsize) == exchange, "flags need an even H in 16 bits"
         passes = []
         of = multiplied(dtype, precision), heads, weight_dtype
         for made, t in tilings(cell.name, hidden, directions, *of, **chosen):
@@ -86,7 +90,6 @@ def force(
             passes.append(plan.Pass(t, made, together, -(-jobs // together), 0, 0, 0, 0, 0, None, None))
         return plan.Plan(cell.name, hidden, batch, directions, "fp32", INTERPRETER, *passes, 0.0, heads)
 
-    exchange = Exchange(protocol=protocol, poll=poll(), spin_limit=spin_limit)
     monkeypatch.setattr(launch, "choose", choose)
     monkeypatch.setattr(launch, "exchange_for", lambda device: exchange)
 
@@ -96,9 +99,16 @@ def force_pipelines(
 ) -> None:
     """Stacks run as layer pipelines of this choice (see ``choice``), ``groups`` jobs at a time (None: all)."""
 
+    exchange = Exchange(protocol=protocol, poll=poll())
+
     def choose(cell, hidden, layers, batch, dtype, precision, device):
+        assert fitting(exchange, hidden * dtype.itemsize) == exchange, "flags need an even H in 16 bits"
         parts = []
-        for made, alone in tilings(cell.name, hidden, 1, multiplied(dtype, precision), **chosen):
+        forward, backward = (
+            tilings(cell.name, hidden, 1, multiplied(dtype, precision), **chosen | only)[way]
+            for way, only in enumerate(({"k_parts": 1}, {}))  # the forward of a pipeline has one part of K
+        )
+        for made, alone in (forward, backward):
             t = dataclasses.replace(alone, layers=layers)
             jobs = t.jobs(batch)
             together = min(groups or jobs, jobs)
@@ -111,4 +121,4 @@ def force_pipelines(
     monkeypatch.setattr(launch, "choose_stack", choose)
     monkeypatch.setattr(decide, "runs_as_pipeline", may)
     monkeypatch.setattr(decide, "matmul_precision", calls.precision)
-    monkeypatch.setattr(launch, "exchange_for", lambda device: Exchange(protocol=protocol, poll=poll()))
+    monkeypatch.setattr(launch, "exchange_for", lambda device: exchange)

@@ -44,6 +44,11 @@ def highway(x, r, state, p):
     return (h + torch.sin(p.shift * x.skip) * state.h,)
 
 
+def gated(x, r, state):
+    """A step only where the input says so: both halves have equal gradients, and are not only added."""
+    return (torch.where(x.g > 0, tanh(x.h + r.h), state.h),)
+
+
 def everything(x, r, state, p, e):
     """All at once, and a gradient that is no number where there is no unit: that of a root of 0."""
     h = tanh(x.a + r.a) * sigmoid(x.b + r.b * p.scale)
@@ -58,6 +63,7 @@ DECLARED = {
     "zoneout": (zoneout, {"gates": ("i", "f", "g", "o"), "states": ("h", "c"), "extras": ("keep_h", "keep_c")}),
     "slstm": (slstm, {"gates": ("i", "f", "z", "o"), "states": ("h", "c", "n", "m")}),
     "highway": (highway, {"gates": ("h",), "more_inputs": ("skip",), "params": ("scale", "shift")}),
+    "gated": (gated, {"gates": ("g", "h")}),
     "everything": (everything, {
         "gates": ("a", "b"), "states": ("h", "c", "third"), "params": ("scale", "size"), "extras": ("keep",),
         "more_inputs": ("more",),

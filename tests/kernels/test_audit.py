@@ -14,6 +14,7 @@ import triton
 from own_cells import cell_of
 
 from persistrnn.kernels.cells import BUILT_IN, CELLS, derived
+from persistrnn.kernels.device.exchange import Exchange
 from persistrnn.kernels.device.recompute import BLOCK, activate
 from persistrnn.kernels.inspect import audit
 from persistrnn.kernels.inspect.audit import Case, Homes
@@ -293,10 +294,17 @@ def test_too_much_shared_memory_is_found(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "replacement", "finding"),
-    [("ld.acquire.gpu", "ld.relaxed.gpu", "no acquire load"), (".release", ".relaxed", "no release add")],
+    ("protocol", "pattern", "replacement", "finding"),
+    [
+        ("counter", "ld.acquire.gpu", "ld.relaxed.gpu", "no acquire load"),
+        ("counter", ".release", ".relaxed", "no release add"),
+        ("flags", "ld.volatile", "ld", "no volatile load of words"),
+        ("flags", "st.relaxed.gpu", "st", "no relaxed store of words"),
+        ("flags", "ld.relaxed.gpu", "ld", "no relaxed load of words"),
+    ],
 )
-def test_a_lost_memory_order_is_found(monkeypatch, pattern, replacement, finding):
+def test_a_lost_memory_order_is_found(monkeypatch, protocol, pattern, replacement, finding):
+    monkeypatch.setattr(audit, "exchange_on", lambda arch: Exchange(protocol))
     part = audit.planned(SHARED)
     compiled = audit.compile_pass(SHARED, part)
     assert part.tiling.slices > 1

@@ -47,7 +47,7 @@ def test_parts_add_up_and_are_never_below_the_floor(device, dtype):
         assert min(part.cost.compute, part.cost.pointwise, part.cost.synchronisation) > 0, what
         if part.tiling.slices == 1:
             assert part.cost.state == 0, what
-        else:
+        elif part.choice.splits > 1:
             assert part.cost.state > 0, what
         if part.in_shared == part.streamed == 0:
             assert part.cost.weights == 0, f"{what}: weights in registers cost nothing"
@@ -111,7 +111,7 @@ def test_a_slower_device_is_never_faster(device, field):
 @pytest.mark.parametrize("field", ["exchange", "barrier"])
 def test_an_exchange_costs_what_it_costs(field):
     """Only slices that wait for each other pay for an exchange; all programs pay for barriers."""
-    for hidden in (32, 1024):
+    for hidden in (8, 1024):
         part = plan_layer(Problem(SHAPES["lstm"], hidden, 16, 1, "bf16", H200)).forward
         same = planning.finish(Problem(SHAPES["lstm"], hidden, 16, 1, "bf16", slower(H200, field)), False, part.choice)
         if field == "exchange" and part.tiling.slices == 1:
@@ -138,9 +138,8 @@ def test_streamed_weights_cost_their_bytes(device, dtype):
                 if everybody > hardware.l2:
                     assert part.cost.weights * hardware.memory_rate * 1e3 * SLACK >= everybody
                 placed = hardware.shared_rate * hardware.clock * 1e3
-                assert (
-                    part.cost.weights * placed * SLACK >= t.m * sum(c.size for c in t.k_blocks[t.in_registers :]) * size
-                )
+                in_shared = t.m * sum(c.size for c in t.k_blocks[t.in_registers :]) * size
+                assert part.cost.weights * placed * SLACK >= model.FITTED.sweep * in_shared
                 streamed += part.streamed > 0
     assert streamed > 0
 

@@ -42,7 +42,7 @@ def keeps_the_bound(cell, dtype, weights, hidden, batch, **options):
 CASES = [
     # cell, dtype, weights, protocol, hidden, batch, options, chosen
     ("lstm", "bf16", "int8", "counter", 21, 3, {"bidirectional": True}, {"homes": "shared"}),
-    ("gru", "fp16", "fp8", "flags", 61, 9, {}, {"k_parts": 2, "units": 16, "homes": "shared and stream", "splits": 2}),
+    ("gru", "fp16", "fp8", "flags", 62, 9, {}, {"k_parts": 2, "units": 16, "homes": "shared and stream", "splits": 2}),
     ("slstm", "bf16", "fp8", "counter", 32, 9, {"heads": 2}, {"homes": "stream", "subtiles": 2, "batch_tile": 8}),
 ]
 
@@ -81,7 +81,7 @@ def test_every_number_is_widened_exactly(emulated, dtype, weights):
 
 COMPILED = [
     ("sm_90", "lstm", "bf16", "int8", "counter", 29, {"homes": "shared"}),
-    ("sm_80", "gru", "fp16", "fp8", "flags", 61,
+    ("sm_80", "gru", "fp16", "fp8", "flags", 62,
      {"k_parts": 2, "units": 16, "homes": "shared and stream", "splits": 4}),
 ]  # fmt: skip
 

@@ -5,12 +5,14 @@ import accuracy
 import mutants
 import pytest
 import torch
-from forced import HOMES, tilings
+import triton
+import triton.language as tl
+from forced import HOMES, poll, tilings
 from grid import EXCHANGE, Delays, concurrent_grid
 
 import persistrnn
 from persistrnn.kernels import launch
-from persistrnn.kernels.device import product, scan
+from persistrnn.kernels.device import exchange, product, scan
 
 pytestmark = pytest.mark.interpreter
 
@@ -32,26 +34,26 @@ CASES = [
     # cell, dtype, protocol, hidden, batch, layers, bidirectional, chosen
     ("lstm", "fp32", "counter", 13, 3, 2, True, {"homes": "registers and shared"}),
     ("gru", "fp32", "flags", 13, 3, 2, True, {"homes": "shared", "splits": 2}),
-    ("lstm", "bf16", "flags", 21, 17, 1, False, {"homes": "all three"}),
+    ("lstm", "bf16", "flags", 22, 17, 1, False, {"homes": "all three"}),
     ("gru", "fp16", "counter", 21, 3, 1, True, {"homes": "registers and stream"}),
     ("gru", "bf16", "counter", 29, 1, 2, False, {"homes": "shared and stream", "splits": 2}),
     ("lstm", "fp32", "flags", 32, 3, 1, False, {"homes": "stream", "splits": 2}),  # no mask anywhere
     ("gru", "fp32", "counter", 61, 3, 1, False, {"homes": "all three", "units": 16, "burst": 16}),
-    ("gru", "fp16", "flags", 61, 1, 1, False, {"homes": "registers", "splits": 2}),
+    ("gru", "fp16", "flags", 62, 1, 1, False, {"homes": "registers", "splits": 2}),
     ("gru", "fp32", "counter", 45, 3, 1, False, {"homes": "registers and shared", "splits": 8}),
     # Two dimensions.
     ("lstm", "fp32", "counter", 29, 3, 1, False, {"k_parts": 2}),
-    ("gru", "bf16", "flags", 99, 3, 1, False, {"k_parts": 2, "units": 32, "homes": "all three"}),
+    ("gru", "bf16", "flags", 98, 3, 1, False, {"k_parts": 2, "units": 32, "homes": "all three"}),
     ("lstm", "fp16", "counter", 61, 2, 1, False, {"k_parts": 2, "units": 16, "homes": "registers and stream"}),
     ("gru", "fp32", "counter", 61, 17, 1, False, {"k_parts": 4, "units": 16, "homes": "stream"}),
-    ("lstm", "bf16", "flags", 99, 3, 1, False, {"k_parts": 4, "units": 32, "homes": "shared and stream"}),
-    ("lstm", "bf16", "flags", 17, 3, 1, True, {"k_parts": 4, "homes": "shared"}),  # a part of K without units
+    ("lstm", "bf16", "flags", 98, 3, 1, False, {"k_parts": 4, "units": 32, "homes": "shared and stream"}),
+    ("lstm", "bf16", "flags", 18, 3, 1, True, {"k_parts": 4, "homes": "shared"}),  # a part of K without units
     ("gru", "fp16", "counter", 41, 3, 1, False, {"k_parts": 2, "homes": "registers and shared"}),
     ("lstm", "fp32", "flags", 64, 2, 1, False, {"k_parts": 2, "units": 16, "homes": "stream"}),  # no mask anywhere
     ("gru", "fp32", "counter", 57, 1, 1, False, {"k_parts": 8, "splits": 2}),
     # Several batch tiles in each program: the last not full, empty, the only one and not full.
     ("gru", "fp32", "flags", 27, 25, 1, False, {"subtiles": 4, "batch_tile": 8}),
-    ("lstm", "fp16", "flags", 13, 3, 1, True, {"subtiles": 4, "batch_tile": 8, "homes": "shared"}),
+    ("lstm", "fp16", "flags", 14, 3, 1, True, {"subtiles": 4, "batch_tile": 8, "homes": "shared"}),
     # All together.
     ("lstm", "bf16", "counter", 61, 9, 1, False,
      {"k_parts": 4, "units": 16, "subtiles": 2, "batch_tile": 8, "homes": "stream"}),
@@ -285,6 +287,26 @@ def test_nan_in_the_data_is_not_the_reserved_one(forced, k_parts):
             assert layer(x, h0)[0][:, 0].isnan().all()
         assert y[1:, 0].isnan().all()
         assert not y[:, 1].isnan().any()
+
+
+@triton.jit
+def put_rows(source, buffer, how: tl.constexpr):
+    at = tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    exchange.put(buffer + at, tl.load(source + at), at < 28, how)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_word_that_is_put_is_never_all_ones(dtype):
+    """Whatever NaN a cell makes, they are NaN in memory; what is beside them in a word, and what is masked, stays."""
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    given = torch.randn(4, 8).to(dtype)
+    given.view(integer)[:2] = -1
+    given.view(integer)[2, ::2] = -1
+    buffer = torch.full((4, 8), -1, dtype=integer).view(dtype)
+    put_rows[(1,)](given, buffer, exchange.Exchange("flags", poll()))
+    assert buffer.view(torch.int32).flatten()[: 14 * given.element_size() // 2].ne(-1).all()
+    assert buffer.view(integer).flatten()[28:].eq(-1).all()
+    torch.testing.assert_close(buffer.flatten()[:28], given.flatten()[:28], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("chosen", [{}, {"k_parts": 2, "subtiles": 2, "batch_tile": 8, "homes": "all three"}])

@@ -84,17 +84,19 @@ def test_heads_are_the_blocks_of_one_matrix(forced, name, marked, chosen):
         assert (ours - true).norm() <= 5e-6 * true.norm()
 
 
-def test_a_head_that_fits_a_slice_exchanges_nothing():
+def test_a_head_is_planned_as_a_layer_of_its_size():
     hardware = DEVICES["h200"]
+    tiny = plan_layer(Problem(CELLS["gru"], 8, 16, 1, "bf16", hardware, 8))
+    assert "H=64 in 8 heads" in str(tiny)
+    assert str(tiny).count("no exchange") == 2
     found = plan_layer(Problem(CELLS["gru"], 64, 16, 1, "bf16", hardware, 8))
-    assert "H=512 in 8 heads" in str(found)
-    assert str(found).count("no exchange") == 2
     whole = plan_layer(Problem(CELLS["gru"], 512, 16, 1, "bf16", hardware))
-    for one, all_of_it in ((found.forward, whole.forward), (found.backward, whole.backward)):
-        assert one.tiling.slices == 1
-        assert one.tiling.jobs(16) == 8
-        assert one.cost.state == 0
-        assert one.predicted < all_of_it.predicted / 2
+    for name in ("forward", "backward"):
+        head, one, all_of_it = (getattr(part, name) for part in (tiny, found, whole))
+        assert head.tiling.slices == 1
+        assert head.tiling.jobs(16) == one.tiling.jobs(16) == 8
+        assert head.cost.state == 0
+        assert one.predicted < all_of_it.predicted
     wide = plan_layer(Problem(CELLS["lstm"], 512, 16, 2, "bf16", hardware, 2))
     assert wide.forward.tiling.slices > 1, "a head that does not fit"
     assert wide.forward.tiling.jobs(16) == 4

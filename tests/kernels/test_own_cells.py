@@ -152,10 +152,21 @@ def test_in_chunks_of_time(name, save):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", ["peephole", "zoneout", "slstm"])
-def test_a_stack_in_one_launch(pipelines, name):
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("peephole", {}),
+        ("zoneout", {}),
+        ("slstm", {}),
+        ("gated", {}),
+        ("peephole", {"k_parts": 2}),
+        ("rnn_tanh", {"k_parts": 2}),
+        ("mgu", {"k_parts": 2}),
+    ],
+)
+def test_a_stack_in_one_launch(pipelines, name, chosen):
     """Parameters and extras of each layer."""
-    pipelines()
+    pipelines(**chosen)
     cell = own_cells.cell_of(name)
     x, weights, states, marks, reset, extras = chunked_arguments(cell, 2, 1, True)
     found = []

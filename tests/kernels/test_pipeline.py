@@ -1,12 +1,14 @@
 """A layer pipeline: right in the concurrent grid under adversarial schedules, its mutants caught, its plan sound, its
 kernels proven from compiled code."""
 
+import dataclasses
 import threading
 
 import accuracy
 import pytest
 import torch
 from asked import asked
+from forced import tilings
 from grid import Delays, concurrent_grid
 from pairs import CELLS
 
@@ -28,10 +30,15 @@ CASES = [
     # cell, dtype, protocol, hidden, batch, layers, bias, state, chosen
     ("lstm", "fp16", "counter", 13, 3, 2, True, True, {}),
     ("gru", "fp32", "flags", 13, 3, 3, True, True, {"splits": 2}),
-    ("lstm", "bf16", "flags", 13, 3, 4, False, False, {"homes": "shared"}),
+    ("lstm", "bf16", "flags", 14, 3, 4, False, False, {"homes": "shared"}),
     ("gru", "bf16", "counter", 29, 2, 3, True, False, {"homes": "registers and shared", "units": 16}),
-    ("gru", "fp16", "flags", 21, 11, 2, False, True, {"subtiles": 2, "batch_tile": 8, "homes": "shared"}),
+    ("gru", "fp16", "flags", 22, 11, 2, False, True, {"subtiles": 2, "batch_tile": 8, "homes": "shared"}),
     ("lstm", "fp32", "flags", 16, 17, 2, True, True, {"groups": 1, "homes": "registers and shared"}),
+    # The backward in two dimensions: a part of K not full, without units, several batch tiles, all cells.
+    ("lstm", "fp32", "counter", 29, 3, 3, True, True, {"k_parts": 2}),
+    ("gru", "bf16", "flags", 62, 2, 2, True, False, {"k_parts": 2, "units": 16, "homes": "registers and shared"}),
+    ("lstm", "bf16", "counter", 17, 3, 2, True, True, {"k_parts": 4, "homes": "shared"}),
+    ("gru", "fp32", "counter", 29, 11, 2, True, True, {"k_parts": 2, "subtiles": 2, "batch_tile": 8}),
 ]
 
 
@@ -90,26 +97,80 @@ def wrong(cell, operation="arrive", seconds=0.01):
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_layer_that_does_not_wait_for_its_neighbour_is_caught(pipelines, monkeypatch, cell, backward):
     pipelines()
-    multiply, program = scan.multiply, threading.local()
+    accumulate, program = scan.accumulate, threading.local()
 
-    def hasty(weights, ahead, pointer, rows, j, who, step, steps_needed, sync, spin_limit, tiling, how):
+    def hasty(weights, ahead, accs, pointer, rows, j, who, steps_needed, sync, spin_limit, tiling, how):
         # Of the two products of a step the neighbour's comes first; the backward forms its first one before the loop.
         turn = program.__dict__.setdefault("turn", 0)
         program.turn = turn + 1
         if tiling.backward == backward and (turn == 0 or turn % 2 == backward):
             steps_needed = steps_needed * 0
-        return multiply(weights, ahead, pointer, rows, j, who, step, steps_needed, sync, spin_limit, tiling, how)
+        return accumulate(weights, ahead, accs, pointer, rows, j, who, steps_needed, sync, spin_limit, tiling, how)
 
-    monkeypatch.setattr(scan, "multiply", hasty)
+    monkeypatch.setattr(scan, "accumulate", hasty)
     # A loaded machine may run the programs one after the other: the slow one is then slowed further.
     assert any(wrong(cell, seconds=seconds) for seconds in (0.01, 0.1, 1.0))
+
+
+# Two unit groups by two parts of K, in which program 0 is late with, or at adding, the partial products.
+SUMS = ("get", "announce", "await_count", "read")
+
+
+def wrong_in_two_dimensions(operation, seconds=0.3):
+    case = accuracy.Case("lstm", "fp32", 29, 3, 4, 2, False, True, True)
+    with concurrent_grid(Delays(operation, slow=0, seconds=seconds, every=4)):
+        return accuracy.failures(case, seed=3)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("operation", SUMS)
+def test_every_schedule_of_the_sums_passes_without_a_mutant(pipelines, operation):
+    pipelines(k_parts=2)
+    assert wrong_in_two_dimensions(operation) == []
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "turn_of", [lambda turn: turn - (turn > 0), lambda turn: turn - 1], ids=["all but the first", "all"]
+)
+def test_sums_that_forget_the_one_before_the_loop_are_caught(pipelines, monkeypatch, turn_of):
+    """Counted, and put, as if the loop's first exchange of partial products were the first of all."""
+    pipelines(k_parts=2)
+    sum_parts = scan.sum_parts
+
+    def early(tiles, j, program, turn, *others):
+        turn = scan.tl.to_tensor(turn)
+        return sum_parts(tiles, j, program, turn_of(turn.handle.data.item()), *others)
+
+    monkeypatch.setattr(scan, "sum_parts", early)
+    # A loaded machine may run the programs one after the other: the slow one is then slowed further.
+    assert any(wrong_in_two_dimensions(operation, seconds) for seconds in (0.3, 3.0) for operation in SUMS)
+
+
+@pytest.mark.interpreter
+def test_equal_inputs_give_equal_bits_under_any_schedule(pipelines):
+    pipelines(k_parts=2, homes="registers and shared")
+    case, results = accuracy.Case("gru", "bf16", 29, 3, 3, 3, False, True, True), []
+    for slow, operation in enumerate(("put", "read", "wait")):
+        with concurrent_grid(Delays(operation, slow)):
+            results.append(accuracy.run(case, seed=0)[0])
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+        assert torch.equal(value, results[2][name]), name
+
+
+def test_only_a_backward_is_split_in_two_dimensions():
+    (_, forward), (_, backward) = tilings("lstm", 64, k_parts=2)
+    assert dataclasses.replace(backward, layers=2).sums == 2 * backward.sums
+    with pytest.raises(ValueError, match="the forward of a pipeline of 2 layers has 2 parts of K"):
+        dataclasses.replace(forward, layers=2)
 
 
 @pytest.mark.interpreter
 def test_a_gradient_told_before_it_is_stored_is_caught(pipelines, monkeypatch):
     """The GRU's dx is told together with dr: stored after the announcement it is too late for the layer below."""
     pipelines()
-    put_tiles, arrive, multiply, program = scan.put_tiles, scan.arrive, scan.multiply, threading.local()
+    put_tiles, arrive, accumulate, program = scan.put_tiles, scan.arrive, scan.accumulate, threading.local()
     read = threading.Event()
 
     def held(pointer, offsets, mask, stride, tiles, tiling, how):
@@ -127,7 +188,7 @@ def test_a_gradient_told_before_it_is_stored_is_caught(pipelines, monkeypatch):
             del program.dx
 
     def reading(*given):
-        found = multiply(*given)
+        found = accumulate(*given)
         steps_needed, tiling = given[7], given[-2]
         if tiling.backward and steps_needed.handle.data.item() > 0:
             read.set()
@@ -135,7 +196,7 @@ def test_a_gradient_told_before_it_is_stored_is_caught(pipelines, monkeypatch):
 
     monkeypatch.setattr(scan, "put_tiles", held)
     monkeypatch.setattr(scan, "arrive", announced)
-    monkeypatch.setattr(scan, "multiply", reading)
+    monkeypatch.setattr(scan, "accumulate", reading)
     assert wrong("gru")
 
 
@@ -161,19 +222,21 @@ def test_plans_are_sound(cell, device, dtype):
                     t = part.tiling
                     assert t.layers == layers
                     assert t.slices > 1
-                    assert t.k_parts == 1
+                    assert t.k_parts == 1 or part is together.backward
                     assert t.streamed == 0
                     assert t.slices * t.units >= hidden
                     assert t.slices * layers * part.groups <= hardware.multiprocessors
                     assert part.groups * part.rounds >= t.jobs(batch) > part.groups * (part.rounds - 1)
                     assert part.shared <= hardware.shared
-                    assert part.in_registers + part.in_shared >= 2 * t.m * t.depth * BYTES[dtype]
+                    assert part.in_registers + part.in_shared >= 2 * t.m * t.segments * t.depth * BYTES[dtype]
     assert found > 10
 
 
 def test_a_pipeline_is_taken_where_it_is_predicted_to_win():
     found = pipeline.plan_pipeline(Problem(SHAPES["lstm"], 512, 16, 1, "bf16", H200), 4)
     assert found.forward.predicted < found.layered[0]
+    assert found.backward.predicted < found.layered[1] / 2, "in two dimensions"
+    assert found.backward.tiling.k_parts > 1
     assert found.faster(256, backward=True)
     assert not found.faster(1, backward=True), "three steps more than one"
     assert pipeline.plan_pipeline(Problem(SHAPES["lstm"], 1024, 16, 1, "bf16", H200), 4) is None, (

@@ -121,17 +121,17 @@ def test_every_device_and_dtype(capsys: pytest.CaptureFixture[str], device: str,
 
 
 def test_heads(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ("--cell", "slstm", "--hidden", "512", "--device", "h200", "--heads")
+    given = ("--cell", "slstm", "--hidden", "64", "--device", "h200", "--heads")
     (status, text, _), (_, facts, _) = call(capsys, *given, "8"), call(capsys, *given, "8", "--json")
-    read, problem = json.loads(facts), Problem(CELLS["slstm"], 64, 16, 1, "bf16", named("h200"), heads=8)
+    read, problem = json.loads(facts), Problem(CELLS["slstm"], 8, 16, 1, "bf16", named("h200"), heads=8)
     assert status == 0
-    assert text.startswith("slstm H=512 in 8 heads B=16 D=1 bf16 on h200 ")
+    assert text.startswith("slstm H=64 in 8 heads B=16 D=1 bf16 on h200 ")
     assert text.count("8 jobs (rows 0 to 15, 8 heads); ") == text.count("; no exchange\n") == 2
     assert read["heads"] == 8
     assert read["predicted_us"]["forward"] == plan_layer(problem).forward.predicted
     status, out, err = call(capsys, *given, "7")
     assert (status, out) == (2, "")
-    assert "--heads: 7 given, which does not divide --hidden 512; allowed: its divisors" in err
+    assert "--heads: 7 given, which does not divide --hidden 64; allowed: its divisors" in err
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
@@ -260,7 +260,7 @@ def test_a_plan_that_is_expected_to_spill_says_so(capsys: pytest.CaptureFixture[
     assert "spills" not in call(capsys, *SMALL)[1]
 
 
-@pytest.mark.parametrize(("hidden", "path"), [("1024", "the kernels"), ("2048", "torch's own path")])
+@pytest.mark.parametrize(("hidden", "path"), [("1024", "the kernels"), ("4096", "torch's own path")])
 def test_what_auto_takes(capsys: pytest.CaptureFixture[str], hidden: str, path: str) -> None:
     arguments = ("--cell", "lstm", "--hidden", hidden, "--batch", "64", "--device", "h200", "--steps", "64")
     _, out, _ = call(capsys, *arguments)

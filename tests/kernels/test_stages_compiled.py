@@ -23,7 +23,7 @@ def test_compiled_kernels_keep_the_bound(emulated, forced, monkeypatch, arch, na
     precise(monkeypatch, "ieee")
     session = emulated(arch, units="warps", schedule=Schedule(seed=1, slow=((1, None, None),)))
     forced(protocol, **chosen)
-    assert broken(CELLS[name], DTYPES[dtype], given(CELLS[name], 1, DTYPES[dtype], 13, steps=2, marked=True)) == []
+    assert broken(CELLS[name], DTYPES[dtype], given(CELLS[name], 1, DTYPES[dtype], 14, steps=2, marked=True)) == []
     assert [report.kernel.name for report in session.reports] == ["staged_forward", "staged_backward"]
 
 

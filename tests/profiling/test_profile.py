@@ -5,12 +5,16 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from html_page import Page
 
+import persistrnn
+from persistrnn import phases
+from persistrnn.kernels.planner import memory
 from persistrnn.profiling import command, page, plots, run
 from persistrnn.profiling import report as profile_report
 from persistrnn.profiling.measure import measure
@@ -233,6 +237,18 @@ def test_phases_of_the_kernels(tmp_path, undrawn):
     text = (tmp_path / "profile.txt").read_text()
     assert "measured in Triton's interpreter, CPU" in text
     assert "no time here says anything about a GPU" in text
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("save", "chunks"), [("gates", 1), ("state", 2)])
+def test_a_launch_is_one_range(save, chunks, monkeypatch):
+    """torch.profiler's own table adds up nested ranges of one name."""
+    monkeypatch.setattr(memory, "chunk_steps", lambda *_: 4 // chunks)
+    layer = persistrnn.GRU(3, 8, save=save, backend="persistent")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        layer(torch.randn(4, 2, 3))[0].sum().backward()
+    counted = Counter(e.name for e in profiler.events())
+    assert [counted[name] for name in (phases.SCAN_FORWARD, phases.SCAN_BACKWARD)] == [chunks] * 2
 
 
 @pytest.mark.parametrize(("broken", "left"), [("data", set()), ("shutil.move", {"profile.html"})])

@@ -66,7 +66,7 @@ MEASURE_KERNELS = {
 }
 PUBLIC = {"persistrnn", "persistrnn.functional", "persistrnn.calls", "persistrnn.explain"} | RECORDS
 PUBLIC |= {"persistrnn.profiling.page", "persistrnn.profiling.drawing"}
-NOT_JITTED = {"exchange_on"}  # in kernels/device: how an exchange is done there
+NOT_JITTED = {"exchange_on", "fitting"}  # in kernels/device: how an exchange is done there
 
 
 def name_of(path: Path) -> str:

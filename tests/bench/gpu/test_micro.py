@@ -70,9 +70,7 @@ def wait_removed(monkeypatch):
 
 
 def get_does_not_look(monkeypatch):
-    monkeypatch.setattr(micro_kernels, "get", lambda pointers, mask, spin_limit, *_: (
-        micro_kernels.tl.load(pointers, mask=mask, other=0.0), spin_limit
-    ))  # fmt: skip
+    monkeypatch.setattr(micro_kernels, "settle", lambda tiles, _pointers, _masks, spin_limit, *_: (tiles, spin_limit))
 
 
 def put_another(monkeypatch):

@@ -80,7 +80,7 @@ def test_many_slices_keep_the_bound(forced, name, dtype, protocol, chosen, opera
     forced(protocol, **chosen)
     before = launch.LAUNCHES.copy()
     with concurrent_grid(Delays(operation, slow=1)):
-        failures = broken(cell, dtype, given(cell, 1, dtype, 21, marked=True))
+        failures = broken(cell, dtype, given(cell, 1, dtype, 22, marked=True))
     assert not failures, "\n".join(failures)
     assert launch.LAUNCHES - before == {"scan_forward": 1, "scan_backward": 1}
 
