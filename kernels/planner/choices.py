@@ -14,6 +14,7 @@ from .hardware import INTERPRETER
 from .occupancy import (
     SIGNALS,
     cell_registers,
+    held_rows,
     masked,
     pipeline_registers,
     register_limit,
@@ -39,9 +40,6 @@ READ_BY_FEW = 1 << 15
 MULTIPLY_ADD_REGISTERS = 280
 # Tiles of K in registers (9 and more: GRU backward, bf16, 1536, B=1, sm_90 spills 4).
 MOST_TILES = 8
-# Bursts of tf32 on their way at once in the backward: ptxas puts their loads before all products (seen when planned for
-# one: LSTM and GRU, B=1, 1024 and 1536, on sm_80 and sm_90 8 to 132 spills).
-HOISTED = 3
 # Bytes of K in a pipeline's backward where a thread owns several elements of the state (3072 spills 20, 3360 33).
 DEEPEST_OF_SEVERAL = 2560
 # Of those, and bytes of K, in two dimensions (4 spill 105: GRU 512, B=64; 2560 spill 10: LSTM 640, B=16; bf16, sm_90).
@@ -249,9 +247,6 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
         spare = limit - registers_needed(p.m, p.packs, choice, size, 0, streamed, True, p.masked)
         spare -= cell_registers(problem.cell, backward, choice, size)
         spare -= widening_registers(problem, choice)
-        if backward and problem.dtype == "tf32":
-            more = min(HOISTED, -(-p.k // choice.burst)) - 1
-            spare -= max(0, more) * choice.burst * choice.batch_tile * size // WORDS
         if spare < 0 and strict:
             return 0, -1
         # Where several warps share a part of K, Triton 3.6.0 gives each of them all of its weights: 8 / splits times
@@ -259,8 +254,8 @@ def _filled(problem: Problem, backward: bool, start: Choice, slices: int, strict
         # its weights from shared memory.
         # Nor weights of 8 bits, which would be there in 16.
         unfit = problem.dtype == "fp32" or problem.weight_dtype != "" or choice.splits < choice.warps
-        kept = 0 if unfit else max(spare, 0) * 4 * 32 * choice.warps // (p.m * size) // p.quantum * p.quantum
-        kept = min(kept, MOST_TILES * choice.largest_k_block // p.quantum * p.quantum)
+        kept = 0 if unfit else max(spare, 0) * 4 * 32 * choice.warps // (held_rows(p.m, size) * size)
+        kept = min(kept, MOST_TILES * choice.largest_k_block) // p.quantum * p.quantum
         while choice.warps < WARPS and 0 < kept < p.k and padded(kept) > kept:
             kept -= p.quantum
         stored = problem.stored

@@ -82,6 +82,12 @@ def masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> boo
     return ragged or depth % smallest_k_block(splits) != 0 or hidden * size % 16 != 0
 
 
+def held_rows(m: int, size: int) -> int:
+    """Rows of weights in registers: a tensor core takes 16, and where there are 8, in tf32, each is there twice (seen
+    where 8 were counted: LSTM backward 1024, B=1, sm_90: 132 spills)."""
+    return max(m, 16) if size == 4 else m
+
+
 def registers_needed(
     m: int, packs: int, choice: Choice, size: int, resident: int, streamed: bool, exchanged: bool, masked: bool
 ) -> int:
@@ -89,7 +95,7 @@ def registers_needed(
     words = 4 * threads
     elements = max(1, choice.units * choice.batch_tile // threads)
     need = BASE_REGISTERS + (TILE_REGISTERS + size) * (choice.subtiles - 1) * (1 + elements) // 2
-    need += m * resident * size // words
+    need += held_rows(m, size) * resident * size // words
     if exchanged and choice.warps < 8:
         need += FEW_WARPS_REGISTERS[m < 16]
     need += choice.splits * m * choice.batch_tile // threads
