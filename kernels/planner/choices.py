@@ -47,6 +47,9 @@ MOST_IN_TWO_DIMENSIONS, DEEPEST_IN_TWO_DIMENSIONS = 2, 2048
 # Bytes of K in a program of a pipeline's backward, above which it spills, and both products take longer than the
 # exchange that hides one.
 DEEPEST = 4352
+# Of 16 bits, from so many on none of K that shared memory holds stays in registers, with 16 rows and more: there the
+# operands of all bursts are on their way at once (seen: LSTM 512 and 544, B=16, sm_100, Triton 3.9.0, 6 and 4 spills).
+DEEP = 4032
 
 
 def power_of_2_at_most(n: int) -> int:
@@ -332,6 +335,8 @@ def _filled_twice(problem: Problem, backward: bool, start: Choice, slices: int) 
     most = problem.hardware.shared - choice.units * choice.batch_tile * 4
     most = most // (2 * p.m * size) // p.quantum * p.quantum
     kept = min(kept, most, p.k)
+    if backward and size == 2 and deep >= DEEP and start.batch_tile >= 16:
+        kept = min(kept, max(0, p.k - shared))
     if shared < 0 or kept + shared < p.k:
         return None
     return replace(choice, in_registers=kept, in_shared=p.k - kept)
