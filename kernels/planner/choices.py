@@ -44,11 +44,11 @@ MOST_TILES = 8
 DEEPEST_OF_SEVERAL = 2560
 # Of those, and bytes of K, in two dimensions (4 spill 105: GRU 512, B=64; 2560 spill 10: LSTM 640, B=16; bf16, sm_90).
 MOST_IN_TWO_DIMENSIONS, DEEPEST_IN_TWO_DIMENSIONS = 2, 2048
-# Bytes of K in a program of a pipeline's backward, above which it spills, and both products take longer than the
-# exchange that hides one.
-DEEPEST = 4352
-# Of 16 bits, from so many on none of K that shared memory holds stays in registers, with 16 rows and more: there the
-# operands of all bursts are on their way at once (seen: LSTM 512 and 544, B=16, sm_100, Triton 3.9.0, 6 and 4 spills).
+# Bytes of K in a program of a pipeline's backward, above which it spills (LSTM 528, B=16, bf16, sm_90: 34), and both
+# products take longer than the exchange that hides one.
+DEEPEST = 4096
+# With tcgen05, of 16 bits and with 16 rows, from so many on none of K that shared memory holds stays in registers: the
+# operands of all bursts are on their way at once (seen: LSTM 512, B=16, sm_100, Triton 3.9.0: 6 spills).
 DEEP = 4032
 
 
@@ -335,7 +335,8 @@ def _filled_twice(problem: Problem, backward: bool, start: Choice, slices: int) 
     most = problem.hardware.shared - choice.units * choice.batch_tile * 4
     most = most // (2 * p.m * size) // p.quantum * p.quantum
     kept = min(kept, most, p.k)
-    if backward and size == 2 and deep >= DEEP and start.batch_tile >= 16:
+    tcgen05 = problem.hardware.arch.startswith("sm_10")
+    if backward and tcgen05 and size == 2 and deep >= DEEP and start.batch_tile >= 16:
         kept = min(kept, max(0, p.k - shared))
     if shared < 0 or kept + shared < p.k:
         return None
