@@ -2,9 +2,9 @@
 
 PYTHONPATH=.:tests python tests/helpers/clock_table.py [--output FILE] [--write]
 
-makes bench/results/clock.csv anew (about three minutes on one core, 3 GB; --resume keeps the rows that are there; --only
-CELL-HIDDEN-BATCH for one shape, printed; --exchanges makes exchange.csv, of every exchange) or puts the tables of these
-files into bench/NOTES.md. It needs no GPU. One program is emulated, for three steps, without the others.
+makes bench/results/clock.csv anew (about three minutes on one core, 3 GB; --resume keeps the rows that are there;
+--only CELL-HIDDEN-BATCH for one shape, printed; --exchanges makes exchange.csv, of every exchange) or puts the tables
+of these files into bench/NOTES.md. It needs no GPU. One program is emulated, for three steps, without the others.
 """
 
 from __future__ import annotations
