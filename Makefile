@@ -80,7 +80,7 @@ cells: $(NEWEST)/.dev ## the language model with every cell at equal parameters,
 
 # Resumable: finished kernels are kept in runs/. The tables are committed, and tests compare them with today's code.
 # bf16 in every shape of a workload; bench/audit.csv names its own dtypes and architectures.
-AUDIT := -m persistrnn audit --workloads bench/workloads/*.csv bench/audit.csv --dtypes bf16 --arch sm_80 sm_90 sm_100 --failures
+AUDIT := -m persistrnn audit --workloads bench/workloads/*.csv bench/audit.csv --dtypes bf16 --arch sm_80 sm_90 --failures
 audit: $(NEWEST)/.dev $(OLDEST)/.dev ## read the compiled kernels of every workload, on both Tritons (35 minutes of one core)
 	$(NEWEST)/bin/python $(AUDIT) --jobs $(JOBS) --resume runs/audit.jsonl --output bench/results/audit-newest.csv $(ARGS)
 	$(OLDEST)/bin/python $(AUDIT) --jobs $(JOBS) --resume runs/audit.jsonl --output bench/results/audit-oldest.csv $(ARGS)
