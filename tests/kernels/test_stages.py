@@ -123,10 +123,10 @@ def sums_of_all_means_in_one_place(monkeypatch):
 
 
 def no_wait_for_the_operand(monkeypatch):
-    def wait(weights, ahead, pointer, rows, j, program, step, needed, sync, spin_limit, tiling, exchange):
+    def wait(weights, ahead, accs, pointer, rows, j, program, step, needed, sync, spin_limit, tiling, exchange):
         needed = needed - (tiling.row_tiles > 0)
         return scan.multiply(
-            weights, ahead, pointer, rows, j, program, step, needed, sync, spin_limit, tiling, exchange
+            weights, ahead, accs, pointer, rows, j, program, step, needed, sync, spin_limit, tiling, exchange
         )
 
     monkeypatch.setattr(staged_scan, "multiply", wait)
