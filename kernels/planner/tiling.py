@@ -187,10 +187,8 @@ class Tiling:
 
     @property
     def joined(self) -> bool:
-        """Whether two packs of gates are summed over the parts of K at once, as four gates; in full float32 that spills
-        (GRU forward, 768, B=16, sm_90: 10)."""
-        together = gates_summed(self.packs, self.k_parts) > max(self.packs)
-        return together and self.splits > 1 and self.precision != "ieee"
+        """Whether two packs of gates are summed over the parts of K at once, as four gates."""
+        return self.splits > 1 and gates_summed(self.packs, self.k_parts) > max(self.packs)
 
     @property
     def products(self) -> int:
