@@ -310,6 +310,9 @@ def _tiling(problem: Problem, choice: Choice, backward: bool, gates: int) -> Til
         else:
             segments, depth = gates if backward else 1, min(units_per_part, hidden)
         packs = (1,) if backward else gate_packs(gates)
+        if problem.dtype == "fp32":
+            # In this order they are summed one after the other; at once they spilled (GRU, 768, B=16, sm_90: 10).
+            packs = packs[::-1]
         smallest = smallest_k_block(choice.splits)
         largest = max(choice.largest_k_block, smallest)
         first = min(choice.in_registers // segments, depth)
