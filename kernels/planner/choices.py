@@ -83,8 +83,8 @@ def _local(problem: Problem, backward: bool) -> Iterator[Choice]:
     """One slice: K is the tile of units."""
     units = max(16, next_power_of_2(problem.hidden))
     groups = units >= 64 and problem.hardware.arch in ("sm_90", "sm_100")
-    if problem.weight_dtype and groups:
-        return  # warp groups would have weights that they widen in registers, for all steps
+    if groups and (problem.weight_dtype or problem.dtype == "tf32"):
+        return  # warp groups would have weights that they widen or round in registers, for all steps
     k = units * (problem.cell.gates if backward else 1)
     # Warp-group products, which Triton takes from 64 rows on, read the weights from shared memory.
     in_memory = problem.dtype == "fp32" or problem.weight_dtype != "" or groups

@@ -27,10 +27,16 @@ DTYPES = BYTES
 # One row alone is an eighth of the operand of 8, and another plan (LSTM 1024 backward: one part of K instead of 8).
 BATCH_CLASSES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
-# (cell, dtype, H, batch class, D, architecture) of a forward whose fastest choices spill by a hair that no constant
-# above accounts for (on Triton 3.6.0 2 instructions) -> how many of them: the next one is taken.
+# (cell, dtype, H, batch class, D, architecture, whether backward) of a pass whose fastest choices spill as no constant
+# of ``occupancy`` accounts for (4 and 8 instructions on Triton 3.9.0; 2, 4, 47 and 162 on 3.6.0) -> how many of them: the
+# next one, which does not on either, is taken.
 PASSED_OVER = {
-    ("lstm", "fp32", 768, 128, 1, "sm_100"): 1,
+    ("lstm", "fp32", 768, 128, 1, "sm_100", False): 1,
+    ("lstm", "fp32", 2048, 32, 1, "sm_90", False): 1,
+    ("lstm", "bf16", 1150, 128, 1, "sm_90", True): 1,
+    ("gru", "fp32", 1024, 64, 1, "sm_90", True): 1,
+    ("rnn_relu", "bf16", 2560, 32, 1, "sm_90", True): 1,
+    ("rnn_relu", "bf16", 2560, 64, 1, "sm_90", True): 1,
 }
 
 # Offsets into W_hh are 32-bit.
@@ -222,8 +228,16 @@ def best(problem: Problem, backward: bool) -> Choice | None:
     nothing pass, the choice that exceeds its limit least."""
     bounded = ((_quick(problem, backward, c), i, c) for i, c in enumerate(choices(problem, backward)))
     dtype = problem.weight_dtype or problem.dtype
-    kernel = problem.cell.name, dtype, problem.hidden, problem.batch, problem.directions, problem.hardware.arch
-    passed_over = 0 if backward else PASSED_OVER.get(kernel, 0)
+    kernel = (
+        problem.cell.name,
+        dtype,
+        problem.hidden,
+        problem.batch,
+        problem.directions,
+        problem.hardware.arch,
+        backward,
+    )
+    passed_over = PASSED_OVER.get(kernel, 0)
     found: list[Pass] = []  # the fastest first, as many as are asked for
     for bound, _, choice in sorted(bounded):
         if len(found) > passed_over and bound >= found[-1].predicted:
