@@ -257,13 +257,14 @@ def test_exchange_is_the_librarys_and_all_of_it_is_in_the_loop(launch_of, protoc
     body = max(loops(disassembly(made.kernel)), key=len)
     tiles = made.given["GETS"]
     assert tiles == 16
-    # Past L1, 16 bytes per thread and tile; flags are one element each, loaded once and again until they are there.
+    # Past L1, 16 bytes per thread and tile, by flags once, and again until all words are there.
     if protocol == "counter":
         assert count(body, r"LDG\.E\.128\.STRONG\.") == tiles
         assert count(body, r"STG\.E\.128 ") == made.given["PUTS"] == 1
     else:
-        assert count(body, r"LDG\.E\.U16\.STRONG\.GPU") == 8 * 2, "of one tile: a loop inside has all"
-        assert count(body, r"STG\.E\.U16\.STRONG\.GPU") == made.given["PUTS"] * 8 == 8
+        loads = [count(body, rf"LDG\.E\.128\.STRONG\.{scope}") for scope in ("SYS", "GPU")]
+        assert loads == [1, 1], "of one tile: a loop inside has all"
+        assert count(body, r"STG\.E\.STRONG\.GPU") == made.given["PUTS"] * 8 == 8, "one of two stores the word of both"
     assert count(body, r"RED[GS]?\.E\.ADD\.STRONG\.GPU") == (protocol == "counter")
     assert count(body, r"LDG\.E\.STRONG\.GPU") == (protocol == "counter")
     # Before the announcement of the next step, what was got decides about a store; each must have arrived by then.
