@@ -139,8 +139,8 @@ def test_sums_that_forget_the_one_before_the_loop_are_caught(pipelines, monkeypa
     sum_parts = scan.sum_parts
 
     def early(tiles, j, program, turn, *others):
-        turn = scan.tl.to_tensor(turn)
-        return sum_parts(tiles, j, program, turn_of(turn.handle.data.item()), *others)
+        number = turn.handle.data.item() if hasattr(turn, "handle") else int(turn)
+        return sum_parts(tiles, j, program, turn_of(number), *others)
 
     monkeypatch.setattr(scan, "sum_parts", early)
     # A loaded machine may run the programs one after the other: the slow one is then slowed further.
