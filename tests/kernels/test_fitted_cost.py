@@ -72,7 +72,6 @@ def test_what_the_source_says_of_the_fit_is_so():
     assert fit_cost.put(source, FITTED, SAMPLE) == source, "run tests/helpers/fit_cost.py --write"
 
 
-@pytest.mark.emulator
 def test_kernels_of_the_sample_are_clocked_anew():
     rows = clock_sample.read()
     small = [k for k in rows if k.hidden <= 256 and k.dtype != "fp32" and k.choice.subtiles == 1]
