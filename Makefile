@@ -30,7 +30,7 @@ help: ## this list
 QUICK := tests/repository/test_floors.py tests/repository/test_readme.py tests/repository/test_command_line.py \
   $(patsubst %,tests/kernels/test_%.py,plan tiling hardware cost measurements metadata forecast counts) \
   $(patsubst %,tests/layers/test_%.py,functional modules bad_input bad_options bad_tensors step streaming replacement \
-    reference parameters)
+    parameters)
 QUICK_INTERPRETED := tests/layers/test_parameters.py tests/layers/test_streaming.py \
   $(patsubst %,tests/kernels/test_scan.py::test_%,equal_inputs_give_equal_bits bound_rejects_a_lost_term) \
   tests/kernels/test_scan.py::test_one_slice_keeps_the_bound_with_any_choice

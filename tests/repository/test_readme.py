@@ -156,3 +156,10 @@ def test_the_map_has_every_module_of_the_library():
     names = set(re.findall(r"\w+", page[page.index("## The map") : page.index("## Words")]))
     library = [path for path in MODULES if path.relative_to(ROOT).parts[0] in ("persistrnn", "kernels")]
     assert {path.stem for path in library if "profiling" not in path.parts} - {"__init__"} - names == set()
+
+
+def test_make_check_names_tests_that_exist():
+    told = subprocess.run(["make", "-n", "check"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    named = set(re.findall(r"tests/\w+/\w+\.py", told))
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / name).exists()] == []
