@@ -199,7 +199,7 @@ class _Product:
 def _product(problem: Problem, backward: bool, c: Choice, slices: int) -> _Product:
     gates, size = problem.cell.gates, problem.size
     m = (1 if backward else gates) * c.k_parts * c.units
-    packs = (1,) if backward else gate_packs(gates)
+    packs = (1,) if backward else gate_packs(gates, problem.dtype)
     segments = gates if backward and c.k_parts > 1 else 1
     depth = _depth(problem, backward, c.units, c.k_parts, slices)
     smallest = smallest_k_block(c.splits)

@@ -34,11 +34,9 @@ MATRIX_EFFICIENCY = 0.5
 WIDENING = {"int8": 2.0, "fp8": 2.5}
 WIDENING_LANES = 64.0
 
-
 # From a load to its first bytes from L2 (Luo et al., arXiv 2402.13499, table IV: 261.5 on an A100, 263 on an H800); an
 # exchange is two such trips and more.
 L2_CYCLES = 262.0
-
 
 # Of an mma until the next one can add to its result (Sun et al., arXiv 2206.02874, table 3, and Luo et al., table VII:
 # 24.1 to 25 cycles).
@@ -133,7 +131,7 @@ def sum_of_parts(
 ) -> tuple[float, int]:
     """Microseconds that the parts of K of one batch tile take through shared memory and back, and the barriers of a
     step: around each sum, of which one shares that of the announcement."""
-    packs = (1,) if backward else gate_packs(problem.cell.gates)
+    packs = (1,) if backward else gate_packs(problem.cell.gates, problem.dtype)
     together = gates_summed(packs, choice.k_parts)
     joined = together > max(packs)
     barriers = 2 if joined else 2 * len(packs)

@@ -251,10 +251,15 @@ def cut_bursts(parts: tuple[KBlock, ...], kept: int, largest: int) -> tuple[int,
     return tuple(result)
 
 
-def gate_packs(gates: int) -> tuple[int, ...]:
-    """Gates of each dot: a power of two, at most 4. 4 gates are one dot, 3 gates are two."""
+def gate_packs(gates: int, dtype: str) -> tuple[int, ...]:
+    """Gates of each dot: a power of two, at most 4. 4 gates are one dot, 3 gates are two.
+
+    In full float32 the smaller is first, and they are summed one after the other (``gates_summed``): at once they
+    spilled (GRU forward, 768, B=16, sm_90: 10).
+    """
     rest = {0: (), 1: (1,), 2: (2,), 3: (2, 1)}[gates % 4]
-    return (4,) * (gates // 4) + rest
+    packs = (4,) * (gates // 4) + rest
+    return packs[::-1] if dtype == "fp32" else packs
 
 
 def gates_summed(packs: tuple[int, ...], k_parts: int) -> int:
@@ -309,10 +314,7 @@ def _tiling(problem: Problem, choice: Choice, backward: bool, gates: int) -> Til
             segments, depth = 1, gates * hidden if backward else hidden
         else:
             segments, depth = gates if backward else 1, min(units_per_part, hidden)
-        packs = (1,) if backward else gate_packs(gates)
-        if problem.dtype == "fp32":
-            # In this order they are summed one after the other; at once they spilled (GRU, 768, B=16, sm_90: 10).
-            packs = packs[::-1]
+        packs = (1,) if backward else gate_packs(gates, problem.dtype)
         smallest = smallest_k_block(choice.splits)
         largest = max(choice.largest_k_block, smallest)
         first = min(choice.in_registers // segments, depth)
