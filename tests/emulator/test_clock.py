@@ -289,34 +289,60 @@ def without_lines(row: dict[str, str]) -> dict[str, str]:
 
 
 def test_two_rows_of_the_table_are_those_of_a_fresh_run():
-    fresh = clock_table.rows("lstm", 256, 1)
-    kept = [row for row in clock_table.read() if (row["cell"], row["hidden"], row["batch"]) == ("lstm", "256", "1")]
-    assert [without_lines(row) for row in kept] == [without_lines(row) for row in fresh], (
-        "the kernels or the clock have changed: run tests/helpers/clock_table.py, then with --write"
-    )
+    rows = {clock_table.key_of(row): row for row in clock_table.read()}
+    for one in (("h200", "lstm", 256, 1, "forward"), ("a100", "gru", 256, 1, "backward")):
+        row = clock_table.Row(*one)
+        (fresh,) = clock_table.rows([row])
+        assert without_lines(rows[row.key]) == without_lines(fresh), (
+            "the kernels or the clock have changed: run tests/helpers/clock_table.py, then with --write"
+        )
 
 
 def test_two_rows_of_flags_are_those_of_a_fresh_run():
-    fresh = clock_table.exchange_rows("gru", 256, 1, "flags")
-    assert all(row in clock_table.read(clock_table.EXCHANGE_RESULTS) for row in fresh), (
+    fresh = [clock_table.rows([clock_table.Row("h200", "gru", 256, 1, way, "flags")]) for way in clock_table.WAYS]
+    assert all(row in clock_table.read(clock_table.EXCHANGE_RESULTS) for (row,) in fresh), (
         "the kernels or the clock have changed: run tests/helpers/clock_table.py --exchanges, then with --write"
     )
 
 
-def test_the_notebook_has_the_table():
+def test_the_notebook_has_the_tables():
     notes = clock_table.NOTES.read_text()
-    assert clock_table.put(notes, "clock", clock_table.table(clock_table.read())) == notes, (
-        "run tests/helpers/clock_table.py --write"
-    )
+    assert clock_table.written(notes) == notes, "run tests/helpers/clock_table.py --write"
+    clocked = clock_table.read()
+    assert [clock_table.key_of(row) for row in clocked] == [row.key for row in clock_table.ROWS]
+    assert [clock_table.key_of(row) for row in clock_table.read(clock_table.BEFORE)] == [
+        row.key for row in clock_table.ROWS
+    ]
+    # The usual exchange is in both files.
+    of_clock = {clock_table.key_of(row): row["clock_cycles"] for row in clocked}
     exchanges = clock_table.read(clock_table.EXCHANGE_RESULTS)
-    assert clock_table.put(notes, "exchange", clock_table.exchange_table(exchanges)) == notes, (
-        "run tests/helpers/clock_table.py --write"
+    assert [clock_table.key_of(row) for row in exchanges] == [row.key for row in clock_table.EXCHANGE_ROWS]
+    for row in exchanges:
+        if row["exchange"] == "counter, all poll":
+            assert of_clock[(*clock_table.key_of(row)[:4], "h200")] == row["clock_cycles"]
+
+
+def before(cycles: str, **of: str) -> dict[str, str]:
+    row = {"device": "h200", "cell": "lstm", "hidden": "8", "batch": "1", "pass": "forward", "barriers": "9"}
+    return row | {"cycles": cycles} | of
+
+
+def test_rows_that_are_slower_or_have_many_barriers_are_named():
+    gone = "not clocked: warp groups"
+    older = [before(c, cell=cell, device=d) for d in ("h200", "a100") for cell, c in (("lstm", "400"), ("gru", "200"))]
+    clocked = [{"clock_cycles": cycles, "barriers": "2"} for cycles in ("100", "204", "90", gone)]
+    newer = [row | now for row, now in zip(older, clocked, strict=True)]
+    made = clock_table.before_table(older, newer).splitlines()
+    assert made[0].startswith("**h200:** geometric mean 1.98 of the 2 rows")
+    assert made[0].endswith(
+        "0.98 (GRU 8, B=1, forward); more than 2% slower: none; more than 6 forward or 8 backward barriers now: none."
     )
-    # The usual one is in both files.
-    of_clock = {(r["cell"], r["hidden"], r["batch"], r["pass"]): r["clock_cycles"] for r in clock_table.read()}
-    usual = [row for row in exchanges if row["exchange"] == "counter, all poll"]
-    assert len(usual) == 2 * len(clock_table.EXCHANGE_SHAPES)
-    for row in usual:
-        assert of_clock[row["cell"], row["hidden"], row["batch"], row["pass"]] == row["clock_cycles"]
-    shapes = {(row["cell"], int(row["hidden"]), int(row["batch"])) for row in clock_table.read()}
-    assert shapes == set(clock_table.SHAPES)
+    assert made[1].startswith("**a100:** geometric mean 4.44 of the 1 rows")
+    assert made[-2:] == [
+        "| LSTM 8, B=1 | forward | 400, 100 | 4.00 | 9, 2 | 400, 90 | 4.44 | 9, 2 |",
+        f"| GRU 8, B=1 | forward | 200, 204 | 0.98 | 9, 2 | 200, {gone} |  | 9, 2 |",
+    ]
+    newer[1] |= {"clock_cycles": "205", "barriers": "7"}
+    made = clock_table.before_table(older, newer)
+    assert "more than 2% slower: GRU 8, B=1, forward (0.976);" in made
+    assert "barriers now: GRU 8, B=1, forward (7)." in made

@@ -93,11 +93,7 @@ def at_random(problem: Problem, backward: bool) -> list[Choice]:
 
 def understood(one: Kernel) -> bool:
     """By the clock, which knows no products of warp groups; and of a size that it gets through."""
-    groups = one.device != "a100" and one.dtype != "fp32"
-    local = one.choice.units >= one.hidden
-    return not (groups and (one.choice.units >= 64 if local else one.choice.splits == 1)) and (
-        one.part.streamed <= 256 * 1024
-    )
+    return not clock_table.by_warp_groups(one.problem, one.choice) and one.part.streamed <= 256 * 1024
 
 
 def sample() -> Iterator[Kernel]:

@@ -1,10 +1,10 @@
-"""The clock's table: predicted cycles per time step of the compiled kernels, and what they wait for.
+"""The clock's tables: predicted cycles per time step of the compiled kernels, and what they wait for.
 
-PYTHONPATH=.:tests python tests/helpers/clock_table.py [--output FILE] [--write]
+PYTHONPATH=.:tests python tests/helpers/clock_table.py [--output FILE] [--jobs N] [--resume] [--write]
 
-makes bench/results/clock.csv anew (about three minutes on one core, 3 GB; --resume keeps the rows that are there;
---only CELL-HIDDEN-BATCH for one shape, printed; --exchanges makes exchange.csv, of every exchange) or puts the tables
-of these into bench/NOTES.md. It needs no GPU. One program is emulated, for three steps, without the others.
+makes bench/results/clock.csv anew (a quarter of an hour on one core, 5 GB a job; --resume keeps the rows that are there;
+--only [DEVICE-]CELL-HIDDEN-BATCH for one shape, printed; --exchanges makes exchange.csv, of every exchange) or puts the
+tables of these into bench/NOTES.md. It needs no GPU. One program is emulated, for three steps, without the others.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import csv
 import os
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import geometric_mean
 from types import SimpleNamespace
 
 import pytest
@@ -33,13 +35,16 @@ from persistrnn.kernels.device.exchange import exchange_on
 from persistrnn.kernels.planner import hardware, plan
 from persistrnn.kernels.planner.plan import Pass
 from persistrnn.kernels.planner.problem import Problem
+from persistrnn.kernels.planner.tiling import Choice
 from persistrnn.kernels.tensors import Kept, Weights
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "clock.csv"
+BEFORE = RESULTS.with_name("clock-before.csv")
 NOTES = ROOT / "bench" / "NOTES.md"
-DEVICE, DTYPE, STEPS, SHARES = "h200", "bf16", 3, 5
-SHAPES = [(cell, hidden, batch) for cell in ("lstm", "gru") for hidden in (256, 512, 1024) for batch in (1, 16, 64)]
+DEVICES, DTYPE, STEPS, SHARES = ("h200", "a100"), "bf16", 3, 5
+SIZES = (128, 256, 512, 768, 1024, 2048)
+SHAPES = [(cell, hidden, batch) for cell in ("lstm", "gru") for hidden in SIZES for batch in (1, 16, 64)]
 FIELDS = ["device", "dtype", "cell", "hidden", "batch", "pass"]
 FIELDS += ["clock_cycles", "clock_us", "model_us", "ratio", "barriers"]
 FIELDS += [f"{what}_{n}" for n in range(1, SHARES + 1) for what in ("line", "share")]
@@ -50,7 +55,9 @@ EXCHANGES = {
     "flags": {"protocol": "flags"},
 }
 EXCHANGE_RESULTS = RESULTS.with_name("exchange.csv")
-EXCHANGE_SHAPES = [shape for shape in SHAPES if shape[2] < 64]
+TOLD_SIZES = (256, 512, 1024)  # of the tables of shares and of exchanges, both of the first device
+# What is said of each device: ratios below, and barriers of a step above.
+WORSE, MANY = 0.98, {"forward": 6, "backward": 8}
 EXCHANGE_FIELDS = ["cell", "hidden", "batch", "pass", "exchange"]
 EXCHANGE_FIELDS += ["instructions", "barriers", "clock_cycles", "clock_us"]
 
@@ -113,39 +120,92 @@ def run(problem: Problem, part: Pass, backward: bool, **exchange: str) -> tuple[
     return clock.second_step(trace, T, problem.hardware.arch, problem.hardware), session.reports[0]
 
 
-def row(cell: str, hidden: int, batch: int, way: str, step: clock.Step, predicted: float) -> dict[str, str]:
-    us = step.cycles / hardware.named(DEVICE).clock / 1e3
-    found = [DEVICE, DTYPE, cell, hidden, batch, way]
-    found += [f"{step.cycles:.0f}", f"{us:.2f}", f"{predicted:.2f}", f"{us / predicted:.2f}", step.barriers]
-    for line, cycles in step.shares[:SHARES]:
-        found += [named(line), f"{cycles / step.cycles:.2f}"]
-    return dict(zip(FIELDS, map(str, found), strict=True))
+@dataclass(frozen=True)
+class Row:
+    """One pass of one layer, by today's plan."""
+
+    device: str
+    cell: str
+    hidden: int
+    batch: int
+    way: str
+    exchange: str = ""  # one of EXCHANGES, of a row of that table
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.cell, str(self.hidden), str(self.batch), self.way, self.exchange or self.device
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(CELLS[self.cell], self.hidden, self.batch, 1, DTYPE, hardware.named(self.device))
+
+    @property
+    def part(self) -> Pass:
+        planned = plan.plan_layer(self.problem)
+        return planned.forward if self.way == "forward" else planned.backward
+
+    @property
+    def kernel(self) -> tuple[object, ...]:
+        """What is clocked: alike in batches whose first group has as many rows."""
+        t = self.part.tiling
+        rows = min(self.batch, t.batch_tile * t.subtiles)
+        return self.device, self.cell, self.hidden, self.way, self.exchange, self.part.choice, rows
 
 
-def both(cell: str, hidden: int, batch: int, **exchange: str) -> list[tuple[str, Pass, clock.Step, int]]:
-    """Of the forward and of the backward of one layer: (which, its plan, the step, its instructions as ``counted``
-    counts them)."""
-    problem = Problem(CELLS[cell], hidden, batch, 1, DTYPE, hardware.named(DEVICE))
-    planned, found = plan.plan_layer(problem), []
-    for way, part in (("forward", planned.forward), ("backward", planned.backward)):
-        step, report = run(problem, part, way == "backward", **exchange)
-        found.append((way, part, step, round(sum(count for _, count in report.executed(STEPS)))))
-    return found
+WAYS = ("forward", "backward")
+ROWS = [Row(device, *shape, way) for device in DEVICES for shape in SHAPES for way in WAYS]
+EXCHANGE_ROWS = [
+    Row(DEVICES[0], *shape, way, name)
+    for shape in SHAPES
+    if shape[1] in TOLD_SIZES and shape[2] < 64
+    for name in EXCHANGES
+    for way in WAYS
+]
 
 
-def rows(cell: str, hidden: int, batch: int) -> list[dict[str, str]]:
-    """Of the forward and of the backward of one layer."""
-    return [row(cell, hidden, batch, way, step, part.predicted) for way, part, step, _ in both(cell, hidden, batch)]
+def by_warp_groups(problem: Problem, choice: Choice) -> bool:
+    """Whether the products are of warp groups, which the clock does not know."""
+    local = choice.units >= problem.hidden
+    groups = problem.hardware.arch != "sm_80" and problem.dtype != "fp32"
+    return groups and (choice.units >= 64 if local else choice.splits == 1)
 
 
-def exchange_rows(cell: str, hidden: int, batch: int, name: str) -> list[dict[str, str]]:
-    """The same with one of ``EXCHANGES``: instructions and barriers of a step, and its cycles."""
-    found = []
-    for way, _, step, instructions in both(cell, hidden, batch, **EXCHANGES[name]):
-        us = step.cycles / hardware.named(DEVICE).clock / 1e3
-        numbers = instructions, step.barriers, f"{step.cycles:.0f}", f"{us:.2f}"
-        found.append([cell, hidden, batch, way, name, *numbers])
-    return [dict(zip(EXCHANGE_FIELDS, map(str, one), strict=True)) for one in found]
+def rows(alike: list[Row]) -> list[dict[str, str]]:
+    """Of passes that are one and the same kernel."""
+    one = alike[0]
+    if by_warp_groups(one.problem, one.part.choice):
+        return [row(of, None) for of in alike]
+    step, report = run(one.problem, one.part, one.way == "backward", **EXCHANGES.get(one.exchange, {}))
+    return [exchange_row(of, step, report) if of.exchange else row(of, step) for of in alike]
+
+
+def row(one: Row, step: clock.Step | None) -> dict[str, str]:
+    """The time of a step is that of the layer: of all its launches."""
+    device, predicted, found = one.problem.hardware, one.part.predicted, dict.fromkeys(FIELDS, "")
+    found |= {"device": one.device, "dtype": DTYPE, "cell": one.cell, "hidden": str(one.hidden)}
+    found |= {"batch": str(one.batch), "pass": one.way, "model_us": f"{predicted:.2f}"}
+    if step is None:
+        return found | {"clock_cycles": "not clocked: warp groups"}
+    cycles = step.cycles * one.part.rounds
+    us = cycles / device.clock / 1e3
+    found |= {"clock_cycles": f"{cycles:.0f}", "clock_us": f"{us:.2f}", "ratio": f"{us / predicted:.2f}"}
+    for n, (line, of_line) in enumerate(step.shares[:SHARES], 1):
+        found |= {f"line_{n}": named(line), f"share_{n}": f"{of_line / step.cycles:.2f}"}
+    return found | {"barriers": str(step.barriers)}
+
+
+def exchange_row(one: Row, step: clock.Step, report: Report) -> dict[str, str]:
+    """Instructions, as ``counted`` counts them, and barriers of a step, and its cycles."""
+    instructions = round(sum(count for _, count in report.executed(STEPS)))
+    us = step.cycles / one.problem.hardware.clock / 1e3
+    numbers = instructions, step.barriers, f"{step.cycles:.0f}", f"{us:.2f}"
+    found = one.cell, one.hidden, one.batch, one.way, one.exchange, *numbers
+    return dict(zip(EXCHANGE_FIELDS, map(str, found), strict=True))
+
+
+def key_of(one: dict[str, str]) -> tuple[str, ...]:
+    """As ``Row.key``, of a row of any of the files."""
+    return one["cell"], one["hidden"], one["batch"], one["pass"], one.get("exchange") or one["device"]
 
 
 def read(file: Path = RESULTS) -> list[dict[str, str]]:
@@ -162,19 +222,72 @@ def write(found: list[dict[str, str]], file: Path) -> None:
     os.replace(part, file)
 
 
+def layer(one: dict[str, str]) -> str:
+    return f"{one['cell'].upper()} {one['hidden']}, B={one['batch']}"
+
+
+def lined(lines: Iterable[Iterable[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def told(found: list[dict[str, str]]) -> list[dict[str, str]]:
+    """What the table of shares tells of."""
+    return [one for one in found if one["device"] == DEVICES[0] and int(one["hidden"]) in TOLD_SIZES]
+
+
 def table(found: list[dict[str, str]]) -> str:
     """As it stands in the notebook."""
     lines = [
-        "| layer, bf16 | pass | clock: cycles | us | model: us | ratio | barriers | five largest shares, by clock |",
-        "|---|---|---|---|---|---|---|---|",
+        [
+            "layer, bf16",
+            "pass",
+            "clock: cycles",
+            "us",
+            "model: us",
+            "ratio",
+            "barriers",
+            "five largest shares, by clock",
+        ],
+        ["---"] * 8,
     ]
     for one in found:
-        shares = [(one[f"line_{n}"], float(one[f"share_{n}"])) for n in range(1, SHARES + 1)]
-        told = ", ".join(f"{line} {share:.0%}" for line, share in shares)
-        layer = f"{one['cell'].upper()} {one['hidden']}, B={one['batch']}"
+        shares = [(one[f"line_{n}"], one[f"share_{n}"]) for n in range(1, SHARES + 1)]
+        said = ", ".join(f"{line} {float(share):.0%}" for line, share in shares if share)
         numbers = [one[n] for n in ("clock_cycles", "clock_us", "model_us", "ratio", "barriers")]
-        lines.append(f"| {' | '.join([layer, one['pass'], *numbers, told])} |")
-    return "\n".join(lines)
+        lines.append([layer(one), one["pass"], *numbers, said])
+    return lined(lines)
+
+
+def before_table(before: list[dict[str, str]], now: list[dict[str, str]]) -> str:
+    """As it stands in the notebook: of each device what its rows say in all, then a line per layer and pass."""
+    of_now = {key_of(one): one for one in now}
+    lines: dict[str, list[str]] = {}
+    ratios: dict[str, dict[str, float]] = {device: {} for device in DEVICES}
+    many: dict[str, list[str]] = {device: [] for device in DEVICES}
+    for one in before:
+        now_one, name = of_now[key_of(one)], f"{layer(one)}, {one['pass']}"
+        cycles, ratio = (one["cycles"], now_one["clock_cycles"]), ""
+        if all(map(str.isdecimal, cycles)):
+            ratios[one["device"]][name] = int(cycles[0]) / int(cycles[1])
+            ratio = f"{ratios[one['device']][name]:.2f}"
+        if now_one["barriers"] and int(now_one["barriers"]) > MANY[one["pass"]]:
+            many[one["device"]].append(f"{name} ({now_one['barriers']})")
+        barriers = ", ".join(filter(None, (one["barriers"], now_one["barriers"])))
+        lines.setdefault(name, [layer(one), one["pass"]]).extend([", ".join(cycles), ratio, barriers])
+    columns = [f"{device}: {what}" for device in DEVICES for what in ("cycles before, now", "ratio", "barriers")]
+    table = lined([["layer, bf16", "pass", *columns], ["---"] * 8, *lines.values()])
+    return "\n".join([*(said(device, ratios[device], many[device]) for device in DEVICES), "", table])
+
+
+def said(device: str, ratios: dict[str, float], many: list[str]) -> str:
+    least = min(ratios, key=ratios.__getitem__)
+    worse = "; ".join(f"{name} ({ratio:.3f})" for name, ratio in ratios.items() if ratio < WORSE)
+    mean, limits = geometric_mean(ratios.values()), " or ".join(f"{n} {way}" for way, n in MANY.items())
+    return (
+        f"**{device}:** geometric mean {mean:.2f} of the {len(ratios)} rows clocked in both, the least "
+        f"{ratios[least]:.2f} ({least}); more than 2% slower: {worse or 'none'}; more than {limits} barriers now: "
+        f"{'; '.join(many) or 'none'}."
+    )
 
 
 def exchange_table(found: list[dict[str, str]]) -> str:
@@ -184,13 +297,13 @@ def exchange_table(found: list[dict[str, str]]) -> str:
     for n in range(0, len(found), 2 * len(names)):
         for way in (0, 1):
             of = found[n + way : n + 2 * len(names) : 2]
-            told = [f"{r['instructions']}, {r['barriers']}, {r['clock_cycles']} ({r['clock_us']} us)" for r in of]
-            lines.append([f"{of[0]['cell'].upper()} {of[0]['hidden']}, B={of[0]['batch']}", of[0]["pass"], *told])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            numbers = [f"{r['instructions']}, {r['barriers']}, {r['clock_cycles']} ({r['clock_us']} us)" for r in of]
+            lines.append([layer(of[0]), of[0]["pass"], *numbers])
+    return lined(lines)
 
 
 def put(notes: str, what: str, made: str) -> str:
-    """The notebook with a table in its place. what: "clock" or "exchange"."""
+    """The notebook with a table in its place. what: "clock", "clock-before" or "exchange"."""
     begin = f"<!-- {what}: made by tests/helpers/clock_table.py from results/{what}.csv -->\n"
     before, _, rest = notes.partition(begin)
     _, end, after = rest.partition(f"\n<!-- end of {what} -->")
@@ -199,10 +312,19 @@ def put(notes: str, what: str, made: str) -> str:
     return before + begin + made + end + after
 
 
+def written(notes: str) -> str:
+    """The notebook with all tables of the files."""
+    now = read()
+    notes = put(notes, "clock", table(told(now)))
+    notes = put(notes, "clock-before", before_table(read(BEFORE), now))
+    return put(notes, "exchange", exchange_table(read(EXCHANGE_RESULTS)))
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the rows go")
+    parser.add_argument("--output", type=Path, help="where the rows go")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the output has, and go on")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--exchanges", action="store_true", help="of every exchange, to exchange.csv")
     parser.add_argument("--only", help="one shape, e.g. lstm-256-1: its rows are printed and nothing is written")
     parser.add_argument(
@@ -210,27 +332,26 @@ def main(arguments: list[str]) -> None:
     )
     asked = parser.parse_args(arguments)
     if asked.write:
-        notes = put(NOTES.read_text(), "clock", table(read()))
-        NOTES.write_text(put(notes, "exchange", exchange_table(read(EXCHANGE_RESULTS))))
+        NOTES.write_text(written(NOTES.read_text()))
         return
     if asked.only:
-        cell, hidden, batch = asked.only.split("-")
-        print(table(rows(cell, int(hidden), int(batch))))
+        *device, cell, hidden, batch = asked.only.split("-")
+        these = [Row(*(device or DEVICES[:1]), cell, int(hidden), int(batch), way) for way in WAYS]
+        print(table([made for one in these for made in rows([one])]))
         return
-    made: Callable[..., list[dict[str, str]]] = rows
-    tasks: list[tuple[str | int, ...]] = [*SHAPES]
-    if asked.exchanges:
-        made, tasks = exchange_rows, [(*shape, name) for shape in EXCHANGE_SHAPES for name in EXCHANGES]
-        asked.output = EXCHANGE_RESULTS if asked.output == RESULTS else asked.output
-    found = read(asked.output) if asked.resume and asked.output.exists() else []
-    there = {(one["cell"], int(one["hidden"]), int(one["batch"]), one.get("exchange")) for one in found}
-    # A process each: what the emulator keeps of a launch would fill the memory.
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for task in tasks:
-            if (*task, None)[:4] not in there:
-                found += pool.apply(made, task)
-                write(found, asked.output)
-                print(*task, file=sys.stderr, flush=True)
+    wanted = EXCHANGE_ROWS if asked.exchanges else ROWS
+    output = asked.output or (EXCHANGE_RESULTS if asked.exchanges else RESULTS)
+    found = {key_of(one): one for one in read(output)} if asked.resume and output.exists() else {}
+    alike = defaultdict(list)
+    for one in wanted:
+        if one.key not in found:
+            alike[one.kernel].append(one)
+    # What the emulator keeps of a launch would fill the memory of a process in the end.
+    with get_context("spawn").Pool(asked.jobs, maxtasksperchild=8) as pool:
+        for made in pool.imap_unordered(rows, alike.values()):
+            found |= {key_of(one): one for one in made}
+            write([found[one.key] for one in wanted if one.key in found], output)
+            print(*map(key_of, made), sep="\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
