@@ -2,7 +2,7 @@
 
 PYTHONPATH=.:tests python tests/helpers/clock_table.py [--output FILE] [--jobs N] [--resume] [--write]
 
-makes bench/results/clock.csv anew (a quarter of an hour on one core, 5 GB a job; --resume keeps the rows that are there;
+makes bench/results/clock.csv anew (a quarter of an hour on one core, 5 GB a job; --resume keeps the rows it has;
 --only [DEVICE-]CELL-HIDDEN-BATCH for one shape, printed; --exchanges makes exchange.csv, of every exchange) or puts the
 tables of these into bench/NOTES.md. It needs no GPU. One program is emulated, for three steps, without the others.
 """
