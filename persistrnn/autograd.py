@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from persistrnn import double_backward, masks, ops
+from persistrnn import double_backward, masks, ops, step_marks
 from persistrnn.decide import expects_backward
 from persistrnn.kernels.cells import CELLS, Cell, derived
 from persistrnn.kernels.tensors import Gradients, Weights
@@ -294,6 +294,9 @@ def _map_of_backward(
     return mapped(apply, info, in_dims, tuple(arguments[:4]), tensors, axes, out_axes)
 
 
+operator_by_samples(ops.marks)
+
+
 @ops.scan_backward.register_vmap
 def _(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
     """Of a compiled backward, which has the operator alone."""
@@ -392,12 +395,46 @@ def h_before(y: Tensor, marks: Tensor | None, direction: int, heads: int = 1) ->
     return torch.where(mark == SKIPPED, 0.0, torch.where(mark == BEGINS, reset, h))
 
 
+def _transformed() -> bool:
+    """Whether torch's own operations are wanted, for a compiler or a transform of torch.func."""
+    return torch.compiler.is_compiling() or torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+
+
+class _OnlyWhere(Function):
+    """``step_marks.only_where`` by the bits: in one launch, where torch.where of a number, and its backward, take two."""
+
+    @staticmethod
+    def forward(active: Tensor, tensor: Tensor) -> Tensor:
+        bits = {2: torch.int16, 4: torch.int32}[tensor.itemsize]
+        return (tensor.view(bits) * active).view(tensor.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    @batched
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None if grads[0] is None else only_where(*ctx.saved_tensors, grads[0])
+
+
+def only_where(active: Tensor, tensor: Tensor) -> Tensor:
+    """Zeros where ``active`` does not hold, of what the kernels read or give."""
+    if _transformed():
+        return step_marks.only_where(active, tensor)
+    found: Tensor = _OnlyWhere.apply(active, tensor)
+    return found
+
+
 def _recurrent_weights(
     cell: Cell, dr_gates: Tensor, kept: Sequence[Tensor], marks: Tensor | None, heads: int
 ) -> Tensor:
     """Gradient of W_hh, whose last rows, of a later product, are multiplied by what the forward has saved first."""
     y, saved, D = kept[0], kept[-1], dr_gates.size(3)
-    h = [h_before(y, marks, d, heads) for d in range(D)]
+    if marks is None or torch.is_grad_enabled() or _transformed():
+        h = [h_before(y, marks, d, heads) for d in range(D)]
+    else:  # of one direction in one launch instead of five
+        h = list(ops.states_before(y, marks, heads))
     if not cell.products:
         return _products(dr_gates, h)
     of_h, later = dr_gates.split([dr_gates.size(-1) // cell.gates * n for n in (cell.gates_of_h, cell.products)], -1)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persistrnn import autograd, masks, reference, step_marks, stepwise, time_chunks
+from persistrnn import autograd, masks, ops, reference, step_marks, stepwise, time_chunks
 from persistrnn.decide import Call, Decision
 from persistrnn.kernels.cells import CELLS, LAYER_NORM_EPS
 from persistrnn.phases import INPUT_GEMM, phase
@@ -26,7 +26,9 @@ from persistrnn.validate import Cuts
 
 
 class _Given(NamedTuple):
-    """What a stack runs on; as of ``run``, with marks [T, B, D] of the cuts."""
+    """What a stack runs on; as of ``run``, with marks [T, B, D] of the cuts. read: a layer's input [T, B, features] as
+    it is to be: a NaN where a row does not run would reach the weights' gradient, as 0 * NaN; without gradients the
+    kernels read it nowhere."""
 
     call: Call
     x: Tensor
@@ -34,6 +36,7 @@ class _Given(NamedTuple):
     states: Sequence[Tensor]
     cuts: Cuts
     marks: Tensor | None
+    read: Callable[[Tensor], Tensor]
 
 
 class _OfLayer(NamedTuple):
@@ -118,14 +121,24 @@ def run(
         of_cell = masks.drawn(cuts.keys.unsqueeze(0), steps, batch, units)[0].permute(3, 2, 0, 1, 4).to(x.dtype)
         cuts = cuts._replace(extras=[*cuts.extras, *of_cell], keys=None)
     call, marks = decision.call, None
-    if cuts.active is not None or cuts.resets is not None:
+    steps, rows, _ = x.shape
+    kernels = decision.path == "persistent" and call.batch > 0
+    if not kernels:
+        cuts = cuts.without_lengths(steps)
+    if kernels and not (cuts.lengths is None and cuts.active is None and cuts.resets is None):
+        marks, runs = ops.marks(cuts.lengths, cuts.active, cuts.resets, steps, rows, call.directions)
+        if cuts.lengths is not None or cuts.active is not None:
+            cuts = cuts._replace(active=runs, lengths=None)
+    elif cuts.active is not None or cuts.resets is not None:
         marks = step_marks.marks(cuts.active, cuts.resets, call.directions)
-    active = None
+    read: Callable[[Tensor], Tensor] = _as_it_is
     if cuts.active is not None:
         active = cuts.active.unsqueeze(-1)
-        x = torch.where(active, x, 0.0)  # a NaN there would reach the weights' gradient, as 0 * NaN
+        where = functools.partial(autograd.only_where if kernels else step_marks.only_where, active)
+        if call.backward or not kernels:
+            read = where
         cuts = cuts._replace(extras=[torch.where(active, e, 0.0) for e in cuts.extras])
-    given = _Given(call, x, weights, states, cuts, marks)
+    given = _Given(call, read(x), weights, states, cuts, marks, read)
     if decision.pipeline:
         result = _in_one_launch(given)
     elif decision.path == "persistent" and decision.chunk:
@@ -142,12 +155,16 @@ def run(
         split = call.heads if decision.path == "persistent" and x.size(1) > 0 else 1
         result = _layers(given, recurrence, split, scales)
     y, c, finals = result
-    if active is not None:
-        y = torch.where(active, y, 0.0)
-        c = None if c is None or not call.return_c else torch.where(active, c, 0.0)
+    if cuts.active is not None:
+        y = where(y)
+        c = None if c is None or not call.return_c else where(c)
     if c is not None:
         c = c.to(call.cell_dtype or c.dtype) if call.return_c else None
     return Result(y, c, finals)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def reads_no_zeros(decision: Decision) -> bool:
@@ -180,7 +197,7 @@ def _hiding(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Se
 
 
 def _in_one_launch(given: _Given) -> Result:
-    stack, x, weights, states, cuts, marks = given
+    stack, x, weights, states, cuts, marks, _ = given
     layers = [_weights_of(stack, weights, layer) for layer in range(stack.num_layers)]
     weight_hh, bias_hh = (torch.cat(of) for of in zip(*((w.weight_hh, w.bias_hh) for w in layers), strict=True))
     weight_ih = torch.cat([w.weight_ih for w in layers[1:]])
@@ -197,11 +214,10 @@ def _in_one_launch(given: _Given) -> Result:
 
 def _layers(given: _Given, recurrence: Recurrence, split: int, scales: Sequence[Tensor]) -> Result:
     """split: the heads, where each is a direction of its own to the recurrence; else 1."""
-    stack, y, weights, states, cuts, marks = given
+    stack, y, weights, states, cuts, marks, read = given
     directions, c, finals = stack.directions, None, []
     for layer in range(stack.num_layers):
-        if layer > 0 and cuts.active is not None:
-            y = step_marks.without_skipped(y, marks)
+        y = y if layer == 0 else read(y)
         if layer > 0 and stack.dropout > 0:
             y = F.dropout(y, stack.dropout)
         rows = slice(layer * directions, (layer + 1) * directions)
@@ -244,13 +260,12 @@ def _input_half(cell: str, y: Tensor, own: _Weights) -> Tensor:
 def _in_chunks(given: _Given, chunk: int) -> Result:
     """The layers one after the other, each in chunks of time; where nothing happens between them and none keeps more
     than its states now and then, the chunks one after the other, each through all layers."""
-    stack, y, weights, states, cuts, marks = given
+    stack, y, weights, states, cuts, marks, read = given
     between = stack.directions > 1 or stack.dropout > 0
     together = 1 if between or stack.save != "checkpoint" else stack.num_layers
     c, finals = None, []
     for layer in range(0, stack.num_layers, together):
-        if layer > 0 and cuts.active is not None:
-            y = step_marks.without_skipped(y, marks)
+        y = y if layer == 0 else read(y)
         if layer > 0 and stack.dropout > 0:
             y = F.dropout(y, stack.dropout)
         rows = slice(layer * stack.directions, (layer + together) * stack.directions)
