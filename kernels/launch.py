@@ -186,8 +186,6 @@ def launch_scan(
             f"a sequence of {arguments['T']} steps is too long for the group's counter: with {t.slices} "
             f"slices at most {(2**31 - 1) // counted} steps are possible; cut it, carrying the state"
         )
-    if t.stride != t.hidden:
-        weight_hh = _with_stride(weight_hh, t.stride)
     tiles = jobs * t.layers * t.subtiles
     # Counters, owned by this call: a set per batch tile, so that launches in turn do not meet.
     size = tiles * t.counters_per_tile * exchange.stride if t.slices > 1 else 1
@@ -195,6 +193,8 @@ def launch_scan(
     if t.slices > 1:
         fills.put(counters, None)
     fills.run()
+    if t.stride != t.hidden:
+        weight_hh = _with_stride(weight_hh, t.stride)
     # Of the groups of one launch: the next launch follows on the same stream.
     tiles_at_once = min(jobs, part.groups) * t.layers * t.subtiles
     sums = t.slices > 1 and (t.k_parts > 1 or t.means > 0)
@@ -252,14 +252,17 @@ def unreserved(h: Tensor, exchange: Exchange) -> Tensor:
     return torch.where(h.isnan(), torch.nan, h) if exchange.protocol == "flags" else h
 
 
-def _both(first: Tensor, second: Tensor | None, above: bool) -> Tensor:
-    """``first`` of one layer; of a stack [L, 2, ...] of ``first`` [L, ...] and ``second`` [L - 1, ...], which belongs
-    to layers 1 to L - 1, or to 0 to L - 2 if it is that of the layer above; zeros for the layer that has none."""
+def _both(fills: Fills, first: Tensor, second: Tensor | None, above: bool) -> Tensor:
+    """``first`` of one layer; of a stack, once ``fills`` run, [L, 2, ...] of ``first`` [L, ...] and ``second``
+    [L - 1, ...], which belongs to layers 1 to L - 1, or to 0 to L - 2 if it is that of the layer above; zeros for the
+    layer that has none."""
     if second is None:
         return first
-    both = first.new_zeros(first.shape[0], 2, *first.shape[1:])
-    both[:, 0] = first
-    both[slice(None, -1) if above else slice(1, None), 1] = second
+    both = first.new_empty(first.shape[0], 2, *first.shape[1:])
+    neighbours = [*second, None] if above else [None, *second]
+    for pair, own, neighbour in zip(both, first, neighbours, strict=True):
+        fills.put(pair[0], own)
+        fills.put(pair[1], neighbour)
     return both
 
 
@@ -337,6 +340,7 @@ def forward(
                 fills.put(given[1], anew[i])
         states.append(given)
     finals = [s.new_empty(L * D, B, H) for s in states]
+    bias = None if weights.bias_hh is None else _both(fills, weights.bias_hh, weights.bias_ih, above=False)
     if (save or cell.products) and saved is None:
         saved = x_gates.new_empty(L, T, B, D, cell.saved, H)
     if cell.products:  # whose operands slices exchange there
@@ -348,10 +352,10 @@ def forward(
         part.tiling.jobs(B),
         exchange,
         x_gates.device,
-        _both(weights.weight_hh, weights.weight_ih, above=False),
+        _both(fills, weights.weight_hh, weights.weight_ih, above=False),
         fills,
         x_gates=x_gates,
-        gate_data=(_both(weights.bias_hh, weights.bias_ih, above=False), weights.scale),
+        gate_data=(bias, weights.scale),
         states=(*states, *finals),
         saved=saved if cell.saved else None,
         KEEP=every,
@@ -420,7 +424,7 @@ def backward(
         part.tiling.jobs(B),
         exchange,
         like.device,
-        _both(weight_hh, weight_ih, above=True),
+        _both(fills, weight_hh, weight_ih, above=True),
         fills,
         d_outputs=tuple(d_outputs),
         states=tuple(kept.states),

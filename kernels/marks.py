@@ -8,6 +8,7 @@ from .compilation import on_device, start
 from .device.marks import gather_before, make_marks
 
 BLOCK = 1024
+FUSION = {"enable_fp_fusion": True}  # else Triton 3.9.0 warns that its default will change
 
 
 def made(
@@ -33,7 +34,7 @@ def made(
     with on_device(device):
         grid = (triton.cdiv(steps * batch, BLOCK),)
         sizes = steps, batch, *strides, directions, BLOCK
-        start(device, make_marks, grid, lengths, *bytes_of[:2], marks, bytes_of[2], out_of_range, *sizes)
+        start(device, make_marks, grid, lengths, *bytes_of[:2], marks, bytes_of[2], out_of_range, *sizes, **FUSION)
     return marks, runs
 
 
@@ -45,5 +46,5 @@ def before(states: Tensor, marks: Tensor, heads: int) -> Tensor:
     grid = triton.cdiv(found[0, 0].numel(), BLOCK), layers, directions
     with on_device(states.device):
         sizes = slots - 2, batch, directions, heads, units, BLOCK
-        start(states.device, gather_before, grid, states, marks, found, *sizes)
+        start(states.device, gather_before, grid, states, marks, found, *sizes, **FUSION)
     return found

@@ -205,8 +205,9 @@ def gradients_of(cell: str, flat: Sequence[Tensor]) -> Gradients:
 def marks(
     lengths: Tensor | None, active: Tensor | None, resets: Tensor | None, steps: int, batch: int, directions: int
 ) -> list[Tensor]:
-    """What ``step_marks.marks`` makes of lengths [B] or active, and of resets: uint8 [T, B, D]; and where rows run: bool
-    [T, B]. In one launch. Lengths out of [0, T] are taken as 0 or T, and are an error, as of ``step_marks.bounded``."""
+    """What ``step_marks.marks`` makes of lengths [B] or active, and of resets: uint8 [T, B, D]; and where rows run:
+    bool [T, B]. In one launch. Lengths out of [0, T] are taken as 0 or T, and an error, as of ``step_marks.bounded``.
+    """
     from .kernels import marks as kernel
 
     step_marks.check()
@@ -268,5 +269,6 @@ def gates_again(
     (``kernels.launch.recompute``)."""
     from .kernels import launch
 
+    assert weights.bias_hh is not None
     given = x_gates, r_gates, weights.bias_hh, states, marks, weights.params, _tiles_beside(states, extras), heads
     return launch.recompute(CELLS[cell], *given).unsqueeze(0)

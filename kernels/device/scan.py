@@ -172,8 +172,8 @@ def scan_forward(
 ):
     """states: tuple of [T + 2, B, D, H] for each state, then of room for each final one, [L*D, B, H]. Unless every
     state is kept (KEEP) of those after h there is only the initial one and, with marks, the reset one behind it,
-    [L*D, B, H] each. x_gates: [T, B, D, X*H]. gate_data: (bias [D, G*H], scale float32 [D, G*H] of the rows of a weight
-    of 8 bits, else None). saved: [T, B, D, n, H] or None. step_data: (marks uint8
+    [L*D, B, H] each. x_gates: [T, B, D, X*H]. gate_data: (bias [D, G*H] or None, scale float32 [D, G*H] of the rows
+    of a weight of 8 bits, else None). saved: [T, B, D, n, H] or None. step_data: (marks uint8
     [T, B, D], params [D, P, H], extras [T, B, D, E, H]), None each where there are none. sync: (counters int32
     [jobs * L * subtiles * counters_per_tile * exchange.stride], error word int32 [1], partial sums fp32
     [groups * subtiles, 2, S, tiling.sums * BB * R*U]).
@@ -197,7 +197,8 @@ def scan_forward(
     corner = corner_of(weight, program, tiling)
     if L > 1:
         layer = program.layer
-        bias += layer * (2 * G * H)
+        if bias is not None:
+            bias += layer * (2 * G * H)
         # One factor after the other in 64 bits: B*K*H alone may pass 2**31.
         if saved is not None:
             saved += layer.to(tl.int64) * T * B * (tiling.saved * H)
@@ -226,9 +227,11 @@ def scan_forward(
         own_weights = load_rest(own_in_registers, own_matrix, opaque_one, tiling, exchange)
         if L > 1:
             below_weights = load_rest(below_in_registers, below_matrix, opaque_one, tiling, exchange)
-            below_bias = load_bias(bias + G * H, program, tiling)
+            below_bias = () if bias is None else load_bias(bias + G * H, program, tiling)
         ahead = first_streamed(own_matrix, tiling)
-        own_bias = load_bias(bias + program.direction * (G * H), program, tiling)
+        own_bias = ()
+        if bias is not None:
+            own_bias = load_bias(bias + program.direction * (G * H), program, tiling)
         scales = ()
         if scale is not None:
             scales = load_bias(scale + program.direction * (G * H), program, tiling)

@@ -123,7 +123,7 @@ def staged_forward(
             later_weights = load_rest(later_in_registers, later_matrix, opaque_one, later, exchange)
             later_ahead = first_streamed(later_matrix, later)
         own_bias = ()
-        if not tiling.normalised:
+        if bias is not None and not tiling.normalised:
             own_bias = load_bias(bias + program.direction * (G * H), program, tiling)
         p = load_params(params, program, tiling)
 

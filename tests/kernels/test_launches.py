@@ -23,15 +23,15 @@ COUNTS = {
     "states": ({}, {"hx": True}, (2, 2), (6, 6)),
     "float32": ({"dtype": torch.float32}, {}, (2, 2), (6, 6)),
     "float32 c": ({"cell_dtype": torch.float32}, {}, (3, None), (7, None)),
-    "no bias": ({"bias": False}, {}, (3, 3), (5, 5)),
+    "no bias": ({"bias": False}, {}, (2, 2), (4, 4)),
     # A copy of W_hh, to rows of 16-byte multiples, of each launch that streams some of it or has rows of odd bytes.
     "whole words": ({"hidden": 250}, {}, (2, 2), (6, 6)),
     "odd": ({"hidden": 333}, {}, (3, 3), (8, 8)),
     "streamed": ({"hidden": 1538, "dtype": torch.float32}, {}, (3, None), (8, None)),
-    "two directions": ({"bidirectional": True}, {}, (6, 6), (11, 11)),
-    "two directions, states": ({"bidirectional": True}, {"hx": True}, (7, 7), (13, 12)),
+    "two directions": ({"bidirectional": True}, {}, (3, 3), (11, 11)),
+    "two directions, states": ({"bidirectional": True}, {"hx": True}, (4, 4), (13, 12)),
     "two layers": ({"num_layers": 2, "dropout": 0.5}, {}, (9, 8), (18, 17)),
-    "pipeline": ({"num_layers": 2}, {}, (13, 13), (21, 21)),
+    "pipeline": ({"num_layers": 2}, {}, (6, 6), (12, 12)),
     # One that makes the marks, and those that put zeros where rows have ended: into the output, and in training into
     # the input and the gradients of both. Another gathers what each step went on from, for the gradient of W_hh.
     "lengths": ({}, LENGTHS, (4, 4), (12, 12)),
