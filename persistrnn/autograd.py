@@ -406,7 +406,7 @@ class _OnlyWhere(Function):
 
     @staticmethod
     def forward(active: Tensor, tensor: Tensor) -> Tensor:
-        bits = {2: torch.int16, 4: torch.int32}[tensor.itemsize]
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
         return (tensor.view(bits) * active).view(tensor.dtype)
 
     @staticmethod
