@@ -7,7 +7,7 @@ from torch import Tensor
 from .compilation import on_device, start
 from .device.marks import gather_before, make_marks
 
-BLOCK = 1024
+BLOCK = 256
 FUSION = {"enable_fp_fusion": True}  # else Triton 3.9.0 warns that its default will change
 
 

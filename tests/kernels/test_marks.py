@@ -8,7 +8,7 @@ from persistrnn.kernels import marks as kernel
 
 pytestmark = pytest.mark.interpreter
 
-STEPS, BATCH = 37, 61  # three programs
+STEPS, BATCH = 37, 61  # of several programs
 
 
 def cuts(given, transposed):
