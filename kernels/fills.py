@@ -57,44 +57,34 @@ class Fills:
 
 
 def edges(
-    fills: Fills, states: Tensor, initial: Tensor | None, reset: Tensor | None, marked: bool, every: bool = True,
-    heads: int = 1,
-) -> None:  # fmt: skip
-    """Fill the slots of states [L, slots, B, D, H] that no step fills, from [L*D, B, H]: an operator's output is
+    fills: Fills, states: Tensor, initial: Tensor | None, reset: Tensor | None, marked: bool, heads: int = 1
+) -> None:
+    """Fill the slots of states [L, T + 2, B, D, H] that no step fills, from [L*D, B, H]: an operator's output is
     defined everywhere.
 
-    With ``every`` there are T + 2: the initial state goes before each direction's first step, the reset state, or what
-    else is at hand where there are no marks, after its last one. Else there are few: the initial state goes to slots 0
-    and 1, the reset state to 2. None: zeros.
+    The initial state goes before each direction's first step, the reset state, or what else is at hand where there are
+    no marks, after its last one. None: zeros.
     """
-    slots, directions = states.shape[1], states.shape[3]
+    last, directions = states.shape[1] - 1, states.shape[3]
     anew = reset if marked else initial
     if directions == 1 or (initial is None and anew is None):
-        begins = {0: initial, slots - 1: anew} if every else {0: initial, 2: anew} if slots > 2 else {0: initial}
-        if directions > 1 and not every:
-            begins[1] = initial
         for layer, of_layer in enumerate(states.unbind()):
-            for slot, of in begins.items():
+            for slot, of in ((0, initial), (last, anew)):
                 fills.put(of_layer[slot], None if of is None else of[layer].unsqueeze(1))
         return
     before, after = (
         None if s is None else s.unflatten(0, (-1, 1, directions)).transpose(2, 3) for s in (initial, anew)
     )
-    ends = [states[:, :: slots - 1]] if every else [states[:, :2], states[:, 2:]]
+    ends = states[:, ::last]
     if before is None or after is None:
-        for end in ends:
-            end.zero_()
-    if every and not marked and before is not None:
-        ends[0].copy_(before)
-    elif every:
-        for where, of in ((0, before), (1, after)):
-            if of is not None:
-                ends[0][:, where, :, :heads].copy_(of[:, 0, :, :heads])
-                ends[0][:, 1 - where, :, heads:].copy_(of[:, 0, :, heads:])
-    else:
-        for end, of in zip(ends, (before, after), strict=True):
-            if of is not None and end.shape[1]:
-                end.copy_(of)
+        ends.zero_()
+    if not marked and before is not None:
+        ends.copy_(before)
+        return
+    for where, of in ((0, before), (1, after)):
+        if of is not None:
+            ends[:, where, :, :heads].copy_(of[:, 0, :, :heads])
+            ends[:, 1 - where, :, heads:].copy_(of[:, 0, :, heads:])
 
 
 def _flat(copies: list[tuple[Tensor, Tensor]]) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:

@@ -34,7 +34,6 @@ from .fills import Fills, edges
 from .planner import hardware as devices
 from .planner import occupancy, pipeline
 from .planner import plan as planning
-from .planner.memory import c_slots
 from .planner.problem import Problem
 from .tensors import Gradients, Kept, Weights
 
@@ -187,8 +186,6 @@ def launch_scan(
             f"a sequence of {arguments['T']} steps is too long for the group's counter: with {t.slices} "
             f"slices at most {(2**31 - 1) // counted} steps are possible; cut it, carrying the state"
         )
-    if t.stride != t.hidden:
-        weight_hh = _with_stride(weight_hh, t.stride)
     tiles = jobs * t.layers * t.subtiles
     # Counters, owned by this call: a set per batch tile, so that launches in turn do not meet.
     size = tiles * t.counters_per_tile * exchange.stride if t.slices > 1 else 1
@@ -196,6 +193,8 @@ def launch_scan(
     if t.slices > 1:
         fills.put(counters, None)
     fills.run()
+    if t.stride != t.hidden:
+        weight_hh = _with_stride(weight_hh, t.stride)
     # Of the groups of one launch: the next launch follows on the same stream.
     tiles_at_once = min(jobs, part.groups) * t.layers * t.subtiles
     sums = t.slices > 1 and (t.k_parts > 1 or t.means > 0)
@@ -227,8 +226,11 @@ def launch_scan(
 
 
 def _with_stride(weight: Tensor, stride: int) -> Tensor:
-    """With rows of 16-byte multiples: else every load of a weight is in narrow pieces. What is behind each row is never
-    read.
+    """With rows of 16-byte multiples: else every load of a weight is in narrow pieces, in each step where weights are
+    streamed. What stays on chip is loaded once and needs no copy: in pieces of 4 bytes at most 304 instructions more of
+    a thread before its loop over time, and in the backward fewer than with padded rows (seen: bf16, H=250 and 1150,
+    sm_90, Triton 3.9.0). In pieces of 2 bytes some kernels spilled (forward, 777: 26 to 80). What is behind each row is
+    never read.
 
     Made anew at every launch: nothing on the host tells whether a weight has changed. Its version stays as it is in
     ``weight.data.mul_(2)``, when a captured graph that holds an optimizer's step is replayed, and when memory that it
@@ -250,14 +252,17 @@ def unreserved(h: Tensor, exchange: Exchange) -> Tensor:
     return torch.where(h.isnan(), torch.nan, h) if exchange.protocol == "flags" else h
 
 
-def _both(first: Tensor, second: Tensor | None, above: bool) -> Tensor:
-    """``first`` of one layer; of a stack [L, 2, ...] of ``first`` [L, ...] and ``second`` [L - 1, ...], which belongs
-    to layers 1 to L - 1, or to 0 to L - 2 if it is that of the layer above; zeros for the layer that has none."""
+def _both(fills: Fills, first: Tensor, second: Tensor | None, above: bool) -> Tensor:
+    """``first`` of one layer; of a stack, once ``fills`` run, [L, 2, ...] of ``first`` [L, ...] and ``second``
+    [L - 1, ...], which belongs to layers 1 to L - 1, or to 0 to L - 2 if it is that of the layer above; zeros for the
+    layer that has none."""
     if second is None:
         return first
-    both = first.new_zeros(first.shape[0], 2, *first.shape[1:])
-    both[:, 0] = first
-    both[slice(None, -1) if above else slice(1, None), 1] = second
+    both = first.new_empty(first.shape[0], 2, *first.shape[1:])
+    neighbours = [*second, None] if above else [None, *second]
+    for pair, own, neighbour in zip(both, first, neighbours, strict=True):
+        fills.put(pair[0], own)
+        fills.put(pair[1], neighbour)
     return both
 
 
@@ -314,64 +319,52 @@ def forward(
     part = plan_of(cell, H, L, B, D, x_gates, precision, heads, OF_8_BITS.get(weights.weight_hh.dtype, "")).forward
     exchange = fitting(exchange_for(x_gates.device), H * x_gates.element_size())
     every, marked = save or keep, marks is not None
-    slots = c_slots(T, every, marked)
     fills = Fills()
     y = x_gates.new_empty(L, T + 2, B, D, H)
     flag(y, part, exchange)
     nothing: list[Tensor | None] = [None] * cell.states
     before, anew = (list(given) or nothing for given in (initial, reset))
     of_y = [None if h is None else unreserved(h, exchange) for h in (before[0], anew[0])]
-    edges(fills, y, of_y[0], of_y[1], marked, heads=heads)
+    edges(fills, y, of_y[0], of_y[1], marked, heads)
     states = [y]
     for i in range(1, cell.states):
-        states.append(x_gates.new_empty(L, slots, B, D, H, dtype=cell_dtype or x_gates.dtype))
-        edges(fills, states[i], before[i], anew[i], marked, every, heads)
+        given = before[i]
+        if every:
+            states.append(x_gates.new_empty(L, T + 2, B, D, H, dtype=cell_dtype or x_gates.dtype))
+            edges(fills, states[i], given, anew[i], marked, heads)
+            continue
+        if given is None or marked or given.dtype != (cell_dtype or x_gates.dtype) or not given.is_contiguous():
+            given = x_gates.new_empty(1 + marked, L * D, B, H, dtype=cell_dtype or x_gates.dtype)
+            fills.put(given[0], before[i])
+            if marked:
+                fills.put(given[1], anew[i])
+        states.append(given)
+    finals = [s.new_empty(L * D, B, H) for s in states]
+    bias = None if weights.bias_hh is None else _both(fills, weights.bias_hh, weights.bias_ih, above=False)
     if (save or cell.products) and saved is None:
         saved = x_gates.new_empty(L, T, B, D, cell.saved, H)
     if cell.products:  # whose operands slices exchange there
         assert saved is not None
         flag(saved, part, exchange)
-    last_h = None if every else x_gates.new_empty(L * D, B, H)
     launch_scan(
         staged_forward if cell.staged else scan_forward,
         part,
         part.tiling.jobs(B),
         exchange,
         x_gates.device,
-        _both(weights.weight_hh, weights.weight_ih, above=False),
+        _both(fills, weights.weight_hh, weights.weight_ih, above=False),
         fills,
         x_gates=x_gates,
-        gate_data=(_both(weights.bias_hh, weights.bias_ih, above=False), weights.scale),
-        states=tuple(states),
+        gate_data=(bias, weights.scale),
+        states=(*states, *finals),
         saved=saved if cell.saved else None,
-        last_h=last_h,
+        KEEP=every,
         step_data=_step_data(cell, marks, weights.params, extras),
         T=T,
         B=B,
         cell=derived(cell.name).forward,
     )
-    left = saved if save else None
-    if last_h is not None:
-        return Kept([y], left, [last_h, *(_by_direction(s[:, 1]).contiguous() for s in states[1:])])
-    return Kept(states, left, _finals(states, heads))
-
-
-def _by_direction(states: Tensor) -> Tensor:
-    """[L, B, D, H] as [L*D, B, H]."""
-    return states.transpose(1, 2).flatten(0, 1)
-
-
-def _finals(states: Sequence[Tensor], heads: int) -> list[Tensor]:
-    """The states after the last step, each [L*D, B, H], of those of every step: of one direction in one launch."""
-    layers, _, batch, directions, units = states[0].shape
-    if directions > 1:
-        return [torch.cat([s[:, 1 if d // heads else -2, :, d] for d in range(directions)]) for s in states]
-    finals, fills = [s.new_empty(layers, batch, units) for s in states], Fills()
-    for final, of in zip(finals, states, strict=True):
-        for i in range(layers):
-            fills.put(final[i], of[i, -2, :, 0])
-    fills.run()
-    return finals
+    return Kept(states if every else [y], saved if save else None, finals)
 
 
 def backward(
@@ -420,14 +413,10 @@ def backward(
     fills = Fills()
     dr_gates = gates(cell.gates, exchanged=True)
     dx_gates = gates(cell.stored_gradients, exchanged=L > 1) if cell.recurrent_gradient else dr_gates
-    # The kernels have the batch before the directions.
-    finals = []
-    for d in d_final:
+    finals = [like.new_empty(L * D, B, H) if d is None else d for d in d_final]
+    for made, d in zip(finals, d_final, strict=True):
         if d is None:
-            fills.put(d := like.new_empty(L * D, B, H), None)
-            finals.append(d.view(B, D, H) if D > 1 else d)
-        else:
-            finals.append(d if D == 1 else d.transpose(0, 1).contiguous())
+            fills.put(made, None)
     d_edges = [torch.empty_like(d) for _ in range(2 if resets else 1) for d in finals]
     launch_scan(
         staged_backward if cell.staged else scan_backward,
@@ -435,7 +424,7 @@ def backward(
         part.tiling.jobs(B),
         exchange,
         like.device,
-        _both(weight_hh, weight_ih, above=True),
+        _both(fills, weight_hh, weight_ih, above=True),
         fills,
         d_outputs=tuple(d_outputs),
         states=tuple(kept.states),
@@ -447,11 +436,11 @@ def backward(
         B=B,
         cell=derived(cell.name).backward,
     )
-    found = [d if D == 1 else d.transpose(0, 1) for d in d_edges]
     same = dr_gates is dx_gates
     if L > 1:
         dx_gates, dr_gates = (g[:-1].unflatten(0, (L, T)) for g in (dx_gates, dr_gates))
-    return Gradients(dx_gates, dx_gates if same else dr_gates, tuple(found[: cell.states]), tuple(found[cell.states :]))
+    n = cell.states
+    return Gradients(dx_gates, dx_gates if same else dr_gates, tuple(d_edges[:n]), tuple(d_edges[n:]))
 
 
 def recompute(

@@ -13,12 +13,13 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """weight_hh [L*D, G*H, H], bias_hh [L*D, G*H]; of the layers after the lowest, where there are any, weight_ih
-    [L - 1, G*H, H] and bias_ih [L - 1, G*H]; params [L*D, P, H] if the cell has parameters per unit; scale float32
-    [D, G*H], of the rows of a weight_hh of 8 bits: int8, or uint8, the bits of float8_e4m3fn."""
+    """weight_hh [L*D, G*H, H], bias_hh [L*D, G*H], or None if no layer has biases; of the layers after the lowest,
+    where there are any, weight_ih [L - 1, G*H, H] and bias_ih [L - 1, G*H]; params [L*D, P, H] if the cell has
+    parameters per unit; scale float32 [D, G*H], of the rows of a weight_hh of 8 bits: int8, or uint8, the bits of
+    float8_e4m3fn."""
 
     weight_hh: Tensor
-    bias_hh: Tensor
+    bias_hh: Tensor | None
     weight_ih: Tensor | None = None
     bias_ih: Tensor | None = None
     params: Tensor | None = None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from persistrnn import double_backward, masks, ops
+from persistrnn import double_backward, masks, ops, step_marks
 from persistrnn.decide import expects_backward
 from persistrnn.kernels.cells import CELLS, Cell, derived
 from persistrnn.kernels.tensors import Gradients, Weights
@@ -67,7 +67,7 @@ def recurrent(
     cell: str,
     x_gates: Tensor,
     weight_hh: Tensor,
-    bias_hh: Tensor,
+    bias_hh: Tensor | None,
     initial: Sequence[Tensor],
     precision: str,
     marks: Tensor | None = None,
@@ -87,7 +87,7 @@ def recurrent(
     Args:
         cell: its name in ``kernels.cells.CELLS``.
         x_gates: [T, B, D, X*H], ``x @ W_ih^T + b_ih`` of the lowest layer in torch's gate order. T, B >= 1.
-        weight_hh: [L*D, G*H, H]; bias_hh: [L*D, G*H].
+        weight_hh: [L*D, G*H, H]; bias_hh: [L*D, G*H], or None: there is none, and no bias_ih.
         initial: the states, h first, as (h0, c0) of an LSTM, each [L*D, B, H]; empty: zeros.
         precision: of products in float32, "tf32" or "ieee".
         marks: uint8 [T, B, D], where a row begins anew or skips a step (``step_marks``); None: nowhere.
@@ -116,9 +116,10 @@ def recurrent(
     """
     of = CELLS[cell]
     if of.normalised:  # the bias comes behind the norm, which is in the step: of the parameters it is the last
-        biases = bias_hh.unflatten(1, (of.gates, -1))
+        rows = weight_hh.shape[:2]
+        biases = (weight_hh.new_zeros(rows) if bias_hh is None else bias_hh).unflatten(1, (of.gates, -1))
         params = biases if params is None else torch.cat([params, biases], dim=1)
-        bias_hh = torch.zeros_like(bias_hh)
+        bias_hh = None
     begin = initial or (None,) * of.states
     tensors = x_gates, weight_hh, bias_hh, weight_ih, bias_ih, params, marks, extras, *begin, *reset
     save = scale is None and expects_backward(tensors)
@@ -294,6 +295,9 @@ def _map_of_backward(
     return mapped(apply, info, in_dims, tuple(arguments[:4]), tensors, axes, out_axes)
 
 
+operator_by_samples(ops.marks)
+
+
 @ops.scan_backward.register_vmap
 def _(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
     """Of a compiled backward, which has the operator alone."""
@@ -392,12 +396,47 @@ def h_before(y: Tensor, marks: Tensor | None, direction: int, heads: int = 1) ->
     return torch.where(mark == SKIPPED, 0.0, torch.where(mark == BEGINS, reset, h))
 
 
+def transformed() -> bool:
+    """Whether torch's own operations are wanted, for a compiler or a transform of torch.func."""
+    return torch.compiler.is_compiling() or torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+
+
+class _OnlyWhere(Function):
+    """``step_marks.only_where`` by the bits: one launch each way, where torch.where of a number takes two."""
+
+    @staticmethod
+    def forward(active: Tensor, tensor: Tensor) -> Tensor:
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+        return (tensor.view(bits) * active).view(tensor.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    @batched
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (active,) = ctx.saved_tensors
+        return None, None if grads[0] is None else only_where(active, grads[0])
+
+
+def only_where(active: Tensor, tensor: Tensor) -> Tensor:
+    """Zeros where ``active`` does not hold, of what the kernels read or give."""
+    if transformed():
+        return step_marks.only_where(active, tensor)
+    found: Tensor = _OnlyWhere.apply(active, tensor)
+    return found
+
+
 def _recurrent_weights(
     cell: Cell, dr_gates: Tensor, kept: Sequence[Tensor], marks: Tensor | None, heads: int
 ) -> Tensor:
     """Gradient of W_hh, whose last rows, of a later product, are multiplied by what the forward has saved first."""
     y, saved, D = kept[0], kept[-1], dr_gates.size(3)
-    h = [h_before(y, marks, d, heads) for d in range(D)]
+    if marks is None or torch.is_grad_enabled() or transformed():
+        h = [h_before(y, marks, d, heads) for d in range(D)]
+    else:  # of one direction in one launch instead of five
+        h = list(ops.states_before(y, marks, heads))
     if not cell.products:
         return _products(dr_gates, h)
     of_h, later = dr_gates.split([dr_gates.size(-1) // cell.gates * n for n in (cell.gates_of_h, cell.products)], -1)

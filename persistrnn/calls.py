@@ -87,6 +87,8 @@ def _run(request: Request, accept: Callable[[Decision], bool] | None = None) -> 
         weights, scales = eight_bits.among(weights), eight_bits.scales
     elif eight_bits is not None:
         weights = eight_bits.dequantized(weights)
+    if decision.path != "persistent":  # whose marks are made of the lengths themselves
+        cuts = cuts.without_lengths(batch.steps)
     if not states and not stacks.reads_no_zeros(decision):
         states = validate.read_states(stack, None, batch)
     c: Any = None

@@ -219,7 +219,8 @@ def forward(
             part.put(kept.saved[0], found.saved[0])
         del kept, xs, s  # else they live on while the next chunk's are made
     for final, of_layers in zip(found.finals, zip(*states, strict=True), strict=True):
-        final.copy_(torch.cat(of_layers))
+        for own, state in zip(final.unflatten(0, (len(layers), -1)), of_layers, strict=True):
+            own.copy_(state)
     return flat
 
 

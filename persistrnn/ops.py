@@ -177,7 +177,7 @@ def scan_backward(
     d = run_backward(cell, precision, resets, heads, *given)
     # Outputs of an operator may not alias each other.
     dr_gates = [] if d.dr_gates is d.dx_gates else [d.dr_gates]
-    return [d.dx_gates, *dr_gates, *(t.contiguous() for t in (*d.d_initial, *d.d_reset))]
+    return [d.dx_gates, *dr_gates, *d.d_initial, *d.d_reset]
 
 
 @scan_backward.register_fake
@@ -196,6 +196,49 @@ def gradients_of(cell: str, flat: Sequence[Tensor]) -> Gradients:
     n, two = CELLS[cell].states, CELLS[cell].recurrent_gradient
     states = flat[1 + two :]
     return Gradients(flat[0], flat[int(two)], states[:n], states[n:])
+
+
+# ---- rows of different lengths, resets ------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("persistrnn::marks", mutates_args=())
+def marks(
+    lengths: Tensor | None, active: Tensor | None, resets: Tensor | None, steps: int, batch: int, directions: int
+) -> list[Tensor]:
+    """What ``step_marks.marks`` makes of lengths [B] or active, and of resets: uint8 [T, B, D]; and where rows run:
+    bool [T, B]. In one launch. Lengths out of [0, T] are taken as 0 or T, and an error, as of ``step_marks.bounded``.
+    """
+    from .kernels import marks as kernel
+
+    step_marks.check()
+    lengths = _contiguous(lengths)
+    given = [t.device for t in (lengths, active, resets) if t is not None]
+    found = kernel.made(lengths, active, resets, steps, batch, directions, step_marks.word(given[0]))
+    if lengths is not None and lengths.device.type == "cpu":
+        step_marks.refuse(lengths, steps)
+    return list(found)
+
+
+@marks.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    *given, steps, batch, directions = arguments
+    like = next(t for t in given if t is not None)
+    found = like.new_empty(steps, batch, directions, dtype=torch.uint8)
+    return [found, like.new_empty(steps, batch, dtype=torch.bool)]
+
+
+@torch.library.custom_op("persistrnn::states_before", mutates_args=())
+def states_before(states: Tensor, marks: Tensor, heads: int) -> Tensor:
+    """``autograd.h_before`` of all directions, [D, L, T, B, H], in one launch. Without autograd."""
+    from .kernels import marks as kernel
+
+    return kernel.before(states.contiguous(), marks.contiguous(), heads)
+
+
+@states_before.register_fake
+def _(states: Tensor, marks: Tensor, heads: int) -> Tensor:
+    layers, slots, batch, directions, units = states.shape
+    return states.new_empty(directions, layers, slots - 2, batch, units)
 
 
 # ---- for use inside an operator -------------------------------------------------------------------------------------
@@ -226,5 +269,6 @@ def gates_again(
     (``kernels.launch.recompute``)."""
     from .kernels import launch
 
+    assert weights.bias_hh is not None
     given = x_gates, r_gates, weights.bias_hh, states, marks, weights.params, _tiles_beside(states, extras), heads
     return launch.recompute(CELLS[cell], *given).unsqueeze(0)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persistrnn import autograd, masks, reference, step_marks, stepwise, time_chunks
+from persistrnn import autograd, masks, ops, reference, step_marks, stepwise, time_chunks
 from persistrnn.decide import Call, Decision
 from persistrnn.kernels.cells import CELLS, LAYER_NORM_EPS
 from persistrnn.phases import INPUT_GEMM, phase
@@ -26,7 +26,7 @@ from persistrnn.validate import Cuts
 
 
 class _Given(NamedTuple):
-    """What a stack runs on; as of ``run``, with marks [T, B, D] of the cuts."""
+    """What a stack runs on; as of ``run``, with marks [T, B, D] of the cuts; kernels: whether they are launched."""
 
     call: Call
     x: Tensor
@@ -34,6 +34,19 @@ class _Given(NamedTuple):
     states: Sequence[Tensor]
     cuts: Cuts
     marks: Tensor | None
+    kernels: bool
+
+    def only_where_rows_run(self, tensor: Tensor) -> Tensor:
+        """[T, B, features] with zeros elsewhere."""
+        if self.cuts.active is None:
+            return tensor
+        where = autograd.only_where if self.kernels else step_marks.only_where
+        return where(self.cuts.active.unsqueeze(-1), tensor)
+
+    def as_read(self, x: Tensor) -> Tensor:
+        """A layer's input: a NaN where a row does not run would reach the weights' gradient, as 0 * NaN; without
+        gradients the kernels do nothing with it."""
+        return self.only_where_rows_run(x) if self.call.backward or not self.kernels else x
 
 
 class _OfLayer(NamedTuple):
@@ -50,13 +63,13 @@ class _OfLayer(NamedTuple):
 
 class _Weights(NamedTuple):
     """Of one layer, each [D, ...]: weight_ih [D, X*H, I], weight_hh [D, G*H, H] or in heads [D, n, G*H/n, H/n], biases
-    alike (bias_ih: None without, bias_hh: zeros), params [D, P, H] of a cell that has such, weight_hr [D, P, H] of an
+    alike (None without), params [D, P, H] of a cell that has such, weight_hr [D, P, H] of an
     LSTM with projections, scale float32 [D, G*H] ([D, n, G*H/n]) of a weight_hh of 8 bits."""
 
     weight_ih: Tensor
     weight_hh: Tensor
     bias_ih: Tensor | None
-    bias_hh: Tensor
+    bias_hh: Tensor | None
     params: Tensor | None
     weight_hr: Tensor | None
     scale: Tensor | None = None
@@ -74,7 +87,7 @@ class _Weights(NamedTuple):
             weight_ih=rows(self.weight_ih),
             weight_hh=self.weight_hh.flatten(0, 1),
             bias_ih=None if self.bias_ih is None else rows(self.bias_ih),
-            bias_hh=rows(self.bias_hh),
+            bias_hh=None if self.bias_hh is None else rows(self.bias_hh),
             params=None if self.params is None else _by_head(self.params, heads),
             scale=None if self.scale is None else self.scale.flatten(0, 1),
         )
@@ -118,14 +131,21 @@ def run(
         of_cell = masks.drawn(cuts.keys.unsqueeze(0), steps, batch, units)[0].permute(3, 2, 0, 1, 4).to(x.dtype)
         cuts = cuts._replace(extras=[*cuts.extras, *of_cell], keys=None)
     call, marks = decision.call, None
-    if cuts.active is not None or cuts.resets is not None:
+    steps, rows, _ = x.shape
+    kernels = decision.path == "persistent" and call.batch > 0
+    if not kernels:
+        cuts = cuts.without_lengths(steps)
+    if kernels and not (cuts.lengths is None and cuts.active is None and cuts.resets is None):
+        marks, runs = ops.marks(cuts.lengths, cuts.active, cuts.resets, steps, rows, call.directions)
+        if cuts.lengths is not None or cuts.active is not None:
+            cuts = cuts._replace(active=runs, lengths=None)
+    elif cuts.active is not None or cuts.resets is not None:
         marks = step_marks.marks(cuts.active, cuts.resets, call.directions)
-    active = None
     if cuts.active is not None:
         active = cuts.active.unsqueeze(-1)
-        x = torch.where(active, x, 0.0)  # a NaN there would reach the weights' gradient, as 0 * NaN
         cuts = cuts._replace(extras=[torch.where(active, e, 0.0) for e in cuts.extras])
-    given = _Given(call, x, weights, states, cuts, marks)
+    given = _Given(call, x, weights, states, cuts, marks, kernels)
+    given = given._replace(x=given.as_read(x))
     if decision.pipeline:
         result = _in_one_launch(given)
     elif decision.path == "persistent" and decision.chunk:
@@ -142,11 +162,9 @@ def run(
         split = call.heads if decision.path == "persistent" and x.size(1) > 0 else 1
         result = _layers(given, recurrence, split, scales)
     y, c, finals = result
-    if active is not None:
-        y = torch.where(active, y, 0.0)
-        c = None if c is None or not call.return_c else torch.where(active, c, 0.0)
+    y = given.only_where_rows_run(y)
     if c is not None:
-        c = c.to(call.cell_dtype or c.dtype) if call.return_c else None
+        c = given.only_where_rows_run(c).to(call.cell_dtype or c.dtype) if call.return_c else None
     return Result(y, c, finals)
 
 
@@ -180,34 +198,40 @@ def _hiding(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Se
 
 
 def _in_one_launch(given: _Given) -> Result:
-    stack, x, weights, states, cuts, marks = given
+    stack, x, weights, states, cuts, marks, _ = given
     layers = [_weights_of(stack, weights, layer) for layer in range(stack.num_layers)]
-    weight_hh, bias_hh = (torch.cat(of) for of in zip(*((w.weight_hh, w.bias_hh) for w in layers), strict=True))
-    weight_ih = torch.cat([w.weight_ih for w in layers[1:]])
-    biases = [w.bias_ih for w in layers[1:] if w.bias_ih is not None]
-    bias_ih = torch.cat(biases) if biases else weight_ih.new_zeros(weight_ih.shape[:2])
-    params = [w.params for w in layers if w.params is not None]
+    upper = layers[1:]
+    weight_hh, bias_hh = torch.cat([w.weight_hh for w in layers]), _together([w.bias_hh for w in layers])
+    weight_ih, bias_ih = _together([w.weight_ih for w in upper]), _together([w.bias_ih for w in upper])
+    params = _together([w.params for w in layers])
     x_gates = F.linear(x, weights[0], weights[2] if stack.bias else None)
     return autograd.recurrent(
         stack.cell, x_gates.unsqueeze(2), weight_hh, bias_hh, states, stack.precision,
         marks, cuts.reset, stack.return_c, stack.cell_dtype, weight_ih, bias_ih,
-        **_beside(1, torch.cat(params) if params else None, cuts.extras, cuts.keys),
+        **_beside(1, params, cuts.extras, cuts.keys),
     )  # fmt: skip
+
+
+def _together(layers: Sequence[Tensor | None]) -> Tensor | None:
+    """Of all layers [L, ...], each [1, ...] or None."""
+    there = [t for t in layers if t is not None]
+    return torch.cat(there) if len(there) > 1 else there[0] if there else None
 
 
 def _layers(given: _Given, recurrence: Recurrence, split: int, scales: Sequence[Tensor]) -> Result:
     """split: the heads, where each is a direction of its own to the recurrence; else 1."""
-    stack, y, weights, states, cuts, marks = given
+    stack, y, weights, states, cuts, marks, _ = given
     directions, c, finals = stack.directions, None, []
     for layer in range(stack.num_layers):
-        if layer > 0 and cuts.active is not None:
-            y = step_marks.without_skipped(y, marks)
+        y = y if layer == 0 else given.as_read(y)
         if layer > 0 and stack.dropout > 0:
             y = F.dropout(y, stack.dropout)
         rows = slice(layer * directions, (layer + 1) * directions)
         own = _weights_of(stack, weights, layer)
         if scales:
             own = own._replace(scale=torch.stack(list(scales[rows])))
+        if own.bias_hh is None and not given.kernels:
+            own = own._replace(bias_hh=own.weight_hh.new_zeros(directions, CELLS[stack.cell].gates * stack.hidden_size))
         own = own.by_head(split)
         initial, reset, extras = ([_by_head(t[rows], split) for t in of] for of in (states, cuts.reset, cuts.extras))
         with phase(INPUT_GEMM):
@@ -244,21 +268,20 @@ def _input_half(cell: str, y: Tensor, own: _Weights) -> Tensor:
 def _in_chunks(given: _Given, chunk: int) -> Result:
     """The layers one after the other, each in chunks of time; where nothing happens between them and none keeps more
     than its states now and then, the chunks one after the other, each through all layers."""
-    stack, y, weights, states, cuts, marks = given
+    stack, y, weights, states, cuts, marks, _ = given
     between = stack.directions > 1 or stack.dropout > 0
     together = 1 if between or stack.save != "checkpoint" else stack.num_layers
     c, finals = None, []
     for layer in range(0, stack.num_layers, together):
-        if layer > 0 and cuts.active is not None:
-            y = step_marks.without_skipped(y, marks)
+        y = y if layer == 0 else given.as_read(y)
         if layer > 0 and stack.dropout > 0:
             y = F.dropout(y, stack.dropout)
         rows = slice(layer * stack.directions, (layer + together) * stack.directions)
         tensors: list[Tensor] = []
         for i in range(layer, layer + together):
             own = _weights_of(stack, weights, i).by_head(stack.heads)
-            bias_ih = own.weight_ih.new_zeros(own.weight_ih.shape[:2]) if own.bias_ih is None else own.bias_ih
-            tensors += [own.weight_ih, bias_ih, own.weight_hh, own.bias_hh]
+            for weight, bias in ((own.weight_ih, own.bias_ih), (own.weight_hh, own.bias_hh)):
+                tensors += [weight, weight.new_zeros(weight.shape[:2]) if bias is None else bias]
             tensors += [] if own.params is None else [own.params]
         initial, reset, extras = (
             [_by_head(t[rows], stack.heads) for t in of] for of in (states, cuts.reset, cuts.extras)
@@ -273,9 +296,15 @@ def _in_chunks(given: _Given, chunk: int) -> Result:
 def _weights_of(stack: Call, weights: Sequence[Tensor], layer: int) -> _Weights:
     each = len(weights) // (stack.num_layers * stack.directions)
     first, last = layer * stack.directions * each, (layer + 1) * stack.directions * each
-    weight_ih, weight_hh, *others = (_side_by_side(weights[first + k : last : each]) for k in range(each))
-    rows = CELLS[stack.cell].gates * stack.hidden_size
-    bias_ih, bias_hh = others[:2] if stack.bias else (None, weight_ih.new_zeros(len(weight_hh), rows))
+    kinds = [weights[first + k : last : each] for k in range(each)]
+    if stack.directions > 1 and not (stack.backward or autograd.transformed()):
+        # All at once: one launch.
+        made = [kind[0].new_empty(len(kind), *kind[0].shape) for kind in kinds]
+        torch._foreach_copy_([own for both in made for own in both], [own for kind in kinds for own in kind])
+    else:
+        made = [_side_by_side(kind) for kind in kinds]
+    weight_ih, weight_hh, *others = made
+    bias_ih, bias_hh = others[:2] if stack.bias else (None, None)
     weight_hr = others.pop() if stack.proj_size else None
     own = [w.unflatten(1, (-1, stack.hidden_size)) for w in others[2 * stack.bias :]]
     return _Weights(weight_ih, weight_hh, bias_ih, bias_hh, torch.cat(own, dim=1) if own else None, weight_hr)
@@ -328,12 +357,12 @@ def _projected(cell: str, x_gates: Tensor, own: _Weights, given: _OfLayer, recur
 
 
 def _recurrent(cell: str, x_gates: Tensor, own: _Weights, given: _OfLayer, recurrence: Recurrence) -> Result:
-    tensors = x_gates, own.weight_hh, own.bias_hh
     if x_gates.size(1) > 0:
         how = {"marks": given.marks, "reset": given.reset, **given.beside}
-        return recurrence(cell, *tensors, given.states, **how)
+        return recurrence(cell, x_gates, own.weight_hh, own.bias_hh, given.states, **how)
     # Without a row there is nothing to launch: one step of the reference gives every shape and, as torch.nn does, a
     # gradient of zeros to every weight.
-    y, c, finals = reference.recurrent(cell, x_gates[:1], *tensors[1:], given.states, **given.beside)
+    assert own.bias_hh is not None
+    y, c, finals = reference.recurrent(cell, x_gates[:1], own.weight_hh, own.bias_hh, given.states, **given.beside)
     steps = x_gates.size(0)
     return Result(y.expand(steps, -1, -1), None if c is None else c.expand(steps, -1, -1), finals)

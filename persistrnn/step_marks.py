@@ -5,6 +5,8 @@ are uint8 [T, B, D]: 0 where a step goes on from the one before it in its direct
 reset state instead, SKIPPED where the row has no step (padding, a masked step) and the state stays as it is.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,11 @@ def without_skipped(y: Tensor, marks: Tensor | None) -> Tensor:
     return y if marks is None else torch.where(marks[:, :, :1] == SKIPPED, 0.0, y)
 
 
+def only_where(active: Tensor, tensor: Tensor) -> Tensor:
+    """Zeros where ``active`` does not hold."""
+    return torch.where(active, tensor, 0.0)
+
+
 def first_steps(active: Tensor, directions: int) -> Tensor:
     """The first step of each row in each direction: bool [T, B, D]."""
     runs = [active, active.flip(0)][:directions]
@@ -46,6 +53,15 @@ def first_steps(active: Tensor, directions: int) -> Tensor:
 
 # Whether lengths on a device were not within [0, T]: noted there, and on its way to the host, which ``check`` asks.
 _out_of_range: dict[torch.device, tuple[Tensor, Tensor]] = {}
+# The same, noted there by a kernel: int32 [1] in the host's memory.
+_words: dict[torch.device, Tensor] = {}
+
+
+def word(device: torch.device) -> Tensor:
+    """What a kernel sets to 1 if a length is out of range."""
+    if device not in _words:
+        _words[device] = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return _words[device]
 
 
 def _note(bad: Tensor) -> None:
@@ -63,10 +79,31 @@ def check() -> None:
         if told:
             seen.zero_()
             told.zero_()
-            raise RuntimeError(
-                f"lengths of an earlier call on {device} were not within [0, T]; they were taken as 0 or T. Clamp "
-                "them: lengths.clamp(0, T)"
-            )
+            raise _as_told(device)
+    for device, noted in _words.items():
+        # Not as ``noted[0]``: two operations of torch, at every call.
+        if ctypes.c_int32.from_address(noted.data_ptr()).value:
+            noted.zero_()
+            raise _as_told(device)
+
+
+def _as_told(device: torch.device) -> RuntimeError:
+    return RuntimeError(
+        f"lengths of an earlier call on {device} were not within [0, T]; they were taken as 0 or T. Clamp them: "
+        "lengths.clamp(0, T)"
+    )
+
+
+def refuse(lengths: Tensor, steps: int) -> None:
+    """Raise ValueError if a kernel has just noted these, on a CPU."""
+    noted = word(lengths.device)
+    if noted.item():
+        noted.zero_()
+        raise _not_within(lengths, steps)
+
+
+def _not_within(lengths: Tensor, steps: int) -> ValueError:
+    return ValueError(f"lengths must be within [0, T={steps}], got {lengths.tolist()}")
 
 
 def within(lengths: Tensor, steps: int) -> Tensor:
@@ -90,7 +127,7 @@ def _within(lengths: Tensor, steps: int) -> Tensor:
     bad = (lengths < 0) | (lengths > steps)
     if lengths.device.type == "cpu":
         if bad.any():
-            raise ValueError(f"lengths must be within [0, T={steps}], got {lengths.tolist()}")
+            raise _not_within(lengths, steps)
     else:
         _note(bad.any())
     return lengths.clamp(0, steps)  # never the argument itself, which an operator may not return

@@ -51,10 +51,10 @@ class Batch(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """Where the rows of a batch run and begin anew. active, resets: bool [T, B]; reset: the states that a row
-    begins anew from, each [L*D, B, features]; empty: zeros. fresh: the initial states are zeros. extras: what the cell
-    takes per step and unit, each [L*D, T, B, H]. keys: of the masks that it takes behind them [L*D, E, fields]
-    (`masks`); None: it takes none."""
+    """Where the rows of a batch run and begin anew. active, resets: bool [T, B]; lengths: integers [B], of which active
+    is not made yet. reset: the states that a row begins anew from, each [L*D, B, features]; empty: zeros. fresh: the
+    initial states are zeros. extras: what the cell takes per step and unit, each [L*D, T, B, H]. keys: of the masks
+    that it takes behind them [L*D, E, fields] (`masks`); None: it takes none."""
 
     active: Tensor | None = None
     resets: Tensor | None = None
@@ -62,6 +62,15 @@ class Cuts(NamedTuple):
     fresh: bool = False
     extras: Sequence[Tensor] = ()
     keys: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def without_lengths(self, steps: int) -> "Cuts":
+        """With where the rows run in their place. On a GPU those out of [0, T] are clamped there, and raised later
+        (`step_marks.check`)."""
+        if self.lengths is None:
+            return self
+        time = torch.arange(steps, device=self.lengths.device).unsqueeze(1)
+        return self._replace(active=time < step_marks.within(self.lengths, steps), lengths=None)
 
 
 def parameter_names(cell: str, layer: int, direction: int, bias: bool, projection: bool) -> list[str]:
@@ -371,11 +380,12 @@ def read_cuts(stack: Stack, batch: Batch, fresh: bool, given: Given) -> Cuts:
             "reset_state is the state after a reset, got it without resets; give resets too, or hx instead"
         )
     return Cuts(
-        _read_bools("mask", mask, batch) if lengths is None else _read_lengths(lengths, batch),
+        _read_bools("mask", mask, batch),
         _read_bools("resets", resets, batch),
         () if reset_state is None else read_states(stack, reset_state, batch, "reset_state"),
         fresh,
         _read_extras(stack, batch, extras),
+        lengths=None if lengths is None else _read_lengths(lengths, batch),
     )
 
 
@@ -406,7 +416,6 @@ def _read_extras(stack: Stack, batch: Batch, given: Mapping[str, object]) -> lis
 
 
 def _read_lengths(lengths: object, batch: Batch) -> Tensor:
-    """Lengths as bool [T, B]. On a GPU those out of [0, T] are clamped there, and raised later (`step_marks.check`)."""
     if batch.packed is not None:
         raise ValueError("a PackedSequence has lengths of its own; leave lengths out, or give the padded tensor")
     remedy = "; use torch.tensor(lengths, device=input.device)"
@@ -420,7 +429,7 @@ def _read_lengths(lengths: object, batch: Batch) -> Tensor:
             f"Expected lengths size ({batch.rows},), one for each row of the batch, got {list(lengths.shape)}"
         )
     _same_device("lengths", lengths, batch.data)
-    return torch.arange(batch.steps, device=lengths.device).unsqueeze(1) < step_marks.within(lengths, batch.steps)
+    return lengths
 
 
 def _read_bools(name: str, value: object, batch: Batch) -> Tensor | None:

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .marks import load_marks, rows_before
 from .tile_tuples import load, load_states, load_tiles, only_where
-from .tiles import batch_tile, previous_slot, tile_offset, time_of, unit_offsets
+from .tiles import batch_tile, edge_offset, edge_offsets, previous_slot, tile_offset, time_of, unit_offsets
 
 
 @triton.jit
@@ -19,11 +19,12 @@ def load_initial(states, program, T, B, KEEP: tl.constexpr, tiling: tl.constexpr
         tile = batch_tile(program, j, B, tiling)
         state = ()
         for i in tl.static_range(n):
-            slot = previous_slot(t, program.reverse)
             if i > 0 and not KEEP:
-                slot = tl.minimum(slot, 1)
-            position = tile_offset(slot, tile, program, B, tiling.hidden, tiling)
-            offsets = position + unit_offsets(program, tile.rows, tiling.hidden, tiling)
+                offsets = edge_offset(0, tile, program, B, tiling) + edge_offsets(program, tile.rows, tiling)
+            else:
+                slot = previous_slot(t, program.reverse)
+                position = tile_offset(slot, tile, program, B, tiling.hidden, tiling)
+                offsets = position + unit_offsets(program, tile.rows, tiling.hidden, tiling)
             state = state + (load(states[i] + offsets, program.unit_mask),)
         all_tiles = all_tiles + (state,)
     return all_tiles
@@ -115,8 +116,8 @@ def load_final(d_states, program, B, tiling: tl.constexpr):
     final = ()
     for j in tl.static_range(N):
         tile = batch_tile(program, j, B, tiling)
-        position = tile_offset(program.direction * 0, tile, program, B, tiling.hidden, tiling)
-        offsets = unit_offsets(program, tile.rows, tiling.hidden, tiling)
+        position = edge_offset(0, tile, program, B, tiling)
+        offsets = edge_offsets(program, tile.rows, tiling)
         final = final + (load_states(d_states, position, offsets, program.unit_mask),)
     return final
 

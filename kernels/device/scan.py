@@ -70,7 +70,7 @@ from .product import (
 )
 from .program import Neighbour, locate, own_counter, sync_of_layer
 from .tile_tuples import add_tiles, choose, load, load_tiles, moved, only_where, store, store_tiles, zero_where
-from .tiles import batch_tile, narrow, previous_slot, row_offset, tile_offset, time_of, unit_offsets
+from .tiles import batch_tile, edge_offset, edge_offsets, narrow, previous_slot, tile_offset, time_of, unit_offsets
 from .widen import scaled
 
 
@@ -137,22 +137,20 @@ def multiply(weights, ahead, accs, pointer, rows, j: tl.constexpr, program, step
 
 
 @triton.jit
-def store_final(states, state, last_h, tile, program, T, B, first: tl.constexpr, tiling: tl.constexpr,
+def store_final(finals, state, y, tile, program, T, B, first: tl.constexpr, tiling: tl.constexpr,
                 exchange: tl.constexpr):  # fmt: skip
     """The states after the last step of a batch tile, of which ``first`` is the program's first one."""
     H: tl.constexpr = tiling.hidden
     mask = program.unit_mask & tile.own
-    position = tile_offset(program.direction * 0 + 1, tile, program, B, H, tiling)
-    for i in tl.static_range(1, len(states)):
-        pointers = states[i] + position + unit_offsets(program, tile.rows, H, tiling)
-        store(pointers, state[i], mask, tiling, exchange)
+    offsets = edge_offset(0, tile, program, B, tiling) + edge_offsets(program, tile.rows, tiling)
+    for i in tl.static_range(1, len(finals)):
+        store(finals[i] + offsets, state[i], mask, tiling, exchange)
     # Read again what this program has put: kept in registers it would cost them in every step.
-    own = states[0] + tile_offset(time_of(T - 1, program.reverse, T) + 1, tile, program, B, H, tiling)
+    own = y + tile_offset(time_of(T - 1, program.reverse, T) + 1, tile, program, B, H, tiling)
     if first:
         tl.debug_barrier()  # a thread need not have put what it reads
     h = load(own + unit_offsets(program, tile.rows, H, tiling), program.unit_mask)
-    to = last_h + row_offset(program.layer + program.direction, tile.first, 0, B, 1, H)
-    store(to + program.units[None, :] + tile.rows[:, None] * H, h, mask, tiling, exchange)
+    store(finals[0] + offsets, h, mask, tiling, exchange)
 
 
 @triton.jit(do_not_specialize=["first_job", "T", "B"], launch_metadata=launch_metadata)
@@ -162,20 +160,20 @@ def scan_forward(
     gate_data,
     states,
     saved,
-    last_h,
     step_data,
     sync,
     first_job,
     T,
     B,
+    KEEP: tl.constexpr,
     cell: tl.constexpr,
     tiling: tl.constexpr,
     exchange: tl.constexpr,
 ):
-    """states: tuple of [T + 2, B, D, H]. x_gates: [T, B, D, X*H]. gate_data: (bias [D, G*H], scale float32 [D, G*H] of
-    the rows of a weight of 8 bits, else None). saved: [T, B, D, n, H] or None. last_h: None where every state is kept;
-    else [L*D, B, H] for the last h, which would be a view of y, and the states after h have few slots (the initial
-    state in slot 0, or 1 in reverse; the final one in 1; with marks the reset state in 2). step_data: (marks uint8
+    """states: tuple of [T + 2, B, D, H] for each state, then of room for each final one, [L*D, B, H]. Unless every
+    state is kept (KEEP) of those after h there is only the initial one and, with marks, the reset one behind it,
+    [L*D, B, H] each. x_gates: [T, B, D, X*H]. gate_data: (bias [D, G*H] or None, scale float32 [D, G*H] of the rows
+    of a weight of 8 bits, else None). saved: [T, B, D, n, H] or None. step_data: (marks uint8
     [T, B, D], params [D, P, H], extras [T, B, D, E, H]), None each where there are none. sync: (counters int32
     [jobs * L * subtiles * counters_per_tile * exchange.stride], error word int32 [1], partial sums fp32
     [groups * subtiles, 2, S, tiling.sums * BB * R*U]).
@@ -187,8 +185,9 @@ def scan_forward(
     X: tl.constexpr = tiling.inputs
     L: tl.constexpr = tiling.layers
     N: tl.constexpr = tiling.subtiles
-    n: tl.constexpr = len(states)
-    KEEP: tl.constexpr = last_h is None
+    n: tl.constexpr = len(states) // 2
+    finals = states[n:]
+    states = states[:n]
     bias, scale = gate_data
     marks, params, extras = step_data
     program, own_sync = locate(sync, first_job, B, tiling, exchange)
@@ -198,7 +197,8 @@ def scan_forward(
     corner = corner_of(weight, program, tiling)
     if L > 1:
         layer = program.layer
-        bias += layer * (2 * G * H)
+        if bias is not None:
+            bias += layer * (2 * G * H)
         # One factor after the other in 64 bits: B*K*H alone may pass 2**31.
         if saved is not None:
             saved += layer.to(tl.int64) * T * B * (tiling.saved * H)
@@ -209,11 +209,8 @@ def scan_forward(
         x_mask = (units < H * (1 - exists))[None, :]
         h_below = states[0] + (layer - exists).to(tl.int64) * (T + 2) * B * H
         below = Neighbour(exists, h_below, sync_of_layer(own_sync, -exists, tiling, exchange))
-        slots = T + 2
-        if not KEEP:
-            slots = 2 if marks is None else 3
-        slot_size = layer.to(tl.int64) * B * H
-        states = moved(states[:1], slot_size * (T + 2)) + moved(states[1:], slot_size * slots)
+        of_layer = layer.to(tl.int64) * B * H * (T + 2)
+        states = moved(states, of_layer) if KEEP else moved(states[:1], of_layer) + states[1:]
 
     own_matrix = matrix_of(corner, program.unit_group, program.k_start, tiling)
     own_in_registers = resident(own_matrix, 0, tiling.in_registers, tiling, exchange)
@@ -230,9 +227,11 @@ def scan_forward(
         own_weights = load_rest(own_in_registers, own_matrix, opaque_one, tiling, exchange)
         if L > 1:
             below_weights = load_rest(below_in_registers, below_matrix, opaque_one, tiling, exchange)
-            below_bias = load_bias(bias + G * H, program, tiling)
+            below_bias = () if bias is None else load_bias(bias + G * H, program, tiling)
         ahead = first_streamed(own_matrix, tiling)
-        own_bias = load_bias(bias + program.direction * (G * H), program, tiling)
+        own_bias = ()
+        if bias is not None:
+            own_bias = load_bias(bias + program.direction * (G * H), program, tiling)
         scales = ()
         if scale is not None:
             scales = load_bias(scale + program.direction * (G * H), program, tiling)
@@ -301,10 +300,9 @@ def scan_forward(
 
         turn += 1
 
-    if not KEEP:
-        for j in tl.static_range(N):
-            tile = batch_tile(program, j, B, tiling)
-            store_final(states, state[j], last_h, tile, program, T, B, j == 0, tiling, exchange)
+    for j in tl.static_range(N):
+        tile = batch_tile(program, j, B, tiling)
+        store_final(finals, state[j], states[0], tile, program, T, B, j == 0, tiling, exchange)
 
 
 @triton.jit(do_not_specialize=["first_job", "T", "B"], launch_metadata=launch_metadata)
@@ -324,11 +322,11 @@ def scan_backward(
     tiling: tl.constexpr,
     exchange: tl.constexpr,
 ):
-    """d_outputs: gradients of h, and of c where it was given out, of every step, [T, B, D, H] each. d_states: tuple of
-    [B, D, H], for each state that of the final one, then room for those of the initial ones, then, where they are asked
-    for, of the reset ones. d_gates: (dx [T, B, D, V*H], dr [T, B, D, G*H]), V = X and what is stored behind dx, the
-    same tensor where the cell's two gradients are the same. Others as in the forward, every state kept. For a stack as
-    a pipeline: d_outputs of the highest layer, d_states [L, B, D, H], d_gates [L*T + 1, B, D, G*H], its last row zero,
+    """d_outputs: gradients of h, and of c where it was given out, of every step, [T, B, D, H] each. states: tuple of
+    [T + 2, B, D, H]. d_states: tuple of [L*D, B, H], for each state that of the final one, then room for those of the
+    initial ones, then, where they are asked for, of the reset ones. d_gates: (dx [T, B, D, V*H], dr [T, B, D, G*H]),
+    V = X and what is stored behind dx, the same tensor where the cell's two gradients are the same. Others as in the
+    forward. For a stack as a pipeline: d_outputs of the highest layer, d_gates [L*T + 1, B, D, G*H], its last row zero,
     and the second matrix is that of the layer above."""
     H: tl.constexpr = tiling.hidden
     G: tl.constexpr = tiling.gates
@@ -357,9 +355,7 @@ def scan_backward(
         dx_gates += layer.to(tl.int64) * T * B * (G * H)
         dr_gates += layer.to(tl.int64) * T * B * (G * H)
         dy_mask = (units < H * (1 - exists))[None, :]
-        slot_size = layer.to(tl.int64) * B * H
-        states = moved(states, slot_size * (T + 2))
-        d_states = moved(d_states, slot_size)
+        states = moved(states, layer.to(tl.int64) * B * H * (T + 2))
 
     own_matrix = matrix_of(corner, program.unit_group, program.k_start, tiling)
     own_in_registers = resident(own_matrix, 0, tiling.in_registers, tiling, exchange)
@@ -497,9 +493,9 @@ def scan_backward(
     # Outside the loops, lest its addresses stay alive in them, and spill (seen: LSTM backward, H=4096).
     for j in tl.static_range(N):
         tile = batch_tile(program, j, B, tiling)
-        position = tile_offset(program.direction * 0, tile, program, B, H, tiling)
+        position = edge_offset(0, tile, program, B, tiling)
         for i in tl.static_range(n):
-            offsets = unit_offsets(program, tile.rows, H, tiling)
+            offsets = edge_offsets(program, tile.rows, tiling)
             mask = unit_mask & tile.own
             store(d_states[n + i] + position + offsets, d_state[j][i], mask, tiling, exchange)
             if resets:

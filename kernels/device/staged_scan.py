@@ -32,7 +32,7 @@ from .product import corner_of, first_streamed, load_rest, matrix_of, product_lo
 from .program import Sync, locate, own_counter
 from .scan import multiply, publish, store_final
 from .tile_tuples import add_tiles, choose, load_tiles, only_where, store, store_tiles, zero_where
-from .tiles import batch_tile, previous_slot, tile_offset, time_of, unit_offsets
+from .tiles import batch_tile, edge_offset, edge_offsets, previous_slot, tile_offset, time_of, unit_offsets
 
 
 @triton.jit
@@ -77,12 +77,12 @@ def staged_forward(
     gate_data,
     states,
     saved,
-    last_h,
     step_data,
     sync,
     first_job,
     T,
     B,
+    KEEP: tl.constexpr,
     cell: tl.constexpr,
     tiling: tl.constexpr,
     exchange: tl.constexpr,
@@ -94,8 +94,9 @@ def staged_forward(
     G: tl.constexpr = tiling.gates
     X: tl.constexpr = tiling.inputs
     K: tl.constexpr = tiling.means
-    n: tl.constexpr = len(states)
-    KEEP: tl.constexpr = last_h is None
+    n: tl.constexpr = len(states) // 2
+    finals = states[n:]
+    states = states[:n]
     bias, _scale = gate_data
     marks, params, extras = step_data
     program, own_sync = locate(sync, first_job, B, tiling, exchange)
@@ -122,7 +123,7 @@ def staged_forward(
             later_weights = load_rest(later_in_registers, later_matrix, opaque_one, later, exchange)
             later_ahead = first_streamed(later_matrix, later)
         own_bias = ()
-        if not tiling.normalised:
+        if bias is not None and not tiling.normalised:
             own_bias = load_bias(bias + program.direction * (G * H), program, tiling)
         p = load_params(params, program, tiling)
 
@@ -187,9 +188,8 @@ def staged_forward(
 
         turn += 1
 
-    if not KEEP:
-        tile = batch_tile(program, 0, B, tiling)
-        store_final(states, state, last_h, tile, program, T, B, True, tiling, exchange)
+    tile = batch_tile(program, 0, B, tiling)
+    store_final(finals, state, states[0], tile, program, T, B, True, tiling, exchange)
 
 
 @triton.jit(do_not_specialize=["first_job", "T", "B"], launch_metadata=launch_metadata)
@@ -309,8 +309,8 @@ def staged_backward(
 
     # Outside the loops, lest its addresses stay alive in them.
     tile = batch_tile(program, 0, B, tiling)
-    position = tile_offset(program.direction * 0, tile, program, B, H, tiling)
-    offsets = unit_offsets(program, tile.rows, H, tiling)
+    position = edge_offset(0, tile, program, B, tiling)
+    offsets = edge_offsets(program, tile.rows, tiling)
     mask = unit_mask & tile.own
     for i in tl.static_range(n):
         store(d_states[n + i] + position + offsets, d_state[i], mask, tiling, exchange)

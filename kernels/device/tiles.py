@@ -62,6 +62,19 @@ def tile_offset(t, tile, program, B, width: tl.constexpr, tiling: tl.constexpr):
 
 
 @triton.jit
+def edge_offset(number, tile, program, B, tiling: tl.constexpr):
+    """64-bit offset of a batch tile's first row in the ``number``-th of tensors [L*D, B, H], of which L or D is 1."""
+    row = number * (tiling.layers * tiling.directions) + program.layer + program.direction
+    return row_offset(row, tile.first, 0, B, 1, tiling.hidden)
+
+
+@triton.jit
+def edge_offsets(program, rows, tiling: tl.constexpr):
+    """Offsets [BB, U] from there of the program's units, in the given rows."""
+    return program.units[None, :] + rows[:, None] * tiling.hidden
+
+
+@triton.jit
 def unit_offsets(program, rows, width: tl.constexpr, tiling: tl.constexpr):
     """Offsets [BB, U] from there of the program's units, in the given rows of a tensor [*, B, D, width]."""
     return program.units[None, :] + rows[:, None] * (tiling.directions * width)

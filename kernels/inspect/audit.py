@@ -186,12 +186,12 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
         kernel = staged_forward if cell.staged else scan_forward
         signature |= {"x_gates": pointer, "gate_data": (pointer, "*fp32" if case.weight_dtype else "constexpr")}
         if case.chunked:
-            signature["states"] = pointer, *("*fp32",) * (cell.states - 1)
-        constants |= {"cell": derived(cell.name).forward, "last_h": None}
+            states = pointer, *("*fp32",) * (cell.states - 1)
+        signature["states"] = states * 2
+        constants |= {"cell": derived(cell.name).forward, "KEEP": not case.weight_dtype}
         if case.weight_dtype:
-            signature |= {"weight": OF_8_BITS[case.weight_dtype], "last_h": pointer, "saved": "constexpr"}
+            signature |= {"weight": OF_8_BITS[case.weight_dtype], "saved": "constexpr"}
             constants["saved"] = None
-            del constants["last_h"]
     source = source_of(kernel, signature, constants)
     return triton.compile(source, target=target_of(case.arch), options=options(part, case.arch))
 

@@ -55,7 +55,8 @@ def arguments_moved(arguments: Mapping[str, Any], t: Tiling) -> Iterable[tuple[A
     else:
         yield arguments["x_gates"], t.inputs * H  # of the lowest layer
         # The states after h are written at every step only where they are kept.
-        yield from ((state, t.layers * H) for state in (states if arguments["last_h"] is None else states[:1]))
+        written = states[: len(states) // 2 if arguments["KEEP"] else 1]
+        yield from ((state, t.layers * H) for state in written)
     if saved is not None:
         yield saved, t.layers * t.saved * H
     if marks is not None:

@@ -73,12 +73,6 @@ class Layers:
         return self.directions * self.hidden * 4 * (self.cell.states - 1)
 
 
-def c_slots(steps: int, every: bool, marked: bool) -> int:
-    """Slots of the buffer of each state after h: all steps and both edges, or initial and final, and with marks the
-    reset state."""
-    return steps + 2 if every else 3 if marked else 2
-
-
 def chunk_steps(
     mode: str,
     gates: int,

@@ -66,7 +66,8 @@ class Tiling:
     """The compile-time record. M of the product is ``sum(packs) * k_parts * units``.
 
     Attributes:
-        stride: elements from one row of W_hh to the next; rows are padded to 16 bytes where there are many slices.
+        stride: elements from one row of W_hh to the next; rows are padded to 16 bytes where some are streamed, or
+            where they are no whole number of 4 bytes.
         slices: S = k_parts * unit_groups, with S * units >= hidden.
         units_per_part: units in one of the R parts of K (0 if R = 1).
         segments, depth: K is cut into ``segments`` runs of ``depth`` indices: one run, or one per gate.
@@ -327,7 +328,7 @@ def _tiling(problem: Problem, choice: Choice, backward: bool, gates: int) -> Til
     return Tiling(
         hidden=hidden,
         backward=backward,
-        stride=-(-hidden // aligned) * aligned if slices > 1 else hidden,
+        stride=-(-hidden // aligned) * aligned if slices > 1 and (streamed or hidden % (aligned // 4)) else hidden,
         directions=problem.recurrences,
         heads=problem.heads,
         widened=problem.dtype if problem.weight_dtype else "",

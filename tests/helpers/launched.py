@@ -4,14 +4,15 @@ but count, and every operation of torch that would start a kernel there counts o
 from collections import Counter
 
 import pytest
+import torch
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from persistrnn import decide
-from persistrnn.kernels import launch
+from persistrnn.kernels import launch, marks
 from persistrnn.kernels.planner import hardware
 
-PRODUCTS = {"addmm", "mm", "bmm", "baddbmm"}
+PRODUCTS = {"addmm", "addmm_", "mm", "bmm", "baddbmm", "linear", "matmul"}
 # Of what is no view: memory, and what only Python sees.
 NOTHING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "alias"}
 WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"}  # the host, for the device
@@ -30,13 +31,14 @@ class Launched(TorchDispatchMode):
         if namespace == "persistrnn":  # an operator of ours is what it does
             with self:
                 return OPDEFS[f"{namespace}::{name}"]._init_fn(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
         if name in WAITS:
             self.waits[name] += 1
         elif name.startswith("_foreach"):
             self.found[name] += 1 if in_one_launch(*args) else len(args[0])
-        elif name not in NOTHING and not is_view(function):
+        elif name not in NOTHING and not is_view(function, result, args):
             self.found[name] += 1
-        return function(*args, **(kwargs or {}))
+        return result
 
     @property
     def products(self) -> int:
@@ -47,8 +49,15 @@ class Launched(TorchDispatchMode):
         return self.found.total() - self.products
 
 
-def is_view(function) -> bool:
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+def is_view(function, result, args) -> bool:
+    """Of its first argument; ``contiguous`` and the like only where they copy nothing."""
+    if not any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns):
+        return False
+    return not isinstance(result, torch.Tensor) or places(result) == places(args[0])
+
+
+def places(tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def in_one_launch(*lists) -> bool:
@@ -74,8 +83,12 @@ class _Stub:
 def stubbed(monkeypatch: pytest.MonkeyPatch) -> Launched:
     """A counter; from here on nothing of this project's is computed."""
     mode = Launched()
-    for name in ("scan_forward", "scan_backward", "activate"):
-        monkeypatch.setattr(launch, name, _Stub(name, mode))
+    for module, names in (
+        (launch, ("scan_forward", "scan_backward", "activate")),
+        (marks, ("make_marks", "gather_before")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, _Stub(name, mode))
     monkeypatch.setattr(launch, "hardware", lambda device: hardware.named("h200"))
     monkeypatch.setattr(decide, "unsupported", lambda call: None)
     return mode

@@ -97,15 +97,17 @@ def check_tiling(t: Tiling, shape: Cell, backward: bool, size: int) -> None:
     if 0 < t.in_registers < len(t.k_blocks):
         assert t.in_registers in t.bursts, "a burst has one home"
 
+    if t.slices > 1 and (t.streamed or hidden * size % 4):
+        assert t.stride * size % 16 == 0, "rows of 16-byte multiples"
+        assert 0 <= t.stride - hidden < 16 // size, "and no more padding than that"
+    else:
+        assert t.stride == hidden, "no copy"
     if t.slices == 1:
         assert (t.k_parts, t.splits, t.units_per_part, t.streamed, t.counters_per_tile) == (1, 1, 0, 0, 1)
-        assert t.stride == hidden
         assert t.packs == (1,) * t.outputs, "every gate has the layout of the state"
         assert t.units >= 16, "K is the tile of units, and one instruction is 16 deep"
         assert all(k_block.size == t.units for k_block in t.k_blocks), "the operand is the tile of the state itself"
         return
-    assert t.stride * size % 16 == 0, "rows of 16-byte multiples"
-    assert 0 <= t.stride - hidden < 16 // size, "and no more padding than that"
     if t.k_parts == 1:
         assert (t.units_per_part, t.counters_per_tile, t.ragged) == (0, 1, False)
     else:

@@ -13,8 +13,10 @@ import pytest
 import triton
 from own_cells import cell_of
 
+from persistrnn.kernels import marks
 from persistrnn.kernels.cells import BUILT_IN, CELLS, derived
 from persistrnn.kernels.device.exchange import Exchange
+from persistrnn.kernels.device.marks import gather_before, make_marks
 from persistrnn.kernels.device.recompute import BLOCK, activate
 from persistrnn.kernels.inspect import audit
 from persistrnn.kernels.inspect.audit import Case, Homes
@@ -367,6 +369,26 @@ def test_gates_are_formed_again_without_a_spill(name, arch):
         registers, sass = audit.disassemble(compiled.asm["cubin"])
         assert registers < 128
         assert not [name for name in sass if name.split(".")[0] in ("LDL", "STL")]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_kernels_of_marks(arch):
+    """With all that cuts a batch, and with lengths alone: no spill."""
+    sizes = dict.fromkeys(("T", "B", "stride_t", "stride_b", "reset_t", "reset_b"), "i32")
+    found = dict.fromkeys(("marks", "runs"), "*u8") | {"out_of_range": "*i32"}
+    block = {"BLOCK": marks.BLOCK}
+    lengths = found | sizes | {"lengths": "*i64"}
+    states = {"states": "*bf16", "marks": "*u8", "found": "*bf16", "T": "i32", "B": "i32"}
+    for kernel, signature, constants in (
+        (make_marks, lengths, {"active": None, "resets": None, "D": 1}),
+        (make_marks, lengths | {"active": "*u8", "resets": "*u8"}, {"D": 2}),
+        (gather_before, states, {"D": 2, "heads": 1, "H": 1000}),
+    ):
+        source = audit.source_of(kernel, signature, constants | block)
+        compiled = triton.compile(source, target=audit.target_of(arch), options={"enable_fp_fusion": True})
+        if arch != "gfx942":
+            _, sass = audit.disassemble(compiled.asm["cubin"])
+            assert not [name for name in sass if name.split(".")[0] in ("LDL", "STL")]
 
 
 @pytest.mark.parametrize(

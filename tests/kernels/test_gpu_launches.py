@@ -97,3 +97,26 @@ def test_warmup_compiles_what_a_training_step_launches(cell, monkeypatch, tmp_pa
     assert all(thread != threading.get_ident() for _, thread in found)
     module(x)[0].sum().backward()
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_cuda_graph_of_a_call_with_lengths(cell):
+    """Replayed with other lengths and resets."""
+    module, x = layer(cell), torch.randn(8, 3, 32, device=DEVICE, dtype=torch.bfloat16)
+    cuts = {"lengths": torch.full((3,), 5, device=DEVICE), "resets": torch.zeros(8, 3, dtype=torch.bool, device=DEVICE)}
+    side = torch.cuda.Stream()
+    with torch.no_grad():
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            module(x, **cuts)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, _ = module(x, **cuts)
+        for seed in range(4):
+            torch.manual_seed(seed)
+            cuts["lengths"].copy_(torch.randint(0, 9, (3,)))
+            cuts["resets"].copy_(torch.rand(8, 3) < 0.3)
+            graph.replay()
+            synchronize()
+            assert torch.equal(y, module(x, **cuts)[0])

@@ -115,7 +115,7 @@ def test_pipelines_keep_the_bound(pipelines, index):
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("cell", "given"), [(cell, given) for cell in CELLS for given in (True, False)])
 def test_without_gradients_the_same_bits(cell, given):
-    """c then has three slots: initial, final, reset."""
+    """Of c then only the edges are in memory: initial, reset and final."""
     layer = make_layer(cell, 5, 10, bidirectional=True, backend="persistent")
     hx, reset = (as_hx(states(cell, 2, 3, 10)) for _ in range(2))
     hx = hx if given else None

@@ -57,7 +57,7 @@ def test_pipelines_keep_the_bound(pipelines, index):
 
 @pytest.mark.interpreter
 def test_without_gradients_only_the_ends_are_kept(pipelines):
-    """The same bits, from a c of two slots per layer."""
+    """The same bits, from a c of which only the edges are in memory."""
     pipelines(homes="shared")
     torch.manual_seed(0)
     layer = persistrnn.LSTM(5, 13, 3, backend="persistent")

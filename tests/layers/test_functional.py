@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import persistrnn
-from persistrnn import autograd, calls, decide, functional, reference
+from persistrnn import autograd, calls, decide, functional, ops, reference, step_marks
 from persistrnn.kernels.cells import CELLS
 from persistrnn.options import Options
 from persistrnn.request import Request
@@ -34,6 +34,7 @@ def kernels(monkeypatch):
     def recurrent(cell, x_gates, weight_hh, bias_hh, initial, precision, marks, reset, return_c, cell_dtype, heads):
         directions, rows, hidden = weight_hh.shape
         initial = initial or [x_gates.new_zeros(directions, x_gates.size(1), hidden)] * CELLS[cell].states
+        bias_hh = x_gates.new_zeros(directions, rows) if bias_hh is None else bias_hh
         tensors = [x_gates, weight_hh, bias_hh, *initial]
         assert x_gates.shape[2:] == (directions, rows)
         assert bias_hh.shape == (directions, rows)
@@ -46,6 +47,11 @@ def kernels(monkeypatch):
     def unsupported(call):
         return None if call.batch > 0 else "there is no plan for an empty batch."
 
+    def marks(lengths, active, resets, steps, batch, directions):
+        assert lengths is None
+        return step_marks.marks(active, resets, directions), active
+
+    monkeypatch.setattr(ops, "marks", marks)
     monkeypatch.setattr(autograd, "recurrent", recurrent)
     monkeypatch.setattr(decide, "unsupported", unsupported)
     return calls
