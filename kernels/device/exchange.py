@@ -122,7 +122,7 @@ def put(pointers, tile, mask, exchange: tl.constexpr):
 
 
 @triton.jit
-def store_held(pointers, tile, mask, exchange: tl.constexpr):
+def store_held(pointers, tile, mask, exchange: tl.constexpr, many: tl.constexpr = MANY):
     """Each thread stores the elements that it holds.
 
     ``tl.store`` first moves every tile through shared memory, between two barriers, so that a thread has more of a row:
@@ -130,10 +130,45 @@ def store_held(pointers, tile, mask, exchange: tl.constexpr):
     B=16, bf16, sm_90, forward). Of a tile with many elements per thread it is the better way (registers 155 against
     187, LSTM 128 backward in one slice).
     """
-    if exchange.poll == "ptx" and tile.numel < MANY:
+    if exchange.poll == "ptx" and tile.numel < many:
         _store_each(pointers, tile.to(_integer(tile.dtype), bitcast=True), mask, False)
     else:
         tl.store(pointers, tile, mask=mask)
+
+
+@triton.jit
+def load_held(pointers, mask, like, exchange: tl.constexpr):
+    """Load, zero where the mask is not, what nobody writes during the launch: each thread the elements that it has of
+    ``like``, a float32 tile of the same shape.
+
+    ``tl.load`` reads a row in a row, and what is then each thread's own passes through shared memory: between two
+    barriers, before which it must be there. (Clock, LSTM 32, B=16, bf16, one slice, forward, a step ahead in both: with
+    ``tl.load`` 10 barriers and 1,720 cycles on sm_80, with this 2 and 1,270.)
+    """
+    if exchange.poll == "ptx" and pointers.dtype.element_ty.primitive_bitwidth > 8:
+        width: tl.constexpr = pointers.dtype.element_ty.primitive_bitwidth
+        assembly: tl.constexpr = _load_of(width)
+        # Of ``like`` nothing is read: an operation on elements takes the layout of its operands.
+        return tl.inline_asm_elementwise(
+            assembly,
+            "=h,l,r,r" if width == 16 else "=r,l,r,r",
+            [pointers, mask.to(tl.int32), like.to(tl.int32, bitcast=True)],
+            dtype=pointers.dtype.element_ty,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.constexpr_function
+def _load_of(width):
+    return f"""{{
+    .reg .pred there;
+    setp.ne.s32 there, $2, 0;
+    mov.b{width} $0, 0;
+    @there ld.global.b{width} $0, [$1];
+    }}"""
 
 
 @triton.jit

@@ -55,7 +55,7 @@ def load_params(params, program, tiling: tl.constexpr):
 
 
 @triton.jit
-def load_extras(extras, t, tile, program, B, tiling: tl.constexpr):
+def load_extras(extras, t, tile, program, B, tiling: tl.constexpr, like=None, exchange: tl.constexpr = None):
     """What the cell takes at time t besides its gates, of a batch tile."""
     E: tl.constexpr = tiling.extras
     H: tl.constexpr = tiling.hidden
@@ -63,8 +63,24 @@ def load_extras(extras, t, tile, program, B, tiling: tl.constexpr):
     if E > 0:
         position = tile_offset(t, tile, program, B, E * H, tiling)
         offsets = unit_offsets(program, tile.rows, E * H, tiling)
-        tiles = load_tiles(extras + position, offsets, program.unit_mask, H, E)
+        tiles = load_tiles(extras + position, offsets, program.unit_mask, H, E, like, exchange)
     return tiles
+
+
+@triton.jit
+def load_step(x_gates, x_mask, extras, marks, t, tile, program, B, like, tiling: tl.constexpr,
+              exchange: tl.constexpr):  # fmt: skip
+    """What the forward of time t reads of its own, a step ahead: (input half of the gates; the cell's extras; (marks of
+    the rows,), or empty). x_mask: units of which x_gates are given; like: as ``load`` takes it."""
+    H: tl.constexpr = tiling.hidden
+    X: tl.constexpr = tiling.inputs
+    x_tile = x_gates + tile_offset(t, tile, program, B, X * H, tiling)
+    x = load_tiles(x_tile, unit_offsets(program, tile.rows, X * H, tiling), x_mask, H, X, like, exchange)
+    e = load_extras(extras, t, tile, program, B, tiling, like, exchange)
+    mark = ()
+    if marks is not None:
+        mark = (load_marks(marks, t, tile, program, B, tiling),)
+    return x, e, mark
 
 
 @triton.jit
@@ -77,27 +93,28 @@ def existing(tiles, program, tiling: tl.constexpr):
 
 
 @triton.jit
-def load_saved(d_outputs, dy_mask, saved, states, marks, extras, t, tile, program, T, B,
-               tiling: tl.constexpr):  # fmt: skip
+def load_saved(d_outputs, dy_mask, saved, states, marks, extras, t, tile, program, T, B, tiling: tl.constexpr,
+               like=None, exchange: tl.constexpr = None):  # fmt: skip
     """What the backward of time t needs of a batch tile: (gradients of h, and of c where it was given out; the cell's
     saved tiles and the states after the step that it reads; the states before; its extras; (marks of the rows,), or
-    empty). dy_mask: units of which d_outputs are given."""
+    empty). dy_mask: units of which d_outputs are given; like: as ``load`` takes it."""
     H: tl.constexpr = tiling.hidden
     K: tl.constexpr = tiling.saved
     A: tl.constexpr = len(tiling.after)
     position = tile_offset(t, tile, program, B, H, tiling)
-    given = load_states(d_outputs, position, unit_offsets(program, tile.rows, H, tiling), dy_mask)
+    given = load_states(d_outputs, position, unit_offsets(program, tile.rows, H, tiling), dy_mask, like, exchange)
     tiles = ()
     if K > 0:
         tiles = load_tiles(
-            saved + position * K, unit_offsets(program, tile.rows, K * H, tiling), program.unit_mask, H, K
+            saved + position * K, unit_offsets(program, tile.rows, K * H, tiling), program.unit_mask, H, K, like,
+            exchange,
         )  # fmt: skip
     if A > 0:
         later = tile_offset(t + 1, tile, program, B, H, tiling)
         for i in tl.static_range(A):
             state = states[tiling.after[i]] + later + unit_offsets(program, tile.rows, H, tiling)
-            tiles = tiles + (load(state, program.unit_mask),)
-    e = load_extras(extras, t, tile, program, B, tiling)
+            tiles = tiles + (load(state, program.unit_mask, like, exchange),)
+    e = load_extras(extras, t, tile, program, B, tiling, like, exchange)
     slot = previous_slot(t, program.reverse)
     rows = tile.rows
     mark = ()
@@ -105,7 +122,8 @@ def load_saved(d_outputs, dy_mask, saved, states, marks, extras, t, tile, progra
         mark = (load_marks(marks, t, tile, program, B, tiling),)
         rows = rows_before(mark[0], tile.rows, t, program.reverse, T, B)
     position = tile_offset(slot, tile, program, B, H, tiling)
-    before = load_states(states, position, unit_offsets(program, rows, H, tiling), program.unit_mask)
+    offsets = unit_offsets(program, rows, H, tiling)
+    before = load_states(states, position, offsets, program.unit_mask, like, exchange)
     return given, tiles, before, e, mark
 
 

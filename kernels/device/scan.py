@@ -45,7 +45,8 @@ import triton
 import triton.language as tl
 
 from ..planner.launch_metadata import launch_metadata
-from .exchange import arrive, put, wait
+from .exchange import arrive, put
+from .exchanged_product import accumulate, multiply, sum_parts
 from .loads import (
     existing,
     load_bias,
@@ -54,22 +55,24 @@ from .loads import (
     load_initial,
     load_params,
     load_saved,
+    load_step,
     zeros_like_states,
 )
 from .marks import BEGINS, SKIPPED, is_marked, load_marks, load_reset, rows_before
-from .product import (
-    add_parts,
-    corner_of,
-    first_streamed,
-    gather,
-    load_rest,
-    matrix_of,
-    product_local,
-    product_shared,
-    resident,
-)
+from .product import corner_of, first_streamed, gather, load_rest, matrix_of, product_local, resident
 from .program import Neighbour, locate, own_counter, sync_of_layer
-from .tile_tuples import add_tiles, choose, load, load_tiles, moved, only_where, store, store_tiles, zero_where
+from .tile_tuples import (
+    add_tiles,
+    choose,
+    load,
+    load_tiles,
+    moved,
+    only_where,
+    store,
+    store_tiles,
+    widen_tiles,
+    zero_where,
+)
 from .tiles import batch_tile, edge_offset, edge_offsets, narrow, previous_slot, tile_offset, time_of, unit_offsets
 from .widen import scaled
 
@@ -90,50 +93,6 @@ def publish(pointer, offsets, mask, stride: tl.constexpr, tiles, arrival_counter
     else:
         put_tiles(pointer, offsets, mask, stride, tiles, tiling, exchange)
         arrive(arrival_counter, exchange)
-
-
-@triton.jit
-def accumulate(weights, ahead, accs, pointer, rows, j: tl.constexpr, program, steps_needed, sync, spin_limit,
-               tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
-    """Wait for the other slices and add to ``accs``, () for nothing, batch tile j's product with what they have put at
-    ``pointer``.
-
-    steps_needed: how many steps of the group that puts it must be there; sync: of that group. ahead: the streamed tile
-    on its way. Returns the accumulators, what is on its way now, and the spin limit left.
-    """
-    R: tl.constexpr = tiling.k_parts
-    stride: tl.constexpr = exchange.stride
-    counters = sync.counters + j * (tiling.counters_per_tile * stride)
-    arrivals = steps_needed * (tiling.slices // R)
-    spin_limit = wait(counters + program.k_part * stride, arrivals, spin_limit, sync.error, exchange)
-    return product_shared(weights, ahead, accs, pointer, rows, spin_limit, sync.error, tiling, exchange)
-
-
-@triton.jit
-def sum_parts(tiles, j: tl.constexpr, program, turn, sync, spin_limit, tiling: tl.constexpr, exchange: tl.constexpr):
-    """Batch tile j's partial products become products, in the turn-th such exchange of the program's group."""
-    R: tl.constexpr = tiling.k_parts
-    if R > 1:
-        stride: tl.constexpr = exchange.stride
-        counters = sync.own_counters + j * (tiling.counters_per_tile * stride)
-        size: tl.constexpr = tiling.sums * tiling.units_formed * tiling.batch_tile
-        sums = sync.partial_sums + ((j * 2 + turn % 2) * tiling.slices + program.unit_group * R) * size
-        tiles, spin_limit = add_parts(
-            tiles, sums, program.k_part, counters + (R + program.unit_group) * stride, (turn + 1) * R, spin_limit,
-            sync.error, tiling, exchange,
-        )  # fmt: skip
-    return tiles, spin_limit
-
-
-@triton.jit
-def multiply(weights, ahead, accs, pointer, rows, j: tl.constexpr, program, step, steps_needed, sync, spin_limit,
-             tiling: tl.constexpr, exchange: tl.constexpr):  # fmt: skip
-    """What ``accumulate`` forms, as tiles; ``step`` is the turn of the exchange of partial sums."""
-    accs, ahead, spin_limit = accumulate(
-        weights, ahead, accs, pointer, rows, j, program, steps_needed, sync, spin_limit, tiling, exchange
-    )  # fmt: skip
-    product, spin_limit = sum_parts(gather(accs, tiling), j, program, step, sync, spin_limit, tiling, exchange)
-    return product, ahead, spin_limit
 
 
 @triton.jit
@@ -188,6 +147,8 @@ def scan_forward(
     n: tl.constexpr = len(states) // 2
     finals = states[n:]
     states = states[:n]
+    # Nothing else hides the loads of a step from the program, or those of one batch tile from the others' turns.
+    AHEAD: tl.constexpr = tiling.slices == 1 or tiling.subtiles > 1
     bias, scale = gate_data
     marks, params, extras = step_data
     program, own_sync = locate(sync, first_job, B, tiling, exchange)
@@ -237,23 +198,46 @@ def scan_forward(
             scales = load_bias(scale + program.direction * (G * H), program, tiling)
         p = load_params(params, program, tiling)
 
+        loaded = ()  # per batch tile what the next step reads of its own
+        if AHEAD:
+            t = time_of(0, program.reverse, T)
+            for j in tl.static_range(N):
+                tile = batch_tile(program, j, B, tiling)
+                of_tile = load_step(
+                    x_gates, x_mask, extras, marks, t, tile, program, B, state[j][0], tiling, exchange
+                )  # fmt: skip
+                loaded = loaded + (of_tile,)
+
         step = 0
         while step < T:
             t = time_of(step, program.reverse, T)
             after = ()
+            next_loaded = ()
             for j in tl.static_range(N):
                 tile = batch_tile(program, j, B, tiling)
                 before = state[j]
                 rows_of_h = tile.rows
+                mark = ()
+                if AHEAD:
+                    x, e, mark = loaded[j]
+                    x = widen_tiles(x)
+                    e = widen_tiles(e)
+                    t_next = time_of(tl.minimum(step + 1, T - 1), program.reverse, T)
+                    of_tile = load_step(
+                        x_gates, x_mask, extras, marks, t_next, tile, program, B, before[0], tiling, exchange
+                    )  # fmt: skip
+                    next_loaded = next_loaded + (of_tile,)
+                elif marks is not None:
+                    mark = (load_marks(marks, t, tile, program, B, tiling),)
                 if marks is not None:
-                    mark = load_marks(marks, t, tile, program, B, tiling)
-                    rows_of_h = rows_before(mark, tile.rows, t, program.reverse, T, B)
-                    reset = load_reset(states, mark, tile, program, T, B, KEEP, tiling)
-                    before = choose(is_marked(mark, BEGINS), reset, before)
-                # Loaded before the wait: the exchange's latency hides it.
-                x_tile = x_gates + tile_offset(t, tile, program, B, X * H, tiling)
-                x = load_tiles(x_tile, unit_offsets(program, tile.rows, X * H, tiling), x_mask, H, X)
-                e = load_extras(extras, t, tile, program, B, tiling)
+                    rows_of_h = rows_before(mark[0], tile.rows, t, program.reverse, T, B)
+                    reset = load_reset(states, mark[0], tile, program, T, B, KEEP, tiling)
+                    before = choose(is_marked(mark[0], BEGINS), reset, before)
+                if not AHEAD:
+                    # Loaded before the wait: the exchange's latency hides it.
+                    x_tile = x_gates + tile_offset(t, tile, program, B, X * H, tiling)
+                    x = load_tiles(x_tile, unit_offsets(program, tile.rows, X * H, tiling), x_mask, H, X)
+                    e = load_extras(extras, t, tile, program, B, tiling)
                 accs = ()
                 if L > 1:
                     h = below.pointer + tile_offset((t + 1) * below.exists, tile, program, B, H, tiling)
@@ -280,7 +264,7 @@ def scan_forward(
                     )  # fmt: skip
                 new, to_save = cell(x, add_tiles(scaled(product, scales), own_bias), before, p, e)
                 if marks is not None:
-                    new = choose(is_marked(mark, SKIPPED), before, new)
+                    new = choose(is_marked(mark[0], SKIPPED), before, new)
 
                 mask = unit_mask & tile.own
                 offsets = unit_offsets(program, tile.rows, H, tiling)
@@ -296,6 +280,7 @@ def scan_forward(
                     store_tiles(to, offsets, mask, H, to_save, tiling, exchange)
                 after = after + (new,)
             state = after
+            loaded = next_loaded
             step += 1
 
         turn += 1
@@ -335,6 +320,7 @@ def scan_backward(
     n: tl.constexpr = len(states)
     V: tl.constexpr = tiling.inputs + tiling.more_gradients
     resets: tl.constexpr = len(d_states) == 3 * n
+    HELD: tl.constexpr = tiling.slices == 1  # whose tiles would pass through shared memory
     dx_gates, dr_gates = d_gates
     marks, params, extras = step_data
     program, own_sync = locate(sync, first_job, B, tiling, exchange)
@@ -382,9 +368,11 @@ def scan_backward(
         t = time_of(T - 1, program.reverse, T)
         for j in tl.static_range(N):
             tile = batch_tile(program, j, B, tiling)
-            loaded = loaded + (
-                load_saved(d_outputs, dy_mask, saved, states, marks, extras, t, tile, program, T, B, tiling),
-            )
+            of_tile = load_saved(
+                d_outputs, dy_mask, saved, states, marks, extras, t, tile, program, T, B, tiling,
+                d_state[j][0] if HELD else None, exchange,
+            )  # fmt: skip
+            loaded = loaded + (of_tile,)
 
         if L > 1:
             after = ()
@@ -409,8 +397,8 @@ def scan_backward(
             for j in tl.static_range(N):
                 tile = batch_tile(program, j, B, tiling)
                 given, saved_tiles, states_before, e, mark = loaded[j]
-                d = add_tiles(d_state[j], given)
-                dx, dr, d_before = cell(d, saved_tiles, states_before, p, e)
+                d = add_tiles(d_state[j], widen_tiles(given))
+                dx, dr, d_before = cell(d, widen_tiles(saved_tiles), widen_tiles(states_before), p, widen_tiles(e))
                 if marks is not None:
                     skipped = is_marked(mark[0], SKIPPED)
                     dx = zero_where(skipped, dx)
@@ -427,9 +415,11 @@ def scan_backward(
                 if tiling.recurrent_gradient and L == 1:
                     wide = dx_gates + tile_offset(t, tile, program, B, V * H, tiling)
                     store_tiles(wide, unit_offsets(program, tile.rows, V * H, tiling), mask, H, dx, tiling, exchange)
-                next_loaded = next_loaded + (
-                    load_saved(d_outputs, dy_mask, saved, states, marks, extras, t_next, tile, program, T, B, tiling),
-                )
+                of_tile = load_saved(
+                    d_outputs, dy_mask, saved, states, marks, extras, t_next, tile, program, T, B, tiling,
+                    d_state[j][0] if HELD else None, exchange,
+                )  # fmt: skip
+                next_loaded = next_loaded + (of_tile,)
                 if tiling.slices == 1:
                     inner = existing(dr, program, tiling)
                     product = product_local(own_weights, inner, weight.dtype.element_ty, tiling, exchange)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..planner.launch_metadata import launch_metadata
+from .exchanged_product import multiply
 from .loads import (
     existing,
     load_bias,
@@ -30,7 +31,7 @@ from .marks import BEGINS, SKIPPED, is_marked, load_marks, load_reset, rows_befo
 from .means import mean_over_units
 from .product import corner_of, first_streamed, load_rest, matrix_of, product_local, resident
 from .program import Sync, locate, own_counter
-from .scan import multiply, publish, store_final
+from .scan import publish, store_final
 from .tile_tuples import add_tiles, choose, load_tiles, only_where, store, store_tiles, zero_where
 from .tiles import batch_tile, edge_offset, edge_offsets, previous_slot, tile_offset, time_of, unit_offsets
 

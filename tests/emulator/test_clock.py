@@ -12,6 +12,10 @@ import persistrnn
 from emulator import EmulatorError, clock, latencies, order
 from emulator.ptx import Kernel
 from emulator.trace import Event, Trace, transactions
+from persistrnn.kernels.cells import CELLS
+from persistrnn.kernels.planner import hardware, plan
+from persistrnn.kernels.planner.choices import choices
+from persistrnn.kernels.planner.problem import Problem
 
 # Cycles are nanoseconds; an exchange takes 1000, a barrier 50; L2 gives a sector of 32 bytes a clock.
 HARDWARE = SimpleNamespace(clock=1.0, exchange=1.0, barrier=0.05, l2_rate=32.0)
@@ -346,3 +350,16 @@ def test_rows_that_are_slower_or_have_many_barriers_are_named():
     made = clock_table.before_table(older, newer)
     assert "more than 2% slower: GRU 8, B=1, forward (0.976);" in made
     assert "barriers now: GRU 8, B=1, forward (7)." in made
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_one_slice_waits_for_no_load(cell, backward):
+    """All that a step reads of its own is there, and in the threads that need it: one slice is as fast as several."""
+    problem = Problem(CELLS[cell], 32, 8, 1, "bf16", hardware.named("a100"))
+    alone = [choice for choice in choices(problem, backward) if choice.blocks == 1]
+    every = [part for choice in alone if (part := plan.finish(problem, backward, choice))]
+    fastest = [min((p for p in every if (p.tiling.slices > 1) is n), key=lambda p: p.predicted) for n in (False, True)]
+    one, several = (clock_table.clocked(problem, part, backward) for part in fastest)
+    assert one.barriers <= 2 * (problem.cell.gates if backward else 1), "the operand's alone"
+    assert one.cycles <= 1.05 * several.cycles

@@ -4,7 +4,8 @@ PYTHONPATH=.:tests python tests/helpers/clock_sample.py [--again] [--seconds N]
 
 adds to bench/results/clock-sample.csv what of the sample is not there yet, or with --again clocks the choices of that
 file anew (2 to 10 s a kernel on one core, 3 GB; both go on where they were stopped). The sample: of every shape the
-choice of today's plan and some drawn at random from all that the planner weighs. Without a GPU.
+choice of today's plan, the best of several batch tiles and of one slice, and some drawn at random from all that the
+planner weighs. Without a GPU.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ FIELDS += ["cycles", "barriers"]
 SHAPES = [
     (("bf16",), ("lstm", "gru"), (32, 128, 256, 512, 768, 1024, 2048), (1, 16, 64)),
     (("bf16",), ("lstm", "gru"), (320, 1000, 1536), (4, 32)),
+    (("bf16",), ("lstm", "gru"), (16, 64), (1, 16, 64)),
+    (("bf16",), ("lstm", "gru"), (512, 1024, 1536, 2048), (32, 128)),
     (("fp16", "tf32"), ("lstm", "gru"), (96, 256, 512, 1024), (1, 32)),
     (("bf16",), ("rnn_tanh", "peephole", "coupled", "mgu", "janet", "slstm"), (64, 256, 512, 1024), (16,)),
     (("tf32",), ("rnn_relu", "mgu", "slstm"), (256, 640), (8,)),
@@ -91,13 +94,21 @@ def at_random(problem: Problem, backward: bool) -> list[Choice]:
     return random.Random(str(problem)).sample(every, min(DRAWN - 1, len(every)))
 
 
+@cache
+def of_kinds(problem: Problem, backward: bool) -> list[Choice]:
+    """What a sample at random has too few of: the best, by the model, of several batch tiles and of one slice."""
+    every = [p for c in choices(problem, backward) if c.blocks == 1 and (p := plan.finish(problem, backward, c))]
+    kinds = [p for p in every if p.choice.subtiles > 1], [p for p in every if p.tiling.slices == 1]
+    return [min(parts, key=lambda part: part.predicted).choice for parts in kinds if parts]
+
+
 def understood(one: Kernel) -> bool:
     """By the clock, which knows no products of warp groups; and of a size that it gets through."""
     return not clock_table.by_warp_groups(one.problem, one.choice) and one.part.streamed <= 256 * 1024
 
 
 def sample() -> Iterator[Kernel]:
-    """The plans first, then one more of each shape in turn; shapes in one order of chance."""
+    """The plans first, then ``of_kinds``, then one more of each shape in turn; shapes in one order of chance."""
     shapes = [
         (device, dtype, cell, hidden, batch, way)
         for dtypes, cells, sizes, batches in SHAPES
@@ -109,7 +120,7 @@ def sample() -> Iterator[Kernel]:
         for way in ("forward", "backward")
     ]
     random.Random(0).shuffle(shapes)
-    for number in range(DRAWN):
+    for number in range(DRAWN + 1):
         for shape in shapes:
             device, dtype, cell, hidden, batch, way = shape
             problem = Problem(CELLS[cell], hidden, batch, 1, dtype, hardware.named(device))
@@ -117,8 +128,10 @@ def sample() -> Iterator[Kernel]:
             if number == 0:
                 found = plan.best(plan.of_class(problem), backward)
                 drawn = [found] if found else []
+            elif number == 1:
+                drawn = of_kinds(problem, backward)
             else:
-                drawn = at_random(problem, backward)[number - 1 : number]
+                drawn = at_random(problem, backward)[number - 2 : number - 1]
             yield from (one for one in (Kernel(*shape, choice) for choice in drawn) if understood(one))
 
 

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import triton.runtime.interpreter as interpreter
 
-from persistrnn.kernels.device import means, product, scan
+from persistrnn.kernels.device import exchanged_product, means, product, scan
 
 # Operation -> the modules that call it. The last three are the second exchange, of the two-dimensional split and of
 # means.
 EXCHANGE = {
     "put": (scan,),
     "arrive": (scan,),
-    "wait": (scan,),
+    "wait": (exchanged_product,),
     "get": (product,),
     "announce": (product, means),
     "await_count": (product, means),

@@ -7,20 +7,20 @@ a launch are threads of their own, so what a mutant counts per program is thread
 import threading
 
 from persistrnn.kernels import launch
-from persistrnn.kernels.device import exchange, product, scan
+from persistrnn.kernels.device import exchange, exchanged_product, product, scan
 
 # ---- the exchange of h or of the gate gradients -------------------------------------------------------------------
 
 
 def wait_removed(monkeypatch):
-    monkeypatch.setattr(scan, "wait", lambda counter, target, spin_limit, *_: spin_limit)
+    monkeypatch.setattr(exchanged_product, "wait", lambda counter, target, spin_limit, *_: spin_limit)
 
 
 def counter_off_by_one(monkeypatch):
     def wait(counter, target, *others):
         return exchange.wait(counter, target - 1, *others)
 
-    monkeypatch.setattr(scan, "wait", wait)
+    monkeypatch.setattr(exchanged_product, "wait", wait)
 
 
 def store_after_release(monkeypatch):
@@ -54,7 +54,7 @@ def store_after_release(monkeypatch):
             read.set()
         return found
 
-    for module, mutant in ((scan, put), (scan, arrive), (scan, wait), (product, get)):
+    for module, mutant in ((scan, put), (scan, arrive), (exchanged_product, wait), (product, get)):
         monkeypatch.setattr(module, mutant.__name__, mutant)
 
 
@@ -100,7 +100,7 @@ def _sum_without_parity(monkeypatch, backward):
             sums = sums - parity * (tiling.slices * len(tiles) * tiling.units_formed * tiling.batch_tile)
         return product.add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how)
 
-    monkeypatch.setattr(scan, "add_parts", add_parts)
+    monkeypatch.setattr(exchanged_product, "add_parts", add_parts)
 
 
 def sum_without_parity_in_the_forward(monkeypatch):
@@ -122,7 +122,7 @@ def sum_without_one_block(monkeypatch):
         reads.count += 1
         return exchange.read(pointers) * (reads.count % reads.last != 0)
 
-    monkeypatch.setattr(scan, "add_parts", add_parts)
+    monkeypatch.setattr(exchanged_product, "add_parts", add_parts)
     monkeypatch.setattr(product, "read", read)
 
 
@@ -165,7 +165,7 @@ def batch_tiles_share_a_counter(monkeypatch):
 
     monkeypatch.setattr(scan, "batch_tile", tile)
     monkeypatch.setattr(scan, "publish", published)
-    monkeypatch.setattr(scan, "wait", wait)
+    monkeypatch.setattr(exchanged_product, "wait", wait)
 
 
 def batch_tiles_share_partial_products(monkeypatch):
@@ -179,4 +179,4 @@ def batch_tiles_share_partial_products(monkeypatch):
         sums = sums - turn % tiling.subtiles * size
         return product.add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how)
 
-    monkeypatch.setattr(scan, "add_parts", add_parts)
+    monkeypatch.setattr(exchanged_product, "add_parts", add_parts)

@@ -66,6 +66,22 @@ def test_compiled_kernels_keep_the_bound(emulated, forced, monkeypatch, arch, in
 
 
 @pytest.mark.parametrize(
+    ("arch", "cell", "dtype", "batch", "chosen"),
+    [
+        ("sm_80", "gru", "fp32", 3, {"units": 16}),
+        ("sm_90", "lstm", "bf16", 9, {"subtiles": 2, "batch_tile": 8, "homes": "shared"}),
+    ],
+)
+def test_nothing_is_read_past_the_last_step(emulated, forced, monkeypatch, arch, cell, dtype, batch, chosen):
+    """Where a step's own loads are a step ahead: of one step, in both directions."""
+    precise(monkeypatch, "ieee")
+    session = emulated(arch, units="rows")
+    forced("counter", **chosen)
+    assert failures(accuracy.Case(cell, dtype, 13, batch, 1, 1, True, True, True)) == []
+    assert {report.kernel.name for report in session.reports} == {"scan_forward", "scan_backward"}
+
+
+@pytest.mark.parametrize(
     ("cell", "batch", "cut", "chosen"),
     [("lstm", 9, False, {"homes": "shared", "subtiles": 2, "batch_tile": 8}), ("gru", 3, True, {"k_parts": 2})],
 )

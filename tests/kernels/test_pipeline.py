@@ -15,7 +15,7 @@ from pairs import CELLS
 import persistrnn
 from persistrnn import autograd, decide
 from persistrnn.kernels import launch
-from persistrnn.kernels.device import scan
+from persistrnn.kernels.device import exchanged_product, scan
 from persistrnn.kernels.inspect import audit
 from persistrnn.kernels.planner import pipeline
 from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
@@ -107,7 +107,8 @@ def test_a_layer_that_does_not_wait_for_its_neighbour_is_caught(pipelines, monke
             steps_needed = steps_needed * 0
         return accumulate(weights, ahead, accs, pointer, rows, j, who, steps_needed, sync, spin_limit, tiling, how)
 
-    monkeypatch.setattr(scan, "accumulate", hasty)
+    for module in (scan, exchanged_product):
+        monkeypatch.setattr(module, "accumulate", hasty)
     # A loaded machine may run the programs one after the other: the slow one is then slowed further.
     assert any(wrong(cell, seconds=seconds) for seconds in (0.01, 0.1, 1.0))
 
@@ -142,7 +143,8 @@ def test_sums_that_forget_the_one_before_the_loop_are_caught(pipelines, monkeypa
         number = turn.handle.data.item() if hasattr(turn, "handle") else int(turn)
         return sum_parts(tiles, j, program, turn_of(number), *others)
 
-    monkeypatch.setattr(scan, "sum_parts", early)
+    for module in (scan, exchanged_product):
+        monkeypatch.setattr(module, "sum_parts", early)
     # A loaded machine may run the programs one after the other: the slow one is then slowed further.
     assert any(wrong_in_two_dimensions(operation, seconds) for seconds in (0.3, 3.0) for operation in SUMS)
 
@@ -196,7 +198,8 @@ def test_a_gradient_told_before_it_is_stored_is_caught(pipelines, monkeypatch):
 
     monkeypatch.setattr(scan, "put_tiles", held)
     monkeypatch.setattr(scan, "arrive", announced)
-    monkeypatch.setattr(scan, "accumulate", reading)
+    for module in (scan, exchanged_product):
+        monkeypatch.setattr(module, "accumulate", reading)
     assert wrong("gru")
 
 

@@ -11,7 +11,7 @@ from recurrences import broken, given, in_dtype, results
 from persistrnn import autograd, reference, step_marks
 from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS, STAGED
-from persistrnn.kernels.device import means, scan, staged_scan
+from persistrnn.kernels.device import exchanged_product, means, staged_scan
 
 pytestmark = pytest.mark.interpreter
 
@@ -125,7 +125,7 @@ def sums_of_all_means_in_one_place(monkeypatch):
 def no_wait_for_the_operand(monkeypatch):
     def wait(weights, ahead, accs, pointer, rows, j, program, step, needed, sync, spin_limit, tiling, exchange):
         needed = needed - (tiling.row_tiles > 0)
-        return scan.multiply(
+        return exchanged_product.multiply(
             weights, ahead, accs, pointer, rows, j, program, step, needed, sync, spin_limit, tiling, exchange
         )
 
