@@ -126,10 +126,10 @@ def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:
                 continue
             m = (1 if backward else problem.cell.gates) * units * k_parts
             for batch_tile, subtiles in tiles:
-                # In tf32, several parts of K per warp with 16 rows win nothing (MGU 256, B=16, backward, sm_90: 2,886
-                # cycles for 2,810, by the clock), and spill (MGU 1024, B=16, forward, sm_90, with marks: 2).
-                several = problem.size == 4 and m * batch_tile <= 256 and batch_tile > 8
-                if may_be_few and not several and blocks == 1 and units * batch_tile <= 32 * FEW_WARPS:
+                # In tf32, 8 rows of weights with 16 of the batch win nothing (clock, MGU 256, B=16, backward, sm_90:
+                # 2,886 cycles for 2,810).
+                narrow = problem.size == 4 and m < 16 <= batch_tile
+                if may_be_few and not narrow and blocks == 1 and units * batch_tile <= 32 * FEW_WARPS:
                     splits = FEW_WARPS * _chains(m, batch_tile, _depth(problem, backward, units, k_parts, slices))
                     start = Choice(units, k_parts, batch_tile, subtiles, FEW_WARPS, 1, splits, 0, 0, 0, 0, 0)
                     found = _filled(problem, backward, start, slices, strict)

@@ -22,6 +22,8 @@ ADDRESS_REGISTERS = 10  # more for each kind of tensor that neither the LSTM nor
 # More for a step with a second product, and with means, by bytes per element.
 PRODUCT_REGISTERS, MEAN_REGISTERS = {2: 36, 4: 64}, {2: 72, 4: 144}
 FEW_WARPS_REGISTERS = {False: -4, True: 12}  # more with 4 warps, by whether M is half of a tensor core's
+# And in tf32 where each has several parts of K of 16 rows (without: MGU forward, 1024, B=16, sm_90, 2 spills).
+CHAIN_REGISTERS = 12
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
 WIDENING_REGISTERS = 16  # more where weights of 8 bits are widened
@@ -96,6 +98,7 @@ def registers_needed(
     need += held_rows(m) * resident * size // words
     if exchanged and choice.warps < 8:
         need += FEW_WARPS_REGISTERS[m < 16]
+        need += CHAIN_REGISTERS * (size == 4 and choice.splits > choice.warps and choice.batch_tile > 8)
     need += choice.splits * m * choice.batch_tile // threads
     # The sum over the parts, before it becomes gates.
     need += m * choice.batch_tile // threads

@@ -107,7 +107,7 @@ def test_interpreter_plans_one_slice_for_every_size(cell):
     ("lstm", 512, 16, "tf32", (4, 4)),
     ("lstm", 256, 1, "tf32", (4, 4)),
     ("lstm", 256, 16, "fp32", (8, 8)),
-    ("mgu", 256, 16, "tf32", (4, 8)),  # 16 rows, and two parts of K for each of 4 warps
+    ("mgu", 256, 16, "tf32", (4, 8)),  # 8 rows of weights, 16 of the batch
     ("gru_reset_before", 256, 16, "bf16", (4, 4)),
     ("layer_norm_gru", 256, 1, "bf16", (4, 4)),
 ])  # fmt: skip
