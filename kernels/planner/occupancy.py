@@ -20,9 +20,10 @@ ELEMENT_REGISTERS = 17  # more for each further element of the state that a thre
 STREAM_ELEMENT_REGISTERS = 8  # and as many where a tile is streamed (seen: GRU backward, bf16, 2048, sm_80, 2 spills)
 ADDRESS_REGISTERS = 10  # more for each kind of tensor that neither the LSTM nor the GRU has
 # More for a step with a second product, and with means, by bytes per element.
-PRODUCT_REGISTERS, MEAN_REGISTERS = {2: 48, 4: 64}, {2: 72, 4: 144}
-# More with 4 warps, by whether M is half of a tensor core's, which holds the other half too.
-FEW_WARPS_REGISTERS = {False: -4, True: 56}
+PRODUCT_REGISTERS, MEAN_REGISTERS = {2: 36, 4: 64}, {2: 72, 4: 144}
+FEW_WARPS_REGISTERS = {False: -4, True: 12}  # more with 4 warps, by whether M is half of a tensor core's
+# And in tf32 where each has several parts of K of 16 rows (without: MGU forward, 1024, B=16, sm_90, 2 spills).
+CHAIN_REGISTERS = 12
 MASK_REGISTERS = 20  # more where the operand is loaded under a mask or in pieces of less than 16 bytes
 
 WIDENING_REGISTERS = 16  # more where weights of 8 bits are widened
@@ -82,10 +83,9 @@ def masked(hidden: int, depth: int, ragged: bool, splits: int, size: int) -> boo
     return ragged or depth % smallest_k_block(splits) != 0 or hidden * size % 16 != 0
 
 
-def held_rows(m: int, size: int) -> int:
-    """Rows of weights in registers: a tensor core takes 16, and where there are 8, in tf32, each is there twice (seen
-    where 8 were counted: LSTM backward 1024, B=1, sm_90: 132 spills)."""
-    return max(m, 16) if size == 4 else m
+def held_rows(m: int) -> int:
+    """Rows of weights in registers: a tensor core takes 16, and where there are 8, each is there twice."""
+    return max(m, 16)
 
 
 def registers_needed(
@@ -95,9 +95,10 @@ def registers_needed(
     words = 4 * threads
     elements = max(1, choice.units * choice.batch_tile // threads)
     need = BASE_REGISTERS + (TILE_REGISTERS + size) * (choice.subtiles - 1) * (1 + elements) // 2
-    need += held_rows(m, size) * resident * size // words
+    need += held_rows(m) * resident * size // words
     if exchanged and choice.warps < 8:
         need += FEW_WARPS_REGISTERS[m < 16]
+        need += CHAIN_REGISTERS * (size == 4 and choice.splits > choice.warps and choice.batch_tile > 8)
     need += choice.splits * m * choice.batch_tile // threads
     # The sum over the parts, before it becomes gates.
     need += m * choice.batch_tile // threads

@@ -8,6 +8,7 @@ import re
 import pytest
 from soundness import DTYPES, PASSES, SHAPES, check_plan, keeps_its_registers, workloads
 
+from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import choices
 from persistrnn.kernels.planner import plan as planning
 from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
@@ -99,6 +100,20 @@ def test_interpreter_plans_one_slice_for_every_size(cell):
         for batch in (1, 31, 32, 200):
             found = sound(cell, hidden, batch, 2, "fp32", INTERPRETER)
             assert found.forward.tiling.slices == found.backward.tiling.slices == 1
+
+
+@pytest.mark.parametrize(("cell", "hidden", "batch", "dtype", "warps"), [
+    ("lstm", 256, 16, "bf16", (4, 4)),
+    ("lstm", 512, 16, "tf32", (4, 4)),
+    ("lstm", 256, 1, "tf32", (4, 4)),
+    ("lstm", 256, 16, "fp32", (8, 8)),
+    ("mgu", 256, 16, "tf32", (4, 8)),  # 8 rows of weights, 16 of the batch
+    ("gru_reset_before", 256, 16, "bf16", (4, 4)),
+    ("layer_norm_gru", 256, 1, "bf16", (4, 4)),
+])  # fmt: skip
+def test_small_tiles_have_as_many_warps_as_the_clock_says(cell, hidden, batch, dtype, warps):
+    found = plan_layer(Problem(CELLS[cell], hidden, batch, 1, dtype, H200))
+    assert (found.forward.choice.warps, found.backward.choice.warps) == warps
 
 
 @pytest.mark.parametrize("cell", SHAPES)
