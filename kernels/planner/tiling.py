@@ -59,6 +59,7 @@ class Choice:
     in_registers: int
     in_shared: int
     streamed_k_block: int
+    stages: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Tiling:
     # Not in a plan's JSON where the cell has nothing of the kind.
     OF_SOME_CELLS: ClassVar = (
         "more_inputs", "params", "extras", "after", "more_gradients", "guarded", "heads", "means", "normalised",
-        "row_tiles", "later", "widened", "chains",
+        "row_tiles", "later", "widened", "chains", "stages",
     )  # fmt: skip
 
     hidden: int
@@ -133,6 +134,7 @@ class Tiling:
     row_tiles: int = 0
     later: Tiling | None = None
     chains: int = 1
+    stages: int = 0
 
     def __post_init__(self) -> None:
         if self.layers > 1 and self.slices == 1:
@@ -362,4 +364,5 @@ def _tiling(problem: Problem, choice: Choice, backward: bool, gates: int) -> Til
         guarded=slices == 1 and units > hidden and not cell.finite_at_zero,
         means=cell.means,
         normalised=cell.normalised,
+        stages=choice.stages,
     )

@@ -65,7 +65,7 @@ class Kernel:
 
 
 def kernel_of(row: dict[str, str]) -> Kernel:
-    choice = Choice(**{f.name: int(row[f.name]) for f in fields(Choice)})
+    choice = Choice(**{f.name: int(row.get(f.name) or 0) for f in fields(Choice)})  # none had stages before
     sizes = {name: int(row[name]) for name in ("hidden", "batch")}
     return Kernel(**{name: row[name] for name in ("device", "dtype", "cell", "way")}, **sizes, choice=choice)
 
@@ -92,11 +92,12 @@ def at_random(problem: Problem, backward: bool) -> list[Choice]:
 
 
 def understood(one: Kernel) -> bool:
-    """By the clock, which knows no products of warp groups; and of a size that it gets through."""
+    """By the clock, which knows neither products of warp groups nor asynchronous copies; and of a size that it gets
+    through."""
     groups = one.device != "a100" and one.dtype != "fp32"
     local = one.choice.units >= one.hidden
     return not (groups and (one.choice.units >= 64 if local else one.choice.splits == 1)) and (
-        one.part.streamed <= 256 * 1024
+        one.choice.stages == 0 and one.part.streamed <= 256 * 1024
     )
 
 
