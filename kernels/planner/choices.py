@@ -40,11 +40,10 @@ READ_BY_FEW = 1 << 15
 MULTIPLY_ADD_REGISTERS = 280
 # Tiles of K in registers (9 and more: GRU backward, bf16, 1536, B=1, sm_90 spills 4).
 MOST_TILES = 8
-# Rows of a batch tile for which weights are streamed in stages, at most: with 64 on sm_80 all registers are used (seen:
-# GRU backward 2816, bf16: 14 spills).
-WIDEST = {"sm_80": 32, "sm_90": 128}
-# Then K of a tile, tiles there at once, and K in shared memory (1536: LSTM backward 2048, B=16, bf16, sm_90 spills 104).
-STAGED_K_BLOCK, STAGES, MOST_STAGED = 64, 3, 640
+# Where weights are streamed in stages: (rows of a batch tile, K in shared memory), at most. With 64 and 768 on sm_80 the
+# GRU backward 2816, bf16, spills 14, with 16 and 1536 on sm_90 the LSTM backward 2048 spills 104.
+STAGED = {"sm_80": (32, 256), "sm_90": (128, 640)}
+STAGED_K_BLOCK, STAGES = 64, 3  # K of a tile, and tiles that are there at once
 # Bytes of K in a pipeline's backward where a thread owns several elements of the state (3072 spills 20, 3360 33).
 DEEPEST_OF_SEVERAL = 2560
 # Of those, and bytes of K, in two dimensions (4 spill 105: GRU 512, B=64; 2560 spill 10: LSTM 640, B=16; bf16, sm_90).
@@ -114,10 +113,11 @@ def _staged(problem: Problem, backward: bool) -> Iterator[Choice]:
     hardware, hidden, size = problem.hardware, problem.hidden, problem.size
     # Copies of less than 16 bytes go through L1, which may hold what was there before. Not tried: other devices.
     able = size == 2 and problem.weight_dtype == "" and not problem.cell.staged and hidden % 8 == 0
-    if not able or hardware.arch not in WIDEST or problem.weight_bytes * 2 < hardware.multiprocessors * hardware.shared:
+    if not able or hardware.arch not in STAGED or problem.weight_bytes * 2 < hardware.multiprocessors * hardware.shared:
         return
     packs = (1,) if backward else gate_packs(problem.cell.gates, problem.dtype)
-    widest = min(WIDEST[hardware.arch], max(16, next_power_of_2(problem.batch)))
+    widest, deepest = STAGED[hardware.arch]
+    widest = min(widest, max(16, next_power_of_2(problem.batch)))
     for units, k_parts in product((8, 16, 32, 64), (1, 2, 4, 8)):
         slices = -(-hidden // (units * k_parts)) * k_parts
         m = sum(packs) * units * k_parts
@@ -129,11 +129,12 @@ def _staged(problem: Problem, backward: bool) -> Iterator[Choice]:
             if batch_tile > widest or m * batch_tile > 128 * 256:
                 continue
             k_block = STAGED_K_BLOCK
-            burst = max(k_block, 8 * WORDS // (size * batch_tile))
+            # With two packs of gates more at once spills (seen: GRU forward 2560, B=64, bf16, sm_90: 28).
+            burst = max(k_block, 8 * WORDS // (size * batch_tile)) if len(packs) == 1 else k_block
             start = Choice(units, k_parts, batch_tile, 1, WARPS, 1, 1, k_block, burst, 0, 0, k_block, STAGES)
             p = _product(problem, backward, start, slices)
             working = max(burst * batch_tile * size, STAGES * (m + batch_tile) * k_block * size, p.reduction) + SIGNALS
-            fits = min((hardware.shared - working) // (m * size), MOST_STAGED)
+            fits = min((hardware.shared - working) // (m * size), deepest)
             in_shared = fits // (k_block * p.segments) * (k_block * p.segments)
             if 0 <= in_shared < p.depth * p.segments:
                 yield replace(start, in_shared=in_shared)

@@ -5,7 +5,8 @@ A step is one exchange, then a product, then the cell, and the sum of five parts
 * compute: the tensor cores' instructions of one program, padding included, as far as they do not hide behind the
   operand's way; weights of 8 bits are widened before;
 * weights: reading W_hh, per step and product, from shared memory (weights in registers cost nothing) and from L2 or
-  memory (streamed weights; what exceeds L2 comes at the memory's rate);
+  memory (streamed weights; what exceeds L2 comes at the memory's rate); of what is streamed in stages also the product
+  and the operand's way, of all of which the longest counts;
 * state: reading the moving operand from L2, the sum over the parts of K in shared memory, and with a two-dimensional
   split writing and reading the partial sums;
 * synchronisation: the exchanges between slices, what of them the other batch tiles of a program do not hide, a trip

@@ -45,6 +45,8 @@ class Choice:
         burst: K of the operand that is on its way at once; it costs shared memory, a burst each costs its latency.
         in_registers, in_shared: elements of K whose weights a program keeps there; what is left is streamed.
         streamed_k_block: K of one streamed tile.
+        stages: streamed tiles, with those of the operand, that shared memory has room for at once, copied there while
+            others are multiplied; 0: one ahead, in registers.
     """
 
     units: int
@@ -85,6 +87,7 @@ class Tiling:
         means, normalised: of the cell. The former are means over all units within a step.
         row_tiles: tiles of each row where the moving operand is in memory; 0: as many as the first product takes.
         chains: parts of K per warp: products that do not wait for each other.
+        stages: as in ``Choice``.
         later: of the second product of a step that has one, whose outputs are the last gate; in the same slices.
     """
 

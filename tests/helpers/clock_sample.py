@@ -61,16 +61,21 @@ class Kernel:
 
     def row(self) -> dict[str, object]:
         found = asdict(self)
-        return found | found.pop("choice")
+        choice = found.pop("choice")
+        return found | {name: choice[name] for name in CHOSEN}
+
+
+# Streams in stages are not in the sample (``understood``).
+CHOSEN = [f.name for f in fields(Choice) if f.name != "stages"]
 
 
 def kernel_of(row: dict[str, str]) -> Kernel:
-    choice = Choice(**{f.name: int(row.get(f.name) or 0) for f in fields(Choice)})  # none had stages before
+    choice = Choice(**{name: int(row[name]) for name in CHOSEN})
     sizes = {name: int(row[name]) for name in ("hidden", "batch")}
     return Kernel(**{name: row[name] for name in ("device", "dtype", "cell", "way")}, **sizes, choice=choice)
 
 
-FIELDS = [f.name for f in fields(Kernel) if f.name != "choice"] + [f.name for f in fields(Choice)]
+FIELDS = [f.name for f in fields(Kernel) if f.name != "choice"] + CHOSEN
 FIELDS += ["cycles", "barriers"]
 
 # (dtypes, cells, H, B) of both devices and passes.
