@@ -40,8 +40,8 @@ READ_BY_FEW = 1 << 15
 MULTIPLY_ADD_REGISTERS = 280
 # Tiles of K in registers (9 and more: GRU backward, bf16, 1536, B=1, sm_90 spills 4).
 MOST_TILES = 8
-# Where weights are streamed in stages: (rows of a batch tile, K in shared memory), at most. With 64 and 768 on sm_80 the
-# GRU backward 2816, bf16, spills 14, with 16 and 1536 on sm_90 the LSTM backward 2048 spills 104.
+# Where weights are streamed in stages: (rows of a batch tile, K in shared memory), at most. With 64 and 768 on sm_80
+# the GRU backward 2816, bf16, spills 14, with 16 and 1536 on sm_90 the LSTM backward 2048 spills 104.
 STAGED = {"sm_80": (32, 256), "sm_90": (128, 640)}
 STAGED_K_BLOCK, STAGES = 64, 3  # K of a tile, and tiles that are there at once
 # Bytes of K in a pipeline's backward where a thread owns several elements of the state (3072 spills 20, 3360 33).
