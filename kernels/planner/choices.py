@@ -43,7 +43,7 @@ MOST_TILES = 8
 # Where weights are streamed in stages: (rows of a batch tile, K in shared memory), at most. With 64 and 768 on sm_80
 # the GRU backward 2816, bf16, spills 14, with 16 and 1536 on sm_90 the LSTM backward 2048 spills 104.
 STAGED = {"sm_80": (32, 256), "sm_90": (128, 640)}
-STAGED_K_BLOCK, STAGES = 64, 3  # K of a tile, and tiles that are there at once
+STAGES = 3  # tiles that are there at once
 # Bytes of K in a pipeline's backward where a thread owns several elements of the state (3072 spills 20, 3360 33).
 DEEPEST_OF_SEVERAL = 2560
 # Of those, and bytes of K, in two dimensions (4 spill 105: GRU 512, B=64; 2560 spill 10: LSTM 640, B=16; bf16, sm_90).
@@ -117,7 +117,7 @@ def _staged(problem: Problem, backward: bool) -> Iterator[Choice]:
         return
     packs = (1,) if backward else gate_packs(problem.cell.gates, problem.dtype)
     widest, deepest = STAGED[hardware.arch]
-    widest = min(widest, max(16, next_power_of_2(problem.batch)))
+    widest = min(widest, max(32, next_power_of_2(problem.batch)))
     for units, k_parts in product((8, 16, 32, 64), (1, 2, 4, 8)):
         slices = -(-hidden // (units * k_parts)) * k_parts
         m = sum(packs) * units * k_parts
@@ -128,7 +128,8 @@ def _staged(problem: Problem, backward: bool) -> Iterator[Choice]:
         for batch_tile in (16, 32, 64, 128):
             if batch_tile > widest or m * batch_tile > 128 * 256:
                 continue
-            k_block = STAGED_K_BLOCK
+            # A thread copies 16 bytes of h; less would go through L1.
+            k_block = max(64, 8 * 32 * WARPS // batch_tile)
             # With two packs of gates more at once spills (seen: GRU forward 2560, B=64, bf16, sm_90: 28).
             burst = max(k_block, 8 * WORDS // (size * batch_tile)) if len(packs) == 1 else k_block
             start = Choice(units, k_parts, batch_tile, 1, WARPS, 1, 1, k_block, burst, 0, 0, k_block, STAGES)
