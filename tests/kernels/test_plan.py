@@ -249,6 +249,7 @@ def test_what_is_streamed_is_read_once_for_a_wide_tile(cell, hidden, batch):
         assert part.groups * t.batch_tile >= batch
         assert all(pack * t.units_formed % 64 == 0 for pack in t.packs), "products of warp groups"
         assert t.m * t.batch_tile <= 128 * 256, "accumulators"
+        assert t.batch_tile * t.streamed_k_block * 2 >= 16 * 32 * part.choice.warps, "else h is copied through L1"
 
 
 def test_where_streams_have_no_stages():
