@@ -7,9 +7,9 @@ memcheck (``unit``, ``memory``) and the race detector (``races``); what was exec
 one program, clocked (``trace``, ``order``, ``latencies``, ``clock``).
 
 Modelled: the integer, floating-point, memory, atomic, barrier, shuffle, ldmatrix, stmatrix, mma, wgmma and cp.async
-instructions of these kernels; divergence within a unit; the order that the PTX memory model gives to barriers, acquire and
-release at gpu scope; the proxy of wgmma; reads of shared memory, and of memory that a launch takes for itself, that nobody
-wrote; tf32 operands, whose lower 13 bits are dropped.
+instructions of these kernels; divergence within a unit; the order that the PTX memory model gives to barriers,
+acquire and release at gpu scope; the proxy of wgmma; reads of shared memory, and of memory that a launch takes for
+itself, that nobody wrote; tf32 operands, whose lower 13 bits are dropped.
 
 Not modelled: SASS, registers and spills, caches, residency, time but for the clock's prediction; the last bits of
 ``ex2``, ``lg2``, ``rcp``, ``rsqrt``, ``sqrt``, ``tanh`` and ``div``; the order of sums inside a matrix product; effects
