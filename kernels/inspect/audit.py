@@ -220,6 +220,12 @@ _LOADS = re.compile(r"\b(tt\.(load|gather|descriptor_load)|ttg\.async_copy_globa
 _BITS = {"i8": 8, "f16": 16, "bf16": 16, "f32": 32}
 
 
+def _number(value: str, products: dict[str, int]) -> int:
+    """Of a constant, or of its product with a 1."""
+    constant = re.fullmatch(r"%c(\d+)_i32(?:_\d+)?", value)
+    return int(constant.group(1)) if constant else products.get(value, 1)
+
+
 def homes(ttgir: str) -> Homes:
     """Follow ``%weight`` through TTGIR.
 
@@ -231,6 +237,7 @@ def homes(ttgir: str) -> Homes:
     bytes_of: dict[str, int] = {}
     found: dict[str, str] = {}
     streamed = 0
+    products: dict[str, int] = {}  # by the 1 that the compiler cannot know
     regions: list[tuple[str, int]] = []  # (kind, trips)
     for line in ttgir.splitlines():
         text = re.sub(r" loc\(.*?\)", "", line.strip())
@@ -242,8 +249,8 @@ def homes(ttgir: str) -> Homes:
         depth = sum(kind == "while" for kind, _ in regions)
         if text.endswith("{"):
             kind = next((k for k in ("while", "for") if f"scf.{k} " in text), "other")
-            trips = re.search(r"= %c0_i32(?:_\d+)? to %c(\d+)_i32", text)
-            regions.append((kind, int(trips.group(1)) if trips else 1))
+            trips = re.search(r"= %c0_i32(?:_\d+)? to (%[\w.$#-]+)", text)
+            regions.append((kind, _number(trips.group(1), products) if trips else 1))
         for argument, initial in re.findall(r"(%[\w.$-]+) = (%[\w.$-]+(?:#\d+)?)[,)]", text):
             if initial in pointers:
                 pointers.add(argument)
@@ -252,6 +259,8 @@ def homes(ttgir: str) -> Homes:
             result, operation = "", text
         if "scf." in operation:
             continue
+        if operation.startswith("arith.muli"):
+            products[result] = max((_number(value, {}) for value in _VALUE.findall(operation)), default=1)
         result = result.split(":")[0].split(",")[0]
         used = _VALUE.findall(operation)
         if _LOADS.search(operation):
@@ -262,7 +271,10 @@ def homes(ttgir: str) -> Homes:
                 raise ValueError(f"a load of the weights in a form that the audit does not know: {line.strip()}")
             size = math.prod(map(int, shape.group(1).split("x"))) * _BITS[shape.group(2)] // 8
             if depth >= 2:
-                streamed += size * math.prod(trips for kind, trips in regions if kind == "for")
+                turns = [trips for kind, trips in regions if kind == "for"]
+                # Asynchronous copies in front of their loop are the first ones of its, whose last turns copy nothing.
+                if turns or "async_copy" not in operation:
+                    streamed += size * math.prod(turns)
             else:
                 tiles[result] = result, depth
                 bytes_of[result] = size
@@ -362,6 +374,8 @@ def read_machine_code(compiled: Any, case: Case, part: planning.Pass) -> tuple[d
         failures.append(f"{spills} spill instructions")
     if not tensor and case.dtype != "fp32":
         failures.append("no tensor-core instruction")
+    if "cp.async.ca" in compiled.asm["ptx"]:
+        failures.append("an asynchronous copy through L1, which may hold what was there before")
     if part.tiling.slices > 1:
         for what, pattern in EXCHANGED[exchange_of(case).protocol].items():
             if not re.search(pattern, compiled.asm["ptx"]):

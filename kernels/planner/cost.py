@@ -5,7 +5,8 @@ A step is one exchange, then a product, then the cell, and the sum of five parts
 * compute: the tensor cores' instructions of one program, padding included, as far as they do not hide behind the
   operand's way; weights of 8 bits are widened before;
 * weights: reading W_hh, per step and product, from shared memory (weights in registers cost nothing) and from L2 or
-  memory (streamed weights; what exceeds L2 comes at the memory's rate);
+  memory (streamed weights; what exceeds L2 comes at the memory's rate); of what is streamed in stages also the product
+  and the operand's way, of all of which the longest counts;
 * state: reading the moving operand from L2, the sum over the parts of K in shared memory, and with a two-dimensional
   split writing and reading the partial sums;
 * synchronisation: the exchanges between slices, what of them the other batch tiles of a program do not hide, a trip
@@ -37,6 +38,9 @@ WIDENING_LANES = 64.0
 # From a load to its first bytes from L2 (Luo et al., arXiv 2402.13499, table IV: 261.5 on an A100, 263 on an H800); an
 # exchange is two such trips and more.
 L2_CYCLES = 262.0
+
+# From a load to its first bytes from memory (the same table: 466.3 and 478.8).
+MEMORY_CYCLES = 479.0
 
 # Of an mma until the next one can add to its result (Sun et al., arXiv 2206.02874, table 3, and Luo et al., table VII:
 # 24.1 to 25 cycles).
@@ -178,9 +182,11 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
             waits = cycle * fitted.local * cell.inputs
         waits += hardware.barrier
     else:
-        state = min(problem.batch, columns) * work.k * size / l2  # rows past the batch repeat one, and are read once
-        state *= max(1, choice.warps // choice.splits)  # warps that share a part of K read the same
-        state = max(0.0, state - compute - weights)  # the product is formed as it comes
+        k = work.k - work.streamed if choice.stages else work.k  # of what is streamed in stages it is below
+        state = min(problem.batch, columns) * k * size / l2  # rows past the batch repeat one, and are read once
+        if not choice.stages:
+            state *= max(1, choice.warps // choice.splits)  # warps that share a part of K read the same
+        state = max(0.0, state - compute * k / work.k - weights)  # the product is formed as it comes
         taken, barriers = sum_of_parts(problem, choice, m, backward, fitted)
         state += share * taken
         stages = cell.means + cell.products
@@ -196,13 +202,25 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
             of_means = cell.means * fitted.row * -(-work.slices * columns // 256)
             waits += stages * hardware.exchange + (stages * fitted.stage + of_means) * cycle
         if work.streamed:
-            bursts += -(-work.streamed // choice.streamed_k_block)
+            bursts_streamed = -(-work.streamed // choice.streamed_k_block)
             per_program = m * work.streamed * problem.stored
             all_programs = per_program * work.programs
             # What L2 cannot keep from step to step is read from memory, and L2 evicts in a cycle: all or nothing.
             memory = all_programs / (hardware.memory_rate * 1e3) if all_programs > hardware.l2 / 2 else 0.0
-            staged = fitted.staged_backward if backward else fitted.staged
-            weights += max(per_program / l2, memory) + staged * choice.splits * per_program / on_chip
+            if choice.stages:
+                operand = min(problem.batch, columns) * work.streamed * size
+                part = compute * work.streamed / work.k
+                # As torch's products, of which both operands are on their way, too.
+                formed = part / slowdown / MATRIX_EFFICIENCY
+                through = _through_shared(hardware, choice, m) * work.streamed * size / on_chip
+                ahead = -(-bursts_streamed // (choice.stages - 1)) * MEMORY_CYCLES * cycle
+                # All of it at the same time, but for the first tiles of a step, which come while nothing else happens.
+                weights += max(formed, (per_program + operand) / l2, memory, through, ahead) + MEMORY_CYCLES * cycle
+                compute -= part
+            else:
+                staged = fitted.staged_backward if backward else fitted.staged
+                weights += max(per_program / l2, memory) + staged * choice.splits * per_program / on_chip
+                bursts += bursts_streamed
         one = trip(hardware)
         waits += bursts * one
         # Other batch tiles hide the exchange: by all that they need, in the backward by their pointwise part alone.
@@ -216,6 +234,21 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
     moved *= choice.units * columns * tiles * size * work.programs
     pointwise = max(pointwise, moved / (hardware.memory_rate * 1e3))
     return Cost(tiles * compute, tiles * weights, tiles * state, tiles * waits + idle, pointwise)
+
+
+def _through_shared(hardware: Hardware, choice: Choice, m: int) -> int:
+    """Elements that each index of K of a tile, streamed in stages, moves to and from shared memory: written once, and
+    read by each warp group (64 rows of M, in 4 warps) or each warp that multiplies them."""
+    columns = choice.batch_tile
+    if hardware.arch == "sm_90":
+        return 2 * m + (1 + m // 64) * columns
+    over_m = over_n = 1
+    while over_m * over_n < choice.warps:
+        if m // 16 // over_m >= columns // 16 // over_n:
+            over_m *= 2
+        else:
+            over_n *= 2
+    return (1 + over_n) * m + (1 + over_m) * columns
 
 
 def work_of(t: Tiling, groups: int) -> Work:

@@ -6,15 +6,15 @@ parses the PTX (``ptx``), translates it into a Python generator over NumPy vecto
 memcheck (``unit``, ``memory``) and the race detector (``races``); what was executed is counted (``counts``) and, of
 one program, clocked (``trace``, ``order``, ``latencies``, ``clock``).
 
-Modelled: the integer, floating-point, memory, atomic, barrier, shuffle, ldmatrix, stmatrix, mma and wgmma instructions
-of these kernels; divergence within a unit; the order that the PTX memory model gives to barriers, acquire and release
-at gpu scope; the proxy of wgmma; reads of shared memory, and of memory that a launch takes for itself, that nobody
-wrote; tf32 operands, whose lower 13 bits are dropped.
+Modelled: the integer, floating-point, memory, atomic, barrier, shuffle, ldmatrix, stmatrix, mma, wgmma and cp.async
+instructions of these kernels; divergence within a unit; the order that the PTX memory model gives to barriers,
+acquire and release at gpu scope; the proxy of wgmma; reads of shared memory, and of memory that a launch takes for
+itself, that nobody wrote; tf32 operands, whose lower 13 bits are dropped.
 
 Not modelled: SASS, registers and spills, caches, residency, time but for the clock's prediction; the last bits of
 ``ex2``, ``lg2``, ``rcp``, ``rsqrt``, ``sqrt``, ``tanh`` and ``div``; the order of sums inside a matrix product; effects
 of weak memory other than races (every access is seen at once by all); races between lanes of one warp; fences,
-cp.async, TMA, mbarrier, clusters and tcgen05. An unknown instruction is an error that names it.
+TMA, mbarrier, clusters and tcgen05. An unknown instruction is an error that names it.
 """
 
 from .counts import Report

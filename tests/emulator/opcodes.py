@@ -20,6 +20,7 @@ MATRIX = "sync aligned m8n8 x1 x2 x4 trans shared cta b16"
 KNOWN = {
     "abs": "f32", "add": f"{INTEGERS} f32 f32x2 rn f16 bf16", "and": f"{BITS} pred", "atom": ATOMICS,
     "bar": "sync red and pred", "barrier": "red and pred", "bfe": "s32 u32 s64 u64", "bra": "uni",
+    "cp": "async cg shared global commit_group wait_group",
     "cvt": f"{INTEGERS} u8 f32 f16 bf16 tf32 f16x2 bf16x2 rn rna rzi", "div": f"{INTEGERS} approx full rn f32",
     "ex2": "approx f32", "fence": "proxy async shared cta", "fma": "rn ftz f32 f32x2 f16 bf16 bf16x2",
     "ld": f"param acquire cg {SCOPES} {MEMORY}", "ldmatrix": MATRIX,
@@ -271,6 +272,20 @@ class Opcodes:
         strength = self.strength(i)
         self.say(f"yield {RELEASE if strength == SYNCHRONISING else STORE}")
         self.say(f"store_global({self.address(a, 'u64')}, {how}, {strength})")
+
+    def _cp(self, i: Instruction, *args: Any) -> None:
+        self.together(i)
+        if i.modifiers[1] == "wait_group":
+            return self.say(f"copies_wait({int(args[0], 0)})")
+        if i.modifiers[1] == "commit_group":
+            return self.say("copies_commit()")
+        to, source, size, *given = args
+        if "cg" not in i.modifiers or int(size, 0) != 16:
+            raise EmulatorError(f"{i}: copies past L1, of 16 bytes, are modelled")
+        self.say(f"yield {LOAD}")
+        taken = self.read(given[0], "u32", True) if given else self.constant(16, "u32", True)
+        how = f"{self.condition()}, {taken}, {i.number}"
+        self.say(f"copy({self.address(to, 'u32')}, {self.address(source, 'u64')}, {how})")
 
     def _atom(self, i: Instruction, d: Any, a: Any, value: Any, offset: int = 0) -> None:
         if isinstance(value, list):  # each element of a vector is an atomic of its own

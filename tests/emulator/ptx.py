@@ -26,7 +26,7 @@ _BITS = {"f16": "b16", "s16": "b16", "u16": "b16", "f32": "b32", "s32": "b32", "
          "u64": "b64"}  # fmt: skip
 _BRANCHES = ("bra", "ret", "exit")
 _LIBRARY = ("core.py", "math.py", "standard.py")
-_ONLY_READ = ("st", "red", "bar", "barrier", "stmatrix", "fence", "membar", *_BRANCHES)
+_ONLY_READ = ("st", "red", "bar", "barrier", "stmatrix", "cp", "fence", "membar", *_BRANCHES)
 
 
 @dataclass

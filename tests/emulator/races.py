@@ -259,6 +259,12 @@ class Races:
         self.tick += 1
         self.fence_tick[np.unique(unit.row[lanes])] = self.tick
 
+    def copied(self, access: Access) -> None:
+        """What asynchronous copies wrote, wgmma may read without a fence: so do all of Triton's own pipelines on 3.6.0,
+        where 3.9.0 has one."""
+        if self.asynchronous:
+            self.s_tick[access.cells(0, self.grain)[0]] = -1
+
     def async_read(self, access: Access) -> None:
         self.shared_read(access)
         cells, lanes = access.cells(0, self.grain)

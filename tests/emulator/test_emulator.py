@@ -34,6 +34,35 @@ def test_a_wrong_access_is_told(emulated, forced, pattern, by, message):
         layer(torch.randn(3, 3, 4, dtype=torch.bfloat16))
 
 
+STAGED = {"homes": "stream", "units": 32, "batch_tile": 32, "streamed_k_block": 32, "stages": 3}
+
+
+@pytest.mark.parametrize("arch", cases.ARCHITECTURES)
+def test_a_copy_is_there_when_its_threads_have_waited(emulated, forced, arch):
+    """And not before: without the waits the kernel multiplies what nobody can know."""
+    layer = persistrnn.LSTM(4, 104, backend="persistent", dtype=torch.bfloat16)
+    x, found = torch.randn(3, 19, 4, dtype=torch.bfloat16), []
+    for by in (r"\g<0>", "cp.async.wait_group 99;"):
+        session = emulated(arch, mutate=cases.replaced(r"cp\.async\.wait_group\s+\d+;", by))
+        forced(**STAGED)
+        with torch.no_grad():
+            found.append(layer(x)[0])
+        assert session.reports
+    assert found[0].isfinite().all()
+    assert found[1].isnan().any()
+
+
+def test_a_copy_over_what_others_still_read_is_told(emulated, forced):
+    def mutate(ptx):
+        return ptx.replace("bar.sync", "// bar.sync") if "scan_forward" in ptx else ptx
+
+    emulated("sm_80", mutate=mutate)
+    forced(**STAGED)
+    layer = persistrnn.LSTM(4, 104, backend="persistent", dtype=torch.bfloat16)
+    with torch.no_grad(), pytest.raises(EmulatorError, match=r"cp\.async\.cg\S* is not ordered after the read"):
+        layer(torch.randn(3, 19, 4, dtype=torch.bfloat16))
+
+
 def test_the_interpreter_is_not_meant(emulated):
     emulated("sm_90")
     assert not launch.INTERPRETED

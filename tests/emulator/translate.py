@@ -26,7 +26,7 @@ DTYPES = {"u8": U8, "b8": U8, "u16": U16, "b16": U16, "s16": S16, "u32": U32, "b
 VIEWS = {"b": "u", "u": "u", "s": "s", "f": "f"}
 SPECIAL = {"%tid.x": "tid", "%ctaid.x": "cx", "%ctaid.y": "cy", "%ctaid.z": "cz"}
 METHODS = """load_global store_global load_shared store_shared atomic proxy_fence barrier shuffle reduce ldmatrix
-             stmatrix wgmma wgmma_order wgmma_wait name"""
+             stmatrix copy copies_commit copies_wait wgmma wgmma_order wgmma_wait name"""
 NUMPY = "where absolute minimum maximum fmin fmax exp2 log2 sqrt tanh count_nonzero"
 # What nobody has written is neither zero nor a useful number.
 POISON = {"b16": 0x7DBA, "b32": 0x7FBADBAD, "b64": 0x7FBADBADDEADBEEF}

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .grid import Grid
     from .memory import Range
 
+UNKNOWN = 0x7FBADBAD  # where a copy is on its way
+
 _FOLDS = {"max": np.maximum, "add": np.add}
 
 
@@ -45,6 +47,7 @@ class Unit:
         self.count = [0] * len(self.kernel.blocks)
         self.groups: list[list[Access]] = []  # of wgmma, committed: what they read
         self.open: list[Access] = []
+        self.copies: list[list[tuple[Access, Array]]] = [[]]  # asynchronous ones and their data, the last group open
         self.waits = False
         self.last: int | None = None  # kind of the operation that comes next
         self.vote: Array | None = None
@@ -172,6 +175,31 @@ class Unit:
         self.races.shared_write(access)
         memory[index] = values
         self.races.shared_written(access)
+
+    def copy(self, to: Array, source: Array, condition: Array | None, taken: Array, number: int) -> None:
+        """An asynchronous copy: from here on nobody may read what was there before, and what comes is there when its
+        threads have waited. taken: bytes of the source, 16 or 0, for zeros."""
+        access = self._shared(to, condition, 4, 4, number)
+        if not len(access.a):
+            return
+        if not np.isin(taken[access.lanes], (0, 16)).all():
+            self.fail("a copy of a part of 16 bytes is not modelled", number, access.lanes[0])
+        values = np.zeros((len(access.a), 4), U32)
+        some = taken[access.lanes] > 0
+        found, _ = self.load_global(source, np.isin(self.all, access.lanes[some]), 4, 4, number, 0)
+        if found is not None:
+            values[some] = np.stack(found, 1)
+        self._write_shared(access, np.full_like(values, UNKNOWN))
+        self.copies[-1].append((access, values))
+
+    def copies_commit(self) -> None:
+        self.copies.append([])
+
+    def copies_wait(self, left: int) -> None:
+        done, self.copies = self.copies[: len(self.copies) - 1 - left], self.copies[len(self.copies) - 1 - left :]
+        for access, values in (copy for group in done for copy in group):
+            self._write_shared(access, values)
+            self.races.copied(access)
 
     def ldmatrix(self, address, matrices, transposed, number):
         access = self._shared(address, self.lane < 8 * matrices, 2, 8, number)

@@ -62,16 +62,21 @@ class Kernel:
 
     def row(self) -> dict[str, object]:
         found = asdict(self)
-        return found | found.pop("choice")
+        choice = found.pop("choice")
+        return found | {name: choice[name] for name in CHOSEN}
+
+
+# Streams in stages are not in the sample (``understood``).
+CHOSEN = [f.name for f in fields(Choice) if f.name != "stages"]
 
 
 def kernel_of(row: dict[str, str]) -> Kernel:
-    choice = Choice(**{f.name: int(row[f.name]) for f in fields(Choice)})
+    choice = Choice(**{name: int(row[name]) for name in CHOSEN})
     sizes = {name: int(row[name]) for name in ("hidden", "batch")}
     return Kernel(**{name: row[name] for name in ("device", "dtype", "cell", "way")}, **sizes, choice=choice)
 
 
-FIELDS = [f.name for f in fields(Kernel) if f.name != "choice"] + [f.name for f in fields(Choice)]
+FIELDS = [f.name for f in fields(Kernel) if f.name != "choice"] + CHOSEN
 FIELDS += ["cycles", "barriers"]
 
 # (dtypes, cells, H, B) of both devices and passes.
@@ -103,8 +108,10 @@ def of_kinds(problem: Problem, backward: bool) -> list[Choice]:
 
 
 def understood(one: Kernel) -> bool:
-    """By the clock, which knows no products of warp groups; and of a size that it gets through."""
-    return not clock_table.by_warp_groups(one.problem, one.choice) and one.part.streamed <= 256 * 1024
+    """By the clock, which knows neither products of warp groups nor asynchronous copies; and of a size that it gets
+    through."""
+    groups = clock_table.by_warp_groups(one.problem, one.choice)
+    return not groups and one.choice.stages == 0 and one.part.streamed <= 256 * 1024
 
 
 def sample() -> Iterator[Kernel]:

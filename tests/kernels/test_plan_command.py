@@ -260,7 +260,7 @@ def test_a_plan_that_is_expected_to_spill_says_so(capsys: pytest.CaptureFixture[
     assert "spills" not in call(capsys, *SMALL)[1]
 
 
-@pytest.mark.parametrize(("hidden", "path"), [("1024", "the kernels"), ("4096", "torch's own path")])
+@pytest.mark.parametrize(("hidden", "path"), [("1024", "the kernels"), ("4100", "torch's own path")])
 def test_what_auto_takes(capsys: pytest.CaptureFixture[str], hidden: str, path: str) -> None:
     arguments = ("--cell", "lstm", "--hidden", hidden, "--batch", "64", "--device", "h200", "--steps", "64")
     _, out, _ = call(capsys, *arguments)
