@@ -400,6 +400,9 @@ def scan_backward(
             for j in tl.static_range(N):
                 tile = batch_tile(program, j, B, tiling)
                 given, saved_tiles, states_before, e, mark = loaded[j]
+                if HELD:  # Before what is stored here, past which no load is moved.
+                    of_tile = load_saved(d_outputs, dy_mask, saved, states, marks, extras, t_next, tile, program, T, B,
+                                         tiling, d_state[j][0], exchange)  # fmt: skip
                 d = add_tiles(d_state[j], widen_tiles(given))
                 dx, dr, d_before = cell(d, widen_tiles(saved_tiles), widen_tiles(states_before), p, widen_tiles(e))
                 if marks is not None:
@@ -418,10 +421,9 @@ def scan_backward(
                 if tiling.recurrent_gradient and L == 1:
                     wide = dx_gates + tile_offset(t, tile, program, B, V * H, tiling)
                     store_tiles(wide, unit_offsets(program, tile.rows, V * H, tiling), mask, H, dx, tiling, exchange)
-                of_tile = load_saved(
-                    d_outputs, dy_mask, saved, states, marks, extras, t_next, tile, program, T, B, tiling,
-                    d_state[j][0] if HELD else None, exchange,
-                )  # fmt: skip
+                if not HELD:
+                    of_tile = load_saved(d_outputs, dy_mask, saved, states, marks, extras, t_next, tile, program, T, B,
+                                         tiling)  # fmt: skip
                 next_loaded = next_loaded + (of_tile,)
                 if tiling.slices == 1:
                     inner = existing(dr, program, tiling)
