@@ -58,9 +58,8 @@ class Fitted:
         stage, row: cycles of the code of a mean or a further product, and of 256 numbers that are read for one.
         staged, staged_backward: time of streamed bytes on their way through shared memory, for each part of K, over
             that at its rate.
-        local, local_backward: cycles per gate of a step without an exchange: what hides behind one elsewhere, loads
-            from memory above all, and gates on their way through shared memory.
-        local_warp: of that, cycles per warp of the backward.
+        local: cycles per gate of a forward without an exchange: what hides behind one elsewhere.
+        local_backward: the same of a backward, for 8 rows and 4 warps: each gate on its way through shared memory.
         fixed: cycles of addresses, of storing h and of announcing it.
         issue: more of it, of 8 warps that take turns.
         work: cycles of theirs per cycle of ``Cell.work``, for each element that a thread owns.
@@ -78,7 +77,6 @@ class Fitted:
     staged_backward: float
     local: float
     local_backward: float
-    local_warp: float
     fixed: float
     issue: float
     work: float
@@ -87,10 +85,10 @@ class Fitted:
 
 
 # <fitted: made by tests/helpers/fit_cost.py --write>
-# Fitted to the clock over 330 kernels; median error 2.5%.
+# Fitted to the clock over 520 kernels; median error 3.2%.
 FITTED = Fitted(
-    product=1.11, full=10.2, sweep=0.597, parts=0.521, stage=397, row=194, staged=0.945, staged_backward=0.301,
-    local=573, local_backward=438, local_warp=190, fixed=52.1, issue=142, work=0.448, kept=6.74, turn=495,
+    product=1, full=10.2, sweep=0.613, parts=0.559, stage=443, row=187, staged=0.958, staged_backward=0.314, local=47.3,
+    local_backward=149, fixed=75.4, issue=105, work=0.504, kept=4.64, turn=462,
 )  # fmt: skip
 # </fitted>
 
@@ -153,8 +151,10 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
     # Programs on one multiprocessor share its rates.
     share = min(choice.blocks, -(-work.programs // hardware.multiprocessors))
     tiles, columns, m = choice.subtiles, choice.batch_tile, work.m
-    # One slice's tiles are too small for more than 4 warps, which then hold copies.
-    elements = -(-choice.units * columns // (32 * (choice.warps if work.slices > 1 else 4)))
+    elements = -(-choice.units * columns // (32 * choice.warps))
+    if work.slices == 1 and problem.dtype != "fp32":
+        # As the product's result lies in the warps: of each at least a tile of 16 by 8, which others hold, too.
+        elements = 4 * -(-choice.units * columns // (16 * 8 * choice.warps))
     l2 = hardware.l2_rate / cycle / share  # bytes per microsecond and program
     on_chip = hardware.shared_rate / cycle / share
 
@@ -175,12 +175,12 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
     after = cycle * share * fitted.kept * (cell.gates + cell.saved + 2 * cell.states) * elements
     state = idle = 0.0
     if work.slices == 1:
-        pointwise += after
-        if backward:
-            waits = cycle * (fitted.local_backward * cell.gates + fitted.local_warp * choice.warps)
-        else:
-            waits = cycle * fitted.local * cell.inputs
-        waits += hardware.barrier
+        pointwise += after * choice.warps / 4
+        # Of the backward each gate passes through shared memory, from which every warp reads all of it.
+        waits = cell.gates * columns / 8 * choice.warps / 4 * fitted.local_backward if backward else (
+            cell.inputs * fitted.local
+        )
+        waits = waits * cycle + hardware.barrier
     else:
         k = work.k - work.streamed if choice.stages else work.k  # of what is streamed in stages it is below
         state = min(problem.batch, columns) * k * size / l2  # rows past the batch repeat one, and are read once
