@@ -13,7 +13,6 @@ end or run beside each other, and cannot each hold a part of the device that the
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from .planner import hardware as devices
 from .planner import occupancy, pipeline
 from .planner import plan as planning
 from .planner.problem import Problem
-from .tensors import Gradients, Kept, Weights
+from .tensors import Gradients, Kept, Weights, host_word, taken
 
 # Number of launches per kernel name in this process: tests use it to prove which path made their numbers.
 LAUNCHES: Counter[str] = Counter()
@@ -144,9 +143,9 @@ _errors: dict[torch.device, Tensor] = {}
 
 
 def _error_word(device: torch.device) -> Tensor:
-    """The word that a wait writes when it runs out: in pinned host memory, so that reading it synchronises nothing."""
+    """The word that a wait sets when it runs out."""
     if device not in _errors:
-        _errors[device] = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        _errors[device] = host_word(device)
     return _errors[device]
 
 
@@ -157,9 +156,7 @@ def check() -> None:
         RuntimeError: the results of that launch, and all that was computed from them, are wrong.
     """
     for device, word in _errors.items():
-        # Not as ``word[0]``: two operations of torch, at every call.
-        if ctypes.c_int32.from_address(word.data_ptr()).value:
-            word.zero_()
+        if taken(word):
             raise RuntimeError(
                 f"a persistent kernel on {device} gave up waiting for another program of its group; its results are "
                 "invalid. The programs of one launch must be resident at the same time: is the device shared with "

@@ -6,9 +6,11 @@ step, P parameters per unit and E extras per step of a cell that has such. L or 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -50,3 +52,20 @@ class Gradients(NamedTuple):
     d_initial: Sequence[Tensor]
     d_reset: Sequence[Tensor]
     d_params: Tensor | None = None
+
+
+def host_word(device: torch.device) -> Tensor:
+    """An int32 zero [1] that kernels on a device set to 1 for the host: pinned, so that reading it waits for nothing."""
+    return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+
+def taken(word: Tensor) -> bool:
+    """Whether such a word is set; it is set back.
+
+    Not by torch: two operations at every call, and one that was made in inference mode cannot be written outside.
+    """
+    number = ctypes.c_int32.from_address(word.data_ptr())
+    found = number.value != 0
+    if found:
+        number.value = 0
+    return found

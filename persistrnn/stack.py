@@ -199,7 +199,7 @@ def _hiding(decision: Decision, x: Tensor, weights: Sequence[Tensor], states: Se
 
 def _in_one_launch(given: _Given) -> Result:
     stack, x, weights, states, cuts, marks, _ = given
-    layers = [_weights_of(stack, weights, layer) for layer in range(stack.num_layers)]
+    layers = [_weights_of(given, layer) for layer in range(stack.num_layers)]
     upper = layers[1:]
     weight_hh, bias_hh = torch.cat([w.weight_hh for w in layers]), _together([w.bias_hh for w in layers])
     weight_ih, bias_ih = _together([w.weight_ih for w in upper]), _together([w.bias_ih for w in upper])
@@ -220,14 +220,14 @@ def _together(layers: Sequence[Tensor | None]) -> Tensor | None:
 
 def _layers(given: _Given, recurrence: Recurrence, split: int, scales: Sequence[Tensor]) -> Result:
     """split: the heads, where each is a direction of its own to the recurrence; else 1."""
-    stack, y, weights, states, cuts, marks, _ = given
+    stack, y, _, states, cuts, marks, _ = given
     directions, c, finals = stack.directions, None, []
     for layer in range(stack.num_layers):
         y = y if layer == 0 else given.as_read(y)
         if layer > 0 and stack.dropout > 0:
             y = F.dropout(y, stack.dropout)
         rows = slice(layer * directions, (layer + 1) * directions)
-        own = _weights_of(stack, weights, layer)
+        own = _weights_of(given, layer)
         if scales:
             own = own._replace(scale=torch.stack(list(scales[rows])))
         if own.bias_hh is None and not given.kernels:
@@ -268,7 +268,7 @@ def _input_half(cell: str, y: Tensor, own: _Weights) -> Tensor:
 def _in_chunks(given: _Given, chunk: int) -> Result:
     """The layers one after the other, each in chunks of time; where nothing happens between them and none keeps more
     than its states now and then, the chunks one after the other, each through all layers."""
-    stack, y, weights, states, cuts, marks, _ = given
+    stack, y, _, states, cuts, marks, _ = given
     between = stack.directions > 1 or stack.dropout > 0
     together = 1 if between or stack.save != "checkpoint" else stack.num_layers
     c, finals = None, []
@@ -279,7 +279,7 @@ def _in_chunks(given: _Given, chunk: int) -> Result:
         rows = slice(layer * stack.directions, (layer + together) * stack.directions)
         tensors: list[Tensor] = []
         for i in range(layer, layer + together):
-            own = _weights_of(stack, weights, i).by_head(stack.heads)
+            own = _weights_of(given, i).by_head(stack.heads)
             for weight, bias in ((own.weight_ih, own.bias_ih), (own.weight_hh, own.bias_hh)):
                 tensors += [weight, weight.new_zeros(weight.shape[:2]) if bias is None else bias]
             tensors += [] if own.params is None else [own.params]
@@ -293,12 +293,13 @@ def _in_chunks(given: _Given, chunk: int) -> Result:
     return Result(y, c, _all_layers(finals))
 
 
-def _weights_of(stack: Call, weights: Sequence[Tensor], layer: int) -> _Weights:
+def _weights_of(given: _Given, layer: int) -> _Weights:
+    stack, weights = given.call, given.weights
     each = len(weights) // (stack.num_layers * stack.directions)
     first, last = layer * stack.directions * each, (layer + 1) * stack.directions * each
     kinds = [weights[first + k : last : each] for k in range(each)]
-    if stack.directions > 1 and not (stack.backward or autograd.transformed()):
-        # All at once: one launch.
+    if stack.directions > 1 and given.kernels and not (stack.backward or autograd.transformed()):
+        # All at once: one launch. It has no tangents, which the loop over the steps may be asked for.
         made = [kind[0].new_empty(len(kind), *kind[0].shape) for kind in kinds]
         torch._foreach_copy_([own for both in made for own in both], [own for kind in kinds for own in kind])
     else:

@@ -5,11 +5,10 @@ are uint8 [T, B, D]: 0 where a step goes on from the one before it in its direct
 reset state instead, SKIPPED where the row has no step (padding, a masked step) and the state stays as it is.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
+from persistrnn.kernels.tensors import host_word, taken
 from persistrnn.tracing import exporting_to_onnx
 
 BEGINS, SKIPPED = 1, 2
@@ -53,21 +52,23 @@ def first_steps(active: Tensor, directions: int) -> Tensor:
 
 # Whether lengths on a device were not within [0, T]: noted there, and on its way to the host, which ``check`` asks.
 _out_of_range: dict[torch.device, tuple[Tensor, Tensor]] = {}
-# The same, noted there by a kernel: int32 [1] in the host's memory.
+# The same, noted by a kernel.
 _words: dict[torch.device, Tensor] = {}
 
 
 def word(device: torch.device) -> Tensor:
     """What a kernel sets to 1 if a length is out of range."""
     if device not in _words:
-        _words[device] = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        _words[device] = host_word(device)
     return _words[device]
 
 
 def _note(bad: Tensor) -> None:
     if bad.device not in _out_of_range:
-        seen = torch.zeros((), dtype=torch.bool, device=bad.device)
-        _out_of_range[bad.device] = seen, torch.zeros((), dtype=torch.bool, pin_memory=bad.device.type == "cuda")
+        with torch.inference_mode(False):  # else a call outside of it could not write them
+            seen = torch.zeros((), dtype=torch.bool, device=bad.device)
+            told = torch.zeros((), dtype=torch.bool, pin_memory=bad.device.type == "cuda")
+        _out_of_range[bad.device] = seen, told
     seen, told = _out_of_range[bad.device]
     seen.logical_or_(bad)
     told.copy_(seen, non_blocking=True)
@@ -81,9 +82,7 @@ def check() -> None:
             told.zero_()
             raise _as_told(device)
     for device, noted in _words.items():
-        # Not as ``noted[0]``: two operations of torch, at every call.
-        if ctypes.c_int32.from_address(noted.data_ptr()).value:
-            noted.zero_()
+        if taken(noted):
             raise _as_told(device)
 
 
@@ -96,9 +95,7 @@ def _as_told(device: torch.device) -> RuntimeError:
 
 def refuse(lengths: Tensor, steps: int) -> None:
     """Raise ValueError if a kernel has just noted these, on a CPU."""
-    noted = word(lengths.device)
-    if noted.item():
-        noted.zero_()
+    if taken(word(lengths.device)):
         raise _not_within(lengths, steps)
 
 

@@ -328,3 +328,14 @@ def test_lengths_of_few_bits(dtype):
     layer = persistrnn.GRU(2, 3)
     x, lengths = torch.randn(300, 2, 2), torch.tensor([100, 0])
     assert torch.equal(layer(x, lengths=lengths.to(dtype))[0], layer(x, lengths=lengths)[0])
+
+
+@pytest.mark.interpreter
+def test_lengths_out_of_range_after_inference_mode(monkeypatch):
+    """A tensor that was made in that mode cannot be written outside: the word in which they are noted is none."""
+    monkeypatch.setattr(step_marks, "_words", {})
+    layer, x = persistrnn.GRU(2, 3, backend="persistent"), torch.randn(3, 2, 2)
+    for inference in (True, False, False):
+        with torch.inference_mode(inference), pytest.raises(ValueError, match=r"within \[0, T=3\], got \[3, 4\]"):
+            layer(x, lengths=torch.tensor([3, 4]))
+    layer(x, lengths=torch.tensor([3, 2]))

@@ -292,6 +292,17 @@ def test_linearizes(cell, given):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_tangents_of_weights_without_gradients(backend):
+    layer = make_layer("lstm", INPUT, H, bidirectional=True, backend=backend).requires_grad_(False)
+    x, weights = torch.randn(T, B, INPUT), dict(layer.named_parameters())
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(w, w) for name, w in weights.items()}
+        found = forward_ad.unpack_dual(functional_call(layer, duals, (x,))[0]).tangent
+    expected = jvp(lambda weights: functional_call(layer, weights, (x,))[0], (weights,), (weights,))[1]
+    close(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_path_is_told(backend):
     layer = make_layer("lstm", INPUT, H, backend=backend)
 
