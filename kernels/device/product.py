@@ -35,7 +35,7 @@ from .operands import (
     word_rows,
     words_in_a_row,
 )
-from .tiles import accumulator, narrow, operand, operands, split_gates, split_three_gates, sum_chains
+from .tiles import accumulator, fence_copies, narrow, operand, operands, split_gates, split_three_gates, sum_chains
 from .widen import eight_bits, in_turn, widened
 from .words import elements_of, per_word, settle, words_at
 
@@ -437,6 +437,7 @@ def product_shared(weights, ahead, accs, pointer, rows, spin_limit, error, tilin
             moving, spin_limit = streamed_operand(
                 pointer, rows, i, weights.matrix.k_start, spin_limit, error, tiling, exchange
             )  # fmt: skip
+            fence_copies(i, tiling, exchange)
             accs = advance(current, moving, accs, tiling)
     elif tiling.streamed > 0:
         n: tl.constexpr = tiling.streamed

@@ -116,6 +116,18 @@ def operands(tiles, tiling: tl.constexpr, exchange: tl.constexpr):
 
 
 @triton.jit
+def fence_copies(i, tiling: tl.constexpr, exchange: tl.constexpr):
+    """Between the wait for the asynchronous copies of tile ``i`` and the wgmma that reads what they wrote.
+
+    It reads by the asynchronous proxy, and of copies only those in bulk write by that: the PTX ISA asks for a proxy
+    fence, which Triton 3.9.0 has there itself and 3.6.0 has not.
+    """
+    if tiling.fenced and exchange.poll == "ptx":
+        assembly: tl.constexpr = "fence.proxy.async.shared::cta; mov.b32 $0, $1;"
+        tl.inline_asm_elementwise(assembly, "=r,r", [i], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def accumulator(m: tl.constexpr, n: tl.constexpr, splits: tl.constexpr):
     """Zeros [M, N] or [P, M, N]."""
     if splits == 1:

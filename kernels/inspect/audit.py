@@ -149,6 +149,8 @@ EXCHANGED = {
     },
 }
 
+UNFENCED = re.compile(r"cp\.async\.wait_group(?:(?!fence\.proxy\.async)[\s\S])*?wgmma\.mma_async")
+
 
 def exchange_of(case: Case) -> Exchange:
     return fitting(exchange_on(case.arch), case.hidden * (4 if DTYPES[case.dtype] == "*fp32" else 2))
@@ -376,6 +378,8 @@ def read_machine_code(compiled: Any, case: Case, part: planning.Pass) -> tuple[d
         failures.append("no tensor-core instruction")
     if "cp.async.ca" in compiled.asm["ptx"]:
         failures.append("an asynchronous copy through L1, which may hold what was there before")
+    if part.tiling.fenced and UNFENCED.search(compiled.asm["ptx"]):
+        failures.append("no proxy fence between asynchronous copies and wgmma")
     if part.tiling.slices > 1:
         for what, pattern in EXCHANGED[exchange_of(case).protocol].items():
             if not re.search(pattern, compiled.asm["ptx"]):

@@ -208,7 +208,8 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
             # What L2 cannot keep from step to step is read from memory, and L2 evicts in a cycle: all or nothing.
             memory = all_programs / (hardware.memory_rate * 1e3) if all_programs > hardware.l2 / 2 else 0.0
             if choice.stages:
-                operand = min(problem.batch, columns) * work.streamed * size
+                # Rows past the batch repeat one, and each warp copies one of them.
+                operand = min(max(problem.batch, choice.warps), columns) * work.streamed * size
                 part = compute * work.streamed / work.k
                 # As torch's products, of which both operands are on their way, too.
                 formed = part / slowdown / MATRIX_EFFICIENCY

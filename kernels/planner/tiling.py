@@ -89,13 +89,14 @@ class Tiling:
         row_tiles: tiles of each row where the moving operand is in memory; 0: as many as the first product takes.
         chains: parts of K per warp: products that do not wait for each other.
         stages: as in ``Choice``.
+        fenced: whether the product reads what asynchronous copies wrote by another proxy (``fence_copies``).
         later: of the second product of a step that has one, whose outputs are the last gate; in the same slices.
     """
 
     # Not in a plan's JSON where the cell has nothing of the kind.
     OF_SOME_CELLS: ClassVar = (
         "more_inputs", "params", "extras", "after", "more_gradients", "guarded", "heads", "means", "normalised",
-        "row_tiles", "later", "widened", "chains", "stages",
+        "row_tiles", "later", "widened", "chains", "stages", "fenced",
     )  # fmt: skip
 
     hidden: int
@@ -139,6 +140,7 @@ class Tiling:
     later: Tiling | None = None
     chains: int = 1
     stages: int = 0
+    fenced: bool = False
 
     def __post_init__(self) -> None:
         if self.layers > 1 and self.slices == 1:
@@ -369,4 +371,5 @@ def _tiling(problem: Problem, choice: Choice, backward: bool, gates: int) -> Til
         means=cell.means,
         normalised=cell.normalised,
         stages=choice.stages,
+        fenced=choice.stages > 0 and problem.hardware.arch == "sm_90",
     )

@@ -86,7 +86,7 @@ class Races:
         # Of the asynchronous proxy: when each cell was written and each warp last fenced, how many wgmma are reading.
         self.asynchronous = grid.kernel.uses("wgmma")
         self.tick, self.s_tick = 0, np.zeros(cells if self.asynchronous else 0, S64)
-        self.fence_tick = np.zeros(self.programs * self.warps, S64)
+        self.fence_tick, self.fence_epoch = np.zeros((2, self.programs * self.warps), S64)
         self.reading = np.zeros(cells if self.asynchronous else 0, np.int32)
         self.seen: set[tuple[int, int, str]] = set()
         for where in grid.memory.ranges:
@@ -257,19 +257,16 @@ class Races:
 
     def proxy_fence(self, unit: Unit, lanes: Array) -> None:
         self.tick += 1
-        self.fence_tick[np.unique(unit.row[lanes])] = self.tick
-
-    def copied(self, access: Access) -> None:
-        """What asynchronous copies wrote, wgmma may read without a fence: so do all of Triton's own pipelines on 3.6.0,
-        where 3.9.0 has one."""
-        if self.asynchronous:
-            self.s_tick[access.cells(0, self.grain)[0]] = -1
+        self.fence_tick[unit.row[lanes]] = self.tick
+        self.fence_epoch[unit.row[lanes]] = self.epoch[unit.program[lanes]]
 
     def async_read(self, access: Access) -> None:
         self.shared_read(access)
         cells, lanes = access.cells(0, self.grain)
         writer = access.unit.program[lanes] * self.warps + (self.s_written[cells] & SEVERAL)
+        # Of the writer, before the barrier, or of the reader, behind it.
         late = self.s_tick[cells] >= self.fence_tick[writer]
+        late &= self.s_written[cells] >> 8 >= self.fence_epoch[access.unit.row[lanes]]
         if late.any():
             i = int(late.argmax())
             what, who = "wgmma's read of shared memory, with no proxy fence between,", f"warp {writer[i] % self.warps}"

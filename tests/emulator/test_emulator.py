@@ -1,5 +1,7 @@
 """What the emulator says of wrong programs, and what it changes."""
 
+import re
+
 import emulated as cases
 import pytest
 import torch
@@ -61,6 +63,21 @@ def test_a_copy_over_what_others_still_read_is_told(emulated, forced):
     layer = persistrnn.LSTM(4, 104, backend="persistent", dtype=torch.bfloat16)
     with torch.no_grad(), pytest.raises(EmulatorError, match=r"cp\.async\.cg\S* is not ordered after the read"):
         layer(torch.randn(3, 19, 4, dtype=torch.bfloat16))
+
+
+def test_wgmma_reads_copies_behind_a_proxy_fence(emulated, forced):
+    """Behind the kernel's own where Triton has none, as 3.6.0; without either it is told."""
+    layer = persistrnn.LSTM(4, 104, backend="persistent", dtype=torch.bfloat16)
+    x = torch.randn(3, 19, 4, dtype=torch.bfloat16)
+    of_triton = r"fence\.proxy\.async\.shared::cta;(?! mov)"
+    emulated("sm_90", mutate=lambda ptx: re.sub(of_triton, "", ptx))
+    forced(**STAGED)
+    with torch.no_grad():
+        layer(x)
+        emulated("sm_90", mutate=lambda ptx: ptx.replace("fence.proxy.async.shared::cta;", ""))
+        forced(**STAGED)
+        with pytest.raises(EmulatorError, match="with no proxy fence between"):
+            layer(x)
 
 
 def test_the_interpreter_is_not_meant(emulated):

@@ -199,7 +199,6 @@ class Unit:
         done, self.copies = self.copies[: len(self.copies) - 1 - left], self.copies[len(self.copies) - 1 - left :]
         for access, values in (copy for group in done for copy in group):
             self._write_shared(access, values)
-            self.races.copied(access)
 
     def ldmatrix(self, address, matrices, transposed, number):
         access = self._shared(address, self.lane < 8 * matrices, 2, 8, number)

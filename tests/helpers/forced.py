@@ -10,7 +10,7 @@ from persistrnn.kernels import launch
 from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.device.exchange import POLLERS, SPIN_LIMIT, Exchange, fitting
 from persistrnn.kernels.planner import pipeline, plan
-from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER
+from persistrnn.kernels.planner.hardware import DEVICES, INTERPRETER, Hardware
 from persistrnn.kernels.planner.problem import Problem
 from persistrnn.kernels.planner.tiling import Choice, Tiling, make_tiling, smallest_k_block
 
@@ -47,10 +47,10 @@ def tilings(
     dtype: str = "fp32",
     heads: int = 1,
     weight_dtype: str = "",
+    hardware: Hardware = INTERPRETER if launch.INTERPRETED else DEVICES["h200"],
     **chosen: str | int,
 ) -> tuple[tuple[Choice, Tiling], tuple[Choice, Tiling]]:
     """The choice and the tiling of the forward and of the backward."""
-    hardware = INTERPRETER if launch.INTERPRETED else DEVICES["h200"]
     problem = Problem(CELLS[cell], hidden, 1, directions, dtype, hardware, heads, weight_dtype)
     found = []
     for backward in (False, True):
@@ -84,7 +84,7 @@ def force(
         assert fitting(exchange, hidden * dtype.itemsize) == exchange, "flags need an even H in 16 bits"
         passes = []
         of = multiplied(dtype, precision), heads, weight_dtype
-        for made, t in tilings(cell.name, hidden, directions, *of, **chosen):
+        for made, t in tilings(cell.name, hidden, directions, *of, launch.hardware(device), **chosen):
             jobs = t.jobs(batch)
             together = min(groups or jobs, jobs)
             passes.append(plan.Pass(t, made, together, -(-jobs // together), 0, 0, 0, 0, 0, None, None))

@@ -319,6 +319,18 @@ def test_a_lost_memory_order_is_found(monkeypatch, protocol, pattern, replacemen
     assert audit.audit(SHARED).failures == finding
 
 
+def test_a_lost_proxy_fence_is_found(monkeypatch):
+    wide = Case("lstm", False, "bf16", 4096, "sm_90", 128)
+    part = audit.planned(wide)
+    compiled = audit.compile_pass(wide, part)
+    assert part.tiling.fenced
+    assert audit.audit(wide).failures == ""
+    asm = {name: compiled.asm[name] for name in ("ttgir", "cubin")}
+    asm["ptx"] = compiled.asm["ptx"].replace("fence.proxy.async", "// fence")
+    monkeypatch.setattr(audit, "compile_pass", lambda case, part: SimpleNamespace(asm=asm, metadata=compiled.metadata))
+    assert audit.audit(wide).failures == "no proxy fence between asynchronous copies and wgmma"
+
+
 def test_a_refused_size_is_a_row_that_says_so():
     row = audit.audit(Case("lstm", True, "fp32", 40_000, "sm_80"))
     assert "hidden_size=40000" in row.refused
