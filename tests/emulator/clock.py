@@ -8,10 +8,14 @@ far as this one: a poll sees their announcements ``hardware.exchange`` after thi
 which the data follow. Of data that are their own flags a load has those of others half of ``hardware.exchange`` after
 the program has put its own: one trip through L2 instead of two.
 
+Asynchronous copies and products of warp groups (cp.async, wgmma) issue and go on in their pipes; a warp waits for them
+where it waits for their group. What both move through shared memory is booked there when they issue. A warp multiplies
+its 16 rows without waiting for the other three of its group.
+
 PTX is not SASS. Costless are moves between registers, widening without sign and loads of parameters; address arithmetic
 counts, though ptxas folds some of it into offsets, and no instruction that it moves or merges is moved or merged here.
-Left out: other blocks on the multiprocessor, the caches of instructions and constants, register banks, spills, L1,
-write-back of stores, and how long a taken branch takes.
+Left out: that what a step streams may exceed L2, other blocks on the multiprocessor, the caches of instructions and
+constants, register banks, spills, L1, write-back of stores, and how long a taken branch takes.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from .latencies import ARCHITECTURES, COSTS, SHARED_CONFLICT, Cost, kind
+from .latencies import ARCHITECTURES, COSTS, SHARED_CONFLICT, Cost, group_columns, group_reads, kind
 from .order import Known, ordered
 from .ptx import EmulatorError, Instruction, Kernel
 from .trace import SECTOR, Event, Trace, is_flagged
@@ -28,6 +32,7 @@ from .trace import SECTOR, Event, Trace, is_flagged
 SCHEDULERS = 4
 QUEUED = ("shared", "l2")  # pipes of the multiprocessor
 EXCHANGE = "exchange (another program)"
+GROUP = "product of a warp group"
 
 
 @dataclass(eq=False)
@@ -51,12 +56,35 @@ class _Wait:
     line: str = ""
 
 
+class _Groups:
+    """Of a warp's copies, or of its products: until when those of the open group and of all committed ones go on."""
+
+    def __init__(self) -> None:
+        self.open = _Wait()
+        self.committed = [_Wait()]  # each with those before it
+
+    def add(self, one: _Wait) -> None:
+        self.open = _later(self.open, one)
+
+    def commit(self) -> None:
+        self.committed.append(_later(self.committed[-1], self.open))
+        self.open = _Wait()
+
+    def all_but(self, left: int) -> _Wait:
+        return self.committed[max(0, len(self.committed) - 1 - left)]
+
+
+def _later(*waits: _Wait) -> _Wait:
+    return max(waits, key=lambda wait: wait.time)
+
+
 class _Warp:
     def __init__(self, number: int, events: list[Event]):
         self.number, self.events, self.at = number, events, 0
         self.order = _Wait()
         self.ready: dict[str, _Wait] = {}
         self.at_barrier = False
+        self.groups = {"cp": _Groups(), "wgmma": _Groups()}
         self.issued: list[Issued] = []
 
 
@@ -111,7 +139,7 @@ class Scoreboard:
 
     def pipes(self, warp: _Warp, cost: Cost) -> list[tuple[str, int]]:
         found = [("scheduler", warp.number % SCHEDULERS)]
-        if cost.pipe and cost.pipe not in QUEUED:
+        if cost.pipe and cost.pipe not in QUEUED and cost is not self.cost(GROUP):
             found.append((cost.pipe, warp.number % SCHEDULERS))
         return found
 
@@ -120,6 +148,8 @@ class Scoreboard:
         event = warp.events[warp.at]
         waits = [warp.ready.get(r, _Wait()) for r in self.operands[event.instruction.number][0]] + [warp.order]
         waits += [self.busy.get(pipe, _Wait()) for pipe in self.pipes(warp, self.cost_of(event)[1])]
+        if "wait_group" in event.instruction.modifiers:
+            waits.append(warp.groups[event.instruction.name].all_but(int(str(event.instruction.args[0]), 0)))
         if event.release is not None and event.release in self.among:
             if event.release not in self.announced:
                 return None
@@ -130,7 +160,7 @@ class Scoreboard:
                 if put not in self.announced:
                     return None
                 waits.append(_Wait(self.announced[put].time, self.announced[put], self.announced[put].line))
-        return max(waits, key=lambda wait: wait.time)
+        return _later(*waits)
 
     def cost_of(self, event: Event) -> tuple[str, Cost]:
         """(class, cost); an access without an active lane is an empty slot."""
@@ -157,12 +187,16 @@ class Scoreboard:
         warp.at += 1
         begins, cycles = now.time, cost.cycles
         if cost.pipe in QUEUED:
-            begins = max(now.time, self.busy.get((cost.pipe, 0), _Wait()).time)
             amount = max(1, event.amount)
             busy = amount * cost.busy if cost.pipe == "shared" else amount * SECTOR / self.hardware.l2_rate
-            self.busy[cost.pipe, 0] = _Wait(begins + busy, now, i.source)
+            begins = self.book(cost.pipe, 0, now, busy) - busy
             if name == "shared load":
                 cycles += SHARED_CONFLICT * (amount - 1)
+            if name == "copy":
+                cycles = max(cycles, self.book("shared", 0, now, event.stored) - begins)
+        elif name == GROUP:
+            read = self.book("shared", 0, now, group_reads(i))
+            begins = max(read, self.book("tensor", warp.number % SCHEDULERS, now, group_columns(i) * cost.busy))
         else:
             for pipe in self.pipes(warp, cost)[1:]:
                 self.busy[pipe] = _Wait(now.time + cost.busy, now, i.source)
@@ -179,10 +213,21 @@ class Scoreboard:
             seen = release.time + self.exchange - self.cost("load from L2").cycles
             if seen > result.time:
                 result = _Wait(seen, release, EXCHANGE)
-        for register in self.operands[i.number][1]:
-            warp.ready[register] = result
+        if name in ("copy", GROUP):
+            warp.groups[i.name].add(result)
+        elif "commit_group" in i.modifiers:
+            warp.groups[i.name].commit()
+        else:
+            for register in self.operands[i.number][1]:
+                warp.ready[register] = result
         if name == "barrier":
             self.meet(warp, now)
+
+    def book(self, pipe: str, number: int, now: Issued, busy: float) -> float:
+        """Until when the pipe then works on what has issued now."""
+        ends = max(now.time, self.busy.get((pipe, number), _Wait()).time) + busy
+        self.busy[pipe, number] = _Wait(ends, now, now.event.instruction.source)
+        return ends
 
     def meet(self, warp: _Warp, now: Issued) -> None:
         warp.at_barrier = True

@@ -69,9 +69,27 @@ _both(
 )
 _both("load from memory", (466.3, 478.8), "l2", 0, 1, "Luo et al., table IV; busy: as from L2")
 _both("global store", 0, "l2", 0, 1, "assumed: nobody waits for it; busy: as a load")
+_both("copy", (261.5, 263.0), "l2", 0, 1, "assumed: as a load from L2; in shared memory it is a store")
+_both("order", 0, "", 0, 1, "assumed: one slot to fence, and to commit and await a group; its end is what is awaited")
+_both("product of a warp group", 47.1, "tensor", 0.5, 1,
+      "Luo et al., table VIII: m64n256k16 128.0 one after the other, half a cycle for each column, at 729.3 TFLOP/s; "
+      "with tf32 as many; cycles, behind those, assumed: a shared load and an mma of 16 bits")  # fmt: skip
 _both("barrier", 0, "", 0, 1, "the device's record: hardware.barrier")
 
 SHARED_CONFLICT = 2  # cycles more per further transaction of a shared load: the same tables
+
+
+def group_columns(i: Instruction) -> int:
+    """N of a product of a warp group."""
+    return int(next(m for m in i.modifiers if m.startswith("m64n"))[4:].split("k")[0])
+
+
+def group_reads(i: Instruction) -> float:
+    """Transactions of shared memory for one warp of a product of a warp group, whose operands have rows of 32 bytes:
+    its 16 rows of A, unless they are in registers, and a quarter of B. Assumed: B is read once for all four. Then, with
+    16 + N / 4 cycles for both, N below 64 is slower with A in shared memory, as Luo et al. say (2501.12084)."""
+    return (0 if isinstance(i.args[1], list) else 4) + group_columns(i) / 16
+
 
 _FLOATS = ("f32", "f16", "bf16", "f32x2")
 _PLAIN = (
@@ -117,6 +135,10 @@ def kind(i: Instruction) -> str:
         return "divide" if last == "f32" else "integer divide"
     if i.name == "mma":
         return "mma of tf32" if "tf32" in i.modifiers else "mma of 16 bits"
+    if i.name in ("cp", "wgmma", "fence"):
+        if i.name == "cp" and "cg" in i.modifiers:
+            return "copy"
+        return "product of a warp group" if "mma_async" in i.modifiers else "order"
     if i.name in ("ld", "ldmatrix"):
         return "shared load" if i.name == "ldmatrix" or "shared" in i.modifiers else "load"
     if i.name in ("st", "stmatrix"):

@@ -2,8 +2,8 @@
 
 PTX has loads next to their first use. ptxas does not leave them there: within a stretch of straight code it lists first
 what the longest chain of latencies hangs on. That is done here, with no limit on registers. Stretches end at barriers,
-branches and their targets, and at accesses that other programs take part in; stores keep their order, and no load of
-the same space passes one.
+branches and their targets, at accesses that other programs take part in, at products of warp groups, and where copies
+are waited for; stores keep their order, and no load of the same space passes one. To shared memory a copy is a store.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from .trace import Event
 # (instruction, latency) of each of a stretch -> their order: warps and steps repeat each other.
 Known: TypeAlias = dict[tuple[tuple[int, float], ...], list[int]]
 _STRONG = {"acquire", "release", "relaxed", "volatile"}
+_GROUPS = {"commit_group", "wait_group"}
+_STORES = ("st", "stmatrix", "cp")
 
 
 def ends(i: Instruction) -> bool:
-    together = "bar", "barrier", "red", "atom", "fence", "shfl", "redux"
-    return i.branches or i.name in together or bool(_STRONG & set(i.modifiers))
+    together = "bar", "barrier", "red", "atom", "fence", "shfl", "redux", "wgmma"
+    return i.branches or i.name in together or bool((_STRONG | _GROUPS) & set(i.modifiers))
 
 
 def space(i: Instruction) -> str:
     """That the instruction accesses: "shared", "global" or ""."""
-    if i.name in ("ldmatrix", "stmatrix"):
+    if i.name in ("ldmatrix", "stmatrix", "cp"):
         return "shared"
     if i.name not in ("ld", "st") or "param" in i.modifiers:
         return ""
@@ -74,7 +76,7 @@ def _listed(stretch: list[Event], kernel: Kernel, latency: Callable[[Event], flo
         later = [m for r in written for m in [*readers.pop(r, []), *([writer[r]] if r in writer else [])]]
         if where := space(i):
             later += [stores[where]] if where in stores else []
-            if i.name in ("st", "stmatrix"):
+            if i.name in _STORES:
                 later += loads.pop(where, [])
                 stores[where] = n
             else:

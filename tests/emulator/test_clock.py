@@ -1,6 +1,7 @@
 """The clock's cycles on traces written by hand, and its table."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import clock_table
@@ -16,6 +17,7 @@ from persistrnn.kernels.cells import CELLS
 from persistrnn.kernels.planner import hardware, plan
 from persistrnn.kernels.planner.choices import choices
 from persistrnn.kernels.planner.problem import Problem
+from persistrnn.kernels.planner.tiling import Choice
 
 # Cycles are nanoseconds; an exchange takes 1000, a barrier 50; L2 gives a sector of 32 bytes a clock.
 HARDWARE = SimpleNamespace(clock=1.0, exchange=1.0, barrier=0.05, l2_rate=32.0)
@@ -117,6 +119,108 @@ def test_l2_gives_what_the_record_says():
     assert times(made, [warp]) == [[0, 1, 16 + 263, 478.8]]
     warp[1].first = False
     assert times(made, [warp]) == [[0, 1, 263, 16 + 263]]
+
+
+# ---- groups of copies and of products -----------------------------------------------------------------------------
+
+COPY = "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd0 + 0 ], 16;"
+COMMIT = "cp.async.commit_group;"
+
+
+def copying(body: str, sectors: int = 16, stored: int = 4) -> tuple[Kernel, list[Event]]:
+    made = kernel(body)
+    some = events(made)
+    for event in some:
+        if event.instruction.op == "cp.async.cg.shared.global":
+            event.amount, event.stored = sectors, stored
+    return made, some
+
+
+def ends(made: Kernel, warps: list[list[Event]]) -> list[float]:
+    """When each warp issues its last instruction."""
+    return [times_of[-1] for times_of in times(made, warps)]
+
+
+def test_a_warp_waits_for_its_groups_of_copies():
+    groups = f"{COPY}\n{COMMIT}\n{COPY}\n{COMMIT}\n"
+    made, some = copying(f"{groups}cp.async.wait_group 1;\ncp.async.wait_group 0;\nadd.f32 %r5, %r6, %r6;")
+    # Each has a trip through L2, the second 16 cycles after the first.
+    assert times(made, [some]) == [[0, 1, 2, 3, 263, 16 + 263, 16 + 264]]
+    made, some = copying(f"{groups}cp.async.wait_group 2;")
+    assert ends(made, [some]) == [4]
+    # Not for those that it has not committed, nor for another warp's.
+    made, some = copying(f"{COPY}\ncp.async.wait_group 0;")
+    assert times(made, [some, some[1:]]) == [[0, 1], [0]]
+
+
+def test_copies_overlap_until_l2_gives_no_more():
+    one, many = (copying("\n".join([*[f"{COPY}\n{COMMIT}"] * n, "cp.async.wait_group 0;"])) for n in (1, 40))
+    assert ends(one[0], [one[1]]) == [263]
+    assert ends(many[0], [many[1]]) == [39 * 16 + 263], "their sectors, and one trip"
+    # One after the other they are as many trips.
+    after, some = copying("\n".join([f"{COPY}\n{COMMIT}\ncp.async.wait_group 0;"] * 40))
+    assert ends(after, [some]) == [40 * 264 - 1]
+
+
+def test_copies_are_stored_in_shared_memory():
+    made, some = copying(
+        f"{COPY}\n{COMMIT}\ncp.async.wait_group 0;\nld.shared.b32 %r5, [%r6];\nadd.f32 %r7, %r5, %r5;", stored=400
+    )
+    some[3].amount = 1
+    assert times(made, [some]) == [[0, 1, 400, 401, 401 + 23]]
+    ((_, *_, last),) = clock.Scoreboard(made, [some[:3]], "sm_90", HARDWARE).run()
+    assert clock.critical(last, 0.0) == {"cells.py:1": 400}, "the line of the copy"
+
+
+def test_nothing_passes_a_copy_that_is_waited_for():
+    body = f"add.f32 %r2, %r3, %r3;\n{COPY}\n{COMMIT}\ncp.async.wait_group 0;\nld.shared.b32 %r5, [%r6];"
+    assert "".join(in_order(f"{body}\nex2.approx.f32 %r3, %r5;")) == "213456", "first, it takes longest"
+    assert "".join(in_order(f"ld.shared.b32 %r5, [%r6];\n{COPY}")) == "12", "it may overwrite what was loaded"
+
+
+def product(columns: int, a: str = "%rd0", d: str = "%r4") -> str:
+    name = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16"
+    return f"{name} {{{d}}}, {a}, %rd1, %p0, 1, 1, 0, 0;"
+
+
+MULTIPLIED = "wgmma.commit_group.sync.aligned;"
+AWAITED = "wgmma.wait_group.sync.aligned 0;"
+DEPTH = latencies.COSTS[clock.GROUP][1].cycles
+
+
+@pytest.mark.parametrize(
+    ("columns", "a", "each"),
+    [
+        (256, "%rd0", 128),  # the dense rate: 2,048 products of a multiprocessor a clock
+        (64, "%rd0", 32),
+        (64, "{%r0,%r1}", 32),
+        (16, "%rd0", 20),  # 64 rows of A and 16 of B, of 32 bytes, from shared memory
+        (16, "{%r0,%r1}", 8),
+    ],
+)
+@pytest.mark.parametrize("several", [1, 30])
+def test_a_warp_group_multiplies_at_the_rate_of_its_pipes(columns, a, each, several):
+    body = [*[product(columns, a)] * several, MULTIPLIED, AWAITED]
+    made = kernel("\n".join(body))
+    found = ends(made, [events(made) for _ in range(4)])
+    # The latency once, though each adds to what the one before has left.
+    assert max(found) - DEPTH == pytest.approx(several * each, abs=4)
+    if columns >= 64:  # two groups share the tensor cores
+        found = ends(made, [events(made) for _ in range(8)])
+        assert max(found) - DEPTH == pytest.approx(2 * several * each, abs=4)
+
+
+def test_a_warp_waits_for_its_groups_of_products():
+    chain = f"{product(64)}\n{MULTIPLIED}\n" * 2
+    made = kernel(f"{chain}{AWAITED.replace('0', '1')}\nadd.s32 %r9, %r8, %r8;\n{AWAITED}")
+    (found,) = times(made, [events(made)])
+    assert found == [0, 1, 2, 3, 32 + DEPTH, 33 + DEPTH, 64 + DEPTH]
+    # Products overlap with what does not wait for them; what they add to must be there.
+    made = kernel(f"ex2.approx.f32 %r4, %r0;\n{product(64)}\n{MULTIPLIED}\nadd.f32 %r9, %r8, %r8;")
+    assert times(made, [events(made)]) == [[0, 18, 19, 20]]
+    # Nothing passes them.
+    body = f"add.f32 %r2, %r3, %r3;\n{product(64)}\nld.shared.b32 %r5, [%r6];\n{MULTIPLIED}"
+    assert "".join(in_order(f"{body}\n{AWAITED}\nex2.approx.f32 %r7, %r5;")) == "123456"
 
 
 def test_a_poll_sees_others_an_exchange_after_the_own_announcement():
@@ -234,8 +338,8 @@ def test_every_cost_says_where_it_comes_from():
 
 
 def test_an_unknown_instruction_is_an_error_that_names_it():
-    made = kernel("wgmma.wait_group.sync.aligned 0;")
-    with pytest.raises(EmulatorError, match=r"cells\.py:1.*wgmma.*does not know"):
+    made = kernel("tcgen05.wait::ld.sync.aligned;")
+    with pytest.raises(EmulatorError, match=r"cells\.py:1.*tcgen05.*does not know"):
         times(made, [events(made)])
 
 
@@ -263,6 +367,25 @@ def test_a_step_of_a_small_kernel(emulated, forced, arch, k_parts):
     fast, faster = step(exchange=0.0), step(exchange=0.0, barrier=0.0)
     assert clock.EXCHANGE not in dict(fast.shares)
     assert 0.3 * 50 * fast.barriers < fast.cycles - faster.cycles <= 50 * fast.barriers
+
+
+@pytest.mark.parametrize("device", ["h200", "a100"])
+def test_a_step_that_streams_in_stages(device):
+    """A backward whose program has 64 rows of weights and 512 of K, 64 of them in shared memory."""
+
+    def step(stages, **changed):
+        problem = Problem(CELLS["lstm"], 128, 32, 1, "bf16", replace(hardware.named(device), **changed))
+        part = plan.finish(problem, True, Choice(64, 1, 32, 1, 8, 1, 1, 64, 64, 0, 64, 64, stages))
+        return part, clock_table.clocked(problem, part, True).cycles
+
+    # At a byte a clock L2 alone counts: what is streamed, and the operand.
+    part, cycles = step(3, l2_rate=1.0)
+    moved = part.streamed + 2 * 32 * 512
+    assert part.streamed == 2 * 64 * (512 - 64)
+    assert moved < cycles < 1.5 * moved, "and some of its own units"
+    # Without that limit a trip overlaps with the products of as many tiles as are there.
+    (_, ahead), (_, in_turn) = (step(stages, l2_rate=1e6) for stages in (3, 2))
+    assert in_turn - ahead > 75 * 7, "the tiles that are streamed"
 
 
 @pytest.mark.emulator

@@ -23,13 +23,15 @@ LINE, SECTOR, BANKS = 128, 32, 32  # bytes, bytes, of 4 bytes each
 @dataclass(eq=False)
 class Event:
     """One instruction of one warp. amount: transactions of shared memory, or sectors of global memory, that its active
-    lanes need (0: none is active, or no access); first: whether it is the program's first access to a line;
-    release: of what a poll sees, the program's own announcement; puts: of flagged data, the stores by which the program
-    itself last put some; block: the basic block that begins here."""
+    lanes need (0: none is active, or no access); stored: transactions of what a copy puts into shared memory; first:
+    whether it is the program's first access to a line; release: of what a poll sees, the program's own announcement;
+    puts: of flagged data, the stores by which the program itself last put some; block: the basic block that begins
+    here."""
 
     instruction: Instruction
     block: int | None = None
     amount: int = 0
+    stored: int = 0
     first: bool = False
     release: Event | None = None
     puts: tuple[Event, ...] = ()
@@ -69,7 +71,11 @@ class Trace:
 
     def shared(self, access: Access) -> None:
         for w, mine in self._active(access.unit, access.lanes).items():
-            self._open[w][access.number].amount = transactions(access.a[mine], access.size * access.vector)
+            event, amount = self._open[w][access.number], transactions(access.a[mine], access.size * access.vector)
+            if event.instruction.name == "cp":
+                event.stored = amount
+            else:
+                event.amount = amount
 
     def global_(self, access: Access, start: int) -> None:
         """start: of the tensor, which on a GPU begins at a line."""

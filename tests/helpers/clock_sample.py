@@ -108,13 +108,11 @@ def of_kinds(problem: Problem, backward: bool) -> list[Choice]:
 
 
 def understood(one: Kernel) -> bool:
-    """By the clock, which knows neither products of warp groups nor asynchronous copies; and of a size that it gets
-    through."""
-    groups = clock_table.by_warp_groups(one.problem, one.choice)
+    """By the fit, whose terms are not those of streams in stages; and of a size that the clock soon gets through."""
     # Of one slice in full float32 the product is 2 to 4 times as fast as in several, and that of sm_90's forward is not
     # (LSTM 64, B=8: 11,685 cycles, on sm_80 5,597): one number for both is the slower one.
     full = one.dtype == "fp32" and one.choice.units >= one.hidden
-    return not (groups or full) and one.choice.stages == 0 and one.part.streamed <= 256 * 1024
+    return not full and one.choice.stages == 0 and one.part.streamed <= 256 * 1024
 
 
 def sample() -> Iterator[Kernel]:

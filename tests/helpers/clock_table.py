@@ -35,7 +35,6 @@ from persistrnn.kernels.device.exchange import exchange_on
 from persistrnn.kernels.planner import hardware, plan
 from persistrnn.kernels.planner.plan import Pass
 from persistrnn.kernels.planner.problem import Problem
-from persistrnn.kernels.planner.tiling import Choice
 from persistrnn.kernels.tensors import Kept, Weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,29 +162,18 @@ EXCHANGE_ROWS = [
 ]
 
 
-def by_warp_groups(problem: Problem, choice: Choice) -> bool:
-    """Whether the products are of warp groups, which the clock does not know."""
-    local = choice.units >= problem.hidden
-    groups = problem.hardware.arch != "sm_80" and problem.dtype != "fp32"
-    return groups and (choice.units >= 64 if local else choice.splits == 1)
-
-
 def rows(alike: list[Row]) -> list[dict[str, str]]:
     """Of passes that are one and the same kernel."""
     one = alike[0]
-    if by_warp_groups(one.problem, one.part.choice):
-        return [row(of, None) for of in alike]
     step, report = run(one.problem, one.part, one.way == "backward", **EXCHANGES.get(one.exchange, {}))
     return [exchange_row(of, step, report) if of.exchange else row(of, step) for of in alike]
 
 
-def row(one: Row, step: clock.Step | None) -> dict[str, str]:
+def row(one: Row, step: clock.Step) -> dict[str, str]:
     """The time of a step is that of the layer: of all its launches."""
     device, predicted, found = one.problem.hardware, one.part.predicted, dict.fromkeys(FIELDS, "")
     found |= {"device": one.device, "dtype": DTYPE, "cell": one.cell, "hidden": str(one.hidden)}
     found |= {"batch": str(one.batch), "pass": one.way, "model_us": f"{predicted:.2f}"}
-    if step is None:
-        return found | {"clock_cycles": "not clocked: warp groups"}
     cycles = step.cycles * one.part.rounds
     us = cycles / device.clock / 1e3
     found |= {"clock_cycles": f"{cycles:.0f}", "clock_us": f"{us:.2f}", "ratio": f"{us / predicted:.2f}"}
