@@ -22,7 +22,7 @@ from .occupancy import (
     widening_registers,
 )
 from .problem import Problem
-from .tiling import Choice, cut_k, gate_packs, next_power_of_2, reduction, smallest_k_block
+from .tiling import Choice, cut_k, gate_packs, next_power_of_2, reduction, smallest_k_block, warp_groups
 
 WARPS = 8
 WORDS = 4 * 32 * WARPS  # bytes of one register of every thread
@@ -87,11 +87,10 @@ def choices(problem: Problem, backward: bool, strict: bool = True) -> Iterator[C
 def _local(problem: Problem, backward: bool) -> Iterator[Choice]:
     """One slice: K is the tile of units."""
     units = max(16, next_power_of_2(problem.hidden))
-    groups = units >= 64 and problem.hardware.arch in ("sm_90", "sm_100")
+    groups = warp_groups(problem, units)
     if groups and (problem.weight_dtype or problem.dtype == "tf32"):
         return  # warp groups would have weights that they widen or round in registers, for all steps
     k = units * (problem.cell.gates if backward else 1)
-    # Warp-group products, which Triton takes from 64 rows on, read the weights from shared memory.
     in_memory = problem.dtype == "fp32" or problem.weight_dtype != "" or groups
     homes = (0, k) if in_memory else (k, 0)
     # Groups do without each other, so a narrow tile costs nothing (clock, LSTM 64, bf16, sm_80, forward and backward: 8

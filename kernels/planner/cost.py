@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 from .hardware import Hardware
 from .problem import Problem
-from .tiling import Choice, Tiling, gate_packs, gates_summed
+from .tiling import Choice, Tiling, gate_packs, gates_summed, warp_groups
 
 # Assumed, not measured: of the dense rate, what products of torch's own path reach.
 MATRIX_EFFICIENCY = 0.5
@@ -58,8 +58,9 @@ class Fitted:
         stage, row: cycles of the code of a mean or a further product, and of 256 numbers that are read for one.
         staged, staged_backward: time of streamed bytes on their way through shared memory, for each part of K, over
             that at its rate.
-        local: cycles per gate of a forward without an exchange: what hides behind one elsewhere.
-        local_backward: the same of a backward, for 8 rows and 4 warps: each gate on its way through shared memory.
+        local: cycles per gate of a step without an exchange: what hides behind one elsewhere.
+        local_backward: the same of a backward by single warps, for 8 rows and 4 warps: gates on their way through
+            shared memory.
         fixed: cycles of addresses, of storing h and of announcing it.
         issue: more of it, of 8 warps that take turns.
         work: cycles of theirs per cycle of ``Cell.work``, for each element that a thread owns.
@@ -85,10 +86,10 @@ class Fitted:
 
 
 # <fitted: made by tests/helpers/fit_cost.py --write>
-# Fitted to the clock over 520 kernels; median error 3.2%.
+# Fitted to the clock over 566 kernels; median error 3.7%.
 FITTED = Fitted(
-    product=1, full=10.2, sweep=0.613, parts=0.559, stage=443, row=187, staged=0.958, staged_backward=0.314, local=47.3,
-    local_backward=149, fixed=75.4, issue=105, work=0.504, kept=4.64, turn=462,
+    product=1, full=10.2, sweep=0.572, parts=0.559, stage=443, row=188, staged=1.07, staged_backward=0.312, local=49.8,
+    local_backward=145, fixed=66.6, issue=135, work=0.4, kept=5.31, turn=459,
 )  # fmt: skip
 # </fitted>
 
@@ -155,6 +156,7 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
     if work.slices == 1 and problem.dtype != "fp32":
         # As the product's result lies in the warps: of each at least a tile of 16 by 8, which others hold, too.
         elements = 4 * -(-choice.units * columns // (16 * 8 * choice.warps))
+    groups = work.slices == 1 and warp_groups(problem, choice.units)
     l2 = hardware.l2_rate / cycle / share  # bytes per microsecond and program
     on_chip = hardware.shared_rate / cycle / share
 
@@ -163,8 +165,12 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
     rate = hardware.rate(problem.dtype) * 1e6 / hardware.multiprocessors / slowdown  # flop per microsecond
     compute = share * 2 * max(m, 16) * work.k * max(columns, 8) / rate
     if problem.dtype != "fp32":  # each instruction, of 32 bytes of K, adds to what the one before gave
-        compute = max(compute, work.k * size / 32 / choice.splits * MMA_CYCLES * cycle)
-    weights = fitted.sweep * m * work.in_shared * problem.stored / on_chip
+        chain = work.k * size / 32 / choice.splits
+        if groups:  # one after the other, 64 rows each
+            chain *= max(1, m / 64)
+        compute = max(compute, chain * MMA_CYCLES * cycle)
+    # Products of warp groups read their weights as they go.
+    weights = 0.0 if groups else fitted.sweep * m * work.in_shared * problem.stored / on_chip
     if problem.weight_dtype:
         lanes = WIDENING_LANES / cycle / share
         compute += m * (work.in_shared + work.streamed) * WIDENING[problem.weight_dtype] / lanes
@@ -176,10 +182,11 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
     state = idle = 0.0
     if work.slices == 1:
         pointwise += after * choice.warps / 4
-        # Of the backward each gate passes through shared memory, from which every warp reads all of it.
-        waits = cell.gates * columns / 8 * choice.warps / 4 * fitted.local_backward if backward else (
-            cell.inputs * fitted.local
-        )
+        if backward and not groups:
+            # Each gate passes through shared memory, from which every warp reads all of it.
+            waits = cell.gates * columns / 8 * choice.warps / 4 * fitted.local_backward
+        else:
+            waits = (cell.gates if backward else cell.inputs) * fitted.local
         waits = waits * cycle + hardware.barrier
     else:
         k = work.k - work.streamed if choice.stages else work.k  # of what is streamed in stages it is below

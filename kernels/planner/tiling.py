@@ -285,6 +285,12 @@ def smallest_k_block(splits: int) -> int:
     return 16 * splits
 
 
+def warp_groups(problem: Problem, units: int) -> bool:
+    """Whether the products of one slice are of warp groups, which Triton takes from 64 rows on and which read
+    the weights from shared memory."""
+    return units >= 64 and problem.hardware.arch in ("sm_90", "sm_100") and problem.dtype != "fp32"
+
+
 def make_tiling(problem: Problem, choice: Choice, *, backward: bool) -> Tiling:
     """The compile-time record for one choice; one slice if the units cover H."""
     cell = problem.cell
