@@ -55,7 +55,7 @@ class Gradients(NamedTuple):
 
 
 def host_word(device: torch.device) -> Tensor:
-    """An int32 zero [1] that kernels on a device set to 1 for the host: pinned, so that reading it waits for nothing."""
+    """An int32 zero [1] that kernels on a device set to 1: pinned, so that reading it waits for nothing."""
     return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
 

@@ -68,8 +68,9 @@ def lstm(
             chooses, a module's `last_path` what it chose
         lengths: integers [B] on the input's device, each in [0, T]. Past its length a row's output is zero and takes
             no gradient; the final state is that after its last step; the second direction begins there. Nothing is
-            sorted and the host does not wait: on a GPU a length out of range is taken as 0 or T, and raised by the
-            next call, by backward on the kernels or by `persistrnn.check`
+            sorted and the host does not wait: on a GPU a length out of range is taken as 0 or T and, once it was seen
+            there, raised by the same call or a later one that has lengths or runs on the kernels, by backward on the
+            kernels or by `persistrnn.check`; on a CPU at once
         mask: bool [T, B], laid out as the input: where False, a row skips the step, its state stays as it is and its
             output is zero. lengths for rows that need not be left-aligned; not with lengths or resets
         resets: bool [T, B], laid out as the input: True where a new episode begins, before that step. Its state there

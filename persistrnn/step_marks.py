@@ -75,7 +75,7 @@ def _note(bad: Tensor) -> None:
 
 
 def check() -> None:
-    """Raise RuntimeError if lengths of an earlier call were out of range, once the host can know."""
+    """Raise RuntimeError if lengths were out of range, once the host can know: perhaps still in their own call."""
     for device, (seen, told) in _out_of_range.items():
         if told:
             seen.zero_()
@@ -88,8 +88,8 @@ def check() -> None:
 
 def _as_told(device: torch.device) -> RuntimeError:
     return RuntimeError(
-        f"lengths of an earlier call on {device} were not within [0, T]; they were taken as 0 or T. Clamp them: "
-        "lengths.clamp(0, T)"
+        f"lengths on {device}, of this call or an earlier one, were not within [0, T]; they were taken as 0 or T. "
+        "Clamp them: lengths.clamp(0, T)"
     )
 
 

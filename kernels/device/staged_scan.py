@@ -88,9 +88,8 @@ def staged_forward(
     tiling: tl.constexpr,
     exchange: tl.constexpr,
 ):
-    """Arguments are those of ``scan_forward``. Where the step adds its own bias (``tiling.normalised``), that is behind
-    the params. Of a step with a second product ``saved`` is there in any case, and filled whole only where every state
-    is kept."""
+    """Arguments are those of ``scan_forward``. A step that adds its own bias has it behind the params. Of a step with a
+    second product ``saved`` is there in any case, and filled whole only where every state is kept."""
     H: tl.constexpr = tiling.hidden
     G: tl.constexpr = tiling.gates
     X: tl.constexpr = tiling.inputs
@@ -124,7 +123,7 @@ def staged_forward(
             later_weights = load_rest(later_in_registers, later_matrix, opaque_one, later, exchange)
             later_ahead = first_streamed(later_matrix, later)
         own_bias = ()
-        if bias is not None and not tiling.normalised:
+        if bias is not None:
             own_bias = load_bias(bias + program.direction * (G * H), program, tiling)
         p = load_params(params, program, tiling)
 

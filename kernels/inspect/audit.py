@@ -186,7 +186,8 @@ def compile_pass(case: Case, part: planning.Pass) -> Any:
         constants |= {"cell": derived(cell.name).backward}
     else:
         kernel = staged_forward if cell.staged else scan_forward
-        signature |= {"x_gates": pointer, "gate_data": (pointer, "*fp32" if case.weight_dtype else "constexpr")}
+        bias = "constexpr" if cell.normalised else pointer
+        signature |= {"x_gates": pointer, "gate_data": (bias, "*fp32" if case.weight_dtype else "constexpr")}
         if case.chunked:
             states = pointer, *("*fp32",) * (cell.states - 1)
         signature["states"] = states * 2

@@ -85,7 +85,7 @@ class Tiling:
         heads: in each direction; ``directions`` counts all of them.
         widened: the dtype, "fp16" or "bf16", in which weights of 8 bits are multiplied; "": they are not of 8 bits.
         guarded: whether units past H are masked before the product of one slice.
-        means, normalised: of the cell. The former are means over all units within a step.
+        means: of the cell, over all units within a step.
         row_tiles: tiles of each row where the moving operand is in memory; 0: as many as the first product takes.
         chains: parts of K per warp: products that do not wait for each other.
         stages: as in ``Choice``.
@@ -95,8 +95,8 @@ class Tiling:
 
     # Not in a plan's JSON where the cell has nothing of the kind.
     OF_SOME_CELLS: ClassVar = (
-        "more_inputs", "params", "extras", "after", "more_gradients", "guarded", "heads", "means", "normalised",
-        "row_tiles", "later", "widened", "chains", "stages", "fenced",
+        "more_inputs", "params", "extras", "after", "more_gradients", "guarded", "heads", "means", "row_tiles", "later",
+        "widened", "chains", "stages", "fenced",
     )  # fmt: skip
 
     hidden: int
@@ -135,7 +135,6 @@ class Tiling:
     heads: int = 1
     widened: str = ""
     means: int = 0
-    normalised: bool = False
     row_tiles: int = 0
     later: Tiling | None = None
     chains: int = 1
@@ -375,7 +374,6 @@ def _tiling(problem: Problem, choice: Choice, backward: bool, gates: int) -> Til
         chains=max(1, choice.splits // choice.warps) if slices > 1 else 1,
         guarded=slices == 1 and units > hidden and not cell.finite_at_zero,
         means=cell.means,
-        normalised=cell.normalised,
         stages=choice.stages,
         fenced=choice.stages > 0 and problem.hardware.arch == "sm_90",
     )
