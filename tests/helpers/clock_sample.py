@@ -66,8 +66,8 @@ class Kernel:
         return found | {name: choice[name] for name in CHOSEN}
 
 
-# Streams in stages are not in the sample (``understood``).
-CHOSEN = [f.name for f in fields(Choice) if f.name != "stages"]
+# Streams through a ring are not in the sample (``understood``).
+CHOSEN = [f.name for f in fields(Choice) if f.name != "ring"]
 
 
 def kernel_of(row: dict[str, str]) -> Kernel:
@@ -111,7 +111,7 @@ def understood(one: Kernel) -> bool:
     """By the clock, which knows neither products of warp groups nor asynchronous copies; and of a size that it gets
     through."""
     groups = clock_table.by_warp_groups(one.problem, one.choice)
-    return not groups and one.choice.stages == 0 and one.part.streamed <= 256 * 1024
+    return not groups and one.choice.ring == 0 and one.part.streamed <= 256 * 1024
 
 
 def sample() -> Iterator[Kernel]:
