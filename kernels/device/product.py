@@ -8,8 +8,8 @@ only use if that sits in another ``scf.for`` than its definition. So, with a ``w
 * shared memory: a tile that is used inside a ``for`` of one turn (``Weights.opaque_one``) is read from shared memory in
   each step;
 * streamed: a tile that is loaded in each step, one ahead of its use, so that the first one of a step is on its way
-  while the program waits for the other slices; or, in stages (``tiling.stages``), copied to shared memory with its tile
-  of the moving operand, several ahead, by asynchronous copies that Triton makes of loads in a loop.
+  while the program waits for the other slices; or, through a ring (``tiling.ring``), copied to shared memory with its
+  tile of the moving operand, several ahead, by asynchronous copies that Triton makes of loads in a loop.
 
 Weights of 8 bits are widened at the product (``widen``): in registers, where they would have 16 for all steps, the
 planner has none.
@@ -194,7 +194,7 @@ def streamed(matrix, i, tiling: tl.constexpr):
 @triton.jit
 def first_streamed(matrix, tiling: tl.constexpr):
     """What is on its way before the first step: nothing where nothing is streamed."""
-    if tiling.streamed > 0 and tiling.stages == 0:
+    if tiling.streamed > 0 and tiling.ring == 0:
         return streamed(matrix, 0, tiling)
     else:
         return ()
@@ -428,10 +428,10 @@ def product_shared(weights, ahead, accs, pointer, rows, spin_limit, error, tilin
         accs = accumulators(tiling)
     for b in tl.static_range(len(tiling.bursts)):
         accs, spin_limit = add_burst(weights, b, accs, pointer, rows, spin_limit, error, tiling, exchange)
-    if tiling.streamed > 0 and tiling.stages > 0:
+    if tiling.streamed > 0 and tiling.ring > 0:
         # Asynchronous copies know no flags. The compiler must not know how many turns there are, lest it unrolls them
         # (seen: GRU forward 2560, B=64, bf16, sm_90, Triton 3.6.0: 46 spills).
-        stages: tl.constexpr = tiling.stages if exchange.protocol == "counter" else 1
+        stages: tl.constexpr = tiling.ring if exchange.protocol == "counter" else 1
         for i in tl.range(tiling.streamed * weights.opaque_one, num_stages=stages):
             current = streamed(weights.matrix, i, tiling)
             moving, spin_limit = streamed_operand(

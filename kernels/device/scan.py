@@ -236,7 +236,7 @@ def scan_forward(
                 if not AHEAD:
                     x_tile = x_gates + tile_offset(t, tile, program, B, X * H, tiling)
                     x_offsets = unit_offsets(program, tile.rows, X * H, tiling)
-                    if tiling.stages == 0:  # before the wait: the exchange's latency hides it
+                    if tiling.ring == 0:  # before the wait: the exchange's latency hides it
                         x = load_tiles(x_tile, x_offsets, x_mask, H, X)
                     e = load_extras(extras, t, tile, program, B, tiling)
                 accs = ()
@@ -263,7 +263,7 @@ def scan_forward(
                         own_weights, ahead, accs, h, rows_of_h, j, program, step, step, own_sync, spin_limit, tiling,
                         exchange,
                     )  # fmt: skip
-                if tiling.stages > 0:  # a wide tile's are many registers, and its product takes long
+                if tiling.ring > 0:  # a wide tile's are many registers, and its product takes long
                     x = load_tiles(x_tile, x_offsets, x_mask, H, X)
                 new, to_save = cell(x, add_tiles(scaled(product, scales), own_bias), before, p, e)
                 if marks is not None:

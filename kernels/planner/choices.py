@@ -40,10 +40,10 @@ READ_BY_FEW = 1 << 15
 MULTIPLY_ADD_REGISTERS = 280
 # Tiles of K in registers (9 and more: GRU backward, bf16, 1536, B=1, sm_90 spills 4).
 MOST_TILES = 8
-# Where weights are streamed in stages: (rows of a batch tile, K in shared memory), at most. With 64 and 768 on sm_80
-# the GRU backward 2816, bf16, spills 14, with 16 and 1536 on sm_90 the LSTM backward 2048 spills 104.
-STAGED = {"sm_80": (32, 256), "sm_90": (128, 640)}
-STAGES = 3  # tiles that are there at once
+# Where weights are streamed through a ring: (rows of a batch tile, K in shared memory), at most. With 64 and 768 on
+# sm_80 the GRU backward 2816, bf16, spills 14, with 16 and 1536 on sm_90 the LSTM backward 2048 spills 104.
+RINGS = {"sm_80": (32, 256), "sm_90": (128, 640)}
+RING = 3  # tiles that are there at once
 # Bytes of K in a pipeline's backward where a thread owns several elements of the state (3072 spills 20, 3360 33).
 DEEPEST_OF_SEVERAL = 2560
 # Of those, and bytes of K, in two dimensions (4 spill 105: GRU 512, B=64; 2560 spill 10: LSTM 640, B=16; bf16, sm_90).
@@ -81,7 +81,7 @@ def choices(problem: Problem, backward: bool, strict: bool = True) -> Iterator[C
     if problem.weight_bytes <= problem.hardware.shared * 2:
         yield from _local(problem, backward)
     yield from _sliced(problem, backward, strict)
-    yield from _staged(problem, backward)
+    yield from _through_ring(problem, backward)
 
 
 def _local(problem: Problem, backward: bool) -> Iterator[Choice]:
@@ -115,15 +115,15 @@ def _batch_tiles(problem: Problem, narrow: bool) -> list[tuple[int, int]]:
     return tiles + ([(32, 1)] if problem.batch > 16 and problem.dtype != "fp32" else [])
 
 
-def _staged(problem: Problem, backward: bool) -> Iterator[Choice]:
+def _through_ring(problem: Problem, backward: bool) -> Iterator[Choice]:
     """One wide batch tile, and what is streamed is read once per step, by asynchronous copies several tiles ahead."""
     hardware, hidden, size = problem.hardware, problem.hidden, problem.size
     # Copies of less than 16 bytes go through L1, which may hold what was there before. Not tried: other devices.
     able = size == 2 and problem.weight_dtype == "" and not problem.cell.staged and hidden % 8 == 0
-    if not able or hardware.arch not in STAGED or problem.weight_bytes * 2 < hardware.multiprocessors * hardware.shared:
+    if not able or hardware.arch not in RINGS or problem.weight_bytes * 2 < hardware.multiprocessors * hardware.shared:
         return
     packs = (1,) if backward else gate_packs(problem.cell.gates, problem.dtype)
-    widest, deepest = STAGED[hardware.arch]
+    widest, deepest = RINGS[hardware.arch]
     widest = min(widest, max(32, next_power_of_2(problem.batch)))
     for units, k_parts in product((8, 16, 32, 64), (1, 2, 4, 8)):
         slices = -(-hidden // (units * k_parts)) * k_parts
@@ -139,9 +139,9 @@ def _staged(problem: Problem, backward: bool) -> Iterator[Choice]:
             k_block = max(64, 8 * 32 * WARPS // batch_tile)
             # With two packs of gates more at once spills (seen: GRU forward 2560, B=64, bf16, sm_90: 28).
             burst = max(k_block, 8 * WORDS // (size * batch_tile)) if len(packs) == 1 else k_block
-            start = Choice(units, k_parts, batch_tile, 1, WARPS, 1, 1, k_block, burst, 0, 0, k_block, STAGES)
+            start = Choice(units, k_parts, batch_tile, 1, WARPS, 1, 1, k_block, burst, 0, 0, k_block, RING)
             p = _product(problem, backward, start, slices)
-            working = max(burst * batch_tile * size, STAGES * (m + batch_tile) * k_block * size, p.reduction) + SIGNALS
+            working = max(burst * batch_tile * size, RING * (m + batch_tile) * k_block * size, p.reduction) + SIGNALS
             fits = min((hardware.shared - working) // (m * size), deepest)
             in_shared = fits // (k_block * p.segments) * (k_block * p.segments)
             if 0 <= in_shared < p.depth * p.segments:

@@ -5,8 +5,8 @@ A step is one exchange, then a product, then the cell, and the sum of five parts
 * compute: the tensor cores' instructions of one program, padding included, as far as they do not hide behind the
   operand's way; weights of 8 bits are widened before;
 * weights: reading W_hh, per step and product, from shared memory (weights in registers cost nothing) and from L2 or
-  memory (streamed weights; what exceeds L2 comes at the memory's rate); of what is streamed in stages also the product
-  and the operand's way, of all of which the longest counts;
+  memory (streamed weights; what exceeds L2 comes at the memory's rate); of what is streamed through a ring also the
+  product and the operand's way, of all of which the longest counts;
 * state: reading the moving operand from L2, the sum over the parts of K in shared memory, and with a two-dimensional
   split writing and reading the partial sums;
 * synchronisation: the exchanges between slices, what of them the other batch tiles of a program do not hide, a trip
@@ -189,9 +189,9 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
             waits = (cell.gates if backward else cell.inputs) * fitted.local
         waits = waits * cycle + hardware.barrier
     else:
-        k = work.k - work.streamed if choice.stages else work.k  # of what is streamed in stages it is below
+        k = work.k - work.streamed if choice.ring else work.k  # of what goes through the ring it is below
         state = min(problem.batch, columns) * k * size / l2  # rows past the batch repeat one, and are read once
-        if not choice.stages:
+        if not choice.ring:
             state *= max(1, choice.warps // choice.splits)  # warps that share a part of K read the same
         state = max(0.0, state - compute * k / work.k - weights)  # the product is formed as it comes
         taken, barriers = sum_of_parts(problem, choice, m, backward, fitted)
@@ -214,14 +214,14 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
             all_programs = per_program * work.programs
             # What L2 cannot keep from step to step is read from memory, and L2 evicts in a cycle: all or nothing.
             memory = all_programs / (hardware.memory_rate * 1e3) if all_programs > hardware.l2 / 2 else 0.0
-            if choice.stages:
+            if choice.ring:
                 # Rows past the batch repeat one, and each warp copies one of them.
                 operand = min(max(problem.batch, choice.warps), columns) * work.streamed * size
                 part = compute * work.streamed / work.k
                 # As torch's products, of which both operands are on their way, too.
                 formed = part / slowdown / MATRIX_EFFICIENCY
                 through = _through_shared(hardware, choice, m) * work.streamed * size / on_chip
-                ahead = -(-bursts_streamed // (choice.stages - 1)) * MEMORY_CYCLES * cycle
+                ahead = -(-bursts_streamed // (choice.ring - 1)) * MEMORY_CYCLES * cycle
                 # All of it at the same time, but for the first tiles of a step, which come while nothing else happens.
                 weights += max(formed, (per_program + operand) / l2, memory, through, ahead) + MEMORY_CYCLES * cycle
                 compute -= part
@@ -245,7 +245,7 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
 
 
 def _through_shared(hardware: Hardware, choice: Choice, m: int) -> int:
-    """Elements that each index of K of a tile, streamed in stages, moves to and from shared memory: written once, and
+    """Elements that go to and from shared memory for each index of K that is streamed through a ring: written once, and
     read by each warp group (64 rows of M, in 4 warps) or each warp that multiplies them."""
     columns = choice.batch_tile
     if hardware.arch == "sm_90":

@@ -13,9 +13,9 @@ from .tiling import Choice, Tiling, reduction, smallest_k_block
 BASE_REGISTERS = 79
 STREAM_REGISTERS = 50  # more where a tile is streamed, besides two of those tiles
 TILE_REGISTERS = 28  # more for each further batch tile of a program
-# Of a kernel that streams in stages, besides accumulators: in all, and for each element of the state of a thread. Of
-# those that do not spill some take up to 54 more, where they are there to be taken.
-STAGED_REGISTERS, STAGED_ELEMENT_REGISTERS = 104, 5
+# Of a kernel that streams through a ring, besides accumulators: in all, and for each element of the state of a thread.
+# Of those that do not spill some take up to 54 more, where they are there to be taken.
+RING_REGISTERS, RING_ELEMENT_REGISTERS = 104, 5
 SHARED_PART_REGISTERS = {2: 44, 4: 26}  # more where warps share a part of a streamed tile, by bytes per element
 WORD_REGISTERS = 28  # more where a streamed tile is of 4-byte elements
 PACK_REGISTERS = 20  # more for a second pack of gates in what is streamed
@@ -107,8 +107,8 @@ def registers_needed(
     need += m * choice.batch_tile // threads
     if exchanged:
         need += choice.burst * choice.batch_tile * size // words
-    if choice.stages:
-        return STAGED_REGISTERS + m * choice.batch_tile // threads + STAGED_ELEMENT_REGISTERS * elements
+    if choice.ring:
+        return RING_REGISTERS + m * choice.batch_tile // threads + RING_ELEMENT_REGISTERS * elements
     if streamed:
         need += STREAM_REGISTERS + 2 * m * choice.streamed_k_block * size // words
         if choice.splits > 1:
@@ -144,7 +144,7 @@ def shared_bound(t: Tiling, size: int, stored: int) -> tuple[int, int, int]:
         burst = sum(c.size for c in t.k_blocks) + t.units
     operand = burst * t.batch_tile * size
     stream = (t.m + t.batch_tile) * t.streamed_k_block * size if t.streamed else 0  # also of 8 bits: widened before
-    stream *= max(1, t.stages)
+    stream *= max(1, t.ring)
     parts = reduction(t.packs, t.splits // t.chains, t.k_parts, t.units, t.batch_tile)
     # On their way to registers the weights pass through shared memory, before those that stay there arrive.
     # Beside them, the first state changes its layout.

@@ -45,7 +45,7 @@ class Choice:
         burst: K of the operand that is on its way at once; it costs shared memory, a burst each costs its latency.
         in_registers, in_shared: elements of K whose weights a program keeps there; what is left is streamed.
         streamed_k_block: K of one streamed tile.
-        stages: streamed tiles, with those of the operand, that shared memory has room for at once, copied there while
+        ring: streamed tiles, with those of the operand, that shared memory has room for at once, copied there while
             others are multiplied; 0: one ahead, in registers.
     """
 
@@ -61,7 +61,7 @@ class Choice:
     in_registers: int
     in_shared: int
     streamed_k_block: int
-    stages: int = 0
+    ring: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Tiling:
         means: of the cell, over all units within a step.
         row_tiles: tiles of each row where the moving operand is in memory; 0: as many as the first product takes.
         chains: parts of K per warp: products that do not wait for each other.
-        stages: as in ``Choice``.
+        ring: as in ``Choice``.
         fenced: whether the product reads what asynchronous copies wrote by another proxy (``fence_copies``).
         later: of the second product of a step that has one, whose outputs are the last gate; in the same slices.
     """
@@ -96,7 +96,7 @@ class Tiling:
     # Not in a plan's JSON where the cell has nothing of the kind.
     OF_SOME_CELLS: ClassVar = (
         "more_inputs", "params", "extras", "after", "more_gradients", "guarded", "heads", "means", "row_tiles", "later",
-        "widened", "chains", "stages", "fenced",
+        "widened", "chains", "ring", "fenced",
     )  # fmt: skip
 
     hidden: int
@@ -138,7 +138,7 @@ class Tiling:
     row_tiles: int = 0
     later: Tiling | None = None
     chains: int = 1
-    stages: int = 0
+    ring: int = 0
     fenced: bool = False
 
     def __post_init__(self) -> None:
@@ -374,6 +374,6 @@ def _tiling(problem: Problem, choice: Choice, backward: bool, gates: int) -> Til
         chains=max(1, choice.splits // choice.warps) if slices > 1 else 1,
         guarded=slices == 1 and units > hidden and not cell.finite_at_zero,
         means=cell.means,
-        stages=choice.stages,
-        fenced=choice.stages > 0 and problem.hardware.arch == "sm_90",
+        ring=choice.ring,
+        fenced=choice.ring > 0 and problem.hardware.arch == "sm_90",
     )

@@ -36,7 +36,7 @@ def test_a_wrong_access_is_told(emulated, forced, pattern, by, message):
         layer(torch.randn(3, 3, 4, dtype=torch.bfloat16))
 
 
-STAGED = {"homes": "stream", "units": 32, "batch_tile": 32, "streamed_k_block": 32, "stages": 3}
+RING = {"homes": "stream", "units": 32, "batch_tile": 32, "streamed_k_block": 32, "ring": 3}
 
 
 @pytest.mark.parametrize("arch", cases.ARCHITECTURES)
@@ -46,7 +46,7 @@ def test_a_copy_is_there_when_its_threads_have_waited(emulated, forced, arch):
     x, found = torch.randn(3, 19, 4, dtype=torch.bfloat16), []
     for by in (r"\g<0>", "cp.async.wait_group 99;"):
         session = emulated(arch, mutate=cases.replaced(r"cp\.async\.wait_group\s+\d+;", by))
-        forced(**STAGED)
+        forced(**RING)
         with torch.no_grad():
             found.append(layer(x)[0])
         assert session.reports
@@ -59,7 +59,7 @@ def test_a_copy_over_what_others_still_read_is_told(emulated, forced):
         return ptx.replace("bar.sync", "// bar.sync") if "scan_forward" in ptx else ptx
 
     emulated("sm_80", mutate=mutate)
-    forced(**STAGED)
+    forced(**RING)
     layer = persistrnn.LSTM(4, 104, backend="persistent", dtype=torch.bfloat16)
     with torch.no_grad(), pytest.raises(EmulatorError, match=r"cp\.async\.cg\S* is not ordered after the read"):
         layer(torch.randn(3, 19, 4, dtype=torch.bfloat16))
@@ -71,11 +71,11 @@ def test_wgmma_reads_copies_behind_a_proxy_fence(emulated, forced):
     x = torch.randn(3, 19, 4, dtype=torch.bfloat16)
     of_triton = r"fence\.proxy\.async\.shared::cta;(?! mov)"
     emulated("sm_90", mutate=lambda ptx: re.sub(of_triton, "", ptx))
-    forced(**STAGED)
+    forced(**RING)
     with torch.no_grad():
         layer(x)
         emulated("sm_90", mutate=lambda ptx: ptx.replace("fence.proxy.async.shared::cta;", ""))
-        forced(**STAGED)
+        forced(**RING)
         with pytest.raises(EmulatorError, match="with no proxy fence between"):
             layer(x)
 

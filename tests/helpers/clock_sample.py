@@ -66,8 +66,8 @@ class Kernel:
         return found | {name: choice[name] for name in CHOSEN}
 
 
-# Streams in stages are not in the sample (``understood``).
-CHOSEN = [f.name for f in fields(Choice) if f.name != "stages"]
+# Streams through a ring are not in the sample (``understood``).
+CHOSEN = [f.name for f in fields(Choice) if f.name != "ring"]
 
 
 def kernel_of(row: dict[str, str]) -> Kernel:
@@ -108,11 +108,12 @@ def of_kinds(problem: Problem, backward: bool) -> list[Choice]:
 
 
 def understood(one: Kernel) -> bool:
-    """By the fit, whose terms are not those of streams in stages; and of a size that the clock soon gets through."""
+    """By the fit, whose terms are not those of a stream through a ring; and of a size that the clock soon gets
+    through."""
     # Of one slice in full float32 the product is 2 to 4 times as fast as in several, and that of sm_90's forward is not
     # (LSTM 64, B=8: 11,685 cycles, on sm_80 5,597): one number for both is the slower one.
     full = one.dtype == "fp32" and one.choice.units >= one.hidden
-    return not full and one.choice.stages == 0 and one.part.streamed <= 256 * 1024
+    return not full and one.choice.ring == 0 and one.part.streamed <= 256 * 1024
 
 
 def sample() -> Iterator[Kernel]:

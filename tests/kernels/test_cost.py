@@ -45,8 +45,8 @@ def test_parts_add_up_and_are_never_below_the_floor(device, dtype):
         assert all(math.isfinite(value) and value >= 0 for value in values), what
         assert math.isclose(sum(values), part.cost.total), what
         assert min(part.cost.pointwise, part.cost.synchronisation) > 0, what
-        # The product of a stream in stages is in the time of its weights.
-        assert part.cost.compute > 0 or (part.choice.stages and not part.tiling.k_blocks), what
+        # The product of a stream through a ring is in the time of its weights.
+        assert part.cost.compute > 0 or (part.choice.ring and not part.tiling.k_blocks), what
         if part.tiling.slices == 1:
             assert part.cost.state == 0, what
         elif part.choice.splits > 1:

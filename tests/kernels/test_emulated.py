@@ -28,7 +28,7 @@ from persistrnn.kernels.planner import memory
 
 pytestmark = pytest.mark.emulator
 
-STAGED = {"units": 32, "batch_tile": 32, "streamed_k_block": 32, "stages": 3}
+RING = {"units": 32, "batch_tile": 32, "streamed_k_block": 32, "ring": 3}
 
 # One slice, several, both splits, every home, streams, batch tiles, directions, both protocols.
 CASES = [
@@ -46,11 +46,11 @@ CASES = [
     # Several parts of K per warp.
     ("gru", "bf16", "counter", 45, 3, 1, False, {"splits": 8, "homes": "registers and shared"}),
     ("lstm", "fp16", "flags", 46, 3, 1, False, {"splits": 8, "batch_tile": 8, "k_parts": 2}),
-    # Streamed in stages, for a wide batch tile; products of warp groups on sm_90.
-    ("lstm", "bf16", "counter", 104, 19, 1, False, {"homes": "shared and stream", **STAGED}),
-    ("gru", "fp16", "counter", 136, 33, 1, False, {"homes": "stream", **STAGED, "units": 64}),
-    ("lstm", "fp16", "counter", 112, 3, 1, True, {"homes": "shared and stream", **STAGED, "k_parts": 2}),
-    ("lstm", "bf16", "flags", 104, 19, 1, False, {"homes": "stream", **STAGED}),
+    # Streamed through a ring, for a wide batch tile; products of warp groups on sm_90.
+    ("lstm", "bf16", "counter", 104, 19, 1, False, {"homes": "shared and stream", **RING}),
+    ("gru", "fp16", "counter", 136, 33, 1, False, {"homes": "stream", **RING, "units": 64}),
+    ("lstm", "fp16", "counter", 112, 3, 1, True, {"homes": "shared and stream", **RING, "k_parts": 2}),
+    ("lstm", "bf16", "flags", 104, 19, 1, False, {"homes": "stream", **RING}),
 ]
 # In warps one program has other interleavings within; in rows all of a group move together.
 UNITS = ("programs", "warps", "rows")

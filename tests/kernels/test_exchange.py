@@ -28,7 +28,7 @@ def fresh_memory_holds_nan():
     torch.use_deterministic_algorithms(False)
 
 
-STAGED = {"batch_tile": 64, "stages": 3}
+RING = {"batch_tile": 64, "ring": 3}
 
 # One batch tile of 16 rows in each job, one dimension, unless said otherwise. H: the last slice, the last tile of K and
 # the last part of K are seldom full, and rows of W_hh are seldom multiples of 16 bytes.
@@ -56,9 +56,9 @@ CASES = [
     # Several batch tiles in each program: the last not full, empty, the only one and not full.
     ("gru", "fp32", "flags", 27, 25, 1, False, {"subtiles": 4, "batch_tile": 8}),
     ("lstm", "fp16", "flags", 14, 3, 1, True, {"subtiles": 4, "batch_tile": 8, "homes": "shared"}),
-    # Streamed in stages, for a wide batch tile, not full.
-    ("lstm", "bf16", "counter", 61, 35, 1, False, {"units": 16, "homes": "shared and stream", **STAGED}),
-    ("gru", "fp16", "flags", 62, 35, 1, False, {"units": 16, "k_parts": 2, "homes": "stream", **STAGED}),
+    # Streamed through a ring, for a wide batch tile, not full.
+    ("lstm", "bf16", "counter", 61, 35, 1, False, {"units": 16, "homes": "shared and stream", **RING}),
+    ("gru", "fp16", "flags", 62, 35, 1, False, {"units": 16, "k_parts": 2, "homes": "stream", **RING}),
     # All together.
     ("lstm", "bf16", "counter", 61, 9, 1, False,
      {"k_parts": 4, "units": 16, "subtiles": 2, "batch_tile": 8, "homes": "stream"}),
@@ -109,7 +109,7 @@ def features(backward):
             "chains": t.chains > 1,
             "batch tile empty": t.subtiles > 1 and 0 < batch % (t.batch_tile * t.subtiles) <= t.batch_tile,
             "subtiles of two dimensions": t.subtiles > 1 and t.k_parts > 1,
-            "a stream in stages": t.streamed > 0 and t.stages > 0,
+            "a stream through a ring": t.streamed > 0 and t.ring > 0,
             "streamed subtiles": t.subtiles > 1 and t.streamed,
             "one row": batch == 1,
         }

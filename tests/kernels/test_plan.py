@@ -244,17 +244,17 @@ def test_plan_is_frozen_cached_and_compile_time_material(hidden):
                 setattr(record, field.name, None)
 
 
-def staged(cell, hidden, batch, device="h200", dtype="bf16", weights=""):
-    """Both passes, and of each whether it streams in stages."""
+def streams(cell, hidden, batch, device="h200", dtype="bf16", weights=""):
+    """Both passes, and of each whether it streams through a ring."""
     problem = Problem(SHAPES[cell], hidden, batch, 1, dtype, DEVICES[device], weight_dtype=weights)
     found = plan_layer(problem)
-    return (found.forward, found.backward), [part.choice.stages > 0 for part in (found.forward, found.backward)]
+    return (found.forward, found.backward), [part.choice.ring > 0 for part in (found.forward, found.backward)]
 
 
 @pytest.mark.parametrize(("cell", "hidden"), [("lstm", 4096), ("lstm", 2048), ("gru", 2560), ("gru", 4096)])
 @pytest.mark.parametrize("batch", [16, 64, 128])
 def test_what_is_streamed_is_read_once_for_a_wide_tile(cell, hidden, batch):
-    passes, wide = staged(cell, hidden, batch)
+    passes, wide = streams(cell, hidden, batch)
     for part, is_wide in zip(passes, wide, strict=True):
         assert is_wide == (part.streamed > 0), "else each batch tile reads it again"
         if not is_wide:
@@ -267,13 +267,13 @@ def test_what_is_streamed_is_read_once_for_a_wide_tile(cell, hidden, batch):
         assert t.batch_tile * t.streamed_k_block * 2 >= 16 * 32 * part.choice.warps, "else h is copied through L1"
 
 
-def test_where_streams_have_no_stages():
-    assert staged("lstm", 4096, 64)[1] == [True, True]
+def test_where_streams_have_no_ring():
+    assert streams("lstm", 4096, 64)[1] == [True, True]
     for other in ({"hidden": 4100}, {"dtype": "tf32"}, {"device": "b200"}, {"device": "mi300x"}, {"weights": "int8"}):
-        passes, wide = staged(**{"cell": "lstm", "hidden": 4096, "batch": 64} | other)
+        passes, wide = streams(**{"cell": "lstm", "hidden": 4096, "batch": 64} | other)
         assert passes[0].streamed > 0
         assert wide == [False, False], other
-    assert {part.tiling.batch_tile for part in staged("lstm", 4096, 64, "a100")[0]} == {32}
+    assert {part.tiling.batch_tile for part in streams("lstm", 4096, 64, "a100")[0]} == {32}
 
 
 # What an uncached plan of both passes may do, about a quarter more than it does: choices whose weights find homes,
