@@ -136,16 +136,25 @@ def _through_ring(problem: Problem, backward: bool) -> Iterator[Choice]:
             if batch_tile > widest or m * batch_tile > 128 * 256:
                 continue
             # A thread copies 16 bytes of h; less would go through L1.
-            k_block = max(64, 8 * 32 * WARPS // batch_tile)
-            # With two packs of gates more at once spills (seen: GRU forward 2560, B=64, bf16, sm_90: 28).
-            burst = max(k_block, 8 * WORDS // (size * batch_tile)) if len(packs) == 1 else k_block
-            start = Choice(units, k_parts, batch_tile, 1, WARPS, 1, 1, k_block, burst, 0, 0, k_block, RING)
-            p = _product(problem, backward, start, slices)
-            working = max(burst * batch_tile * size, RING * (m + batch_tile) * k_block * size, p.reduction) + SIGNALS
-            fits = min((hardware.shared - working) // (m * size), deepest)
-            in_shared = fits // (k_block * p.segments) * (k_block * p.segments)
-            if 0 <= in_shared < p.depth * p.segments:
-                yield replace(start, in_shared=in_shared)
+            least = max(64, 8 * 32 * WARPS // batch_tile)
+            # On sm_80 each tile has barriers of its own (clock, LSTM 2048, B=64, backward: 81,343 cycles, with twice as
+            # much of K in each 61,900).
+            for k_block in (least, 2 * least) if hardware.arch == "sm_80" else (least,):
+                # More at once spills with two packs of gates (GRU forward 2560, B=64, bf16, sm_90: 28), and with 128 rows
+                # (LSTM backward 4096, sm_90: 6). Less waits (LSTM 2048, B=64, sm_90, clock: 9.74 us, with four times
+                # as much 8.69).
+                words = 32 if batch_tile < 128 else 8
+                burst = k_block if len(packs) > 1 else max(k_block, words * WORDS // (size * batch_tile))
+                start = Choice(units, k_parts, batch_tile, 1, WARPS, 1, 1, k_block, burst, 0, 0, k_block, RING)
+                p = _product(problem, backward, start, slices)
+                working = max(burst * batch_tile * size, RING * (m + batch_tile) * k_block * size, p.reduction)
+                fits = min((hardware.shared - working - SIGNALS) // (m * size), deepest)
+                quantum = k_block * p.segments
+                # Or nothing stays: what is on its way at once is then more (clock, LSTM 2048, B=64, backward, sm_90: a
+                # burst of 64 for weights that stay takes 986 cycles, a tile of the ring 725).
+                for in_shared in {max(0, fits // quantum * quantum), 0} if fits >= 0 else ():
+                    if in_shared < p.depth * p.segments:
+                        yield replace(start, in_shared=in_shared)
 
 
 def _sliced(problem: Problem, backward: bool, strict: bool) -> Iterator[Choice]:

@@ -42,6 +42,16 @@ L2_CYCLES = 262.0
 # From a load to its first bytes from memory (the same table: 466.3 and 478.8).
 MEMORY_CYCLES = 479.0
 
+# Of a kernel that streams through a ring, by the clock (LSTM 2048, B=64, backward): of each burst that comes to weights in
+# shared memory, besides its way (sm_90: 986 in all), and of each tile of the ring where single warps multiply it (sm_80:
+# 635, of which L2 takes 260).
+RING_BURST_CYCLES, RING_TILE_CYCLES = 480.0, 300.0
+
+# Of a kernel that streams through a ring, by the clock (LSTM 2048, B=64, backward): of each burst that comes to weights in
+# shared memory, besides its way (sm_90: 986 in all), and of each tile of the ring where single warps multiply it (sm_80:
+# 635, of which L2 takes 260).
+RING_BURST_CYCLES, RING_TILE_CYCLES = 480.0, 300.0
+
 # Of an mma until the next one can add to its result (Sun et al., arXiv 2206.02874, table 3, and Luo et al., table VII:
 # 24.1 to 25 cycles).
 MMA_CYCLES = 24.5
@@ -224,6 +234,9 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
                 ahead = -(-bursts_streamed // (choice.ring - 1)) * MEMORY_CYCLES * cycle
                 # All of it at the same time, but for the first tiles of a step, which come while nothing else happens.
                 weights += max(formed, (per_program + operand) / l2, memory, through, ahead) + MEMORY_CYCLES * cycle
+                if hardware.arch == "sm_80":
+                    weights += bursts_streamed * RING_TILE_CYCLES * cycle
+                waits += -(-work.in_shared // choice.burst) * RING_BURST_CYCLES * cycle
                 compute -= part
             else:
                 staged = fitted.staged_backward if backward else fitted.staged
