@@ -370,12 +370,12 @@ def test_a_step_of_a_small_kernel(emulated, forced, arch, k_parts):
 
 
 @pytest.mark.parametrize("device", ["h200", "a100"])
-def test_a_step_that_streams_in_stages(device):
+def test_a_step_that_streams_through_a_ring(device):
     """A backward whose program has 64 rows of weights and 512 of K, 64 of them in shared memory."""
 
-    def step(stages, **changed):
+    def step(ring, **changed):
         problem = Problem(CELLS["lstm"], 128, 32, 1, "bf16", replace(hardware.named(device), **changed))
-        part = plan.finish(problem, True, Choice(64, 1, 32, 1, 8, 1, 1, 64, 64, 0, 64, 64, stages))
+        part = plan.finish(problem, True, Choice(64, 1, 32, 1, 8, 1, 1, 64, 64, 0, 64, 64, ring))
         return part, clock_table.clocked(problem, part, True).cycles
 
     # At a byte a clock L2 alone counts: what is streamed, and the operand.
@@ -384,7 +384,7 @@ def test_a_step_that_streams_in_stages(device):
     assert part.streamed == 2 * 64 * (512 - 64)
     assert moved < cycles < 1.5 * moved, "and some of its own units"
     # Without that limit a trip overlaps with the products of as many tiles as are there.
-    (_, ahead), (_, in_turn) = (step(stages, l2_rate=1e6) for stages in (3, 2))
+    (_, ahead), (_, in_turn) = (step(ring, l2_rate=1e6) for ring in (3, 2))
     assert in_turn - ahead > 75 * 7, "the tiles that are streamed"
 
 

@@ -126,7 +126,7 @@ def test_heads(capsys: pytest.CaptureFixture[str]) -> None:
     read, problem = json.loads(facts), Problem(CELLS["slstm"], 8, 16, 1, "bf16", named("h200"), heads=8)
     assert status == 0
     assert text.startswith("slstm H=64 in 8 heads B=16 D=1 bf16 on h200 ")
-    assert text.count("8 jobs (rows 0 to 15, 8 heads); ") == text.count("; no exchange\n") == 2
+    assert text.count("16 jobs (rows 0 to 15, 8 heads); ") == text.count("; no exchange\n") == 2
     assert read["heads"] == 8
     assert read["predicted_us"]["forward"] == plan_layer(problem).forward.predicted
     status, out, err = call(capsys, *given, "7")
