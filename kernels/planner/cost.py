@@ -42,13 +42,8 @@ L2_CYCLES = 262.0
 # From a load to its first bytes from memory (the same table: 466.3 and 478.8).
 MEMORY_CYCLES = 479.0
 
-# Of a kernel that streams through a ring, by the clock (LSTM 2048, B=64, backward): of each burst that comes to weights in
-# shared memory, besides its way (sm_90: 986 in all), and of each tile of the ring where single warps multiply it (sm_80:
-# 635, of which L2 takes 260).
-RING_BURST_CYCLES, RING_TILE_CYCLES = 480.0, 300.0
-
-# Of a kernel that streams through a ring, by the clock (LSTM 2048, B=64, backward): of each burst that comes to weights in
-# shared memory, besides its way (sm_90: 986 in all), and of each tile of the ring where single warps multiply it (sm_80:
+# Of a kernel that streams through a ring, by the clock (LSTM 2048, B=64, backward): of each burst that comes to weights
+# in shared memory, besides its way (sm_90: 986 in all), and of each tile of the ring that single warps multiply (sm_80:
 # 635, of which L2 takes 260).
 RING_BURST_CYCLES, RING_TILE_CYCLES = 480.0, 300.0
 
