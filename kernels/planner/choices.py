@@ -140,10 +140,10 @@ def _through_ring(problem: Problem, backward: bool) -> Iterator[Choice]:
             # On sm_80 each tile has barriers of its own (clock, LSTM 2048, B=64, backward: 81,343 cycles, with twice as
             # much of K in each 61,900).
             for k_block in (least, 2 * least) if hardware.arch == "sm_80" else (least,):
-                # More at once spills with two packs of gates (GRU forward 2560, B=64, bf16, sm_90: 28), and with 128
-                # rows (LSTM backward 4096, sm_90: 6). Less waits (clock, LSTM backward 2048, B=64, sm_90: 9.74 us, with
-                # four times as much 8.69).
-                words = 32 if batch_tile < 128 else 8
+                # More at once spills with two packs of gates (GRU forward 2560, B=64, bf16, sm_90: 28), and in a
+                # backward with 128 rows (LSTM 4096, sm_90: 6). Less waits (clock, LSTM backward 2048, B=64, sm_90:
+                # 9.74 us, with four times as much 8.69).
+                words = 8 if backward and batch_tile == 128 else 32
                 burst = k_block if len(packs) > 1 else max(k_block, words * WORDS // (size * batch_tile))
                 start = Choice(units, k_parts, batch_tile, 1, WARPS, 1, 1, k_block, burst, 0, 0, k_block, RING)
                 p = _product(problem, backward, start, slices)
