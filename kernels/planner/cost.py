@@ -232,7 +232,7 @@ def step(problem: Problem, choice: Choice, work: Work, backward: bool, fitted: F
                 if hardware.arch == "sm_80":
                     weights += bursts_streamed * RING_TILE_CYCLES * cycle
                 waits += -(-work.in_shared // choice.burst) * RING_BURST_CYCLES * cycle
-                compute -= part
+                compute = max(0.0, compute - part)
             else:
                 staged = fitted.staged_backward if backward else fitted.staged
                 weights += max(per_program / l2, memory) + staged * choice.splits * per_program / on_chip

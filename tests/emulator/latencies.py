@@ -131,7 +131,7 @@ def kind(i: Instruction) -> str:
         return "float"
     if i.name in _PLAIN:
         return "integer of 64 bits" if last[1:] == "64" else "integer"
-    if i.name == "div":
+    if i.name in ("div", "rem"):
         return "divide" if last == "f32" else "integer divide"
     if i.name == "mma":
         return "mma of tf32" if "tf32" in i.modifiers else "mma of 16 bits"

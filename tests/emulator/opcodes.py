@@ -29,7 +29,7 @@ KNOWN = {
     "mma": "sync aligned m16n8k16 m16n8k8 row col f32 f16 bf16 tf32", "mov": f"{INTEGERS} {BITS} f32 pred",
     "mul": f"lo hi wide rn f32 f32x2 f16x2 {INTEGERS}", "neg": "s32 f32 s64 s16", "not": f"{BITS} pred",
     "or": f"{BITS} pred",
-    "prmt": "b32", "rcp": "approx f32", "red": ATOMICS, "redux": "sync max add s32", "ret": "",
+    "prmt": "b32", "rcp": "approx f32", "red": ATOMICS, "redux": "sync max add s32", "rem": INTEGERS, "ret": "",
     "rsqrt": "approx ftz f32",
     "selp": f"{INTEGERS} {BITS} f32", "setp": f"{COMPARISONS} and or xor {INTEGERS} {BITS} f32",
     "shfl": "sync idx bfly b32", "shl": BITS, "shr": f"{INTEGERS} {BITS}", "sqrt": "approx rn ftz f32",
@@ -185,6 +185,10 @@ class Opcodes:
         if "approx" in i.modifiers:
             return self.write(d, f"approximate_quotient({x}, {y})", kind)
         self.write(d, f"{x} / {y}" if kind == "f32" else f"divide({x}, {y})", kind)
+
+    def _rem(self, i: Instruction, d: Any, a: Any, b: Any) -> None:
+        x, y = self.operands(i.modifiers[-1], a, b)
+        self.write(d, f"{x} - divide({x}, {y}) * {y}", i.modifiers[-1])
 
     def _unary(self, i: Instruction, d: Any, a: Any) -> None:
         x = self.flushed(i, self.read(a, i.modifiers[-1], True))

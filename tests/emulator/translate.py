@@ -24,7 +24,8 @@ END = 1 << 20  # program counter of a lane that has returned
 DTYPES = {"u8": U8, "b8": U8, "u16": U16, "b16": U16, "s16": S16, "u32": U32, "b32": U32, "s32": S32, "u64": U64,
           "b64": U64, "s64": S64, "f32": F32, "f16": F16, "f64": F64}  # fmt: skip
 VIEWS = {"b": "u", "u": "u", "s": "s", "f": "f"}
-SPECIAL = {"%tid.x": "tid", "%ctaid.x": "cx", "%ctaid.y": "cy", "%ctaid.z": "cz"}
+SPECIAL = {"%tid.x": "tid", "%ctaid.x": "cx", "%ctaid.y": "cy", "%ctaid.z": "cz", "%nctaid.x": "nx", "%nctaid.y": "ny",
+           "%nctaid.z": "nz"}  # fmt: skip
 METHODS = """load_global store_global load_shared store_shared atomic proxy_fence barrier shuffle reduce ldmatrix
              stmatrix copy copies_commit copies_wait wgmma wgmma_order wgmma_wait name"""
 NUMPY = "where absolute minimum maximum fmin fmax exp2 log2 sqrt tanh count_nonzero"

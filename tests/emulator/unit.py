@@ -39,9 +39,9 @@ class Unit:
         self.row = self.program * grid.warps + self.warp  # of the warp among all warps
         self.lane = np.tile(np.arange(32), len(warps))
         self.thread = self.warp * 32 + self.lane
-        x, y, _ = grid.shape
-        numbers = self.thread, self.program % x, self.program // x % y, self.program // (x * y)
-        self.special = tuple(v.astype(U32) for v in numbers)
+        x, y, z = grid.shape
+        numbers = self.thread, self.program % x, self.program // x % y, self.program // (x * y), x, y, z
+        self.special = tuple(np.broadcast_to(v, self.n).astype(U32) for v in numbers)
         self.parameters = [np.full(self.n, value, UNSIGNED[size]) for value, size in grid.values]
         self.offset = self.program * grid.stride  # of its program's shared memory
         self.count = [0] * len(self.kernel.blocks)

@@ -15,6 +15,11 @@ from persistrnn import reference
 ARCHITECTURES = ("sm_80", "sm_90")
 
 
+def scans(session) -> list[str]:
+    """Names of the scans that were launched, in order."""
+    return [report.kernel.name for report in session.reports if report.kernel.name.startswith(("scan", "staged"))]
+
+
 def precise(monkeypatch, asked: str) -> None:
     """How float32 is multiplied in every RNN: "ieee" or "tf32"."""
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", asked)

@@ -12,7 +12,7 @@ import pytest
 import recurrences
 import torch
 from accuracy import failures
-from emulated import ARCHITECTURES, COUNTER, FLAGS, GROUPS, precise
+from emulated import ARCHITECTURES, COUNTER, FLAGS, GROUPS, precise, scans
 from emulator import Schedule
 from emulator.opcodes import ACQUIRE, LOAD, RELEASE, STORE
 from forced import force_pipelines
@@ -69,7 +69,7 @@ def test_compiled_kernels_keep_the_bound(emulated, forced, monkeypatch, arch, in
     session = emulated(arch, units=UNITS[index % 3], schedule=Schedule(seed=index, slow=((index % 2, None, None),)))
     forced(protocol, **chosen)
     assert failures(accuracy.Case(cell, dtype, hidden, batch, 3, layers, bidirectional, True, True)) == []
-    assert {report.kernel.name for report in session.reports} == {"scan_forward", "scan_backward"}
+    assert {*scans(session)} == {"scan_forward", "scan_backward"}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_nothing_is_read_past_the_last_step(emulated, forced, monkeypatch, arch,
     session = emulated(arch, units="rows")
     forced("counter", **chosen)
     assert failures(accuracy.Case(cell, dtype, 13, batch, 1, 1, True, True, True)) == []
-    assert {report.kernel.name for report in session.reports} == {"scan_forward", "scan_backward"}
+    assert {*scans(session)} == {"scan_forward", "scan_backward"}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_the_last_states_of_inference(emulated, forced, cell, batch, cut, chosen
     with torch.no_grad():
         found = layer(x, **given)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert [report.kernel.name for report in session.reports] == ["scan_forward"] * 2
+    assert scans(session) == ["scan_forward"] * 2
 
 
 # Parameters per unit, four states and bits, nothing saved, extras.
@@ -135,7 +135,7 @@ def test_further_cells_keep_the_bound(emulated, forced, monkeypatch, index):
     session = emulated(ARCHITECTURES[index % 2], units=UNITS[index // 2 % 3], schedule=schedule)
     forced(protocol, **chosen)
     assert recurrences.broken(cell, dtype, recurrences.given(cell, 1, dtype, hidden, marked=True)) == []
-    assert {report.kernel.name for report in session.reports} == {"scan_forward", "scan_backward"}
+    assert {*scans(session)} == {"scan_forward", "scan_backward"}
 
 
 def test_no_cell_is_left_out():
@@ -157,7 +157,7 @@ def test_a_stack_in_one_launch(emulated, monkeypatch, arch, cell, protocol, chos
     precise(monkeypatch, "ieee")
     hidden = 30 if "k_parts" in chosen else 14
     assert failures(accuracy.Case(cell, "bf16", hidden, 3, 4, 3, False, True, True)) == []
-    assert [report.kernel.name for report in session.reports] == ["scan_forward", "scan_backward"]
+    assert scans(session) == ["scan_forward", "scan_backward"]
 
 
 def test_a_stack_with_rows_that_begin_anew(emulated, monkeypatch):
@@ -166,7 +166,7 @@ def test_a_stack_with_rows_that_begin_anew(emulated, monkeypatch):
     force_pipelines(monkeypatch, k_parts=2)
     precise(monkeypatch, "ieee")
     assert failures(accuracy.Case("lstm", "fp32", 29, 3, 4, 2, False, **accuracy.CUT)) == []
-    assert [report.kernel.name for report in session.reports] == ["scan_forward", "scan_backward"]
+    assert scans(session) == ["scan_forward", "scan_backward"]
 
 
 @pytest.mark.parametrize(
