@@ -10,9 +10,9 @@ from torch import nn
 
 import persistrnn
 from persistrnn.kernels import compilation, launch
-from persistrnn.kernels.device import masks, recompute, scan
+from persistrnn.kernels.device import marks, masks, recompute, scan
 
-KERNELS = (scan.scan_forward, scan.scan_backward, recompute.activate, masks.draw)
+KERNELS = (scan.scan_forward, scan.scan_backward, recompute.activate, masks.draw, marks.make_marks, marks.gather_before)
 
 
 @pytest.fixture
