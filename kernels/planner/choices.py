@@ -95,11 +95,10 @@ def _local(problem: Problem, backward: bool) -> Iterator[Choice]:
     homes = (0, k) if in_memory else (k, 0)
     # Groups do without each other, so a narrow tile costs nothing (clock, LSTM 64, bf16, sm_80, forward and backward: 8
     # rows 1,321 and 1,558 cycles, 16 rows 2,468 and 2,393). With 32 the LSTM's backward spilled (103 to 378
-    # instructions), with 16 in float32 its forward (tf32, H=64, sm_80: 75). Of 8 rows the emulator's products of warp
-    # groups are wrong (LSTM 64: y off by a half), by its fault or Triton's.
+    # instructions), with 16 in float32 its forward (tf32, H=64, sm_80: 75).
     tiles: tuple[int, ...] = (16, 32)
     if problem.hardware.arch.startswith("sm_"):
-        tiles = (8,) if problem.size == 4 else (16,) if groups else (8, 16)
+        tiles = (8, 16) if problem.size == 2 else (8,)
     # From 128 units on, a backward of one warp group spills (LSTM 22, with marks 118; GRU 60 with marks; Triton 3.9.0).
     warps_of = (8,) if groups and backward and units >= 128 else (4, 8)
     for warps, blocks, batch_tile in product(warps_of, (1, 2, 4), tiles):

@@ -97,6 +97,8 @@ def registers_needed(
     threads = 32 * choice.warps
     words = 4 * threads
     elements = max(1, choice.units * choice.batch_tile // threads)
+    if choice.ring:
+        return RING_REGISTERS + m * choice.batch_tile // threads + RING_ELEMENT_REGISTERS * elements
     need = BASE_REGISTERS + (TILE_REGISTERS + size) * (choice.subtiles - 1) * (1 + elements) // 2
     need += held_rows(m) * resident * size // words
     if exchanged and choice.warps < 8:
@@ -107,8 +109,6 @@ def registers_needed(
     need += m * choice.batch_tile // threads
     if exchanged:
         need += choice.burst * choice.batch_tile * size // words
-    if choice.ring:
-        return RING_REGISTERS + m * choice.batch_tile // threads + RING_ELEMENT_REGISTERS * elements
     if streamed:
         need += STREAM_REGISTERS + 2 * m * choice.streamed_k_block * size // words
         if choice.splits > 1:

@@ -150,7 +150,9 @@ def descriptor_offsets(descriptor: Array, rows: int, transposed: bool, size: int
     r, k = np.arange(rows)[:, None], np.arange(32 // size)[None, :]
     if transposed:  # the rows are contiguous, in chunks of a line; K in groups of 8
         per = line // size
-        offsets = start + (r % per) * size + (k % 8) * line + (r // per) * lead + (k // 8) * stride
+        # CUTLASS's canonical layouts in N (mma_sm90_desc.hpp): without a swizzle the strides change places.
+        of_rows, of_k = (lead, stride) if swizzle else (stride, lead)
+        offsets = start + (r % per) * size + (k % 8) * line + (r // per) * of_rows + (k // 8) * of_k
     elif swizzle:
         offsets = start + (r // 8) * stride + (r % 8) * line + k * size
     else:

@@ -11,6 +11,7 @@ import own_cells
 import pytest
 import recurrences
 import torch
+import triton
 from accuracy import failures
 from emulated import ARCHITECTURES, COUNTER, FLAGS, GROUPS, precise, scans
 from emulator import Schedule
@@ -212,16 +213,17 @@ ONE_SLICE = {"units": 64, "homes": "shared"}
 def test_as_planned(emulated, monkeypatch, arch):
     session = emulated(arch, units="rows")
     assert failures(accuracy.Case("lstm", "bf16", 64, 16, 3, 1, False, True, True)) == []
-    assert session.reports[0].kernel.uses("mma")
 
 
+@pytest.mark.parametrize("rows", [8, 16])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_one_slice(emulated, forced, monkeypatch, arch):
-    """On Hopper warp groups multiply (wgmma)."""
+def test_one_slice(emulated, forced, monkeypatch, arch, rows):
+    """On Hopper warp groups multiply (wgmma), whose operand of 8 rows has no swizzle; on Triton 3.6.0 single warps do."""
     session = emulated(arch, units="rows")
-    forced("counter", **ONE_SLICE)
+    forced("counter", **ONE_SLICE, batch_tile=rows)
     assert failures(accuracy.Case("lstm", "bf16", 64, 16, 3, 1, False, True, True)) == []
-    assert session.reports[0].kernel.uses("wgmma" if arch == "sm_90" else "mma")
+    groups = arch == "sm_90" and (rows == 16 or not triton.__version__.startswith("3.6."))
+    assert session.reports[0].kernel.uses("wgmma" if groups else "mma")
 
 
 # ---- tf32 ---------------------------------------------------------------------------------------------------------
