@@ -6,8 +6,8 @@
 import triton
 import triton.language as tl
 
-from .exchange import wait
-from .product import add_parts, gather, product_shared
+from .exchange import announce, await_count, read, wait
+from .product import gather, product_shared
 
 
 @triton.jit
@@ -25,6 +25,34 @@ def accumulate(weights, ahead, accs, pointer, rows, j: tl.constexpr, program, st
     arrivals = steps_needed * (tiling.slices // R)
     spin_limit = wait(counters + program.k_part * stride, arrivals, spin_limit, sync.error, exchange)
     return product_shared(weights, ahead, accs, pointer, rows, spin_limit, sync.error, tiling, exchange)
+
+
+@triton.jit
+def add_parts(tiles, sums_of_group, k_part, counter, target, spin_limit, error, tiling: tl.constexpr,
+              exchange: tl.constexpr):  # fmt: skip
+    """Two-dimensional split: hand the other slices of the unit group their units of this partial product, and return
+    the sum over all R of this slice's own, in the order of the parts of K.
+
+    sums_of_group: the unit group's fp32 buffer [R, tiles, BB, R*U] of this exchange's parity.
+    """
+    n: tl.constexpr = len(tiles)
+    BB: tl.constexpr = tiling.batch_tile
+    U: tl.constexpr = tiling.units
+    R: tl.constexpr = tiling.k_parts
+    size: tl.constexpr = tiling.units_formed * BB
+    all_units = tl.arange(0, BB)[:, None] * tiling.units_formed + tl.arange(0, tiling.units_formed)[None, :]
+    for g in tl.static_range(n):
+        tl.store(sums_of_group + (k_part * n + g) * size + all_units, tiles[g])
+    announce(counter, exchange)
+    spin_limit = await_count(counter, target, spin_limit, error, exchange)
+    own_units = tl.arange(0, BB)[:, None] * tiling.units_formed + (k_part * U + tl.arange(0, U))[None, :]
+    sums = ()
+    for g in tl.static_range(n):
+        total = read(sums_of_group + g * size + own_units)
+        for r in tl.static_range(1, R):
+            total = total + read(sums_of_group + (r * n + g) * size + own_units)
+        sums = sums + (total,)
+    return sums, spin_limit
 
 
 @triton.jit

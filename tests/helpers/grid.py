@@ -26,9 +26,9 @@ EXCHANGE = {
     "arrive": (scan,),
     "wait": (exchanged_product,),
     "get": (product,),
-    "announce": (product, means),
-    "await_count": (product, means),
-    "read": (product, means),
+    "announce": (exchanged_product, means),
+    "await_count": (exchanged_product, means),
+    "read": (exchanged_product, means),
 }
 
 

@@ -81,24 +81,26 @@ def counted_for_the_wrong_part(monkeypatch):
 
 
 def sum_without_wait(monkeypatch):
-    monkeypatch.setattr(product, "await_count", lambda counter, target, spin_limit, *_: spin_limit)
+    monkeypatch.setattr(exchanged_product, "await_count", lambda counter, target, spin_limit, *_: spin_limit)
 
 
 def sum_off_by_one(monkeypatch):
     def await_count(counter, target, *others):
         return exchange.await_count(counter, target - 1, *others)
 
-    monkeypatch.setattr(product, "await_count", await_count)
+    monkeypatch.setattr(exchanged_product, "await_count", await_count)
 
 
 def _sum_without_parity(monkeypatch, backward):
     """The partial products of two steps in a row go to the same place."""
 
+    add = exchanged_product.add_parts
+
     def add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how):
         if (len(tiles) == 1) == backward:
             parity = (target // tiling.k_parts - 1) % 2
             sums = sums - parity * (tiling.slices * len(tiles) * tiling.units_formed * tiling.batch_tile)
-        return product.add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how)
+        return add(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how)
 
     monkeypatch.setattr(exchanged_product, "add_parts", add_parts)
 
@@ -114,16 +116,18 @@ def sum_without_parity_in_the_backward(monkeypatch):
 def sum_without_one_block(monkeypatch):
     reads = threading.local()
 
+    add = exchanged_product.add_parts
+
     def add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how):
         reads.count, reads.last = 0, tiling.k_parts
-        return product.add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how)
+        return add(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how)
 
     def read(pointers):
         reads.count += 1
         return exchange.read(pointers) * (reads.count % reads.last != 0)
 
     monkeypatch.setattr(exchanged_product, "add_parts", add_parts)
-    monkeypatch.setattr(product, "read", read)
+    monkeypatch.setattr(exchanged_product, "read", read)
 
 
 # ---- streaming, several batch tiles -------------------------------------------------------------------------------
@@ -172,11 +176,13 @@ def batch_tiles_share_partial_products(monkeypatch):
     """All batch tiles of a program put their partial products at the first one's place."""
     program = threading.local()
 
+    add = exchanged_product.add_parts
+
     def add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how):
         turn = program.__dict__.get("turn", 0)
         program.turn = turn + 1
         size = 2 * tiling.slices * len(tiles) * tiling.units_formed * tiling.batch_tile
         sums = sums - turn % tiling.subtiles * size
-        return product.add_parts(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how)
+        return add(tiles, sums, k_part, counter, target, spin_limit, error, tiling, how)
 
     monkeypatch.setattr(exchanged_product, "add_parts", add_parts)

@@ -213,12 +213,13 @@ ONE_SLICE = {"units": 64, "homes": "shared"}
 def test_as_planned(emulated, monkeypatch, arch):
     session = emulated(arch, units="rows")
     assert failures(accuracy.Case("lstm", "bf16", 64, 16, 3, 1, False, True, True)) == []
+    assert any(session.reports[0].kernel.uses(product) for product in ("mma", "wgmma"))
 
 
 @pytest.mark.parametrize("rows", [8, 16])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_one_slice(emulated, forced, monkeypatch, arch, rows):
-    """On Hopper warp groups multiply (wgmma), whose operand of 8 rows has no swizzle; on Triton 3.6.0 single warps do."""
+    """On Hopper warp groups multiply (wgmma), with an operand of 8 rows that has no swizzle; on Triton 3.6.0 warps."""
     session = emulated(arch, units="rows")
     forced("counter", **ONE_SLICE, batch_tile=rows)
     assert failures(accuracy.Case("lstm", "bf16", 64, 16, 3, 1, False, True, True)) == []

@@ -12,7 +12,7 @@ from grid import EXCHANGE, Delays, concurrent_grid
 
 import persistrnn
 from persistrnn.kernels import launch
-from persistrnn.kernels.device import exchange, product, scan
+from persistrnn.kernels.device import exchange, exchanged_product, scan
 
 pytestmark = pytest.mark.interpreter
 
@@ -245,7 +245,7 @@ def test_mutant_is_caught(forced, monkeypatch, mutant, scenario, first):
 def test_wait_that_runs_out_ends_in_an_exception(forced, monkeypatch, protocol, k_parts, mute):
     """A program that says nothing: its group ends, and the call raises."""
     forced(protocol, spin_limit=50, k_parts=k_parts)
-    module, name = (scan, "publish") if mute == "put" else (product, "announce")
+    module, name = (scan, "publish") if mute == "put" else (exchanged_product, "announce")
     original = getattr(module, name)
 
     def silent(*arguments):
